@@ -1,0 +1,179 @@
+"""Records that travel between the layers: what a rollout, a schedule and a loss hand on.
+
+Shape letters, everywhere: B trajectories (or flattened pairs), T denoising steps, C H W latent,
+L tokens, D features, M rewards, N elements of one latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INITIAL_STEP = -1
+"""Step counter of the noise that starts a trajectory; denoising steps count from 0."""
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """Where a trajectory's noise comes from: a counter-based generator needs nothing else.
+
+    The tensors live on the device, so that a captured graph reads new values at every replay.
+    """
+
+    seed: Tensor
+    """(1,) int64, the Philox key."""
+    sample_ids: Tensor
+    """(B,) int64, one number per trajectory, unique within a run."""
+
+    @staticmethod
+    def create(seed: int, sample_ids: Tensor | range, device: torch.device | str = "cpu") -> NoiseKey:
+        """Make a key from host numbers."""
+        ids = sample_ids if isinstance(sample_ids, Tensor) else torch.arange(sample_ids.start, sample_ids.stop)
+        return NoiseKey(torch.tensor([seed], dtype=torch.int64, device=device), ids.to(device, torch.int64))
+
+    def select(self, rows: Tensor) -> NoiseKey:
+        """The key of the trajectories `rows`."""
+        return NoiseKey(self.seed, self.sample_ids[rows])
+
+
+@dataclass(frozen=True)
+class TransitionTable:
+    """A sampler as numbers: x' = a x + b v + std eps, one row per denoising step, float64 on the host."""
+
+    kind: str
+    """Sampler kind, for messages and logs."""
+    a: Tensor
+    """(T,) float64, weight of the sample."""
+    b: Tensor
+    """(T,) float64, weight of the model output."""
+    std: Tensor
+    """(T,) float64, standard deviation of the transition; 0 marks a deterministic step without log-prob."""
+    timesteps: Tensor
+    """(T,) float32, what the model is conditioned on, descending."""
+    sigmas: Tensor
+    """(T + 1,) float64, noise level before each step and after the last (sqrt((1-A)/A) does not appear: 1 is pure noise)."""
+
+    @property
+    def num_steps(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def trainable_steps(self) -> list[int]:
+        """Steps that have a log-prob."""
+        return [step for step, std in enumerate(self.std.tolist()) if std > 0]
+
+    def coefficients(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """(T, 3) columns a, b, std, as every op reads them."""
+        return torch.stack([self.a, self.b, self.std], dim=1).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one transition returns."""
+
+    prev_sample: Tensor
+    """(B, ...) in the sample's dtype."""
+    log_prob: Tensor
+    """(B,) of the stored prev_sample; 0 where the step is deterministic."""
+    model_output: Tensor
+    """(B, ...) the output that was used, after guidance."""
+
+
+@dataclass(frozen=True)
+class TransitionTerms:
+    """Per-sample sums that PPO needs of a transition, from the innovation form."""
+
+    log_ratio: Tensor
+    """(B,) log of new over old probability."""
+    kl_old: Tensor
+    """(B,) KL from the rollout's policy."""
+    kl_ref: Tensor
+    """(B,) KL from the reference model; 0 without one."""
+
+
+@dataclass(frozen=True)
+class PPOStats:
+    """Detached per-sample statistics of one minibatch, still on the device."""
+
+    log_ratio: Tensor
+    """(B,)"""
+    kl_old: Tensor
+    """(B,)"""
+    kl_ref: Tensor
+    """(B,)"""
+    clipped: Tensor
+    """(B,) -1 where the lower clip is active, +1 the upper, 0 neither."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a model is conditioned on besides sample and timestep: batch-first tensors by name."""
+
+    tensors: dict[str, Tensor]
+
+    def select(self, rows: Tensor) -> Conditioning:
+        """The conditioning of the samples `rows` (int64)."""
+        return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of denoising trajectories. Stacked tensors are (T, B, ...): each step writes one slice."""
+
+    table: TransitionTable
+    latents: Tensor
+    """(T + 1, B, C, H, W), x_0 pure noise, x_T the clean latent."""
+    model_outputs: Tensor
+    """(T, B, C, H, W) as the policy gave them, after guidance."""
+    log_probs: Tensor
+    """(T, B)"""
+    values: Tensor
+    """(T, B, M) standardised value predictions; M = 0 without a critic."""
+    features: dict[str, Tensor]
+    """name -> (T, B, ...), what the critic's trunk reads; empty when it reads latents only."""
+    conditioning: Conditioning
+    """(B, ...)"""
+    uncond_conditioning: Conditioning | None
+    """(B, ...) with guidance, else None."""
+    noise: NoiseKey
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+    rewards: dict[str, Tensor] = field(default_factory=dict)
+    """name -> (B,) float32; empty until the rewards are in."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.latents.shape[1]
+
+    @property
+    def clean_latents(self) -> Tensor:
+        """(B, C, H, W)"""
+        return self.latents[-1]
+
+    def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
+        return replace(self, rewards=rewards)
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Flattened (sample, step) pairs, P of them."""
+
+    steps: Tensor
+    """(P,) int64 row of the transition table."""
+    rows: Tensor
+    """(P,) int64 row of the rollout."""
+    sample: Tensor
+    """(P, C, H, W)"""
+    old_model_output: Tensor
+    """(P, C, H, W)"""
+    advantages: Tensor
+    """(P,)"""

@@ -1,0 +1,290 @@
+"""Samplers as tables: every step is x' = a x + b v + std eps, with (a, b, std) made once in float64.
+
+Changing the number of steps, the noise level, the window or the shift changes data, not code.
+s is the noise level before a step, n after it, h = s - n. Sources: Flow-GRPO (arXiv 2505.05470),
+DanceGRPO (arXiv 2505.07818), coefficients-preserving sampling (arXiv 2509.05952),
+DDIM (arXiv 2010.02502), DDPM (arXiv 2006.11239).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lacfast.records import TransitionTable
+
+Window = tuple[int, int]
+
+
+def _check_sigmas(sigmas: Tensor) -> Tensor:
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise ValueError(f"sigmas must be a vector of at least 2 noise levels, got shape {tuple(sigmas.shape)}")
+    if not bool((sigmas[:-1] > sigmas[1:]).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
+    return sigmas
+
+
+def _check_noise_level(kind: str, noise_level: float) -> None:
+    if not noise_level >= 0:
+        raise ValueError(f"noise_level={noise_level} of {kind!r} must be >= 0")
+
+
+def _windowed(
+    kind: str, sigmas: Tensor, timesteps: Tensor, stochastic: Tensor, deterministic: Tensor, window: Window | None
+) -> TransitionTable:
+    """Take the stochastic rows (T, 3) inside `window` (start, stop) and the deterministic ones outside it."""
+    num_steps = len(stochastic)
+    start, stop = (0, num_steps) if window is None else window
+    if not 0 <= start <= stop <= num_steps:
+        raise ValueError(f"window={window} must lie within the {num_steps} steps: 0 <= start <= stop <= {num_steps}")
+    inside = torch.zeros(num_steps, 1, dtype=torch.bool)
+    inside[start:stop] = True
+    a, b, std = torch.where(inside, stochastic, deterministic).unbind(dim=1)
+    return TransitionTable(kind, a, b, std, timesteps, sigmas)
+
+
+def _flow_table(
+    kind: str,
+    sigmas: Tensor,
+    noise_level: float,
+    rows: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    window: Window | None,
+) -> TransitionTable:
+    sigmas = _check_sigmas(sigmas)
+    _check_noise_level(kind, noise_level)
+    s, n = sigmas[:-1], sigmas[1:]
+    deterministic = torch.stack([torch.ones_like(s), n - s, torch.zeros_like(s)], dim=1)
+    stochastic = torch.stack(rows(s, n), dim=1) if noise_level > 0 else deterministic
+    return _windowed(kind, sigmas, (1000 * s).float(), stochastic, deterministic, window)
+
+
+def _reverse_sde(s: Tensor, n: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Euler-Maruyama on the reverse SDE of a rectified flow with diffusion g (Flow-GRPO, eq. 9)."""
+    h = s - n
+    return 1 - g**2 * h / (2 * s), -h * (1 + g**2 * (1 - s) / (2 * s)), g * h.sqrt()
+
+
+def flow_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+    """Flow-GRPO's SDE, diffusion noise_level sqrt(s / (1 - s)).
+
+    Args:
+        sigmas: (T + 1,) noise levels, falling within [0, 1]. At s = 1 the diffusion uses sigmas[1].
+        noise_level: eta, 0.7 in Flow-GRPO. 0 gives the ODE.
+        window: (start, stop) steps that are stochastic; the others are ODE steps. None: all.
+
+    Raises:
+        ValueError: for noise levels that do not fall, a negative noise_level or a window outside the steps.
+    """
+
+    def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g = noise_level * (s / (1 - torch.where(s == 1, n[0], s))).sqrt()
+        return _reverse_sde(s, n, g)
+
+    return _flow_table("flow_sde", sigmas, noise_level, rows, window)
+
+
+def dance_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+    """DanceGRPO's SDE, constant diffusion `noise_level`. Arguments as `flow_sde`."""
+
+    def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _reverse_sde(s, n, torch.full_like(s, noise_level))
+
+    return _flow_table("dance_sde", sigmas, noise_level, rows, window)
+
+
+def cps(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+    """Coefficients-preserving sampling, std = n sin(pi noise_level / 2). Arguments as `flow_sde`."""
+    angle = math.pi * noise_level / 2
+
+    def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept = n * math.cos(angle)
+        return (1 - n) + kept, -s * (1 - n) + (1 - s) * kept, n * math.sin(angle)
+
+    return _flow_table("cps", sigmas, noise_level, rows, window)
+
+
+def flow_ddim(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+    """DDIM's transition in flow coordinates, noise_level = DDIM's eta. Arguments as `flow_sde`."""
+
+    def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        std = noise_level * n * (1 - (n * (1 - s)) ** 2 / (s * (1 - n)) ** 2).sqrt()
+        kept = (n**2 - std**2).sqrt()
+        return (1 - n) + kept, -s * (1 - n) + (1 - s) * kept, std
+
+    return _flow_table("flow_ddim", sigmas, noise_level, rows, window)
+
+
+def ode(sigmas: Tensor, noise_level: float = 0.0, *, window: Window | None = None) -> TransitionTable:
+    """The probability-flow ODE by Euler steps: evaluation. `noise_level` must be 0."""
+    if noise_level != 0:
+        raise ValueError(f"the ode sampler draws no noise, got noise_level={noise_level}; use 'flow_sde' to explore")
+    sigmas = _check_sigmas(sigmas)
+    rows = torch.stack([torch.ones(len(sigmas) - 1).double(), sigmas[1:] - sigmas[:-1], torch.zeros(len(sigmas) - 1)], dim=1)
+    return _windowed("ode", sigmas, (1000 * sigmas[:-1]).float(), rows, rows, window)
+
+
+def ddim(
+    alphas_cumprod: Tensor,
+    timesteps: Tensor,
+    eta: float,
+    *,
+    prediction_type: str = "epsilon",
+    final_alpha_cumprod: float = 1.0,
+    prev_timesteps: Tensor | None = None,
+    window: Window | None = None,
+) -> TransitionTable:
+    """DDIM for models that predict epsilon, v or the sample.
+
+    Args:
+        alphas_cumprod: (train steps,) cumulative product of alphas.
+        timesteps: (T,) integer timesteps, falling.
+        eta: 0 deterministic, 1 DDPM's posterior variance.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        final_alpha_cumprod: cumulative alpha after the last step.
+        prev_timesteps: (T,) timestep after each step, negative for the end. None: the next entry of `timesteps`.
+        window: (start, stop) steps that are stochastic. None: all.
+
+    Raises:
+        ValueError: for an unknown prediction type, a negative eta, or an eta that leaves no direction term.
+    """
+    _check_noise_level("ddim", eta)
+    timesteps = torch.as_tensor(timesteps, device="cpu").long()
+    if prev_timesteps is None:
+        prev_timesteps = torch.cat([timesteps[1:], torch.tensor([-1])])
+    alphas = alphas_cumprod.detach().to("cpu", torch.float64)
+    A = alphas[timesteps]
+    A_prev = torch.where(prev_timesteps < 0, torch.tensor(final_alpha_cumprod).double(), alphas[prev_timesteps.clamp(min=0)])
+    std = eta * ((1 - A_prev) / (1 - A) * (1 - A / A_prev)).clamp(min=0).sqrt()
+    if bool((1 - A_prev - std**2 < -1e-12).any()):
+        raise ValueError(f"eta={eta} asks for more noise than a DDIM step holds; use eta <= 1")
+    stochastic = _ddim_rows(A, A_prev, std, prediction_type)
+    deterministic = _ddim_rows(A, A_prev, torch.zeros_like(std), prediction_type)
+    sigmas = torch.cat([(1 - A).sqrt(), (1 - A_prev[-1:]).sqrt()])
+    return _windowed("ddim", sigmas, timesteps.float(), stochastic, deterministic, window)
+
+
+def _ddim_rows(A: Tensor, A_prev: Tensor, std: Tensor, prediction_type: str) -> Tensor:
+    direction = (1 - A_prev - std**2).clamp(min=0).sqrt()
+    if prediction_type == "epsilon":
+        a, b = (A_prev / A).sqrt(), direction - (A_prev * (1 - A) / A).sqrt()
+    elif prediction_type == "v_prediction":
+        a = (A_prev * A).sqrt() + direction * (1 - A).sqrt()
+        b = -(A_prev * (1 - A)).sqrt() + direction * A.sqrt()
+    elif prediction_type == "sample":
+        a, b = direction / (1 - A).sqrt(), A_prev.sqrt() - direction * (A / (1 - A)).sqrt()
+    else:
+        raise ValueError(f"unknown prediction_type {prediction_type!r}; known: 'epsilon', 'v_prediction', 'sample'")
+    return torch.stack([a, b, std], dim=1)
+
+
+FLOW_KINDS: dict[str, Callable[..., TransitionTable]] = {
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+    "flow_ddim": flow_ddim,
+    "ode": ode,
+}
+"""Kinds for models that predict a flow's velocity. A new kind is a function of this signature and an entry here."""
+
+
+def flow_table(kind: str, sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+    """The table of a flow sampler by name.
+
+    Raises:
+        ValueError: for an unknown kind; the message lists the known ones.
+    """
+    if kind not in FLOW_KINDS:
+        raise ValueError(f"unknown sampler kind {kind!r}; known: {', '.join(sorted(FLOW_KINDS))}")
+    return FLOW_KINDS[kind](sigmas, noise_level, window=window)
+
+
+def uniform_sigmas(num_steps: int, *, shift: float = 1.0) -> Tensor:
+    """(T + 1,) noise levels from 1 to 0, moved towards noise by `shift` (SD3's timestep shift)."""
+    sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def from_scheduler(
+    scheduler: Any, num_steps: int, kind: str, noise_level: float, *, window: Window | None = None, mu: float | None = None
+) -> TransitionTable:
+    """The table that makes the same steps as a diffusers scheduler, which is not modified.
+
+    Args:
+        scheduler: FlowMatchEulerDiscreteScheduler, DDIMScheduler or DDPMScheduler.
+        num_steps: T.
+        kind: a flow kind for FlowMatchEulerDiscrete, "ddim" for DDIM and DDPM, "ddpm" for DDPM with its own variance.
+        noise_level: eta of the kind; for "ddpm" 1.
+        window: (start, stop) steps that are stochastic. None: all.
+        mu: shift of a FlowMatchEulerDiscrete with dynamic shifting.
+
+    Raises:
+        ValueError: for another scheduler, a kind that it cannot run, or settings that are not affine (clipping, thresholding).
+    """
+    name = type(scheduler).__name__
+    known = {"FlowMatchEulerDiscreteScheduler": tuple(FLOW_KINDS), "DDIMScheduler": ("ddim",), "DDPMScheduler": ("ddim", "ddpm")}
+    if name not in known:
+        raise ValueError(f"no transition table for {name}; known schedulers: {', '.join(known)}")
+    if kind not in known[name]:
+        raise ValueError(f"{name} cannot run sampler kind {kind!r}; known: {', '.join(known[name])}")
+    own = type(scheduler).from_config(scheduler.config)
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return _from_flow_match(own, num_steps, kind, noise_level, window, mu)
+    for setting in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        if own.config.get(setting, False):
+            raise ValueError(
+                f"{setting}=True makes {name}'s step not affine (or singular); "
+                f"use {name}.from_config(scheduler.config, {setting}=False)"
+            )
+    own.set_timesteps(num_steps)
+    return _from_ddim(own, kind, noise_level, window) if kind == "ddim" else _from_ddpm(own, noise_level, window)
+
+
+def _from_flow_match(
+    scheduler: Any, num_steps: int, kind: str, noise_level: float, window: Window | None, mu: float | None
+) -> TransitionTable:
+    if scheduler.config.get("invert_sigmas", False):
+        raise ValueError("invert_sigmas=True runs time backwards; set invert_sigmas=False in the scheduler's config")
+    scheduler.set_timesteps(num_steps, mu=mu) if mu is not None else scheduler.set_timesteps(num_steps)
+    table = flow_table(kind, scheduler.sigmas.double(), noise_level, window=window)
+    return TransitionTable(table.kind, table.a, table.b, table.std, scheduler.timesteps.float().cpu(), table.sigmas)
+
+
+def _previous_timesteps(scheduler: Any) -> Tensor:
+    if hasattr(scheduler, "previous_timestep"):
+        return torch.tensor([int(scheduler.previous_timestep(t)) for t in scheduler.timesteps])
+    spacing = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    return cast(Tensor, scheduler.timesteps.cpu().long() - spacing)
+
+
+def _from_ddim(scheduler: Any, kind: str, eta: float, window: Window | None) -> TransitionTable:
+    final = getattr(scheduler, "final_alpha_cumprod", torch.tensor(1.0))
+    return ddim(
+        scheduler.alphas_cumprod,
+        scheduler.timesteps,
+        eta,
+        prediction_type=scheduler.config.prediction_type,
+        final_alpha_cumprod=float(final),
+        prev_timesteps=_previous_timesteps(scheduler),
+        window=window,
+    )
+
+
+def _from_ddpm(scheduler: Any, noise_level: float, window: Window | None) -> TransitionTable:
+    """DDPM's posterior is DDIM at eta = 1; only a `fixed_large` variance differs."""
+    if noise_level != 1:
+        raise ValueError(f"kind 'ddpm' has the scheduler's own variance, noise_level must be 1, got {noise_level}; use kind 'ddim'")
+    table = _from_ddim(scheduler, "ddpm", 1.0, window)
+    variance_type = scheduler.config.variance_type
+    if variance_type in ("fixed_small", "fixed_small_log"):
+        return table
+    if variance_type != "fixed_large":
+        raise ValueError(f"variance_type {variance_type!r} is learned or unknown; use 'fixed_small' or 'fixed_large'")
+    signal = 1 - table.sigmas**2
+    beta = 1 - signal[:-1] / signal[1:]
+    std = torch.where(table.std > 0, beta.clamp(min=0).sqrt(), table.std)
+    return TransitionTable("ddpm", table.a, table.b, std, table.timesteps, table.sigmas)
