@@ -1,0 +1,62 @@
+"""The gold checker, of another design: every cell is compared with all pictures of a cell, no components, no hue."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from lacfast.tasks.predicates import Detection, score
+from lacfast.tasks.prompts import COLOURS, SHAPES, Thing
+from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, IMAGE_SIZE, JITTER, FloatArray, draw_cell
+
+MAX_DISTANCE = 0.12
+"""Root mean square distance in colour to the nearest prototype above which a cell shows something unknown."""
+
+
+@cache
+def _prototypes() -> tuple[list[Thing | None], FloatArray]:
+    """What every prototype shows (None: empty) and its picture, (P, 3 * CELL_SIZE * CELL_SIZE)."""
+    shifts = range(-JITTER, JITTER + 1)
+    names: list[Thing | None] = [None]
+    pictures = [np.full((3, CELL_SIZE, CELL_SIZE), BACKGROUND, dtype=np.float32)]
+    for colour in COLOURS:
+        for shape in SHAPES:
+            for shift_y in shifts:
+                for shift_x in shifts:
+                    names.append((colour, shape))
+                    pictures.append(draw_cell(colour, shape, shift_y, shift_x))
+    return names, np.stack(pictures).reshape(len(pictures), -1)
+
+
+def detect(images: FloatArray) -> list[list[Detection]]:
+    """The objects of every image (B, 3, IMAGE_SIZE, IMAGE_SIZE): the nearest prototype of each cell."""
+    names, prototypes = _prototypes()
+    grid = IMAGE_SIZE // CELL_SIZE
+    cells = images.reshape(-1, 3, grid, CELL_SIZE, grid, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
+    cells = cells.reshape(-1, prototypes.shape[1])
+    squared = (cells**2).sum(1)[:, None] + (prototypes**2).sum(1) - 2 * cells @ prototypes.T
+    nearest = squared.argmin(axis=1)
+    distance = np.sqrt(np.maximum(squared.min(axis=1), 0) / prototypes.shape[1])
+    found: list[list[Detection]] = [[] for _ in images]
+    for cell, (prototype, far) in enumerate(zip(nearest, distance > MAX_DISTANCE, strict=True)):
+        image, row, column = cell // grid**2, cell % grid**2 // grid, cell % grid
+        name = names[prototype]
+        if name is None and not far:
+            continue
+        colour, shape = ("", "") if far or name is None else name
+        found[image].append(Detection(colour, shape, (row + 0.5) * CELL_SIZE, (column + 0.5) * CELL_SIZE))
+    return found
+
+
+def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArray, FloatArray]:
+    """Strict (0 or 1) and partial ([0, 1]) score per image; the arguments of `lacfast.tasks.checker.check`."""
+    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(images) != len(metadata):
+        raise ValueError(
+            f"images of shape {images.shape} do not fit {len(metadata)} metadata: "
+            f"give one (3, {IMAGE_SIZE}, {IMAGE_SIZE}) image per prompt"
+        )
+    scores = [score(seen, wanted) for seen, wanted in zip(detect(images), metadata, strict=True)]
+    strict, partial = np.asarray(scores, dtype=np.float32).reshape(-1, 2).T
+    return strict, partial

@@ -1,0 +1,74 @@
+"""What it means to obey a prompt, given the objects that a checker has seen: a strict 0/1 and a partial score."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+from lacfast.tasks.prompts import KINDS, Thing
+
+RELATION_MARGIN = 6.0
+"""Pixels that two centres must lie apart along the axis of a relation: half an object."""
+RELATION_SHARE = 0.25
+"""Share of the partial score that the relation earns; the objects earn the rest."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object that a checker saw. Colour or shape is "" where something is there but resembles nothing known."""
+
+    colour: str
+    shape: str
+    y: float
+    x: float
+
+
+def relation_holds(kind: str, first: Detection, second: Detection) -> bool:
+    """Whether the centres obey `left_of` or `above`."""
+    if kind == "left_of":
+        return second.x - first.x >= RELATION_MARGIN
+    if kind == "above":
+        return second.y - first.y >= RELATION_MARGIN
+    return True
+
+
+def _likeness(wanted: Thing, seen: Detection) -> float:
+    return 0.5 * (seen.colour == wanted[0]) + 0.5 * (seen.shape == wanted[1])
+
+
+def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[float, float]:
+    """Strict and partial score of one image.
+
+    strict  = 1 where exactly the wanted objects are seen and the relation holds, else 0
+    partial = sum of likenesses over the best matching / max(wanted, seen), where half a point is for the colour and half
+              for the shape; in a relation that counts 3/4 and the relation between two exact matches counts 1/4
+    """
+    kind, wanted = metadata["kind"], [tuple(thing) for thing in metadata["objects"]]
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of prompt {kind!r}; known: {', '.join(KINDS)}")
+    # More than six objects never match; the cut bounds the permutations on images of noise.
+    seen = list(detections[:6])
+    best_likeness, obeyed = _best_matching(kind, wanted, seen)
+    objects = best_likeness / max(len(wanted), len(detections))
+    partial = objects if kind in ("count", "both") else (1 - RELATION_SHARE) * objects + RELATION_SHARE * obeyed
+    strict = obeyed and len(detections) == len(wanted)
+    return float(strict), float(partial)
+
+
+def _best_matching(kind: str, wanted: list[Any], seen: list[Detection]) -> tuple[float, bool]:
+    """Largest sum of likenesses over matchings, and whether some matching is exact and obeys the relation."""
+    if kind == "count":
+        # All wanted objects are alike, so the best matching takes the most similar ones.
+        likenesses = sorted((_likeness(wanted[0], detection) for detection in seen), reverse=True)[: len(wanted)]
+        total = sum(likenesses)
+        return total, total == len(wanted)
+    if len(seen) < len(wanted):
+        return max((_likeness(thing, detection) for thing in wanted for detection in seen), default=0.0), False
+    best, obeyed = 0.0, False
+    for first, second in permutations(seen, 2):
+        likeness = _likeness(wanted[0], first) + _likeness(wanted[1], second)
+        best = max(best, likeness)
+        obeyed = obeyed or (likeness == len(wanted) and relation_holds(kind, first, second))
+    return best, obeyed

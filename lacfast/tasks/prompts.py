@@ -1,0 +1,67 @@
+"""The prompts of the shapes task: vocabulary, metadata and the deterministic train / held-out split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("circle", "square", "triangle")
+NUMBERS = ("one", "two", "three", "four")
+KINDS = ("count", "both", "left_of", "above")
+RELATION_WORDS = {"both": "and", "left_of": "left of", "above": "above"}
+HELD_OUT_PER_KIND = 15
+SPLIT_SEED = 20260527
+
+Thing = tuple[str, str]
+"""(colour, shape) of one object."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption and what a checker needs to judge an image of it."""
+
+    text: str
+    metadata: dict[str, Any]
+    """`kind` is one of KINDS; `objects` lists the (colour, shape) of every object that the image must show and no other.
+    For `left_of` and `above` the first object is the one on the left, or on top."""
+
+
+def _count_prompt(number: int, thing: Thing) -> Prompt:
+    colour, shape = thing
+    plural = "" if number == 1 else "s"
+    text = f"{NUMBERS[number - 1]} {colour} {shape}{plural}"
+    return Prompt(text, {"kind": "count", "objects": [thing] * number})
+
+
+def _pair_prompt(kind: str, first: Thing, second: Thing) -> Prompt:
+    text = f"a {first[0]} {first[1]} {RELATION_WORDS[kind]} a {second[0]} {second[1]}"
+    return Prompt(text, {"kind": kind, "objects": [first, second]})
+
+
+def all_prompts() -> list[Prompt]:
+    """All 306 prompts: 48 counts, 66 unordered pairs, 96 left-of and 96 above (ordered pairs of two different shapes)."""
+    things: list[Thing] = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    prompts = [_count_prompt(number, thing) for number in range(1, len(NUMBERS) + 1) for thing in things]
+    prompts += [_pair_prompt("both", first, second) for first, second in combinations(things, 2)]
+    for kind in ("left_of", "above"):
+        prompts += [
+            _pair_prompt(kind, first, second) for first, second in permutations(things, 2) if first[1] != second[1]
+        ]
+    return prompts
+
+
+def split_prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """The fixed split (train, held out): 15 prompts of every kind are held out of post-training, 246 remain."""
+    random = np.random.default_rng(SPLIT_SEED)
+    train: list[Prompt] = []
+    held_out: list[Prompt] = []
+    for kind in KINDS:
+        members = [prompt for prompt in all_prompts() if prompt.metadata["kind"] == kind]
+        chosen = set(random.permutation(len(members))[:HELD_OUT_PER_KIND].tolist())
+        train += [prompt for index, prompt in enumerate(members) if index not in chosen]
+        held_out += [prompt for index, prompt in enumerate(members) if index in chosen]
+    return train, held_out

@@ -1,0 +1,77 @@
+"""The text encoder of the shapes task: word and position embeddings, learnt in pretraining and frozen afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lacfast.tasks.prompts import all_prompts
+
+WIDTH = 96
+PADDING = 0
+
+
+def vocabulary() -> list[str]:
+    """Every word of the task's prompts, sorted."""
+    return sorted({word for prompt in all_prompts() for word in prompt.text.split()})
+
+
+def max_words() -> int:
+    """Words of the longest prompt."""
+    return max(len(prompt.text.split()) for prompt in all_prompts())
+
+
+class WordEncoder(nn.Module):
+    """Prompts to tokens (B, L, D) and their pooled mean (B, D).
+
+    token_l = word[l] + position[l]; positions past the end of a prompt hold a padding word. The mean leaves them out.
+    """
+
+    def __init__(self, *, words: Sequence[str], length: int, width: int = WIDTH) -> None:
+        super().__init__()
+        self.words = tuple(words)
+        self.length = length
+        self.width = width
+        self._index = {word: index + 1 for index, word in enumerate(self.words)}
+        self.word = nn.Embedding(len(self.words) + 1, width)
+        self.position = nn.Embedding(length, width)
+
+    def indices(self, prompts: Sequence[str]) -> Tensor:
+        """Word numbers (B, L) int64, PADDING past the end of a prompt."""
+        rows = [self._prompt_indices(prompt) for prompt in prompts]
+        return torch.tensor(rows, dtype=torch.int64, device=self.word.weight.device).reshape(-1, self.length)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, D) of B prompts.
+
+        Raises:
+            ValueError: a word is unknown, or a prompt has more than L words.
+        """
+        return self.embed(self.indices(prompts))
+
+    def embed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, D) of word numbers (B, L)."""
+        tokens = self.word(indices) + self.position.weight
+        present = (indices != PADDING).unsqueeze(-1).to(tokens.dtype)
+        pooled = (tokens * present).sum(1) / present.sum(1).clamp(min=1)
+        return tokens, pooled
+
+    def _prompt_indices(self, prompt: str) -> list[int]:
+        words = prompt.lower().split()
+        for word in words:
+            if word not in self._index:
+                raise ValueError(f"unknown word {word!r} in prompt {prompt!r}; known words: {', '.join(self.words)}")
+        if len(words) > self.length:
+            raise ValueError(f"prompt {prompt!r} has {len(words)} words; at most {self.length} are allowed")
+        return [self._index[word] for word in words] + [PADDING] * (self.length - len(words))
+
+
+def word_encoder(*, generator: torch.Generator, width: int = WIDTH) -> WordEncoder:
+    """An untrained encoder of the task's vocabulary, standard normal embeddings drawn from `generator`."""
+    encoder = WordEncoder(words=vocabulary(), length=max_words(), width=width)
+    with torch.no_grad():
+        encoder.word.weight.normal_(generator=generator)
+        encoder.position.weight.normal_(generator=generator)
+    return encoder
