@@ -1,0 +1,191 @@
+"""One denoising step, its noise, its guidance and the log-probability of where it landed, in one read.
+
+    v  = v_uncond + guidance_scale (v_cond - v_uncond)      stored in the model's dtype, and used as stored
+    x' = a x + b v + std eps                                stored in the sample's dtype
+    log_prob = reduce( -(x' - mu)^2 / (2 std^2) - log std - log(2 pi) / 2 ),   mu = a x + b v,   x' as stored
+
+Bytes per element, e of the dtypes: read x and v (2 e), write x' (e); with guidance read v_uncond and write v (4 e + e);
+a given noise is read once more. Eagerly the same step is some fifty launches that each read and write the latent.
+The log-prob of the stored value needs no second look at it: the rounded x' is still in a register.
+
+The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob does not
+depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. The backward pass is two multiplications
+by a and b per sample and needs no kernel: log_prob treats x' as a constant.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .aot import POINTER, AotSpec
+from .philox import block_offsets, innovation_block, load_key, pick_launch
+
+# Elements of one latent up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
+# A starting point by reasoning about occupancy, not measured on a GPU.
+LAUNCHES = {512: (512, 1, 4), 4096: (1024, 4, 4), 2**31: (1024, 2, 4)}
+
+
+@triton.jit
+def transition_row(coefficients_ptr, step):
+    """a, b, std and 1 / std of a step; 1 / std is 0 where the step is deterministic."""
+    row_ptr = coefficients_ptr + step * 3
+    a = tl.load(row_ptr)
+    b = tl.load(row_ptr + 1)
+    std = tl.load(row_ptr + 2)
+    inverse_std = tl.where(std > 0, 1.0 / tl.where(std > 0, std, 1.0), 0.0)
+    return a, b, std, inverse_std
+
+
+@triton.jit
+def mean_log_prob(sum_squares, std, N, scale):
+    """log_prob from the sum of ((x' - mu) / std)^2 over the N elements; scale is 1 / N or 1."""
+    log_std = tl.log(tl.where(std > 0, std, 1.0))
+    # 0.9189385 = log(2 pi) / 2
+    log_prob = -0.5 * scale * sum_squares - scale * N * (log_std + 0.9189385332046727)
+    return tl.where(std > 0, log_prob, 0.0)
+
+
+@triton.jit
+def gaussian_step_kernel(
+    sample_ptr, model_output_ptr, uncond_output_ptr, guidance_scale_ptr, coefficients_ptr, steps_ptr,
+    noise_ptr, seed_ptr, sample_ids_ptr, prev_sample_ptr, log_prob_ptr, partial_ptr, guided_output_ptr,
+    N, num_splits, scale,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(0) // num_splits
+    i_split = tl.program_id(0) % num_splits
+    row = i_b.to(tl.int64) * N
+    step = tl.load(steps_ptr + i_b)
+    a, b, std, inverse_std = transition_row(coefficients_ptr, step)
+    seed, sample_id = load_key(seed_ptr, sample_ids_ptr, i_b, HAS_NOISE)
+    if HAS_GUIDANCE:
+        guidance_scale = tl.load(guidance_scale_ptr)
+    b_squares = tl.zeros((BLOCK_N,), tl.float32)
+    for i_block in tl.static_range(BLOCKS):
+        first = (i_split * BLOCKS + i_block) * BLOCK_N
+        offs_n = block_offsets(first, BLOCK_N)
+        mask_n = offs_n < N
+        b_sample = tl.load(sample_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        b_v = tl.load(model_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if HAS_GUIDANCE:
+            b_uncond = tl.load(uncond_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+            b_guided = b_uncond + guidance_scale * (b_v - b_uncond)
+            b_stored_v = b_guided.to(guided_output_ptr.dtype.element_ty)
+            tl.store(guided_output_ptr + row + offs_n, b_stored_v, mask=mask_n)
+            b_v = b_stored_v.to(tl.float32)
+        b_eps = innovation_block(noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N, HAS_NOISE)
+        b_mean = a * b_sample + b * b_v
+        b_stored = (b_mean + std * b_eps).to(prev_sample_ptr.dtype.element_ty)
+        tl.store(prev_sample_ptr + row + offs_n, b_stored, mask=mask_n)
+        b_z = (b_stored.to(tl.float32) - b_mean) * inverse_std
+        b_squares += tl.where(mask_n, b_z * b_z, 0.0)
+    sum_squares = tl.sum(b_squares, axis=0)
+    if IS_SPLIT:
+        tl.store(partial_ptr + tl.program_id(0), sum_squares)
+    else:
+        tl.store(log_prob_ptr + i_b, mean_log_prob(sum_squares, std, N, scale))
+
+
+@triton.jit
+def finish_log_prob_kernel(
+    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, N, num_splits, scale, BLOCK_S: tl.constexpr
+):
+    i_b = tl.program_id(0)
+    offs_s = tl.arange(0, BLOCK_S)
+    b_partial = tl.load(partial_ptr + i_b.to(tl.int64) * num_splits + offs_s, mask=offs_s < num_splits, other=0.0)
+    _, _, std, _ = transition_row(coefficients_ptr, tl.load(steps_ptr + i_b))
+    tl.store(log_prob_ptr + i_b, mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale))
+
+
+def gaussian_step(
+    sample: torch.Tensor,
+    model_output: torch.Tensor,
+    uncond_output: torch.Tensor | None,
+    guidance_scale: torch.Tensor | None,
+    coefficients: torch.Tensor,
+    steps: torch.Tensor,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    sample_ids: torch.Tensor | None,
+    scale: float,
+    prev_sample: torch.Tensor,
+    log_prob: torch.Tensor,
+    guided_output: torch.Tensor | None,
+) -> None:
+    """Fill prev_sample, log_prob and, with uncond_output, guided_output. noise, or seed and sample_ids, is None."""
+    batch = steps.numel()
+    num_elements = sample.numel() // batch
+    block_n, blocks, num_warps, num_splits = pick_launch(LAUNCHES, num_elements)
+    is_split = num_splits > 1
+    partial = torch.empty(batch * num_splits, dtype=torch.float32, device=sample.device) if is_split else None
+    gaussian_step_kernel[(batch * num_splits,)](
+        sample, model_output, uncond_output, guidance_scale, coefficients, steps,
+        noise, seed, sample_ids, prev_sample, log_prob, partial, guided_output,
+        num_elements, num_splits, scale,
+        BLOCK_N=block_n, BLOCKS=blocks,
+        HAS_GUIDANCE=uncond_output is not None, HAS_NOISE=noise is not None, IS_SPLIT=is_split,
+        num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    if is_split:
+        finish_log_prob_kernel[(batch,)](
+            partial, coefficients, steps, log_prob, num_elements, num_splits, scale,
+            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _step_spec(
+    sample: str, output: str, launch: tuple[int, int, int], has_guidance: bool, noise: str | None, is_split: bool
+) -> AotSpec:
+    pointers = {
+        "sample_ptr": POINTER[sample],
+        "model_output_ptr": POINTER[output],
+        "uncond_output_ptr": POINTER[output] if has_guidance else None,
+        "guidance_scale_ptr": "*fp32" if has_guidance else None,
+        "coefficients_ptr": "*fp32",
+        "steps_ptr": "*i64",
+        "noise_ptr": None if noise is None else POINTER[noise],
+        "seed_ptr": "*i64" if noise is None else None,
+        "sample_ids_ptr": "*i64" if noise is None else None,
+        "prev_sample_ptr": POINTER[sample],
+        "log_prob_ptr": "*fp32",
+        "partial_ptr": "*fp32" if is_split else None,
+        "guided_output_ptr": POINTER[output] if has_guidance else None,
+    }
+    block_n, blocks, num_warps = launch
+    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}"
+    return AotSpec(
+        name + ("-guided" if has_guidance else "") + ("-philox" if noise is None else f"-noise_{noise}"),
+        gaussian_step_kernel,
+        {n: kind for n, kind in pointers.items() if kind} | {"N": "i32", "num_splits": "i32", "scale": "fp32"},
+        {n: None for n, kind in pointers.items() if not kind}
+        | {"BLOCK_N": block_n, "BLOCKS": blocks}
+        | {"HAS_GUIDANCE": has_guidance, "HAS_NOISE": noise is not None, "IS_SPLIT": is_split},
+        num_warps,
+        vector_bytes=8 if "float16" in sample + output else 16,
+    )
+
+
+_SMALL, _MEDIUM, _LARGE = LAUNCHES.values()
+
+AOT_SPECS = [
+    _step_spec("float32", "float32", _SMALL, False, None, False),
+    _step_spec("float32", "float32", _MEDIUM, True, None, False),
+    _step_spec("float32", "float32", _LARGE, False, "float32", True),
+    _step_spec("float32", "bfloat16", _MEDIUM, False, None, False),
+    _step_spec("float32", "bfloat16", _LARGE, True, None, True),
+    _step_spec("bfloat16", "bfloat16", _MEDIUM, True, "bfloat16", False),
+    _step_spec("bfloat16", "bfloat16", _LARGE, True, None, True),
+    _step_spec("float16", "float16", _LARGE, False, None, True),
+    AotSpec(
+        "finish_log_prob",
+        finish_log_prob_kernel,
+        {
+            "partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "log_prob_ptr": "*fp32",
+            "N": "i32", "num_splits": "i32", "scale": "fp32",
+        },
+        {"BLOCK_S": 128},
+        num_warps=1,
+        vector_bytes=0,
+    ),
+]  # fmt: skip
