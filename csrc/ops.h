@@ -1,0 +1,103 @@
+// What the kernels take: raw pointers to contiguous tensors, read as records. Nothing here knows of torch.
+//
+// A tensor of shape (B, ...) is `rows` latents of `elements` values each. Every operand carries its own storage type;
+// the maths is float32, or float64 where the model output is float64, and so are coefficients, advantages and outputs
+// that are not latents ("arithmetic type" below).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace lacfast {
+
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+struct Operand {
+  const void* data;  // null: not given
+  DType dtype;
+};
+
+struct Result {
+  void* data;  // null: not wanted
+  DType dtype;
+};
+
+// Noise given as a tensor, or drawn from Philox when `given.data` is null.
+struct Noise {
+  Operand given;
+  const std::int64_t* seed;        // (1,)
+  const std::int64_t* sample_ids;  // (rows,)
+};
+
+// Rows of the table (a, b, std) in the arithmetic type, and the row that each sample uses.
+struct Transition {
+  const void* coefficients;   // (table_steps, 3)
+  std::int64_t table_steps;
+  const std::int64_t* steps;  // (rows,)
+};
+
+struct Shape {
+  std::int64_t rows, elements;
+};
+
+struct GaussianStep {
+  Shape shape;
+  Operand sample, model_output, uncond_output;
+  const float* guidance_scale;  // (1,), with uncond_output
+  Transition transition;
+  Noise noise;
+  double scale;
+  Result prev_sample;
+  void* log_prob;  // (rows,) arithmetic type
+  Result guided_output;
+};
+
+struct LogRatio {
+  Shape shape;
+  Operand model_output, old_model_output, reference_output;
+  Transition transition;
+  Noise noise;
+  double scale;
+};
+
+struct Surrogate {
+  const void* advantages;  // (rows,) arithmetic type
+  const void* weights;     // (rows,) arithmetic type, or null for ones
+  double clip_range, kl_weight;
+};
+
+struct Gae {
+  std::int64_t rows, steps, heads;
+  DType dtype;
+  double gamma, gae_lambda, value_lambda;
+};
+
+namespace cpu {
+
+void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
+                  float* out, int threads);
+void gaussian_step(const GaussianStep& op, int threads);
+// terms (rows, 3): log_ratio, kl_old, kl_ref
+void log_ratio_forward(const LogRatio& op, void* terms, int threads);
+// table (rows, 6): log_ratio, kl_old, kl_ref, weighted loss, its derivative by log_ratio, clipped
+void ppo_loss_forward(const LogRatio& op, const Surrogate& surrogate, void* table, int threads);
+void log_ratio_backward(const LogRatio& op, const void* grad_terms, Result grad_model_output, int threads);
+void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
+void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
+                  void* grad_values);
+// The instruction set in use: "x86-64-v2", "x86-64-v3" or "portable".
+const char* instruction_set();
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Empty when a kernel of ours can run on the current machine, else the reason why not.
+std::string unusable_reason();
+void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns, void* stream);
+void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
+                  void* grad_values, void* stream);
+
+}  // namespace cuda
+
+}  // namespace lacfast

@@ -1,0 +1,1 @@
+"""Latent actor-critic post-training of diffusion models, fast."""
