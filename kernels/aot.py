@@ -1,6 +1,6 @@
-"""What the ahead-of-time compile test needs of a kernel: one record per variant that the launchers can ask for.
+"""What the ahead-of-time compile test needs of a kernel: one record per variant of it.
 
-A GPU is not needed to compile, so every variant is proven (no spills, few registers, vector loads) where none is.
+A GPU is not needed to compile, so kernels are proven (no spills, few registers, vector loads) where none is.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,21 @@ class AotSpec(NamedTuple):
     """Test id."""
     kernel: Any
     """The @triton.jit function."""
-    signature: dict[str, str]
-    """Argument -> type, in the kernel's order, without the constexprs; what is missing is a constexpr."""
-    constants: dict[str, Any]
-    """Constexpr arguments, absent pointers (None) among them."""
-    num_warps: int
-    vector_bytes: int
-    """Width of the widest global load that must appear; 0 for kernels that touch single numbers."""
+    arguments: dict[str, Any]
+    """Argument -> Triton type ("*bf16", "i32") or, for a constexpr, its value; None is an absent pointer."""
+    num_warps: int = 4
+    vector_bits: int = 0
+    """Width that every load of latent size must have; 0 for kernels that touch single numbers."""
+
+    def signature(self) -> dict[str, str]:
+        """Argument -> type, in the kernel's order, "constexpr" for the constants."""
+        kinds = {name: kind for name, kind in self.arguments.items() if isinstance(kind, str)}
+        return {name: kinds.get(name, "constexpr") for name in self.kernel.arg_names}
+
+    def constants(self) -> dict[str, Any]:
+        """Constexpr arguments and absent pointers."""
+        return {name: value for name, value in self.arguments.items() if not isinstance(value, str)}
 
     def divisible(self) -> list[str]:
         """Arguments that are multiples of 16: all pointers and the latent's size, as in every real model."""
-        return [name for name, kind in self.signature.items() if kind.startswith("*") or name == "N"]
+        return [name for name, kind in self.signature().items() if kind.startswith("*") or name == "N"]

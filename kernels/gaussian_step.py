@@ -4,25 +4,28 @@
     x' = a x + b v + std eps                                stored in the sample's dtype
     log_prob = reduce( -(x' - mu)^2 / (2 std^2) - log std - log(2 pi) / 2 ),   mu = a x + b v,   x' as stored
 
-Bytes per element, e of the dtypes: read x and v (2 e), write x' (e); with guidance read v_uncond and write v (4 e + e);
-a given noise is read once more. Eagerly the same step is some fifty launches that each read and write the latent.
-The log-prob of the stored value needs no second look at it: the rounded x' is still in a register.
+Bytes per element: reads x and v, writes x'; with guidance it also reads v_uncond and writes v; a given noise
+is one read more. Eagerly the step is some fifty launches, each of which reads and writes the latent.
+The log-prob of the stored value needs no second look: the rounded x' is still in a register.
 
-The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob does not
-depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. The backward pass is two multiplications
-by a and b per sample and needs no kernel: log_prob treats x' as a constant.
+The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob
+does not depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. There is no backward
+kernel: log_prob treats x' as a constant, and the gradient of x' is a product with a or b.
 """
+
+# Constants of a kernel are upper case.
+# ruff: noqa: N803
 
 import torch
 import triton
 import triton.language as tl
 
 from .aot import POINTER, AotSpec
-from .philox import block_offsets, innovation_block, load_key, pick_launch
+from .philox import block_offsets, innovation_block, key_arguments, load_key, pick_launch
 
 # Elements of one latent up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
 # A starting point by reasoning about occupancy, not measured on a GPU.
-LAUNCHES = {512: (512, 1, 4), 4096: (1024, 4, 4), 2**31: (1024, 2, 4)}
+LAUNCHES = {512: (512, 1, 4), 4096: (1024, 4, 8), 2**31: (1024, 2, 4)}
 
 
 @triton.jit
@@ -93,7 +96,8 @@ def finish_log_prob_kernel(
 ):
     i_b = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
-    b_partial = tl.load(partial_ptr + i_b.to(tl.int64) * num_splits + offs_s, mask=offs_s < num_splits, other=0.0)
+    row = i_b.to(tl.int64) * num_splits
+    b_partial = tl.load(partial_ptr + row + offs_s, mask=offs_s < num_splits, other=0.0)
     _, _, std, _ = transition_row(coefficients_ptr, tl.load(steps_ptr + i_b))
     tl.store(log_prob_ptr + i_b, mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale))
 
@@ -113,7 +117,10 @@ def gaussian_step(
     log_prob: torch.Tensor,
     guided_output: torch.Tensor | None,
 ) -> None:
-    """Fill prev_sample, log_prob and, with uncond_output, guided_output. noise, or seed and sample_ids, is None."""
+    """Fill prev_sample, log_prob and, with uncond_output, guided_output.
+
+    Either noise is None or seed and sample_ids are; scale is 1 / N for a mean, 1 for a sum.
+    """
     batch = steps.numel()
     num_elements = sample.numel() // batch
     block_n, blocks, num_warps, num_splits = pick_launch(LAUNCHES, num_elements)
@@ -135,57 +142,47 @@ def gaussian_step(
 
 
 def _step_spec(
-    sample: str, output: str, launch: tuple[int, int, int], has_guidance: bool, noise: str | None, is_split: bool
+    sample: str, output: str, launch: tuple[int, int, int], *, guided: bool, noise: str | None, split: bool
 ) -> AotSpec:
-    pointers = {
+    block_n, blocks, num_warps = launch
+    arguments = {
         "sample_ptr": POINTER[sample],
         "model_output_ptr": POINTER[output],
-        "uncond_output_ptr": POINTER[output] if has_guidance else None,
-        "guidance_scale_ptr": "*fp32" if has_guidance else None,
+        "uncond_output_ptr": POINTER[output] if guided else None,
+        "guidance_scale_ptr": "*fp32" if guided else None,
         "coefficients_ptr": "*fp32",
         "steps_ptr": "*i64",
-        "noise_ptr": None if noise is None else POINTER[noise],
-        "seed_ptr": "*i64" if noise is None else None,
-        "sample_ids_ptr": "*i64" if noise is None else None,
         "prev_sample_ptr": POINTER[sample],
         "log_prob_ptr": "*fp32",
-        "partial_ptr": "*fp32" if is_split else None,
-        "guided_output_ptr": POINTER[output] if has_guidance else None,
+        "partial_ptr": "*fp32" if split else None,
+        "guided_output_ptr": POINTER[output] if guided else None,
     }
-    block_n, blocks, num_warps = launch
-    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}"
+    sizes = {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_N": block_n, "BLOCKS": blocks}
+    flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
+    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}-noise_{noise}" + ("-guided" if guided else "")
+    # Four elements per thread.
+    vector_bits = 64 if "float16" in sample + output else 128
     return AotSpec(
-        name + ("-guided" if has_guidance else "") + ("-philox" if noise is None else f"-noise_{noise}"),
-        gaussian_step_kernel,
-        {n: kind for n, kind in pointers.items() if kind} | {"N": "i32", "num_splits": "i32", "scale": "fp32"},
-        {n: None for n, kind in pointers.items() if not kind}
-        | {"BLOCK_N": block_n, "BLOCKS": blocks}
-        | {"HAS_GUIDANCE": has_guidance, "HAS_NOISE": noise is not None, "IS_SPLIT": is_split},
-        num_warps,
-        vector_bytes=8 if "float16" in sample + output else 16,
+        name, gaussian_step_kernel, arguments | key_arguments(noise) | sizes | flags, num_warps, vector_bits
     )
 
 
 _SMALL, _MEDIUM, _LARGE = LAUNCHES.values()
 
 AOT_SPECS = [
-    _step_spec("float32", "float32", _SMALL, False, None, False),
-    _step_spec("float32", "float32", _MEDIUM, True, None, False),
-    _step_spec("float32", "float32", _LARGE, False, "float32", True),
-    _step_spec("float32", "bfloat16", _MEDIUM, False, None, False),
-    _step_spec("float32", "bfloat16", _LARGE, True, None, True),
-    _step_spec("bfloat16", "bfloat16", _MEDIUM, True, "bfloat16", False),
-    _step_spec("bfloat16", "bfloat16", _LARGE, True, None, True),
-    _step_spec("float16", "float16", _LARGE, False, None, True),
+    _step_spec("float32", "float32", _SMALL, guided=False, noise=None, split=False),
+    _step_spec("float32", "float32", _MEDIUM, guided=True, noise=None, split=False),
+    _step_spec("float32", "float32", _LARGE, guided=False, noise="float32", split=True),
+    _step_spec("float32", "bfloat16", _MEDIUM, guided=False, noise=None, split=False),
+    _step_spec("float32", "bfloat16", _LARGE, guided=True, noise=None, split=True),
+    _step_spec("bfloat16", "bfloat16", _MEDIUM, guided=True, noise="bfloat16", split=False),
+    _step_spec("bfloat16", "bfloat16", _LARGE, guided=True, noise=None, split=True),
+    _step_spec("float16", "float16", _LARGE, guided=False, noise=None, split=True),
     AotSpec(
         "finish_log_prob",
         finish_log_prob_kernel,
-        {
-            "partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "log_prob_ptr": "*fp32",
-            "N": "i32", "num_splits": "i32", "scale": "fp32",
-        },
-        {"BLOCK_S": 128},
+        {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "log_prob_ptr": "*fp32"}
+        | {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128},
         num_warps=1,
-        vector_bytes=0,
     ),
-]  # fmt: skip
+]

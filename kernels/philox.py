@@ -1,19 +1,24 @@
-"""Counter-based normal noise: Philox4x32-10 words, Box-Muller, the same number for the same (seed, sample, step, element).
+"""Counter-based normal noise: the same number for the same (seed, sample, step, element) on every backend.
 
-    key = (seed low, seed high)          counter = (element // 4, step, sample_id low, sample_id high)
-    u_i = (w_i >> 8) 2^-24 + 2^-25       eps_4q   = sqrt(-2 ln u_0) cos(2 pi u_1)   eps_4q+1 = sqrt(-2 ln u_0) sin(2 pi u_1)
-                                         eps_4q+2 = sqrt(-2 ln u_2) cos(2 pi u_3)   eps_4q+3 = sqrt(-2 ln u_2) sin(2 pi u_3)
+    words  = Philox4x32-10 of key (seed low, seed high)
+             and counter (element // 4, step, sample_id low, sample_id high)
+    u_i    = (words_i >> 8) 2^-24 + 2^-25
+    eps_4q, eps_4q+1   = sqrt(-2 ln u_0) (cos, sin)(2 pi u_1)
+    eps_4q+2, eps_4q+3 = sqrt(-2 ln u_2) (cos, sin)(2 pi u_3)
 
-Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Noise of the initial latent has step -1.
-`normal_noise` reads nothing of latent size and writes 4 bytes per element. The other kernels call `innovation_block`
-and regenerate the noise in registers: it costs no memory and does not depend on the batch layout.
+Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The initial latent has step -1.
+`normal_noise` reads nothing of latent size and writes 4 bytes per element. The other kernels call
+`innovation_block` and draw the noise again in registers: it costs no memory and no traffic.
 """
+
+# Constants of a kernel are upper case.
+# ruff: noqa: N803
 
 import torch
 import triton
 import triton.language as tl
 
-from .aot import AotSpec
+from .aot import POINTER, AotSpec
 
 # Elements up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
 # A starting point by reasoning about occupancy, not measured on a GPU.
@@ -35,8 +40,8 @@ def box_muller(word_radius, word_angle):
     u_radius = (word_radius >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
     u_angle = (word_angle >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
     radius = tl.sqrt(-2.0 * tl.log(u_radius))
-    # sin and cos of the library fall back to a table in local memory for large arguments. Here the angle is a
-    # fraction of a turn, so its nearest quarter comes off exactly and a short polynomial does the rest (2e-8).
+    # The library's sin and cos keep a table in local memory for large arguments. Here the angle is a fraction
+    # of a turn, so its nearest quarter comes off exactly and a short polynomial does the rest (error 2e-8).
     quarters = u_angle * 4.0
     nearest = tl.floor(quarters + 0.5)
     rest = quarters - nearest
@@ -63,8 +68,8 @@ def box_muller(word_radius, word_angle):
 def block_offsets(first, BLOCK_N: tl.constexpr):
     """Elements first .. first + BLOCK_N - 1, int32, four in a row per thread.
 
-    The hint keeps all dtypes in the layout in which one Philox counter gives its normals. Eight half-precision
-    numbers per thread would be one load less, but then the noise travels through shared memory.
+    The hint keeps every dtype in the layout in which one Philox counter gives its normals. Eight numbers of a
+    half type per thread would be one load less, but then the noise travels through shared memory.
     """
     return first + tl.max_contiguous(tl.arange(0, BLOCK_N), 4)
 
@@ -93,7 +98,9 @@ def load_key(seed_ptr, sample_ids_ptr, i_b, HAS_NOISE: tl.constexpr):
 
 
 @triton.jit
-def innovation_block(noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N: tl.constexpr, HAS_NOISE: tl.constexpr):
+def innovation_block(
+    noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N: tl.constexpr, HAS_NOISE: tl.constexpr
+):
     """The noise of one block, float32: read when it was given, else drawn again from its key."""
     if HAS_NOISE:
         offs_n = block_offsets(first, BLOCK_N)
@@ -119,7 +126,7 @@ def normal_noise_kernel(
 
 
 def pick_launch(launches: dict[int, tuple[int, int, int]], num_elements: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCKS, num_warps, num_splits) by the size of one latent alone: sums must not depend on the batch."""
+    """(BLOCK_N, BLOCKS, num_warps, num_splits), by one latent's size alone: sums must not depend on B."""
     limit = min(limit for limit in launches if num_elements <= limit)
     block_n, blocks, num_warps = launches[limit]
     return block_n, blocks, num_warps, triton.cdiv(num_elements, block_n * blocks)
@@ -138,17 +145,19 @@ def normal_noise(
     )  # fmt: skip
 
 
+def key_arguments(noise: str | None) -> dict[str, str | None]:
+    """AOT arguments for noise of this dtype, or for a key."""
+    key = "*i64" if noise is None else None
+    return {"noise_ptr": None if noise is None else POINTER[noise], "seed_ptr": key, "sample_ids_ptr": key}
+
+
 AOT_SPECS = [
     AotSpec(
-        f"normal_noise-{limit}",
+        f"normal_noise-{block_n}x{blocks}",
         normal_noise_kernel,
-        {
-            "steps_ptr": "*i64", "seed_ptr": "*i64", "sample_ids_ptr": "*i64", "out_ptr": "*fp32",
-            "N": "i32", "num_splits": "i32",
-        },
-        {"BLOCK_N": block_n, "BLOCKS": blocks},
+        {"steps_ptr": "*i64", "seed_ptr": "*i64", "sample_ids_ptr": "*i64", "out_ptr": "*fp32"}
+        | {"N": "i32", "num_splits": "i32", "BLOCK_N": block_n, "BLOCKS": blocks},
         num_warps,
-        vector_bytes=0,
     )
-    for limit, (block_n, blocks, num_warps) in LAUNCHES.items()
-]  # fmt: skip
+    for block_n, blocks, num_warps in LAUNCHES.values()
+]
