@@ -1,0 +1,262 @@
+"""Ratio, KLs and PPO loss in Triton, forward and backward, against the reference in float64."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from lacfast.kernels.philox import normal_noise
+from lacfast.kernels.ppo_loss import (
+    BACKWARD_LAUNCHES,
+    FORWARD_LAUNCHES,
+    log_ratio_backward,
+    log_ratio_forward,
+    ppo_loss_forward,
+)
+from torch import Tensor
+
+from lacfast import reference
+
+pytestmark = pytest.mark.interpreter
+
+# One element, odd, one program of several blocks, several programs with a ragged last one.
+SIZES = [1, 7, 512, 3001, 5001]
+BATCH = 4
+CLIP_RANGE = 0.01
+KL_WEIGHT = 0.3
+
+# (has_reference, has_key, size, dtype)
+CASES = [
+    *((flag, flag, size, torch.float32) for size in SIZES for flag in (False, True)),
+    *((flag, not flag, 5001, torch.float32) for flag in (False, True)),
+    *((flag, flag, 5001 if flag else 7, torch.bfloat16) for flag in (False, True)),
+    *((flag, flag, 5001 if flag else 7, torch.float16) for flag in (False, True)),
+]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What the ratio of one minibatch reads; either noise or key is None."""
+
+    model_output: Tensor
+    old_model_output: Tensor
+    reference_output: Tensor | None
+    coefficients: Tensor
+    steps: Tensor
+    noise: Tensor | None
+    key: tuple[Tensor, Tensor] | None
+
+    @property
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        return self.model_output, self.old_model_output, self.reference_output
+
+    @property
+    def transition(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.coefficients, self.steps, self.noise, *(self.key or (None, None))
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.model_output[0].numel()
+
+    def select(self, rows: Tensor) -> "Pairs":
+        return replace(
+            self,
+            **{
+                name: None if getattr(self, name) is None else getattr(self, name)[rows]
+                for name in ("model_output", "old_model_output", "reference_output", "steps", "noise")
+            },
+            key=self.key and (self.key[0], self.key[1][rows]),
+        )
+
+    def double(self) -> dict[str, Tensor | None]:
+        """Arguments of the reference in float64, with the noise that the kernels draw."""
+        noise = self.noise
+        if noise is None:
+            noise = torch.empty(self.model_output.shape)
+            normal_noise(self.steps, *self.key, noise)
+        return {
+            "model_output": self.model_output.double().requires_grad_(),
+            "old_model_output": self.old_model_output.double(),
+            "coefficients": self.coefficients.double(),
+            "steps": self.steps,
+            "noise": noise.double(),
+            "reference_output": None if self.reference_output is None else self.reference_output.double(),
+        }
+
+
+@pytest.fixture
+def make_pairs(
+    draw: Callable[..., Tensor], coefficients: Tensor, steps: Tensor, key: tuple[Tensor, Tensor]
+) -> Callable[..., Pairs]:
+    def make(num_elements: int, dtype: torch.dtype, *, has_reference: bool, has_key: bool) -> Pairs:
+        shape = (BATCH, num_elements)
+        old = draw(*shape)
+        return Pairs(
+            (old + 0.1 * draw(*shape)).to(dtype),
+            old.to(dtype),
+            (old + 0.2 * draw(*shape)).to(dtype) if has_reference else None,
+            coefficients,
+            steps,
+            None if has_key else draw(*shape, dtype=dtype),
+            key if has_key else None,
+        )
+
+    return make
+
+
+def test_sizes_reach_every_launch() -> None:
+    for launches in (FORWARD_LAUNCHES, BACKWARD_LAUNCHES):
+        assert {min(limit for limit in launches if size <= limit) for size in SIZES} == set(launches)
+
+
+@pytest.mark.parametrize(("has_reference", "has_key", "num_elements", "dtype"), CASES)
+def test_terms_and_their_gradient_equal_the_reference(
+    has_reference: bool,
+    has_key: bool,
+    num_elements: int,
+    dtype: torch.dtype,
+    make_pairs: Callable[..., Pairs],
+    poisoned: Callable[..., Tensor],
+    draw: Callable[..., Tensor],
+    storage_tolerance: dict[torch.dtype, float],
+) -> None:
+    pairs = make_pairs(num_elements, dtype, has_reference=has_reference, has_key=has_key)
+    terms = poisoned(BATCH, 3)
+    log_ratio_forward(*pairs.outputs, *pairs.transition, pairs.scale, terms)
+    grad_terms = draw(BATCH, 3) * num_elements
+    grad = poisoned(BATCH, num_elements, dtype=dtype)
+    log_ratio_backward(*pairs.outputs, *pairs.transition, pairs.scale, grad_terms, grad)
+
+    arguments = pairs.double()
+    output = reference.log_ratio(**arguments)
+    expected = torch.stack([output.log_ratio, output.kl_old, output.kl_ref], dim=1)
+    torch.testing.assert_close(terms.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    (expected * grad_terms.double()).sum().backward()
+    expected_grad = arguments["model_output"].grad
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=storage_tolerance[dtype], atol=2e-5)
+    assert not terms[pairs.steps == 1].any()
+    assert not grad[pairs.steps == 1].any()
+
+
+@pytest.mark.parametrize("has_weights", [False, True], ids=["even", "weighted"])
+@pytest.mark.parametrize(
+    ("num_elements", "dtype"), [(7, torch.float32), (600, torch.bfloat16), (5001, torch.float32)]
+)
+def test_loss_and_its_gradient_equal_the_reference(
+    num_elements: int,
+    dtype: torch.dtype,
+    has_weights: bool,
+    make_pairs: Callable[..., Pairs],
+    poisoned: Callable[..., Tensor],
+    storage_tolerance: dict[torch.dtype, float],
+) -> None:
+    pairs = make_pairs(num_elements, dtype, has_reference=True, has_key=True)
+    arguments = pairs.double()
+    # Both signs against both directions of the ratio: active and inactive clips on either side.
+    log_ratio = reference.log_ratio(**arguments).log_ratio.detach()
+    advantages = torch.tensor([1.5, -0.5, 0.7, 2.0]) * torch.where(log_ratio < 0, -1, 1)
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.25]) if has_weights else None
+    rows = poisoned(BATCH, 6)
+    ppo_loss_forward(
+        *pairs.outputs, advantages, weights, *pairs.transition, pairs.scale, CLIP_RANGE, KL_WEIGHT, rows
+    )
+    grad_terms = torch.stack(
+        [rows[:, 4], torch.zeros(BATCH), KL_WEIGHT * (torch.ones(BATCH) if weights is None else weights)],
+        dim=1,
+    )
+    grad = poisoned(BATCH, num_elements, dtype=dtype)
+    log_ratio_backward(
+        *pairs.outputs, *pairs.transition, pairs.scale, grad_terms * num_elements / BATCH, grad
+    )
+
+    loss, stats = reference.ppo_loss(
+        **arguments, advantages=advantages, weights=weights, clip_range=CLIP_RANGE, kl_weight=KL_WEIGHT
+    )
+    torch.testing.assert_close(rows[:, 3].mean().double(), loss.detach(), rtol=1e-6, atol=1e-6)
+    expected_stats = torch.stack([stats.log_ratio, stats.kl_old, stats.kl_ref, stats.clipped], dim=1)
+    torch.testing.assert_close(rows[:, [0, 1, 2, 5]].double(), expected_stats, rtol=1e-5, atol=1e-6)
+    (loss * num_elements).backward()
+    expected_grad = arguments["model_output"].grad
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=storage_tolerance[dtype], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_elements", [600, 5001])
+def test_clip_acts_only_where_the_ratio_moves_with_the_advantage(
+    num_elements: int, coefficients: Tensor, poisoned: Callable[..., Tensor], draw: Callable[..., Tensor]
+) -> None:
+    noise = draw(1, num_elements).expand(BATCH, -1).contiguous()
+    old = torch.zeros(BATCH, num_elements)
+    # dv along the noise raises the likelihood, against it lowers it: ratio above, above, below, below.
+    direction = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]) * coefficients[0, 1].sign()
+    pairs = Pairs(
+        0.3 * direction * noise, old, None, coefficients, torch.zeros(BATCH, dtype=torch.int64), noise, None
+    )
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    rows = poisoned(BATCH, 6)
+    ppo_loss_forward(*pairs.outputs, advantages, None, *pairs.transition, pairs.scale, CLIP_RANGE, 0.0, rows)
+    assert (rows[:2, 0] > CLIP_RANGE).all()
+    assert (rows[2:, 0] < -CLIP_RANGE).all()
+    assert rows[:, 5].tolist() == [1.0, 0.0, 0.0, -1.0]
+    ratio = rows[:, 0].exp()
+    torch.testing.assert_close(rows[:, 4], torch.tensor([0.0, ratio[1], -ratio[2], 0.0]))
+    torch.testing.assert_close(
+        rows[:, 3], torch.tensor([-(1 + CLIP_RANGE), ratio[1], -ratio[2], 1 - CLIP_RANGE])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_elements", [7, 5001])
+def test_ratio_is_exactly_one_before_the_first_update(
+    num_elements: int, dtype: torch.dtype, make_pairs: Callable[..., Pairs], poisoned: Callable[..., Tensor]
+) -> None:
+    pairs = make_pairs(num_elements, dtype, has_reference=False, has_key=True)
+    pairs = replace(pairs, old_model_output=pairs.model_output.clone())
+    advantages = torch.tensor([0.3, -1.7, 0.01, 5.0])
+    rows = poisoned(BATCH, 6)
+    ppo_loss_forward(*pairs.outputs, advantages, None, *pairs.transition, pairs.scale, 1e-5, 0.0, rows)
+    assert not rows[:, :3].any()
+    assert torch.equal(rows[:, 3:5], -advantages[:, None].expand(-1, 2))
+    assert not rows[:, 5].any()
+
+
+def test_clip_is_decided_on_digits_below_float32_at_one(
+    coefficients: Tensor, poisoned: Callable[..., Tensor]
+) -> None:
+    # One element with eps = 0 gives log_ratio = -z^2 / 2; next to -1e-5, float32's 1 - rho has steps of 0.6 %.
+    target = torch.tensor([0.9990e-5, 0.9999e-5, 1.0001e-5, 1.0010e-5])
+    output = ((2 * target).sqrt() * coefficients[0, 2] / coefficients[0, 1])[:, None]
+    steps = torch.zeros(BATCH, dtype=torch.int64)
+    pairs = Pairs(output, torch.zeros_like(output), None, coefficients, steps, torch.zeros_like(output), None)
+    rows = poisoned(BATCH, 6)
+    ppo_loss_forward(*pairs.outputs, -torch.ones(BATCH), None, *pairs.transition, 1.0, 1e-5, 0.0, rows)
+    assert rows[:, 5].tolist() == [0.0, 0.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize("num_elements", [600, 5001])
+def test_rows_and_gradients_do_not_depend_on_the_batch(
+    num_elements: int,
+    make_pairs: Callable[..., Pairs],
+    poisoned: Callable[..., Tensor],
+    draw: Callable[..., Tensor],
+) -> None:
+    pairs = make_pairs(num_elements, torch.bfloat16, has_reference=True, has_key=True)
+    advantages, grad_terms = draw(BATCH), draw(BATCH, 3)
+    rows = torch.tensor([3, 0])
+    results = []
+    for part, batch, index in ((pairs, BATCH, torch.arange(BATCH)), (pairs.select(rows), 2, rows)):
+        table, grad = poisoned(batch, 6), poisoned(batch, num_elements, dtype=torch.bfloat16)
+        ppo_loss_forward(
+            *part.outputs,
+            advantages[index],
+            None,
+            *part.transition,
+            pairs.scale,
+            CLIP_RANGE,
+            KL_WEIGHT,
+            table,
+        )
+        log_ratio_backward(*part.outputs, *part.transition, pairs.scale, grad_terms[index], grad)
+        results.append((table, grad))
+    (table, grad), (table_part, grad_part) = results
+    assert torch.equal(table_part, table[rows])
+    assert torch.equal(grad_part, grad[rows])
