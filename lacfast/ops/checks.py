@@ -1,0 +1,99 @@
+"""What every op asks of its tensors before an address is taken: device, dtype, shape, memory order.
+
+The kernels read raw pointers, so nothing else would notice. Rows of `coefficients` beyond the table are found by the
+CPU kernels only: on a GPU, `steps` cannot be looked at without a synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lacfast.records import NoiseKey
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: the type in which the maths is done."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_latents(name: str, tensor: Tensor) -> None:
+    """The operand that the others are compared with: (B, ...), floating, dense, not empty."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    if tensor.ndim < 2 or 0 in tensor.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; it must be (B, ...) with at least one element"
+        )
+    if not tensor.is_contiguous():
+        raise _not_contiguous(name, tensor)
+
+
+def check_operand(
+    name: str,
+    tensor: Tensor,
+    like_name: str,
+    like: Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """One further operand: on the device of `like`, of this shape, one of these dtypes, contiguous."""
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but {like_name} on {like.device}; "
+            f"move it with {name}.to({str(like.device)!r})"
+        )
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; with this {like_name} it must be {tuple(shape)}"
+        )
+    if tensor.dtype not in dtypes:
+        known = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+        raise ValueError(
+            f"{name} has dtype {tensor.dtype}; with this {like_name} ({like.dtype}) it must be {known}"
+        )
+    if not tensor.is_contiguous():
+        raise _not_contiguous(name, tensor)
+
+
+def check_transition(coefficients: Tensor, steps: Tensor, like_name: str, like: Tensor) -> None:
+    """coefficients (T, 3) in the arithmetic type and steps (B,) int64."""
+    if coefficients.ndim != 2:
+        raise ValueError(
+            f"coefficients has shape {tuple(coefficients.shape)}; it must be (T, 3): a, b, std per step"
+        )
+    table_shape = (max(coefficients.shape[0], 1), 3)
+    check_operand("coefficients", coefficients, like_name, like, table_shape, (arithmetic_dtype(like),))
+    check_operand("steps", steps, like_name, like, like.shape[:1], (torch.int64,))
+
+
+def split_noise(
+    noise: Tensor | NoiseKey, like_name: str, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The noise as (tensor, seed, sample ids), of which either the first or the other two are None."""
+    if isinstance(noise, NoiseKey):
+        check_operand("noise.seed", noise.seed, like_name, like, (1,), (torch.int64,))
+        check_operand("noise.sample_ids", noise.sample_ids, like_name, like, like.shape[:1], (torch.int64,))
+        return None, noise.seed, noise.sample_ids
+    check_operand("noise", noise, like_name, like, like.shape, (torch.float32, like.dtype))
+    return noise, None, None
+
+
+def reduction_scale(reduction: str, like: Tensor) -> float:
+    """1 / N for "mean" over the N elements of a latent, 1 for "sum"."""
+    if reduction == "mean":
+        return 1.0 / math.prod(like.shape[1:])
+    if reduction == "sum":
+        return 1.0
+    raise ValueError(f"unknown reduction {reduction!r}; known: 'mean' (per element), 'sum' (joint)")
+
+
+def _not_contiguous(name: str, tensor: Tensor) -> ValueError:
+    return ValueError(
+        f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; the kernels read memory in order: "
+        f"pass {name}.contiguous()"
+    )

@@ -1,0 +1,61 @@
+"""normal_noise: standard normals from a counter, the same on every backend and in every batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lacfast import reference
+from lacfast.ops.backend import choose, launch, through_dispatcher
+from lacfast.ops.checks import check_operand
+from lacfast.records import NoiseKey
+
+
+def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor:
+    """Standard normals that depend on (seed, sample id, step, element) only, never on the batch layout.
+
+        words = philox(counter = (element / 4, step, sample id low, sample id high), key = seed)
+        u_i = (words_i >> 8) 2^-24 + 2^-25;   pairs (u_0, u_1), (u_2, u_3) by Box-Muller
+
+    Philox4x32-10 (Salmon et al., SC 2011). The words are bit-identical on all backends; the normals agree to 1e-4
+    between backends and are bit-identical on one.
+
+    Args:
+        shape: (B, ...) of the result.
+        steps: (B,) int64 step of each sample; INITIAL_STEP for the latent that starts a trajectory.
+        key: seed (1,) and sample ids (B,), int64 on the device of `steps`.
+
+    Returns:
+        (B, ...) float32 on the device of `steps`.
+
+    Raises:
+        ValueError: a shape, dtype, device or memory order that does not fit.
+    """
+    if len(shape) < 2 or 0 in shape:
+        raise ValueError(f"shape is {tuple(shape)}; it must be (B, ...) with at least one element")
+    check_operand("steps", steps, "shape", steps, shape[:1], (torch.int64,))
+    check_operand("key.seed", key.seed, "steps", steps, (1,), (torch.int64,))
+    check_operand("key.sample_ids", key.sample_ids, "steps", steps, shape[:1], (torch.int64,))
+    chosen = choose("normal_noise", steps.device.type, torch.float32)
+    if chosen == "reference":
+        return reference.normal_noise(shape, steps, key)
+    if through_dispatcher(steps):
+        return _normal_noise_op(list(shape), steps, key.seed, key.sample_ids)
+    return _run(chosen, shape, steps, key.seed, key.sample_ids)
+
+
+def _run(chosen: str, shape: tuple[int, ...], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
+    out = torch.empty(shape, dtype=torch.float32, device=steps.device)
+    launch(chosen, "normal_noise", steps, steps, seed, sample_ids, out)
+    return out
+
+
+@torch.library.custom_op("lacfast::normal_noise", mutates_args=())
+def _normal_noise_op(shape: list[int], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
+    chosen = choose("normal_noise", steps.device.type, torch.float32)
+    return _run(chosen, tuple(shape), steps, seed, sample_ids)
+
+
+@_normal_noise_op.register_fake
+def _(shape: list[int], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=steps.device)
