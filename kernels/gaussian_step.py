@@ -79,7 +79,9 @@ def gaussian_step_kernel(
             b_v = b_stored_v.to(tl.float32)
         b_eps = innovation_block(noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N, HAS_NOISE)
         b_mean = a * b_sample + b * b_v
-        b_stored = (b_mean + std * b_eps).to(prev_sample_ptr.dtype.element_ty)
+        # The noise of a deterministic step may be anything.
+        b_noise = tl.where(std > 0, std * b_eps, 0.0)
+        b_stored = (b_mean + b_noise).to(prev_sample_ptr.dtype.element_ty)
         tl.store(prev_sample_ptr + row + offs_n, b_stored, mask=mask_n)
         b_z = (b_stored.to(tl.float32) - b_mean) * inverse_std
         b_squares += tl.where(mask_n, b_z * b_z, 0.0)

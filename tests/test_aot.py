@@ -1,0 +1,83 @@
+"""Every Triton kernel compiles for sm_80, sm_90, sm_100 without a GPU, fits in registers, moves vectors."""
+
+import importlib
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+KERNEL_FILES = ["philox", "gaussian_step", "ppo_loss"]
+ARCHITECTURES = [80, 90, 100]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MAX_REGISTERS = 128
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="kernels under the interpreter are not compiled"
+)
+
+SPECS = [
+    spec for name in KERNEL_FILES for spec in importlib.import_module(f"lacfast.kernels.{name}").AOT_SPECS
+]
+
+
+def test_every_kernel_file_is_compiled() -> None:
+    folder = Path(__file__).parents[1] / "kernels"
+    with_kernels = {path.stem for path in folder.glob("*.py") if "\n@triton.jit\n" in path.read_text()}
+    assert with_kernels == set(KERNEL_FILES)
+
+
+@pytest.mark.parametrize("name", KERNEL_FILES)
+def test_every_launched_kernel_has_a_spec(name: str) -> None:
+    module = importlib.import_module(f"lacfast.kernels.{name}")
+    launched = re.findall(r"(\w+)\[\(", Path(module.__file__).read_text())
+    assert set(launched) == {spec.kernel.__name__ for spec in module.AOT_SPECS}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_kernel_compiles_without_spills(spec, architecture: int, tmp_path: Path) -> None:
+    index = {name: i for i, name in enumerate(spec.kernel.arg_names)}
+    source = ASTSource(
+        spec.kernel,
+        signature=spec.signature(),
+        constexprs={(index[name],): value for name, value in spec.constants().items()},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name in spec.divisible()},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": spec.num_warps, "enable_fp_fusion": False},
+    )
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = resource_usage(cubin)
+    assert usage["STACK"] == 0
+    assert usage["LOCAL"] == 0
+    assert usage["REG"] <= MAX_REGISTERS
+
+    # Moving a block from one layout to another goes through shared memory and a barrier.
+    assert "convert_layout" not in compiled.asm["ttgir"]
+    if spec.vector_bits:
+        loads = global_load_bits(compiled.asm["ptx"])
+        assert loads.count(128) + loads.count(64) > 0
+        assert min(loads) >= spec.vector_bits, f"a load of a block moves {min(loads)} bits"
+
+
+def resource_usage(cubin: Path) -> dict[str, int]:
+    """REG, STACK, SHARED and LOCAL of the only kernel in a cubin."""
+    printed = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    return {key: int(number) for key, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed)}
+
+
+def global_load_bits(ptx: str) -> list[int]:
+    """Bits per thread of every masked load: blocks are read with a mask, single numbers without."""
+    vectors = re.findall(r"@%p\d+ ld\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    return [int(count or 1) * int(bits) for count, bits in vectors]
