@@ -1,6 +1,7 @@
 """Which code runs an op: C++ for CPU tensors, Triton (CUDA C++ for gae) for CUDA tensors, else the reference.
 
-The reference is called as it is. Every other backend has functions of the same names that fill preallocated outputs.
+The reference is called as it is. The other backends have functions of the same names that fill preallocated
+outputs.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops of this block on one backend, for tests and comparisons.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda". Where an op has no kernel there (gae in Triton, the others in
-            CUDA C++), the block's op runs as if nothing had been asked.
+        name: "reference", "cpu", "triton" or "cuda". An op without a kernel there (gae in Triton, the
+            others in CUDA C++) runs as if nothing had been asked.
 
     Raises:
         ValueError: unknown, or not usable on this machine.
@@ -63,7 +64,7 @@ def available() -> dict[str, str]:
 
 @cache
 def unusable_reason(name: str) -> str:
-    """Empty when backend `name` can run on this machine. Asked once: the answer cannot change within a process."""
+    """Empty when backend `name` can run here. Asked once: the answer cannot change within a process."""
     if name == "reference":
         return ""
     if name == "triton":
@@ -78,7 +79,7 @@ def unusable_reason(name: str) -> str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend of kernel `name` for tensors of this device and dtype; a compiled graph keeps the choice."""
+    """The backend of kernel `name` for a device and dtype; a compiled graph keeps the choice."""
     forced = _forced.get()
     if forced is not None and _has_kernel(forced, name):
         _require_device(forced, device_type)
@@ -157,7 +158,7 @@ def _import_error(module: str) -> str:
 @cache
 def _warn_once(natural: str, reason: str) -> None:
     warnings.warn(
-        f"lacfast runs its eager reference, which is slower: backend {natural!r} is not usable here ({reason})",
+        f"backend {natural!r} is not usable here ({reason}); lacfast runs its slower eager reference",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -1,7 +1,7 @@
 """What every op asks of its tensors before an address is taken: device, dtype, shape, memory order.
 
-The kernels read raw pointers, so nothing else would notice. Rows of `coefficients` beyond the table are found by the
-CPU kernels only: on a GPU, `steps` cannot be looked at without a synchronisation.
+The kernels read raw pointers, so nothing else would notice. A step beyond the table of coefficients is found
+by the CPU kernels only: on a GPU, `steps` cannot be looked at without a synchronisation.
 """
 
 from __future__ import annotations
@@ -94,6 +94,6 @@ def reduction_scale(reduction: str, like: Tensor) -> float:
 
 def _not_contiguous(name: str, tensor: Tensor) -> ValueError:
     return ValueError(
-        f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; the kernels read memory in order: "
-        f"pass {name}.contiguous()"
+        f"{name} of shape {tuple(tensor.shape)} has strides {tensor.stride()}; "
+        f"the kernels read memory in order: pass {name}.contiguous()"
     )

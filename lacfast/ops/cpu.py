@@ -166,6 +166,32 @@ def log_ratio_backward(
     )
 
 
+def gae_arguments(
+    first_input: Tensor,
+    second_input: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    value_lambda: float,
+    first_output: Tensor,
+    second_output: Tensor,
+) -> tuple[int, int, int, int, float, float, float, int, int, int, int]:
+    """What the C++ and the CUDA bindings of gae and its backward take, in their order."""
+    rows, steps, heads = first_input.shape
+    return (
+        rows,
+        steps,
+        heads,
+        DTYPE_CODES[first_input.dtype],
+        gamma,
+        gae_lambda,
+        value_lambda,
+        first_input.data_ptr(),
+        second_input.data_ptr(),
+        first_output.data_ptr(),
+        second_output.data_ptr(),
+    )
+
+
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -175,9 +201,7 @@ def gae(
     advantages: Tensor,
     returns: Tensor,
 ) -> None:
-    shape = (*rewards.shape, DTYPE_CODES[rewards.dtype])
-    addresses = (rewards.data_ptr(), values.data_ptr(), advantages.data_ptr(), returns.data_ptr())
-    _C.gae(*shape, gamma, gae_lambda, value_lambda, *addresses)
+    _C.gae(*gae_arguments(rewards, values, gamma, gae_lambda, value_lambda, advantages, returns))
 
 
 def gae_backward(
@@ -189,11 +213,8 @@ def gae_backward(
     grad_rewards: Tensor,
     grad_values: Tensor,
 ) -> None:
-    shape = (*grad_advantages.shape, DTYPE_CODES[grad_advantages.dtype])
-    addresses = (
-        grad_advantages.data_ptr(),
-        grad_returns.data_ptr(),
-        grad_rewards.data_ptr(),
-        grad_values.data_ptr(),
+    _C.gae_backward(
+        *gae_arguments(
+            grad_advantages, grad_returns, gamma, gae_lambda, value_lambda, grad_rewards, grad_values
+        )
     )
-    _C.gae_backward(*shape, gamma, gae_lambda, value_lambda, *addresses)

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from lacfast import _C
-from lacfast.ops.cpu import DTYPE_CODES
+from lacfast.ops.cpu import gae_arguments
+
+
+def _stream(tensor: Tensor) -> int:
+    stream: int = torch.cuda.current_stream(tensor.device).cuda_stream
+    return stream
 
 
 def gae(
@@ -18,10 +23,8 @@ def gae(
     advantages: Tensor,
     returns: Tensor,
 ) -> None:
-    shape = (*rewards.shape, DTYPE_CODES[rewards.dtype])
-    addresses = (rewards.data_ptr(), values.data_ptr(), advantages.data_ptr(), returns.data_ptr())
-    stream = torch.cuda.current_stream(rewards.device).cuda_stream
-    _C.cuda_gae(*shape, gamma, gae_lambda, value_lambda, *addresses, stream)
+    arguments = gae_arguments(rewards, values, gamma, gae_lambda, value_lambda, advantages, returns)
+    _C.cuda_gae(*arguments, _stream(rewards))
 
 
 def gae_backward(
@@ -33,12 +36,7 @@ def gae_backward(
     grad_rewards: Tensor,
     grad_values: Tensor,
 ) -> None:
-    shape = (*grad_advantages.shape, DTYPE_CODES[grad_advantages.dtype])
-    addresses = (
-        grad_advantages.data_ptr(),
-        grad_returns.data_ptr(),
-        grad_rewards.data_ptr(),
-        grad_values.data_ptr(),
+    arguments = gae_arguments(
+        grad_advantages, grad_returns, gamma, gae_lambda, value_lambda, grad_rewards, grad_values
     )
-    stream = torch.cuda.current_stream(grad_advantages.device).cuda_stream
-    _C.cuda_gae_backward(*shape, gamma, gae_lambda, value_lambda, *addresses, stream)
+    _C.cuda_gae_backward(*arguments, _stream(grad_advantages))

@@ -20,7 +20,7 @@ def gae(
         delta_k = r_k + gamma V_{k+1} - V_k,   V_T = 0
         A_k = delta_k + gamma lambda A_{k+1};   returns_k = A_k at value_lambda + V_k
 
-    Half-precision inputs are computed in float32 and returned in their own dtype; gradients flow to both inputs.
+    Half-precision inputs are computed in float32 and returned in their own dtype; gradients flow to both.
 
     Args:
         rewards: (B, T, M) reward after each step.
@@ -43,9 +43,12 @@ def gae(
     if chosen == "reference":
         return reference.gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda, value_lambda=value_lambda)
     if through_dispatcher(rewards):
-        return _gae_op(rewards, values, gamma, gae_lambda, value_lambda)
+        advantages, returns = _gae_op(rewards, values, gamma, gae_lambda, value_lambda)
+        return advantages, returns
     if torch.is_grad_enabled() and (rewards.requires_grad or values.requires_grad):
-        advantages, returns = _Gae.apply(rewards, values, gamma, gae_lambda, value_lambda, chosen)
+        advantages, returns = _Gae.apply(  # type: ignore[no-untyped-call]
+            rewards, values, gamma, gae_lambda, value_lambda, chosen
+        )
         return advantages, returns
     return _forward(chosen, rewards, values, gamma, gae_lambda, value_lambda)
 
@@ -101,7 +104,9 @@ class _Gae(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return (*_backward(ctx.chosen, *grads, *ctx.settings), None, None, None, None)
+        grad_advantages, grad_returns = grads
+        gradients = _backward(ctx.chosen, grad_advantages, grad_returns, *ctx.settings)
+        return (*gradients, None, None, None, None)
 
 
 @torch.library.custom_op("lacfast::gae", mutates_args=())

@@ -1,7 +1,8 @@
-"""gaussian_step: guidance, transition, noise and log-prob of one denoising step in one read of the latents."""
+"""gaussian_step: guidance, transition, noise and log-prob of one denoising step in one read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,23 +39,23 @@ def gaussian_step(
         x' = a x + b v + std eps
         log_prob = reduce( -(x' - mu)^2 / (2 std^2) - log std - log(2 pi) / 2 ),   mu = a x + b v
 
-    Maths in float32, or float64 where the latents are float64. The log-prob is that of the stored x', after rounding,
-    and treats x' as a constant; x' itself carries gradients a and b. Gradients flow to sample, model_output and
-    uncond_output. Where std = 0 the step is deterministic: the noise is not read, log_prob is 0.
+    Maths in float32, or float64 where the latents are float64. The log-prob is that of the stored x', after
+    rounding, and treats x' as a constant; x' itself carries gradients a and b. Gradients flow to sample,
+    model_output and uncond_output. Where std = 0 the step is deterministic: noise is not read, log_prob is 0.
 
     Args:
         sample: (B, ...) latents.
-        model_output: (B, ...) prediction of the model, conditional half when guided; float64 where the sample is.
+        model_output: (B, ...) prediction, the conditional half when guided; float64 where the sample is.
         coefficients: (T, 3) columns a, b, std; float32, or float64 for float64 latents.
-        steps: (B,) int64 row of `coefficients` for each sample. Only the CPU kernels notice a row beyond the table.
+        steps: (B,) int64 row of `coefficients` per sample. Only the CPU kernels notice one beyond the table.
         noise: (B, ...) eps in float32 or the sample's dtype, or the key that regenerates it.
         uncond_output: (B, ...) unconditional prediction, like model_output.
         guidance_scale: (1,) float32, needed with `uncond_output`.
         reduction: "mean" over elements (the field's convention) or "sum".
 
     Returns:
-        prev_sample (B, ...) in the sample's dtype, log_prob (B,) in the dtype of the maths, and the model_output that
-        was used: the argument itself, or after guidance a new tensor of its dtype.
+        prev_sample (B, ...) in the sample's dtype, log_prob (B,) in the dtype of the maths, and the output
+        that was used: the argument itself, or after guidance a new tensor of its dtype.
 
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
@@ -90,7 +91,9 @@ def gaussian_step(
     if through_dispatcher(sample):
         prev_sample, log_prob, guided = _gaussian_step_op(*arguments)
     elif torch.is_grad_enabled() and _requires_grad(sample, model_output, uncond_output):
-        prev_sample, log_prob, guided = _GaussianStep.apply(*arguments, chosen)
+        prev_sample, log_prob, guided = _GaussianStep.apply(  # type: ignore[no-untyped-call]
+            *arguments, chosen
+        )
     else:
         prev_sample, log_prob, guided = _forward(chosen, *arguments)
     return StepOutput(prev_sample, log_prob, model_output if uncond_output is None else guided)
@@ -164,18 +167,14 @@ def _forward(
 
 
 def _gradients(
-    sample: Tensor,
-    used_output: Tensor,
-    prev_sample: Tensor,
-    guidance_scale: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
+    saved: Sequence[Any],
     scale: float,
     grad_prev_sample: Tensor | None,
     grad_log_prob: Tensor | None,
     grad_guided: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of sample, model_output and uncond_output:  d x' = a dx + b dv,   d log_prob = scale (x' - mu) / std^2 d mu."""
+    """Of sample, model_output, uncond_output: dx' = a dx + b dv, dlog_prob = scale (x' - mu) / std^2 dmu."""
+    sample, used_output, prev_sample, guidance_scale, coefficients, steps = saved
     dtype = arithmetic_dtype(sample)
     broadcast = (-1,) + (1,) * (sample.ndim - 1)
     a, b, std = (column.view(broadcast) for column in coefficients[steps].unbind(dim=1))
@@ -211,8 +210,9 @@ class _GaussianStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_sample, grad_cond, grad_uncond = _gradients(*ctx.saved_tensors, ctx.scale, *grads)
-        return grad_sample, grad_cond, grad_uncond, *([None] * 8)
+        grad_prev_sample, grad_log_prob, grad_guided = grads
+        gradients = _gradients(ctx.saved_tensors, ctx.scale, grad_prev_sample, grad_log_prob, grad_guided)
+        return (*gradients, *([None] * 8))
 
 
 @torch.library.custom_op("lacfast::gaussian_step", mutates_args=())
@@ -272,7 +272,7 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _op_backward(
     ctx: Any, grad_prev_sample: Tensor | None, grad_log_prob: Tensor | None, grad_guided: Tensor | None
 ) -> Any:
-    gradients = _gradients(*ctx.saved_tensors, ctx.scale, grad_prev_sample, grad_log_prob, grad_guided)
+    gradients = _gradients(ctx.saved_tensors, ctx.scale, grad_prev_sample, grad_log_prob, grad_guided)
     return (*gradients, *([None] * 7))
 
 

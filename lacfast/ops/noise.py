@@ -17,8 +17,8 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
         words = philox(counter = (element / 4, step, sample id low, sample id high), key = seed)
         u_i = (words_i >> 8) 2^-24 + 2^-25;   pairs (u_0, u_1), (u_2, u_3) by Box-Muller
 
-    Philox4x32-10 (Salmon et al., SC 2011). The words are bit-identical on all backends; the normals agree to 1e-4
-    between backends and are bit-identical on one.
+    Philox4x32-10 (Salmon et al., SC 2011). The words are bit-identical on all backends, the normals on one;
+    between backends they agree to 1e-4.
 
     Args:
         shape: (B, ...) of the result.
@@ -40,7 +40,8 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
     if chosen == "reference":
         return reference.normal_noise(shape, steps, key)
     if through_dispatcher(steps):
-        return _normal_noise_op(list(shape), steps, key.seed, key.sample_ids)
+        noise: Tensor = _normal_noise_op(list(shape), steps, key.seed, key.sample_ids)
+        return noise
     return _run(chosen, shape, steps, key.seed, key.sample_ids)
 
 

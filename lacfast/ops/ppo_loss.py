@@ -45,7 +45,7 @@ def log_ratio(
         old_model_output: (B, ...) of the policy that made the rollout, like model_output.
         coefficients: (T, 3) columns a, b, std; float32, or float64 for float64 outputs.
         steps: (B,) int64 row of `coefficients`. Only the CPU kernels notice a row beyond the table.
-        noise: (B, ...) the eps of the rollout in float32 or the outputs' dtype, or the key that regenerates it.
+        noise: (B, ...) the rollout's eps in float32 or the outputs' dtype, or the key that regenerates it.
         reference_output: (B, ...) of the reference model, like model_output.
         reduction: "mean" over elements or "sum".
 
@@ -72,7 +72,7 @@ def log_ratio(
     if through_dispatcher(model_output):
         terms = _log_ratio_op(*arguments)
     elif torch.is_grad_enabled() and model_output.requires_grad:
-        terms = _LogRatio.apply(chosen, *arguments)
+        terms = _LogRatio.apply(chosen, *arguments)  # type: ignore[no-untyped-call]
     else:
         terms = _terms(chosen, *arguments)
     return TransitionTerms(*terms.unbind(dim=1))
@@ -116,9 +116,7 @@ def ppo_loss(
     if weights is not None:
         check_operand("weights", weights, "model_output", model_output, *per_sample)
     if not clip_range > 0:
-        raise ValueError(
-            f"clip_range is {clip_range}; it must be above 0 (ALGORITHM: 1e-5 to 1e-4 in mean units)"
-        )
+        raise ValueError(f"clip_range is {clip_range}; it must be above 0 in mean units near 1e-5 to 1e-4")
     if kl_weight != 0 and reference_output is None:
         raise ValueError(
             f"kl_weight is {kl_weight} but there is no reference_output; pass one, or kl_weight=0"
@@ -144,14 +142,14 @@ def ppo_loss(
     if through_dispatcher(model_output):
         rows = _ppo_rows_op(*arguments, *surrogate)
     elif torch.is_grad_enabled() and model_output.requires_grad:
-        rows = _PPORows.apply(chosen, *arguments, *surrogate)
+        rows = _PPORows.apply(chosen, *arguments, *surrogate)  # type: ignore[no-untyped-call]
     else:
         rows = _rows(chosen, *arguments, *surrogate)
     ratio, kl_old, kl_ref, _, _, clipped = rows.detach().unbind(dim=1)
     return rows[:, LOSS].mean(), PPOStats(ratio, kl_old, kl_ref, clipped)
 
 
-# Columns of the rows (B, 6) that the kernels fill: log_ratio, kl_old, kl_ref, loss, d loss / d log_ratio, clipped.
+# Columns of the rows (B, 6) of the kernels: log_ratio, kl_old, kl_ref, loss, d loss / d log_ratio, side.
 LOSS, GRAD_LOG_RATIO = 3, 4
 
 
@@ -234,7 +232,7 @@ def _grad_model_output(chosen: str, arguments: tuple[Any, ...], grad_terms: Tens
 
 
 def _grad_terms(rows: Tensor, weights: Tensor | None, kl_weight: float, grad_rows: Tensor) -> Tensor:
-    """(B, 3) gradients of log_ratio, kl_old, kl_ref from the one of the losses; the other columns carry none."""
+    """(B, 3) gradients of log_ratio, kl_old, kl_ref from that of the losses; no other column carries any."""
     grad_loss = grad_rows[:, LOSS]
     grad_kl_ref = kl_weight * (grad_loss if weights is None else weights * grad_loss)
     return torch.stack([rows[:, GRAD_LOG_RATIO] * grad_loss, torch.zeros_like(grad_loss), grad_kl_ref], dim=1)
