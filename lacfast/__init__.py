@@ -1,1 +1,45 @@
-"""Latent actor-critic post-training of diffusion models, fast."""
+"""Latent actor-critic post-training of diffusion models, fast.
+
+The public names are imported when they are first used: `lacfast.ops` alone needs neither diffusers nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lacfast.backbones import load_backbone
+    from lacfast.config import CriticConfig, PPOConfig, PretrainConfig, SamplerConfig, SteeringConfig, TrainConfig
+    from lacfast.steering import steer
+    from lacfast.trainer import LatentActorCriticTrainer
+
+_HOMES = {
+    "CriticConfig": "config",
+    "LatentActorCriticTrainer": "trainer",
+    "PPOConfig": "config",
+    "PretrainConfig": "config",
+    "SamplerConfig": "config",
+    "SteeringConfig": "config",
+    "TrainConfig": "config",
+    "load_backbone": "backbones",
+    "steer": "steering",
+}
+
+__all__ = [
+    "CriticConfig",
+    "LatentActorCriticTrainer",
+    "PPOConfig",
+    "PretrainConfig",
+    "SamplerConfig",
+    "SteeringConfig",
+    "TrainConfig",
+    "load_backbone",
+    "steer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lacfast.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lacfast' has no attribute {name!r}")

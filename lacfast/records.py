@@ -161,19 +161,3 @@ class Rollout:
 
     def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
         return replace(self, rewards=rewards)
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """Flattened (sample, step) pairs, P of them."""
-
-    steps: Tensor
-    """(P,) int64 row of the transition table."""
-    rows: Tensor
-    """(P,) int64 row of the rollout."""
-    sample: Tensor
-    """(P, C, H, W)"""
-    old_model_output: Tensor
-    """(P, C, H, W)"""
-    advantages: Tensor
-    """(P,)"""

@@ -1,0 +1,64 @@
+"""Reading a model's inner activations by module name while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lacfast.protocols import Features
+
+ReadTap = Callable[[tuple[Any, ...], dict[str, Any], Any], Features]
+"""(positional arguments, keyword arguments, output) of a module's forward -> named tensors (B, ...)."""
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One module of a model, by its name in `named_modules`, and what to read when it runs."""
+
+    module: str
+    read: ReadTap
+
+
+@contextmanager
+def record_taps(model: nn.Module, taps: Sequence[Tap], *, detach: bool = True) -> Iterator[Features]:
+    """Within the context, every forward of `model` overwrites the yielded dict with the taps' tensors.
+
+    Raises:
+        ValueError: for a module that the model does not have; the message lists those of the same depth.
+    """
+    modules = dict(model.named_modules())
+    features: Features = {}
+    handles = []
+    try:
+        for tap in taps:
+            if tap.module not in modules:
+                depth = tap.module.count(".")
+                known = ", ".join(name for name in modules if name and name.count(".") == depth)
+                raise ValueError(f"{type(model).__name__} has no module {tap.module!r} to tap; known at that depth: {known}")
+            handles.append(modules[tap.module].register_forward_hook(_hook(tap, features, detach), with_kwargs=True))
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(tap: Tap, features: Features, detach: bool) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for name, tensor in tap.read(args, kwargs, output).items():
+            features[name] = tensor.detach() if detach else tensor
+
+    return hook
+
+
+def thirds(depth: int) -> list[int]:
+    """The blocks at one third, two thirds and the end of `depth` [paper]: 7, 15, 23 of 24."""
+    return sorted({max(depth * part // 3 - 1, 0) for part in (1, 2, 3)})
+
+
+def feature_map_tokens(feature_map: Tensor) -> Tensor:
+    """(B, C, H, W) as tokens (B, H W, C)."""
+    return feature_map.flatten(2).mT

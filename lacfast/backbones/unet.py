@@ -1,0 +1,102 @@
+"""Stable Diffusion's UNet: diffusers' UNet2DConditionModel as actor and as critic trunk."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
+from lacfast.backbones.trunks import SharedTrunk
+from lacfast.protocols import Features, Trunk
+from lacfast.records import Conditioning
+
+
+class UNetBackbone(LatentBackbone):
+    """A model on latents (C, H, W) with cross-attention to prompt tokens."""
+
+    model: UNet2DConditionModel
+
+    def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": tokens})
+
+    def predict_with(self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        output: Tensor = model(sample, timestep, **conditioning.tensors, return_dict=False)[0]
+        return output
+
+    def shared_trunk(self) -> SharedTrunk:
+        widths = _up_widths(self.model)
+        names = ["mid_block"] + [f"up_blocks.{level}" for level in range(len(widths))]
+        return SharedTrunk({name: (_output_map(name), dim) for name, dim in zip(names, (widths[0], *widths), strict=True)})
+
+    def branch_trunk(self, num_blocks: int) -> Trunk:
+        return BranchTrunk(self.model, num_blocks)
+
+
+def _up_widths(model: UNet2DConditionModel) -> tuple[int, ...]:
+    """Channels behind each up block."""
+    return tuple(reversed(model.config["block_out_channels"]))
+
+
+def _output_map(name: str) -> Tap:
+    """The feature map behind a block, as tokens (B, H W, C)."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
+        return {name: feature_map_tokens(output)}
+
+    return Tap(name, read)
+
+
+def _skips(level: int) -> Tap:
+    """The down path's feature maps that an up block takes."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
+        return {f"up_{level}_skip_{index}": skip for index, skip in enumerate(kwargs["res_hidden_states_tuple"])}
+
+    return Tap(f"up_blocks.{level}", read)
+
+
+def _down_path(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
+    hidden, temb = args[:2]
+    return {"hidden_states": hidden, "temb": temb}
+
+
+class BranchTrunk(Trunk):
+    """The actor's down path, then own copies of its mid block and of the first `num_blocks` up blocks."""
+
+    def __init__(self, model: UNet2DConditionModel, num_blocks: int) -> None:
+        super().__init__()
+        if num_blocks > len(model.up_blocks):
+            raise ValueError(f"num_blocks={num_blocks} of the critic's branch exceeds the model's {len(model.up_blocks)} up blocks")
+        widths = _up_widths(model)
+        self.mid_block = copy.deepcopy(model.mid_block).requires_grad_(True)
+        self.up_blocks = nn.ModuleList(copy.deepcopy(block) for block in model.up_blocks[:num_blocks])
+        self.up_blocks.requires_grad_(True)
+        self.taps = [Tap("mid_block", _down_path)] + [_skips(level) for level in range(num_blocks)]
+        self.tap_dims = (widths[0], *widths[:num_blocks])
+
+    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
+        return record_taps(model, self.taps, detach=detach)
+
+    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+        temb = features["temb"]
+        prompt = conditioning.tensors["encoder_hidden_states"]
+        hidden = _run(self.mid_block, prompt, features["hidden_states"], temb)
+        taps = [feature_map_tokens(hidden)]
+        for level, block in enumerate(self.up_blocks):
+            skips = tuple(features[f"up_{level}_skip_{index}"] for index in range(len(block.resnets)))
+            hidden = _run(block, prompt, hidden, temb=temb, res_hidden_states_tuple=skips)
+            taps.append(feature_map_tokens(hidden))
+        return taps
+
+
+def _run(block: Any, prompt: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:
+    """Run a mid or up block; one without cross-attention does not take the prompt."""
+    if getattr(block, "has_cross_attention", False):
+        kwargs["encoder_hidden_states"] = prompt
+    output: Tensor = block(*args, **kwargs)
+    return output

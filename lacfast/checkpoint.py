@@ -1,0 +1,138 @@
+"""Checkpoints: a directory that appears whole or not at all, and is loaded in place or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lacfast.config import CriticConfig
+from lacfast.critic import Critic, build_critic
+from lacfast.protocols import Backbone
+
+if TYPE_CHECKING:
+    from lacfast.trainer import LatentActorCriticTrainer
+
+CRITIC_WEIGHTS = "critic.safetensors"
+CRITIC_CONFIG = "critic.json"
+TRAINER_STATE = "trainer.pt"
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place when the block ends without an error.
+
+    Raises:
+        ValueError: when the parent cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror}; choose a directory that you may write to") from error
+    try:
+        yield temporary
+        replaced = temporary.with_name(temporary.name + "-replaced")
+        if target.exists():
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_backbone(backbone: Backbone, directory: Path) -> None:
+    """Model, prompt encoder, codec and, where there is one, the critic: what load_backbone reads."""
+    with whole_directory(directory) as target:
+        write_backbone(backbone, target)
+
+
+def write_backbone(backbone: Backbone, target: Path) -> None:
+    backbone.save_pretrained(target)
+    if backbone.critic is not None:
+        save_file({name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()}, target / CRITIC_WEIGHTS)
+        description = {"config": asdict(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
+        (target / CRITIC_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def read_critic(backbone: Backbone, directory: Path) -> Critic | None:
+    """The critic saved beside a backbone, None when there is none."""
+    if not (directory / CRITIC_CONFIG).exists():
+        return None
+    description = json.loads((directory / CRITIC_CONFIG).read_text(encoding="utf-8"))
+    critic = build_critic(backbone, description["num_rewards"], CriticConfig(**description["config"]))
+    if critic is not None:
+        load_in_place(critic, load_file(directory / CRITIC_WEIGHTS), f"critic in {directory}")
+    return critic
+
+
+def require_same_shapes(module: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+    """
+    Raises:
+        ValueError: naming the first tensor that is missing, unknown or of another shape.
+    """
+    own = module.state_dict()
+    for name in [*own, *saved]:
+        found = tuple(saved[name].shape) if name in saved else "nothing"
+        wanted = tuple(own[name].shape) if name in own else "nothing"
+        if found != wanted:
+            raise ValueError(
+                f"the {what} does not fit: {name} is {found} there and {wanted} here; "
+                "build the model and the critic with the configuration of the checkpoint"
+            )
+
+
+def load_in_place(module: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+    """Copy weights into the tensors that exist, so that their addresses stay what a captured graph knows."""
+    require_same_shapes(module, saved, what)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(saved[name])
+
+
+def save_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
+    """Backbone, critic, optimizers, statistics and counters."""
+    state: dict[str, Any] = {
+        "iteration": trainer.iteration,
+        "images": trainer.images,
+        "rewards": trainer.rewards.names,
+        "normalizer": asdict(trainer.normalizer),
+        "policy_optimizer": trainer.policy_optimizer.state_dict(),
+        "critic_optimizer": None if trainer.critic_optimizer is None else trainer.critic_optimizer.state_dict(),
+    }
+    with whole_directory(directory) as target:
+        write_backbone(trainer.backbone, target)
+        torch.save(state, target / TRAINER_STATE)
+
+
+def load_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
+    """Continue in place from `save_trainer`. Everything is checked before anything is changed."""
+    if not (directory / TRAINER_STATE).exists():
+        raise ValueError(f"{directory} holds no {TRAINER_STATE}; pass a directory that trainer.save() wrote")
+    state = torch.load(directory / TRAINER_STATE, weights_only=True)
+    if state["rewards"] != trainer.rewards.names:
+        raise ValueError(f"the checkpoint was trained on rewards {state['rewards']}, this trainer has {trainer.rewards.names}; use the same")
+    model = trainer.backbone.model
+    saved_model = type(model).from_pretrained(directory / "model").state_dict()
+    require_same_shapes(model, saved_model, f"model in {directory}")
+    saved_critic = load_file(directory / CRITIC_WEIGHTS) if (directory / CRITIC_WEIGHTS).exists() else {}
+    require_same_shapes(trainer.critic or nn.Module(), saved_critic, f"critic in {directory}")
+    load_in_place(model, saved_model, f"model in {directory}")
+    if trainer.critic is not None:
+        load_in_place(trainer.critic, saved_critic, f"critic in {directory}")
+    trainer.policy_optimizer.load_state_dict(state["policy_optimizer"])
+    if trainer.critic_optimizer is not None:
+        trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
+    for name, value in state["normalizer"].items():
+        setattr(trainer.normalizer, name, value)
+    trainer.iteration, trainer.images = state["iteration"], state["images"]

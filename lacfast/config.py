@@ -1,0 +1,206 @@
+"""Settings as frozen dataclasses: a docstring under each field gives unit, range and source of the default."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+TRUNKS = ("branch", "shared", "copy", "none")
+"""What the value head reads; see CriticConfig.trunk."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How trajectories are made."""
+
+    kind: str = "flow_sde"
+    """Sampler kind, see lacfast.schedule. Source: Flow-GRPO."""
+    num_steps: int = 10
+    """T, denoising steps. Flow-GRPO trains with 10."""
+    noise_level: float = 0.7
+    """eta of the kind, >= 0. Flow-GRPO."""
+    shift: float = 1.0
+    """Timestep shift of the noise levels, > 0; 1 is uniform, SD3 uses 3."""
+    window: tuple[int, int] | None = None
+    """(start, stop) stochastic steps. None: all but the last, whose std is too small to train."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 runs without the unconditional half, as the paper does."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_steps >= 1, f"num_steps={self.num_steps} must be at least 1")
+        _require(self.noise_level >= 0, f"noise_level={self.noise_level} must be >= 0")
+        _require(self.shift > 0, f"shift={self.shift} must be > 0")
+        _require(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} must be >= 1 (1: no guidance)")
+
+    @property
+    def stochastic_window(self) -> tuple[int, int]:
+        """The window with its default resolved: the last step runs as ODE."""
+        return (0, max(self.num_steps - 1, 1)) if self.window is None else self.window
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The value function on noisy latents."""
+
+    trunk: str = "branch"
+    """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
+    detached taps; "copy": own full trunk; "none": no critic (group-relative baselines)."""
+    num_blocks: int = 1
+    """k, blocks of the branch; 1 of 3 in the demo, 2 to 6 of 24 for SD3.5-M."""
+    num_heads: int = 4
+    """Attention queries per tap."""
+    head_dim: int = 32
+    """Features that each query returns."""
+    hidden_dim: int = 128
+    """Width of the MLP behind the queries; small heads overfit less."""
+
+    def __post_init__(self) -> None:
+        _require(self.trunk in TRUNKS, f"unknown critic trunk {self.trunk!r}; known: {', '.join(TRUNKS)}")
+        for name in ("num_blocks", "num_heads", "head_dim", "hidden_dim"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Advantages, loss and optimizers."""
+
+    clip_range: float | None = 1e-4
+    """Clip of the ratio in nats per element (the field's unit). [paper] 1e-4 for SD3.5-M, 1e-5 for SD1.5."""
+    clip_nats: float | None = None
+    """The same clip on the joint, clip_range = clip_nats / N. Exactly one of the two is set."""
+    kl_weight: float = 0.0
+    """beta of the KL to the reference model; 0 keeps no reference. [paper] 0."""
+    kl_limit: float = math.inf
+    """Mean KL(old, new) per element that ends the updates on a rollout."""
+    gamma: float = 1.0
+    """Discount; the horizon is fixed, so 1."""
+    gae_lambda: float = 1.0
+    """Lambda of the policy's advantages. [paper] 1; lower only helps once the critic explains something."""
+    advantage_clip: float = 10.0
+    """Bound of the normalised advantages. [paper]"""
+    target_clip: float = 5.0
+    """Bound of the standardised value targets. [paper]"""
+    num_minibatches: int = 4
+    """Optimizer steps per pass over a rollout. [paper] 4."""
+    num_inner_epochs: int = 1
+    """Passes over a rollout."""
+    microbatch_size: int = 512
+    """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
+    policy_learning_rate: float = 1e-4
+    """[paper]"""
+    value_learning_rate: float = 1e-3
+    """Of the value head. [paper]"""
+    trunk_learning_rate: float = 3e-4
+    """Of the critic's own blocks."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW. [paper]"""
+    weight_decay: float = 1e-4
+    """AdamW. [paper]"""
+    adam_eps: float = 1e-15
+    """Far below the gradients of a mean-reduced log-prob, whose RMS is near 5e-9."""
+    max_grad_norm: float = 1.0
+    """Of actor and critic, each on its own."""
+    cfg_grad: str = "cond"
+    """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.clip_range is None) != (self.clip_nats is None),
+            f"set exactly one of clip_range={self.clip_range} and clip_nats={self.clip_nats}; the other must be None",
+        )
+        clip = self.clip_range if self.clip_range is not None else self.clip_nats
+        _require(clip is not None and clip > 0, f"the clip must be > 0, got {clip}")
+        _require(self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'")
+        _require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
+        for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+    def clip_per_element(self, elements: int) -> float:
+        """The clip in nats per element for latents of N = `elements`."""
+        return self.clip_range if self.clip_range is not None else self.clip_nats / elements  # type: ignore[operator]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Value pretraining: the actor is frozen, the critic learns Monte-Carlo returns."""
+
+    iterations: int = 15
+    """Rollouts. [paper] about 15, more is worse."""
+    reused_rollouts: int = 3
+    """Each iteration also learns from the last rollouts."""
+    epochs: int = 2
+    """Passes over those rollouts in each iteration."""
+    minibatch_size: int = 256
+    """(sample, step) pairs per optimizer step."""
+    held_out_samples: int = 512
+    """Trajectories on held-out prompts that choose when to stop."""
+    patience: int = 4
+    """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    seed: int = 0
+    """Of noise, prompts and initial weights."""
+    batch_size: int = 128
+    """Trajectories per rollout, one per prompt draw."""
+    samples_per_prompt: int = 1
+    """Consecutive trajectories that share a prompt; 1 for the critic, a group for group-relative methods."""
+    iterations: int = 300
+    """Rollout and update cycles. [paper] 300."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    eval_every: int = 0
+    """Iterations between evaluations on held-out prompts; 0: only when asked."""
+    eval_samples: int = 1024
+    """Images per evaluation; below about 1000 rankings flip."""
+    on_reward_error: str = "raise"
+    """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
+    "skip": the rollout is dropped with a warning and never trained on."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        _require(
+            self.samples_per_prompt >= 1 and self.batch_size % self.samples_per_prompt == 0,
+            f"batch_size={self.batch_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}",
+        )
+        _require(
+            self.on_reward_error in ("raise", "skip"),
+            f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringConfig:
+    """Steering of sampling by the critic at inference."""
+
+    particles: int = 4
+    """Trajectories per image at the start, a power of two; 1 does not prune."""
+    prune_fractions: tuple[float, ...] = (0.5, 0.75)
+    """When to halve the particles, as fractions of the steps."""
+    guidance_weight: float = 0.0
+    """Length of the move along the value gradient as a fraction of the model output's; 0 takes no gradient."""
+    guidance_window: tuple[float, float] = (0.2, 0.9)
+    """Noise levels between which the gradient is used."""
+    batch_size: int = 256
+    """Images per batch."""
+    seed: int = 0
+    """Of the noise."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.particles >= 1 and self.particles & (self.particles - 1) == 0,
+            f"particles={self.particles} must be a power of two",
+        )
+        _require(self.guidance_weight >= 0, f"guidance_weight={self.guidance_weight} must be >= 0 (0: no guidance)")
+        low, high = self.guidance_window
+        _require(0 <= low < high <= 1, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")

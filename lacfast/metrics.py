@@ -1,0 +1,85 @@
+"""What a run logs: one JSON object per line, and the per-step diagnostics that go into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast import reference
+from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
+from lacfast.records import PPOStats, Rollout
+from lacfast.update import Pairs
+
+
+class MetricsLog:
+    """Appends to a JSONL file, flushed line by line so that a killed run keeps what it logged."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` None keeps nothing.
+
+        Raises:
+            ValueError: when the file cannot be written.
+        """
+        self._file = None
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"cannot write metrics to {path}: {error.strerror}; choose a writable directory") from error
+
+    def write(self, phase: str, **values: Any) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"phase": phase, **values}, default=_plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    raise TypeError(f"cannot log a {type(value).__name__}")
+
+
+def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: RewardNormalizer) -> dict[str, Any]:
+    """Rewards per head, and values, explained variance and advantages per trained step."""
+    metrics: dict[str, Any] = {
+        f"reward/{name}": float(rewards.mean()) for name, rewards in rollout.rewards.items()
+    } | {f"reward_std/{name}": float(rewards.std()) for name, rewards in rollout.rewards.items()}
+    metrics["advantage_mean"] = advantages.raw.mean(dim=(1, 2))
+    metrics["advantage_std"] = advantages.raw.std(dim=(1, 2))
+    if rollout.values.shape[-1] == 0:
+        return metrics
+    values = rollout.values[advantages.steps]
+    returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
+    metrics["value_mean"] = values.mean(dim=(1, 2))
+    metrics["value_std"] = values.std(dim=1).mean(dim=-1)
+    metrics["explained_variance"] = reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1)).mean(dim=-1)
+    if advantages.raw.shape[-1] > 1:
+        metrics["advantage_correlation"] = torch.corrcoef(advantages.raw.flatten(0, 1).T)
+    return metrics
+
+
+def policy_metrics(stats: PPOStats, pairs: Pairs, num_steps: int) -> dict[str, Any]:
+    """Ratio, clip fractions and KL of one optimizer step, as means per trained step (K,); empty bins give NaN."""
+
+    def per_step(values: Tensor) -> Tensor:
+        total = torch.zeros(num_steps, device=values.device).index_add_(0, pairs.position, values.float())
+        return total / torch.bincount(pairs.position, minlength=num_steps)
+
+    return {
+        "log_ratio": per_step(stats.log_ratio),
+        "clip_fraction_high": per_step((stats.clipped > 0).float()),
+        "clip_fraction_low": per_step((stats.clipped < 0).float()),
+        "kl_old": per_step(stats.kl_old),
+        "kl_ref": per_step(stats.kl_ref),
+        "max_abs_log_ratio": float(stats.log_ratio.abs().max()),
+    }

@@ -1,0 +1,97 @@
+"""Pictures of a run: the same prompts and noise before and after, as grids and side by side with verdicts."""
+
+from __future__ import annotations
+
+import base64
+import io
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+GRID_COLUMNS = 10
+GRID_IMAGES = 60
+SCALE = 3
+"""Screen pixels per pixel of a tiny image."""
+GREEN, RED = "#1a7f37", "#cf222e"
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images of the same prompts from several models, and what the checker says of each."""
+
+    prompts: list[str]
+    columns: dict[str, tuple[Tensor, Tensor]]
+    """title -> images (n, 3, H, W) in [0, 1] and verdicts (n,) 0 or 1."""
+    stride: int = 1
+    """Every stride-th prompt is shown."""
+    shown: int = 12
+    """Most prompts that are shown one by one."""
+
+    @property
+    def rows(self) -> list[int]:
+        """The prompts that are shown."""
+        return list(range(0, len(self.prompts), self.stride))[: self.shown]
+
+
+def to_image(pixels: Tensor, scale: int = 1) -> Image.Image:
+    """(3, H, W) in [0, 1] as a picture, every pixel `scale` pixels wide."""
+    levels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(levels.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def png_data_uri(image: Image.Image) -> str:
+    """The picture as a data: address, so that a page needs no other file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def grid(images: Tensor, *, columns: int = GRID_COLUMNS, scale: int = SCALE, gap: int = 2) -> Image.Image:
+    """Images (n, 3, H, W) row by row on white."""
+    count, _, height, width = images.shape
+    rows = -(-count // columns)
+    step_y, step_x = height * scale + gap, width * scale + gap
+    sheet = np.full((rows * step_y + gap, min(columns, count) * step_x + gap, 3), 255, dtype=np.uint8)
+    for index in range(count):
+        row, column = divmod(index, columns)
+        top, left = gap + row * step_y, gap + column * step_x
+        sheet[top : top + height * scale, left : left + width * scale] = np.asarray(
+            to_image(images[index], scale)
+        )
+    return Image.fromarray(sheet)
+
+
+def comparison(gallery: Gallery) -> Figure:
+    """One column per shown prompt, one row per model, a green or red frame for the checker's verdict."""
+    rows = gallery.rows
+    figure = Figure(
+        figsize=(1.05 * len(rows) + 0.7, 1.2 * len(gallery.columns) + 0.6), dpi=96, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(gallery.columns), len(rows), squeeze=False)
+    for axis_row, (title, (images, verdicts)) in zip(axes, gallery.columns.items(), strict=True):
+        for axis, index in zip(axis_row, rows, strict=True):
+            colour, mark = (GREEN, "✓") if verdicts[index] > 0.5 else (RED, "✗")
+            axis.imshow(to_image(images[index]), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.set_xlabel(mark, color=colour, fontsize=10, labelpad=0)
+            for spine in axis.spines.values():
+                spine.set(edgecolor=colour, linewidth=2)
+        axis_row[0].set_ylabel(title.replace(", ", ",\n"), fontsize=9)
+    for axis, index in zip(axes[0], rows, strict=True):
+        axis.set_title("\n".join(textwrap.wrap(gallery.prompts[index], 14)), fontsize=7.5)
+    return figure
+
+
+def save_pictures(gallery: Gallery, directory: Path) -> None:
+    """A grid of the first images per model, and the comparison, as PNG files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for title, (images, _) in gallery.columns.items():
+        grid(images[:GRID_IMAGES]).save(directory / f"{title.replace(', ', '_')}.png")
+    comparison(gallery).savefig(directory / "comparison.png")

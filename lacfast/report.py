@@ -1,0 +1,278 @@
+"""The report of a demo run: one self-contained HTML page that a phone can read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from lacfast import charts
+from lacfast.pictures import Gallery, png_data_uri, to_image
+
+PHASES = {
+    "pretraining": "Pretraining the base model",
+    "evaluation": "Evaluation, before and after",
+    "value_pretraining": "Value pretraining",
+    "training": "Latent actor-critic PPO",
+    "steering": "Steering, before and after",
+    "saving": "Saving and loading again",
+    "report": "Pictures and report",
+}
+BACKBONES = {"dit": "tiny SD3 transformer", "unet": "tiny Stable Diffusion UNet"}
+
+
+def write_report(
+    directory: Path, summary: dict[str, Any], gallery: Gallery, settings: dict[str, Any]
+) -> Path:
+    """Write report.html for a run.
+
+    Args:
+        directory: of the run; metrics.jsonl is read from it.
+        summary: as in summary.json.
+        gallery: images with the checker's verdicts.
+        settings: nested configuration, shown as a table per entry.
+
+    Returns:
+        The page's path.
+    """
+    page = directory / "report.html"
+    page.write_text(
+        render(summary, read_metrics(directory / "metrics.jsonl"), gallery, settings), encoding="utf-8"
+    )
+    return page
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def render(
+    summary: dict[str, Any], metrics: list[dict[str, Any]], gallery: Gallery, settings: dict[str, Any]
+) -> str:
+    """The page as text."""
+    scores = _Scores(summary)
+    template = Template(
+        resources.files("lacfast").joinpath("report_template.html").read_text(encoding="utf-8")
+    )
+    return template.substitute(
+        strict_before=_percent(scores.strict_before),
+        strict_after=_percent(scores.strict_after),
+        backbone=escape(BACKBONES.get(summary["backbone"], summary["backbone"])),
+        seed=summary["seed"],
+        total=f"{sum(_phase_seconds(summary).values()):.0f}",
+        headline=escape(headline(summary)),
+        iterations=summary["iterations"],
+        notice=_notice(summary),
+        cards="\n".join(_cards(summary, scores)),
+        stride=gallery.stride,
+        gallery="\n".join(_gallery(gallery)),
+        **_charts(summary, metrics),
+        scores="\n".join(_score_table(summary)),
+        bars="\n".join(_bars(_phase_seconds(summary))),
+        settings="\n".join(_settings(settings)),
+        versions=escape(", ".join(f"{name} {number}" for name, number in summary["versions"].items())),
+    )
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The result in one sentence, whichever way it went."""
+    scores = _Scores(summary)
+    seconds = _phase_seconds(summary).get("training", 0.0)
+    change = f"from {_percent(scores.strict_before)} to {_percent(scores.strict_after)}"
+    training = f"{seconds:.0f} seconds of reinforcement learning"
+    if abs(scores.gain) < 2 * scores.standard_error:
+        learned = f"{training} were too few to tell: the share of unseen prompts it obeys went {change}"
+    else:
+        verb = "raised" if scores.gain > 0 else "lowered"
+        learned = f"{training} {verb} the share of unseen prompts it obeys {change}"
+    return f"{learned}; steered by its own critic, it obeys {_percent(scores.steered_after)}."
+
+
+@dataclass(frozen=True)
+class _Scores:
+    summary: dict[str, Any]
+
+    @property
+    def strict_before(self) -> float:
+        return float(self.summary["strict_before"])
+
+    @property
+    def strict_after(self) -> float:
+        return float(self.summary["strict_after"])
+
+    @property
+    def steered_after(self) -> float:
+        return float(self.summary["steered"]["strict_after"])
+
+    @property
+    def gain(self) -> float:
+        return self.strict_after - self.strict_before
+
+    @property
+    def standard_error(self) -> float:
+        """Of one accuracy of this run, the largest."""
+        return max(self.error(self.strict_before), self.error(self.strict_after))
+
+    def error(self, accuracy: float) -> float:
+        return math.sqrt(max(accuracy * (1 - accuracy), 0) / self.summary["evaluation_samples"])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f} points".replace("-", "\N{MINUS SIGN}")
+
+
+def _phase_seconds(summary: dict[str, Any]) -> dict[str, float]:
+    return {name: seconds for name, seconds in summary["seconds"].items() if name in PHASES}
+
+
+def _notice(summary: dict[str, Any]) -> str:
+    if not summary["quick"]:
+        return ""
+    return (
+        '<p class="notice"><strong>A shortened run.</strong> Every phase was cut short to show that it works; '
+        "leave out <code>--quick</code> to see the model learn.</p>"
+    )
+
+
+def _card(name: str, value: str, detail: str, before: str = "") -> str:
+    start = f'<span class="from">{before} → </span>' if before else ""
+    return (
+        f'<div class="card"><div class="name">{name}</div><div class="value">{start}{value}</div>'
+        f'<div class="detail">{detail}</div></div>'
+    )
+
+
+def _cards(summary: dict[str, Any], scores: _Scores) -> Iterable[str]:
+    steered = summary["steered"]
+    before, after = _percent(scores.strict_before), _percent(scores.strict_after)
+    error = f"± {100 * scores.standard_error:.1f}, n = {summary['evaluation_samples']}"
+    yield _card("Obeys unseen prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
+    yield _card(
+        "Gold checker",
+        _percent(summary["gold_after"]),
+        f"{_points(summary['gold_after'] - summary['gold_before'])} by a second checker, never trained on",
+        _percent(summary["gold_before"]),
+    )
+    forwards = f"{steered['forwards_per_image']:.1f} forwards per image"
+    yield _card(
+        "Base model, steered",
+        _percent(steered["strict"]),
+        f"{_points(steered['strict'] - scores.strict_before)} without training it, at {forwards}",
+        before,
+    )
+    gain = _points(steered["strict_after"] - scores.strict_after)
+    yield _card(
+        "Trained model, steered",
+        _percent(steered["strict_after"]),
+        f"{gain} on top of learning; gold {_percent(steered['gold_after'])}",
+        after,
+    )
+    variance = summary["explained_variance"]
+    later = variance[len(variance) // 2 :]
+    yield _card(
+        "Critic's explained variance",
+        f"{sum(later) / len(later):.2f}",
+        "mean over the second half of the denoising steps, on held-out prompts",
+    )
+    yield _card("Images generated to learn", f"{summary['images']:,}", "value pretraining included")
+
+
+def _gallery(gallery: Gallery) -> Iterable[str]:
+    for index in gallery.rows:
+        prompt = escape(gallery.prompts[index])
+        figures = []
+        for title, (images, verdicts) in gallery.columns.items():
+            passed = bool(verdicts[index] > 0.5)
+            verdict, mark = ("pass", "✓") if passed else ("fail", "✗")
+            meaning = f"{prompt}: {escape(title)}, {'obeys' if passed else 'does not obey'}"
+            figures.append(
+                f'<figure class="{verdict}"><img src="{png_data_uri(to_image(images[index]))}" alt="{meaning}">'
+                f"<figcaption><b>{mark}</b> {escape(title)}</figcaption></figure>"
+            )
+        strip = "".join(figures)
+        yield f'<article class="prompt"><h3>{prompt}</h3><div class="strip">{strip}</div></article>'
+
+
+def _charts(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """Placeholder of the page -> drawing."""
+    train = [row for row in metrics if row["phase"] == "train"]
+    pretraining = [row for row in metrics if row["phase"] == "value_pretraining"]
+    variances = summary["explained_variance_pretrained"], summary["explained_variance"]
+    return {
+        "chart_reward": charts.learning_curve(
+            train, "shapes", summary["reward_before"], summary["reward_after"]
+        ),
+        "chart_variance": charts.explained_variance_per_step(*variances),
+        "chart_pretraining": charts.explained_variance_per_iteration(pretraining),
+        "chart_critic": charts.explained_variance_per_iteration(train),
+        "chart_clip": charts.clip_fraction_per_step(train),
+        "chart_kl": charts.kl_per_step(train),
+    }
+
+
+def _score_table(summary: dict[str, Any]) -> Iterable[str]:
+    steered = summary["steered"]
+    rows = (
+        ("Base model", summary["strict_before"], summary["gold_before"], summary["reward_before"], None),
+        ("Base model, steered", steered["strict"], steered["gold"], None, steered["forwards_per_image"]),
+        ("Trained model", summary["strict_after"], summary["gold_after"], summary["reward_after"], None),
+        (
+            "Trained model, steered",
+            steered["strict_after"],
+            steered["gold_after"],
+            None,
+            steered["forwards_per_image_after"],
+        ),
+    )
+    plain = len(summary["explained_variance"])
+    columns = "".join(f"<th>{name}</th>" for name in ("", "strict", "gold", "reward", "forwards per image"))
+    yield f"<thead><tr>{columns}</tr></thead><tbody>"
+    for name, strict, gold, reward, forwards in rows:
+        cells = (
+            _percent(strict),
+            _percent(gold),
+            "" if reward is None else f"{reward:.3f}",
+            f"{forwards or plain:.1f}",
+        )
+        yield f"<tr><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    yield "</tbody>"
+
+
+def _bars(seconds: dict[str, float]) -> Iterable[str]:
+    longest = max(seconds.values(), default=1.0) or 1.0
+    for name, title in PHASES.items():
+        if name in seconds:
+            width = 100 * seconds[name] / longest
+            yield (
+                f'<div>{title}</div><div><div class="track" style="width: {width:.1f}%"></div></div>'
+                f'<div class="seconds">{seconds[name]:.1f} s</div>'
+            )
+
+
+def _settings(settings: dict[str, Any]) -> Iterable[str]:
+    for title, values in settings.items():
+        rows = "".join(
+            f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(str(value))}</code></td></tr>"
+            for name, value in _flat(values)
+        )
+        table = f'<div class="scroll"><table>{rows}</table></div>'
+        yield f"<details><summary>{escape(title)}</summary>{table}</details>"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,205 @@
+"""The denoising loop. One step is a pure function of static buffers, so that it can be captured in a graph.
+
+Everything that changes between steps, rollouts and schedules is read from device tensors: the step index,
+the transition table, the timesteps, the seed and the sample ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast import ops
+from lacfast.critic import Critic
+from lacfast.protocols import Backbone, Features
+from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, Rollout, TransitionTable
+
+
+@dataclass(frozen=True)
+class SamplerBuffers:
+    """All that a denoising step reads and writes, allocated once per shape."""
+
+    step: Tensor
+    """(1,) int64, advanced by the step itself."""
+    sample: Tensor
+    """(B, C, H, W) current latents."""
+    coefficients: Tensor
+    """(T, 3) float32"""
+    timesteps: Tensor
+    """(T,) float32"""
+    noise: NoiseKey
+    conditioning: Conditioning
+    uncond_conditioning: Conditioning | None
+    guidance_scale: Tensor
+    """(1,) float32, read when uncond_conditioning is there."""
+    latents: Tensor
+    """(T + 1, B, C, H, W)"""
+    model_outputs: Tensor
+    """(T, B, C, H, W)"""
+    log_probs: Tensor
+    """(T, B)"""
+    values: Tensor
+    """(T, B, M)"""
+    features: Features
+    """name -> (T, B, ...), allocated by the first step."""
+
+    @staticmethod
+    def allocate(
+        table: TransitionTable,
+        latent_shape: tuple[int, ...],
+        noise: NoiseKey,
+        conditioning: Conditioning,
+        *,
+        uncond_conditioning: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+        num_rewards: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> SamplerBuffers:
+        device = noise.seed.device
+        batch, steps = len(noise.sample_ids), table.num_steps
+        latents = torch.empty((steps + 1, batch, *latent_shape), dtype=dtype, device=device)
+        return SamplerBuffers(
+            step=torch.zeros(1, dtype=torch.int64, device=device),
+            sample=torch.empty_like(latents[0]),
+            coefficients=table.coefficients(device),
+            timesteps=table.timesteps.to(device),
+            noise=noise,
+            conditioning=conditioning,
+            uncond_conditioning=uncond_conditioning,
+            guidance_scale=torch.full((1,), guidance_scale, device=device),
+            latents=latents,
+            model_outputs=torch.empty_like(latents[1:]),
+            log_probs=torch.empty((steps, batch), device=device),
+            values=torch.empty((steps, batch, num_rewards), device=device),
+            features={},
+        )
+
+
+def begin(buffers: SamplerBuffers) -> None:
+    """Draw the initial latents and set the step index to 0."""
+    batch = buffers.sample.shape[0]
+    steps = torch.full((batch,), INITIAL_STEP, dtype=torch.int64, device=buffers.sample.device)
+    buffers.sample.copy_(ops.normal_noise(tuple(buffers.sample.shape), steps, buffers.noise))
+    buffers.latents[0].copy_(buffers.sample)
+    buffers.step.zero_()
+
+
+def policy_output(
+    backbone: Backbone,
+    sample: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    uncond_conditioning: Conditioning | None,
+    *,
+    cfg_grad: str = "cond",
+) -> tuple[Tensor, Tensor | None]:
+    """Conditional and, with guidance, unconditional output (B, ...). With cfg_grad="cond" the latter has no gradient."""
+    output = backbone.predict(sample, timestep, conditioning)
+    if uncond_conditioning is None:
+        return output, None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and cfg_grad == "both"):
+        return output, backbone.predict(sample, timestep, uncond_conditioning)
+
+
+@torch.no_grad()
+def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuffers) -> None:
+    """One step of the whole batch: forward, guidance, transition, value, stores. No host synchronisation."""
+    batch = buffers.sample.shape[0]
+    steps = buffers.step.expand(batch).contiguous()
+    timestep = buffers.timesteps.index_select(0, steps)
+    features: Features = {}
+    if critic is None:
+        output, uncond_output = policy_output(
+            backbone, buffers.sample, timestep, buffers.conditioning, buffers.uncond_conditioning
+        )
+    else:
+        # The critic reads the conditional forward, so it records that one alone.
+        with critic.record(backbone.model) as features:
+            output = backbone.predict(buffers.sample, timestep, buffers.conditioning)
+        uncond_output = None
+        if buffers.uncond_conditioning is not None:
+            uncond_output = backbone.predict(buffers.sample, timestep, buffers.uncond_conditioning)
+        values = critic(features, buffers.sample, timestep, buffers.conditioning)
+        buffers.values.index_copy_(0, buffers.step, values.float()[None])
+    _store_features(buffers, features)
+    result = ops.gaussian_step(
+        buffers.sample,
+        output.contiguous(),
+        buffers.coefficients,
+        steps,
+        noise=buffers.noise,
+        uncond_output=None if uncond_output is None else uncond_output.contiguous(),
+        guidance_scale=None if uncond_output is None else buffers.guidance_scale,
+    )
+    buffers.model_outputs.index_copy_(0, buffers.step, result.model_output[None].to(buffers.model_outputs.dtype))
+    buffers.log_probs.index_copy_(0, buffers.step, result.log_prob[None])
+    buffers.sample.copy_(result.prev_sample)
+    buffers.step.add_(1)
+    buffers.latents.index_copy_(0, buffers.step, buffers.sample[None])
+
+
+def _store_features(buffers: SamplerBuffers, features: Features) -> None:
+    for name, tensor in features.items():
+        if name not in buffers.features:
+            buffers.features[name] = tensor.new_empty((len(buffers.timesteps), *tensor.shape))
+        buffers.features[name].index_copy_(0, buffers.step, tensor[None])
+
+
+def sample_rollout(
+    backbone: Backbone,
+    critic: Critic | None,
+    table: TransitionTable,
+    prompts: Sequence[str],
+    metadata: Sequence[dict[str, Any]],
+    noise: NoiseKey,
+    *,
+    guidance_scale: float = 1.0,
+    keep_features: bool = True,
+) -> Rollout:
+    """Trajectories for `prompts` with all that training needs of them.
+
+    Args:
+        backbone: the policy.
+        critic: values of every state are stored when it is given.
+        table: the sampler.
+        prompts: B prompts.
+        metadata: B dicts that the rewards get.
+        noise: seed and B sample ids, on the backbone's device.
+        guidance_scale: above 1 the unconditional half runs too.
+        keep_features: False drops what the critic's trunk read (evaluation).
+    """
+    if not len(prompts) == len(metadata) == len(noise.sample_ids):
+        raise ValueError(f"got {len(prompts)} prompts, {len(metadata)} metadata and {len(noise.sample_ids)} sample ids; they must match")
+    conditioning = backbone.encode_prompts(prompts)
+    uncond_conditioning = backbone.encode_prompts([""] * len(prompts)) if guidance_scale > 1 else None
+    buffers = SamplerBuffers.allocate(
+        table,
+        backbone.latent_shape,
+        noise,
+        conditioning,
+        uncond_conditioning=uncond_conditioning,
+        guidance_scale=guidance_scale,
+        num_rewards=0 if critic is None else critic.num_rewards,
+    )
+    begin(buffers)
+    for _ in range(table.num_steps):
+        denoise_step(backbone, critic, buffers)
+        if not keep_features:
+            buffers.features.clear()
+    return Rollout(
+        table=table,
+        latents=buffers.latents,
+        model_outputs=buffers.model_outputs,
+        log_probs=buffers.log_probs,
+        values=buffers.values,
+        features=buffers.features,
+        conditioning=conditioning,
+        uncond_conditioning=uncond_conditioning,
+        noise=noise,
+        prompts=list(prompts),
+        metadata=list(metadata),
+    )

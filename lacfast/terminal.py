@@ -1,0 +1,130 @@
+"""What the terminal shows of a run: a line per phase, live where there is a terminal, and a closing table."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+QUIET_INTERVAL = 15.0
+"""Seconds between lines of one phase where the output is no terminal."""
+
+
+class Phase:
+    """One phase in progress."""
+
+    def __init__(self, title: str, console: Console, bar: Progress | None, task: TaskID | None) -> None:
+        self.note = ""
+        self._title = title
+        self._console = console
+        self._bar = bar
+        self._task = task
+        self._last_line = time.perf_counter()
+
+    def update(self, fraction: float, note: str) -> None:
+        """Show how much is done, 0 to 1, and what came of it."""
+        self.note = note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=min(max(fraction, 0.0), 1.0), note=note)
+        elif time.perf_counter() - self._last_line >= QUIET_INTERVAL:
+            self._last_line = time.perf_counter()
+            self._console.print(f"  {self._title}: {note} ({fraction:.0%})", highlight=False)
+
+
+class PhaseLog:
+    """Runs phases, shows them, and keeps the seconds that each kind of work took."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the log was made."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def phase(self, name: str, title: str) -> Iterator[Phase]:
+        """A phase whose seconds are added to `seconds[name]`; phases of one kind share a name."""
+        start = time.perf_counter()
+        bar = self._bar() if self.console.is_terminal else None
+        if bar is None:
+            phase = Phase(title, self.console, None, None)
+            yield phase
+        else:
+            with bar:
+                phase = Phase(title, self.console, bar, bar.add_task(title, total=1.0, note=""))
+                yield phase
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.console.print(
+            f"[green]✓[/] {title:<38} {seconds:6.1f} s  {phase.note}", highlight=False, soft_wrap=True
+        )
+
+    def _bar(self) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+
+
+def done_fraction(iteration: int, seconds: float, budget: float, minimum: int) -> float:
+    """Share of a phase that ends at `budget` seconds, and not before `minimum` iterations."""
+    by_time = seconds / budget if budget > 0 else math.inf
+    return min(by_time, iteration / max(minimum, 1)) if iteration < minimum else min(by_time, 1.0)
+
+
+def show_summary(summary: dict[str, Any], out: Path, console: Console | None = None) -> None:
+    """The scores before, after and steered as a table, and where the files are."""
+    steered = summary["steered"]
+    table = Table(
+        title=f"Held-out prompts, n = {summary['evaluation_samples']}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("")
+    for column in ("strict", "gold", "reward", "forwards per image"):
+        table.add_column(column, justify="right")
+    steps = float(len(summary["explained_variance"]))
+    rows = (
+        ("before", summary["strict_before"], summary["gold_before"], summary["reward_before"], steps),
+        ("before, steered", steered["strict"], steered["gold"], None, steered["forwards_per_image"]),
+        ("after", summary["strict_after"], summary["gold_after"], summary["reward_after"], steps),
+        (
+            "after, steered",
+            steered["strict_after"],
+            steered["gold_after"],
+            None,
+            steered["forwards_per_image_after"],
+        ),
+    )
+    for name, strict, gold, reward, forwards in rows:
+        table.add_row(
+            name, f"{strict:.1%}", f"{gold:.1%}", "" if reward is None else f"{reward:.3f}", f"{forwards:.1f}"
+        )
+    console = console or Console()
+    console.print(table)
+    console.print(f"Look at {out / 'report.html'}", highlight=False, soft_wrap=True)

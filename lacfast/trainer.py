@@ -1,0 +1,374 @@
+"""The trainer: rollout, rewards, advantages, update. It holds what must live between iterations and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast import checkpoint, reference
+from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
+from lacfast.config import TrainConfig
+from lacfast.critic import Critic, build_critic
+from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
+from lacfast.prompts import PromptLike, PromptSet
+from lacfast.protocols import Backbone
+from lacfast.records import NoiseKey, Rollout
+from lacfast.sampler import sample_rollout
+from lacfast.scoring import RewardError, RewardSet, RewardSpec
+from lacfast.update import all_pairs, critic_step, policy_step
+from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
+
+EVALUATION_IDS = 1 << 40
+"""First sample id of evaluations: the same noise for every evaluation, never seen in training."""
+PRETRAINING_IDS = 1 << 41
+"""First sample id of value pretraining."""
+EVALUATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on held-out prompts, with the noise that every evaluation shares."""
+
+    rewards: dict[str, Tensor]
+    """name -> (n,) float32"""
+    explained_variance: Tensor
+    """(T, M); M = 0 without a critic."""
+    images: Tensor
+    """(n, 3, H, W) float in [0, 1], on the CPU."""
+    prompts: list[str]
+
+    def means(self) -> dict[str, float]:
+        return {name: float(rewards.mean()) for name, rewards in self.rewards.items()}
+
+
+class LatentActorCriticTrainer:
+    """Latent actor-critic post-training of a diffusion model (arXiv 2605.27736).
+
+    Rollouts, prompts and minibatches are functions of (seed, iteration), so a run that is saved and loaded
+    goes on as if it had not stopped.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rewards: RewardSpec,
+        prompts: Iterable[str | PromptLike] | PromptSet,
+        config: TrainConfig | None = None,
+        *,
+        held_out: Iterable[str | PromptLike] | PromptSet | None = None,
+        evaluation_rewards: RewardSpec | None = None,
+        metrics_path: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            backbone: see load_backbone; its model is trained in place, and its critic, which is made when it has none.
+            rewards: a callable, a registered name, several of them, or a dict reward -> weight.
+            prompts: strings, or objects with `text` and `metadata`.
+            config: defaults are the paper's.
+            held_out: prompts for evaluation. None: the training prompts.
+            evaluation_rewards: scores that are only reported (gold measures).
+            metrics_path: JSONL file. None: nothing is logged.
+
+        Raises:
+            ValueError: for settings that cannot train; the message says which and what to do.
+        """
+        self.config = config or TrainConfig()
+        self.backbone = backbone
+        self.rewards = RewardSet.create(rewards)
+        self.evaluation_rewards = None if evaluation_rewards is None else RewardSet.create(evaluation_rewards)
+        self.prompts = PromptSet.create(prompts)
+        self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
+        self.table = backbone.transition_table(self.config.sampler)
+        self._require_trainable()
+        backbone.model.requires_grad_(True)
+        self._attach_critic()
+        self.normalizer = RewardNormalizer.create(len(self.rewards.names))
+        self.reference = self._frozen_copy() if self.config.ppo.kl_weight > 0 else None
+        self.policy_optimizer = self._policy_optimizer()
+        self.critic_optimizer = self._critic_optimizer()
+        self.log = MetricsLog(metrics_path)
+        self.iteration = 0
+        self.images = 0
+        self.last_rollout: Rollout | None = None
+
+    @property
+    def critic(self) -> Critic | None:
+        return self.backbone.critic
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.model.parameters()).device
+
+    def _require_trainable(self) -> None:
+        sampler = self.config.sampler
+        if not self.table.trainable_steps:
+            raise ValueError(
+                f"kind={sampler.kind!r} with noise_level={sampler.noise_level} and window={sampler.window} makes every step "
+                "deterministic, so no step has a log-prob to train; use noise_level > 0 (0.7 for 'flow_sde')"
+            )
+        if self.config.critic.trunk == "none" and self.config.samples_per_prompt == 1:
+            warnings.warn("no critic and samples_per_prompt=1: the baseline is the mean of the batch", stacklevel=3)
+
+    def _attach_critic(self) -> None:
+        heads = len(self.rewards.names)
+        if self.config.critic.trunk == "none":
+            self.backbone.critic = None
+        elif self.backbone.critic is None:
+            self.backbone.critic = build_critic(self.backbone, heads, self.config.critic, seed=self.config.seed)
+        elif self.backbone.critic.num_rewards != heads:
+            raise ValueError(
+                f"the backbone's critic has {self.backbone.critic.num_rewards} heads and there are {heads} rewards "
+                f"{self.rewards.names}; train on as many rewards, or set backbone.critic = None for a new critic"
+            )
+
+    def _frozen_copy(self) -> Backbone:
+        frozen = copy.copy(self.backbone)
+        frozen.model = copy.deepcopy(self.backbone.model).requires_grad_(False)
+        return frozen
+
+    def _policy_optimizer(self) -> torch.optim.AdamW:
+        ppo = self.config.ppo
+        return torch.optim.AdamW(
+            self.backbone.model.parameters(),
+            lr=ppo.policy_learning_rate,
+            betas=ppo.betas,
+            eps=ppo.adam_eps,
+            weight_decay=ppo.weight_decay,
+            fused=True,
+        )
+
+    def _critic_optimizer(self) -> torch.optim.AdamW | None:
+        if self.critic is None:
+            return None
+        ppo = self.config.ppo
+        groups = [
+            {"params": list(self.critic.head.parameters()), "lr": ppo.value_learning_rate},
+            {"params": list(self.critic.trunk.parameters()), "lr": ppo.trunk_learning_rate},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, betas=ppo.betas, weight_decay=ppo.weight_decay, fused=True)
+
+    # Rollouts and rewards
+
+    def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
+        """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
+        ids = range(first_id, first_id + len(prompts))
+        return sample_rollout(
+            self.backbone,
+            self.critic,
+            self.table,
+            prompts.texts,
+            prompts.metadata,
+            NoiseKey.create(self.config.seed, ids, self.device),
+            guidance_scale=self.config.sampler.guidance_scale,
+            keep_features=keep_features,
+        )
+
+    def score(self, rollout: Rollout) -> Rollout | None:
+        """The rollout with rewards. None when a reward failed and config.on_reward_error is "skip".
+
+        Raises:
+            RewardError: under "raise"; the rollout stays in `last_rollout`.
+        """
+        self.last_rollout = rollout
+        self.images += rollout.batch_size
+        try:
+            scores = self.rewards.score(self.backbone.decode(rollout.clean_latents), rollout.prompts, rollout.metadata)
+        except RewardError as error:
+            if self.config.on_reward_error == "raise":
+                raise
+            warnings.warn(f"rollout of {rollout.batch_size} images skipped: {error}", stacklevel=2)
+            return None
+        self.last_rollout = rollout.with_rewards(scores)
+        return self.last_rollout
+
+    def _training_rollout(self, iteration: int, namespace: int) -> Rollout | None:
+        config = self.config
+        prompts = self.prompts.draw(
+            config.batch_size // config.samples_per_prompt,
+            seed=config.seed + (namespace != 0),
+            iteration=iteration,
+            repeats=config.samples_per_prompt,
+        )
+        return self.score(self.rollout(prompts, namespace + iteration * config.batch_size))
+
+    # Learning
+
+    def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
+        """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
+        if self.critic is None or self.critic_optimizer is None:
+            raise ValueError("there is no critic to pretrain; set critic.trunk to 'branch', 'shared' or 'copy'")
+
+        def report(iteration: int, variance: Tensor) -> None:
+            self.log.write("value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1))
+            if on_iteration is not None:
+                on_iteration(iteration, variance)
+
+        held_out = self.score(self.rollout(self.held_out.cycle(self.config.pretrain.held_out_samples), EVALUATION_IDS))
+        if held_out is None:
+            raise ValueError("the rewards failed on the held-out rollout, so value pretraining has nothing to be measured on")
+        result = pretrain_values(
+            self.critic,
+            self.critic_optimizer,
+            self.normalizer,
+            held_out,
+            lambda iteration: self._training_rollout(iteration, PRETRAINING_IDS),
+            self.config.pretrain,
+            self.config.ppo,
+            seed=self.config.seed,
+            on_iteration=report,
+        )
+        self.critic_optimizer = self._critic_optimizer()
+        return result
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        """Advantages of a rollout with rewards: from the critic, or group-relative without one."""
+        ppo = self.config.ppo
+        if self.critic is None:
+            return group_advantages(
+                rollout, self.rewards.weights, samples_per_prompt=self.config.samples_per_prompt, advantage_clip=ppo.advantage_clip
+            )
+        return critic_advantages(
+            rollout,
+            self.normalizer,
+            self.rewards.weights,
+            gamma=ppo.gamma,
+            gae_lambda=ppo.gae_lambda,
+            advantage_clip=ppo.advantage_clip,
+            target_clip=ppo.target_clip,
+        )
+
+    def update(self, rollout: Rollout) -> dict[str, Any]:
+        """Learn from a rollout with rewards; returns the metrics of the iteration.
+
+        Raises:
+            FloatingPointError: for a gradient that is not finite, before the optimizer step.
+        """
+        ppo = self.config.ppo
+        advantages = self.advantages(rollout)
+        metrics = rollout_metrics(rollout, advantages, self.normalizer)
+        pairs = all_pairs(advantages.steps, rollout.batch_size)
+        size = math.ceil(len(pairs) / ppo.num_minibatches)
+        kl_old = 0.0
+        for epoch in range(ppo.num_inner_epochs):
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.iteration) * 97 + epoch)
+            for minibatch in pairs.shuffled(generator).split(size):
+                if kl_old > ppo.kl_limit:
+                    return metrics | {"stopped_at_kl": kl_old}
+                stats, loss, norm = policy_step(
+                    self.backbone,
+                    self.reference,
+                    self.policy_optimizer,
+                    rollout,
+                    advantages,
+                    minibatch,
+                    ppo,
+                    self.config.sampler.guidance_scale,
+                )
+                kl_old = float(stats.kl_old.mean())
+                first_ratio = metrics.get("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
+                metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
+                metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm, "first_max_abs_log_ratio": first_ratio}
+                if self.critic is not None and self.critic_optimizer is not None:
+                    value_loss, value_norm = critic_step(
+                        self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, ppo
+                    )
+                    metrics |= {"value_loss": float(value_loss), "critic_grad_norm": value_norm}
+        return metrics
+
+    def train_iteration(self) -> dict[str, Any]:
+        """One rollout and its update; returns its metrics, which are logged too."""
+        start = time.perf_counter()
+        rollout = self._training_rollout(self.iteration, 0)
+        sampled = time.perf_counter()
+        metrics: dict[str, Any] = {"skipped": True}
+        if rollout is not None:
+            if self.critic is not None:
+                update_statistics(self.critic, self.normalizer, torch.stack(list(rollout.rewards.values()), dim=1))
+            metrics = self.update(rollout)
+        self.iteration += 1
+        metrics |= {
+            "iteration": self.iteration,
+            "images": self.images,
+            "seconds_rollout": sampled - start,
+            "seconds_update": time.perf_counter() - sampled,
+        }
+        self.log.write("train", **metrics)
+        return metrics
+
+    def train(
+        self,
+        iterations: int | None = None,
+        *,
+        seconds: float = math.inf,
+        on_iteration: Callable[[dict[str, Any]], None] | None = None,
+    ) -> int:
+        """Train for `iterations` (None: what config.iterations leaves) or until `seconds` have passed; returns how many ran."""
+        start = time.perf_counter()
+        planned = self.config.iterations - self.iteration if iterations is None else iterations
+        for done in range(planned):
+            if time.perf_counter() - start >= seconds:
+                return done
+            metrics = self.train_iteration()
+            if on_iteration is not None:
+                on_iteration(metrics)
+            if self.config.eval_every and self.iteration % self.config.eval_every == 0:
+                self.evaluate()
+        return planned
+
+    # Evaluation and storage
+
+    def evaluate(self, *, samples: int | None = None) -> Evaluation:
+        """Score held-out prompts with the training sampler and the noise that all evaluations share."""
+        total = self.config.eval_samples if samples is None else samples
+        prompts = self.held_out.cycle(total)
+        scorers = [self.rewards] + ([] if self.evaluation_rewards is None else [self.evaluation_rewards])
+        scores: dict[str, list[Tensor]] = {}
+        images, values, returns = [], [], []
+        for start in range(0, total, EVALUATION_BATCH):
+            part = prompts.take(range(start, min(start + EVALUATION_BATCH, total)))
+            rollout = self.rollout(part, EVALUATION_IDS + start, keep_features=False)
+            decoded = self.backbone.decode(rollout.clean_latents)
+            for scorer in scorers:
+                for name, score in scorer.score(decoded, part.texts, part.metadata).items():
+                    scores.setdefault(name, []).append(score)
+            images.append(decoded.cpu())
+            values.append(rollout.values.transpose(0, 1).cpu())
+            returns.append(torch.stack([scores[name][-1] for name in self.rewards.names], dim=1))
+        evaluation = Evaluation(
+            {name: torch.cat(parts) for name, parts in scores.items()},
+            self._explained_variance(torch.cat(values), torch.cat(returns)),
+            torch.cat(images),
+            prompts.texts,
+        )
+        self.log.write(
+            "evaluate", iteration=self.iteration, explained_variance=evaluation.explained_variance.mean(dim=-1), **evaluation.means()
+        )
+        return evaluation
+
+    def _explained_variance(self, values: Tensor, returns: Tensor) -> Tensor:
+        if values.shape[-1] == 0:
+            return values.new_zeros(values.shape[1:])
+        targets = self.normalizer.standardize(returns)[:, None].expand_as(values)
+        return reference.explained_variance(values, targets)
+
+    def save(self, directory: str | Path) -> None:
+        """Write everything that `load` needs; the directory appears whole or not at all."""
+        checkpoint.save_trainer(self, Path(directory))
+
+    def load(self, directory: str | Path) -> None:
+        """Continue from what `save` wrote, in place.
+
+        Raises:
+            ValueError: when it does not fit this trainer; nothing is changed then.
+        """
+        checkpoint.load_trainer(self, Path(directory))

@@ -1,0 +1,146 @@
+"""One pass of learning over a rollout: PPO on the actor, regression on the critic, over (sample, step) pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lacfast import ops
+from lacfast.advantages import Advantages
+from lacfast.config import PPOConfig
+from lacfast.critic import Critic
+from lacfast.protocols import Backbone
+from lacfast.records import PPOStats, Rollout
+from lacfast.sampler import policy_output
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Flattened (step, row) indices into a rollout, P of them."""
+
+    steps: Tensor
+    """(P,) int64 row of the transition table."""
+    rows: Tensor
+    """(P,) int64 trajectory."""
+    position: Tensor
+    """(P,) int64 index of the step among the trained ones."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, index: Tensor) -> Pairs:
+        return Pairs(self.steps[index], self.rows[index], self.position[index])
+
+    def split(self, size: int) -> Iterator[Pairs]:
+        for start in range(0, len(self), size):
+            yield Pairs(self.steps[start : start + size], self.rows[start : start + size], self.position[start : start + size])
+
+    def shuffled(self, generator: torch.Generator) -> Pairs:
+        return self.select(torch.randperm(len(self), generator=generator).to(self.rows.device))
+
+
+def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
+    """Every (step, trajectory) of the trained `steps` (K,)."""
+    position = torch.arange(len(steps), device=steps.device).repeat_interleave(batch_size)
+    rows = torch.arange(batch_size, device=steps.device).repeat(len(steps))
+    return Pairs(steps[position], rows, position)
+
+
+def _require_finite(what: str, norm: Tensor) -> float:
+    value = float(norm)
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the gradient norm of the {what} is {value}; no optimizer step was taken and the weights are as before. "
+            "Lower the learning rate or the clip range, and check the rewards"
+        )
+    return value
+
+
+def policy_step(
+    backbone: Backbone,
+    reference: Backbone | None,
+    optimizer: Optimizer,
+    rollout: Rollout,
+    advantages: Advantages,
+    pairs: Pairs,
+    config: PPOConfig,
+    guidance_scale: float,
+) -> tuple[PPOStats, Tensor, float]:
+    """One optimizer step of the actor on a minibatch. Returns statistics (P,), the loss () and the gradient norm."""
+    optimizer.zero_grad(set_to_none=True)
+    coefficients = rollout.table.coefficients(rollout.latents.device)
+    clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
+    stats, losses = [], []
+    for part in pairs.split(config.microbatch_size):
+        output = _guided_output(backbone, rollout, part, config.cfg_grad, guidance_scale)
+        with torch.no_grad():
+            reference_output = None if reference is None else _guided_output(reference, rollout, part, "cond", guidance_scale)
+        loss, part_stats = ops.ppo_loss(
+            output,
+            rollout.model_outputs[part.steps, part.rows],
+            advantages.policy[part.position, part.rows],
+            coefficients,
+            part.steps,
+            noise=rollout.noise.select(part.rows),
+            clip_range=clip_range,
+            reference_output=reference_output,
+            kl_weight=config.kl_weight,
+        )
+        share = len(part) / len(pairs)
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach() * share)
+        stats.append(part_stats)
+    norm = _require_finite("policy", nn.utils.clip_grad_norm_(backbone.model.parameters(), config.max_grad_norm))
+    optimizer.step()
+    return _concatenate(stats), torch.stack(losses).sum(), norm
+
+
+def _guided_output(backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, guidance_scale: float) -> Tensor:
+    sample = rollout.latents[pairs.steps, pairs.rows]
+    timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
+    uncond = None if rollout.uncond_conditioning is None else rollout.uncond_conditioning.select(pairs.rows)
+    output, uncond_output = policy_output(
+        backbone, sample, timestep, rollout.conditioning.select(pairs.rows), uncond, cfg_grad=cfg_grad
+    )
+    if uncond_output is None:
+        return output.contiguous()
+    return (uncond_output + guidance_scale * (output - uncond_output)).contiguous()
+
+
+def _concatenate(stats: list[PPOStats]) -> PPOStats:
+    return PPOStats(
+        torch.cat([part.log_ratio for part in stats]),
+        torch.cat([part.kl_old for part in stats]),
+        torch.cat([part.kl_ref for part in stats]),
+        torch.cat([part.clipped for part in stats]),
+    )
+
+
+def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs) -> Tensor:
+    """Values (P, M) of the rollout's states, on the features kept from it."""
+    features = {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
+    sample = rollout.latents[pairs.steps, pairs.rows]
+    timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
+    values: Tensor = critic(features, sample, timestep, rollout.conditioning.select(pairs.rows))
+    return values
+
+
+def critic_step(
+    critic: Critic, optimizer: Optimizer, rollout: Rollout, targets: Tensor, pairs: Pairs, config: PPOConfig
+) -> tuple[Tensor, float]:
+    """One optimizer step of the critic towards standardised targets (K, B, M). Returns the loss () and the gradient norm."""
+    optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for part in pairs.split(config.microbatch_size):
+        loss = nn.functional.mse_loss(critic_values(critic, rollout, part), targets[part.position, part.rows])
+        share = len(part) / len(pairs)
+        (loss * share).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach() * share)
+    norm = _require_finite("critic", nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm))
+    optimizer.step()
+    return torch.stack(losses).sum(), norm

@@ -1,0 +1,137 @@
+"""Value pretraining: with the actor frozen, the critic learns what its own rollouts were worth."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lacfast import reference
+from lacfast.advantages import RewardNormalizer, stack_rewards
+from lacfast.config import PPOConfig, PretrainConfig
+from lacfast.critic import Critic
+from lacfast.records import Rollout
+from lacfast.update import all_pairs, critic_step
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What value pretraining reached."""
+
+    explained_variance: Tensor
+    """(T, M) on held-out states, of the critic that was kept."""
+    history: list[float]
+    """Mean held-out explained variance after every iteration."""
+    images: int
+    """Generated for training and selection; they count in every comparison."""
+
+
+def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
+    """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
+    values = rollout_values(critic, rollout)
+    returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
+    return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
+
+
+@torch.no_grad()
+def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
+    """Values (T, B, M) of all states of a rollout on the features kept from it."""
+    values = []
+    for step, timestep in enumerate(rollout.table.timesteps.to(rollout.latents.device)):
+        features = {name: tensor[step] for name, tensor in rollout.features.items()}
+        values.append(critic(features, rollout.latents[step], timestep.expand(rollout.batch_size), rollout.conditioning))
+    return torch.stack(values)
+
+
+def value_targets(rollout: Rollout, normalizer: RewardNormalizer, target_clip: float) -> Tensor:
+    """(B, M) standardised Monte-Carlo returns, the same for every step of a trajectory."""
+    return normalizer.standardize(stack_rewards(rollout)).clamp(-target_clip, target_clip)
+
+
+def pretrain_values(
+    critic: Critic,
+    optimizer: Optimizer,
+    normalizer: RewardNormalizer,
+    held_out: Rollout,
+    make_rollout: Callable[[int], Rollout | None],
+    config: PretrainConfig,
+    ppo: PPOConfig,
+    *,
+    seed: int,
+    on_iteration: Callable[[int, Tensor], None] = lambda iteration, variance: None,
+) -> PretrainResult:
+    """Fit the critic to rollouts of a frozen actor until its held-out explained variance stops rising.
+
+    Args:
+        critic: trained in place; ends as the best one seen on `held_out`.
+        optimizer: of the critic; its state is the caller's to reset before joint training.
+        normalizer: reward statistics, updated with every rollout.
+        held_out: rollout with rewards on prompts that are not trained on.
+        make_rollout: iteration -> rollout with rewards, None when it was skipped.
+        seed: of the order of the minibatches.
+        on_iteration: called with the iteration and the held-out explained variance (T, M).
+    """
+    recent: deque[Rollout] = deque(maxlen=config.reused_rollouts)
+    history: list[float] = []
+    best: tuple[float, Tensor, dict[str, Tensor], RewardNormalizer] | None = None
+    images = held_out.batch_size
+    for iteration in range(config.iterations):
+        rollout = make_rollout(iteration)
+        if rollout is None:
+            continue
+        images += rollout.batch_size
+        recent.append(rollout)
+        update_statistics(critic, normalizer, stack_rewards(rollout))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        for _ in range(config.epochs):
+            _one_epoch(critic, optimizer, normalizer, list(recent), config, ppo, generator)
+        variance = held_out_variance(critic, held_out, normalizer)
+        history.append(_score(variance, held_out))
+        on_iteration(iteration, variance)
+        if best is None or history[-1] > best[0]:
+            weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+            best = (history[-1], variance, weights, copy.deepcopy(normalizer))
+        if len(history) - history.index(best[0]) > config.patience:
+            break
+    if best is None:
+        raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
+    _, variance, weights, kept = best
+    critic.load_state_dict(weights)
+    normalizer.restore(kept)
+    return PretrainResult(variance, history, images)
+
+
+def update_statistics(critic: Critic, normalizer: RewardNormalizer, rewards: Tensor) -> None:
+    """Take rewards (B, M) into the running statistics and rescale the head so that its raw predictions stay."""
+    old_mean, old_std, seen = normalizer.mean, normalizer.std, normalizer.count > 0
+    normalizer.update(rewards)
+    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean" and has to stay so.
+    if not seen:
+        return
+    like = critic.head.output.bias
+    critic.head.rescale(old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like))
+
+
+def _score(variance: Tensor, rollout: Rollout) -> float:
+    return float(variance[rollout.table.trainable_steps].mean())
+
+
+def _one_epoch(
+    critic: Critic,
+    optimizer: Optimizer,
+    normalizer: RewardNormalizer,
+    rollouts: list[Rollout],
+    config: PretrainConfig,
+    ppo: PPOConfig,
+    generator: torch.Generator,
+) -> None:
+    for rollout in rollouts:
+        steps = torch.tensor(rollout.table.trainable_steps, device=rollout.latents.device)
+        targets = value_targets(rollout, normalizer, ppo.target_clip).expand(len(steps), -1, -1)
+        for pairs in all_pairs(steps, rollout.batch_size).shuffled(generator).split(config.minibatch_size):
+            critic_step(critic, optimizer, rollout, targets, pairs, ppo)

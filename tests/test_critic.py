@@ -1,0 +1,92 @@
+"""The value head reads tokens once, starts at zero and keeps its raw predictions when the statistics change."""
+
+from __future__ import annotations
+
+import torch
+from tiny_backbones import PROMPTS, tiny_backbone
+from torch import nn
+
+from lacfast.advantages import RewardNormalizer
+from lacfast.config import CriticConfig
+from lacfast.critic import TapPool, ValueHead, build_critic
+from lacfast.value_pretraining import update_statistics
+
+TIMESTEPS = torch.tensor([900.0, 500.0, 100.0])
+
+
+def taps(dims: tuple[int, ...] = (12, 8), tokens: int = 5) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn((3, tokens, dim), generator=generator) for dim in dims]
+
+
+def trained_head(num_rewards: int = 2) -> ValueHead:
+    torch.manual_seed(0)
+    head = ValueHead((12, 8), num_rewards, CriticConfig(hidden_dim=16, head_dim=4, num_heads=2))
+    for layer in (head.output, head.modulation, *(pool.modulation for pool in head.pools)):
+        nn.init.normal_(layer.weight, std=0.3)
+    return head
+
+
+def test_a_new_critic_values_everything_at_zero() -> None:
+    head = ValueHead((12, 8), 2, CriticConfig())
+    assert torch.equal(head(taps(), TIMESTEPS), torch.zeros(3, 2))
+
+
+def test_the_folded_query_is_attention_with_key_and_value_projections() -> None:
+    torch.manual_seed(0)
+    pool = TapPool(12, num_heads=2, head_dim=4, time_dim=6)
+    nn.init.normal_(pool.modulation.weight)
+    nn.init.uniform_(pool.norm_weight)
+    tokens, time_embedding = taps((12,))[0], torch.randn(3, 6)
+    scale, shift = pool.modulation(time_embedding).view(3, 2, 2, 4).unbind(dim=1)
+    query = nn.functional.rms_norm(pool.query, (4,)) * (1 + scale) + shift
+    normed = nn.functional.rms_norm(tokens, (12,), pool.norm_weight, eps=1e-6)
+    keys = torch.einsum("bld,hkd->bhlk", normed, pool.key)
+    values = torch.einsum("bld,hdk->bhlk", normed, pool.value)
+    expected = nn.functional.scaled_dot_product_attention(query[:, :, None], keys, values, scale=12**-0.5)
+    torch.testing.assert_close(pool(tokens, time_embedding), expected[:, :, 0].flatten(1))
+
+
+def test_the_value_depends_on_the_timestep_and_not_on_the_order_of_tokens() -> None:
+    head = trained_head()
+    values = head(taps(), TIMESTEPS)
+    assert not torch.allclose(values, head(taps(), TIMESTEPS.flip(0)))
+    torch.testing.assert_close(values, head([tap.flip(1) for tap in taps()], TIMESTEPS))
+
+
+def test_rescaling_keeps_the_raw_predictions() -> None:
+    head = trained_head()
+    old_mean, old_std = torch.tensor([0.2, -1.0]), torch.tensor([0.5, 3.0])
+    new_mean, new_std = torch.tensor([0.4, 2.0]), torch.tensor([0.7, 0.1])
+    before = head(taps(), TIMESTEPS) * old_std + old_mean
+    head.rescale(old_mean, old_std, new_mean, new_std)
+    torch.testing.assert_close(head(taps(), TIMESTEPS) * new_std + new_mean, before)
+
+
+def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:
+    """Zero means "the mean reward": rescaled from statistics that nobody measured, it would mean -mean / std."""
+    critic = build_critic(tiny_backbone("dit"), 1, CriticConfig())
+    assert critic is not None
+    normalizer = RewardNormalizer.create(1)
+    update_statistics(critic, normalizer, torch.tensor([[10.0], [11.0]]))
+    assert torch.equal(critic.head.output.bias, torch.zeros(1))
+    update_statistics(critic, normalizer, torch.tensor([[14.0], [13.0]]))
+    assert not torch.equal(critic.head.output.bias, torch.zeros(1))
+
+
+def test_the_same_seed_builds_the_same_critic_and_leaves_the_global_state_alone() -> None:
+    backbone = tiny_backbone("dit")
+    before = torch.random.get_rng_state()
+    first, second = (build_critic(backbone, 1, CriticConfig(), seed=5) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.head.hidden.weight, second.head.hidden.weight)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_bf16_features_are_valued_in_float32() -> None:
+    critic = build_critic(tiny_backbone("dit"), 1, CriticConfig(trunk="shared"))
+    assert critic is not None
+    features = {name: torch.randn(2, 16, 96).bfloat16() for name in critic.trunk.names}
+    conditioning = tiny_backbone("dit").encode_prompts(PROMPTS[:2])
+    assert critic(features, torch.zeros(2, 16, 8, 8), TIMESTEPS[:2], conditioning).dtype == torch.float32

@@ -1,0 +1,116 @@
+"""Sampling is a pure function of static buffers, and a rollout keeps exactly what training needs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lacfast import ops
+from lacfast.config import CriticConfig, SamplerConfig
+from lacfast.critic import build_critic
+from lacfast.records import INITIAL_STEP, NoiseKey
+from lacfast.sampler import SamplerBuffers, begin, denoise_step, sample_rollout
+
+STEPS = 4
+
+
+def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every parameter and buffer by one without storage."""
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor)
+
+
+def rollout_of(backbone, prompts: list[str], ids: range, *, critic=None, seed: int = 3, **settings):  # noqa: ANN001, ANN003, ANN201
+    table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
+    return sample_rollout(backbone, critic, table, prompts, [{}] * len(prompts), NoiseKey.create(seed, ids), **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_runs_whole_without_looking_at_a_value(family: str) -> None:
+    """FakeTensorMode raises at .item(), nonzero and tensors in an if: what a graph capture cannot do."""
+    backbone = tiny_backbone(family)
+    critic = build_critic(backbone, 2, CriticConfig())
+    table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
+    assert critic is not None
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in (backbone.model, backbone.prompt_encoder, critic):
+            make_fake(module, mode)
+        conditioning = backbone.encode_prompts(PROMPTS[:2])
+        noise = NoiseKey(torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+        buffers = SamplerBuffers.allocate(
+            table, backbone.latent_shape, noise, conditioning, uncond_conditioning=conditioning, guidance_scale=3.0, num_rewards=2
+        )
+        begin(buffers)
+        for _ in range(2):
+            denoise_step(backbone, critic, buffers)
+        assert buffers.values.shape == (STEPS, 2, 2)
+
+
+def test_a_step_writes_into_the_buffers_it_was_given() -> None:
+    backbone = tiny_backbone("dit")
+    critic = build_critic(backbone, 1, CriticConfig())
+    table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
+    buffers = SamplerBuffers.allocate(
+        table, backbone.latent_shape, NoiseKey.create(0, range(2)), backbone.encode_prompts(PROMPTS[:2]), num_rewards=1
+    )
+    begin(buffers)
+    denoise_step(backbone, critic, buffers)
+    addresses = {name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)}
+    features = {name: tensor.data_ptr() for name, tensor in buffers.features.items()}
+    for _ in range(STEPS - 1):
+        denoise_step(backbone, critic, buffers)
+    assert addresses == {name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)}
+    assert features == {name: tensor.data_ptr() for name, tensor in buffers.features.items()}
+    assert int(buffers.step) == STEPS
+
+
+def test_a_trajectory_does_not_depend_on_its_batch() -> None:
+    backbone = tiny_backbone("dit")
+    whole = rollout_of(backbone, PROMPTS[:4], range(10, 14))
+    alone = rollout_of(backbone, PROMPTS[2:3], range(12, 13))
+    torch.testing.assert_close(whole.latents[:, 2:3], alone.latents, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole.latents[0, 2:3], alone.latents[0])
+
+
+def test_a_rollout_satisfies_its_own_equation() -> None:
+    rollout = rollout_of(tiny_backbone("dit"), PROMPTS[:2], range(2))
+    table = rollout.table
+    for step in range(STEPS):
+        steps = torch.full((2,), step)
+        eps = ops.normal_noise(tuple(rollout.latents[0].shape), steps, rollout.noise)
+        expected = table.a[step] * rollout.latents[step] + table.b[step] * rollout.model_outputs[step] + table.std[step] * eps
+        torch.testing.assert_close(rollout.latents[step + 1], expected.float(), rtol=1e-5, atol=1e-5)
+        scored = ops.step_log_prob(
+            rollout.latents[step], rollout.model_outputs[step], rollout.latents[step + 1], table.coefficients(), steps
+        )
+        torch.testing.assert_close(rollout.log_probs[step], scored, rtol=1e-4, atol=1e-4)
+    start = ops.normal_noise(tuple(rollout.latents[0].shape), torch.full((2,), INITIAL_STEP), rollout.noise)
+    assert torch.equal(rollout.latents[0], start)
+
+
+def test_seed_and_sample_id_change_the_noise() -> None:
+    backbone = tiny_backbone("dit")
+    first = rollout_of(backbone, PROMPTS[:1], range(1), seed=0).clean_latents
+    assert not torch.allclose(first, rollout_of(backbone, PROMPTS[:1], range(1), seed=1).clean_latents)
+    assert not torch.allclose(first, rollout_of(backbone, PROMPTS[:1], range(1, 2), seed=0).clean_latents)
+
+
+def test_guidance_of_equal_halves_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_backbone("dit")
+    plain = rollout_of(backbone, PROMPTS[:2], range(2))
+    encode = backbone.encode_prompts
+    # The unconditional prompt is replaced by the conditional one: v + s (v - v) = v.
+    monkeypatch.setattr(backbone, "encode_prompts", lambda prompts: encode([PROMPTS[0], PROMPTS[1]]))
+    guided = rollout_of(backbone, PROMPTS[:2], range(2), guidance_scale=5.0)
+    torch.testing.assert_close(plain.latents, guided.latents)
+    assert guided.uncond_conditioning is not None
+
+
+def test_mismatched_inputs_raise_with_the_counts() -> None:
+    with pytest.raises(ValueError, match="2 prompts, 2 metadata and 3 sample ids"):
+        rollout_of(tiny_backbone("dit"), PROMPTS[:2], range(3))

@@ -1,0 +1,72 @@
+"""Rewards are found by name, and nothing unusable that they return is learned from."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_backbones import brightness
+
+from lacfast.scoring import RewardError, RewardSet
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["one red circle", "one blue square"]
+
+
+def score(reward: Any) -> dict[str, torch.Tensor]:
+    return RewardSet.create(reward).score(IMAGES, PROMPTS, [{}, {}])
+
+
+def test_callables_names_and_weights_are_understood() -> None:
+    rewards = RewardSet.create({brightness: 2.0, "shapes": 0.5})
+    assert rewards.names == ["brightness", "shapes"]
+    assert rewards.weights.tolist() == [2.0, 0.5]
+    assert RewardSet.create("shapes_gold").names == ["shapes_gold"]
+    assert RewardSet.create(["shapes_strict", brightness]).weights.tolist() == [1.0, 1.0]
+
+
+def test_arrays_and_lists_become_float32_on_the_cpu() -> None:
+    assert score(lambda images, prompts, metadata: np.array([1, 2]))["<lambda>"].dtype == torch.float32
+    assert score(lambda images, prompts, metadata: [0.5, 1.5])["<lambda>"].tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.tensor([1.0, torch.nan]), r"reward 'bad' returned nan for prompts \['one blue square'\].*on_reward_error='skip'"),
+        (torch.tensor([torch.inf, 1.0]), r"returned inf for prompts \['one red circle'\]"),
+        (torch.zeros(3), r"returned shape \(3,\) for 2 images; return one number per image"),
+        (torch.zeros(2, 1), r"returned shape \(2, 1\) for 2 images"),
+    ],
+)
+def test_unusable_scores_name_the_reward_the_value_and_the_prompts(returned: torch.Tensor, message: str) -> None:
+    def bad(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+        return returned
+
+    with pytest.raises(RewardError, match=message):
+        score(bad)
+
+
+def test_a_reward_that_raises_is_named_with_its_error() -> None:
+    def broken(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+        raise KeyError("aesthetic")
+
+    with pytest.raises(RewardError, match=re.escape("reward 'broken' raised KeyError: 'aesthetic' for prompts")):
+        score(broken)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("clipscore", "unknown reward 'clipscore'; known: shapes, shapes_gold"), ([], "there is no reward"), ({}, "there is no reward")],
+)
+def test_a_reward_that_cannot_be_found_lists_the_known_ones(reward: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewardSet.create(reward)
+
+
+def test_two_rewards_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="two rewards share a name"):
+        RewardSet.create([lambda images, prompts, metadata: [0, 0], lambda images, prompts, metadata: [1, 1]])

@@ -1,0 +1,200 @@
+"""The trainer learns from what it should, keeps what it must and refuses what cannot train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
+
+from lacfast import LatentActorCriticTrainer
+from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
+from lacfast.scoring import RewardError
+
+
+def trainer_for(family: Any = "dit", reward: Any = brightness, *, seed: int = 0, **changes: Any) -> LatentActorCriticTrainer:
+    return LatentActorCriticTrainer(tiny_backbone(family, seed=seed), reward, PROMPTS, tiny_config(**changes))
+
+
+def weights(trainer: LatentActorCriticTrainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.backbone.model.state_dict().items()}
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trunk", ["branch", "shared", "copy", "none"])
+@pytest.mark.filterwarnings("ignore:no critic")
+def test_two_iterations_train_every_backbone_with_every_trunk(family: Any, trunk: str) -> None:
+    trainer = trainer_for(family, critic=CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8))
+    before = weights(trainer)
+    first, second = trainer.train_iteration(), trainer.train_iteration()
+    assert first["first_max_abs_log_ratio"] < 1e-6
+    assert changed(before, weights(trainer))
+    assert second["iteration"] == 2
+    assert second["images"] == 16
+    if trunk != "none":
+        assert torch.isfinite(torch.tensor(second["value_loss"]))
+        assert trainer.critic is not None
+        assert trainer.critic.head.output.weight.abs().sum() > 0
+
+
+def test_training_raises_an_easy_reward() -> None:
+    """Brightness is one linear functional of the latents: a few iterations must move it."""
+    trainer = trainer_for(batch_size=32, ppo=PPOConfig(clip_range=1e-2, policy_learning_rate=1e-3, num_minibatches=2))
+    before = trainer.evaluate(samples=32).means()["brightness"]
+    for _ in range(6):
+        trainer.train_iteration()
+    assert trainer.evaluate(samples=32).means()["brightness"] > before + 0.01
+
+
+def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> None:
+    trainer = trainer_for()
+    before = weights(trainer)
+    result = trainer.pretrain_critic()
+    assert not changed(before, weights(trainer))
+    assert trainer.critic_optimizer is not None
+    assert trainer.critic_optimizer.state == {}
+    assert result.images == 8 + 2 * 8 == trainer.images
+    assert result.explained_variance.shape == (4, 1)
+
+
+def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
+    trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3, kl_weight=0.1, num_minibatches=2))
+    assert trainer.reference is not None
+    before = {name: tensor.clone() for name, tensor in trainer.reference.model.state_dict().items()}
+    trainer.train_iteration()
+    metrics = trainer.train_iteration()
+    assert not changed(before, trainer.reference.model.state_dict())
+    assert float(metrics["kl_ref"].nan_to_num().sum()) > 0
+
+
+def test_microbatches_do_not_change_the_update() -> None:
+    results = []
+    for size in (3, 100):
+        trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3, microbatch_size=size, num_minibatches=1))
+        trainer.train_iteration()
+        results.append(weights(trainer)["proj_out.weight"])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    trainer = trainer_for()
+    trainer.pretrain_critic()
+    trainer.train_iteration()
+    trainer.save(tmp_path / "run")
+    resumed = trainer_for(seed=1)
+    resumed.load(tmp_path / "run")
+    first, second = trainer.train_iteration(), resumed.train_iteration()
+    for name in ("policy_loss", "value_loss", "reward/brightness", "policy_grad_norm", "iteration", "images"):
+        assert first[name] == second[name], name
+    assert not changed(weights(trainer), weights(resumed))
+
+
+def test_saving_twice_replaces_the_checkpoint_and_leaves_no_temporary(tmp_path: Path) -> None:
+    trainer = trainer_for()
+    trainer.save(tmp_path / "run")
+    trainer.save(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path: Path) -> None:
+    trainer_for(critic=CriticConfig(hidden_dim=32)).save(tmp_path / "run")
+    trainer = trainer_for(seed=1)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match=r"critic in .* does not fit: head\.\S+ is \(.*\) there and \(.*\) here"):
+        trainer.load(tmp_path / "run")
+    assert not changed(before, weights(trainer))
+    with pytest.raises(ValueError, match=r"holds no trainer\.pt"):
+        trainer.load(tmp_path)
+
+
+def test_metrics_are_json_lines(tmp_path: Path) -> None:
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config(), metrics_path=tmp_path / "metrics.jsonl")
+    trainer.train(1)
+    trainer.evaluate()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["train", "evaluate"]
+    assert len(lines[0]["clip_fraction_high"]) == 3
+
+
+def test_evaluation_repeats_exactly_and_does_not_train() -> None:
+    trainer = trainer_for()
+    before = weights(trainer)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert torch.equal(first.images, second.images)
+    assert not changed(before, weights(trainer))
+
+
+def failing(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
+    return torch.full((len(prompts),), torch.nan)
+
+
+def test_a_failed_reward_raises_and_keeps_the_rollout() -> None:
+    trainer = trainer_for(reward=failing)
+    before = weights(trainer)
+    with pytest.raises(RewardError, match="reward 'failing' returned nan"):
+        trainer.train_iteration()
+    assert trainer.last_rollout is not None
+    assert trainer.last_rollout.batch_size == 8
+    assert not changed(before, weights(trainer))
+
+
+def test_a_failed_reward_is_never_trained_on_when_skipping() -> None:
+    trainer = trainer_for(reward=failing, on_reward_error="skip")
+    before = weights(trainer)
+    with pytest.warns(UserWarning, match="rollout of 8 images skipped: reward 'failing'"):
+        metrics = trainer.train_iteration()
+    assert metrics["skipped"]
+    assert not changed(before, weights(trainer))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
+    trainer = trainer_for()
+    rollout = trainer.score(trainer.rollout(trainer.prompts, 0))
+    assert rollout is not None
+    before = weights(trainer)
+    poisoned = replace(rollout, model_outputs=torch.full_like(rollout.model_outputs, torch.inf))
+    with pytest.raises(FloatingPointError, match="no optimizer step was taken"):
+        trainer.update(poisoned)
+    assert not changed(before, weights(trainer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": SamplerConfig(num_steps=4, noise_level=0.0)}, r"noise_level=0\.0 .* no step has a log-prob to train; use noise_level > 0"),
+        ({"sampler": SamplerConfig(num_steps=4, kind="ode", noise_level=0.0)}, "kind='ode'"),
+        ({"sampler": SamplerConfig(num_steps=4, kind="heun")}, "unknown sampler kind 'heun'; known: "),
+    ],
+)
+def test_a_sampler_that_cannot_train_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_for(**changes)
+
+
+def test_a_critic_with_another_number_of_heads_is_refused() -> None:
+    backbone = tiny_backbone("dit")
+    LatentActorCriticTrainer(backbone, brightness, PROMPTS, tiny_config())
+    with pytest.raises(ValueError, match="critic has 1 heads and there are 2 rewards"):
+        LatentActorCriticTrainer(backbone, [brightness, "shapes"], PROMPTS, tiny_config())
+
+
+def test_several_rewards_train_one_head_each() -> None:
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), {brightness: 1.0, "shapes": 2.0}, _prompts(), tiny_config())
+    metrics = trainer.train_iteration()
+    assert len(metrics["advantage_correlation"]) == 2
+    assert trainer.critic is not None
+    assert trainer.critic.num_rewards == 2
+
+
+def _prompts() -> Any:
+    from lacfast.tasks.prompts import split_prompts
+
+    return split_prompts()[0]

@@ -1,0 +1,47 @@
+"""Untrained tiny backbones made with diffusers' own classes, for tests that need a model but no skill."""
+
+from __future__ import annotations
+
+import torch
+
+from lacfast.backbones import adapt_pretrained
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.config import CriticConfig, PPOConfig, PretrainConfig, SamplerConfig, TrainConfig
+from lacfast.tasks import models
+from lacfast.tasks.codec import fit_codec
+from lacfast.tasks.pretraining import Pretrained
+from lacfast.tasks.prompts import split_prompts
+from lacfast.tasks.text import word_encoder
+
+FAMILIES: tuple[models.BackboneName, ...] = ("dit", "unet")
+PROMPTS = [prompt.text for prompt in split_prompts()[0][:8]]
+
+
+def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbone:
+    """A backbone whose output depends on all of its inputs."""
+    model = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    # Zero-initialised modulation would hide the timestep and the prompt.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    text = word_encoder(generator=torch.Generator().manual_seed(100))
+    return adapt_pretrained(Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ()))
+
+
+def tiny_config(**changes: object) -> TrainConfig:
+    """A configuration whose iteration takes a fraction of a second."""
+    settings: dict[str, object] = {
+        "batch_size": 8,
+        "eval_samples": 8,
+        "sampler": SamplerConfig(num_steps=4),
+        "critic": CriticConfig(hidden_dim=16, head_dim=8, num_heads=2),
+        "ppo": PPOConfig(clip_range=1e-3, num_minibatches=2, microbatch_size=8),
+        "pretrain": PretrainConfig(iterations=2, epochs=1, held_out_samples=8),
+    }
+    return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def brightness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
+    """A reward that needs no checker."""
+    return images.mean(dim=(1, 2, 3))
