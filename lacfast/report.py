@@ -88,10 +88,10 @@ def headline(summary: dict[str, Any]) -> str:
     change = f"from {_percent(scores.strict_before)} to {_percent(scores.strict_after)}"
     training = f"{seconds:.0f} seconds of reinforcement learning"
     if abs(scores.gain) < 2 * scores.standard_error:
-        learned = f"{training} were too few to tell: the share of unseen prompts it obeys went {change}"
+        learned = f"{training} were too few to tell: the share of held-out prompts it obeys went {change}"
     else:
         verb = "raised" if scores.gain > 0 else "lowered"
-        learned = f"{training} {verb} the share of unseen prompts it obeys {change}"
+        learned = f"{training} {verb} the share of held-out prompts it obeys {change}"
     return f"{learned}; steered by its own critic, it obeys {_percent(scores.steered_after)}."
 
 
@@ -140,7 +140,7 @@ def _notice(summary: dict[str, Any]) -> str:
     if not summary["quick"]:
         return ""
     return (
-        '<p class="notice"><strong>A shortened run.</strong> Every phase was cut short to show that it works; '
+        '<p class="notice"><strong>A shortened run.</strong> Every phase was cut short to show that it runs; '
         "leave out <code>--quick</code> to see the model learn.</p>"
     )
 
@@ -157,7 +157,7 @@ def _cards(summary: dict[str, Any], scores: _Scores) -> Iterable[str]:
     steered = summary["steered"]
     before, after = _percent(scores.strict_before), _percent(scores.strict_after)
     error = f"± {100 * scores.standard_error:.1f}, n = {summary['evaluation_samples']}"
-    yield _card("Obeys unseen prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
+    yield _card("Obeys held-out prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
     yield _card(
         "Gold checker",
         _percent(summary["gold_after"]),
@@ -196,8 +196,9 @@ def _gallery(gallery: Gallery) -> Iterable[str]:
             passed = bool(verdicts[index] > 0.5)
             verdict, mark = ("pass", "✓") if passed else ("fail", "✗")
             meaning = f"{prompt}: {escape(title)}, {'obeys' if passed else 'does not obey'}"
+            source = png_data_uri(to_image(images[index]))
             figures.append(
-                f'<figure class="{verdict}"><img src="{png_data_uri(to_image(images[index]))}" alt="{meaning}">'
+                f'<figure class="{verdict}"><img src="{source}" alt="{meaning}">'
                 f"<figcaption><b>{mark}</b> {escape(title)}</figcaption></figure>"
             )
         strip = "".join(figures)
