@@ -1,1 +1,1 @@
-"""Procedural tasks that need no download: prompts, scenes, checkers and the recipe of their tiny pretrained models."""
+"""Procedural tasks that need no download: prompts, scenes, checkers and tiny pretrained models."""

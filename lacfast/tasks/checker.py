@@ -77,7 +77,7 @@ def _component_colours(images: FloatArray, labels: IntArray, number: int) -> npt
 
 
 def detect(images: FloatArray) -> list[list[Detection]]:
-    """The objects of every image (B, 3, IMAGE_SIZE, IMAGE_SIZE), as connected components of saturated pixels."""
+    """The objects of every image (B, 3, H, W), as connected components of saturated pixels."""
     saturation = images.max(axis=1) - images.min(axis=1)
     labels, number = ndimage.label(saturation > SATURATION_THRESHOLD, structure=_IN_PLANE)
     found: list[list[Detection]] = [[] for _ in images]

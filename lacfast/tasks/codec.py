@@ -21,8 +21,8 @@ class PatchCodec(nn.Module):
 
     latent = encoder (patch - mean);   patch = decoder latent + mean
 
-    The encoder's rows are the first C principal components, each divided by its standard deviation to the power
-    `whitening`, with one common scale. Both directions are differentiable, but for the clamp to [0, 1] at the end.
+    The encoder's rows are the first C principal components, each divided by its standard deviation to the
+    power `whitening`, with one common scale. Differentiable both ways, but for the final clamp to [0, 1].
     """
 
     encoder: Tensor
@@ -51,7 +51,7 @@ class PatchCodec(nn.Module):
 def fit_codec(
     *, patch_size: int = PATCH_SIZE, channels: int = CHANNELS, whitening: float = WHITENING
 ) -> PatchCodec:
-    """The codec whose basis is fitted on ground truth, in float64 and with fixed signs, so always the same."""
+    """The codec whose basis is fitted on ground truth, in float64 and with fixed signs."""
     prompts = all_prompts() * FIT_IMAGES_PER_PROMPT
     images = torch.from_numpy(sample_images(prompts, np.random.default_rng(FIT_SEED))).double()
     patches = nn.functional.pixel_unshuffle(images, patch_size).movedim(1, -1).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The gold checker, of another design: every cell is compared with all pictures of a cell, no components, no hue."""
+"""The gold checker, of another design: every cell is compared with all pictures of a cell, no components."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def detect(images: FloatArray) -> list[list[Detection]]:
 
 
 def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArray, FloatArray]:
-    """Strict (0 or 1) and partial ([0, 1]) score per image; the arguments of `lacfast.tasks.checker.check`."""
+    """Strict (0 or 1) and partial ([0, 1]) score per image, as `lacfast.tasks.checker.check`."""
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(images) != len(metadata):
         raise ValueError(
             f"images of shape {images.shape} do not fit {len(metadata)} metadata: "

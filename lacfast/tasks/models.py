@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
@@ -18,7 +19,8 @@ LATENT_SIZE = IMAGE_SIZE // PATCH_SIZE
 
 def tiny_dit() -> SD3Transformer2DModel:
     """A DiT of 1.1 M parameters: 3 joint blocks of width 96 on 16 image tokens and the words."""
-    return SD3Transformer2DModel(
+    build: Any = SD3Transformer2DModel
+    model: SD3Transformer2DModel = build(
         sample_size=LATENT_SIZE,
         patch_size=2,
         in_channels=CHANNELS,
@@ -32,11 +34,13 @@ def tiny_dit() -> SD3Transformer2DModel:
         pos_embed_max_size=LATENT_SIZE // 2,
         qk_norm="rms_norm",
     )
+    return model
 
 
 def tiny_unet() -> UNet2DConditionModel:
     """A UNet with cross attention on 8x8 and 4x4 maps."""
-    return UNet2DConditionModel(
+    build: Any = UNet2DConditionModel
+    model: UNet2DConditionModel = build(
         sample_size=LATENT_SIZE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
@@ -49,9 +53,12 @@ def tiny_unet() -> UNet2DConditionModel:
         attention_head_dim=4,
         norm_num_groups=8,
     )
+    return model
 
 
-def predict_velocity(model: nn.Module, sample: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
+def predict_velocity(
+    model: nn.Module, sample: Tensor, timestep: Tensor, tokens: Tensor, pooled: Tensor
+) -> Tensor:
     """v = noise - data at x = (1 - sigma) data + sigma noise, from either backbone.
 
     Args:
@@ -65,21 +72,50 @@ def predict_velocity(model: nn.Module, sample: Tensor, timestep: Tensor, tokens:
     elif isinstance(model, UNet2DConditionModel):
         output = model(sample, timestep, tokens, return_dict=False)
     else:
-        raise ValueError(f"no velocity from a {type(model).__name__}; use SD3Transformer2DModel or UNet2DConditionModel")
+        raise ValueError(f"no velocity from a {type(model).__name__}; use tiny_dit() or tiny_unet()")
     velocity: Tensor = output[0]
     return velocity
 
 
-def initialise(model: nn.Module, generator: torch.Generator) -> None:
-    """Draws all weights anew from `generator`, so that no global random state decides them.
+def tiny_backbone(name: BackboneName, *, generator: torch.Generator) -> nn.Module:
+    """An untrained tiny backbone; every weight comes from `generator`, none from the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        model: Any = tiny_dit() if name == "dit" else tiny_unet()
+    _draw_weights(model, generator)
+    if name == "dit":
+        _draw_positions(model.pos_embed.pos_embed, generator)
+        _start_as_identity(model)
+    module: nn.Module = model
+    return module
 
-    Matrices and kernels: uniform in +-1/sqrt(fan in), as torch's own layers; vectors keep their constants, other biases
-    become zero.
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Matrices and kernels uniform in +-1/sqrt(fan in), torch's own rule; their biases zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            module.weight.uniform_(-bound, bound, generator=generator)
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+@torch.no_grad()
+def _draw_positions(table: Tensor, generator: torch.Generator) -> None:
+    """Replaces the sine table (1, S * S, D) by random row plus column codes of unit variance.
+
+    On a 4x4 grid the sine table's low frequencies hardly differ from place to place, and the model learns
+    patches long before it learns where they belong.
     """
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                bound = module.weight[0].numel() ** -0.5
-                module.weight.uniform_(-bound, bound, generator=generator)
-                if module.bias is not None:
-                    module.bias.zero_()
+    side = math.isqrt(table.shape[1])
+    codes = torch.randn((2, side, table.shape[2]), generator=generator) * 0.5**0.5
+    table.copy_((codes[0][:, None] + codes[1][None]).reshape(table.shape))
+
+
+@torch.no_grad()
+def _start_as_identity(model: Any) -> None:
+    """Zero modulation at the start (adaLN-Zero, Peebles and Xie 2023): every block begins as the identity."""
+    for name, module in model.named_modules():
+        if name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear")):
+            assert isinstance(module, nn.Linear)
+            module.weight.zero_()

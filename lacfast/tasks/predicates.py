@@ -1,4 +1,4 @@
-"""What it means to obey a prompt, given the objects that a checker has seen: a strict 0/1 and a partial score."""
+"""What it means to obey a prompt, given the objects that a checker has seen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RELATION_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Detection:
-    """An object that a checker saw. Colour or shape is "" where something is there but resembles nothing known."""
+    """An object that a checker saw; colour or shape is "" where it resembles nothing known."""
 
     colour: str
     shape: str
@@ -42,8 +42,8 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     """Strict and partial score of one image.
 
     strict  = 1 where exactly the wanted objects are seen and the relation holds, else 0
-    partial = sum of likenesses over the best matching / max(wanted, seen), where half a point is for the colour and half
-              for the shape; in a relation that counts 3/4 and the relation between two exact matches counts 1/4
+    partial = sum of likenesses over the best matching / max(wanted, seen): half a point for the colour, half
+              for the shape; for a relation that counts 3/4, and two exact matches that obey it add 1/4
     """
     kind, wanted = metadata["kind"], [tuple(thing) for thing in metadata["objects"]]
     if kind not in KINDS:
@@ -52,7 +52,8 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     seen = list(detections[:6])
     best_likeness, obeyed = _best_matching(kind, wanted, seen)
     objects = best_likeness / max(len(wanted), len(detections))
-    partial = objects if kind in ("count", "both") else (1 - RELATION_SHARE) * objects + RELATION_SHARE * obeyed
+    share = RELATION_SHARE if kind in ("left_of", "above") else 0.0
+    partial = (1 - share) * objects + share * obeyed
     strict = obeyed and len(detections) == len(wanted)
     return float(strict), float(partial)
 
@@ -61,11 +62,12 @@ def _best_matching(kind: str, wanted: list[Any], seen: list[Detection]) -> tuple
     """Largest sum of likenesses over matchings, and whether some matching is exact and obeys the relation."""
     if kind == "count":
         # All wanted objects are alike, so the best matching takes the most similar ones.
-        likenesses = sorted((_likeness(wanted[0], detection) for detection in seen), reverse=True)[: len(wanted)]
-        total = sum(likenesses)
+        likenesses = sorted((_likeness(wanted[0], detection) for detection in seen), reverse=True)
+        total = sum(likenesses[: len(wanted)])
         return total, total == len(wanted)
     if len(seen) < len(wanted):
-        return max((_likeness(thing, detection) for thing in wanted for detection in seen), default=0.0), False
+        likenesses = [_likeness(thing, detection) for thing in wanted for detection in seen]
+        return max(likenesses, default=0.0), False
     best, obeyed = 0.0, False
     for first, second in permutations(seen, 2):
         likeness = _likeness(wanted[0], first) + _likeness(wanted[1], second)

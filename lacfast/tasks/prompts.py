@@ -26,8 +26,8 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any]
-    """`kind` is one of KINDS; `objects` lists the (colour, shape) of every object that the image must show and no other.
-    For `left_of` and `above` the first object is the one on the left, or on top."""
+    """`kind` is one of KINDS; `objects` lists the (colour, shape) of every object of the image. For `left_of`
+    and `above` the first one is on the left, or on top."""
 
 
 def _count_prompt(number: int, thing: Thing) -> Prompt:
@@ -43,19 +43,18 @@ def _pair_prompt(kind: str, first: Thing, second: Thing) -> Prompt:
 
 
 def all_prompts() -> list[Prompt]:
-    """All 306 prompts: 48 counts, 66 unordered pairs, 96 left-of and 96 above (ordered pairs of two different shapes)."""
+    """All 306 prompts: 48 counts, 66 pairs, 96 left-of and 96 above (ordered, two different shapes)."""
     things: list[Thing] = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     prompts = [_count_prompt(number, thing) for number in range(1, len(NUMBERS) + 1) for thing in things]
     prompts += [_pair_prompt("both", first, second) for first, second in combinations(things, 2)]
+    ordered = [(first, second) for first, second in permutations(things, 2) if first[1] != second[1]]
     for kind in ("left_of", "above"):
-        prompts += [
-            _pair_prompt(kind, first, second) for first, second in permutations(things, 2) if first[1] != second[1]
-        ]
+        prompts += [_pair_prompt(kind, first, second) for first, second in ordered]
     return prompts
 
 
 def split_prompts() -> tuple[list[Prompt], list[Prompt]]:
-    """The fixed split (train, held out): 15 prompts of every kind are held out of post-training, 246 remain."""
+    """The fixed split: 246 prompts to train on, and 60 held out of post-training, 15 of every kind."""
     random = np.random.default_rng(SPLIT_SEED)
     train: list[Prompt] = []
     held_out: list[Prompt] = []

@@ -30,7 +30,7 @@ _SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """One object of a scene: what it is, its cell of the 2x2 grid and its offset in pixels from the cell's centre."""
+    """One object of a scene: what it is, its cell of the 2x2 grid and its offset in pixels."""
 
     colour: str
     shape: str
@@ -42,7 +42,7 @@ class PlacedObject:
 
 @cache
 def coverage(shape: str) -> FloatArray:
-    """Share of every pixel of a cell that a centred shape covers, (CELL_SIZE, CELL_SIZE) in [0, 1], read-only."""
+    """Share of every pixel of a cell that a centred shape covers, (CELL_SIZE, CELL_SIZE), read-only."""
     samples = CELL_SIZE * _SUPERSAMPLING
     axis = (np.arange(samples) + 0.5) / _SUPERSAMPLING - CELL_SIZE / 2
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -61,11 +61,14 @@ def coverage(shape: str) -> FloatArray:
     return result
 
 
+@cache
 def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int) -> FloatArray:
-    """One cell with one object on the background, (3, CELL_SIZE, CELL_SIZE) in [0, 1]."""
+    """One cell with one object on the background, (3, CELL_SIZE, CELL_SIZE) in [0, 1], read-only."""
     alpha = np.roll(coverage(shape), (shift_y, shift_x), axis=(0, 1))
     paint = np.asarray(PALETTE[colour], dtype=np.float32)[:, None, None]
-    return BACKGROUND + alpha * (paint - np.float32(BACKGROUND))
+    cell: FloatArray = BACKGROUND + alpha * (paint - np.float32(BACKGROUND))
+    cell.setflags(write=False)
+    return cell
 
 
 def render(scene: Sequence[PlacedObject]) -> FloatArray:
@@ -94,7 +97,7 @@ def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObje
     cells = _sample_cells(prompt.metadata["kind"], len(things), random)
     scene = []
     for (colour, shape), (row, column) in zip(things, cells, strict=True):
-        shift_y, shift_x = (int(shift) for shift in random.integers(-JITTER, JITTER + 1, size=2))
+        shift_y, shift_x = random.integers(-JITTER, JITTER + 1, size=2).tolist()
         scene.append(PlacedObject(colour, shape, row, column, shift_y, shift_x))
     return scene
 

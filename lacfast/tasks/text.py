@@ -1,4 +1,4 @@
-"""The text encoder of the shapes task: word and position embeddings, learnt in pretraining and frozen afterwards."""
+"""The text encoder of the shapes task: embeddings, learnt in pretraining and frozen afterwards."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ def max_words() -> int:
 
 
 class WordEncoder(nn.Module):
-    """Prompts to tokens (B, L, D) and their pooled mean (B, D).
+    """Prompts to tokens (B, L, D) and a pooled embedding (B, D).
 
-    token_l = word[l] + position[l]; positions past the end of a prompt hold a padding word. The mean leaves them out.
+        token_l = word_l + position_l;   pooled = sum_l word_l * position_l / sqrt(words of the prompt)
+
+    Past its end a prompt holds a padding word, which the pooled sum leaves out. The product binds a word to
+    its place: "a red circle left of a blue square" and its mirror image have the same mean of tokens.
     """
 
     def __init__(self, *, words: Sequence[str], length: int, width: int = WIDTH) -> None:
@@ -53,16 +56,17 @@ class WordEncoder(nn.Module):
 
     def embed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled embeddings (B, D) of word numbers (B, L)."""
-        tokens = self.word(indices) + self.position.weight
-        present = (indices != PADDING).unsqueeze(-1).to(tokens.dtype)
-        pooled = (tokens * present).sum(1) / present.sum(1).clamp(min=1)
-        return tokens, pooled
+        words = self.word(indices)
+        present = (indices != PADDING).unsqueeze(-1).to(words.dtype)
+        pooled = (words * self.position.weight * present).sum(1) / present.sum(1).clamp(min=1).sqrt()
+        return words + self.position.weight, pooled
 
     def _prompt_indices(self, prompt: str) -> list[int]:
         words = prompt.lower().split()
         for word in words:
             if word not in self._index:
-                raise ValueError(f"unknown word {word!r} in prompt {prompt!r}; known words: {', '.join(self.words)}")
+                known = ", ".join(self.words)
+                raise ValueError(f"unknown word {word!r} in prompt {prompt!r}; known words: {known}")
         if len(words) > self.length:
             raise ValueError(f"prompt {prompt!r} has {len(words)} words; at most {self.length} are allowed")
         return [self._index[word] for word in words] + [PADDING] * (self.length - len(words))
@@ -70,7 +74,8 @@ class WordEncoder(nn.Module):
 
 def word_encoder(*, generator: torch.Generator, width: int = WIDTH) -> WordEncoder:
     """An untrained encoder of the task's vocabulary, standard normal embeddings drawn from `generator`."""
-    encoder = WordEncoder(words=vocabulary(), length=max_words(), width=width)
+    with torch.random.fork_rng(devices=[]):
+        encoder = WordEncoder(words=vocabulary(), length=max_words(), width=width)
     with torch.no_grad():
         encoder.word.weight.normal_(generator=generator)
         encoder.position.weight.normal_(generator=generator)
