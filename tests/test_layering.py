@@ -25,8 +25,9 @@ LAYERS = (
 """From the bottom; a module may import its own layer and those below. Subpackages count as one module."""
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 DEPENDENCIES = {
-    "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL", "matplotlib",
-    "rich", "tyro", "nvtx", "xformers", "pybind11", "pytest", "hypothesis", "tensorboard", "wandb", "accelerate",
+    "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL",
+    "matplotlib", "rich", "tyro", "nvtx", "xformers", "pybind11", "pytest", "hypothesis", "tensorboard",
+    "wandb", "accelerate",
 }  # fmt: skip
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "kernels")
 
