@@ -2,7 +2,11 @@
 // The interpreter lock is released around every kernel.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+
+#include "common/philox.h"
 #include "ops.h"
 
 namespace py = pybind11;
@@ -28,6 +32,12 @@ Transition transition(Address coefficients, std::int64_t table_steps, Address st
 
 Noise noise_source(Address noise, int noise_dtype, Address seed, Address sample_ids) {
   return {operand(noise, noise_dtype), pointer<const std::int64_t>(seed), pointer<const std::int64_t>(sample_ids)};
+}
+
+// The generator by itself, for its published answers.
+py::tuple philox_words(const std::array<std::uint32_t, 4>& counter, const std::array<std::uint32_t, 2>& key) {
+  const PhiloxWords words = philox4x32_10({counter[0], counter[1], counter[2], counter[3]}, {key[0], key[1]});
+  return py::make_tuple(words.w0, words.w1, words.w2, words.w3);
 }
 
 void normal_noise(std::int64_t rows, std::int64_t elements, Address steps, Address seed, Address sample_ids,
@@ -142,6 +152,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU and CUDA kernels of lacfast; called through lacfast.ops.";
   module.def("instruction_set", &cpu::instruction_set);
   module.def("cuda_unusable_reason", &cuda_unusable_reason);
+  module.def("philox4x32_10", &philox_words);
   module.def("normal_noise", &normal_noise, ReleaseGil());
   module.def("gaussian_step", &gaussian_step, ReleaseGil());
   module.def("log_ratio_forward", &log_ratio_forward, ReleaseGil());

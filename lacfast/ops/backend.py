@@ -84,6 +84,11 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
     if forced is not None and _has_kernel(forced, name):
         _require_device(forced, device_type)
         return forced
+    return _natural_backend(name, device_type, dtype)
+
+
+@cache
+def _natural_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
     # The kernels take no part in a run on meta tensors: the registered op only needs to be called.
     if device_type in ("cpu", "meta"):
         natural = "cpu"
@@ -95,10 +100,11 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
     if natural == "triton" and dtype == torch.float64:
         return "reference"
     reason = unusable_reason(natural)
-    if reason:
-        _warn_once(natural, reason)
-        return "reference"
-    return natural
+    if not reason:
+        return natural
+    message = f"backend {natural!r} is not usable here ({reason}); {name} runs its slower eager reference"
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return "reference"
 
 
 def launch(chosen: str, name: str, anchor: Tensor, *arguments: Any) -> None:
@@ -153,12 +159,3 @@ def _import_error(module: str) -> str:
     except ImportError as error:
         return f"import {module}: {error}"
     return ""
-
-
-@cache
-def _warn_once(natural: str, reason: str) -> None:
-    warnings.warn(
-        f"backend {natural!r} is not usable here ({reason}); lacfast runs its slower eager reference",
-        RuntimeWarning,
-        stacklevel=4,
-    )

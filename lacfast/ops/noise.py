@@ -38,7 +38,8 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
     check_operand("key.sample_ids", key.sample_ids, "steps", steps, shape[:1], (torch.int64,))
     chosen = choose("normal_noise", steps.device.type, torch.float32)
     if chosen == "reference":
-        return reference.normal_noise(shape, steps, key)
+        # A latent whose size is no multiple of 4 is a view there.
+        return reference.normal_noise(shape, steps, key).contiguous()
     if through_dispatcher(steps):
         noise: Tensor = _normal_noise_op(list(shape), steps, key.seed, key.sample_ids)
         return noise
