@@ -1,0 +1,71 @@
+"""What tests share: how close is close, per dtype, and the backends that an op is tested on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lacfast import ops
+
+# A second thread on busy cores makes every small test slower.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    relative: float
+    absolute: float
+
+
+# Against a float64 reference of the same stored inputs: maths in float32 (float64), one rounding at the end.
+TOLERANCES = {
+    # A few roundings of 6e-8 each, and sums of thousands of terms with block-wise float32 accumulation.
+    torch.float32: Tolerance(2e-5, 2e-6),
+    # One rounding to 8 bits of mantissa: 2^-9 of the value, 2^-8 where it falls the other way.
+    torch.bfloat16: Tolerance(2**-8, 2**-10),
+    # One rounding to 11 bits, and subnormals below 6e-5.
+    torch.float16: Tolerance(2**-10, 2**-13),
+    # Order of summation only.
+    torch.float64: Tolerance(1e-11, 1e-12),
+}
+
+STORAGE_DTYPES = tuple(TOLERANCES)
+
+
+@pytest.fixture
+def assert_near() -> Callable[[Tensor, Tensor], None]:
+    """assert_near(actual, expected): within the tolerance of actual's dtype of a float64 value."""
+
+    def check(actual: Tensor, expected: Tensor) -> None:
+        tolerance = TOLERANCES[actual.dtype]
+        torch.testing.assert_close(
+            actual.double(), expected.double(), rtol=tolerance.relative, atol=tolerance.absolute
+        )
+
+    return check
+
+
+def _backends() -> list[str]:
+    names = ["reference", "cpu"]
+    # The interpreter replaces Triton for a whole process, so only one that asked for it has this backend.
+    return [*names, "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else names
+
+
+@pytest.fixture(params=_backends())
+def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test's ops on every backend of this process."""
+    with ops.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """torch fills what it would leave uninitialised with NaN, so that an element nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

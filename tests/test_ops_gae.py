@@ -1,0 +1,113 @@
+"""gae: the recursion, its adjoint, and what follows from telescoping."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import STORAGE_DTYPES
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lacfast import ops, reference
+
+SETTINGS = {"gamma": 0.97, "gae_lambda": 0.9, "value_lambda": 0.8}
+# Sizes 1, odd (chains left over from a vector, more steps than a tile), several heads, and one real.
+SHAPES = [(1, 1, 1), (11, 7, 1), (3, 5, 3), (2, 131, 2), (9, 65, 1), (128, 20, 2)]
+
+
+def _pair(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_equals_the_reference(shape, dtype, assert_near, poisoned_memory):
+    rewards, values = _pair(shape, dtype)
+    advantages, returns = ops.gae(rewards, values, **SETTINGS)
+    expected = reference.gae(rewards.double(), values.double(), **SETTINGS)
+    assert advantages.dtype == returns.dtype == dtype
+    assert_near(advantages, expected[0])
+    assert_near(returns, expected[1])
+
+
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_equals_the_reference(shape, dtype, assert_near, poisoned_memory):
+    inputs = [tensor.requires_grad_() for tensor in _pair(shape, dtype)]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    grads = _pair(shape, dtype, seed=1)
+    actual = torch.autograd.grad(ops.gae(*inputs, **SETTINGS), inputs, grads)
+    expected = torch.autograd.grad(
+        reference.gae(*doubles, **SETTINGS), doubles, [grad.double() for grad in grads]
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert_near(one, other)
+
+
+def test_gradients_pass_gradcheck():
+    inputs = [tensor.requires_grad_() for tensor in _pair((3, 6, 2), torch.float64)]
+    assert torch.autograd.gradcheck(lambda rewards, values: ops.gae(rewards, values, **SETTINGS), inputs)
+
+
+def test_a_non_contiguous_incoming_gradient_is_read_right():
+    rewards, values = (tensor.requires_grad_() for tensor in _pair((4, 6, 2), torch.float32))
+    outputs = ops.gae(rewards, values, **SETTINGS)
+    strided = [torch.randn(6, 4, 2).transpose(0, 1), torch.randn(4, 1, 1).expand(4, 6, 2)]
+    from_views = torch.autograd.grad(outputs, (rewards, values), strided, retain_graph=True)
+    from_copies = torch.autograd.grad(outputs, (rewards, values), [grad.contiguous() for grad in strided])
+    for one, other in zip(from_views, from_copies, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lambda_one_gives_return_minus_value():
+    rewards, values = _pair((5, 70, 2), torch.float64)
+    advantages, returns = ops.gae(rewards, values)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(advantages, to_go - values)
+    torch.testing.assert_close(returns, to_go)
+
+
+def test_a_perfect_critic_leaves_no_advantage():
+    rewards, _ = _pair((5, 9, 2), torch.float64)
+    to_go = rewards.flip(1).cumsum(1).flip(1)
+    advantages, _ = ops.gae(rewards, to_go, gae_lambda=0.3)
+    assert advantages.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_chain_does_not_depend_on_its_batch(heads):
+    rewards, values = _pair((13, 33, heads), torch.float32)
+    together = ops.gae(rewards, values, **SETTINGS)
+    alone = ops.gae(rewards[6:7].contiguous(), values[6:7].contiguous(), **SETTINGS)
+    for one, all_of_them in zip(alone, together, strict=True):
+        assert torch.equal(one, all_of_them[6:7])
+
+
+def test_gae_runs_under_fake_tensors_compiles_and_passes_opcheck():
+    rewards, values = (tensor.requires_grad_() for tensor in _pair((3, 5, 2), torch.float32))
+    eager = ops.gae(rewards, values, **SETTINGS)
+    compiled = torch.compile(lambda r, v: ops.gae(r, v, **SETTINGS), fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(rewards, values), eager, strict=True):
+        assert torch.equal(one, other)
+    (gradient,) = torch.autograd.grad(compiled(rewards, values)[0].sum(), values)
+    assert torch.equal(gradient, torch.autograd.grad(eager[0].sum(), values)[0])
+    with FakeTensorMode() as mode:
+        fake = ops.gae(mode.from_tensor(rewards), mode.from_tensor(values), **SETTINGS)
+        assert fake[0].shape == (3, 5, 2)
+    torch.library.opcheck(torch.ops.lacfast.gae.default, (rewards, values, 0.9, 0.8, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r, v: (r[..., 0], v), r"rewards has shape \(4, 3\); it must be \(B, T, M\)"),
+        (lambda r, v: (r, v[:, :2]), r"values has shape \(4, 2, 2\).*must be \(4, 3, 2\)"),
+        (lambda r, v: (r, v.double()), "values has dtype torch.float64.*must be torch.float32"),
+        (lambda r, v: (r.int(), v), "rewards has dtype torch.int32"),
+        (lambda r, v: (r, v.to("meta")), "values is on meta but rewards on cpu; move it"),
+        (lambda r, v: (r, torch.empty(3, 4, 2).transpose(0, 1)), r"values .*pass values.contiguous\(\)"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.gae(*change(torch.zeros(4, 3, 2), torch.zeros(4, 3, 2)))
