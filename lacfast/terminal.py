@@ -43,7 +43,7 @@ class Phase:
             self._bar.update(self._task, completed=min(max(fraction, 0.0), 1.0), note=note)
         elif time.perf_counter() - self._last_line >= QUIET_INTERVAL:
             self._last_line = time.perf_counter()
-            self._console.print(f"  {self._title}: {note} ({fraction:.0%})", highlight=False)
+            self._console.print(f"  {self._title}: {note} ({fraction:.0%})", highlight=False, soft_wrap=True)
 
 
 class PhaseLog:
