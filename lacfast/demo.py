@@ -42,6 +42,8 @@ REWARD = "shapes"
 STRICT = "shapes_strict"
 GOLD = "shapes_gold"
 RELOAD_SAMPLES = 16
+REPORT_SECONDS = 8.0
+"""Set aside for saving, pictures and the report."""
 GALLERY_STRIDE = 5
 """Every fifth held-out prompt is pictured: chosen by position, not by outcome."""
 
@@ -279,8 +281,8 @@ def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: s
 
 
 def _remaining_cost(log: PhaseLog) -> float:
-    """Seconds that the phases after training will take: those before it, once more, and the report."""
-    return log.seconds["evaluation"] + log.seconds["steering"] + 4.0
+    """Seconds that the phases after training will take: those before it once more with a margin, and the report."""
+    return 1.15 * (log.seconds["evaluation"] + log.seconds["steering"]) + REPORT_SECONDS
 
 
 def _require_identical_samples(trainer: LatentActorCriticTrainer, loaded: Backbone) -> None:
