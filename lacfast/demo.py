@@ -281,7 +281,7 @@ def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: s
 
 
 def _remaining_cost(log: PhaseLog) -> float:
-    """Seconds that the phases after training take: those before it once more with a margin, and the report."""
+    """Seconds that the phases after training take: those before it once more, a margin, and the report."""
     return 1.15 * (log.seconds["evaluation"] + log.seconds["steering"]) + REPORT_SECONDS
 
 
