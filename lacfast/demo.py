@@ -129,13 +129,13 @@ def run_demo(
         evaluation_rewards=[STRICT, GOLD],
         metrics_path=out / "metrics.jsonl",
     )
-    before = _evaluate(trainer, "Base model on held-out prompts", log)
+    before = _evaluate(trainer, "Base model, held-out prompts", log)
     pretraining_variance = _pretrain_values(trainer, log)
-    steered_before = _steer(trainer, steering, "Base model, steered by its critic", log)
+    steered_before = _steer(trainer, steering, "Base model, steered", log)
     _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
-    after = _evaluate(trainer, "Trained model on held-out prompts", log)
-    steered_after = _steer(trainer, steering, "Trained model, steered by its critic", log)
-    with log.phase("saving", "Save, load again, compare samples") as phase:
+    after = _evaluate(trainer, "Trained model, held-out prompts", log)
+    steered_after = _steer(trainer, steering, "Trained model, steered", log)
+    with log.phase("saving", "Save and load again") as phase:
         save_backbone(trainer.backbone, out / "trained")
         _require_identical_samples(trainer, load_backbone(out / "trained"))
         phase.note = "the loaded model samples bit for bit the same"
@@ -213,7 +213,7 @@ def _base_model(
     steps = scale.pretrain_steps or CONFIGS[backbone].steps
     recipe = {**asdict(CONFIGS[backbone]), "backbone": backbone, "seed": seed, "steps": steps}
     description = directory / "recipe.json"
-    with log.phase("pretraining", f"Pretrain a tiny {backbone} base model") as phase:
+    with log.phase("pretraining", f"Pretrain a tiny {backbone}") as phase:
         if description.exists() and json.loads(description.read_text(encoding="utf-8")) == recipe:
             phase.note = f"loaded from {directory}"
             return load_pretrained(directory)
@@ -262,7 +262,7 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
             variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).mean())
             fraction = done_fraction(len(rewards), time.perf_counter() - start, seconds, scale.min_iterations)
             note = f"iteration {metrics['iteration']}, reward {rewards[-1]:.3f}"
-            phase.update(fraction, f"{note}, explained variance {variance:.2f}")
+            phase.update(fraction, f"{note}, EV {variance:.2f}")
 
         done = trainer.train(sys.maxsize, seconds=seconds, on_iteration=report)
         trainer.train(max(scale.min_iterations - done, 0), on_iteration=report)

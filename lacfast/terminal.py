@@ -16,10 +16,9 @@ from rich.progress import (
     SpinnerColumn,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 QUIET_INTERVAL = 15.0
 """Seconds between lines of one phase where the output is no terminal."""
@@ -74,20 +73,22 @@ class PhaseLog:
         seconds = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
         self.console.print(
-            f"[green]✓[/] {title:<38} {seconds:6.1f} s  {phase.note}", highlight=False, soft_wrap=True
+            f"[green]✓[/] {title:<32} {seconds:6.1f} s  {phase.note}", highlight=False, soft_wrap=True
         )
 
     def _bar(self) -> Progress:
         return Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            TextColumn(
+                "{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            expand=True,
         )
 
 
