@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"lacfast: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except FloatingPointError as error:
+        print(f"lacfast: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("lacfast: stopped", file=sys.stderr)
         return 130
