@@ -65,7 +65,7 @@ class Advantages:
     policy: Tensor
     """(K, B) combined, normalised and clipped."""
     targets: Tensor
-    """(K, B, M) standardised value targets, clipped."""
+    """(B, M) standardised value targets, clipped: the Monte-Carlo return, the same for every state of a trajectory."""
     raw: Tensor
     """(K, B, M) per head, before combination."""
 
@@ -89,7 +89,7 @@ def critic_advantages(
         normalizer: already updated with this rollout's rewards.
         weights: (M,) of the rewards, in the order of rollout.rewards.
         gamma: discount.
-        gae_lambda: of the policy's advantages; value targets use 1.
+        gae_lambda: of the policy's advantages; value targets use 1, so they are the rewards themselves.
         advantage_clip: bound of the result.
         target_clip: bound of the standardised value targets.
     """
@@ -98,10 +98,9 @@ def critic_advantages(
     values = rollout.values[steps].transpose(0, 1).contiguous()
     rewards = torch.zeros_like(values)
     rewards[:, -1] = final
-    raw, returns = ops.gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda, value_lambda=1.0)
-    raw, returns = raw.transpose(0, 1), returns.transpose(0, 1)
+    raw = ops.gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda)[0].transpose(0, 1)
     combined = (weights.to(raw) * raw / (raw.std(dim=(0, 1)) + _TINY)).sum(dim=-1)
-    return Advantages(steps, _normalized(combined, advantage_clip), returns.clamp(-target_clip, target_clip), raw)
+    return Advantages(steps, _normalized(combined, advantage_clip), final.clamp(-target_clip, target_clip), raw)
 
 
 def group_advantages(
@@ -123,7 +122,7 @@ def group_advantages(
     centred = (groups - groups.mean(dim=1, keepdim=True)).flatten()
     advantages = (centred / (scores.std() + _TINY)).clamp(-advantage_clip, advantage_clip)
     policy = advantages.expand(len(steps), -1)
-    return Advantages(steps, policy, policy.new_zeros((*policy.shape, 0)), policy[..., None])
+    return Advantages(steps, policy, policy.new_zeros((rollout.batch_size, 0)), policy[..., None])
 
 
 def stack_rewards(rollout: Rollout) -> Tensor:

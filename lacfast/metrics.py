@@ -81,5 +81,6 @@ def policy_metrics(stats: PPOStats, pairs: Pairs, num_steps: int) -> dict[str, A
         "clip_fraction_low": per_step((stats.clipped < 0).float()),
         "kl_old": per_step(stats.kl_old),
         "kl_ref": per_step(stats.kl_ref),
+        "mean_kl_old": float(stats.kl_old.mean()),
         "max_abs_log_ratio": float(stats.log_ratio.abs().max()),
     }

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lacfast.protocols import Backbone
 from lacfast.records import NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardError, RewardSet, RewardSpec
-from lacfast.update import all_pairs, critic_step, policy_step
+from lacfast.update import Pairs, all_pairs, all_states, critic_step, policy_step
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
 
 EVALUATION_IDS = 1 << 40
@@ -256,33 +256,46 @@ class LatentActorCriticTrainer:
         ppo = self.config.ppo
         advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer)
-        pairs = all_pairs(advantages.steps, rollout.batch_size)
-        size = math.ceil(len(pairs) / ppo.num_minibatches)
-        kl_old = 0.0
         for epoch in range(ppo.num_inner_epochs):
             generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.iteration) * 97 + epoch)
-            for minibatch in pairs.shuffled(generator).split(size):
-                if kl_old > ppo.kl_limit:
-                    return metrics | {"stopped_at_kl": kl_old}
-                stats, loss, norm = policy_step(
-                    self.backbone,
-                    self.reference,
-                    self.policy_optimizer,
-                    rollout,
-                    advantages,
-                    minibatch,
-                    ppo,
-                    self.config.sampler.guidance_scale,
-                )
-                kl_old = float(stats.kl_old.mean())
-                first_ratio = metrics.get("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
-                metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
-                metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm, "first_max_abs_log_ratio": first_ratio}
-                if self.critic is not None and self.critic_optimizer is not None:
-                    value_loss, value_norm = critic_step(
-                        self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, ppo
-                    )
-                    metrics |= {"value_loss": float(value_loss), "critic_grad_norm": value_norm}
+            metrics |= self._update_policy(rollout, advantages, generator, metrics)
+            metrics |= self._update_critic(rollout, advantages, generator)
+        return metrics
+
+    def _minibatches(self, pairs: Pairs, generator: torch.Generator) -> Iterator[Pairs]:
+        return pairs.shuffled(generator).split(math.ceil(len(pairs) / self.config.ppo.num_minibatches))
+
+    def _update_policy(
+        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator, earlier: dict[str, Any]
+    ) -> dict[str, Any]:
+        ppo, metrics = self.config.ppo, dict(earlier)
+        for minibatch in self._minibatches(all_pairs(advantages.steps, rollout.batch_size), generator):
+            if metrics.get("mean_kl_old", 0.0) > ppo.kl_limit:
+                return metrics | {"stopped_by_kl_limit": True}
+            stats, loss, norm = policy_step(
+                self.backbone,
+                self.reference,
+                self.policy_optimizer,
+                rollout,
+                advantages,
+                minibatch,
+                ppo,
+                self.config.sampler.guidance_scale,
+            )
+            metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
+            metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
+            metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
+        return metrics
+
+    def _update_critic(self, rollout: Rollout, advantages: Advantages, generator: torch.Generator) -> dict[str, Any]:
+        if self.critic is None or self.critic_optimizer is None:
+            return {}
+        metrics: dict[str, Any] = {}
+        for minibatch in self._minibatches(all_states(rollout), generator):
+            loss, norm = critic_step(
+                self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, self.config.ppo
+            )
+            metrics = {"value_loss": float(loss), "critic_grad_norm": norm}
         return metrics
 
     def train_iteration(self) -> dict[str, Any]:

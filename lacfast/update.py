@@ -28,7 +28,7 @@ class Pairs:
     rows: Tensor
     """(P,) int64 trajectory."""
     position: Tensor
-    """(P,) int64 index of the step among the trained ones."""
+    """(P,) int64 index of the step among those that are paired."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,7 +45,7 @@ class Pairs:
 
 
 def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
-    """Every (step, trajectory) of the trained `steps` (K,)."""
+    """Every pair of one of the `steps` (K,) and a trajectory."""
     position = torch.arange(len(steps), device=steps.device).repeat_interleave(batch_size)
     rows = torch.arange(batch_size, device=steps.device).repeat(len(steps))
     return Pairs(steps[position], rows, position)
@@ -121,6 +121,11 @@ def _concatenate(stats: list[PPOStats]) -> PPOStats:
     )
 
 
+def all_states(rollout: Rollout) -> Pairs:
+    """The pairs that the critic learns from: every state, also those whose step is deterministic."""
+    return all_pairs(torch.arange(rollout.table.num_steps, device=rollout.latents.device), rollout.batch_size)
+
+
 def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs) -> Tensor:
     """Values (P, M) of the rollout's states, on the features kept from it."""
     features = {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
@@ -133,11 +138,11 @@ def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs) -> Tensor:
 def critic_step(
     critic: Critic, optimizer: Optimizer, rollout: Rollout, targets: Tensor, pairs: Pairs, config: PPOConfig
 ) -> tuple[Tensor, float]:
-    """One optimizer step of the critic towards standardised targets (K, B, M). Returns the loss () and the gradient norm."""
+    """One optimizer step of the critic towards standardised targets (B, M). Returns the loss () and the gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for part in pairs.split(config.microbatch_size):
-        loss = nn.functional.mse_loss(critic_values(critic, rollout, part), targets[part.position, part.rows])
+        loss = nn.functional.mse_loss(critic_values(critic, rollout, part), targets[part.rows])
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)

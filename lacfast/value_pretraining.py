@@ -16,7 +16,7 @@ from lacfast.advantages import RewardNormalizer, stack_rewards
 from lacfast.config import PPOConfig, PretrainConfig
 from lacfast.critic import Critic
 from lacfast.records import Rollout
-from lacfast.update import all_pairs, critic_step
+from lacfast.update import all_states, critic_step
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def pretrain_values(
         for _ in range(config.epochs):
             _one_epoch(critic, optimizer, normalizer, list(recent), config, ppo, generator)
         variance = held_out_variance(critic, held_out, normalizer)
-        history.append(_score(variance, held_out))
+        history.append(float(variance.mean()))
         on_iteration(iteration, variance)
         if best is None or history[-1] > best[0]:
             weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
@@ -117,10 +117,6 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rewards: Ten
     critic.head.rescale(old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like))
 
 
-def _score(variance: Tensor, rollout: Rollout) -> float:
-    return float(variance[rollout.table.trainable_steps].mean())
-
-
 def _one_epoch(
     critic: Critic,
     optimizer: Optimizer,
@@ -131,7 +127,6 @@ def _one_epoch(
     generator: torch.Generator,
 ) -> None:
     for rollout in rollouts:
-        steps = torch.tensor(rollout.table.trainable_steps, device=rollout.latents.device)
-        targets = value_targets(rollout, normalizer, ppo.target_clip).expand(len(steps), -1, -1)
-        for pairs in all_pairs(steps, rollout.batch_size).shuffled(generator).split(config.minibatch_size):
+        targets = value_targets(rollout, normalizer, ppo.target_clip)
+        for pairs in all_states(rollout).shuffled(generator).split(config.minibatch_size):
             critic_step(critic, optimizer, rollout, targets, pairs, ppo)

@@ -47,7 +47,7 @@ def test_with_lambda_one_the_advantage_is_the_reward_minus_the_value() -> None:
     result = critic_result(values, {"r": REWARD}, torch.ones(1))
     assert result.steps.tolist() == [0, 1, 2]
     torch.testing.assert_close(result.raw[..., 0], STANDARDIZED - values[:3, :, 0])
-    torch.testing.assert_close(result.targets[..., 0], STANDARDIZED.expand(3, -1))
+    torch.testing.assert_close(result.targets[:, 0], STANDARDIZED)
 
 
 def test_with_lambda_zero_each_step_is_credited_with_the_rise_of_the_value() -> None:

@@ -1,0 +1,29 @@
+"""Configurations that were tuned for a task; variants by dataclasses.replace."""
+
+from __future__ import annotations
+
+from lacfast.config import CriticConfig, PPOConfig, PretrainConfig, SamplerConfig, SteeringConfig, TrainConfig
+
+
+def shapes(backbone: str) -> TrainConfig:
+    """The demo's task on a CPU, for backbone "dit" or "unet"."""
+    if backbone not in ("dit", "unet"):
+        raise ValueError(f"unknown backbone {backbone!r}; known: dit, unet")
+    return TrainConfig(
+        batch_size=128,
+        sampler=SamplerConfig(num_steps=8, noise_level=0.7),
+        critic=CriticConfig(trunk="branch", num_blocks=1),
+        ppo=PPOConfig(
+            clip_range=1e-3,
+            policy_learning_rate=3e-4,
+            value_learning_rate=3e-3,
+            trunk_learning_rate=1e-3,
+            gae_lambda=0.95,
+        ),
+        pretrain=PretrainConfig(iterations=15, epochs=1),
+    )
+
+
+def shapes_steering() -> SteeringConfig:
+    """Four particles pruned to one: 25 forwards per image over 8 steps."""
+    return SteeringConfig(particles=4)
