@@ -85,7 +85,7 @@ def comparison(gallery: Gallery) -> Figure:
                 spine.set(edgecolor=colour, linewidth=2)
         axis_row[0].set_ylabel(title.replace(", ", ",\n"), fontsize=9)
     for axis, index in zip(axes[0], rows, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(gallery.prompts[index], 14)), fontsize=7.5)
+        axis.set_title("\n".join(textwrap.wrap(gallery.prompts[index], 16)), fontsize=7.5)
     return figure
 
 
