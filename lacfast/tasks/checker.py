@@ -17,7 +17,7 @@ SATURATION_THRESHOLD = 0.3
 """max - min of the channels above which a pixel belongs to an object: about half of the palette's own."""
 MIN_AREA = 10
 """Pixels below which a component is a speck and no object."""
-MIN_OVERLAP = 0.75
+MIN_OVERLAP = 0.7
 """Intersection over union with the best template below which the shape is unknown."""
 MIN_MAJORITY = 0.7
 """Share of a component's pixels that must have its hue, or its colour is unknown."""

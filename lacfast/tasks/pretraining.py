@@ -25,17 +25,17 @@ class PretrainConfig:
     """Optimizer steps."""
     batch_size: int = 64
     """Images per step."""
-    learning_rate: float = 6e-3
+    learning_rate: float = 8e-3
     """Peak of AdamW's rate: linear warm-up, then half a cosine to zero."""
     warmup_steps: int = 30
     """Steps of the warm-up."""
     scenes_per_prompt: int = 32
-    """Pictures rendered per prompt before the first step."""
+    """Pictures rendered per prompt before the first step, or fewer where the steps draw fewer."""
 
 
 CONFIGS: dict[BackboneName, PretrainConfig] = {
-    "dit": PretrainConfig(steps=700),
-    "unet": PretrainConfig(steps=700, learning_rate=2e-3),
+    "dit": PretrainConfig(steps=640),
+    "unet": PretrainConfig(steps=440, learning_rate=3e-3),
 }
 
 Progress = Callable[[int, int, float], None]
@@ -80,7 +80,8 @@ def pretrain(
     model = tiny_backbone(backbone, generator=generator)
     text = word_encoder(generator=generator)
     codec = fit_codec()
-    latents, words = _captioned_latents(codec, text, config.scenes_per_prompt, seed)
+    drawn_per_prompt = math.ceil(num_steps * config.batch_size / len(all_prompts()))
+    latents, words = _captioned_latents(codec, text, min(config.scenes_per_prompt, drawn_per_prompt), seed)
     parameters = [*model.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     history = []
