@@ -32,7 +32,9 @@ class Trunk(nn.Module):
         """Within the context, a forward of `model` fills the returned dict with this trunk's features."""
         raise TypeError(f"{type(self).__name__} does not define record")
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         """Taps, each (B, L, D) tokens.
 
         Args:
@@ -45,7 +47,7 @@ class Trunk(nn.Module):
 
 
 class Backbone(Protocol):
-    """A diffusion model with its prompt encoder and image codec. Implementations live in lacfast.backbones."""
+    """A diffusion model with its prompt encoder and image codec, implemented in lacfast.backbones."""
 
     model: nn.Module
     """What is trained."""
@@ -79,9 +81,15 @@ class PromptEncoder(Protocol):
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token embeddings (B, L, D) and a pooled embedding (B, P)."""
 
+    def save_pretrained(self, directory: Path) -> None:
+        """Write what the class's `from_pretrained` reads."""
+
 
 class LatentCodec(Protocol):
     """Latents to images."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1]."""
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Write what the class's `from_pretrained` reads."""

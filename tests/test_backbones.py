@@ -18,16 +18,16 @@ from lacfast.critic import build_critic
 
 
 @pytest.fixture(params=FAMILIES)
-def backbone(request: pytest.FixtureRequest):  # noqa: ANN201
+def backbone(request: pytest.FixtureRequest):
     return tiny_backbone(request.param)
 
 
-def states(backbone, batch: int = 3):  # noqa: ANN001, ANN201
+def states(backbone, batch: int = 3):
     sample = torch.randn((batch, *backbone.latent_shape), generator=torch.Generator().manual_seed(1))
     return sample, torch.linspace(900, 100, batch), backbone.encode_prompts(PROMPTS[:batch])
 
 
-def test_the_output_depends_on_sample_timestep_and_prompt(backbone) -> None:  # noqa: ANN001
+def test_the_output_depends_on_sample_timestep_and_prompt(backbone) -> None:
     sample, timestep, conditioning = states(backbone)
     with torch.no_grad():
         output = backbone.predict(sample, timestep, conditioning)
@@ -42,7 +42,7 @@ def test_the_output_depends_on_sample_timestep_and_prompt(backbone) -> None:  # 
 
 
 @pytest.mark.parametrize("trunk", ["branch", "shared", "copy"])
-def test_recording_leaves_the_output_and_the_model_as_they_were(backbone, trunk: str) -> None:  # noqa: ANN001
+def test_recording_leaves_the_output_and_the_model_as_they_were(backbone, trunk: str) -> None:
     sample, timestep, conditioning = states(backbone)
     critic = build_critic(backbone, 2, CriticConfig(trunk=trunk))
     assert critic is not None
@@ -56,24 +56,28 @@ def test_recording_leaves_the_output_and_the_model_as_they_were(backbone, trunk:
     assert all(not module._forward_hooks for module in backbone.model.modules())
 
 
-def test_an_untrained_branch_continues_the_actor_exactly(backbone) -> None:  # noqa: ANN001
+def test_an_untrained_branch_continues_the_actor_exactly(backbone) -> None:
     """Its blocks are copies of the actor's, so its last tap is the actor's own activation there."""
     sample, timestep, conditioning = states(backbone)
     trunk = backbone.branch_trunk(1)
     block = "transformer_blocks.2" if hasattr(backbone.model, "transformer_blocks") else "up_blocks.0"
 
-    def read(args, kwargs, output):  # noqa: ANN001, ANN202
+    def read(args, kwargs, output):
         tokens = output[1] if isinstance(output, tuple) else output.flatten(2).mT
         return {"actor": tokens}
 
-    with torch.no_grad(), record_taps(backbone.model, [Tap(block, read)]) as actor, trunk.record(backbone.model) as features:
+    with (
+        torch.no_grad(),
+        record_taps(backbone.model, [Tap(block, read)]) as actor,
+        trunk.record(backbone.model) as features,
+    ):
         backbone.predict(sample, timestep, conditioning)
         taps = trunk(features, sample, timestep, conditioning)
     torch.testing.assert_close(taps[-1], actor["actor"])
     assert tuple(tap.shape[-1] for tap in taps) == trunk.tap_dims
 
 
-def test_a_critic_on_detached_features_leaves_the_actor_without_gradient(backbone) -> None:  # noqa: ANN001
+def test_a_critic_on_detached_features_leaves_the_actor_without_gradient(backbone) -> None:
     sample, timestep, conditioning = states(backbone)
     critic = build_critic(backbone, 1, CriticConfig())
     assert critic is not None
@@ -85,7 +89,7 @@ def test_a_critic_on_detached_features_leaves_the_actor_without_gradient(backbon
     assert all(parameter.grad is not None for parameter in critic.head.pools.parameters())
 
 
-def test_a_saved_backbone_loads_with_its_critic(backbone, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_saved_backbone_loads_with_its_critic(backbone, tmp_path: Path) -> None:
     backbone.critic = build_critic(backbone, 2, CriticConfig(num_heads=2))
     nn.init.normal_(backbone.critic.head.output.weight)
     save_backbone(backbone, tmp_path / "saved")
@@ -101,6 +105,13 @@ def test_a_saved_backbone_loads_with_its_critic(backbone, tmp_path: Path) -> Non
     assert torch.equal(backbone.decode(sample), loaded.decode(sample))
 
 
+def test_loading_leaves_the_random_state_alone(backbone, tmp_path: Path) -> None:
+    save_backbone(backbone, tmp_path / "saved")
+    before = torch.get_rng_state()
+    load_backbone(tmp_path / "saved")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_taps_lie_at_the_thirds_of_the_depth() -> None:
     assert thirds(24) == [7, 15, 23]
     assert thirds(3) == [0, 1, 2]
@@ -108,12 +119,16 @@ def test_taps_lie_at_the_thirds_of_the_depth() -> None:
 
 def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
     backbone = tiny_backbone("dit")
-    with pytest.raises(ValueError, match="no module 'blocks.9' to tap; known at that depth: .*transformer_blocks.0"):
-        with record_taps(backbone.model, [Tap("blocks.9", lambda args, kwargs, output: {})]):
-            pass
-    with pytest.raises(ValueError, match="num_blocks=9 .* exceeds the model's 3 blocks"):
+    missing = Tap("blocks.9", lambda args, kwargs, output: {})
+    message = r"no module 'blocks\.9' to tap; known at that depth: .*transformer_blocks\.0"
+    with pytest.raises(ValueError, match=message), record_taps(backbone.model, [missing]):
+        pass
+    with pytest.raises(ValueError, match=r"num_blocks=9 .* exceeds the model's 3 blocks"):
         build_critic(backbone, 1, CriticConfig(num_blocks=9))
     with pytest.raises(ValueError, match="no backbone for Linear; known: SD3Transformer2DModel"):
         adapt(nn.Linear(1, 1), backbone.prompt_encoder, backbone.codec, latent_shape=(1, 1, 1))
-    with pytest.raises(ValueError, match="holds no model/config.json"):
+    with pytest.raises(ValueError, match=r"holds no model/config\.json"):
+        load_backbone(tmp_path)
+    backbone.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"no config\.json in .*text; give a directory written by"):
         load_backbone(tmp_path)

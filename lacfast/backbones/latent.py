@@ -16,15 +16,22 @@ from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic import Critic
 from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
 from lacfast.records import Conditioning, TransitionTable
-from lacfast.tasks.pretraining import Pretrained
-from lacfast.tasks.storage import save_pretrained
 
 
 class LatentBackbone(ABC):
-    """A diffusers model with its prompt encoder and latent codec. A family says how its model is called and cut."""
+    """A diffusers model with its prompt encoder and latent codec.
+
+    A family says how its model is called and cut.
+    """
 
     def __init__(
-        self, model: Any, prompt_encoder: PromptEncoder, codec: LatentCodec, *, latent_shape: tuple[int, ...], scheduler: Any = None
+        self,
+        model: Any,
+        prompt_encoder: PromptEncoder,
+        codec: LatentCodec,
+        *,
+        latent_shape: tuple[int, ...],
+        scheduler: Any = None,
     ) -> None:
         """
         Args:
@@ -32,7 +39,8 @@ class LatentBackbone(ABC):
             prompt_encoder: text to embeddings; frozen.
             codec: latents to images; frozen.
             latent_shape: (C, H, W).
-            scheduler: a diffusers scheduler that gives the noise levels. None: flow matching, SamplerConfig.shift.
+            scheduler: a diffusers scheduler that gives the noise levels. None: flow matching with
+                SamplerConfig.shift.
         """
         self.model = model
         self.prompt_encoder = prompt_encoder
@@ -43,14 +51,17 @@ class LatentBackbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @abstractmethod
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         """The model's arguments for token embeddings (B, L, D) and a pooled embedding (B, P)."""
 
     @abstractmethod
-    def predict_with(self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_with(
+        self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         """Output (B, C, H, W) of `model`, this family's class."""
 
     @abstractmethod
@@ -71,7 +82,9 @@ class LatentBackbone(ABC):
             return CopyTrunk(self.model, self.shared_trunk(), self.predict_with)
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
-        raise ValueError(f"critic trunk {config.trunk!r} has no value function to build; use 'branch', 'shared' or 'copy'")
+        raise ValueError(
+            f"critic trunk {config.trunk!r} has no value function to build; use 'branch', 'shared' or 'copy'"
+        )
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -88,10 +101,14 @@ class LatentBackbone(ABC):
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window
         if self.scheduler is not None:
-            return schedule.from_scheduler(self.scheduler, config.num_steps, config.kind, config.noise_level, window=window)
+            return schedule.from_scheduler(
+                self.scheduler, config.num_steps, config.kind, config.noise_level, window=window
+            )
         sigmas = schedule.uniform_sigmas(config.num_steps, shift=config.shift)
         return schedule.flow_table(config.kind, sigmas, config.noise_level, window=window)
 
     def save_pretrained(self, directory: Path) -> None:
         """Write model/ in diffusers' own format, text/ and codec/."""
-        save_pretrained(Pretrained(self.model, self.prompt_encoder, self.codec, ()), directory)
+        self.model.save_pretrained(directory / "model")
+        self.prompt_encoder.save_pretrained(directory / "text")
+        self.codec.save_pretrained(directory / "codec")

@@ -6,7 +6,6 @@ import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
-from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
@@ -19,12 +18,12 @@ from lacfast.records import Conditioning
 class SD3Backbone(LatentBackbone):
     """A velocity model on latents (C, H, W), conditioned on prompt tokens and a pooled embedding."""
 
-    model: SD3Transformer2DModel
-
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens, "pooled_projections": pooled})
 
-    def predict_with(self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_with(
+        self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         output: Tensor = model(sample, timestep=timestep, **conditioning.tensors, return_dict=False)[0]
         return output
 
@@ -49,13 +48,17 @@ def _block_output(block: int) -> Tap:
 class BranchTrunk(Trunk):
     """The actor's lower blocks, then own copies of its last blocks, initialised from the actor."""
 
-    def __init__(self, model: SD3Transformer2DModel, num_blocks: int) -> None:
+    def __init__(self, model: Any, num_blocks: int) -> None:
         super().__init__()
         depth = len(model.transformer_blocks)
         if num_blocks > depth:
-            raise ValueError(f"num_blocks={num_blocks} of the critic's branch exceeds the model's {depth} blocks")
+            raise ValueError(
+                f"num_blocks={num_blocks} of the critic's branch exceeds the model's {depth} blocks"
+            )
         self.first_block = depth - num_blocks
-        self.blocks = nn.ModuleList(copy.deepcopy(block) for block in model.transformer_blocks[self.first_block :])
+        self.blocks = nn.ModuleList(
+            copy.deepcopy(block) for block in model.transformer_blocks[self.first_block :]
+        )
         self.blocks.requires_grad_(True)
         self.tap_dims = (model.inner_dim,) * (num_blocks + 1)
 
@@ -65,7 +68,9 @@ class BranchTrunk(Trunk):
 
         return record_taps(model, [Tap(f"transformer_blocks.{self.first_block}", read)], detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         hidden, encoder_hidden = features["hidden_states"], features["encoder_hidden_states"]
         taps = [hidden]
         for block in self.blocks:

@@ -38,8 +38,13 @@ def record_taps(model: nn.Module, taps: Sequence[Tap], *, detach: bool = True) -
             if tap.module not in modules:
                 depth = tap.module.count(".")
                 known = ", ".join(name for name in modules if name and name.count(".") == depth)
-                raise ValueError(f"{type(model).__name__} has no module {tap.module!r} to tap; known at that depth: {known}")
-            handles.append(modules[tap.module].register_forward_hook(_hook(tap, features, detach), with_kwargs=True))
+                raise ValueError(
+                    f"{type(model).__name__} has no module {tap.module!r} to tap; "
+                    f"known at that depth: {known}"
+                )
+            handles.append(
+                modules[tap.module].register_forward_hook(_hook(tap, features, detach), with_kwargs=True)
+            )
         yield features
     finally:
         for handle in handles:

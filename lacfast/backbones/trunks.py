@@ -28,7 +28,9 @@ class SharedTrunk(Trunk):
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, self.taps, detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         return [features[name] for name in self.names]
 
 
@@ -45,7 +47,9 @@ class CopyTrunk(Trunk):
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         with self.shared.record(self.model, detach=False) as own_features:
             self.predict(self.model, sample, timestep, conditioning)
         taps: list[Tensor] = self.shared(own_features, sample, timestep, conditioning)

@@ -6,7 +6,6 @@ import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
@@ -19,25 +18,27 @@ from lacfast.records import Conditioning
 class UNetBackbone(LatentBackbone):
     """A model on latents (C, H, W) with cross-attention to prompt tokens."""
 
-    model: UNet2DConditionModel
-
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens})
 
-    def predict_with(self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_with(
+        self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         output: Tensor = model(sample, timestep, **conditioning.tensors, return_dict=False)[0]
         return output
 
     def shared_trunk(self) -> SharedTrunk:
         widths = _up_widths(self.model)
         names = ["mid_block"] + [f"up_blocks.{level}" for level in range(len(widths))]
-        return SharedTrunk({name: (_output_map(name), dim) for name, dim in zip(names, (widths[0], *widths), strict=True)})
+        return SharedTrunk(
+            {name: (_output_map(name), dim) for name, dim in zip(names, (widths[0], *widths), strict=True)}
+        )
 
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks)
 
 
-def _up_widths(model: UNet2DConditionModel) -> tuple[int, ...]:
+def _up_widths(model: Any) -> tuple[int, ...]:
     """Channels behind each up block."""
     return tuple(reversed(model.config["block_out_channels"]))
 
@@ -55,7 +56,9 @@ def _skips(level: int) -> Tap:
     """The down path's feature maps that an up block takes."""
 
     def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
-        return {f"up_{level}_skip_{index}": skip for index, skip in enumerate(kwargs["res_hidden_states_tuple"])}
+        return {
+            f"up_{level}_skip_{index}": skip for index, skip in enumerate(kwargs["res_hidden_states_tuple"])
+        }
 
     return Tap(f"up_blocks.{level}", read)
 
@@ -68,10 +71,13 @@ def _down_path(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Fe
 class BranchTrunk(Trunk):
     """The actor's down path, then own copies of its mid block and of the first `num_blocks` up blocks."""
 
-    def __init__(self, model: UNet2DConditionModel, num_blocks: int) -> None:
+    def __init__(self, model: Any, num_blocks: int) -> None:
         super().__init__()
-        if num_blocks > len(model.up_blocks):
-            raise ValueError(f"num_blocks={num_blocks} of the critic's branch exceeds the model's {len(model.up_blocks)} up blocks")
+        depth = len(model.up_blocks)
+        if num_blocks > depth:
+            raise ValueError(
+                f"num_blocks={num_blocks} of the critic's branch exceeds the model's {depth} up blocks"
+            )
         widths = _up_widths(model)
         self.mid_block = copy.deepcopy(model.mid_block).requires_grad_(True)
         self.up_blocks = nn.ModuleList(copy.deepcopy(block) for block in model.up_blocks[:num_blocks])
@@ -82,12 +88,15 @@ class BranchTrunk(Trunk):
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, self.taps, detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> list[Tensor]:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
         temb = features["temb"]
         prompt = conditioning.tensors["encoder_hidden_states"]
         hidden = _run(self.mid_block, prompt, features["hidden_states"], temb)
         taps = [feature_map_tokens(hidden)]
-        for level, block in enumerate(self.up_blocks):
+        up_blocks: Any = self.up_blocks
+        for level, block in enumerate(up_blocks):
             skips = tuple(features[f"up_{level}_skip_{index}"] for index in range(len(block.resnets)))
             hidden = _run(block, prompt, hidden, temb=temb, res_hidden_states_tuple=skips)
             taps.append(feature_map_tokens(hidden))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lacfast.tasks.folders import read_folder, write_folder
 from lacfast.tasks.prompts import all_prompts
 from lacfast.tasks.scenes import BACKGROUND, sample_images
 
@@ -36,6 +39,22 @@ class PatchCodec(nn.Module):
         self.register_buffer("encoder", torch.zeros(channels, features))
         self.register_buffer("decoder", torch.zeros(features, channels))
         self.register_buffer("mean", torch.zeros(features))
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> PatchCodec:
+        """What `save_pretrained` wrote, in eval mode.
+
+        Raises:
+            ValueError: the directory holds no codec.
+        """
+        config, weights = read_folder(directory)
+        codec = cls(**config)
+        codec.load_state_dict(weights)
+        return codec.eval()
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Writes what `from_pretrained` reads."""
+        write_folder(self, {"patch_size": self.patch_size, "channels": len(self.encoder)}, directory)
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, H/p, W/p) of images (B, 3, H, W) in [0, 1]."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lacfast.tasks.folders import read_folder, write_folder
 from lacfast.tasks.prompts import all_prompts
 
 WIDTH = 96
@@ -40,6 +42,25 @@ class WordEncoder(nn.Module):
         self._index = {word: index + 1 for index, word in enumerate(self.words)}
         self.word = nn.Embedding(len(self.words) + 1, width)
         self.position = nn.Embedding(length, width)
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> WordEncoder:
+        """What `save_pretrained` wrote, in eval mode and without gradient.
+
+        Raises:
+            ValueError: the directory holds no encoder.
+        """
+        config, weights = read_folder(directory)
+        # The embeddings are drawn before they are loaded; the caller's random state stays as it was.
+        with torch.random.fork_rng(devices=[]):
+            encoder = cls(**config)
+        encoder.load_state_dict(weights)
+        return encoder.eval().requires_grad_(False)
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Writes what `from_pretrained` reads."""
+        config = {"words": list(self.words), "length": self.length, "width": self.width}
+        write_folder(self, config, directory)
 
     def indices(self, prompts: Sequence[str]) -> Tensor:
         """Word numbers (B, L) int64, PADDING past the end of a prompt."""
