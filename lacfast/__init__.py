@@ -1,6 +1,7 @@
 """Latent actor-critic post-training of diffusion models, fast.
 
-The public names are imported when they are first used: `lacfast.ops` alone needs neither diffusers nor transformers.
+The public names are imported when they are first used: `lacfast.ops` alone needs neither diffusers nor
+transformers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lacfast.backbones import load_backbone
-    from lacfast.config import CriticConfig, PPOConfig, PretrainConfig, SamplerConfig, SteeringConfig, TrainConfig
+    from lacfast.config import (
+        CriticConfig,
+        PPOConfig,
+        PretrainConfig,
+        SamplerConfig,
+        SteeringConfig,
+        TrainConfig,
+    )
     from lacfast.steering import steer
     from lacfast.trainer import LatentActorCriticTrainer
 

@@ -15,7 +15,7 @@ _TINY = 1e-8
 
 @dataclass
 class RewardNormalizer:
-    """Running mean and standard deviation per reward, over all samples seen (Chan et al.'s parallel update)."""
+    """Running mean and standard deviation per reward over all samples (Chan et al.'s parallel update)."""
 
     mean: Tensor
     """(M,) float64"""
@@ -28,7 +28,9 @@ class RewardNormalizer:
 
     @staticmethod
     def create(num_rewards: int, *, window: float = 5000.0) -> RewardNormalizer:
-        return RewardNormalizer(torch.zeros(num_rewards).double(), torch.zeros(num_rewards).double(), 0.0, window)
+        return RewardNormalizer(
+            torch.zeros(num_rewards).double(), torch.zeros(num_rewards).double(), 0.0, window
+        )
 
     @property
     def std(self) -> Tensor:
@@ -65,7 +67,7 @@ class Advantages:
     policy: Tensor
     """(K, B) combined, normalised and clipped."""
     targets: Tensor
-    """(B, M) standardised value targets, clipped: the Monte-Carlo return, the same for every state of a trajectory."""
+    """(B, M) standardised value targets, clipped: the Monte-Carlo return, the same all along a trajectory."""
     raw: Tensor
     """(K, B, M) per head, before combination."""
 
@@ -80,7 +82,7 @@ def critic_advantages(
     advantage_clip: float,
     target_clip: float,
 ) -> Advantages:
-    """Advantages from the critic's values: GAE per head, then a weighted sum of heads, each in its own deviation.
+    """Advantages from the critic's values: GAE per head, then a weighted sum, each head in its own deviation.
 
         A = sum_m w_m A_m / std(A_m), then normalised over all samples and steps and clipped
 
@@ -100,13 +102,15 @@ def critic_advantages(
     rewards[:, -1] = final
     raw = ops.gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda)[0].transpose(0, 1)
     combined = (weights.to(raw) * raw / (raw.std(dim=(0, 1)) + _TINY)).sum(dim=-1)
-    return Advantages(steps, _normalized(combined, advantage_clip), final.clamp(-target_clip, target_clip), raw)
+    return Advantages(
+        steps, _normalized(combined, advantage_clip), final.clamp(-target_clip, target_clip), raw
+    )
 
 
 def group_advantages(
     rollout: Rollout, weights: Tensor, *, samples_per_prompt: int, advantage_clip: float
 ) -> Advantages:
-    """Group-relative advantages (GRPO, arXiv 2402.03300): the weighted reward against its group, equal for every step.
+    """Group-relative advantages (GRPO, arXiv 2402.03300): weighted reward against its group, at all steps.
 
         A_i = (R_i - mean(R of the prompt's group)) / std(R of the whole batch)
 

@@ -39,7 +39,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror}; choose a directory that you may write to") from error
+        raise ValueError(
+            f"cannot write {target}: {error.strerror}; choose a directory that you may write to"
+        ) from error
     try:
         yield temporary
         replaced = temporary.with_name(temporary.name + "-replaced")
@@ -60,7 +62,10 @@ def save_backbone(backbone: Backbone, directory: Path) -> None:
 def write_backbone(backbone: Backbone, target: Path) -> None:
     backbone.save_pretrained(target)
     if backbone.critic is not None:
-        save_file({name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()}, target / CRITIC_WEIGHTS)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()},
+            target / CRITIC_WEIGHTS,
+        )
         description = {"config": asdict(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
         (target / CRITIC_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -108,7 +113,9 @@ def save_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
         "rewards": trainer.rewards.names,
         "normalizer": asdict(trainer.normalizer),
         "policy_optimizer": trainer.policy_optimizer.state_dict(),
-        "critic_optimizer": None if trainer.critic_optimizer is None else trainer.critic_optimizer.state_dict(),
+        "critic_optimizer": None
+        if trainer.critic_optimizer is None
+        else trainer.critic_optimizer.state_dict(),
     }
     with whole_directory(directory) as target:
         write_backbone(trainer.backbone, target)
@@ -121,8 +128,11 @@ def load_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
         raise ValueError(f"{directory} holds no {TRAINER_STATE}; pass a directory that trainer.save() wrote")
     state = torch.load(directory / TRAINER_STATE, weights_only=True)
     if state["rewards"] != trainer.rewards.names:
-        raise ValueError(f"the checkpoint was trained on rewards {state['rewards']}, this trainer has {trainer.rewards.names}; use the same")
-    model = trainer.backbone.model
+        raise ValueError(
+            f"the checkpoint was trained on rewards {state['rewards']}, "
+            f"this trainer has {trainer.rewards.names}; use the same"
+        )
+    model: Any = trainer.backbone.model
     saved_model = type(model).from_pretrained(directory / "model").state_dict()
     require_same_shapes(model, saved_model, f"model in {directory}")
     saved_critic = load_file(directory / CRITIC_WEIGHTS) if (directory / CRITIC_WEIGHTS).exists() else {}

@@ -44,7 +44,10 @@ class TapPool(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """Taps -> values (B, M), in float32. The last layer starts at zero: V = 0 makes the first advantages the rewards."""
+    """Taps -> values (B, M), in float32.
+
+    The last layer starts at zero: V = 0 makes the first advantages the rewards.
+    """
 
     def __init__(self, tap_dims: tuple[int, ...], num_rewards: int, config: CriticConfig) -> None:
         super().__init__()
@@ -52,7 +55,8 @@ class ValueHead(nn.Module):
         self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(TIME_CHANNELS, time_dim)
         self.pools = nn.ModuleList(
-            TapPool(dim, num_heads=config.num_heads, head_dim=config.head_dim, time_dim=time_dim) for dim in tap_dims
+            TapPool(dim, num_heads=config.num_heads, head_dim=config.head_dim, time_dim=time_dim)
+            for dim in tap_dims
         )
         width = len(tap_dims) * config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -66,7 +70,9 @@ class ValueHead(nn.Module):
     def forward(self, taps: list[Tensor], timestep: Tensor) -> Tensor:
         """Values (B, M) of taps (B, L, D) at timesteps (B,)."""
         time_embedding = nn.functional.silu(self.time_embedding(self.time_proj(timestep)))
-        pooled = torch.cat([pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1)
+        pooled = torch.cat(
+            [pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1
+        )
         scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
         hidden = nn.functional.gelu(self.hidden(self.norm(pooled) * (1 + scale) + shift))
         values: Tensor = self.output(hidden)
@@ -74,7 +80,7 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def rescale(self, old_mean: Tensor, old_std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:
-        """Keep the raw predictions std V + mean while the statistics (M,) change (PopArt, arXiv 1602.07714)."""
+        """Keep raw predictions std V + mean when the statistics (M,) change (PopArt, arXiv 1602.07714)."""
         self.output.weight.mul_((old_std / new_std)[:, None])
         self.output.bias.copy_((old_std * self.output.bias + old_mean - new_mean) / new_std)
 
@@ -96,13 +102,17 @@ class Critic(nn.Module):
         """Within the context, a forward of the actor fills the returned dict with what the critic reads."""
         return self.trunk.record(model, detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
         taps = self.trunk(features, sample, timestep, conditioning)
         return self.head([tap.float() for tap in taps], timestep)  # type: ignore[no-any-return]
 
 
-def build_critic(backbone: Backbone, num_rewards: int, config: CriticConfig, *, seed: int = 0) -> Critic | None:
+def build_critic(
+    backbone: Backbone, num_rewards: int, config: CriticConfig, *, seed: int = 0
+) -> Critic | None:
     """A new critic for `backbone` on its device, or None for trunk "none"."""
     if config.trunk == "none":
         return None

@@ -30,7 +30,9 @@ class MetricsLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("a", encoding="utf-8")
             except OSError as error:
-                raise ValueError(f"cannot write metrics to {path}: {error.strerror}; choose a writable directory") from error
+                raise ValueError(
+                    f"cannot write metrics to {path}: {error.strerror}; choose a writable directory"
+                ) from error
 
     def write(self, phase: str, **values: Any) -> None:
         if self._file is None:
@@ -62,14 +64,16 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
     returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
     metrics["value_mean"] = values.mean(dim=(1, 2))
     metrics["value_std"] = values.std(dim=1).mean(dim=-1)
-    metrics["explained_variance"] = reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1)).mean(dim=-1)
+    metrics["explained_variance"] = reference.explained_variance(
+        values.transpose(0, 1), returns.transpose(0, 1)
+    ).mean(dim=-1)
     if advantages.raw.shape[-1] > 1:
         metrics["advantage_correlation"] = torch.corrcoef(advantages.raw.flatten(0, 1).T)
     return metrics
 
 
 def policy_metrics(stats: PPOStats, pairs: Pairs, num_steps: int) -> dict[str, Any]:
-    """Ratio, clip fractions and KL of one optimizer step, as means per trained step (K,); empty bins give NaN."""
+    """Ratio, clip fractions and KL of one optimizer step, as means per trained step (K,); NaN if empty."""
 
     def per_step(values: Tensor) -> Tensor:
         total = torch.zeros(num_steps, device=values.device).index_add_(0, pairs.position, values.float())

@@ -34,7 +34,9 @@ class PromptSet:
         """
         if isinstance(prompts, PromptSet):
             return prompts
-        entries = [(entry, {}) if isinstance(entry, str) else (entry.text, entry.metadata) for entry in prompts]
+        entries = [
+            (entry, {}) if isinstance(entry, str) else (entry.text, entry.metadata) for entry in prompts
+        ]
         if not entries:
             raise ValueError("there is no prompt to train on; pass at least one")
         return PromptSet([text for text, _ in entries], [metadata for _, metadata in entries])
@@ -46,7 +48,7 @@ class PromptSet:
         return PromptSet([self.texts[row] for row in rows], [self.metadata[row] for row in rows])
 
     def draw(self, count: int, *, seed: int, iteration: int, repeats: int = 1) -> PromptSet:
-        """`count` prompts of iteration `iteration`, each `repeats` times in a row; every pass is a new permutation."""
+        """`count` prompts of an iteration, each `repeats` times in a row; every pass is a new permutation."""
         first = iteration * count
         rows = [self._shuffled_row(position, seed) for position in range(first, first + count)]
         return self.take([row for row in rows for _ in range(repeats)])

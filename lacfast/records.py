@@ -31,7 +31,9 @@ class NoiseKey:
     @staticmethod
     def create(seed: int, sample_ids: Tensor | range, device: torch.device | str = "cpu") -> NoiseKey:
         """Make a key from host numbers."""
-        ids = sample_ids if isinstance(sample_ids, Tensor) else torch.arange(sample_ids.start, sample_ids.stop)
+        ids = (
+            sample_ids if isinstance(sample_ids, Tensor) else torch.arange(sample_ids.start, sample_ids.stop)
+        )
         return NoiseKey(torch.tensor([seed], dtype=torch.int64, device=device), ids.to(device, torch.int64))
 
     def select(self, rows: Tensor) -> NoiseKey:
@@ -54,7 +56,10 @@ class TransitionTable:
     timesteps: Tensor
     """(T,) float32, what the model is conditioned on, descending."""
     sigmas: Tensor
-    """(T + 1,) float64, noise level before each step and after the last (sqrt((1-A)/A) does not appear: 1 is pure noise)."""
+    """(T + 1,) float64, noise level before each step and after the last.
+
+    1 is pure noise: sqrt((1-A)/A) does not appear.
+    """
 
     @property
     def num_steps(self) -> int:

@@ -136,11 +136,15 @@ def gaussian_step(
     dtype = _compute_dtype(sample)
     a, b, std = _rows(coefficients, steps, sample)
     if uncond_output is not None and guidance_scale is not None:
-        guided = uncond_output.to(dtype) + guidance_scale.to(dtype) * (model_output.to(dtype) - uncond_output.to(dtype))
+        guided = uncond_output.to(dtype) + guidance_scale.to(dtype) * (
+            model_output.to(dtype) - uncond_output.to(dtype)
+        )
         model_output = guided.to(model_output.dtype)
     mean = a * sample.to(dtype) + b * model_output.to(dtype)
     prev_sample = (mean + std * _noise_for(sample, steps, noise).to(dtype)).to(sample.dtype)
-    return StepOutput(prev_sample, _log_prob(prev_sample.detach().to(dtype), mean, std, reduction), model_output)
+    return StepOutput(
+        prev_sample, _log_prob(prev_sample.detach().to(dtype), mean, std, reduction), model_output
+    )
 
 
 def _log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor, reduction: str) -> Tensor:
@@ -151,7 +155,13 @@ def _log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor, reduction: str) ->
 
 
 def step_log_prob(
-    sample: Tensor, model_output: Tensor, prev_sample: Tensor, coefficients: Tensor, steps: Tensor, *, reduction: str = "mean"
+    sample: Tensor,
+    model_output: Tensor,
+    prev_sample: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    *,
+    reduction: str = "mean",
 ) -> Tensor:
     """Log-probability (B,) of a given transition sample -> prev_sample; arguments as `gaussian_step`."""
     dtype = _compute_dtype(sample)
@@ -194,7 +204,9 @@ def log_ratio(
     dtype = _compute_dtype(model_output)
     _, b, std = _rows(coefficients, steps, model_output)
     stochastic = std > 0
-    gain = torch.where(stochastic, b / torch.where(stochastic, std, torch.ones_like(std)), torch.zeros_like(std))
+    gain = torch.where(
+        stochastic, b / torch.where(stochastic, std, torch.ones_like(std)), torch.zeros_like(std)
+    )
     eps = _noise_for(model_output, steps, noise).to(dtype)
     shift = gain * (model_output.to(dtype) - old_model_output.detach().to(dtype))
     kl_old = _reduce(shift**2 / 2, reduction)
@@ -235,7 +247,13 @@ def ppo_loss(
         The loss () and detached statistics (B,).
     """
     terms = log_ratio(
-        model_output, old_model_output, coefficients, steps, noise=noise, reference_output=reference_output, reduction=reduction
+        model_output,
+        old_model_output,
+        coefficients,
+        steps,
+        noise=noise,
+        reference_output=reference_output,
+        reduction=reduction,
     )
     advantages = advantages.to(terms.log_ratio.dtype)
     ratio = terms.log_ratio.exp()
@@ -292,8 +310,12 @@ def _discounted_sum(terms: Tensor, discount: float) -> Tensor:
 # 5. Critic
 
 
-def value_pool(features: Tensor, query: Tensor, norm_weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """Attention of single queries over normalised tokens, key and value projections folded into query and caller.
+def value_pool(
+    features: Tensor, query: Tensor, norm_weight: Tensor | None = None, *, eps: float = 1e-6
+) -> Tensor:
+    """Attention of single queries over normalised tokens.
+
+    The key projection is folded into the query, the value projection into the caller.
 
         n_l = RMSNorm(features_l) norm_weight;   out_h = sum_l softmax_l(query_h . n_l) n_l
 

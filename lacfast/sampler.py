@@ -97,7 +97,10 @@ def policy_output(
     *,
     cfg_grad: str = "cond",
 ) -> tuple[Tensor, Tensor | None]:
-    """Conditional and, with guidance, unconditional output (B, ...). With cfg_grad="cond" the latter has no gradient."""
+    """Conditional and, with guidance, unconditional output (B, ...).
+
+    With cfg_grad="cond" the latter has no gradient.
+    """
     output = backbone.predict(sample, timestep, conditioning)
     if uncond_conditioning is None:
         return output, None
@@ -135,7 +138,9 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
         uncond_output=None if uncond_output is None else uncond_output.contiguous(),
         guidance_scale=None if uncond_output is None else buffers.guidance_scale,
     )
-    buffers.model_outputs.index_copy_(0, buffers.step, result.model_output[None].to(buffers.model_outputs.dtype))
+    buffers.model_outputs.index_copy_(
+        0, buffers.step, result.model_output[None].to(buffers.model_outputs.dtype)
+    )
     buffers.log_probs.index_copy_(0, buffers.step, result.log_prob[None])
     buffers.sample.copy_(result.prev_sample)
     buffers.step.add_(1)
@@ -173,7 +178,10 @@ def sample_rollout(
         keep_features: False drops what the critic's trunk read (evaluation).
     """
     if not len(prompts) == len(metadata) == len(noise.sample_ids):
-        raise ValueError(f"got {len(prompts)} prompts, {len(metadata)} metadata and {len(noise.sample_ids)} sample ids; they must match")
+        raise ValueError(
+            f"got {len(prompts)} prompts, {len(metadata)} metadata and {len(noise.sample_ids)} sample ids; "
+            "they must match"
+        )
     conditioning = backbone.encode_prompts(prompts)
     uncond_conditioning = backbone.encode_prompts([""] * len(prompts)) if guidance_scale > 1 else None
     buffers = SamplerBuffers.allocate(

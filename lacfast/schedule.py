@@ -23,7 +23,9 @@ Window = tuple[int, int]
 def _check_sigmas(sigmas: Tensor) -> Tensor:
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas must be a vector of at least 2 noise levels, got shape {tuple(sigmas.shape)}")
+        raise ValueError(
+            f"sigmas must be a vector of at least 2 noise levels, got shape {tuple(sigmas.shape)}"
+        )
     if not bool((sigmas[:-1] > sigmas[1:]).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
     return sigmas
@@ -35,13 +37,20 @@ def _check_noise_level(kind: str, noise_level: float) -> None:
 
 
 def _windowed(
-    kind: str, sigmas: Tensor, timesteps: Tensor, stochastic: Tensor, deterministic: Tensor, window: Window | None
+    kind: str,
+    sigmas: Tensor,
+    timesteps: Tensor,
+    stochastic: Tensor,
+    deterministic: Tensor,
+    window: Window | None,
 ) -> TransitionTable:
     """Take the stochastic rows (T, 3) inside `window` (start, stop) and the deterministic ones outside it."""
     num_steps = len(stochastic)
     start, stop = (0, num_steps) if window is None else window
     if not 0 <= start <= stop <= num_steps:
-        raise ValueError(f"window={window} must lie within the {num_steps} steps: 0 <= start <= stop <= {num_steps}")
+        raise ValueError(
+            f"window={window} must lie within the {num_steps} steps: 0 <= start <= stop <= {num_steps}"
+        )
     inside = torch.zeros(num_steps, 1, dtype=torch.bool)
     inside[start:stop] = True
     a, b, std = torch.where(inside, stochastic, deterministic).unbind(dim=1)
@@ -122,9 +131,13 @@ def flow_ddim(sigmas: Tensor, noise_level: float, *, window: Window | None = Non
 def ode(sigmas: Tensor, noise_level: float = 0.0, *, window: Window | None = None) -> TransitionTable:
     """The probability-flow ODE by Euler steps: evaluation. `noise_level` must be 0."""
     if noise_level != 0:
-        raise ValueError(f"the ode sampler draws no noise, got noise_level={noise_level}; use 'flow_sde' to explore")
+        raise ValueError(
+            f"the ode sampler draws no noise, got noise_level={noise_level}; use 'flow_sde' to explore"
+        )
     sigmas = _check_sigmas(sigmas)
-    rows = torch.stack([torch.ones(len(sigmas) - 1).double(), sigmas[1:] - sigmas[:-1], torch.zeros(len(sigmas) - 1)], dim=1)
+    rows = torch.stack(
+        [torch.ones(len(sigmas) - 1).double(), sigmas[1:] - sigmas[:-1], torch.zeros(len(sigmas) - 1)], dim=1
+    )
     return _windowed("ode", sigmas, (1000 * sigmas[:-1]).float(), rows, rows, window)
 
 
@@ -146,7 +159,7 @@ def ddim(
         eta: 0 deterministic, 1 DDPM's posterior variance.
         prediction_type: "epsilon", "v_prediction" or "sample".
         final_alpha_cumprod: cumulative alpha after the last step.
-        prev_timesteps: (T,) timestep after each step, negative for the end. None: the next entry of `timesteps`.
+        prev_timesteps: (T,) timestep after each step, negative: the end. None: the next of `timesteps`.
         window: (start, stop) steps that are stochastic. None: all.
 
     Raises:
@@ -157,28 +170,33 @@ def ddim(
     if prev_timesteps is None:
         prev_timesteps = torch.cat([timesteps[1:], torch.tensor([-1])])
     alphas = alphas_cumprod.detach().to("cpu", torch.float64)
-    A = alphas[timesteps]
-    A_prev = torch.where(prev_timesteps < 0, torch.tensor(final_alpha_cumprod).double(), alphas[prev_timesteps.clamp(min=0)])
-    std = eta * ((1 - A_prev) / (1 - A) * (1 - A / A_prev)).clamp(min=0).sqrt()
-    if bool((1 - A_prev - std**2 < -1e-12).any()):
+    signal = alphas[timesteps]
+    prev_signal = torch.where(
+        prev_timesteps < 0, torch.tensor(final_alpha_cumprod).double(), alphas[prev_timesteps.clamp(min=0)]
+    )
+    std = eta * ((1 - prev_signal) / (1 - signal) * (1 - signal / prev_signal)).clamp(min=0).sqrt()
+    if bool((1 - prev_signal - std**2 < -1e-12).any()):
         raise ValueError(f"eta={eta} asks for more noise than a DDIM step holds; use eta <= 1")
-    stochastic = _ddim_rows(A, A_prev, std, prediction_type)
-    deterministic = _ddim_rows(A, A_prev, torch.zeros_like(std), prediction_type)
-    sigmas = torch.cat([(1 - A).sqrt(), (1 - A_prev[-1:]).sqrt()])
+    stochastic = _ddim_rows(signal, prev_signal, std, prediction_type)
+    deterministic = _ddim_rows(signal, prev_signal, torch.zeros_like(std), prediction_type)
+    sigmas = torch.cat([(1 - signal).sqrt(), (1 - prev_signal[-1:]).sqrt()])
     return _windowed("ddim", sigmas, timesteps.float(), stochastic, deterministic, window)
 
 
-def _ddim_rows(A: Tensor, A_prev: Tensor, std: Tensor, prediction_type: str) -> Tensor:
-    direction = (1 - A_prev - std**2).clamp(min=0).sqrt()
+def _ddim_rows(signal: Tensor, prev_signal: Tensor, std: Tensor, prediction_type: str) -> Tensor:
+    direction = (1 - prev_signal - std**2).clamp(min=0).sqrt()
     if prediction_type == "epsilon":
-        a, b = (A_prev / A).sqrt(), direction - (A_prev * (1 - A) / A).sqrt()
+        a, b = (prev_signal / signal).sqrt(), direction - (prev_signal * (1 - signal) / signal).sqrt()
     elif prediction_type == "v_prediction":
-        a = (A_prev * A).sqrt() + direction * (1 - A).sqrt()
-        b = -(A_prev * (1 - A)).sqrt() + direction * A.sqrt()
+        a = (prev_signal * signal).sqrt() + direction * (1 - signal).sqrt()
+        b = -(prev_signal * (1 - signal)).sqrt() + direction * signal.sqrt()
     elif prediction_type == "sample":
-        a, b = direction / (1 - A).sqrt(), A_prev.sqrt() - direction * (A / (1 - A)).sqrt()
+        a = direction / (1 - signal).sqrt()
+        b = prev_signal.sqrt() - direction * (signal / (1 - signal)).sqrt()
     else:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; known: 'epsilon', 'v_prediction', 'sample'")
+        raise ValueError(
+            f"unknown prediction_type {prediction_type!r}; known: 'epsilon', 'v_prediction', 'sample'"
+        )
     return torch.stack([a, b, std], dim=1)
 
 
@@ -189,10 +207,12 @@ FLOW_KINDS: dict[str, Callable[..., TransitionTable]] = {
     "flow_ddim": flow_ddim,
     "ode": ode,
 }
-"""Kinds for models that predict a flow's velocity. A new kind is a function of this signature and an entry here."""
+"""Kinds for models that predict a flow's velocity. A new kind is such a function and an entry here."""
 
 
-def flow_table(kind: str, sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
+def flow_table(
+    kind: str, sigmas: Tensor, noise_level: float, *, window: Window | None = None
+) -> TransitionTable:
     """The table of a flow sampler by name.
 
     Raises:
@@ -210,23 +230,35 @@ def uniform_sigmas(num_steps: int, *, shift: float = 1.0) -> Tensor:
 
 
 def from_scheduler(
-    scheduler: Any, num_steps: int, kind: str, noise_level: float, *, window: Window | None = None, mu: float | None = None
+    scheduler: Any,
+    num_steps: int,
+    kind: str,
+    noise_level: float,
+    *,
+    window: Window | None = None,
+    mu: float | None = None,
 ) -> TransitionTable:
     """The table that makes the same steps as a diffusers scheduler, which is not modified.
 
     Args:
         scheduler: FlowMatchEulerDiscreteScheduler, DDIMScheduler or DDPMScheduler.
         num_steps: T.
-        kind: a flow kind for FlowMatchEulerDiscrete, "ddim" for DDIM and DDPM, "ddpm" for DDPM with its own variance.
+        kind: a flow kind for FlowMatchEulerDiscrete, "ddim" for DDIM and DDPM, "ddpm" for DDPM with its
+            own variance.
         noise_level: eta of the kind; for "ddpm" 1.
         window: (start, stop) steps that are stochastic. None: all.
         mu: shift of a FlowMatchEulerDiscrete with dynamic shifting.
 
     Raises:
-        ValueError: for another scheduler, a kind that it cannot run, or settings that are not affine (clipping, thresholding).
+        ValueError: for another scheduler, a kind that it cannot run, or settings that are not affine
+            (clipping, thresholding).
     """
     name = type(scheduler).__name__
-    known = {"FlowMatchEulerDiscreteScheduler": tuple(FLOW_KINDS), "DDIMScheduler": ("ddim",), "DDPMScheduler": ("ddim", "ddpm")}
+    known = {
+        "FlowMatchEulerDiscreteScheduler": tuple(FLOW_KINDS),
+        "DDIMScheduler": ("ddim",),
+        "DDPMScheduler": ("ddim", "ddpm"),
+    }
     if name not in known:
         raise ValueError(f"no transition table for {name}; known schedulers: {', '.join(known)}")
     if kind not in known[name]:
@@ -241,17 +273,23 @@ def from_scheduler(
                 f"use {name}.from_config(scheduler.config, {setting}=False)"
             )
     own.set_timesteps(num_steps)
-    return _from_ddim(own, kind, noise_level, window) if kind == "ddim" else _from_ddpm(own, noise_level, window)
+    return (
+        _from_ddim(own, kind, noise_level, window) if kind == "ddim" else _from_ddpm(own, noise_level, window)
+    )
 
 
 def _from_flow_match(
     scheduler: Any, num_steps: int, kind: str, noise_level: float, window: Window | None, mu: float | None
 ) -> TransitionTable:
     if scheduler.config.get("invert_sigmas", False):
-        raise ValueError("invert_sigmas=True runs time backwards; set invert_sigmas=False in the scheduler's config")
+        raise ValueError(
+            "invert_sigmas=True runs time backwards; set invert_sigmas=False in the scheduler's config"
+        )
     scheduler.set_timesteps(num_steps, mu=mu) if mu is not None else scheduler.set_timesteps(num_steps)
     table = flow_table(kind, scheduler.sigmas.double(), noise_level, window=window)
-    return TransitionTable(table.kind, table.a, table.b, table.std, scheduler.timesteps.float().cpu(), table.sigmas)
+    return TransitionTable(
+        table.kind, table.a, table.b, table.std, scheduler.timesteps.float().cpu(), table.sigmas
+    )
 
 
 def _previous_timesteps(scheduler: Any) -> Tensor:
@@ -277,13 +315,18 @@ def _from_ddim(scheduler: Any, kind: str, eta: float, window: Window | None) -> 
 def _from_ddpm(scheduler: Any, noise_level: float, window: Window | None) -> TransitionTable:
     """DDPM's posterior is DDIM at eta = 1; only a `fixed_large` variance differs."""
     if noise_level != 1:
-        raise ValueError(f"kind 'ddpm' has the scheduler's own variance, noise_level must be 1, got {noise_level}; use kind 'ddim'")
+        raise ValueError(
+            f"kind 'ddpm' has the scheduler's own variance, noise_level must be 1, got {noise_level}; "
+            "use kind 'ddim'"
+        )
     table = _from_ddim(scheduler, "ddpm", 1.0, window)
     variance_type = scheduler.config.variance_type
     if variance_type in ("fixed_small", "fixed_small_log"):
         return table
     if variance_type != "fixed_large":
-        raise ValueError(f"variance_type {variance_type!r} is learned or unknown; use 'fixed_small' or 'fixed_large'")
+        raise ValueError(
+            f"variance_type {variance_type!r} is learned or unknown; use 'fixed_small' or 'fixed_large'"
+        )
     signal = 1 - table.sigmas**2
     beta = 1 - signal[:-1] / signal[1:]
     std = torch.where(table.std > 0, beta.clamp(min=0).sqrt(), table.std)

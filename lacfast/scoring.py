@@ -1,4 +1,4 @@
-"""Rewards by name or as callables: lookup, call, and a check of what comes back before anything learns from it."""
+"""Rewards by name or as callables: lookup, call, and a check of the scores before they are learned from."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RewardSet:
         """Resolve names and callables.
 
         Raises:
-            ValueError: for an unknown name (the known ones are listed), two rewards of one name, or none at all.
+            ValueError: for an unknown name (the known are listed), two rewards of one name, or no reward.
         """
         weighted: Mapping[str | Reward, float]
         if isinstance(spec, Mapping):
@@ -51,10 +51,15 @@ class RewardSet:
         else:
             weighted = dict.fromkeys(spec, 1.0)
         if not weighted:
-            raise ValueError(f"there is no reward to train on; pass a callable or one of: {', '.join(REGISTERED)}")
+            raise ValueError(
+                f"there is no reward to train on; pass a callable or one of: {', '.join(REGISTERED)}"
+            )
         functions = dict(_named(entry) for entry in weighted)
         if len(functions) != len(weighted):
-            raise ValueError(f"two rewards share a name: {[_named(entry)[0] for entry in weighted]}; wrap one in a function of another name")
+            raise ValueError(
+                f"two rewards share a name: {[_named(entry)[0] for entry in weighted]}; "
+                "wrap one in a function of another name"
+            )
         return RewardSet(functions, torch.tensor(list(weighted.values()), dtype=torch.float32))
 
     @property
@@ -68,7 +73,8 @@ class RewardSet:
             RewardError: when a reward raises, returns another length or a value that is not finite.
         """
         return {
-            name: _checked(name, function, images, prompts, metadata) for name, function in self.functions.items()
+            name: _checked(name, function, images, prompts, metadata)
+            for name, function in self.functions.items()
         }
 
 
@@ -76,7 +82,9 @@ def _named(entry: str | Reward) -> tuple[str, Reward]:
     if not isinstance(entry, str):
         return getattr(entry, "__name__", type(entry).__name__), entry
     if entry not in REGISTERED:
-        raise ValueError(f"unknown reward {entry!r}; known: {', '.join(sorted(REGISTERED))}, or pass a callable")
+        raise ValueError(
+            f"unknown reward {entry!r}; known: {', '.join(sorted(REGISTERED))}, or pass a callable"
+        )
     module, _, name = REGISTERED[entry].partition(":")
     function: Reward = getattr(importlib.import_module(module), name)
     return entry, function
@@ -89,14 +97,21 @@ def _checked(
     try:
         raw = function(images, prompts, metadata)
     except Exception as error:
-        raise RewardError(f"reward {name!r} raised {type(error).__name__}: {error} for prompts {_some(prompts)}; {remedy}") from error
+        raise RewardError(
+            f"reward {name!r} raised {type(error).__name__}: {error} for prompts {_some(prompts)}; {remedy}"
+        ) from error
     scores = torch.as_tensor(raw).detach().float().cpu()
     if scores.shape != (len(prompts),):
-        raise RewardError(f"reward {name!r} returned shape {tuple(scores.shape)} for {len(prompts)} images; return one number per image")
+        raise RewardError(
+            f"reward {name!r} returned shape {tuple(scores.shape)} for {len(prompts)} images; "
+            "return one number per image"
+        )
     finite = scores.isfinite()
     if not bool(finite.all()):
         culprits = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
-        raise RewardError(f"reward {name!r} returned {scores[~finite][0].item()} for prompts {_some(culprits)}; {remedy}")
+        raise RewardError(
+            f"reward {name!r} returned {scores[~finite][0].item()} for prompts {_some(culprits)}; {remedy}"
+        )
     return scores
 
 

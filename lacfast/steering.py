@@ -1,8 +1,9 @@
 """Steering at inference by the trained critic: particles pruned by their value, and guidance by its gradient.
 
 The value of a noisy latent comes with the forward that samples it, so pruning costs no forward of its own:
-4 -> 2 -> 1 particles over T = 8 steps take 25 forwards per image where best-of-4 takes 32. Guidance moves the model output
-along the value gradient, by a fraction of its own length; a step with a gradient counts three forwards.
+4 -> 2 -> 1 particles over T = 8 steps take 25 forwards per image where best-of-4 takes 32. Guidance moves
+the model output along the value gradient, by a fraction of its own length; a step with a gradient counts
+three forwards.
 Source: arXiv 2605.27736; the step-relative scale and the pruning are ours.
 """
 
@@ -84,7 +85,10 @@ def steer(
     """
     config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
     if backbone.critic is None:
-        raise ValueError("steering needs a critic; load a backbone that was saved with one, or train one with LatentActorCriticTrainer")
+        raise ValueError(
+            "steering needs a critic; load a backbone that was saved with one, "
+            "or train one with LatentActorCriticTrainer"
+        )
     table = backbone.transition_table(sampler)
     device = next(backbone.model.parameters()).device
     weights = torch.ones(backbone.critic.num_rewards) if head_weights is None else head_weights
@@ -127,7 +131,11 @@ def _run(
     forwards, gain = 0.0, math.nan
     for step, timestep in enumerate(table.timesteps.tolist()):
         guided = config.guidance_weight > 0 and low < float(table.sigmas[step]) < high
-        state = _State(particles.sample, torch.full_like(particles.ids, timestep).float(), batch_conditioning.select(particles.rows))
+        state = _State(
+            particles.sample,
+            torch.full_like(particles.ids, timestep).float(),
+            batch_conditioning.select(particles.rows),
+        )
         output, values, gradient = _evaluate(backbone, critic, state, weights, guided)
         forwards += len(values) * (3 if guided else 1)
         if gradient is not None and math.isnan(gain):
@@ -141,7 +149,9 @@ def _run(
             output = _along_gradient(output, gradient, config.guidance_weight, float(table.b[step]))
         noise = NoiseKey.create(config.seed, particles.ids, particles.ids.device)
         steps = torch.full_like(particles.ids, step)
-        particles.sample = ops.gaussian_step(particles.sample, output.contiguous(), coefficients, steps, noise=noise).prev_sample
+        particles.sample = ops.gaussian_step(
+            particles.sample, output.contiguous(), coefficients, steps, noise=noise
+        ).prev_sample
     while particles.per_image > 1:
         particles.keep_best_half(particles.values[-1])
     return forwards, gain
@@ -168,11 +178,13 @@ def _evaluate(
 
 
 def _per_sample_norm(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *(1,) * (tensor.ndim - 1))
+    """(B, 1, ...)"""
+    norm: Tensor = torch.linalg.vector_norm(tensor.flatten(1), dim=1).clamp(min=1e-12)
+    return norm.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 def _along_gradient(output: Tensor, gradient: Tensor, weight: float, b: float) -> Tensor:
-    """v - sign(-b) weight |v| g / |g|: since x' = a x + b v, the next latent moves along +g whatever the sign of b."""
+    """v - sign(-b) weight |v| g / |g|: x' = a x + b v then moves along +g whatever the sign of b."""
     move = weight * _per_sample_norm(output) * gradient / _per_sample_norm(gradient)
     return output + move if b > 0 else output - move
 
@@ -189,5 +201,8 @@ def _sign_test(
     moved = replace(state, sample=state.sample + move)
     gain = float((_evaluate(backbone, critic, moved, weights, False)[1] - values).mean())
     if not gain > 0:
-        raise ValueError(f"V changed by {gain:.3g} along its own gradient, so it cannot guide; train the critic longer or use pruning")
+        raise ValueError(
+            f"V changed by {gain:.3g} along its own gradient, so it cannot guide; "
+            "train the critic longer or use pruning"
+        )
     return gain

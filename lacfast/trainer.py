@@ -1,4 +1,4 @@
-"""The trainer: rollout, rewards, advantages, update. It holds what must live between iterations and nothing else."""
+"""The trainer: rollout, rewards, advantages, update. It holds only what must live between iterations."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class LatentActorCriticTrainer:
     ) -> None:
         """
         Args:
-            backbone: see load_backbone; its model is trained in place, and its critic, which is made when it has none.
+            backbone: see load_backbone; its model and critic are trained in place, a missing critic is made.
             rewards: a callable, a registered name, several of them, or a dict reward -> weight.
             prompts: strings, or objects with `text` and `metadata`.
             config: defaults are the paper's.
@@ -112,22 +112,23 @@ class LatentActorCriticTrainer:
         sampler = self.config.sampler
         if not self.table.trainable_steps:
             raise ValueError(
-                f"kind={sampler.kind!r} with noise_level={sampler.noise_level} and window={sampler.window} makes every step "
-                "deterministic, so no step has a log-prob to train; use noise_level > 0 (0.7 for 'flow_sde')"
+                f"kind={sampler.kind!r} with noise_level={sampler.noise_level} and window={sampler.window} "
+                "makes every step deterministic, so no step has a log-prob to train; "
+                "use noise_level > 0 (0.7 for 'flow_sde')"
             )
         if self.config.critic.trunk == "none" and self.config.samples_per_prompt == 1:
-            warnings.warn("no critic and samples_per_prompt=1: the baseline is the mean of the batch", stacklevel=3)
+            warnings.warn("no critic and samples_per_prompt=1: the baseline is the batch mean", stacklevel=3)
 
     def _attach_critic(self) -> None:
-        heads = len(self.rewards.names)
-        if self.config.critic.trunk == "none":
+        config, heads = self.config, len(self.rewards.names)
+        if config.critic.trunk == "none":
             self.backbone.critic = None
         elif self.backbone.critic is None:
-            self.backbone.critic = build_critic(self.backbone, heads, self.config.critic, seed=self.config.seed)
+            self.backbone.critic = build_critic(self.backbone, heads, config.critic, seed=config.seed)
         elif self.backbone.critic.num_rewards != heads:
             raise ValueError(
-                f"the backbone's critic has {self.backbone.critic.num_rewards} heads and there are {heads} rewards "
-                f"{self.rewards.names}; train on as many rewards, or set backbone.critic = None for a new critic"
+                f"the backbone's critic has {self.backbone.critic.num_rewards} heads and there are {heads} "
+                f"rewards {self.rewards.names}; train on as many, or set backbone.critic = None for a new one"
             )
 
     def _frozen_copy(self) -> Backbone:
@@ -182,7 +183,8 @@ class LatentActorCriticTrainer:
         self.last_rollout = rollout
         self.images += rollout.batch_size
         try:
-            scores = self.rewards.score(self.backbone.decode(rollout.clean_latents), rollout.prompts, rollout.metadata)
+            images = self.backbone.decode(rollout.clean_latents)
+            scores = self.rewards.score(images, rollout.prompts, rollout.metadata)
         except RewardError as error:
             if self.config.on_reward_error == "raise":
                 raise
@@ -206,16 +208,17 @@ class LatentActorCriticTrainer:
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
         if self.critic is None or self.critic_optimizer is None:
-            raise ValueError("there is no critic to pretrain; set critic.trunk to 'branch', 'shared' or 'copy'")
+            raise ValueError("no critic to pretrain; set critic.trunk to 'branch', 'shared' or 'copy'")
 
         def report(iteration: int, variance: Tensor) -> None:
             self.log.write("value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1))
             if on_iteration is not None:
                 on_iteration(iteration, variance)
 
-        held_out = self.score(self.rollout(self.held_out.cycle(self.config.pretrain.held_out_samples), EVALUATION_IDS))
+        prompts = self.held_out.cycle(self.config.pretrain.held_out_samples)
+        held_out = self.score(self.rollout(prompts, EVALUATION_IDS))
         if held_out is None:
-            raise ValueError("the rewards failed on the held-out rollout, so value pretraining has nothing to be measured on")
+            raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         result = pretrain_values(
             self.critic,
             self.critic_optimizer,
@@ -235,7 +238,10 @@ class LatentActorCriticTrainer:
         ppo = self.config.ppo
         if self.critic is None:
             return group_advantages(
-                rollout, self.rewards.weights, samples_per_prompt=self.config.samples_per_prompt, advantage_clip=ppo.advantage_clip
+                rollout,
+                self.rewards.weights,
+                samples_per_prompt=self.config.samples_per_prompt,
+                advantage_clip=ppo.advantage_clip,
             )
         return critic_advantages(
             rollout,
@@ -257,19 +263,24 @@ class LatentActorCriticTrainer:
         advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer)
         for epoch in range(ppo.num_inner_epochs):
-            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.iteration) * 97 + epoch)
+            seed = (self.config.seed * 1_000_003 + self.iteration) * 97 + epoch
+            generator = torch.Generator().manual_seed(seed)
             metrics |= self._update_policy(rollout, advantages, generator, metrics)
             metrics |= self._update_critic(rollout, advantages, generator)
         return metrics
 
-    def _minibatches(self, pairs: Pairs, generator: torch.Generator) -> Iterator[Pairs]:
-        return pairs.shuffled(generator).split(math.ceil(len(pairs) / self.config.ppo.num_minibatches))
+    def _minibatches(self, pairs: Pairs, fraction: float, generator: torch.Generator) -> Iterator[Pairs]:
+        """A random `fraction` of the pairs in config.ppo.num_minibatches parts."""
+        count = math.ceil(fraction * len(pairs))
+        chosen = next(pairs.shuffled(generator).split(count))
+        return chosen.split(math.ceil(count / self.config.ppo.num_minibatches))
 
     def _update_policy(
         self, rollout: Rollout, advantages: Advantages, generator: torch.Generator, earlier: dict[str, Any]
     ) -> dict[str, Any]:
         ppo, metrics = self.config.ppo, dict(earlier)
-        for minibatch in self._minibatches(all_pairs(advantages.steps, rollout.batch_size), generator):
+        pairs = all_pairs(advantages.steps, rollout.batch_size)
+        for minibatch in self._minibatches(pairs, ppo.timestep_fraction, generator):
             if metrics.get("mean_kl_old", 0.0) > ppo.kl_limit:
                 return metrics | {"stopped_by_kl_limit": True}
             stats, loss, norm = policy_step(
@@ -287,11 +298,13 @@ class LatentActorCriticTrainer:
             metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
         return metrics
 
-    def _update_critic(self, rollout: Rollout, advantages: Advantages, generator: torch.Generator) -> dict[str, Any]:
+    def _update_critic(
+        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator
+    ) -> dict[str, Any]:
         if self.critic is None or self.critic_optimizer is None:
             return {}
         metrics: dict[str, Any] = {}
-        for minibatch in self._minibatches(all_states(rollout), generator):
+        for minibatch in self._minibatches(all_states(rollout), 1.0, generator):
             loss, norm = critic_step(
                 self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, self.config.ppo
             )
@@ -306,7 +319,8 @@ class LatentActorCriticTrainer:
         metrics: dict[str, Any] = {"skipped": True}
         if rollout is not None:
             if self.critic is not None:
-                update_statistics(self.critic, self.normalizer, torch.stack(list(rollout.rewards.values()), dim=1))
+                rewards = torch.stack(list(rollout.rewards.values()), dim=1)
+                update_statistics(self.critic, self.normalizer, rewards)
             metrics = self.update(rollout)
         self.iteration += 1
         metrics |= {
@@ -325,7 +339,7 @@ class LatentActorCriticTrainer:
         seconds: float = math.inf,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
     ) -> int:
-        """Train for `iterations` (None: what config.iterations leaves) or until `seconds` have passed; returns how many ran."""
+        """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran."""
         start = time.perf_counter()
         planned = self.config.iterations - self.iteration if iterations is None else iterations
         for done in range(planned):
@@ -364,7 +378,10 @@ class LatentActorCriticTrainer:
             prompts.texts,
         )
         self.log.write(
-            "evaluate", iteration=self.iteration, explained_variance=evaluation.explained_variance.mean(dim=-1), **evaluation.means()
+            "evaluate",
+            iteration=self.iteration,
+            explained_variance=evaluation.explained_variance.mean(dim=-1),
+            **evaluation.means(),
         )
         return evaluation
 

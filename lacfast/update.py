@@ -1,4 +1,4 @@
-"""One pass of learning over a rollout: PPO on the actor, regression on the critic, over (sample, step) pairs."""
+"""One pass of learning over a rollout's (sample, step) pairs: PPO on the actor, regression on the critic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class Pairs:
 
     def split(self, size: int) -> Iterator[Pairs]:
         for start in range(0, len(self), size):
-            yield Pairs(self.steps[start : start + size], self.rows[start : start + size], self.position[start : start + size])
+            yield Pairs(
+                self.steps[start : start + size],
+                self.rows[start : start + size],
+                self.position[start : start + size],
+            )
 
     def shuffled(self, generator: torch.Generator) -> Pairs:
         return self.select(torch.randperm(len(self), generator=generator).to(self.rows.device))
@@ -55,8 +59,8 @@ def _require_finite(what: str, norm: Tensor) -> float:
     value = float(norm)
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"the gradient norm of the {what} is {value}; no optimizer step was taken and the weights are as before. "
-            "Lower the learning rate or the clip range, and check the rewards"
+            f"the gradient norm of the {what} is {value}; no optimizer step was taken and the weights are "
+            "as before. Lower the learning rate or the clip range, and check the rewards"
         )
     return value
 
@@ -71,7 +75,7 @@ def policy_step(
     config: PPOConfig,
     guidance_scale: float,
 ) -> tuple[PPOStats, Tensor, float]:
-    """One optimizer step of the actor on a minibatch. Returns statistics (P,), the loss () and the gradient norm."""
+    """One optimizer step of the actor on a minibatch; returns statistics (P,), loss () and gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     coefficients = rollout.table.coefficients(rollout.latents.device)
     clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
@@ -79,7 +83,11 @@ def policy_step(
     for part in pairs.split(config.microbatch_size):
         output = _guided_output(backbone, rollout, part, config.cfg_grad, guidance_scale)
         with torch.no_grad():
-            reference_output = None if reference is None else _guided_output(reference, rollout, part, "cond", guidance_scale)
+            reference_output = (
+                None
+                if reference is None
+                else _guided_output(reference, rollout, part, "cond", guidance_scale)
+            )
         loss, part_stats = ops.ppo_loss(
             output,
             rollout.model_outputs[part.steps, part.rows],
@@ -95,12 +103,16 @@ def policy_step(
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)
         stats.append(part_stats)
-    norm = _require_finite("policy", nn.utils.clip_grad_norm_(backbone.model.parameters(), config.max_grad_norm))
+    norm = _require_finite(
+        "policy", nn.utils.clip_grad_norm_(backbone.model.parameters(), config.max_grad_norm)
+    )
     optimizer.step()
     return _concatenate(stats), torch.stack(losses).sum(), norm
 
 
-def _guided_output(backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, guidance_scale: float) -> Tensor:
+def _guided_output(
+    backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, guidance_scale: float
+) -> Tensor:
     sample = rollout.latents[pairs.steps, pairs.rows]
     timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
     uncond = None if rollout.uncond_conditioning is None else rollout.uncond_conditioning.select(pairs.rows)
@@ -138,7 +150,7 @@ def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs) -> Tensor:
 def critic_step(
     critic: Critic, optimizer: Optimizer, rollout: Rollout, targets: Tensor, pairs: Pairs, config: PPOConfig
 ) -> tuple[Tensor, float]:
-    """One optimizer step of the critic towards standardised targets (B, M). Returns the loss () and the gradient norm."""
+    """One critic optimizer step towards standardised targets (B, M); returns loss () and gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for part in pairs.split(config.microbatch_size):

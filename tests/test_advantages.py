@@ -31,11 +31,20 @@ def rollout(values: Tensor, rewards: dict[str, Tensor]) -> Rollout:
     )
 
 
-def critic_result(values: Tensor, rewards: dict[str, Tensor], weights: Tensor, *, gae_lambda: float = 1.0, clip: float = 10.0) -> Advantages:
+def critic_result(
+    values: Tensor,
+    rewards: dict[str, Tensor],
+    weights: Tensor,
+    *,
+    gae_lambda: float = 1.0,
+    clip: float = 10.0,
+) -> Advantages:
     made = rollout(values, rewards)
     normalizer = RewardNormalizer.create(len(rewards))
     normalizer.update(torch.stack(list(rewards.values()), dim=1))
-    return critic_advantages(made, normalizer, weights, gamma=1.0, gae_lambda=gae_lambda, advantage_clip=clip, target_clip=5.0)
+    return critic_advantages(
+        made, normalizer, weights, gamma=1.0, gae_lambda=gae_lambda, advantage_clip=clip, target_clip=5.0
+    )
 
 
 REWARD = torch.tensor([0.0, 1.0, 0.5, 0.25, 0.75, 1.0])
@@ -89,7 +98,12 @@ def test_advantages_and_targets_stay_within_their_bounds() -> None:
 
 
 def test_group_advantages_compare_a_sample_with_its_own_prompt() -> None:
-    result = group_advantages(rollout(torch.zeros(STEPS, BATCH, 0), {"r": REWARD}), torch.ones(1), samples_per_prompt=3, advantage_clip=10.0)
+    result = group_advantages(
+        rollout(torch.zeros(STEPS, BATCH, 0), {"r": REWARD}),
+        torch.ones(1),
+        samples_per_prompt=3,
+        advantage_clip=10.0,
+    )
     grouped = REWARD.view(2, 3)
     expected = (grouped - grouped.mean(dim=1, keepdim=True)).flatten() / REWARD.std()
     torch.testing.assert_close(result.policy, expected.expand(3, -1))

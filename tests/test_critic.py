@@ -1,4 +1,4 @@
-"""The value head reads tokens once, starts at zero and keeps its raw predictions when the statistics change."""
+"""The value head reads tokens once, starts at zero and keeps raw predictions when the statistics change."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rescaling_keeps_the_raw_predictions() -> None:
 
 
 def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:
-    """Zero means "the mean reward": rescaled from statistics that nobody measured, it would mean -mean / std."""
+    """Zero means "the mean reward"; rescaled from statistics that nobody measured it would be -mean / std."""
     critic = build_critic(tiny_backbone("dit"), 1, CriticConfig())
     assert critic is not None
     normalizer = RewardNormalizer.create(1)

@@ -25,9 +25,11 @@ def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = mode.from_tensor(tensor)
 
 
-def rollout_of(backbone, prompts: list[str], ids: range, *, critic=None, seed: int = 3, **settings):  # noqa: ANN001, ANN003, ANN201
+def rollout_of(backbone, prompts: list[str], ids: range, *, critic=None, seed: int = 3, **settings):
     table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
-    return sample_rollout(backbone, critic, table, prompts, [{}] * len(prompts), NoiseKey.create(seed, ids), **settings)
+    return sample_rollout(
+        backbone, critic, table, prompts, [{}] * len(prompts), NoiseKey.create(seed, ids), **settings
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +45,13 @@ def test_a_step_runs_whole_without_looking_at_a_value(family: str) -> None:
         conditioning = backbone.encode_prompts(PROMPTS[:2])
         noise = NoiseKey(torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
         buffers = SamplerBuffers.allocate(
-            table, backbone.latent_shape, noise, conditioning, uncond_conditioning=conditioning, guidance_scale=3.0, num_rewards=2
+            table,
+            backbone.latent_shape,
+            noise,
+            conditioning,
+            uncond_conditioning=conditioning,
+            guidance_scale=3.0,
+            num_rewards=2,
         )
         begin(buffers)
         for _ in range(2):
@@ -56,15 +64,23 @@ def test_a_step_writes_into_the_buffers_it_was_given() -> None:
     critic = build_critic(backbone, 1, CriticConfig())
     table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
     buffers = SamplerBuffers.allocate(
-        table, backbone.latent_shape, NoiseKey.create(0, range(2)), backbone.encode_prompts(PROMPTS[:2]), num_rewards=1
+        table,
+        backbone.latent_shape,
+        NoiseKey.create(0, range(2)),
+        backbone.encode_prompts(PROMPTS[:2]),
+        num_rewards=1,
     )
     begin(buffers)
     denoise_step(backbone, critic, buffers)
-    addresses = {name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)}
+    addresses = {
+        name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)
+    }
     features = {name: tensor.data_ptr() for name, tensor in buffers.features.items()}
     for _ in range(STEPS - 1):
         denoise_step(backbone, critic, buffers)
-    assert addresses == {name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)}
+    assert addresses == {
+        name: tensor.data_ptr() for name, tensor in vars(buffers).items() if isinstance(tensor, torch.Tensor)
+    }
     assert features == {name: tensor.data_ptr() for name, tensor in buffers.features.items()}
     assert int(buffers.step) == STEPS
 
@@ -83,10 +99,18 @@ def test_a_rollout_satisfies_its_own_equation() -> None:
     for step in range(STEPS):
         steps = torch.full((2,), step)
         eps = ops.normal_noise(tuple(rollout.latents[0].shape), steps, rollout.noise)
-        expected = table.a[step] * rollout.latents[step] + table.b[step] * rollout.model_outputs[step] + table.std[step] * eps
+        expected = (
+            table.a[step] * rollout.latents[step]
+            + table.b[step] * rollout.model_outputs[step]
+            + table.std[step] * eps
+        )
         torch.testing.assert_close(rollout.latents[step + 1], expected.float(), rtol=1e-5, atol=1e-5)
         scored = ops.step_log_prob(
-            rollout.latents[step], rollout.model_outputs[step], rollout.latents[step + 1], table.coefficients(), steps
+            rollout.latents[step],
+            rollout.model_outputs[step],
+            rollout.latents[step + 1],
+            table.coefficients(),
+            steps,
         )
         torch.testing.assert_close(rollout.log_probs[step], scored, rtol=1e-4, atol=1e-4)
     start = ops.normal_noise(tuple(rollout.latents[0].shape), torch.full((2,), INITIAL_STEP), rollout.noise)

@@ -19,7 +19,9 @@ SIGMAS = schedule.uniform_sigmas(10, shift=3.0)
 SHAPES = {"image": (4, 16, 8, 8), "packed": (4, 64, 16), "video": (4, 4, 3, 8, 8)}
 
 
-def published_flow_step(kind: str, x: Tensor, v: Tensor, s: Tensor, n: Tensor, s_after_one: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def published_flow_step(
+    kind: str, x: Tensor, v: Tensor, s: Tensor, n: Tensor, s_after_one: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(x', mean, std) as the papers write the step: a drift that follows the estimate of the clean latent."""
     clean, noise = x - s * v, x + (1 - s) * v
     h = s - n
@@ -40,7 +42,9 @@ def published_flow_step(kind: str, x: Tensor, v: Tensor, s: Tensor, n: Tensor, s
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "flow_ddim"])
-def test_flow_kinds_make_the_published_step_with_mixed_steps_in_a_batch(kind: str, shape: tuple[int, ...]) -> None:
+def test_flow_kinds_make_the_published_step_with_mixed_steps_in_a_batch(
+    kind: str, shape: tuple[int, ...]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x, v, eps = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     # cps and flow_ddim end in a deterministic step, so their last stochastic one is tested.
@@ -53,7 +57,11 @@ def test_flow_kinds_make_the_published_step_with_mixed_steps_in_a_batch(kind: st
     prev_sample, mean, std = published_flow_step(kind, x, v, s, n, SIGMAS[1], eps)
     torch.testing.assert_close(result.prev_sample.double(), prev_sample, **PARITY)
     stored = result.prev_sample.double()
-    log_prob = (-((stored - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))).flatten(1).mean(dim=1)
+    log_prob = (
+        (-((stored - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi)))
+        .flatten(1)
+        .mean(dim=1)
+    )
     torch.testing.assert_close(result.log_prob.double(), log_prob, rtol=2e-6, atol=1e-5)
 
 
@@ -63,7 +71,9 @@ def test_a_noise_level_of_zero_is_the_ode_and_has_no_log_prob(kind: str) -> None
     assert table.trainable_steps == []
     torch.testing.assert_close(table.b, SIGMAS[1:] - SIGMAS[:-1])
     x = torch.randn(10, 4, 3)
-    result = reference.gaussian_step(x, x.sin(), table.coefficients(), torch.arange(10), noise=torch.full_like(x, 3.0))
+    result = reference.gaussian_step(
+        x, x.sin(), table.coefficients(), torch.arange(10), noise=torch.full_like(x, 3.0)
+    )
     assert (result.log_prob == 0).all()
 
 
@@ -100,19 +110,25 @@ def test_ddim_makes_the_step_of_diffusers(prediction_type: str, eta: float, spac
     table = schedule.from_scheduler(scheduler, 10, "ddim", eta)
     scheduler.set_timesteps(10)
     torch.testing.assert_close(table.timesteps, scheduler.timesteps.float())
-    assert_equal_steps(scheduler, table, lambda timestep, v, x, eps: {"eta": eta, "variance_noise": eps if eta > 0 else None})
+    assert_equal_steps(
+        scheduler, table, lambda timestep, v, x, eps: {"eta": eta, "variance_noise": eps if eta > 0 else None}
+    )
 
 
 def assert_equal_steps(scheduler: Any, table: Any, arguments: Any) -> None:
-    """Our float32 step against the scheduler's, which runs in float64: its own float32 cancels where 1 - A is small."""
+    """Our float32 step against the scheduler's in float64: its float32 cancels where the signal is near 1."""
     generator = torch.Generator().manual_seed(1)
     for name in ("alphas_cumprod", "final_alpha_cumprod", "sigmas", "one"):
         if hasattr(scheduler, name):
             setattr(scheduler, name, getattr(scheduler, name).double())
     for step, timestep in enumerate(scheduler.timesteps):
         x, v, eps = (torch.randn((2, 4, 8, 8), generator=generator) for _ in range(3))
-        expected = scheduler.step(v.double(), timestep, x.double(), **arguments(timestep, v, x, eps.double())).prev_sample
-        ours = reference.gaussian_step(x, v, table.coefficients(), torch.full((2,), step), noise=eps).prev_sample
+        expected = scheduler.step(
+            v.double(), timestep, x.double(), **arguments(timestep, v, x, eps.double())
+        ).prev_sample
+        ours = reference.gaussian_step(
+            x, v, table.coefficients(), torch.full((2,), step), noise=eps
+        ).prev_sample
         torch.testing.assert_close(ours.double(), expected.double(), **PARITY)
 
 
@@ -125,13 +141,17 @@ def test_ddim_with_a_final_alpha_of_one_has_no_nan_at_the_last_step() -> None:
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("spacing", ["leading", "linspace"])
-def test_ddpm_makes_the_step_of_diffusers(variance_type: str, spacing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddpm_makes_the_step_of_diffusers(
+    variance_type: str, spacing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler = DDPMScheduler(clip_sample=False, variance_type=variance_type, timestep_spacing=spacing)
     table = schedule.from_scheduler(scheduler, 20, "ddpm", 1.0)
     scheduler.set_timesteps(20)
     drawn: dict[str, Tensor] = {}
     # DDPMScheduler.step draws its own noise; it is made to draw the test's.
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: drawn["eps"])
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *args, **kwargs: drawn["eps"]
+    )
 
     def arguments(timestep: Tensor, v: Tensor, x: Tensor, eps: Tensor) -> dict[str, Any]:
         drawn["eps"] = eps
@@ -159,13 +179,19 @@ def test_from_scheduler_leaves_the_scheduler_as_it_was() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: schedule.flow_table("euler", SIGMAS, 0.7), "unknown sampler kind 'euler'; known: .*flow_sde"),
+        (
+            lambda: schedule.flow_table("euler", SIGMAS, 0.7),
+            "unknown sampler kind 'euler'; known: .*flow_sde",
+        ),
         (lambda: schedule.flow_sde(SIGMAS.flip(0), 0.7), "must fall strictly"),
         (lambda: schedule.flow_sde(SIGMAS, -1.0), "noise_level=-1.0"),
         (lambda: schedule.flow_sde(SIGMAS, 0.7, window=(3, 12)), r"window=\(3, 12\)"),
         (lambda: schedule.ode(SIGMAS, 0.7), "draws no noise"),
         (lambda: schedule.from_scheduler(DDIMScheduler(), 10, "ddim", 1.0), "clip_sample=True"),
-        (lambda: schedule.from_scheduler(DDPMScheduler(clip_sample=False), 10, "flow_sde", 1.0), "cannot run sampler kind 'flow_sde'"),
+        (
+            lambda: schedule.from_scheduler(DDPMScheduler(clip_sample=False), 10, "flow_sde", 1.0),
+            "cannot run sampler kind 'flow_sde'",
+        ),
         (lambda: schedule.from_scheduler(object(), 10, "ddim", 1.0), "no transition table for object"),
     ],
 )

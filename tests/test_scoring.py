@@ -36,13 +36,18 @@ def test_arrays_and_lists_become_float32_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        (torch.tensor([1.0, torch.nan]), r"reward 'bad' returned nan for prompts \['one blue square'\].*on_reward_error='skip'"),
+        (
+            torch.tensor([1.0, torch.nan]),
+            r"reward 'bad' returned nan for prompts \['one blue square'\].*on_reward_error='skip'",
+        ),
         (torch.tensor([torch.inf, 1.0]), r"returned inf for prompts \['one red circle'\]"),
         (torch.zeros(3), r"returned shape \(3,\) for 2 images; return one number per image"),
         (torch.zeros(2, 1), r"returned shape \(2, 1\) for 2 images"),
     ],
 )
-def test_unusable_scores_name_the_reward_the_value_and_the_prompts(returned: torch.Tensor, message: str) -> None:
+def test_unusable_scores_name_the_reward_the_value_and_the_prompts(
+    returned: torch.Tensor, message: str
+) -> None:
     def bad(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
         return returned
 
@@ -54,13 +59,19 @@ def test_a_reward_that_raises_is_named_with_its_error() -> None:
     def broken(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
         raise KeyError("aesthetic")
 
-    with pytest.raises(RewardError, match=re.escape("reward 'broken' raised KeyError: 'aesthetic' for prompts")):
+    with pytest.raises(
+        RewardError, match=re.escape("reward 'broken' raised KeyError: 'aesthetic' for prompts")
+    ):
         score(broken)
 
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [("clipscore", "unknown reward 'clipscore'; known: shapes, shapes_gold"), ([], "there is no reward"), ({}, "there is no reward")],
+    [
+        ("clipscore", "unknown reward 'clipscore'; known: shapes, shapes_gold"),
+        ([], "there is no reward"),
+        ({}, "there is no reward"),
+    ],
 )
 def test_a_reward_that_cannot_be_found_lists_the_known_ones(reward: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

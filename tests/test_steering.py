@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from tiny_backbones import PROMPTS, tiny_backbone
@@ -9,12 +11,12 @@ from torch import Tensor, nn
 
 from lacfast import steer
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.taps import record_taps
 from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
 from lacfast.critic import build_critic
 from lacfast.protocols import Features, Trunk
-from lacfast.records import Conditioning
+from lacfast.records import Conditioning, NoiseKey
 from lacfast.sampler import sample_rollout
-from lacfast.records import NoiseKey
 
 SAMPLER = SamplerConfig(num_steps=8)
 
@@ -29,12 +31,12 @@ class LatentMean(nn.Module):
         self.sign = sign
         self.trunk = Trunk()
 
-    def record(self, model: nn.Module, *, detach: bool = True):  # noqa: ANN201
-        from lacfast.backbones.taps import record_taps
-
+    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         return self.sign * sample.mean(dim=(1, 2, 3), keepdim=True)[:, 0, 0]
 
 
@@ -72,7 +74,7 @@ def test_one_particle_without_guidance_is_plain_sampling() -> None:
 def test_guidance_moves_the_latents_up_the_value_whatever_its_sign(sign: float) -> None:
     backbone = backbone_with(LatentMean(sign))
     plain = final_values(backbone, SteeringConfig(particles=1))
-    guided, stats = steer(backbone, PROMPTS, SteeringConfig(particles=1, guidance_weight=0.3), sampler=SAMPLER)
+    _, stats = steer(backbone, PROMPTS, SteeringConfig(particles=1, guidance_weight=0.3), sampler=SAMPLER)
     assert float(stats.values[-1].mean()) > float(plain.mean()) + 0.01
     assert stats.gradient_gain > 0
     # Steps at sigma 0.875 to 0.25 lie in the window: 6 of 3 forwards, 2 of one, and the sign test's one.
@@ -91,16 +93,25 @@ def test_the_gradient_of_a_real_critic_passes_its_sign_test() -> None:
 
 
 class Cliff(LatentMean):
-    """Its gradient points up, its value falls: a critic whose gradient is not of the function that it reports."""
+    """Its gradient points up, its value falls: the gradient is not of the function that it reports."""
 
-    def forward(self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
         value = super().forward(features, sample, timestep, conditioning)
         return value if torch.is_grad_enabled() else -value
 
 
 def test_a_gradient_that_lowers_the_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="along its own gradient, so it cannot guide; train the critic longer or use pruning"):
-        steer(backbone_with(Cliff()), PROMPTS[:2], SteeringConfig(particles=1, guidance_weight=0.1), sampler=SAMPLER)
+    with pytest.raises(
+        ValueError, match="along its own gradient, so it cannot guide; train the critic longer or use pruning"
+    ):
+        steer(
+            backbone_with(Cliff()),
+            PROMPTS[:2],
+            SteeringConfig(particles=1, guidance_weight=0.1),
+            sampler=SAMPLER,
+        )
 
 
 def test_images_do_not_depend_on_the_batch_size() -> None:
@@ -117,7 +128,11 @@ def test_steering_without_a_critic_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"particles": 3}, "particles=3 must be a power of two"), ({"guidance_weight": -1.0}, "guidance_weight=-1.0"), ({"guidance_window": (0.9, 0.2)}, "guidance_window")],
+    [
+        ({"particles": 3}, "particles=3 must be a power of two"),
+        ({"guidance_weight": -1.0}, "guidance_weight=-1.0"),
+        ({"guidance_window": (0.9, 0.2)}, "guidance_window"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,9 @@ from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
 from lacfast.scoring import RewardError
 
 
-def trainer_for(family: Any = "dit", reward: Any = brightness, *, seed: int = 0, **changes: Any) -> LatentActorCriticTrainer:
+def trainer_for(
+    family: Any = "dit", reward: Any = brightness, *, seed: int = 0, **changes: Any
+) -> LatentActorCriticTrainer:
     return LatentActorCriticTrainer(tiny_backbone(family, seed=seed), reward, PROMPTS, tiny_config(**changes))
 
 
@@ -47,7 +49,9 @@ def test_two_iterations_train_every_backbone_with_every_trunk(family: Any, trunk
 
 def test_training_raises_an_easy_reward() -> None:
     """Brightness is one linear functional of the latents: a few iterations must move it."""
-    trainer = trainer_for(batch_size=32, ppo=PPOConfig(clip_range=1e-2, policy_learning_rate=1e-3, num_minibatches=2))
+    trainer = trainer_for(
+        batch_size=32, ppo=PPOConfig(clip_range=1e-2, policy_learning_rate=1e-3, num_minibatches=2)
+    )
     before = trainer.evaluate(samples=32).means()["brightness"]
     for _ in range(6):
         trainer.train_iteration()
@@ -108,7 +112,9 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path: Path) -> None:
     trainer_for(critic=CriticConfig(hidden_dim=32)).save(tmp_path / "run")
     trainer = trainer_for(seed=1)
     before = weights(trainer)
-    with pytest.raises(ValueError, match=r"critic in .* does not fit: head\.\S+ is \(.*\) there and \(.*\) here"):
+    with pytest.raises(
+        ValueError, match=r"critic in .* does not fit: head\.\S+ is \(.*\) there and \(.*\) here"
+    ):
         trainer.load(tmp_path / "run")
     assert not changed(before, weights(trainer))
     with pytest.raises(ValueError, match=r"holds no trainer\.pt"):
@@ -116,7 +122,9 @@ def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_metrics_are_json_lines(tmp_path: Path) -> None:
-    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config(), metrics_path=tmp_path / "metrics.jsonl")
+    trainer = LatentActorCriticTrainer(
+        tiny_backbone("dit"), brightness, PROMPTS, tiny_config(), metrics_path=tmp_path / "metrics.jsonl"
+    )
     trainer.train(1)
     trainer.evaluate()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -169,7 +177,10 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": SamplerConfig(num_steps=4, noise_level=0.0)}, r"noise_level=0\.0 .* no step has a log-prob to train; use noise_level > 0"),
+        (
+            {"sampler": SamplerConfig(num_steps=4, noise_level=0.0)},
+            r"noise_level=0\.0 .* no step has a log-prob to train; use noise_level > 0",
+        ),
         ({"sampler": SamplerConfig(num_steps=4, kind="ode", noise_level=0.0)}, "kind='ode'"),
         ({"sampler": SamplerConfig(num_steps=4, kind="heun")}, "unknown sampler kind 'heun'; known: "),
     ],
@@ -187,7 +198,9 @@ def test_a_critic_with_another_number_of_heads_is_refused() -> None:
 
 
 def test_several_rewards_train_one_head_each() -> None:
-    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), {brightness: 1.0, "shapes": 2.0}, _prompts(), tiny_config())
+    trainer = LatentActorCriticTrainer(
+        tiny_backbone("dit"), {brightness: 1.0, "shapes": 2.0}, _prompts(), tiny_config()
+    )
     metrics = trainer.train_iteration()
     assert len(metrics["advantage_correlation"]) == 2
     assert trainer.critic is not None
