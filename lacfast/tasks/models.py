@@ -18,7 +18,7 @@ LATENT_SIZE = IMAGE_SIZE // PATCH_SIZE
 
 
 def tiny_dit() -> SD3Transformer2DModel:
-    """A DiT of 1.1 M parameters: 3 joint blocks of width 96 on 16 image tokens and the words."""
+    """A DiT of 1.0 M parameters: 3 joint blocks of width 96 on 16 image tokens and the words."""
     build: Any = SD3Transformer2DModel
     model: SD3Transformer2DModel = build(
         sample_size=LATENT_SIZE,
