@@ -67,6 +67,16 @@ def test_lambda_one_gives_return_minus_value():
     torch.testing.assert_close(returns, to_go)
 
 
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [1, 2])
+def test_one_lambda_for_both_gives_the_same_as_two(dtype, heads, assert_near, poisoned_memory):
+    rewards, values = _pair((11, 67, heads), dtype)
+    shared = {"gamma": 0.97, "gae_lambda": 0.8, "value_lambda": 0.8}
+    expected = reference.gae(rewards.double(), values.double(), **shared)
+    for actual, wanted in zip(ops.gae(rewards, values, **shared), expected, strict=True):
+        assert_near(actual, wanted)
+
+
 def test_a_perfect_critic_leaves_no_advantage():
     rewards, _ = _pair((5, 9, 2), torch.float64)
     to_go = rewards.flip(1).cumsum(1).flip(1)

@@ -141,12 +141,14 @@ def ppo_loss(
     surrogate = (advantages, weights, float(clip_range), float(kl_weight))
     if through_dispatcher(model_output):
         rows = _ppo_rows_op(*arguments, *surrogate)
+        loss = rows[:, LOSS].mean()
     elif torch.is_grad_enabled() and model_output.requires_grad:
-        rows = _PPORows.apply(chosen, *arguments, *surrogate)  # type: ignore[no-untyped-call]
+        loss, rows = _PPOLoss.apply(chosen, *arguments, *surrogate)  # type: ignore[no-untyped-call]
     else:
         rows = _rows(chosen, *arguments, *surrogate)
+        loss = rows[:, LOSS].mean()
     ratio, kl_old, kl_ref, _, _, clipped = rows.detach().unbind(dim=1)
-    return rows[:, LOSS].mean(), PPOStats(ratio, kl_old, kl_ref, clipped)
+    return loss, PPOStats(ratio, kl_old, kl_ref, clipped)
 
 
 # Columns of the rows (B, 6) of the kernels: log_ratio, kl_old, kl_ref, loss, d loss / d log_ratio, side.
@@ -231,11 +233,13 @@ def _grad_model_output(chosen: str, arguments: tuple[Any, ...], grad_terms: Tens
     return grad_model_output
 
 
-def _grad_terms(rows: Tensor, weights: Tensor | None, kl_weight: float, grad_rows: Tensor) -> Tensor:
-    """(B, 3) gradients of log_ratio, kl_old, kl_ref from that of the losses; no other column carries any."""
-    grad_loss = grad_rows[:, LOSS]
-    grad_kl_ref = kl_weight * (grad_loss if weights is None else weights * grad_loss)
-    return torch.stack([rows[:, GRAD_LOG_RATIO] * grad_loss, torch.zeros_like(grad_loss), grad_kl_ref], dim=1)
+def _grad_terms(rows: Tensor, weights: Tensor | None, kl_weight: float, grad_loss: Tensor) -> Tensor:
+    """(B, 3) gradients of log_ratio, kl_old, kl_ref from that of each row's loss, (B,) or () for all."""
+    grad_terms = rows.new_zeros((rows.shape[0], 3))
+    grad_terms[:, 0] = rows[:, GRAD_LOG_RATIO] * grad_loss
+    if kl_weight != 0:
+        grad_terms[:, 2] = kl_weight * (grad_loss if weights is None else weights * grad_loss)
+    return grad_terms
 
 
 class _LogRatio(torch.autograd.Function):
@@ -252,20 +256,24 @@ class _LogRatio(torch.autograd.Function):
         return None, gradient, *([None] * 8)
 
 
-class _PPORows(torch.autograd.Function):
+class _PPOLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chosen: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, chosen: str, *arguments: Any) -> tuple[Tensor, Tensor]:
         *ratio, scale, _, weights, _, kl_weight = arguments
         rows = _rows(chosen, *arguments)
         ctx.save_for_backward(rows, weights, *ratio)
+        ctx.mark_non_differentiable(rows)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.kl_weight, ctx.chosen = scale, kl_weight, chosen
-        return rows
+        return rows[:, LOSS].mean(), rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return (None,) * 14
         rows, weights, *ratio = ctx.saved_tensors
-        grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grads[0])
+        grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grads[0] / rows.shape[0])
         return None, _grad_model_output(ctx.chosen, (*ratio, ctx.scale), grad_terms), *([None] * 12)
 
 
@@ -379,7 +387,7 @@ def _save_rows(ctx: Any, inputs: Any, output: Tensor) -> None:
 
 def _ppo_rows_op_backward(ctx: Any, grad_rows: Tensor) -> Any:
     rows, weights, *ratio = ctx.saved_tensors
-    grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grad_rows)
+    grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grad_rows[:, LOSS])
     return _log_ratio_backward_op(*ratio, ctx.scale, grad_terms), *([None] * 12)
 
 

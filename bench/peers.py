@@ -1,0 +1,72 @@
+"""The peers' formulas in our own words, as what torch.compile is given to fuse.
+
+flow_grpo's SDE step keeps sigma and its neighbour per sample, works out the transition from them every time,
+and also returns the mean and the standard deviation. Its policy ratio is the exponential of the difference of
+two mean log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sde_transition(
+    model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor, noise_level: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, H, W) and standard deviation (B, 1, 1, 1) of the flow SDE's step, in float32."""
+    step_size = next_sigma - sigma
+    diffusion = torch.sqrt(sigma / (1 - sigma)) * noise_level
+    drift = diffusion**2 / (2 * sigma)
+    mean = sample * (1 + drift * step_size) + model_output * (1 + drift * (1 - sigma)) * step_size
+    return mean, diffusion * torch.sqrt(-step_size)
+
+
+def mean_log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B,) log-density averaged over the elements, prev_sample held constant."""
+    squared = (prev_sample.detach() - mean) ** 2
+    log_prob = -squared / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    return log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
+
+
+def sde_step_with_log_prob(
+    model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor, noise: Tensor, noise_level: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sampling: the next latent, its log-prob, the mean and the standard deviation."""
+    mean, std = sde_transition(model_output.float(), sample.float(), sigma, next_sigma, noise_level)
+    prev_sample = mean + std * noise
+    return prev_sample, mean_log_prob(prev_sample, mean, std), mean, std
+
+
+def clipped_loss(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantages: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    noise_level: float,
+    clip_range: float,
+) -> Tensor:
+    """Training: the clipped surrogate of a stored transition."""
+    mean, std = sde_transition(model_output.float(), sample.float(), sigma, next_sigma, noise_level)
+    ratio = torch.exp(mean_log_prob(prev_sample.float(), mean, std) - old_log_prob)
+    unclipped = -advantages * ratio
+    clipped = -advantages * torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
+    return torch.maximum(unclipped, clipped).mean()
+
+
+def gae_loop(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """The textbook loop over time, vectorised over the batch: (B, T, M) -> advantages, returns."""
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[:, 0])
+    steps = rewards.shape[1]
+    for t in reversed(range(steps)):
+        next_values = values[:, t + 1] if t + 1 < steps else 0.0
+        delta = rewards[:, t] + gamma * next_values - values[:, t]
+        last = delta + gamma * gae_lambda * last
+        advantages[:, t] = last
+    return advantages, advantages + values
