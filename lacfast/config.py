@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses: a docstring under each field gives unit, range and source of the default."""
+"""Settings as frozen dataclasses: the docstring under a field gives unit, range and source of its default."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class SamplerConfig:
         _require(self.num_steps >= 1, f"num_steps={self.num_steps} must be at least 1")
         _require(self.noise_level >= 0, f"noise_level={self.noise_level} must be >= 0")
         _require(self.shift > 0, f"shift={self.shift} must be > 0")
-        _require(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} must be >= 1 (1: no guidance)")
+        _require(
+            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} must be >= 1 (1: no guidance)"
+        )
 
     @property
     def stochastic_window(self) -> tuple[int, int]:
@@ -89,6 +91,8 @@ class PPOConfig:
     """Optimizer steps per pass over a rollout. [paper] 4."""
     num_inner_epochs: int = 1
     """Passes over a rollout."""
+    timestep_fraction: float = 1.0
+    """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
     microbatch_size: int = 512
     """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
     policy_learning_rate: float = 1e-4
@@ -111,11 +115,16 @@ class PPOConfig:
     def __post_init__(self) -> None:
         _require(
             (self.clip_range is None) != (self.clip_nats is None),
-            f"set exactly one of clip_range={self.clip_range} and clip_nats={self.clip_nats}; the other must be None",
+            f"set one of clip_range={self.clip_range} and clip_nats={self.clip_nats}; the other must be None",
         )
         clip = self.clip_range if self.clip_range is not None else self.clip_nats
         _require(clip is not None and clip > 0, f"the clip must be > 0, got {clip}")
-        _require(self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'")
+        _require(
+            self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'"
+        )
+        _require(
+            0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]"
+        )
         _require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
         for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -131,10 +140,10 @@ class PretrainConfig:
 
     iterations: int = 15
     """Rollouts. [paper] about 15, more is worse."""
-    reused_rollouts: int = 3
-    """Each iteration also learns from the last rollouts."""
-    epochs: int = 2
-    """Passes over those rollouts in each iteration."""
+    kept_rollouts: int = 15
+    """Rollouts to learn from, the latest; the actor is frozen, so old ones stay true. [paper] 3."""
+    passes: float = 0.5
+    """Passes over the kept states per iteration."""
     minibatch_size: int = 256
     """(sample, step) pairs per optimizer step."""
     held_out_samples: int = 512
@@ -171,7 +180,8 @@ class TrainConfig:
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
         _require(
             self.samples_per_prompt >= 1 and self.batch_size % self.samples_per_prompt == 0,
-            f"batch_size={self.batch_size} must be a multiple of samples_per_prompt={self.samples_per_prompt}",
+            f"batch_size={self.batch_size} must be a multiple of "
+            f"samples_per_prompt={self.samples_per_prompt}",
         )
         _require(
             self.on_reward_error in ("raise", "skip"),
@@ -188,7 +198,7 @@ class SteeringConfig:
     prune_fractions: tuple[float, ...] = (0.5, 0.75)
     """When to halve the particles, as fractions of the steps."""
     guidance_weight: float = 0.0
-    """Length of the move along the value gradient as a fraction of the model output's; 0 takes no gradient."""
+    """Length of the move along the value gradient, as a fraction of the model output's; 0: no gradient."""
     guidance_window: tuple[float, float] = (0.2, 0.9)
     """Noise levels between which the gradient is used."""
     batch_size: int = 256
@@ -201,6 +211,10 @@ class SteeringConfig:
             self.particles >= 1 and self.particles & (self.particles - 1) == 0,
             f"particles={self.particles} must be a power of two",
         )
-        _require(self.guidance_weight >= 0, f"guidance_weight={self.guidance_weight} must be >= 0 (0: no guidance)")
+        _require(
+            self.guidance_weight >= 0, f"guidance_weight={self.guidance_weight} must be >= 0 (0: no guidance)"
+        )
         low, high = self.guidance_window
-        _require(0 <= low < high <= 1, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")
+        _require(
+            0 <= low < high <= 1, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1"
+        )

@@ -20,7 +20,7 @@ def shapes(backbone: str) -> TrainConfig:
             trunk_learning_rate=1e-3,
             gae_lambda=0.95,
         ),
-        pretrain=PretrainConfig(iterations=15, epochs=1),
+        pretrain=PretrainConfig(iterations=15),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,9 @@ def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
     values = []
     for step, timestep in enumerate(rollout.table.timesteps.to(rollout.latents.device)):
         features = {name: tensor[step] for name, tensor in rollout.features.items()}
-        values.append(critic(features, rollout.latents[step], timestep.expand(rollout.batch_size), rollout.conditioning))
+        values.append(
+            critic(features, rollout.latents[step], timestep.expand(rollout.batch_size), rollout.conditioning)
+        )
     return torch.stack(values)
 
 
@@ -76,7 +79,7 @@ def pretrain_values(
         seed: of the order of the minibatches.
         on_iteration: called with the iteration and the held-out explained variance (T, M).
     """
-    recent: deque[Rollout] = deque(maxlen=config.reused_rollouts)
+    recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
     history: list[float] = []
     best: tuple[float, Tensor, dict[str, Tensor], RewardNormalizer] | None = None
     images = held_out.batch_size
@@ -88,8 +91,7 @@ def pretrain_values(
         recent.append(rollout)
         update_statistics(critic, normalizer, stack_rewards(rollout))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-        for _ in range(config.epochs):
-            _one_epoch(critic, optimizer, normalizer, list(recent), config, ppo, generator)
+        _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
         variance = held_out_variance(critic, held_out, normalizer)
         history.append(float(variance.mean()))
         on_iteration(iteration, variance)
@@ -107,26 +109,31 @@ def pretrain_values(
 
 
 def update_statistics(critic: Critic, normalizer: RewardNormalizer, rewards: Tensor) -> None:
-    """Take rewards (B, M) into the running statistics and rescale the head so that its raw predictions stay."""
+    """Take rewards (B, M) into the statistics and rescale the head so that its raw predictions stay."""
     old_mean, old_std, seen = normalizer.mean, normalizer.std, normalizer.count > 0
     normalizer.update(rewards)
-    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean" and has to stay so.
+    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean", and stays so.
     if not seen:
         return
     like = critic.head.output.bias
-    critic.head.rescale(old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like))
+    critic.head.rescale(
+        old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like)
+    )
 
 
-def _one_epoch(
+def _learn_from(
+    rollouts: Sequence[Rollout],
     critic: Critic,
     optimizer: Optimizer,
     normalizer: RewardNormalizer,
-    rollouts: list[Rollout],
     config: PretrainConfig,
     ppo: PPOConfig,
     generator: torch.Generator,
 ) -> None:
-    for rollout in rollouts:
+    """Minibatches of random states, each from one kept rollout, until they make up `config.passes`."""
+    kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
+    for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
+        rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
         targets = value_targets(rollout, normalizer, ppo.target_clip)
-        for pairs in all_states(rollout).shuffled(generator).split(config.minibatch_size):
-            critic_step(critic, optimizer, rollout, targets, pairs, ppo)
+        states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
+        critic_step(critic, optimizer, rollout, targets, states, ppo)
