@@ -158,8 +158,6 @@ class LatentActorCriticTrainer:
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, betas=ppo.betas, weight_decay=ppo.weight_decay, fused=True)
 
-    # Rollouts and rewards
-
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
         ids = range(first_id, first_id + len(prompts))
@@ -202,8 +200,6 @@ class LatentActorCriticTrainer:
             repeats=config.samples_per_prompt,
         )
         return self.score(self.rollout(prompts, namespace + iteration * config.batch_size))
-
-    # Learning
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
@@ -351,8 +347,6 @@ class LatentActorCriticTrainer:
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
                 self.evaluate()
         return planned
-
-    # Evaluation and storage
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with the training sampler and the noise that all evaluations share."""
