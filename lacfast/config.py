@@ -87,6 +87,9 @@ class PPOConfig:
     """Bound of the normalised advantages. [paper]"""
     target_clip: float = 5.0
     """Bound of the standardised value targets. [paper]"""
+    balance_steps: bool = False
+    """Weight every step by std / |b|, mean 1: the ratio of a late step moves |b| / std times as far for the same
+    change of the model, and its gradient drowns the early steps'. The aim of GRPO-Guard's RatioNorm."""
     num_minibatches: int = 4
     """Optimizer steps per pass over a rollout. [paper] 4."""
     num_inner_epochs: int = 1
@@ -148,6 +151,8 @@ class PretrainConfig:
     """(sample, step) pairs per optimizer step."""
     held_out_samples: int = 512
     """Trajectories on held-out prompts that choose when to stop."""
+    initial_rate_factor: float = 3.0
+    """The critic's learning rates start at this multiple and fall linearly to 1 over the iterations."""
     patience: int = 4
     """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
 

@@ -74,7 +74,7 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
     radius = (-2 * uniform[..., 0::2].log()).sqrt()
     angle = 2 * math.pi * uniform[..., 1::2]
     normals = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return normals.reshape(batch, quads * 4)[:, :elements].reshape(shape)
+    return normals.reshape(batch, quads * 4)[:, :elements].reshape(shape).contiguous()
 
 
 def _noise_for(sample: Tensor, steps: Tensor, noise: Tensor | NoiseKey) -> Tensor:
@@ -141,7 +141,8 @@ def gaussian_step(
         )
         model_output = guided.to(model_output.dtype)
     mean = a * sample.to(dtype) + b * model_output.to(dtype)
-    prev_sample = (mean + std * _noise_for(sample, steps, noise).to(dtype)).to(sample.dtype)
+    eps = torch.where(std > 0, _noise_for(sample, steps, noise).to(dtype), 0.0)
+    prev_sample = (mean + std * eps).to(sample.dtype)
     return StepOutput(
         prev_sample, _log_prob(prev_sample.detach().to(dtype), mean, std, reduction), model_output
     )
@@ -207,7 +208,7 @@ def log_ratio(
     gain = torch.where(
         stochastic, b / torch.where(stochastic, std, torch.ones_like(std)), torch.zeros_like(std)
     )
-    eps = _noise_for(model_output, steps, noise).to(dtype)
+    eps = torch.where(stochastic, _noise_for(model_output, steps, noise).to(dtype), 0.0)
     shift = gain * (model_output.to(dtype) - old_model_output.detach().to(dtype))
     kl_old = _reduce(shift**2 / 2, reduction)
     ratio_terms = _reduce(eps * shift - shift**2 / 2, reduction)

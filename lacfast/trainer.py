@@ -31,6 +31,8 @@ EVALUATION_IDS = 1 << 40
 """First sample id of evaluations: the same noise for every evaluation, never seen in training."""
 PRETRAINING_IDS = 1 << 41
 """First sample id of value pretraining."""
+SELECTION_IDS = 1 << 42
+"""First sample id of the rollout that chooses the pretrained critic; never the evaluation's."""
 EVALUATION_BATCH = 256
 
 
@@ -212,7 +214,7 @@ class LatentActorCriticTrainer:
                 on_iteration(iteration, variance)
 
         prompts = self.held_out.cycle(self.config.pretrain.held_out_samples)
-        held_out = self.score(self.rollout(prompts, EVALUATION_IDS))
+        held_out = self.score(self.rollout(prompts, SELECTION_IDS))
         if held_out is None:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         result = pretrain_values(

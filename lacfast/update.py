@@ -15,7 +15,7 @@ from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
 from lacfast.protocols import Backbone
-from lacfast.records import PPOStats, Rollout
+from lacfast.records import PPOStats, Rollout, TransitionTable
 from lacfast.sampler import policy_output
 
 
@@ -79,6 +79,7 @@ def policy_step(
     optimizer.zero_grad(set_to_none=True)
     coefficients = rollout.table.coefficients(rollout.latents.device)
     clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
+    step_weights = _step_weights(rollout.table, config).to(coefficients)
     stats, losses = [], []
     for part in pairs.split(config.microbatch_size):
         output = _guided_output(backbone, rollout, part, config.cfg_grad, guidance_scale)
@@ -96,6 +97,7 @@ def policy_step(
             part.steps,
             noise=rollout.noise.select(part.rows),
             clip_range=clip_range,
+            weights=step_weights[part.steps],
             reference_output=reference_output,
             kl_weight=config.kl_weight,
         )
@@ -108,6 +110,14 @@ def policy_step(
     )
     optimizer.step()
     return _concatenate(stats), torch.stack(losses).sum(), norm
+
+
+def _step_weights(table: TransitionTable, config: PPOConfig) -> Tensor:
+    """(T,) weight of each step in the policy loss, 1 on average over the trained ones."""
+    if not config.balance_steps:
+        return torch.ones_like(table.std)
+    weights = table.std / table.b.abs()
+    return weights / weights[table.trainable_steps].mean()
 
 
 def _guided_output(

@@ -72,13 +72,14 @@ def pretrain_values(
 
     Args:
         critic: trained in place; ends as the best one seen on `held_out`.
-        optimizer: of the critic; its state is the caller's to reset before joint training.
+        optimizer: of the critic; its state and rates are the caller's to reset before joint training.
         normalizer: reward statistics, updated with every rollout.
         held_out: rollout with rewards on prompts that are not trained on.
         make_rollout: iteration -> rollout with rewards, None when it was skipped.
         seed: of the order of the minibatches.
         on_iteration: called with the iteration and the held-out explained variance (T, M).
     """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
     history: list[float] = []
     best: tuple[float, Tensor, dict[str, Tensor], RewardNormalizer] | None = None
@@ -91,6 +92,7 @@ def pretrain_values(
         recent.append(rollout)
         update_statistics(critic, normalizer, stack_rewards(rollout))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        _set_rates(optimizer, rates, config.initial_rate_factor, iteration / config.iterations)
         _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
         variance = held_out_variance(critic, held_out, normalizer)
         history.append(float(variance.mean()))
@@ -119,6 +121,12 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rewards: Ten
     critic.head.rescale(
         old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like)
     )
+
+
+def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, done: float) -> None:
+    """Learning rates between `initial_factor` and 1 times their own, linear in the share that is done."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * (initial_factor + (1 - initial_factor) * done)
 
 
 def _learn_from(

@@ -1,0 +1,106 @@
+"""What each critic trunk learns and costs on the shapes task: the evidence for the demo's choice.
+
+python bench/critic_trunks.py runs/demo/pretrained --backbone dit
+
+Every trunk is pretrained on the same rollouts of the same frozen actor (noise and prompts are functions of the seed),
+then one training iteration of each is timed in turn, several rounds, medians. Writes bench/results/critic-trunks.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lacfast import presets
+from lacfast.backbones import adapt_pretrained
+from lacfast.tasks.shapes import held_out_prompts, train_prompts
+from lacfast.tasks.storage import load_pretrained
+from lacfast.trainer import LatentActorCriticTrainer
+
+RESULT = Path(__file__).parent / "results" / "critic-trunks.json"
+TRUNKS = ("branch", "shared", "copy")
+TIMED_ROUNDS = 5
+
+
+def trainer_for(directory: Path, backbone: str, trunk: str) -> LatentActorCriticTrainer:
+    preset = presets.shapes(backbone)
+    config = replace(preset, critic=replace(preset.critic, trunk=trunk))
+    return LatentActorCriticTrainer(
+        adapt_pretrained(load_pretrained(directory)),
+        "shapes",
+        train_prompts(),
+        config,
+        held_out=held_out_prompts(),
+    )
+
+
+def pretrain(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
+    start = time.perf_counter()
+    result = trainer.pretrain_critic()
+    variance = result.explained_variance.mean(dim=-1)
+    critic = trainer.critic
+    assert critic is not None
+    return {
+        "explained_variance": variance.tolist(),
+        "explained_variance_second_half": float(variance[len(variance) // 2 :].mean()),
+        "parameters": sum(parameter.numel() for parameter in critic.parameters()),
+        "images": result.images,
+        "seconds_value_pretraining": time.perf_counter() - start,
+    }
+
+
+def iteration_seconds(trainers: dict[str, LatentActorCriticTrainer]) -> dict[str, float]:
+    """Median seconds of a training iteration, the trunks in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(TIMED_ROUNDS + 1):
+        for name, trainer in trainers.items():
+            start = time.perf_counter()
+            trainer.train_iteration()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pretrained", type=Path, help="the pretrained/ folder of a demo run")
+    parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    trainers = {trunk: trainer_for(arguments.pretrained, arguments.backbone, trunk) for trunk in TRUNKS}
+    actor_parameters = sum(parameter.numel() for parameter in trainers["branch"].backbone.model.parameters())
+    initial = copy.deepcopy(trainers["branch"].backbone.model.state_dict())
+    rows = {}
+    for trunk, trainer in trainers.items():
+        rows[trunk] = pretrain(trainer)
+        print(trunk, rows[trunk], flush=True)
+        after = trainer.backbone.model.state_dict()
+        assert all(torch.equal(initial[name], after[name]) for name in initial), "the actor must stay frozen"
+    times = iteration_seconds(trainers)
+    for trunk, row in rows.items():
+        row["seconds_per_iteration"] = times[trunk]
+        row["iteration_time_over_shared"] = times[trunk] / times["shared"]
+    result = {
+        "backbone": arguments.backbone,
+        "actor_parameters": actor_parameters,
+        "timed_rounds": TIMED_ROUNDS,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "trunks": rows,
+    }
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
