@@ -2,8 +2,9 @@
 
 python bench/critic_trunks.py runs/demo/pretrained --backbone dit
 
-Every trunk is pretrained on the same rollouts of the same frozen actor (noise and prompts are functions of the seed),
-then one training iteration of each is timed in turn, several rounds, medians. Writes bench/results/critic-trunks.json.
+Every trunk is pretrained on the same rollouts of the same frozen actor: noise and prompts are functions of the
+seed. Then one training iteration of each is timed in turn, several rounds, medians. Writes
+bench/results/critic-trunks.json.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class PPOConfig:
     target_clip: float = 5.0
     """Bound of the standardised value targets. [paper]"""
     balance_steps: bool = False
-    """Weight every step by std / |b|, mean 1: the ratio of a late step moves |b| / std times as far for the same
-    change of the model, and its gradient drowns the early steps'. The aim of GRPO-Guard's RatioNorm."""
+    """Weight every step by std / |b|, mean 1. For one change of the model a late step's ratio moves |b| / std
+    times as far and drowns the early steps' gradient; GRPO-Guard's RatioNorm has the same aim."""
     num_minibatches: int = 4
     """Optimizer steps per pass over a rollout. [paper] 4."""
     num_inner_epochs: int = 1

@@ -238,11 +238,17 @@ def ppo_loss(
         loss = mean_i w_i [ -min( rho A, clip(rho, 1 - c, 1 + c) A ) + kl_weight kl_ref ]
 
     Args:
+        model_output: (B, ...) of the policy that is trained.
+        old_model_output: (B, ...) of the policy that made the rollout.
         advantages: (B,)
+        coefficients: (T, 3) columns a, b, std.
+        steps: (B,) int64 row of `coefficients`.
+        noise: (B, ...) the eps of the rollout, or the key that regenerates it.
         clip_range: c, in the units of `reduction` ("mean": nats per element).
         weights: (B,) of the pairs. None: 1.
+        reference_output: (B, ...) of the reference model.
         kl_weight: beta, needs `reference_output`.
-        The others as `log_ratio`.
+        reduction: "mean" over elements or "sum".
 
     Returns:
         The loss () and detached statistics (B,).
