@@ -1,6 +1,8 @@
-"""Writes the README's proof from docs/demo/summary.json, so that none of its numbers is typed.
+"""Writes the README's tables from recorded results, so that none of its numbers is typed.
 
-python bench/readme_figures.py              from the recorded run
+The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json.
+
+python bench/readme_figures.py              from what is recorded
 python bench/readme_figures.py runs/demo    record that run under docs/demo first
 """
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECORD = ROOT / "docs" / "demo"
 PICTURE = "comparison.png"
-BEGIN, END = "<!-- proof:begin -->", "<!-- proof:end -->"
+CRITICS = ROOT / "bench" / "results" / "critic-trunks.json"
 
 
 def record(run: Path) -> None:
@@ -70,23 +72,54 @@ def proof(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str, summary: dict[str, Any]) -> str:
-    """The README with the proof between its markers."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
+def critics(result: dict[str, Any]) -> str:
+    """What each critic trunk explains and costs, as Markdown."""
+    lines = [
+        "| `trunk` | own parameters | explained variance, second half | time per training iteration |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{name}` | {row['parameters'] / 1e3:.0f} k | {row['explained_variance_second_half']:.2f} "
+        f"| {row['iteration_time_over_shared']:.2f} |"
+        for name, row in result["trunks"].items()
+    ]
+    images = next(iter(result["trunks"].values()))["images"]
+    note = (
+        f"Held-out states of the demo's {result['backbone']} ({result['actor_parameters'] / 1e3:.0f} k parameters) "
+        f"after value pretraining on the same {images:,} images; time relative to `shared`, in turn, median of "
+        f"{result['timed_rounds']}; one seed. `python bench/critic_trunks.py` measures it."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def updated(readme: str, block: str, text: str) -> str:
+    """The README with `text` between the markers of `block`."""
+    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+    head, _, rest = readme.partition(begin)
+    _, _, tail = rest.partition(end)
     if not tail:
-        raise ValueError(f"README.md lacks {BEGIN} or {END}; put both where the figures belong")
-    return f"{head}{BEGIN}\n{proof(summary)}\n{END}{tail}"
+        raise ValueError(f"README.md lacks {begin} or {end}; put both where the figures belong")
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def blocks() -> dict[str, str]:
+    """Marker -> Markdown, of everything that is recorded."""
+    sources = {"proof": (RECORD / "summary.json", proof), "critics": (CRITICS, critics)}
+    return {
+        block: write(json.loads(path.read_text(encoding="utf-8")))
+        for block, (path, write) in sources.items()
+        if path.exists()
+    }
 
 
 def main(arguments: list[str]) -> int:
     try:
         if arguments:
             record(Path(arguments[0]))
-        if not (RECORD / "summary.json").exists():
-            raise ValueError("no run is recorded; pass the --out of a finished `lacfast demo`")
-        summary = json.loads((RECORD / "summary.json").read_text(encoding="utf-8"))
-        README.write_text(updated(README.read_text(encoding="utf-8"), summary), encoding="utf-8")
+        readme = README.read_text(encoding="utf-8")
+        for block, text in blocks().items():
+            readme = updated(readme, block, text)
+        README.write_text(readme, encoding="utf-8")
     except ValueError as error:
         print(f"readme_figures: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ class Demo:
 
     out: Path
     """Directory for summary.json, metrics.jsonl, images/, report.html and the models."""
-    budget: float = 420.0
+    budget: float = 450.0
     """Seconds in all; reinforcement learning gets what the other phases leave."""
     seed: int = 0
     """Of weights, prompts and noise."""

@@ -86,7 +86,7 @@ class Steered:
 def run_demo(
     out: Path,
     *,
-    budget: float = 420.0,
+    budget: float = 450.0,
     seed: int = 0,
     backbone: BackboneName = "dit",
     threads: int = 1,
@@ -110,7 +110,7 @@ def run_demo(
     Raises:
         ValueError: for an `out` that cannot be written or settings out of range, before any work.
     """
-    _require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 420")
+    _require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
     _require(threads >= 1, f"--threads {threads} must be at least 1")
     _require_writable(out)
     torch.set_num_threads(threads)
