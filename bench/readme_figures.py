@@ -85,9 +85,9 @@ def critics(result: dict[str, Any]) -> str:
     ]
     images = next(iter(result["trunks"].values()))["images"]
     note = (
-        f"Held-out states of the demo's {result['backbone']} ({result['actor_parameters'] / 1e3:.0f} k parameters) "
-        f"after value pretraining on the same {images:,} images; time relative to `shared`, in turn, median of "
-        f"{result['timed_rounds']}; one seed. `python bench/critic_trunks.py` measures it."
+        f"Held-out states of the demo's {result['backbone']} ({result['actor_parameters'] / 1e3:.0f} k "
+        f"parameters) after value pretraining on the same {images:,} images; time relative to `shared`, "
+        f"in turn, median of {result['timed_rounds']}; one seed. `python bench/critic_trunks.py` measures it."
     )
     return "\n".join([*lines, "", note])
 

@@ -11,7 +11,7 @@ def shapes(backbone: str) -> TrainConfig:
         raise ValueError(f"unknown backbone {backbone!r}; known: dit, unet")
     return TrainConfig(
         batch_size=192,
-        # Composition is decided in the early steps; the last ones would only learn to please the checker's edges.
+        # The early steps decide what is where; the late ones would learn to please the checker's edges.
         sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=(0, 5)),
         critic=CriticConfig(trunk="branch", num_blocks=1),
         ppo=PPOConfig(
