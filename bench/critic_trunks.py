@@ -2,8 +2,8 @@
 
 python bench/critic_trunks.py runs/demo/pretrained --backbone dit
 
-Every trunk is pretrained on the same rollouts of the same frozen actor: noise and prompts are functions of the
-seed. Then one training iteration of each is timed in turn, medians of several rounds.
+Every trunk is pretrained on the same rollouts of the same frozen actor: noise and prompts are functions of
+the seed. Then one training iteration of each is timed in turn, medians of several rounds.
 It writes bench/results/critic-trunks.json.
 """
 

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from lacfast.protocols import Backbone
 from lacfast.records import NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardError, RewardSet, RewardSpec
-from lacfast.update import Pairs, all_pairs, all_states, critic_step, policy_step
+from lacfast.update import all_pairs, all_states, critic_step, minibatches, policy_step
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
 
 EVALUATION_IDS = 1 << 40
@@ -267,18 +267,12 @@ class LatentActorCriticTrainer:
             metrics |= self._update_critic(rollout, advantages, generator)
         return metrics
 
-    def _minibatches(self, pairs: Pairs, fraction: float, generator: torch.Generator) -> Iterator[Pairs]:
-        """A random `fraction` of the pairs in config.ppo.num_minibatches parts."""
-        count = math.ceil(fraction * len(pairs))
-        chosen = next(pairs.shuffled(generator).split(count))
-        return chosen.split(math.ceil(count / self.config.ppo.num_minibatches))
-
     def _update_policy(
         self, rollout: Rollout, advantages: Advantages, generator: torch.Generator, earlier: dict[str, Any]
     ) -> dict[str, Any]:
         ppo, metrics = self.config.ppo, dict(earlier)
         pairs = all_pairs(advantages.steps, rollout.batch_size)
-        for minibatch in self._minibatches(pairs, ppo.timestep_fraction, generator):
+        for minibatch in minibatches(pairs, ppo.num_minibatches, generator, fraction=ppo.timestep_fraction):
             if metrics.get("mean_kl_old", 0.0) > ppo.kl_limit:
                 return metrics | {"stopped_by_kl_limit": True}
             stats, loss, norm = policy_step(
@@ -302,7 +296,7 @@ class LatentActorCriticTrainer:
         if self.critic is None or self.critic_optimizer is None:
             return {}
         metrics: dict[str, Any] = {}
-        for minibatch in self._minibatches(all_states(rollout), 1.0, generator):
+        for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
             loss, norm = critic_step(
                 self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, self.config.ppo
             )

@@ -55,6 +55,14 @@ def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
     return Pairs(steps[position], rows, position)
 
 
+def minibatches(
+    pairs: Pairs, count: int, generator: torch.Generator, *, fraction: float = 1.0
+) -> Iterator[Pairs]:
+    """A random `fraction` of the pairs in `count` parts of about equal size."""
+    chosen = math.ceil(fraction * len(pairs))
+    return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
+
+
 def _require_finite(what: str, norm: Tensor) -> float:
     value = float(norm)
     if not math.isfinite(value):
@@ -79,7 +87,7 @@ def policy_step(
     optimizer.zero_grad(set_to_none=True)
     coefficients = rollout.table.coefficients(rollout.latents.device)
     clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
-    step_weights = _step_weights(rollout.table, config).to(coefficients)
+    weights = step_weights(rollout.table, balanced=config.balance_steps).to(coefficients)
     stats, losses = [], []
     for part in pairs.split(config.microbatch_size):
         output = _guided_output(backbone, rollout, part, config.cfg_grad, guidance_scale)
@@ -97,7 +105,7 @@ def policy_step(
             part.steps,
             noise=rollout.noise.select(part.rows),
             clip_range=clip_range,
-            weights=step_weights[part.steps],
+            weights=weights[part.steps],
             reference_output=reference_output,
             kl_weight=config.kl_weight,
         )
@@ -112,9 +120,9 @@ def policy_step(
     return _concatenate(stats), torch.stack(losses).sum(), norm
 
 
-def _step_weights(table: TransitionTable, config: PPOConfig) -> Tensor:
-    """(T,) weight of each step in the policy loss, 1 on average over the trained ones."""
-    if not config.balance_steps:
+def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
+    """(T,) weight of each step in the policy loss, 1 on average over the trained ones; see balance_steps."""
+    if not balanced:
         return torch.ones_like(table.std)
     weights = table.std / table.b.abs()
     return weights / weights[table.trainable_steps].mean()

@@ -1,0 +1,62 @@
+"""Minibatches cover what they should, and balanced steps pull equally."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacfast import ops
+from lacfast.schedule import flow_sde, uniform_sigmas
+from lacfast.update import all_pairs, minibatches, step_weights
+
+
+def drawn(fraction: float, count: int = 3) -> list[tuple[int, int]]:
+    pairs = all_pairs(torch.tensor([1, 4, 5]), batch_size=7)
+    parts = minibatches(pairs, count, torch.Generator().manual_seed(0), fraction=fraction)
+    return [(int(step), int(row)) for part in parts for step, row in zip(part.steps, part.rows, strict=True)]
+
+
+def test_every_pair_is_in_exactly_one_minibatch() -> None:
+    assert sorted(drawn(1.0)) == [(step, row) for step in (1, 4, 5) for row in range(7)]
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.5, 11), (0.01, 1), (1.0, 21)])
+def test_a_fraction_draws_that_many_different_pairs(fraction: float, expected: int) -> None:
+    assert len(set(drawn(fraction))) == len(drawn(fraction)) == expected
+
+
+def test_a_position_points_to_its_step() -> None:
+    steps = torch.tensor([1, 4, 5])
+    for part in minibatches(all_pairs(steps, 7), 4, torch.Generator().manual_seed(0)):
+        assert torch.equal(steps[part.position], part.steps)
+
+
+def test_balanced_steps_pull_equally_on_the_model_s_output() -> None:
+    """At v = v_old the gradient is w A eps b / std / N, so balanced weights make its length the same."""
+    table = flow_sde(uniform_sigmas(8), 0.7, window=(0, 7))
+    weights = step_weights(table, balanced=True)
+    assert float(weights[table.trainable_steps].mean()) == pytest.approx(1.0)
+    output = torch.zeros(7, 64, dtype=torch.float64, requires_grad=True)
+    eps = (
+        torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        .expand(7, -1)
+        .contiguous()
+    )
+    loss, _ = ops.ppo_loss(
+        output,
+        torch.zeros_like(output),
+        torch.ones(7, dtype=torch.float64),
+        table.coefficients(dtype=torch.float64),
+        torch.arange(7),
+        noise=eps,
+        clip_range=1e-3,
+        weights=weights[:7],
+    )
+    (gradient,) = torch.autograd.grad(loss, output)
+    lengths = gradient.norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(7))
+
+
+def test_unbalanced_steps_all_weigh_one() -> None:
+    table = flow_sde(uniform_sigmas(4), 0.7)
+    assert torch.equal(step_weights(table, balanced=False), torch.ones(4, dtype=torch.float64))

@@ -1,0 +1,69 @@
+"""Value pretraining keeps the critic that explained most on held-out states."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+
+from lacfast import LatentActorCriticTrainer, PPOConfig, PretrainConfig
+from lacfast.prompts import PromptSet
+from lacfast.trainer import SELECTION_IDS
+from lacfast.value_pretraining import held_out_variance
+
+
+def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:
+    pretrain = replace(PretrainConfig(iterations=4, held_out_samples=16), **settings)  # type: ignore[arg-type]
+    config = tiny_config(
+        batch_size=batch_size,
+        pretrain=pretrain,
+        ppo=PPOConfig(clip_range=1e-3, value_learning_rate=3e-3, trunk_learning_rate=1e-3),
+    )
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
+
+
+def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None:
+    made = trainer(passes=4.0)
+    result = made.pretrain_critic()
+    assert float(result.explained_variance.mean()) == pytest.approx(max(result.history))
+    held_out = made.score(made.rollout(PromptSet.create(PROMPTS).cycle(16), SELECTION_IDS))
+    assert held_out is not None
+    assert made.critic is not None
+    again = held_out_variance(made.critic, held_out, made.normalizer)
+    torch.testing.assert_close(again, result.explained_variance)
+
+
+def test_a_critic_learns_an_easy_reward() -> None:
+    """The brightness of an image is one linear functional of its latents, so late states tell it."""
+    result = trainer(64, iterations=6, passes=4.0, patience=6, held_out_samples=64).pretrain_critic()
+    assert float(result.explained_variance[-1]) > 0.15
+
+
+def test_it_stops_when_the_critic_gets_no_better() -> None:
+    stalled = trainer(iterations=6, patience=1)
+    for group in stalled.critic_optimizer.param_groups:  # type: ignore[union-attr]
+        group["lr"] = 0.0
+    assert len(stalled.pretrain_critic().history) == 2
+
+
+def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[float] = []
+    made = trainer(initial_rate_factor=3.0)
+    optimizer = made.critic_optimizer
+    assert optimizer is not None
+    own = optimizer.param_groups[0]["lr"]
+    made.pretrain_critic(lambda iteration, variance: seen.append(optimizer.param_groups[0]["lr"] / own))
+    assert seen == pytest.approx([3.0, 2.5, 2.0, 1.5])
+    assert made.critic_optimizer is not None
+    assert made.critic_optimizer.param_groups[0]["lr"] == own
+
+
+def test_rewards_that_always_fail_leave_nothing_to_learn_from() -> None:
+    made = trainer()
+    made.rewards.functions["brightness"] = lambda images, prompts, metadata: [float("nan")] * len(prompts)
+    with pytest.raises(ValueError, match="returned nan"):
+        made.pretrain_critic()
