@@ -55,6 +55,14 @@ def assert_near() -> Callable[[Tensor, Tensor], None]:
     return check
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
 def _backends() -> list[str]:
     names = ["reference", "cpu"]
     # The interpreter replaces Triton for a whole process, so only one that asked for it has this backend.
