@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,9 +34,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
     Raises:
         ValueError: when the parent cannot be written.
     """
+    temporary = target.parent / f".{target.name}-{os.getpid()}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise ValueError(
             f"cannot write {target}: {error.strerror}; choose a directory that you may write to"
