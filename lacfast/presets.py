@@ -23,7 +23,7 @@ def shapes(backbone: str) -> TrainConfig:
             balance_steps=True,
             timestep_fraction=0.8,
         ),
-        pretrain=PretrainConfig(iterations=14, passes=0.7, patience=14),
+        pretrain=PretrainConfig(iterations=16, passes=0.35, patience=16),
     )
 
 
