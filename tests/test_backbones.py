@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
 from torch import nn
 
@@ -13,7 +14,7 @@ from lacfast import load_backbone
 from lacfast.backbones import adapt
 from lacfast.backbones.taps import Tap, record_taps, thirds
 from lacfast.checkpoint import save_backbone
-from lacfast.config import CriticConfig
+from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic import build_critic
 
 
@@ -132,3 +133,20 @@ def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
     backbone.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"no config\.json in .*text; give a directory written by"):
         load_backbone(tmp_path)
+
+
+def test_a_scheduler_sets_the_noise_levels_and_a_shift_beside_it_is_refused() -> None:
+    backbone = tiny_backbone("dit")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    adapted = adapt(
+        backbone.model,
+        backbone.prompt_encoder,
+        backbone.codec,
+        latent_shape=backbone.latent_shape,
+        scheduler=scheduler,
+    )
+    table = adapted.transition_table(SamplerConfig(num_steps=4))
+    scheduler.set_timesteps(4)
+    torch.testing.assert_close(table.timesteps, scheduler.timesteps)
+    with pytest.raises(ValueError, match=r"shift=2\.0 would be ignored: FlowMatchEulerDiscreteScheduler"):
+        adapted.transition_table(SamplerConfig(num_steps=4, shift=2.0))

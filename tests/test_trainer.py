@@ -88,6 +88,17 @@ def test_microbatches_do_not_change_the_update() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("cfg_grad", ["cond", "both"])
+def test_guided_rollouts_train_from_a_ratio_of_one(cfg_grad: str) -> None:
+    trainer = trainer_for(
+        sampler=SamplerConfig(num_steps=4, guidance_scale=2.5),
+        ppo=PPOConfig(clip_range=1e-3, num_minibatches=2, cfg_grad=cfg_grad),
+    )
+    before = weights(trainer)
+    assert trainer.train_iteration()["first_max_abs_log_ratio"] < 1e-6
+    assert changed(before, weights(trainer))
+
+
 def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     trainer = trainer_for()
     trainer.pretrain_critic()

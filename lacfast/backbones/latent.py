@@ -101,6 +101,11 @@ class LatentBackbone(ABC):
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window
         if self.scheduler is not None:
+            if config.shift != 1.0:
+                raise ValueError(
+                    f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} sets the noise "
+                    "levels; set the shift in its config"
+                )
             return schedule.from_scheduler(
                 self.scheduler, config.num_steps, config.kind, config.noise_level, window=window
             )
