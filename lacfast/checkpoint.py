@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from lacfast.config import CriticConfig
 from lacfast.critic import Critic, build_critic
 from lacfast.protocols import Backbone
-
-if TYPE_CHECKING:
-    from lacfast.trainer import LatentActorCriticTrainer
 
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_CONFIG = "critic.json"
@@ -104,44 +101,37 @@ def load_in_place(module: nn.Module, saved: dict[str, Tensor], what: str) -> Non
             tensor.copy_(saved[name])
 
 
-def save_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
-    """Backbone, critic, optimizers, statistics and counters."""
-    state: dict[str, Any] = {
-        "iteration": trainer.iteration,
-        "images": trainer.images,
-        "rewards": trainer.rewards.names,
-        "normalizer": asdict(trainer.normalizer),
-        "policy_optimizer": trainer.policy_optimizer.state_dict(),
-        "critic_optimizer": None
-        if trainer.critic_optimizer is None
-        else trainer.critic_optimizer.state_dict(),
-    }
+def save_run(backbone: Backbone, state: dict[str, Any], directory: Path) -> None:
+    """Backbone, critic and the trainer's own `state`, which torch.load(weights_only=True) can read."""
     with whole_directory(directory) as target:
-        write_backbone(trainer.backbone, target)
+        write_backbone(backbone, target)
         torch.save(state, target / TRAINER_STATE)
 
 
-def load_trainer(trainer: LatentActorCriticTrainer, directory: Path) -> None:
-    """Continue in place from `save_trainer`. Everything is checked before anything is changed."""
+def read_state(directory: Path) -> dict[str, Any]:
+    """The `state` of save_run.
+
+    Raises:
+        ValueError: when the directory holds none.
+    """
     if not (directory / TRAINER_STATE).exists():
         raise ValueError(f"{directory} holds no {TRAINER_STATE}; pass a directory that trainer.save() wrote")
-    state = torch.load(directory / TRAINER_STATE, weights_only=True)
-    if state["rewards"] != trainer.rewards.names:
-        raise ValueError(
-            f"the checkpoint was trained on rewards {state['rewards']}, "
-            f"this trainer has {trainer.rewards.names}; use the same"
-        )
-    model: Any = trainer.backbone.model
+    state: dict[str, Any] = torch.load(directory / TRAINER_STATE, weights_only=True)
+    return state
+
+
+def load_weights(backbone: Backbone, directory: Path) -> None:
+    """Model and critic in place from save_run.
+
+    Raises:
+        ValueError: when one does not fit; both are checked before either is changed.
+    """
+    model: Any = backbone.model
     saved_model = type(model).from_pretrained(directory / "model").state_dict()
+    has_critic = (directory / CRITIC_WEIGHTS).exists()
+    saved_critic = load_file(directory / CRITIC_WEIGHTS) if has_critic else {}
     require_same_shapes(model, saved_model, f"model in {directory}")
-    saved_critic = load_file(directory / CRITIC_WEIGHTS) if (directory / CRITIC_WEIGHTS).exists() else {}
-    require_same_shapes(trainer.critic or nn.Module(), saved_critic, f"critic in {directory}")
+    require_same_shapes(backbone.critic or nn.Module(), saved_critic, f"critic in {directory}")
     load_in_place(model, saved_model, f"model in {directory}")
-    if trainer.critic is not None:
-        load_in_place(trainer.critic, saved_critic, f"critic in {directory}")
-    trainer.policy_optimizer.load_state_dict(state["policy_optimizer"])
-    if trainer.critic_optimizer is not None:
-        trainer.critic_optimizer.load_state_dict(state["critic_optimizer"])
-    for name, value in state["normalizer"].items():
-        setattr(trainer.normalizer, name, value)
-    trainer.iteration, trainer.images = state["iteration"], state["images"]
+    if backbone.critic is not None:
+        load_in_place(backbone.critic, saved_critic, f"critic in {directory}")

@@ -26,7 +26,7 @@ from lacfast.checkpoint import save_backbone, whole_directory
 from lacfast.config import SteeringConfig, TrainConfig
 from lacfast.pictures import Gallery, save_pictures
 from lacfast.protocols import Backbone
-from lacfast.records import NoiseKey
+from lacfast.records import Evaluation, NoiseKey
 from lacfast.report import write_report
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardSet
@@ -36,7 +36,7 @@ from lacfast.tasks.pretraining import CONFIGS, Pretrained, pretrain
 from lacfast.tasks.shapes import held_out_prompts, train_prompts
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.terminal import PhaseLog, done_fraction
-from lacfast.trainer import Evaluation, LatentActorCriticTrainer
+from lacfast.trainer import LatentActorCriticTrainer
 
 REWARD = "shapes"
 STRICT = "shapes_strict"

@@ -166,3 +166,19 @@ class Rollout:
 
     def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
         return replace(self, rewards=rewards)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on held-out prompts, with the noise that every evaluation shares."""
+
+    rewards: dict[str, Tensor]
+    """name -> (n,) float32"""
+    explained_variance: Tensor
+    """(T, M); M = 0 without a critic."""
+    images: Tensor
+    """(n, 3, H, W) float in [0, 1], on the CPU."""
+    prompts: list[str]
+
+    def means(self) -> dict[str, float]:
+        return {name: float(rewards.mean()) for name, rewards in self.rewards.items()}

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lacfast.critic import Critic, build_critic
 from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
 from lacfast.prompts import PromptLike, PromptSet
 from lacfast.protocols import Backbone
-from lacfast.records import NoiseKey, Rollout
+from lacfast.records import Evaluation, NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardError, RewardSet, RewardSpec
 from lacfast.update import all_pairs, all_states, critic_step, minibatches, policy_step
@@ -34,22 +34,6 @@ PRETRAINING_IDS = 1 << 41
 SELECTION_IDS = 1 << 42
 """First sample id of the rollout that chooses the pretrained critic; never the evaluation's."""
 EVALUATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores on held-out prompts, with the noise that every evaluation shares."""
-
-    rewards: dict[str, Tensor]
-    """name -> (n,) float32"""
-    explained_variance: Tensor
-    """(T, M); M = 0 without a critic."""
-    images: Tensor
-    """(n, 3, H, W) float in [0, 1], on the CPU."""
-    prompts: list[str]
-
-    def means(self) -> dict[str, float]:
-        return {name: float(rewards.mean()) for name, rewards in self.rewards.items()}
 
 
 class LatentActorCriticTrainer:
@@ -383,7 +367,15 @@ class LatentActorCriticTrainer:
 
     def save(self, directory: str | Path) -> None:
         """Write everything that `load` needs; the directory appears whole or not at all."""
-        checkpoint.save_trainer(self, Path(directory))
+        state = {
+            "iteration": self.iteration,
+            "images": self.images,
+            "rewards": self.rewards.names,
+            "normalizer": asdict(self.normalizer),
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
+        }
+        checkpoint.save_run(self.backbone, state, Path(directory))
 
     def load(self, directory: str | Path) -> None:
         """Continue from what `save` wrote, in place.
@@ -391,4 +383,15 @@ class LatentActorCriticTrainer:
         Raises:
             ValueError: when it does not fit this trainer; nothing is changed then.
         """
-        checkpoint.load_trainer(self, Path(directory))
+        state = checkpoint.read_state(Path(directory))
+        if state["rewards"] != self.rewards.names:
+            raise ValueError(
+                f"the checkpoint was trained on rewards {state['rewards']}, this trainer has "
+                f"{self.rewards.names}; use the same"
+            )
+        checkpoint.load_weights(self.backbone, Path(directory))
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        if self.critic_optimizer is not None:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.normalizer = RewardNormalizer(**state["normalizer"])
+        self.iteration, self.images = state["iteration"], state["images"]
