@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from lacfast.config import (
         CriticConfig,
         PPOConfig,
-        PretrainConfig,
         SamplerConfig,
         SteeringConfig,
         TrainConfig,
+        ValuePretrainingConfig,
     )
     from lacfast.steering import steer
     from lacfast.trainer import LatentActorCriticTrainer
@@ -26,7 +26,7 @@ _HOMES = {
     "CriticConfig": "config",
     "LatentActorCriticTrainer": "trainer",
     "PPOConfig": "config",
-    "PretrainConfig": "config",
+    "ValuePretrainingConfig": "config",
     "SamplerConfig": "config",
     "SteeringConfig": "config",
     "TrainConfig": "config",
@@ -38,10 +38,10 @@ __all__ = [
     "CriticConfig",
     "LatentActorCriticTrainer",
     "PPOConfig",
-    "PretrainConfig",
     "SamplerConfig",
     "SteeringConfig",
     "TrainConfig",
+    "ValuePretrainingConfig",
     "load_backbone",
     "steer",
 ]

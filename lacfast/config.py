@@ -138,7 +138,7 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class ValuePretrainingConfig:
     """Value pretraining: the actor is frozen, the critic learns Monte-Carlo returns."""
 
     iterations: int = 15
@@ -172,7 +172,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
     eval_samples: int = 1024

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from lacfast.config import CriticConfig, PPOConfig, PretrainConfig, SamplerConfig, SteeringConfig, TrainConfig
+from lacfast.config import (
+    CriticConfig,
+    PPOConfig,
+    SamplerConfig,
+    SteeringConfig,
+    TrainConfig,
+    ValuePretrainingConfig,
+)
 
 
 def shapes(backbone: str) -> TrainConfig:
@@ -25,7 +32,7 @@ def shapes(backbone: str) -> TrainConfig:
             balance_steps=True,
             timestep_fraction=0.8,
         ),
-        pretrain=PretrainConfig(
+        pretrain=ValuePretrainingConfig(
             iterations=pretraining_iterations, passes=0.35, patience=pretraining_iterations
         ),
     )

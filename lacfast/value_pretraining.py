@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lacfast import reference
 from lacfast.advantages import RewardNormalizer, stack_rewards
-from lacfast.config import PPOConfig, PretrainConfig
+from lacfast.config import PPOConfig, ValuePretrainingConfig
 from lacfast.critic import Critic
 from lacfast.records import Rollout
 from lacfast.update import all_states, critic_step
@@ -62,7 +62,7 @@ def pretrain_values(
     normalizer: RewardNormalizer,
     held_out: Rollout,
     make_rollout: Callable[[int], Rollout | None],
-    config: PretrainConfig,
+    config: ValuePretrainingConfig,
     ppo: PPOConfig,
     *,
     seed: int,
@@ -134,7 +134,7 @@ def _learn_from(
     critic: Critic,
     optimizer: Optimizer,
     normalizer: RewardNormalizer,
-    config: PretrainConfig,
+    config: ValuePretrainingConfig,
     ppo: PPOConfig,
     generator: torch.Generator,
 ) -> None:

@@ -8,14 +8,14 @@ import pytest
 import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
-from lacfast import LatentActorCriticTrainer, PPOConfig, PretrainConfig
+from lacfast import LatentActorCriticTrainer, PPOConfig, ValuePretrainingConfig
 from lacfast.prompts import PromptSet
 from lacfast.trainer import SELECTION_IDS
 from lacfast.value_pretraining import held_out_variance
 
 
 def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:
-    pretrain = replace(PretrainConfig(iterations=4, held_out_samples=16), **settings)  # type: ignore[arg-type]
+    pretrain = replace(ValuePretrainingConfig(iterations=4, held_out_samples=16), **settings)  # type: ignore[arg-type]
     config = tiny_config(
         batch_size=batch_size,
         pretrain=pretrain,
