@@ -106,15 +106,16 @@ class LatentActorCriticTrainer:
             warnings.warn("no critic and samples_per_prompt=1: the baseline is the batch mean", stacklevel=3)
 
     def _attach_critic(self) -> None:
-        config, heads = self.config, len(self.rewards.names)
+        config, heads, attached = self.config, len(self.rewards.names), self.backbone.critic
         if config.critic.trunk == "none":
             self.backbone.critic = None
-        elif self.backbone.critic is None:
+        elif attached is None:
             self.backbone.critic = build_critic(self.backbone, heads, config.critic, seed=config.seed)
-        elif self.backbone.critic.num_rewards != heads:
+        elif (attached.num_rewards, attached.config) != (heads, config.critic):
             raise ValueError(
-                f"the backbone's critic has {self.backbone.critic.num_rewards} heads and there are {heads} "
-                f"rewards {self.rewards.names}; train on as many, or set backbone.critic = None for a new one"
+                f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {heads} "
+                f"rewards {self.rewards.names} and {config.critic} do not go with it. Train with the critic's "
+                "own, or set backbone.critic = None for a new one"
             )
 
     def _frozen_copy(self) -> Backbone:

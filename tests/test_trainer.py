@@ -201,11 +201,15 @@ def test_a_sampler_that_cannot_train_is_refused(changes: dict[str, Any], message
         trainer_for(**changes)
 
 
-def test_a_critic_with_another_number_of_heads_is_refused() -> None:
+def test_a_critic_that_is_not_the_configured_one_is_refused() -> None:
     backbone = tiny_backbone("dit")
     LatentActorCriticTrainer(backbone, brightness, PROMPTS, tiny_config())
-    with pytest.raises(ValueError, match="critic has 1 heads and there are 2 rewards"):
+    with pytest.raises(ValueError, match=r"critic has 1 heads .*; 2 rewards \['brightness', 'shapes'\]"):
         LatentActorCriticTrainer(backbone, [brightness, "shapes"], PROMPTS, tiny_config())
+    with pytest.raises(ValueError, match=r"trunk='copy'.* do not go with it.*backbone\.critic = None"):
+        LatentActorCriticTrainer(
+            backbone, brightness, PROMPTS, tiny_config(critic=CriticConfig(trunk="copy"))
+        )
 
 
 def test_several_rewards_train_one_head_each() -> None:
