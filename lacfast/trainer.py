@@ -114,7 +114,7 @@ class LatentActorCriticTrainer:
         elif (attached.num_rewards, attached.config) != (heads, config.critic):
             raise ValueError(
                 f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {heads} "
-                f"rewards {self.rewards.names} and {config.critic} do not go with it. Train with the critic's "
+                f"rewards {self.rewards.names} and {config.critic} do not fit it. Train with the critic's "
                 "own, or set backbone.critic = None for a new one"
             )
 

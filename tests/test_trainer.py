@@ -206,7 +206,7 @@ def test_a_critic_that_is_not_the_configured_one_is_refused() -> None:
     LatentActorCriticTrainer(backbone, brightness, PROMPTS, tiny_config())
     with pytest.raises(ValueError, match=r"critic has 1 heads .*; 2 rewards \['brightness', 'shapes'\]"):
         LatentActorCriticTrainer(backbone, [brightness, "shapes"], PROMPTS, tiny_config())
-    with pytest.raises(ValueError, match=r"trunk='copy'.* do not go with it.*backbone\.critic = None"):
+    with pytest.raises(ValueError, match=r"trunk='copy'.* do not fit it.*backbone\.critic = None"):
         LatentActorCriticTrainer(
             backbone, brightness, PROMPTS, tiny_config(critic=CriticConfig(trunk="copy"))
         )
