@@ -173,6 +173,8 @@ class TrainConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
+    ema_decay: float = 0.0
+    """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
     eval_samples: int = 1024
@@ -188,6 +190,7 @@ class TrainConfig:
             f"batch_size={self.batch_size} must be a multiple of "
             f"samples_per_prompt={self.samples_per_prompt}",
         )
+        _require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
         _require(
             self.on_reward_error in ("raise", "skip"),
             f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",

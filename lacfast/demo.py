@@ -134,11 +134,12 @@ def run_demo(
     steered_before = _steer(trainer, steering, "Base model, steered", log)
     _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
     after = _evaluate(trainer, "Trained model, held-out prompts", log)
-    steered_after = _steer(trainer, steering, "Trained model, steered", log)
-    with log.phase("saving", "Save and load again") as phase:
-        save_backbone(trainer.backbone, out / "trained")
-        _require_identical_samples(trainer, load_backbone(out / "trained"))
-        phase.note = "the loaded model samples bit for bit the same"
+    with trainer.averaged():
+        steered_after = _steer(trainer, steering, "Trained model, steered", log)
+        with log.phase("saving", "Save and load again") as phase:
+            save_backbone(trainer.backbone, out / "trained")
+            _require_identical_samples(trainer, load_backbone(out / "trained"))
+            phase.note = "the loaded model samples bit for bit the same"
     trainer.log.close()
 
     summary: dict[str, Any] = {

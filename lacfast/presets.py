@@ -32,6 +32,7 @@ def shapes(backbone: str) -> TrainConfig:
             balance_steps=True,
             timestep_fraction=0.8,
         ),
+        ema_decay=0.8,
         pretrain=ValuePretrainingConfig(
             iterations=pretraining_iterations, passes=0.35, patience=pretraining_iterations
         ),

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from lacfast import checkpoint, reference
 from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
+from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, build_critic
 from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
@@ -24,7 +26,15 @@ from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardError, RewardSet, RewardSpec
-from lacfast.update import all_pairs, all_states, critic_step, minibatches, policy_step
+from lacfast.update import (
+    all_pairs,
+    all_states,
+    critic_optimizer,
+    critic_step,
+    minibatches,
+    policy_optimizer,
+    policy_step,
+)
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
 
 EVALUATION_IDS = 1 << 40
@@ -79,8 +89,9 @@ class LatentActorCriticTrainer:
         self._attach_critic()
         self.normalizer = RewardNormalizer.create(len(self.rewards.names))
         self.reference = self._frozen_copy() if self.config.ppo.kl_weight > 0 else None
-        self.policy_optimizer = self._policy_optimizer()
-        self.critic_optimizer = self._critic_optimizer()
+        self.policy_optimizer = policy_optimizer(backbone.model, self.config.ppo)
+        self.average = WeightAverage(backbone.model, self.config.ema_decay) if self.config.ema_decay else None
+        self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
         self.log = MetricsLog(metrics_path)
         self.iteration = 0
         self.images = 0
@@ -123,27 +134,9 @@ class LatentActorCriticTrainer:
         frozen.model = copy.deepcopy(self.backbone.model).requires_grad_(False)
         return frozen
 
-    def _policy_optimizer(self) -> torch.optim.AdamW:
-        ppo = self.config.ppo
-        return torch.optim.AdamW(
-            self.backbone.model.parameters(),
-            lr=ppo.policy_learning_rate,
-            betas=ppo.betas,
-            eps=ppo.adam_eps,
-            weight_decay=ppo.weight_decay,
-            fused=True,
-        )
-
-    def _critic_optimizer(self) -> torch.optim.AdamW | None:
-        if self.critic is None:
-            return None
-        ppo = self.config.ppo
-        groups = [
-            {"params": list(self.critic.head.parameters()), "lr": ppo.value_learning_rate},
-            {"params": list(self.critic.trunk.parameters()), "lr": ppo.trunk_learning_rate},
-        ]
-        groups = [group for group in groups if group["params"]]
-        return torch.optim.AdamW(groups, betas=ppo.betas, weight_decay=ppo.weight_decay, fused=True)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within the context the model has its averaged weights: for steering and for saving the result."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
@@ -213,7 +206,7 @@ class LatentActorCriticTrainer:
             seed=self.config.seed,
             on_iteration=report,
         )
-        self.critic_optimizer = self._critic_optimizer()
+        self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
         return result
 
     def advantages(self, rollout: Rollout) -> Advantages:
@@ -299,6 +292,8 @@ class LatentActorCriticTrainer:
                 rewards = torch.stack(list(rollout.rewards.values()), dim=1)
                 update_statistics(self.critic, self.normalizer, rewards)
             metrics = self.update(rollout)
+            if self.average is not None:
+                self.average.update()
         self.iteration += 1
         metrics |= {
             "iteration": self.iteration,
@@ -330,22 +325,23 @@ class LatentActorCriticTrainer:
         return planned
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
-        """Score held-out prompts with the training sampler and the noise that all evaluations share."""
+        """Score held-out prompts with the training sampler, averaged weights and noise that never changes."""
         total = self.config.eval_samples if samples is None else samples
         prompts = self.held_out.cycle(total)
         scorers = [self.rewards] + ([] if self.evaluation_rewards is None else [self.evaluation_rewards])
         scores: dict[str, list[Tensor]] = {}
         images, values, returns = [], [], []
-        for start in range(0, total, EVALUATION_BATCH):
-            part = prompts.take(range(start, min(start + EVALUATION_BATCH, total)))
-            rollout = self.rollout(part, EVALUATION_IDS + start, keep_features=False)
-            decoded = self.backbone.decode(rollout.clean_latents)
-            for scorer in scorers:
-                for name, score in scorer.score(decoded, part.texts, part.metadata).items():
-                    scores.setdefault(name, []).append(score)
-            images.append(decoded.cpu())
-            values.append(rollout.values.transpose(0, 1).cpu())
-            returns.append(torch.stack([scores[name][-1] for name in self.rewards.names], dim=1))
+        with self.averaged():
+            for start in range(0, total, EVALUATION_BATCH):
+                part = prompts.take(range(start, min(start + EVALUATION_BATCH, total)))
+                rollout = self.rollout(part, EVALUATION_IDS + start, keep_features=False)
+                decoded = self.backbone.decode(rollout.clean_latents)
+                for scorer in scorers:
+                    for name, score in scorer.score(decoded, part.texts, part.metadata).items():
+                        scores.setdefault(name, []).append(score)
+                images.append(decoded.cpu())
+                values.append(rollout.values.transpose(0, 1).cpu())
+                returns.append(torch.stack([scores[name][-1] for name in self.rewards.names], dim=1))
         evaluation = Evaluation(
             {name: torch.cat(parts) for name, parts in scores.items()},
             self._explained_variance(torch.cat(values), torch.cat(returns)),
@@ -373,6 +369,7 @@ class LatentActorCriticTrainer:
             "images": self.images,
             "rewards": self.rewards.names,
             "normalizer": asdict(self.normalizer),
+            "average": None if self.average is None else self.average.weights,
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
         }
@@ -394,5 +391,7 @@ class LatentActorCriticTrainer:
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"] or self.backbone.model.state_dict())
         self.normalizer = RewardNormalizer(**state["normalizer"])
         self.iteration, self.images = state["iteration"], state["images"]

@@ -63,6 +63,30 @@ def minibatches(
     return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
 
 
+def policy_optimizer(model: nn.Module, config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW over the actor's weights."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.policy_learning_rate,
+        betas=config.betas,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:
+    """AdamW over the critic's head and own trunk, each at its rate; None without a critic."""
+    if critic is None:
+        return None
+    groups = [
+        {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
+        {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
 def _require_finite(what: str, norm: Tensor) -> float:
     value = float(norm)
     if not math.isfinite(value):

@@ -17,7 +17,7 @@ LAYERS = (
     ("ops",),
     ("protocols", "prompts", "scoring", "critic"),
     ("sampler", "advantages"),
-    ("update", "metrics", "value_pretraining", "checkpoint"),
+    ("update", "metrics", "value_pretraining", "checkpoint", "averaging"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
     ("presets", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),

@@ -112,6 +112,26 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert not changed(weights(trainer), weights(resumed))
 
 
+def test_an_average_of_the_weights_is_evaluated_saved_and_left_out_of_training(tmp_path: Path) -> None:
+    trainer, plain = trainer_for(ema_decay=0.5), trainer_for()
+    start = weights(trainer)
+    for one in (trainer, plain):
+        one.train_iteration()
+    assert not changed(weights(trainer), weights(plain))
+    own = weights(trainer)
+    with trainer.averaged():
+        averaged = weights(trainer)
+    name = "proj_out.weight"
+    torch.testing.assert_close(averaged[name], (start[name] + own[name]) / 2)
+    assert not changed(own, weights(trainer))
+    assert not torch.equal(trainer.evaluate().images, plain.evaluate().images)
+    trainer.save(tmp_path / "run")
+    resumed = trainer_for(seed=1, ema_decay=0.5)
+    resumed.load(tmp_path / "run")
+    with resumed.averaged():
+        assert not changed(averaged, weights(resumed))
+
+
 def test_saving_twice_replaces_the_checkpoint_and_leaves_no_temporary(tmp_path: Path) -> None:
     trainer = trainer_for()
     trainer.save(tmp_path / "run")

@@ -66,7 +66,8 @@ def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int) -> FloatArray
     """One cell with one object on the background, (3, CELL_SIZE, CELL_SIZE) in [0, 1], read-only."""
     alpha = np.roll(coverage(shape), (shift_y, shift_x), axis=(0, 1))
     paint = np.asarray(PALETTE[colour], dtype=np.float32)[:, None, None]
-    cell: FloatArray = BACKGROUND + alpha * (paint - np.float32(BACKGROUND))
+    background = np.float32(BACKGROUND)
+    cell: FloatArray = background + alpha * (paint - background)
     cell.setflags(write=False)
     return cell
 

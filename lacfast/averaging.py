@@ -1,0 +1,47 @@
+"""The moving average of a policy's weights: less noisy than the last iterate, so results come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """average <- decay average + (1 - decay) weights, once per iteration. All copies are in place."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = model
+        self.decay = decay
+        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the model's weights of today."""
+        for name, tensor in self.model.state_dict().items():
+            if tensor.is_floating_point():
+                self.weights[name].lerp_(tensor, 1 - self.decay)
+            else:
+                self.weights[name].copy_(tensor)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages of the same model."""
+        _copy(self.weights, weights)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the context the model has the averaged weights, at the addresses that it had."""
+        own = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        _copy(self.model.state_dict(), self.weights)
+        try:
+            yield
+        finally:
+            _copy(self.model.state_dict(), own)
+
+
+@torch.no_grad()
+def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(sources[name])
