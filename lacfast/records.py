@@ -56,7 +56,7 @@ class TransitionTable:
     timesteps: Tensor
     """(T,) float32, what the model is conditioned on, descending."""
     sigmas: Tensor
-    """(T + 1,) float64, noise level before each step and after the last; 1 is pure noise, DDIM: sqrt(1 - A)."""
+    """(T + 1,) float64, noise level before each step and after the last. 1: pure noise; DDIM: sqrt(1 - A)."""
 
     @property
     def num_steps(self) -> int:
