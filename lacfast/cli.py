@@ -24,7 +24,7 @@ class Demo:
     seed: int = 0
     """Of weights, prompts and noise."""
     backbone: Literal["dit", "unet"] = "dit"
-    """dit: SD3's transformer; unet: Stable Diffusion's, which is slower on a CPU and wants a larger budget."""
+    """dit: SD3's transformer; unet: Stable Diffusion's, slower on a CPU: give it a larger budget."""
     threads: int = 1
     """CPU threads of torch; more than one only pays on idle cores."""
     quick: bool = False
