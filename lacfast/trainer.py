@@ -289,8 +289,7 @@ class LatentActorCriticTrainer:
         metrics: dict[str, Any] = {"skipped": True}
         if rollout is not None:
             if self.critic is not None:
-                rewards = torch.stack(list(rollout.rewards.values()), dim=1)
-                update_statistics(self.critic, self.normalizer, rewards)
+                rollout = update_statistics(self.critic, self.normalizer, rollout)
             metrics = self.update(rollout)
             if self.average is not None:
                 self.average.update()

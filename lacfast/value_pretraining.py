@@ -6,7 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def pretrain_values(
             continue
         images += rollout.batch_size
         recent.append(rollout)
-        update_statistics(critic, normalizer, stack_rewards(rollout))
+        update_statistics(critic, normalizer, rollout)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
         _set_rates(optimizer, rates, config.initial_rate_factor, iteration / config.iterations)
         _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
@@ -110,17 +110,21 @@ def pretrain_values(
     return PretrainResult(variance, history, images)
 
 
-def update_statistics(critic: Critic, normalizer: RewardNormalizer, rewards: Tensor) -> None:
-    """Take rewards (B, M) into the statistics and rescale the head so that its raw predictions stay."""
+def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:
+    """Take the rollout's rewards into the running statistics; raw predictions stay what they are.
+
+    The head and the rollout's values are rescaled alike. Returns the rollout with values in the new units.
+    """
     old_mean, old_std, seen = normalizer.mean, normalizer.std, normalizer.count > 0
-    normalizer.update(rewards)
-    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean", and stays so.
+    normalizer.update(stack_rewards(rollout))
+    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean" and stays so.
     if not seen:
-        return
-    like = critic.head.output.bias
-    critic.head.rescale(
-        old_mean.to(like), old_std.to(like), normalizer.mean.to(like), normalizer.std.to(like)
-    )
+        return rollout
+    like = rollout.values
+    old = old_mean.to(like), old_std.to(like)
+    new = normalizer.mean.to(like), normalizer.std.to(like)
+    critic.head.rescale(*old, *new)
+    return replace(rollout, values=(rollout.values * old[1] + old[0] - new[0]) / new[1])
 
 
 def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, done: float) -> None:

@@ -11,7 +11,7 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from lacfast import LatentActorCriticTrainer, PPOConfig, ValuePretrainingConfig
 from lacfast.prompts import PromptSet
 from lacfast.trainer import SELECTION_IDS
-from lacfast.value_pretraining import held_out_variance
+from lacfast.value_pretraining import held_out_variance, rollout_values, update_statistics
 
 
 def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:
@@ -60,6 +60,29 @@ def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
     assert seen == pytest.approx([3.0, 2.5, 2.0, 1.5])
     assert made.critic_optimizer is not None
     assert made.critic_optimizer.param_groups[0]["lr"] == own
+
+
+def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:
+    """Zero means "the mean": rescaled from statistics that nobody measured, it would mean -mean / std."""
+    made = trainer()
+    rollout = made.score(made.rollout(PromptSet.create(PROMPTS), 0))
+    assert rollout is not None
+    assert made.critic is not None
+    assert torch.equal(update_statistics(made.critic, made.normalizer, rollout).values, rollout.values)
+    assert torch.equal(made.critic.head.output.bias, torch.zeros(1))
+
+
+def test_a_rollout_s_values_follow_the_statistics_like_the_head() -> None:
+    """Values were sampled in the old units; an advantage R - V needs both in the new ones."""
+    made = trainer()
+    made.pretrain_critic()
+    rollout = made.score(made.rollout(PromptSet.create(PROMPTS), 0))
+    assert rollout is not None
+    assert made.critic is not None
+    brighter = rollout.with_rewards({"brightness": rollout.rewards["brightness"] + 1.0})
+    moved = update_statistics(made.critic, made.normalizer, brighter)
+    assert not torch.allclose(moved.values, rollout.values)
+    torch.testing.assert_close(moved.values, rollout_values(made.critic, rollout), rtol=1e-4, atol=1e-4)
 
 
 def test_rewards_that_always_fail_leave_nothing_to_learn_from() -> None:
