@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         TrainConfig,
         ValuePretrainingConfig,
     )
+    from lacfast.prompts import load_prompts
     from lacfast.steering import steer
     from lacfast.trainer import LatentActorCriticTrainer
 
@@ -31,6 +32,7 @@ _HOMES = {
     "SteeringConfig": "config",
     "TrainConfig": "config",
     "load_backbone": "backbones",
+    "load_prompts": "prompts",
     "steer": "steering",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "TrainConfig",
     "ValuePretrainingConfig",
     "load_backbone",
+    "load_prompts",
     "steer",
 ]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +20,15 @@ class PromptLike(Protocol):
     def metadata(self) -> dict[str, Any]: ...
 
 
+PromptEntry = str | PromptLike | Mapping[str, Any]
+"""A caption, an object with `text` and `metadata`, or a row such as {"prompt": ..., anything else}."""
+
+_FORMATS = (
+    "a .txt file (one prompt per line), a .jsonl file (one {'prompt': ..., ...} per line), a .parquet file "
+    "or a directory that datasets.save_to_disk wrote"
+)
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """Prompts and their metadata, index by index."""
@@ -26,20 +37,19 @@ class PromptSet:
     metadata: list[dict[str, Any]]
 
     @staticmethod
-    def create(prompts: PromptSet | Iterable[str | PromptLike]) -> PromptSet:
-        """From strings (empty metadata) or objects with `text` and `metadata`.
+    def create(
+        prompts: PromptSet | str | Path | Iterable[PromptEntry] | Callable[[], Iterable[PromptEntry]],
+    ) -> PromptSet:
+        """From entries, or from a file, a directory or a function as `load_prompts` reads them.
 
         Raises:
-            ValueError: when there is no prompt.
+            ValueError: when there is no prompt, or an entry is none.
         """
         if isinstance(prompts, PromptSet):
             return prompts
-        entries = [
-            (entry, {}) if isinstance(entry, str) else (entry.text, entry.metadata) for entry in prompts
-        ]
-        if not entries:
-            raise ValueError("there is no prompt to train on; pass at least one")
-        return PromptSet([text for text, _ in entries], [metadata for _, metadata in entries])
+        if isinstance(prompts, str | Path) or callable(prompts):
+            return load_prompts(prompts)
+        return _collected((f"entry {index}", entry) for index, entry in enumerate(prompts))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -61,3 +71,147 @@ class PromptSet:
         epoch, offset = divmod(position, len(self))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return int(torch.randperm(len(self), generator=generator)[offset])
+
+
+def load_prompts(
+    source: PromptSet | str | Path | Iterable[PromptEntry] | Callable[[], Iterable[PromptEntry]],
+    *,
+    column: str = "prompt",
+) -> PromptSet:
+    """The prompts of a file, a directory, a function without arguments, or of entries in memory.
+
+    Text: one prompt per line, blank lines are skipped. JSONL: one object per line; GenEval's
+    `evaluation_metadata.jsonl` is one. A `.parquet` file needs pyarrow, a `datasets` directory datasets.
+    A whole row becomes the prompt's metadata, so that a reward or its server finds every key.
+
+    Args:
+        source: where the prompts are.
+        column: the key or column that holds the caption.
+
+    Raises:
+        ValueError: for a path that does not exist, an unknown format, or a bad line, which is named by file
+            and number.
+        ImportError: when the format's optional package is missing, with the command that installs it.
+    """
+    if isinstance(source, PromptSet):
+        return source
+    if isinstance(source, str | Path):
+        return _collected(_read(Path(source), column), column=column, origin=str(source))
+    entries = source() if callable(source) else source
+    origin = getattr(source, "__name__", "") if callable(source) else ""
+    return _collected(
+        ((f"entry {index}", entry) for index, entry in enumerate(entries)), column=column, origin=origin
+    )
+
+
+def _read(path: Path, column: str) -> Iterator[tuple[str, PromptEntry]]:
+    """(where it stands, entry) of a path."""
+    if path.is_dir():
+        return _read_dataset(path, column)
+    if not path.is_file():
+        raise ValueError(f"there is no prompt file {str(path)!r}; pass {_FORMATS}, or a list of prompts")
+    readers = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    if path.suffix.lower() not in readers:
+        raise ValueError(
+            f"cannot read prompts from {str(path)!r}: its ending says no format; pass {_FORMATS}"
+        )
+    return readers[path.suffix.lower()](path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(file:number, line) of the lines that are not blank."""
+    # A byte order mark at the start of the file is no part of the first prompt.
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line.strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}; convert it") from error
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, PromptEntry]]:
+    yield from _lines(path)
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, PromptEntry]]:
+    for place, line in _lines(path):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place}: not JSON ({error}); write one object per line") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{place}: {line[:80]} is no object; write {{'prompt': ..., ...}}")
+        yield place, _checked_geneval(place, entry)
+
+
+def _checked_geneval(place: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The row; a GenEval clause that its server could not read is found here and not after a rollout."""
+    for key in ("include", "exclude") if "tag" in row else ():
+        clauses = row.get(key, [])
+        good = isinstance(clauses, list) and all(
+            isinstance(clause, dict) and "class" in clause and isinstance(clause.get("count"), int)
+            for clause in clauses
+        )
+        if not good:
+            raise ValueError(
+                f"{place}: {key!r} is {clauses!r}; GenEval wants a list of "
+                "{'class': str, 'count': int, ...}"
+            )
+    return row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, PromptEntry]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install pyarrow") from error
+    for index, row in enumerate(parquet.read_table(path).to_pylist()):
+        yield f"{path}, row {index}", row
+
+
+def _read_dataset(path: Path, column: str) -> Iterator[tuple[str, PromptEntry]]:
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise ImportError(f"the datasets directory {path} needs datasets: pip install datasets") from error
+    dataset = load_from_disk(str(path))
+    if isinstance(dataset, dict):
+        raise ValueError(
+            f"{path} holds the splits {sorted(dataset)}; pass one, such as {path / min(dataset)}"
+        )
+    if column not in dataset.column_names:
+        raise ValueError(f"{path} has no column {column!r}; its columns are {dataset.column_names}")
+    for index, row in enumerate(dataset):
+        yield f"{path}, row {index}", row
+
+
+def _collected(
+    entries: Iterable[tuple[str, PromptEntry]], *, column: str = "prompt", origin: str = ""
+) -> PromptSet:
+    texts: list[str] = []
+    metadata: list[dict[str, Any]] = []
+    for place, entry in entries:
+        text, about = _text_and_metadata(place, entry, column)
+        texts.append(text)
+        metadata.append(about)
+    if not texts:
+        raise ValueError(
+            f"there is no prompt to train on{' in ' + origin if origin else ''}; pass at least one"
+        )
+    return PromptSet(texts, metadata)
+
+
+def _text_and_metadata(place: str, entry: PromptEntry, column: str) -> tuple[str, dict[str, Any]]:
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping):
+        text = entry.get(column)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{place}: {column!r} is {text!r}, not a prompt; its keys are {sorted(entry)}")
+        return text, dict(entry)
+    if hasattr(entry, "text") and hasattr(entry, "metadata"):
+        return entry.text, entry.metadata
+    raise ValueError(
+        f"{place}: {entry!r} is no prompt; pass a string, a row with {column!r}, or text and metadata"
+    )

@@ -1,12 +1,29 @@
-"""Prompts come in an order that the seed and the iteration decide alone."""
+"""Prompts come from files, folders and functions, in an order that seed and iteration decide alone."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 
-from lacfast.prompts import PromptSet
+import lacfast
+from lacfast.prompts import PromptSet, load_prompts
 
 PROMPTS = PromptSet.create([f"prompt {index}" for index in range(7)])
+GENEVAL = {
+    "tag": "position",
+    "include": [{"class": "bench", "count": 1}, {"class": "cup", "count": 1, "position": ["left of", 0]}],
+    "prompt": "a photo of a cup left of a bench",
+}
+
+
+def written(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def test_every_prompt_is_drawn_once_per_pass() -> None:
@@ -37,3 +54,124 @@ def test_metadata_travels_with_its_prompt() -> None:
 def test_no_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no prompt"):
         PromptSet.create([])
+
+
+def test_a_text_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa cat\r\n\r\n  ein Kätzchen  \n".encode())
+    assert lacfast.load_prompts(path).texts == ["a cat", "ein Kätzchen"]
+    assert PromptSet.create(str(path)) == load_prompts(path)
+
+
+def test_geneval_rows_are_whole_metadata(tmp_path: Path) -> None:
+    path = written(tmp_path / "evaluation_metadata.jsonl", json.dumps(GENEVAL), "", '{"prompt": "a", "n": 2}')
+    prompts = load_prompts(path)
+    assert prompts.texts == [GENEVAL["prompt"], "a"]
+    assert prompts.metadata == [GENEVAL, {"prompt": "a", "n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("p.jsonl", ['{"prompt": "a"}', "{prompt: b}"], r"p\.jsonl:2: not JSON"),
+        ("p.jsonl", ["", '["a"]'], r"p\.jsonl:2: .* is no object"),
+        (
+            "p.jsonl",
+            ['{"text": "a"}'],
+            r"p\.jsonl:1: 'prompt' is None, not a prompt; its keys are \['text'\]",
+        ),
+        ("p.jsonl", ['{"prompt": " "}'], r"p\.jsonl:1: 'prompt' is ' '"),
+        ("p.jsonl", ['{"tag": "counting", "include": {}, "prompt": "a"}'], r"p\.jsonl:1: 'include' is {}"),
+        (
+            "p.jsonl",
+            ['{"tag": "x", "include": [{"class": "cup", "count": "1"}], "prompt": "a"}'],
+            "'count': int",
+        ),
+        ("p.txt", ["", " "], r"no prompt to train on in .*p\.txt"),
+        ("p.csv", ["a"], "its ending says no format; pass a .txt file"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file(tmp_path: Path, name: str, lines: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_prompts(written(tmp_path / name, *lines))
+
+
+def test_another_key_may_hold_the_caption(tmp_path: Path) -> None:
+    assert load_prompts(written(tmp_path / "p.jsonl", '{"text": "a"}'), column="text").texts == ["a"]
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        load_prompts(path)
+
+
+def test_a_prompt_that_was_meant_is_not_read_as_letters() -> None:
+    with pytest.raises(ValueError, match=r"there is no prompt file 'a red cat'.*or a list of prompts"):
+        PromptSet.create("a red cat")
+
+
+def test_a_function_gives_entries_of_every_kind() -> None:
+    def animals() -> list[Any]:
+        return ["a cat", {"prompt": "a dog", "legs": 4}]
+
+    assert PromptSet.create(animals).metadata == [{}, {"prompt": "a dog", "legs": 4}]
+    with pytest.raises(ValueError, match="entry 0: 3 is no prompt"):
+        load_prompts(lambda: [3])  # type: ignore[list-item]
+
+    def nothing() -> list[str]:
+        return []
+
+    with pytest.raises(ValueError, match="no prompt to train on in nothing"):
+        load_prompts(nothing)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, loaded: Any) -> None:
+    module = ModuleType("datasets")
+    module.load_from_disk = lambda path: loaded  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+
+
+class Table(list[dict[str, Any]]):
+    column_names = ("prompt", "style")
+
+
+def test_rows_of_a_datasets_directory_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, Table([{"prompt": "a cat", "style": "oil"}]))
+    assert load_prompts(tmp_path).metadata == [{"prompt": "a cat", "style": "oil"}]
+    with pytest.raises(ValueError, match="no column 'caption'; its columns are"):
+        load_prompts(tmp_path, column="caption")
+
+
+def test_splits_of_a_datasets_directory_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_datasets(monkeypatch, {"train": Table(), "test": Table()})
+    with pytest.raises(ValueError, match=r"holds the splits \['test', 'train'\]; pass one"):
+        load_prompts(tmp_path)
+
+
+def test_real_datasets_and_parquet_are_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"prompt": ["a", "b"], "number": [1, 2]})
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "p.parquet")
+    expected = [{"prompt": "a", "number": 1}, {"prompt": "b", "number": 2}]
+    assert load_prompts(tmp_path / "saved").metadata == expected
+    assert load_prompts(tmp_path / "p.parquet").metadata == expected
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "command"),
+    [("datasets", "folder", "pip install datasets"), ("pyarrow", "p.parquet", "pip install pyarrow")],
+)
+def test_a_missing_package_gives_its_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str, command: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+    with pytest.raises(ImportError, match=command):
+        load_prompts(path)
