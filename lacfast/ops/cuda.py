@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lacfast import _C
-from lacfast.ops.cpu import gae_arguments
+from lacfast.ops.cpu.gae import gae_arguments
 
 
 def _stream(tensor: Tensor) -> int:

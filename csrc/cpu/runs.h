@@ -1,0 +1,68 @@
+// An op as runs of one latent: which kernels this processor takes, how threads share the runs, and single numbers in and
+// out of tensors in the arithmetic type.
+#pragma once
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace lacfast::cpu {
+
+// The kernels of this processor's instruction set.
+const Kernels& kernels();
+
+constexpr std::int64_t kRun = 16 * kBlock;
+// Below this a second thread costs more than it saves.
+constexpr std::int64_t kElementsWorthThreads = 1'000'000;
+
+inline std::int64_t runs_per_row(Shape shape) { return (shape.elements + kRun - 1) / kRun; }
+
+// body(run, index) for every run of every row; threads take runs as they come, results are kept by index.
+template <typename Body>
+void for_each_run(Shape shape, int threads, const Body& body) {
+  const std::int64_t per_row = runs_per_row(shape);
+  const std::int64_t total = shape.rows * per_row;
+  std::atomic<std::int64_t> next{0};
+  const auto work = [&] {
+    for (std::int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      const std::int64_t begin = index % per_row * kRun;
+      const std::int64_t end = begin + kRun < shape.elements ? begin + kRun : shape.elements;
+      body(Run{index / per_row, begin, end}, static_cast<std::size_t>(index));
+    }
+  };
+  std::vector<std::thread> helpers;
+  if (shape.rows * shape.elements >= kElementsWorthThreads) {
+    for (int i = 1; i < threads && i < total; ++i) helpers.emplace_back(work);
+  }
+  work();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+inline double scalar_at(const void* data, std::int64_t index, bool wide) {
+  return wide ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
+}
+
+inline void put(void* data, std::int64_t index, double value, bool wide) {
+  if (wide) {
+    static_cast<double*>(data)[index] = value;
+  } else {
+    static_cast<float*>(data)[index] = static_cast<float>(value);
+  }
+}
+
+// Throws for a step beyond the table.
+void check_steps(const Transition& transition, std::int64_t rows);
+
+struct RowCoefficients {
+  double std, gain;
+};
+
+inline RowCoefficients coefficients_of(const Transition& transition, std::int64_t row, bool wide) {
+  const std::int64_t at = 3 * transition.steps[row];
+  const double std = scalar_at(transition.coefficients, at + 2, wide);
+  return {std, innovation_gain(scalar_at(transition.coefficients, at + 1, wide), std)};
+}
+
+}  // namespace lacfast::cpu

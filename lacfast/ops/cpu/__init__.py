@@ -1,0 +1,16 @@
+"""The C++ kernels, one file per op. No checks here; arguments are those that the ops have checked."""
+
+from lacfast.ops.cpu.gae import gae, gae_backward
+from lacfast.ops.cpu.gaussian_step import gaussian_step
+from lacfast.ops.cpu.noise import normal_noise
+from lacfast.ops.cpu.ppo_loss import log_ratio_backward, log_ratio_forward, ppo_loss_forward
+
+__all__ = [
+    "gae",
+    "gae_backward",
+    "gaussian_step",
+    "log_ratio_backward",
+    "log_ratio_forward",
+    "normal_noise",
+    "ppo_loss_forward",
+]
