@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lacfast.backbones import load_backbone
+    from lacfast.backbones import PipelineSettings, load_backbone
     from lacfast.config import (
         CriticConfig,
+        LoRAConfig,
         PPOConfig,
         SamplerConfig,
         SteeringConfig,
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "CriticConfig": "config",
     "LatentActorCriticTrainer": "trainer",
+    "LoRAConfig": "config",
     "PPOConfig": "config",
+    "PipelineSettings": "backbones",
     "ValuePretrainingConfig": "config",
     "SamplerConfig": "config",
     "SteeringConfig": "config",
@@ -39,7 +42,9 @@ _HOMES = {
 __all__ = [
     "CriticConfig",
     "LatentActorCriticTrainer",
+    "LoRAConfig",
     "PPOConfig",
+    "PipelineSettings",
     "SamplerConfig",
     "SteeringConfig",
     "TrainConfig",

@@ -6,21 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class WeightAverage:
     """average <- decay average + (1 - decay) weights, once per iteration. All copies are in place."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = model
+    def __init__(self, live: Mapping[str, Tensor], decay: float) -> None:
+        """`live`: the tensors that training changes, see Backbone.policy_state."""
+        self.live = live
         self.decay = decay
-        self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self.weights = {name: tensor.detach().clone() for name, tensor in live.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the model's weights of today."""
-        for name, tensor in self.model.state_dict().items():
+        for name, tensor in self.live.items():
             if tensor.is_floating_point():
                 self.weights[name].lerp_(tensor, 1 - self.decay)
             else:
@@ -33,12 +34,12 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the model has the averaged weights, at the addresses that it had."""
-        own = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        _copy(self.model.state_dict(), self.weights)
+        own = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        _copy(self.live, self.weights)
         try:
             yield
         finally:
-            _copy(self.model.state_dict(), own)
+            _copy(self.live, own)
 
 
 @torch.no_grad()

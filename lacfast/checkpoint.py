@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lacfast.config import CriticConfig
 from lacfast.critic import Critic, build_critic
@@ -73,16 +73,15 @@ def read_critic(backbone: Backbone, directory: Path) -> Critic | None:
     description = json.loads((directory / CRITIC_CONFIG).read_text(encoding="utf-8"))
     critic = build_critic(backbone, description["num_rewards"], CriticConfig(**description["config"]))
     if critic is not None:
-        load_in_place(critic, load_file(directory / CRITIC_WEIGHTS), f"critic in {directory}")
+        load_in_place(critic.state_dict(), load_file(directory / CRITIC_WEIGHTS), f"critic in {directory}")
     return critic
 
 
-def require_same_shapes(module: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """
     Raises:
         ValueError: naming the first tensor that is missing, unknown or of another shape.
     """
-    own = module.state_dict()
     for name in [*own, *saved]:
         found = tuple(saved[name].shape) if name in saved else "nothing"
         wanted = tuple(own[name].shape) if name in own else "nothing"
@@ -93,11 +92,11 @@ def require_same_shapes(module: nn.Module, saved: dict[str, Tensor], what: str) 
             )
 
 
-def load_in_place(module: nn.Module, saved: dict[str, Tensor], what: str) -> None:
+def load_in_place(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:
     """Copy weights into the tensors that exist, so that their addresses stay what a captured graph knows."""
-    require_same_shapes(module, saved, what)
+    require_same_shapes(own, saved, what)
     with torch.no_grad():
-        for name, tensor in module.state_dict().items():
+        for name, tensor in own.items():
             tensor.copy_(saved[name])
 
 
@@ -121,17 +120,16 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def load_weights(backbone: Backbone, directory: Path) -> None:
-    """Model and critic in place from save_run.
+    """Policy and critic in place from save_run.
 
     Raises:
         ValueError: when one does not fit; both are checked before either is changed.
     """
-    model: Any = backbone.model
-    saved_model = type(model).from_pretrained(directory / "model").state_dict()
+    policy, saved_policy = backbone.policy_state(), backbone.read_policy(directory)
+    critic = {} if backbone.critic is None else backbone.critic.state_dict()
     has_critic = (directory / CRITIC_WEIGHTS).exists()
     saved_critic = load_file(directory / CRITIC_WEIGHTS) if has_critic else {}
-    require_same_shapes(model, saved_model, f"model in {directory}")
-    require_same_shapes(backbone.critic or nn.Module(), saved_critic, f"critic in {directory}")
-    load_in_place(model, saved_model, f"model in {directory}")
-    if backbone.critic is not None:
-        load_in_place(backbone.critic, saved_critic, f"critic in {directory}")
+    require_same_shapes(policy, saved_policy, f"model in {directory}")
+    require_same_shapes(critic, saved_critic, f"critic in {directory}")
+    load_in_place(policy, saved_policy, f"model in {directory}")
+    load_in_place(critic, saved_critic, f"critic in {directory}")

@@ -106,7 +106,9 @@ class Critic(nn.Module):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
-        taps = self.trunk(features, sample, timestep, conditioning)
+        dtype = self.trunk.compute_dtype
+        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            taps = self.trunk(features, sample, timestep, conditioning)
         return self.head([tap.float() for tap in taps], timestep)  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lacfast.config import CriticConfig, SamplerConfig
@@ -27,6 +28,8 @@ class Trunk(nn.Module):
 
     tap_dims: tuple[int, ...]
     """D of each tap that `forward` returns."""
+    compute_dtype: torch.dtype = torch.float32
+    """The critic runs `forward` under autocast to this dtype; the trunk's own weights stay float32."""
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         """Within the context, a forward of `model` fills the returned dict with this trunk's features."""
@@ -50,17 +53,20 @@ class Backbone(Protocol):
     """A diffusion model with its prompt encoder and image codec, implemented in lacfast.backbones."""
 
     model: nn.Module
-    """What is trained."""
+    """What is trained, whole or by adapters in it."""
     latent_shape: tuple[int, ...]
-    """(C, H, W)"""
+    """(C, H, W), or (L, D) where the family packs its latents."""
     critic: Critic | None
     """Its value function; the trainer makes one, load_backbone loads one."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...) of the prompts."""
 
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """Conditioning (B, ...) of `count` samples without a prompt, for classifier-free guidance."""
+
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Model output (B, ...) of noisy latents (B, ...) at timesteps (B,) float32."""
+        """Model output (B, ...) in the dtype of the noisy latents (B, ...), at timesteps (B,) float32."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1] of clean latents."""
@@ -71,18 +77,33 @@ class Backbone(Protocol):
     def build_trunk(self, config: CriticConfig) -> Trunk:
         """A new trunk for a critic of this model."""
 
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's optimizer moves: all weights, or those of the policy's LoRA."""
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """The live tensors that a checkpoint of the policy holds, by diffusers' names without adapters."""
+
+    def frozen_reference(self) -> Backbone:
+        """The policy of today for the KL: the same model without its LoRA, or else a frozen copy."""
+
     def save_pretrained(self, directory: Path) -> None:
-        """Write what `load_backbone` reads."""
+        """Write what `load_backbone` and plain diffusers read."""
+
+    def read_policy(self, directory: Path) -> dict[str, Tensor]:
+        """The `policy_state` in a directory that `save_pretrained` wrote."""
 
 
 class PromptEncoder(Protocol):
     """Text to embeddings."""
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token embeddings (B, L, D) and a pooled embedding (B, P)."""
+        """Token embeddings (B, L, D) and a pooled embedding (B, P); P = 0 where the family has none."""
 
-    def save_pretrained(self, directory: Path) -> None:
-        """Write what the class's `from_pretrained` reads."""
+    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+        """The same, with B = 1, of what classifier-free guidance puts in a prompt's place."""
+
+    def free(self) -> None:
+        """Give back the memory of the weights; nothing is encoded afterwards."""
 
 
 class LatentCodec(Protocol):
@@ -90,6 +111,3 @@ class LatentCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1]."""
-
-    def save_pretrained(self, directory: Path) -> None:
-        """Write what the class's `from_pretrained` reads."""

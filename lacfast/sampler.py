@@ -7,6 +7,7 @@ the transition table, the timesteps, the seed and the sample ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,18 @@ def begin(buffers: SamplerBuffers) -> None:
     buffers.step.zero_()
 
 
+@dataclass(frozen=True)
+class PolicyOutput:
+    """The forwards of one state, before guidance."""
+
+    output: Tensor
+    """(B, ...) with the prompt."""
+    uncond_output: Tensor | None
+    """(B, ...) without it, None without guidance."""
+    features: Features
+    """What the critic reads of the conditional forward, (B, ...) each; empty without a critic."""
+
+
 def policy_output(
     backbone: Backbone,
     sample: Tensor,
@@ -96,16 +109,25 @@ def policy_output(
     uncond_conditioning: Conditioning | None,
     *,
     cfg_grad: str = "cond",
-) -> tuple[Tensor, Tensor | None]:
-    """Conditional and, with guidance, unconditional output (B, ...).
+    critic: Critic | None = None,
+    detach: bool = True,
+) -> PolicyOutput:
+    """Conditional and, with guidance, unconditional output.
 
-    With cfg_grad="cond" the latter has no gradient.
+    Args:
+        cfg_grad: with "cond" the unconditional output has no gradient, with "both" it has.
+        critic: whose features to record. They come from the conditional forward alone.
+        detach: cut the features off the actor's graph.
     """
-    output = backbone.predict(sample, timestep, conditioning)
+    recording: AbstractContextManager[Features] = (
+        nullcontext({}) if critic is None else critic.record(backbone.model, detach=detach)
+    )
+    with recording as features:
+        output = backbone.predict(sample, timestep, conditioning)
     if uncond_conditioning is None:
-        return output, None
+        return PolicyOutput(output, None, features)
     with torch.set_grad_enabled(torch.is_grad_enabled() and cfg_grad == "both"):
-        return output, backbone.predict(sample, timestep, uncond_conditioning)
+        return PolicyOutput(output, backbone.predict(sample, timestep, uncond_conditioning), features)
 
 
 @torch.no_grad()
@@ -114,24 +136,17 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
     batch = buffers.sample.shape[0]
     steps = buffers.step.expand(batch).contiguous()
     timestep = buffers.timesteps.index_select(0, steps)
-    features: Features = {}
-    if critic is None:
-        output, uncond_output = policy_output(
-            backbone, buffers.sample, timestep, buffers.conditioning, buffers.uncond_conditioning
-        )
-    else:
-        # The critic reads the conditional forward, so it records that one alone.
-        with critic.record(backbone.model) as features:
-            output = backbone.predict(buffers.sample, timestep, buffers.conditioning)
-        uncond_output = None
-        if buffers.uncond_conditioning is not None:
-            uncond_output = backbone.predict(buffers.sample, timestep, buffers.uncond_conditioning)
-        values = critic(features, buffers.sample, timestep, buffers.conditioning)
+    forward = policy_output(
+        backbone, buffers.sample, timestep, buffers.conditioning, buffers.uncond_conditioning, critic=critic
+    )
+    if critic is not None:
+        values = critic(forward.features, buffers.sample, timestep, buffers.conditioning)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
-    _store_features(buffers, features)
+    _store_features(buffers, forward.features)
+    uncond_output = forward.uncond_output
     result = ops.gaussian_step(
         buffers.sample,
-        output.contiguous(),
+        forward.output.contiguous(),
         buffers.coefficients,
         steps,
         noise=buffers.noise,
@@ -183,7 +198,7 @@ def sample_rollout(
             "they must match"
         )
     conditioning = backbone.encode_prompts(prompts)
-    uncond_conditioning = backbone.encode_prompts([""] * len(prompts)) if guidance_scale > 1 else None
+    uncond_conditioning = backbone.encode_unconditional(len(prompts)) if guidance_scale > 1 else None
     buffers = SamplerBuffers.allocate(
         table,
         backbone.latent_shape,

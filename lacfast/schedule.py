@@ -236,6 +236,7 @@ def from_scheduler(
     noise_level: float,
     *,
     window: Window | None = None,
+    sigmas: Tensor | None = None,
     mu: float | None = None,
 ) -> TransitionTable:
     """The table that makes the same steps as a diffusers scheduler, which is not modified.
@@ -244,9 +245,10 @@ def from_scheduler(
         scheduler: FlowMatchEulerDiscreteScheduler, DDIMScheduler or DDPMScheduler.
         num_steps: T.
         kind: a flow kind for FlowMatchEulerDiscrete, "ddim" for DDIM and DDPM, "ddpm" for DDPM with its
-            own variance.
+            own variance; "ode" for all, which is DDIM without noise.
         noise_level: eta of the kind; for "ddpm" 1.
         window: (start, stop) steps that are stochastic. None: all.
+        sigmas: (T,) noise levels before any shift, for a FlowMatchEulerDiscrete. None: its own.
         mu: shift of a FlowMatchEulerDiscrete with dynamic shifting.
 
     Raises:
@@ -256,8 +258,8 @@ def from_scheduler(
     name = type(scheduler).__name__
     known = {
         "FlowMatchEulerDiscreteScheduler": tuple(FLOW_KINDS),
-        "DDIMScheduler": ("ddim",),
-        "DDPMScheduler": ("ddim", "ddpm"),
+        "DDIMScheduler": ("ddim", "ode"),
+        "DDPMScheduler": ("ddim", "ddpm", "ode"),
     }
     if name not in known:
         raise ValueError(f"no transition table for {name}; known schedulers: {', '.join(known)}")
@@ -265,7 +267,7 @@ def from_scheduler(
         raise ValueError(f"{name} cannot run sampler kind {kind!r}; known: {', '.join(known[name])}")
     own = type(scheduler).from_config(scheduler.config)
     if name == "FlowMatchEulerDiscreteScheduler":
-        return _from_flow_match(own, num_steps, kind, noise_level, window, mu)
+        return _from_flow_match(own, num_steps, kind, noise_level, window, sigmas, mu)
     for setting in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
         if own.config.get(setting, False):
             raise ValueError(
@@ -273,19 +275,33 @@ def from_scheduler(
                 f"use {name}.from_config(scheduler.config, {setting}=False)"
             )
     own.set_timesteps(num_steps)
+    if kind == "ode" and noise_level != 0:
+        raise ValueError(
+            f"the ode sampler draws no noise, got noise_level={noise_level}; use 'ddim' to explore"
+        )
     return (
-        _from_ddim(own, kind, noise_level, window) if kind == "ddim" else _from_ddpm(own, noise_level, window)
+        _from_ddpm(own, noise_level, window) if kind == "ddpm" else _from_ddim(own, kind, noise_level, window)
     )
 
 
 def _from_flow_match(
-    scheduler: Any, num_steps: int, kind: str, noise_level: float, window: Window | None, mu: float | None
+    scheduler: Any,
+    num_steps: int,
+    kind: str,
+    noise_level: float,
+    window: Window | None,
+    sigmas: Tensor | None,
+    mu: float | None,
 ) -> TransitionTable:
     if scheduler.config.get("invert_sigmas", False):
         raise ValueError(
             "invert_sigmas=True runs time backwards; set invert_sigmas=False in the scheduler's config"
         )
-    scheduler.set_timesteps(num_steps, mu=mu) if mu is not None else scheduler.set_timesteps(num_steps)
+    shift = {} if mu is None else {"mu": mu}
+    if sigmas is None:
+        scheduler.set_timesteps(num_steps, **shift)
+    else:
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), **shift)
     table = flow_table(kind, scheduler.sigmas.double(), noise_level, window=window)
     return TransitionTable(
         table.kind, table.a, table.b, table.std, scheduler.timesteps.float().cpu(), table.sigmas

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -85,12 +84,12 @@ class LatentActorCriticTrainer:
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         self.table = backbone.transition_table(self.config.sampler)
         self._require_trainable()
-        backbone.model.requires_grad_(True)
         self._attach_critic()
         self.normalizer = RewardNormalizer.create(len(self.rewards.names))
-        self.reference = self._frozen_copy() if self.config.ppo.kl_weight > 0 else None
-        self.policy_optimizer = policy_optimizer(backbone.model, self.config.ppo)
-        self.average = WeightAverage(backbone.model, self.config.ema_decay) if self.config.ema_decay else None
+        self.reference = backbone.frozen_reference() if self.config.ppo.kl_weight > 0 else None
+        self.policy_optimizer = policy_optimizer(backbone.policy_parameters(), self.config.ppo)
+        decay = self.config.ema_decay
+        self.average = WeightAverage(backbone.policy_state(), decay) if decay else None
         self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
         self.log = MetricsLog(metrics_path)
         self.iteration = 0
@@ -128,11 +127,6 @@ class LatentActorCriticTrainer:
                 f"rewards {self.rewards.names} and {config.critic} do not fit it. Train with the critic's "
                 "own, or set backbone.critic = None for a new one"
             )
-
-    def _frozen_copy(self) -> Backbone:
-        frozen = copy.copy(self.backbone)
-        frozen.model = copy.deepcopy(self.backbone.model).requires_grad_(False)
-        return frozen
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
@@ -391,6 +385,6 @@ class LatentActorCriticTrainer:
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         if self.average is not None:
-            self.average.load(state["average"] or self.backbone.model.state_dict())
+            self.average.load(state["average"] or self.backbone.policy_state())
         self.normalizer = RewardNormalizer(**state["normalizer"])
         self.iteration, self.images = state["iteration"], state["images"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,9 @@ from lacfast import ops
 from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
-from lacfast.protocols import Backbone
+from lacfast.protocols import Backbone, Features
 from lacfast.records import PPOStats, Rollout, TransitionTable
-from lacfast.sampler import policy_output
+from lacfast.sampler import PolicyOutput, policy_output
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def minibatches(
     return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
 
 
-def policy_optimizer(model: nn.Module, config: PPOConfig) -> torch.optim.AdamW:
-    """AdamW over the actor's weights."""
+def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW over the actor's trained weights, see Backbone.policy_parameters."""
     return torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=config.policy_learning_rate,
         betas=config.betas,
         eps=config.adam_eps,
@@ -112,17 +112,20 @@ def policy_step(
     coefficients = rollout.table.coefficients(rollout.latents.device)
     clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
     weights = step_weights(rollout.table, balanced=config.balance_steps).to(coefficients)
+    # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
+    critic = backbone.critic
+    joint = critic if critic is not None and critic.config.trunk == "joint" else None
     stats, losses = [], []
     for part in pairs.split(config.microbatch_size):
-        output = _guided_output(backbone, rollout, part, config.cfg_grad, guidance_scale)
+        forward = _policy_output(backbone, rollout, part, config.cfg_grad, joint)
         with torch.no_grad():
             reference_output = (
                 None
                 if reference is None
-                else _guided_output(reference, rollout, part, "cond", guidance_scale)
+                else _guided(_policy_output(reference, rollout, part, "cond"), guidance_scale)
             )
         loss, part_stats = ops.ppo_loss(
-            output,
+            _guided(forward, guidance_scale),
             rollout.model_outputs[part.steps, part.rows],
             advantages.policy[part.position, part.rows],
             coefficients,
@@ -133,13 +136,16 @@ def policy_step(
             reference_output=reference_output,
             kl_weight=config.kl_weight,
         )
+        if joint is not None:
+            values = critic_values(joint, rollout, part, forward.features)
+            value_loss = nn.functional.mse_loss(values, advantages.targets[part.rows])
+            loss = loss + joint.config.joint_weight * value_loss
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)
         stats.append(part_stats)
-    norm = _require_finite(
-        "policy", nn.utils.clip_grad_norm_(backbone.model.parameters(), config.max_grad_norm)
-    )
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = _require_finite("policy", nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
     optimizer.step()
     return _concatenate(stats), torch.stack(losses).sum(), norm
 
@@ -152,18 +158,22 @@ def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
     return weights / weights[table.trainable_steps].mean()
 
 
-def _guided_output(
-    backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, guidance_scale: float
-) -> Tensor:
+def _policy_output(
+    backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, critic: Critic | None = None
+) -> PolicyOutput:
     sample = rollout.latents[pairs.steps, pairs.rows]
     timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
     uncond = None if rollout.uncond_conditioning is None else rollout.uncond_conditioning.select(pairs.rows)
-    output, uncond_output = policy_output(
-        backbone, sample, timestep, rollout.conditioning.select(pairs.rows), uncond, cfg_grad=cfg_grad
+    conditioning = rollout.conditioning.select(pairs.rows)
+    return policy_output(
+        backbone, sample, timestep, conditioning, uncond, cfg_grad=cfg_grad, critic=critic, detach=False
     )
-    if uncond_output is None:
-        return output.contiguous()
-    return (uncond_output + guidance_scale * (output - uncond_output)).contiguous()
+
+
+def _guided(forward: PolicyOutput, guidance_scale: float) -> Tensor:
+    cond, uncond = forward.output, forward.uncond_output
+    guided = cond if uncond is None else uncond + guidance_scale * (cond - uncond)
+    return guided.contiguous()
 
 
 def _concatenate(stats: list[PPOStats]) -> PPOStats:
@@ -180,9 +190,13 @@ def all_states(rollout: Rollout) -> Pairs:
     return all_pairs(torch.arange(rollout.table.num_steps, device=rollout.latents.device), rollout.batch_size)
 
 
-def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs) -> Tensor:
-    """Values (P, M) of the rollout's states, on the features kept from it."""
-    features = {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
+def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
+    """What the rollout kept for the critic of these pairs, name -> (P, ...)."""
+    return {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
+
+
+def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs, features: Features) -> Tensor:
+    """Values (P, M) of the rollout's states on `features` (P, ...) of the actor."""
     sample = rollout.latents[pairs.steps, pairs.rows]
     timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
     values: Tensor = critic(features, sample, timestep, rollout.conditioning.select(pairs.rows))
@@ -196,7 +210,8 @@ def critic_step(
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for part in pairs.split(config.microbatch_size):
-        loss = nn.functional.mse_loss(critic_values(critic, rollout, part), targets[part.rows])
+        values = critic_values(critic, rollout, part, kept_features(rollout, part))
+        loss = nn.functional.mse_loss(values, targets[part.rows])
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)

@@ -63,7 +63,7 @@ def test_an_untrained_branch_continues_the_actor_exactly(backbone) -> None:
     trunk = backbone.branch_trunk(1)
     block = "transformer_blocks.2" if hasattr(backbone.model, "transformer_blocks") else "up_blocks.0"
 
-    def read(args, kwargs, output):
+    def read(arguments, output):
         tokens = output[1] if isinstance(output, tuple) else output.flatten(2).mT
         return {"actor": tokens}
 
@@ -120,7 +120,7 @@ def test_taps_lie_at_the_thirds_of_the_depth() -> None:
 
 def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
     backbone = tiny_backbone("dit")
-    missing = Tap("blocks.9", lambda args, kwargs, output: {})
+    missing = Tap("blocks.9", lambda arguments, output: {})
     message = r"no module 'blocks\.9' to tap; known at that depth: .*transformer_blocks\.0"
     with pytest.raises(ValueError, match=message), record_taps(backbone.model, [missing]):
         pass
@@ -128,7 +128,7 @@ def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
         build_critic(backbone, 1, CriticConfig(num_blocks=9))
     with pytest.raises(ValueError, match="no backbone for Linear; known: SD3Transformer2DModel"):
         adapt(nn.Linear(1, 1), backbone.prompt_encoder, backbone.codec, latent_shape=(1, 1, 1))
-    with pytest.raises(ValueError, match=r"holds no model/config\.json"):
+    with pytest.raises(ValueError, match=r"holds no model_index\.json, model/config\.json"):
         load_backbone(tmp_path)
     backbone.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"no config\.json in .*text; give a directory written by"):

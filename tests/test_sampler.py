@@ -127,9 +127,10 @@ def test_seed_and_sample_id_change_the_noise() -> None:
 def test_guidance_of_equal_halves_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("dit")
     plain = rollout_of(backbone, PROMPTS[:2], range(2))
-    encode = backbone.encode_prompts
     # The unconditional prompt is replaced by the conditional one: v + s (v - v) = v.
-    monkeypatch.setattr(backbone, "encode_prompts", lambda prompts: encode([PROMPTS[0], PROMPTS[1]]))
+    monkeypatch.setattr(
+        backbone, "encode_unconditional", lambda count: backbone.encode_prompts(PROMPTS[:count])
+    )
     guided = rollout_of(backbone, PROMPTS[:2], range(2), guidance_scale=5.0)
     torch.testing.assert_close(plain.latents, guided.latents)
     assert guided.uncond_conditioning is not None

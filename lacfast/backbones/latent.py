@@ -1,21 +1,33 @@
-"""What all latent diffusion backbones share: prompt encoder, image codec, schedule, saving."""
+"""What all backbones share: prompts, decoding, schedule, the trained weights and their dtype.
+
+Dtypes: latents and steps are float32. Trained weights are float32, frozen ones have `dtype`, and the model
+runs in `dtype`: a frozen base by its weights (LoRA casts its own where they are used), a trained one under
+autocast. Outside `predict` and the critic's trunk no autocast is on.
+"""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lacfast import schedule
-from lacfast.backbones.trunks import CopyTrunk, SharedTrunk
-from lacfast.config import CriticConfig, SamplerConfig
+from lacfast.backbones import lora as adapters
+from lacfast.backbones.prompt_cache import PromptCache
+from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
+from lacfast.config import CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic import Critic
 from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
 from lacfast.records import Conditioning, TransitionTable
+
+if TYPE_CHECKING:
+    from lacfast.backbones.storage import Storage
 
 
 class LatentBackbone(ABC):
@@ -24,6 +36,9 @@ class LatentBackbone(ABC):
     A family says how its model is called and cut.
     """
 
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Ends of the names of the modules that LoRA adapts by default: the attention's projections."""
+
     def __init__(
         self,
         model: Any,
@@ -31,28 +46,49 @@ class LatentBackbone(ABC):
         codec: LatentCodec,
         *,
         latent_shape: tuple[int, ...],
+        storage: Storage,
         scheduler: Any = None,
+        lora: LoRAConfig | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
-            model: the family's diffusers model.
+            model: the family's diffusers model, which gets the adapter and its dtype in place.
             prompt_encoder: text to embeddings; frozen.
             codec: latents to images; frozen.
-            latent_shape: (C, H, W).
+            latent_shape: (C, H, W), or (L, D) for packed latents.
+            storage: how it is written.
             scheduler: a diffusers scheduler that gives the noise levels. None: flow matching with
                 SamplerConfig.shift.
+            lora: train this adapter and freeze the rest. None: train all weights.
+            dtype: that the model runs in. None: the model's.
         """
-        self.model = model
-        self.prompt_encoder = prompt_encoder
+        self.dtype: torch.dtype = dtype or model.dtype
+        self.lora = lora
+        self.model = model.eval().requires_grad_(False)
+        weights_dtype = torch.float32 if lora is None else self.dtype
+        if model.dtype != weights_dtype:
+            model.to(weights_dtype)
+        self.prompts = PromptCache(prompt_encoder)
         self.codec = codec
         self.latent_shape = latent_shape
+        self.storage = storage
         self.scheduler = scheduler
         self.critic: Critic | None = None
+        self._without_adapter = False
+        if lora is not None:
+            adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
+        for parameter in self.policy_parameters():
+            parameter.requires_grad_(True)
 
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    @property
+    def prompt_encoder(self) -> PromptEncoder:
+        return self.prompts.encoder
 
     @abstractmethod
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
@@ -62,7 +98,7 @@ class LatentBackbone(ABC):
     def predict_with(
         self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Output (B, C, H, W) of `model`, this family's class."""
+        """Output (B, ...) of `model`, this family's class."""
 
     @abstractmethod
     def shared_trunk(self) -> SharedTrunk:
@@ -72,27 +108,65 @@ class LatentBackbone(ABC):
     def branch_trunk(self, num_blocks: int) -> Trunk:
         """Own copies of the last `num_blocks` blocks on the actor's lower features."""
 
+    def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
+        """What the family's pipeline gives its scheduler besides the number of steps."""
+        return {}
+
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.predict_with(self.model, sample, timestep, conditioning)
+        switch: AbstractContextManager[None] = nullcontext()
+        if self._without_adapter:
+            switch = adapters.activated(self.model, None)
+        is_mixed = self.lora is None and self.dtype != torch.float32
+        with switch, torch.autocast(sample.device.type, dtype=self.dtype, enabled=is_mixed):
+            output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
+        return output.to(sample.dtype)
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
+        trunk = self._trunk(config)
+        trunk.compute_dtype = self.dtype
+        return trunk
+
+    def _trunk(self, config: CriticConfig) -> Trunk:
         if config.trunk == "shared":
             return self.shared_trunk()
+        if config.trunk == "joint":
+            return JointTrunk(self.shared_trunk())
         if config.trunk == "copy":
             return CopyTrunk(self.model, self.shared_trunk(), self.predict_with)
+        if config.trunk == "lora":
+            own = LoRAConfig(
+                rank=config.lora_rank, target_modules=None if self.lora is None else self.lora.target_modules
+            )
+            weights = adapters.add_adapter(self.model, adapters.CRITIC, own, self.lora_targets)
+            return LoRATrunk(self.model, weights, self.shared_trunk(), self.predict_with)
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
+        if config.trunk == "latent_net":
+            tokens = next(iter(self.encode_unconditional(1).tensors.values()))
+            return LatentNetTrunk(self.latent_shape, tokens.shape[-1], config.hidden_dim)
         raise ValueError(
-            f"critic trunk {config.trunk!r} has no value function to build; use 'branch', 'shared' or 'copy'"
+            f"critic trunk {config.trunk!r} has no value function to build; use 'branch', 'shared', 'joint', "
+            "'lora', 'copy' or 'latent_net'"
         )
 
-    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); every distinct prompt is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        index = {prompt: row for row, prompt in enumerate(distinct)}
-        rows = torch.tensor([index[prompt] for prompt in prompts], device=self.device)
-        return self.conditioning(*self.prompt_encoder.encode(distinct)).to(self.device).select(rows)
+        return self._conditioning(*self.prompts.fetch(prompts))
+
+    def encode_unconditional(self, count: int) -> Conditioning:
+        """Conditioning (B, ...) without a prompt, or with the negative one."""
+        return self._conditioning(*self.prompts.fetch_unconditional(count))
+
+    def _conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
+        return self.conditioning(tokens.to(self.device, self.dtype), pooled.to(self.device, self.dtype))
+
+    def free_text_encoders(self, prompts: Sequence[str]) -> None:
+        """Encode every prompt of the run, keep the embeddings on the CPU and drop the text encoders.
+
+        Args:
+            prompts: all that will be sampled, held-out ones too.
+        """
+        self.prompts.free_encoder(prompts)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -107,13 +181,48 @@ class LatentBackbone(ABC):
                     "levels; set the shift in its config"
                 )
             return schedule.from_scheduler(
-                self.scheduler, config.num_steps, config.kind, config.noise_level, window=window
+                self.scheduler,
+                config.num_steps,
+                config.kind,
+                config.noise_level,
+                window=window,
+                **self.schedule_arguments(config.num_steps),
             )
         sigmas = schedule.uniform_sigmas(config.num_steps, shift=config.shift)
         return schedule.flow_table(config.kind, sigmas, config.noise_level, window=window)
 
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The LoRA's weights, or all but the critic's LoRA."""
+        trained = None if self.lora is None else adapters.POLICY
+        named = self.model.named_parameters()
+        return [parameter for name, parameter in named if adapters.adapter_of(name) == trained]
+
+    def policy_state(self) -> dict[str, Tensor]:
+        if self.lora is not None:
+            return adapters.adapter_state(self.model, adapters.POLICY)
+        return adapters.plain_state(self.model)
+
+    def frozen_reference(self) -> LatentBackbone:
+        """With LoRA the same weights without the adapter, which costs no memory; else a frozen copy."""
+        reference = copy.copy(self)
+        reference.critic = None
+        if self.lora is None:
+            reference.model = copy.deepcopy(self.model).requires_grad_(False)
+        else:
+            reference._without_adapter = True
+        return reference
+
+    def plain_model(self) -> Any:
+        """The model as diffusers knows it, on the same weights: without the critic's or any adapter."""
+        if not adapters.tuner_layers(self.model):
+            return self.model
+        with torch.device("meta"):
+            plain = type(self.model).from_config(self.model.config)
+        plain.load_state_dict(adapters.plain_state(self.model), assign=True)
+        return plain
+
     def save_pretrained(self, directory: Path) -> None:
-        """Write model/ in diffusers' own format, text/ and codec/."""
-        self.model.save_pretrained(directory / "model")
-        self.prompt_encoder.save_pretrained(directory / "text")
-        self.codec.save_pretrained(directory / "codec")
+        self.storage.write(self, directory)
+
+    def read_policy(self, directory: Path) -> dict[str, Tensor]:
+        return self.storage.read(self, directory)

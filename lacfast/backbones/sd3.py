@@ -1,14 +1,22 @@
-"""SD3's transformer (MMDiT): diffusers' SD3Transformer2DModel as actor and as critic trunk."""
+"""Stable Diffusion 3 and 3.5: diffusers' SD3Transformer2DModel (MMDiT) as actor and as critic trunk."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.lora import merged_copy
+from lacfast.backbones.pipelines import (
+    Embeddings,
+    PipelineFamily,
+    PipelineSettings,
+    dynamic_shift,
+    encoder_device,
+    latent_map,
+)
 from lacfast.backbones.taps import Tap, record_taps, thirds
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.protocols import Features, Trunk
@@ -17,6 +25,18 @@ from lacfast.records import Conditioning
 
 class SD3Backbone(LatentBackbone):
     """A velocity model on latents (C, H, W), conditioned on prompt tokens and a pooled embedding."""
+
+    # flow_grpo's choice for SD3.5: all projections of the joint attention.
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens, "pooled_projections": pooled})
@@ -35,11 +55,17 @@ class SD3Backbone(LatentBackbone):
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks)
 
+    def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
+        patch = self.model.config["patch_size"]
+        _, height, width = self.latent_shape
+        tokens = (height // patch) * (width // patch)
+        return dynamic_shift(self.scheduler, tokens, max_shift=1.16)
+
 
 def _block_output(block: int) -> Tap:
     """The image tokens (B, L, D) behind a block, which returns (prompt tokens, image tokens)."""
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
+    def read(arguments: dict[str, Any], output: Any) -> Features:
         return {f"block_{block}": output[1]}
 
     return Tap(f"transformer_blocks.{block}", read)
@@ -57,14 +83,13 @@ class BranchTrunk(Trunk):
             )
         self.first_block = depth - num_blocks
         self.blocks = nn.ModuleList(
-            copy.deepcopy(block) for block in model.transformer_blocks[self.first_block :]
+            merged_copy(block) for block in model.transformer_blocks[self.first_block :]
         )
-        self.blocks.requires_grad_(True)
         self.tap_dims = (model.inner_dim,) * (num_blocks + 1)
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
-        def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
-            return {name: kwargs[name] for name in ("hidden_states", "encoder_hidden_states", "temb")}
+        def read(arguments: dict[str, Any], output: Any) -> Features:
+            return {name: arguments[name] for name in ("hidden_states", "encoder_hidden_states", "temb")}
 
         return record_taps(model, [Tap(f"transformer_blocks.{self.first_block}", read)], detach=detach)
 
@@ -79,3 +104,42 @@ class BranchTrunk(Trunk):
             )
             taps.append(hidden)
         return taps
+
+
+class SD3Pipelines(PipelineFamily):
+    """StableDiffusion3Pipeline: SD3, SD3.5 medium and large."""
+
+    model_part = "transformer"
+    text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
+        tokens, _, pooled, _ = _encode_prompt(pipeline, prompts, settings, guided=False)
+        return tokens, pooled
+
+    def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
+        _, tokens, _, pooled = _encode_prompt(pipeline, [""], settings, guided=True)
+        return tokens, pooled
+
+    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+        config = pipeline.transformer.config
+        return latent_map(pipeline, config.in_channels, resolution, multiple=config.patch_size)
+
+    def backbone(
+        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
+    ) -> LatentBackbone:
+        return SD3Backbone(pipeline.transformer, latent_shape=map_shape, **shared)
+
+
+def _encode_prompt(
+    pipeline: Any, prompts: list[str], settings: PipelineSettings, *, guided: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    embeddings: tuple[Tensor, Tensor, Tensor, Tensor] = pipeline.encode_prompt(
+        prompt=prompts,
+        prompt_2=None,
+        prompt_3=None,
+        device=encoder_device(pipeline.text_encoder),
+        do_classifier_free_guidance=guided,
+        negative_prompt=settings.negative_prompts,
+        max_sequence_length=settings.max_sequence_length or 256,
+    )
+    return embeddings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from lacfast.protocols import Features
 
-ReadTap = Callable[[tuple[Any, ...], dict[str, Any], Any], Features]
-"""(positional arguments, keyword arguments, output) of a module's forward -> named tensors (B, ...)."""
+ReadTap = Callable[[dict[str, Any], Any], Features]
+"""(arguments by name, output) of a module's forward -> named tensors (B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ def record_taps(model: nn.Module, taps: Sequence[Tap], *, detach: bool = True) -
 
 def _hook(tap: Tap, features: Features, detach: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        for name, tensor in tap.read(args, kwargs, output).items():
+        # diffusers passes the same arguments by keyword, or by position under gradient checkpointing.
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        for name, tensor in tap.read(arguments, output).items():
             features[name] = tensor.detach() if detach else tensor
 
     return hook

@@ -1,14 +1,15 @@
-"""Critic trunks that every family shares: the actor's own taps, and a full copy of the actor."""
+"""Critic trunks that all families share: the actor's taps, adapters or a copy of it, a small net."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from torch import Tensor, nn
 
-from lacfast.backbones.taps import Tap, record_taps
+from lacfast.backbones import lora as adapters
+from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning
 
@@ -34,18 +35,29 @@ class SharedTrunk(Trunk):
         return [features[name] for name in self.names]
 
 
-class CopyTrunk(Trunk):
-    """A full copy of the actor, initialised from it, that reads the latents itself."""
+class JointTrunk(SharedTrunk):
+    """The actor's own activations; the policy's loss adds the value's, so its gradient enters the actor."""
 
-    def __init__(self, model: nn.Module, shared: SharedTrunk, predict: Predict) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(True)
-        self.shared = shared
-        self.predict = predict
-        self.tap_dims = shared.tap_dims
+    def __init__(self, shared: SharedTrunk) -> None:
+        super().__init__(dict(zip(shared.names, zip(shared.taps, shared.tap_dims, strict=True), strict=True)))
+
+
+class OwnForwardTrunk(Trunk):
+    """A trunk that reads the latents by a forward of its own and needs nothing of the actor's."""
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)
+
+
+class CopyTrunk(OwnForwardTrunk):
+    """A full copy of the actor, initialised from it."""
+
+    def __init__(self, model: nn.Module, shared: SharedTrunk, predict: Predict) -> None:
+        super().__init__()
+        self.model = adapters.merged_copy(model)
+        self.shared = shared
+        self.predict = predict
+        self.tap_dims = shared.tap_dims
 
     def forward(
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
@@ -54,3 +66,87 @@ class CopyTrunk(Trunk):
             self.predict(self.model, sample, timestep, conditioning)
         taps: list[Tensor] = self.shared(own_features, sample, timestep, conditioning)
         return taps
+
+
+class LoRATrunk(OwnForwardTrunk):
+    """The actor's base with the critic's own LoRA instead of the policy's."""
+
+    def __init__(
+        self, model: nn.Module, weights: list[nn.Parameter], shared: SharedTrunk, predict: Predict
+    ) -> None:
+        """`weights`: of the critic's adapter in `model`; they become the trunk's too."""
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+        # In a tuple, so that the base is no part of the critic's own weights.
+        self.base = (model,)
+        self.shared = shared
+        self.predict = predict
+        self.tap_dims = shared.tap_dims
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        (model,) = self.base
+        with (
+            adapters.activated(model, adapters.CRITIC),
+            _without_checkpointing(model),
+            self.shared.record(model, detach=False) as own_features,
+        ):
+            self.predict(model, sample, timestep, conditioning)
+        taps: list[Tensor] = self.shared(own_features, sample, timestep, conditioning)
+        return taps
+
+
+@contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Keep activations: a recomputation in the backward would run with the policy's adapter."""
+    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in switched:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+class LatentNetTrunk(OwnForwardTrunk):
+    """Two transformer layers on patches of the latent and the prompt's mean token: the control of trunks.
+
+    It knows nothing that the diffusion model learned.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], prompt_dim: int, dim: int) -> None:
+        super().__init__()
+        is_map = len(latent_shape) == 3
+        self.embed: nn.Module = (
+            nn.Conv2d(latent_shape[0], dim, kernel_size=2, stride=2)
+            if is_map
+            else nn.Linear(latent_shape[1], dim)
+        )
+        length = (latent_shape[1] // 2) * (latent_shape[2] // 2) if is_map else latent_shape[0]
+        self.position = nn.Parameter(0.02 * torch.randn(length, dim))
+        self.prompt = nn.Linear(prompt_dim, dim)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                dim,
+                nhead=max(dim // 32, 1),
+                dim_feedforward=2 * dim,
+                dropout=0.0,
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(2)
+        )
+        self.tap_dims = (dim,)
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        embedded = self.embed(sample)
+        tokens = (feature_map_tokens(embedded) if embedded.ndim == 4 else embedded) + self.position
+        prompt = self.prompt(conditioning.tensors["encoder_hidden_states"].to(sample.dtype).mean(dim=1))
+        hidden = torch.cat([prompt[:, None].to(tokens.dtype), tokens], dim=1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return [hidden]

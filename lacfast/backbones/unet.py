@@ -1,14 +1,22 @@
-"""Stable Diffusion's UNet: diffusers' UNet2DConditionModel as actor and as critic trunk."""
+"""Stable Diffusion 1.x and 2.x: diffusers' UNet2DConditionModel as actor and as critic trunk."""
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.lora import merged_copy
+from lacfast.backbones.pipelines import (
+    Embeddings,
+    PipelineFamily,
+    PipelineSettings,
+    ddim_scheduler,
+    encoder_device,
+    latent_map,
+)
 from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.protocols import Features, Trunk
@@ -17,6 +25,8 @@ from lacfast.records import Conditioning
 
 class UNetBackbone(LatentBackbone):
     """A model on latents (C, H, W) with cross-attention to prompt tokens."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens})
@@ -46,7 +56,7 @@ def _up_widths(model: Any) -> tuple[int, ...]:
 def _output_map(name: str) -> Tap:
     """The feature map behind a block, as tokens (B, H W, C)."""
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
+    def read(arguments: dict[str, Any], output: Any) -> Features:
         return {name: feature_map_tokens(output)}
 
     return Tap(name, read)
@@ -55,17 +65,15 @@ def _output_map(name: str) -> Tap:
 def _skips(level: int) -> Tap:
     """The down path's feature maps that an up block takes."""
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
-        return {
-            f"up_{level}_skip_{index}": skip for index, skip in enumerate(kwargs["res_hidden_states_tuple"])
-        }
+    def read(arguments: dict[str, Any], output: Any) -> Features:
+        skips = arguments["res_hidden_states_tuple"]
+        return {f"up_{level}_skip_{index}": skip for index, skip in enumerate(skips)}
 
     return Tap(f"up_blocks.{level}", read)
 
 
-def _down_path(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Features:
-    hidden, temb = args[:2]
-    return {"hidden_states": hidden, "temb": temb}
+def _down_path(arguments: dict[str, Any], output: Any) -> Features:
+    return {name: arguments[name] for name in ("hidden_states", "temb")}
 
 
 class BranchTrunk(Trunk):
@@ -79,9 +87,8 @@ class BranchTrunk(Trunk):
                 f"num_blocks={num_blocks} of the critic's branch exceeds the model's {depth} up blocks"
             )
         widths = _up_widths(model)
-        self.mid_block = copy.deepcopy(model.mid_block).requires_grad_(True)
-        self.up_blocks = nn.ModuleList(copy.deepcopy(block) for block in model.up_blocks[:num_blocks])
-        self.up_blocks.requires_grad_(True)
+        self.mid_block = merged_copy(model.mid_block)
+        self.up_blocks = nn.ModuleList(merged_copy(block) for block in model.up_blocks[:num_blocks])
         self.taps = [Tap("mid_block", _down_path)] + [_skips(level) for level in range(num_blocks)]
         self.tap_dims = (widths[0], *widths[:num_blocks])
 
@@ -109,3 +116,54 @@ def _run(block: Any, prompt: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:
         kwargs["encoder_hidden_states"] = prompt
     output: Tensor = block(*args, **kwargs)
     return output
+
+
+class SD15Pipelines(PipelineFamily):
+    """StableDiffusionPipeline: SD 1.x and 2.x, epsilon and v prediction."""
+
+    model_part = "unet"
+    text_parts = ("text_encoder",)
+
+    def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
+        tokens, _ = _encode_prompt(pipeline, prompts, settings, guided=False)
+        return tokens, _no_pooled(tokens)
+
+    def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
+        _, tokens = _encode_prompt(pipeline, [""], settings, guided=True)
+        return tokens, _no_pooled(tokens)
+
+    def scheduler(self, scheduler: Any) -> Any:
+        return ddim_scheduler(scheduler)
+
+    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+        return unet_latent_map(pipeline, resolution)
+
+    def backbone(
+        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
+    ) -> LatentBackbone:
+        return UNetBackbone(pipeline.unet, latent_shape=map_shape, **shared)
+
+
+def unet_latent_map(pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+    """(C, H, W); the UNet halves the map between its levels."""
+    config = pipeline.unet.config
+    return latent_map(
+        pipeline, config.in_channels, resolution, multiple=2 ** (len(config.block_out_channels) - 1)
+    )
+
+
+def _encode_prompt(
+    pipeline: Any, prompts: list[str], settings: PipelineSettings, *, guided: bool
+) -> tuple[Tensor, Tensor]:
+    embeddings: tuple[Tensor, Tensor] = pipeline.encode_prompt(
+        prompts,
+        device=encoder_device(pipeline.text_encoder),
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=guided,
+        negative_prompt=settings.negative_prompts,
+    )
+    return embeddings
+
+
+def _no_pooled(tokens: Tensor) -> Tensor:
+    return tokens.new_zeros((len(tokens), 0))

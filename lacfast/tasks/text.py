@@ -75,6 +75,13 @@ class WordEncoder(nn.Module):
         """
         return self.embed(self.indices(prompts))
 
+    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+        """Tokens (1, L, D) and pooled embedding (1, D) of no words, for classifier-free guidance."""
+        return self.encode([""])
+
+    def free(self) -> None:
+        """Nothing: the embeddings are small."""
+
     def embed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled embeddings (B, D) of word numbers (B, L)."""
         words = self.word(indices)

@@ -1,0 +1,280 @@
+"""load_backbone: from a diffusers pipeline, a directory or a hub id to what the trainer takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from lacfast.backbones.attention import set_attention_backend
+from lacfast.backbones.flux import FluxPipelines
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.pipelines import (
+    PipelineEncoder,
+    PipelineFamily,
+    PipelineSettings,
+    VAECodec,
+    prepare_vae,
+)
+from lacfast.backbones.sd3 import SD3Backbone, SD3Pipelines
+from lacfast.backbones.sdxl import SDXLPipelines
+from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
+from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
+from lacfast.checkpoint import load_in_place, read_critic
+from lacfast.config import CriticConfig, LoRAConfig
+from lacfast.critic import build_critic
+from lacfast.protocols import LatentCodec, PromptEncoder
+from lacfast.tasks.codec import PatchCodec
+from lacfast.tasks.pretraining import Pretrained
+from lacfast.tasks.text import WordEncoder
+
+PIPELINES: dict[str, PipelineFamily] = {
+    "StableDiffusionPipeline": SD15Pipelines(),
+    "StableDiffusionXLPipeline": SDXLPipelines(),
+    "StableDiffusion3Pipeline": SD3Pipelines(),
+    "FluxPipeline": FluxPipelines(),
+}
+"""diffusers' pipeline class -> how it is used. A new family is a file with such a class and an entry here."""
+
+MODELS: dict[str, type[LatentBackbone]] = {
+    "SD3Transformer2DModel": SD3Backbone,
+    "UNet2DConditionModel": UNetBackbone,
+}
+"""diffusers' model class -> adapter, for models that come without a pipeline."""
+
+
+def adapt(
+    model: Any,
+    prompt_encoder: PromptEncoder,
+    codec: LatentCodec,
+    *,
+    latent_shape: tuple[int, ...],
+    scheduler: Any = None,
+    lora: LoRAConfig | None = None,
+) -> LatentBackbone:
+    """The adapter of a diffusers model without a pipeline; arguments as LatentBackbone.
+
+    Raises:
+        ValueError: for a class without an adapter; the known ones are listed.
+    """
+    name = type(model).__name__
+    if name not in MODELS:
+        raise ValueError(f"no backbone for {name}; known: {', '.join(MODELS)}")
+    return MODELS[name](
+        model,
+        prompt_encoder,
+        codec,
+        latent_shape=latent_shape,
+        scheduler=scheduler,
+        storage=PartsStorage(),
+        lora=lora,
+    )
+
+
+def adapt_pretrained(
+    pretrained: Pretrained, *, device: str | torch.device = "cpu", lora: LoRAConfig | None = None
+) -> LatentBackbone:
+    """The adapter of a tiny pretrained model of the shapes task."""
+    model: Any = pretrained.model.to(device)
+    size = model.config["sample_size"]
+    return adapt(
+        model,
+        pretrained.text.to(device),
+        pretrained.codec.to(device),
+        latent_shape=(model.config["in_channels"], size, size),
+        lora=lora,
+    )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What load_backbone was asked for."""
+
+    device: str | torch.device | None
+    dtype: torch.dtype | None
+    lora: LoRAConfig | None
+    settings: PipelineSettings | None
+
+
+def load_backbone(
+    source: Any,
+    *,
+    critic: CriticConfig | None = None,
+    num_rewards: int = 1,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    lora: LoRAConfig | None = None,
+    attention_backend: str | None = None,
+    settings: PipelineSettings | None = None,
+    base: Any = None,
+) -> LatentBackbone:
+    """The backbone of a diffusers pipeline, or of a directory that was saved, with its critic if it has one.
+
+    Args:
+        source: a pipeline object (its model is trained in place), a directory of a pipeline, a directory
+            that trainer.save or save_backbone wrote, or a hub id. Known pipelines: StableDiffusionPipeline,
+            StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline.
+        critic: make a new critic of this configuration instead of loading one. The trainer makes one too.
+        num_rewards: heads of the new critic.
+        device: where to put the pipeline. None: where it is, the CPU for a directory.
+        dtype: that the model runs in; trained weights are float32 all the same. A directory's text encoders
+            and VAE are loaded in it. None: the pipeline's, float32 for a directory.
+        lora: train this adapter. None: all weights, or the adapter of a directory that was saved with one.
+        attention_backend: "sdpa", "xformers" or a name of diffusers' dispatcher. None: the model's own.
+        settings: resolution, negative prompt, decoder. None: the pipeline's own, or the saved ones.
+        base: the pipeline, directory or hub id that a saved LoRA belongs to, where it has moved.
+
+    Raises:
+        ValueError: for a source that is none of these, a pipeline without an adapter, or settings that
+            would be ignored.
+    """
+    request = _Request(device, dtype, lora, settings)
+    path = None if isinstance(source, DiffusionPipeline) else Path(source)
+    # diffusers draws weights before it loads them; the caller's random state is none of its business.
+    with torch.random.fork_rng(devices=[]):
+        if path is None:
+            backbone = _from_pipeline(source, request)
+        elif path.is_dir():
+            backbone = _from_directory(path, request, base)
+        else:
+            backbone = _from_pipeline(_open_pipeline(str(source), request), request)
+    if attention_backend is not None:
+        set_attention_backend(backbone.model, attention_backend)
+    if critic is not None:
+        backbone.critic = build_critic(backbone, num_rewards, critic)
+    elif path is not None:
+        backbone.critic = read_critic(backbone, path)
+    return backbone
+
+
+def _from_directory(path: Path, request: _Request, base: Any) -> LatentBackbone:
+    description = read_description(path)
+    if "pipeline" in description:
+        return _from_saved(path, description, request, base)
+    if (path / "model_index.json").exists():
+        return _from_pipeline(_open_pipeline(str(path), request), request)
+    if (path / "model" / "config.json").exists():
+        return _from_parts(path, saved_lora(description), request)
+    raise ValueError(
+        f"{path} holds no model_index.json, model/config.json or lacfast.json; pass a diffusers pipeline's "
+        "directory or one that trainer.save() or `lacfast demo` wrote"
+    )
+
+
+def _from_parts(path: Path, saved: LoRAConfig | None, request: _Request) -> LatentBackbone:
+    name = json.loads((path / "model" / "config.json").read_text(encoding="utf-8")).get(
+        "_class_name", "nothing"
+    )
+    if name not in MODELS:
+        raise ValueError(f"{path} holds a {name}, which has no backbone; known: {', '.join(MODELS)}")
+    if request.settings is not None:
+        raise ValueError(f"{path} holds no pipeline, so settings={request.settings} would be ignored")
+    text, codec = WordEncoder.from_pretrained(path / "text"), PatchCodec.from_pretrained(path / "codec")
+    model = getattr(diffusers, name).from_pretrained(path / "model")
+    backbone = adapt_pretrained(
+        Pretrained(model, text, codec, ()),
+        device=request.device or "cpu",
+        lora=_one_lora(saved, request.lora),
+    )
+    if saved is not None:
+        _load_policy(backbone, path)
+    return backbone
+
+
+def _from_saved(path: Path, description: dict[str, Any], request: _Request, base: Any) -> LatentBackbone:
+    """What PipelineStorage wrote: a whole pipeline, its model alone, or its LoRA."""
+    saved = saved_lora(description)
+    request = _Request(
+        request.device,
+        request.dtype or getattr(torch, description["dtype"]),
+        _one_lora(saved, request.lora),
+        request.settings or PipelineSettings(**description["settings"]),
+    )
+    if (path / "model_index.json").exists():
+        return _from_pipeline(_open_pipeline(str(path), request), request)
+    origin = base if base is not None else description["base"]
+    if origin is None:
+        raise ValueError(
+            f"{path} does not know the {description['pipeline']} that it was trained on; "
+            "pass that pipeline, its directory or its hub id as base="
+        )
+    pipeline = origin if isinstance(origin, DiffusionPipeline) else _open_pipeline(str(origin), request)
+    backbone = _from_pipeline(pipeline, request)
+    _load_policy(backbone, path)
+    return backbone
+
+
+def _load_policy(backbone: LatentBackbone, path: Path) -> None:
+    load_in_place(backbone.policy_state(), backbone.read_policy(path), f"model in {path}")
+
+
+def _one_lora(saved: LoRAConfig | None, asked: LoRAConfig | None) -> LoRAConfig | None:
+    if saved is not None and asked not in (None, saved):
+        raise ValueError(
+            f"the directory holds a LoRA of {saved}, so {asked} would be ignored; leave lora out"
+        )
+    return asked if saved is None else saved
+
+
+def _open_pipeline(name: str, request: _Request) -> Any:
+    """The pipeline of a directory or hub id, trained weights in float32."""
+    try:
+        class_name = DiffusionPipeline.load_config(name)["_class_name"]
+        dtypes: Any = request.dtype
+        if request.dtype is not None and request.lora is None:
+            dtypes = {_family(class_name).model_part: torch.float32, "default": request.dtype}
+        build: Any = DiffusionPipeline.from_pretrained
+        return build(name, torch_dtype=dtypes)
+    except OSError as error:
+        raise ValueError(
+            f"{name!r} is no directory and could not be loaded from the hub: {error}; pass a pipeline "
+            "object, a directory or a hub id like 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+        ) from error
+
+
+def _family(class_name: str) -> PipelineFamily:
+    if class_name not in PIPELINES:
+        raise ValueError(f"no backbone for {class_name}; known: {', '.join(PIPELINES)}")
+    return PIPELINES[class_name]
+
+
+def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
+    family = _family(type(pipeline).__name__)
+    settings = request.settings or PipelineSettings()
+    if request.device is not None:
+        pipeline.to(request.device)
+    for name in family.text_parts:
+        encoder: nn.Module | None = getattr(pipeline, name)
+        if encoder is not None:
+            encoder.eval().requires_grad_(False)
+    map_shape = family.latent_map(pipeline, settings.resolution or _default_resolution(pipeline, family))
+    return family.backbone(
+        pipeline,
+        settings,
+        map_shape,
+        prompt_encoder=PipelineEncoder(pipeline, family, settings),
+        codec=VAECodec(prepare_vae(pipeline.vae, settings), family, map_shape),
+        scheduler=family.scheduler(pipeline.scheduler),
+        storage=PipelineStorage(pipeline, family, settings, _origin(pipeline)),
+        lora=request.lora,
+        dtype=request.dtype,
+    )
+
+
+def _default_resolution(pipeline: Any, family: PipelineFamily) -> tuple[int, int]:
+    model = getattr(pipeline, family.model_part)
+    size = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
+
+
+def _origin(pipeline: Any) -> str | None:
+    """Directory or hub id that the pipeline was loaded from."""
+    name = pipeline.config.get("_name_or_path")
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name or None

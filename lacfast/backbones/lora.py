@@ -1,0 +1,159 @@
+"""LoRA through peft: the policy's and the critic's adapters on one base, float32 weights, no autocast.
+
+An adapter's weights are float32 whatever the base's dtype, and are cast where they are used, so that the
+forward runs in the base's dtype and AdamW's small steps are not rounded away.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lacfast.config import LoRAConfig
+
+POLICY = "policy"
+"""Name of the policy's adapter."""
+CRITIC = "critic"
+"""Name of the critic's adapter, for the critic trunk "lora"."""
+
+
+class MasterLinear(nn.Linear):
+    """A float32 projection that computes in its input's dtype."""
+
+    @staticmethod
+    def wrap(linear: nn.Linear) -> MasterLinear:
+        """The same weight in float32, as another module."""
+        with torch.device("meta"):
+            master = MasterLinear(linear.in_features, linear.out_features, bias=False)
+        master.weight = nn.Parameter(linear.weight.detach().float())
+        return master
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype))
+
+
+def tuner_layers(model: nn.Module) -> dict[str, Any]:
+    """peft's layers by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def add_adapter(
+    model: Any, name: str, config: LoRAConfig, default_targets: tuple[str, ...]
+) -> list[nn.Parameter]:
+    """Add a LoRA that starts as the identity; returns its float32 weights in the order of the modules.
+
+    Args:
+        model: a diffusers model; its other weights stay as they are.
+        name: POLICY or CRITIC; an adapter of that name is replaced.
+        config: rank, alpha and modules.
+        default_targets: the family's modules, where the config names none.
+
+    Raises:
+        ValueError: when no module of the model is named so.
+    """
+    targets = list(config.target_modules or default_targets)
+    if not any(_is_target(module_name, targets) for module_name, _ in model.named_modules()):
+        raise ValueError(
+            f"target_modules={targets} match no module of {type(model).__name__}; "
+            f"leave it out for the family's own: {list(default_targets)}"
+        )
+    if name in getattr(model, "peft_config", {}):
+        model.delete_adapters(name)
+    needs_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    settings: Any = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model.add_adapter(settings, adapter_name=name)
+    weights = []
+    for layer in tuner_layers(model).values():
+        if name in layer.lora_A:
+            weights += _keep_float32(layer, name)
+    # peft froze the other weights and the other adapters.
+    for parameter, needed in needs_gradient.items():
+        parameter.requires_grad_(needed)
+    activate(model, POLICY if POLICY in model.peft_config else None)
+    return weights
+
+
+def _is_target(module_name: str, targets: list[str]) -> bool:
+    return any(module_name == target or module_name.endswith(f".{target}") for target in targets)
+
+
+def _keep_float32(layer: Any, name: str) -> list[nn.Parameter]:
+    weights = []
+    for projections in (layer.lora_A, layer.lora_B):
+        if type(projections[name]) is nn.Linear:
+            projections[name] = MasterLinear.wrap(projections[name])
+            layer.cast_input_dtype_enabled = False
+        else:
+            # Convolutions keep peft's own rule: the adapter's path runs in float32.
+            projections[name].float()
+        weights.append(projections[name].weight)
+    return weights
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Make one adapter or none active. peft's own switch would also change what needs a gradient."""
+    for layer in tuner_layers(model).values():
+        layer._disable_adapters = name is None
+        layer._active_adapter = [] if name is None else [name]
+
+
+@contextmanager
+def activated(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within the context one adapter, or none, is active."""
+    layers = tuner_layers(model).values()
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    activate(model, name)
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def adapter_of(parameter_name: str) -> str | None:
+    """The adapter that a model's parameter belongs to: "...to_q.lora_A.policy.weight"."""
+    parts = parameter_name.split(".")
+    return parts[-2] if len(parts) > 2 and parts[-3] in ("lora_A", "lora_B") else None
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The adapter's live weights by peft's names without the adapter's: "...to_q.lora_A.weight"."""
+    return {
+        full_name.replace(f".{name}.", "."): parameter.data
+        for full_name, parameter in model.named_parameters()
+        if adapter_of(full_name) == name
+    }
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The live state dict as if there were no adapter."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if adapter_of(name) is None
+    }
+
+
+def merged_copy(module: nn.Module) -> Any:
+    """A trainable float32 copy of a module with the active adapter's change inside its weights."""
+    copied = copy.deepcopy(module).float()
+    for name, layer in tuner_layers(copied).items():
+        if not layer._disable_adapters:
+            layer.merge(adapter_names=layer._active_adapter)
+        parent, _, child = name.rpartition(".")
+        setattr(copied.get_submodule(parent), child, layer.get_base_layer())
+    return copied.requires_grad_(True)

@@ -1,0 +1,131 @@
+"""How a backbone lies on disk: a diffusers pipeline or LoRA, or the parts of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lacfast.backbones import lora as adapters
+from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.config import LoRAConfig
+
+if TYPE_CHECKING:
+    from lacfast.backbones.latent import LatentBackbone
+
+DESCRIPTION = "lacfast.json"
+"""What load_backbone needs beside diffusers' own files."""
+
+
+class Storage(Protocol):
+    """A format: what is written beside the critic and the trainer's state."""
+
+    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+        """Write the backbone into an existing directory."""
+
+    def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
+        """The `policy_state` that `write` left there."""
+
+
+class PartsStorage:
+    """model/, text/ and codec/, and the LoRA beside them: self-contained and small."""
+
+    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+        parts: dict[str, Any] = {
+            "model": backbone.plain_model(),
+            "text": backbone.prompt_encoder,
+            "codec": backbone.codec,
+        }
+        for name, part in parts.items():
+            part.save_pretrained(directory / name)
+        if backbone.lora is not None:
+            save_file(_contiguous(backbone.policy_state()), directory / LORA_WEIGHT_NAME_SAFE)
+            write_description(directory, lora=asdict(backbone.lora))
+
+    def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
+        if backbone.lora is not None:
+            return load_file(directory / LORA_WEIGHT_NAME_SAFE)
+        state: dict[str, Tensor] = type(backbone.model).from_pretrained(directory / "model").state_dict()
+        return state
+
+
+class PipelineStorage:
+    """What plain diffusers loads: `load_lora_weights` for LoRA, `from_pretrained` for all weights.
+
+    With LoRA only its weights are written. Without, the whole pipeline is; when its text encoders are freed,
+    the trained model alone, and the rest comes from `base` again.
+    """
+
+    def __init__(
+        self, pipeline: Any, family: PipelineFamily, settings: PipelineSettings, base: str | None
+    ) -> None:
+        """`base`: directory or hub id of the untrained pipeline, None when it has none."""
+        self.pipeline = pipeline
+        self.family = family
+        self.settings = settings
+        self.base = base
+
+    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+        part = self.family.model_part
+        if backbone.lora is not None:
+            arguments = {
+                f"{part}_lora_layers": _contiguous(backbone.policy_state()),
+                f"{part}_lora_adapter_metadata": backbone.model.peft_config[adapters.POLICY].to_dict(),
+            }
+            self.pipeline.save_lora_weights(directory, **arguments)
+        elif backbone.prompts.freed:
+            backbone.plain_model().save_pretrained(directory / part)
+        else:
+            self._write_pipeline(backbone.plain_model(), directory)
+        write_description(
+            directory,
+            pipeline=type(self.pipeline).__name__,
+            base=self.base,
+            settings=asdict(self.settings),
+            lora=None if backbone.lora is None else asdict(backbone.lora),
+            dtype=str(backbone.dtype).removeprefix("torch."),
+        )
+
+    def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
+        part = self.family.model_part
+        own = getattr(self.pipeline, part)
+        try:
+            setattr(self.pipeline, part, plain_model)
+            self.pipeline.save_pretrained(directory)
+        finally:
+            setattr(self.pipeline, part, own)
+
+    def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
+        part = self.family.model_part
+        if backbone.lora is not None:
+            prefix = f"{part}."
+            saved = load_file(directory / LORA_WEIGHT_NAME_SAFE)
+            return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+        state: dict[str, Tensor] = type(backbone.model).from_pretrained(directory / part).state_dict()
+        return state
+
+
+def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in state.items()}
+
+
+def write_description(directory: Path, **entries: Any) -> None:
+    (directory / DESCRIPTION).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """Empty when the directory has none."""
+    path = directory / DESCRIPTION
+    if not path.exists():
+        return {}
+    entries: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return entries
+
+
+def saved_lora(description: dict[str, Any]) -> LoRAConfig | None:
+    return None if description.get("lora") is None else LoRAConfig(**description["lora"])

@@ -1,0 +1,219 @@
+"""A backbone is its pipeline: prompts, sampling and decoding agree with diffusers' own call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import (
+    FAMILIES,
+    PROMPTS,
+    RESOLUTION,
+    load_pipeline,
+    saved_pipeline,
+    tiny_pipeline,
+    use_ddim,
+)
+from torch import Tensor
+
+from lacfast import PipelineSettings, SamplerConfig, load_backbone
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.records import NoiseKey
+from lacfast.sampler import sample_rollout
+
+SETTINGS = PipelineSettings(resolution=RESOLUTION)
+STEPS = 4
+
+
+def backbone_of(pipeline: Any, **arguments: Any) -> LatentBackbone:
+    return load_backbone(pipeline, settings=SETTINGS, **arguments)
+
+
+def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: float) -> tuple[Tensor, Tensor]:
+    """First latents and images of our sampler without noise."""
+    config = SamplerConfig(kind="ode", noise_level=0.0, num_steps=STEPS, guidance_scale=guidance_scale)
+    rollout = sample_rollout(
+        backbone,
+        None,
+        backbone.transition_table(config),
+        prompts,
+        [{}] * len(prompts),
+        NoiseKey.create(0, range(len(prompts))),
+        guidance_scale=guidance_scale,
+    )
+    return rollout.latents[0], backbone.decode(rollout.clean_latents)
+
+
+def own_call(pipeline: Any, prompts: list[str], latents: Tensor, guidance_scale: float) -> Tensor:
+    """Images of the pipeline's own __call__."""
+    arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
+    if type(pipeline).__name__ == "FluxPipeline":
+        # FLUX tells a distilled model its guidance; true_cfg_scale is the classifier-free one.
+        arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(prompts)}
+    images: Tensor = pipeline(
+        prompts,
+        height=RESOLUTION[0],
+        width=RESOLUTION[1],
+        num_inference_steps=STEPS,
+        latents=latents,
+        output_type="pt",
+        **arguments,
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_sampling_without_noise_gives_the_pipeline_s_own_images(family: str, guidance_scale: float) -> None:
+    pipeline = tiny_pipeline(family)
+    if hasattr(pipeline, "unet"):
+        use_ddim(pipeline)
+    latents, images = ode_images(backbone_of(pipeline), PROMPTS[:2], guidance_scale)
+    expected = own_call(pipeline, PROMPTS[:2], latents.clone(), guidance_scale)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_other_predictions_give_the_pipeline_s_own_images(prediction_type: str) -> None:
+    pipeline = tiny_pipeline("sd15")
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    use_ddim(pipeline)
+    latents, images = ode_images(backbone_of(pipeline), PROMPTS[:2], 3.0)
+    expected = own_call(pipeline, PROMPTS[:2], latents.clone(), 3.0)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_loads_as_the_pipeline_in_it(family: str, tmp_path: Path) -> None:
+    directory = saved_pipeline(family, tmp_path / family)
+    before = torch.get_rng_state()
+    latents, images = ode_images(backbone_of(directory), PROMPTS[:2], 2.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    pipeline = load_pipeline(directory)
+    if hasattr(pipeline, "unet"):
+        use_ddim(pipeline)
+    expected = own_call(pipeline, PROMPTS[:2], latents.clone(), 2.0)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_prompt_is_encoded_once_and_the_encoders_can_be_freed(family: str) -> None:
+    pipeline = tiny_pipeline(family)
+    backbone = backbone_of(pipeline)
+    calls: list[str] = []
+    own = pipeline.encode_prompt
+
+    def counted(prompt: list[str], *args: Any, **kwargs: Any) -> Any:
+        calls.extend(prompt)
+        return own(prompt, *args, **kwargs)
+
+    pipeline.encode_prompt = counted
+    first = backbone.encode_prompts(PROMPTS[:2] * 2)
+    again = backbone.encode_prompts(PROMPTS[:3])
+    assert calls.count(PROMPTS[0]) == 1
+    backbone.free_text_encoders(PROMPTS[:4])
+    assert pipeline.text_encoder is None
+    kept = backbone.encode_prompts(PROMPTS[:4])
+    unconditional = backbone.encode_unconditional(2)
+    for name, tensor in first.tensors.items():
+        assert torch.equal(tensor[0], kept.tensors[name][0])
+        assert torch.equal(again.tensors[name], kept.tensors[name][:3])
+        assert unconditional.tensors[name].shape == (2, *tensor.shape[1:])
+    with pytest.raises(ValueError, match=r"'a red sky' was not encoded before .*free_text_encoders"):
+        backbone.encode_prompts(["a red sky"])
+
+
+def test_embeddings_do_not_depend_on_the_prompts_beside() -> None:
+    alone, together = backbone_of(tiny_pipeline("sd3")), backbone_of(tiny_pipeline("sd3"))
+    expected = together.encode_prompts(PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        for name, tensor in alone.encode_prompts([prompt]).tensors.items():
+            assert torch.equal(tensor[0], expected.tensors[name][row]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_negative_prompt_takes_the_empty_one_s_place(family: str) -> None:
+    settings = PipelineSettings(resolution=RESOLUTION, negative_prompt="blue sky")
+    plain, negative = (
+        backbone_of(tiny_pipeline(family)),
+        load_backbone(tiny_pipeline(family), settings=settings),
+    )
+    tokens = "encoder_hidden_states"
+    expected = negative.encode_prompts(["blue sky"]).tensors[tokens]
+    torch.testing.assert_close(negative.encode_unconditional(1).tensors[tokens], expected)
+    assert not torch.allclose(plain.encode_unconditional(1).tensors[tokens], expected)
+
+
+def test_sdxl_is_told_size_and_pooled_embedding() -> None:
+    backbone = backbone_of(tiny_pipeline("sdxl"))
+    conditioning = backbone.encode_prompts(PROMPTS[:2])
+    assert conditioning.tensors["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    sample, timestep = torch.randn(2, 4, 8, 8), torch.full((2,), 500.0)
+    with torch.no_grad():
+        output = backbone.predict(sample, timestep, conditioning)
+        for name in ("text_embeds", "time_ids"):
+            changed = {**conditioning.tensors, name: conditioning.tensors[name] + 1}
+            other = backbone.predict(sample, timestep, type(conditioning)(changed))
+            assert not torch.allclose(output, other), name
+
+
+def test_flux_is_told_its_guidance_and_the_shift_of_its_resolution() -> None:
+    pipeline = tiny_pipeline("flux")
+    backbone = backbone_of(pipeline)
+    assert backbone.latent_shape == (16, 16)
+    assert backbone.encode_prompts(PROMPTS[:1]).tensors["guidance"].tolist() == [3.5]
+    larger = load_backbone(pipeline, settings=PipelineSettings(resolution=(64, 64)))
+    config = SamplerConfig(num_steps=4)
+    assert larger.transition_table(config).sigmas[1] > backbone.transition_table(config).sigmas[1]
+
+
+def test_timesteps_reach_the_model_whole() -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"))
+    sample, conditioning = torch.randn(1, 4, 8, 8), backbone.encode_prompts(PROMPTS[:1])
+    with torch.no_grad():
+        outputs = [backbone.predict(sample, torch.tensor([time]), conditioning) for time in (500.25, 500.75)]
+    assert not torch.equal(*outputs)
+
+
+def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resolution=.*multiple of 4 pixels"):
+        load_backbone(tiny_pipeline("sd3"), settings=PipelineSettings(resolution=(18, 16)))
+    with pytest.raises(ValueError, match=r"holds no model_index\.json"):
+        load_backbone(tmp_path)
+    with pytest.raises(ValueError, match="no directory and could not be loaded from the hub"):
+        load_backbone(tmp_path / "missing")
+    with pytest.raises(ValueError, match="vae_dtype='float99' is no dtype"):
+        PipelineSettings(vae_dtype="float99")
+    pipeline = tiny_pipeline("sd15")
+    pipeline.__class__ = type("OtherPipeline", (type(pipeline),), {})
+    with pytest.raises(ValueError, match="no backbone for OtherPipeline; known: StableDiffusionPipeline"):
+        load_backbone(pipeline)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_attention_backend_is_pinned_or_refused(family: str) -> None:
+    backbone = backbone_of(tiny_pipeline(family), attention_backend="sdpa")
+    assert torch.isfinite(ode_images(backbone, PROMPTS[:1], 1.0)[1]).all()
+    for name in ("flash", "nonsense"):
+        with pytest.raises(ValueError, match=f"attention_backend='{name}' cannot be used here"):
+            backbone_of(tiny_pipeline(family), attention_backend=name)
+
+
+def test_the_decoder_can_be_sliced_and_run_in_bfloat16() -> None:
+    latents = torch.randn(3, 4, 8, 8)
+    images = [
+        load_backbone(tiny_pipeline("sd3"), settings=settings).decode(latents)
+        for settings in (
+            SETTINGS,
+            PipelineSettings(resolution=RESOLUTION, vae_slicing=True),
+            PipelineSettings(resolution=RESOLUTION, vae_dtype="bfloat16"),
+        )
+    ]
+    assert all(image.dtype == torch.float32 for image in images)
+    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(images[0], images[2], rtol=0, atol=0.05)
+    assert not torch.equal(images[0], images[2])
