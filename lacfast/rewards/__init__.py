@@ -1,0 +1,1 @@
+"""Rewards by name: what images are judged by, from a file's size to a learned preference; one file each."""
