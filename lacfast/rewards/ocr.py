@@ -1,0 +1,144 @@
+"""Text rendering: how much of the text in the prompt's quotes an OCR engine reads in the image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lacfast.rewards.image_files import to_uint8
+
+Pixels = npt.NDArray[np.uint8]
+OCREngine = Callable[[Pixels], list[str]]
+"""RGB image (H, W, 3) uint8 -> the pieces of text in it, in reading order."""
+
+_QUOTED = re.compile(r'"([^"]+)"|\u201c([^\u201d]+)\u201d')
+
+
+@dataclass(kw_only=True, eq=False)
+class OCRAccuracy:
+    """1 - min(d, n) / n, d the edit distance between what is read and the n characters that are wanted.
+
+    As flow_grpo: capitals and spaces do not count, and d is 0 when the wanted text stands anywhere in what is
+    read. An engine that fails raises here; flow_grpo scores such an image 0.
+    """
+
+    name: str = "ocr"
+    engine: str | OCREngine = "rapidocr"
+    """"rapidocr", "easyocr" or "paddleocr", whose package is imported at the first call; or a function."""
+    _read: OCREngine | None = field(default=None, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.engine, str) and self.engine not in _ENGINES:
+            raise ValueError(
+                f"unknown OCR engine {self.engine!r}; known: {', '.join(_ENGINES)}, or a function"
+            )
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """(B,) float32 in [0, 1] on the CPU; no gradient.
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1].
+            prompts: each with the wanted text in double quotes, unless its metadata say it.
+            metadata: `text`, where present, is the wanted text.
+
+        Raises:
+            ValueError: for a prompt without a wanted text.
+            ImportError: when the engine's package is missing, with the command that installs it.
+        """
+        # Before an engine is loaded or run.
+        wanted = [wanted_text(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
+        with self._lock:
+            if self._read is None:
+                self._read = _ENGINES[self.engine]() if isinstance(self.engine, str) else self.engine
+            found = ["".join(self._read(pixels)) for pixels in to_uint8(images)]
+        scores = [accuracy(read, target) for read, target in zip(found, wanted, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def wanted_text(prompt: str, metadata: dict[str, Any]) -> str:
+    """What the image should say: metadata["text"], else the first text in double quotes.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    quoted = _QUOTED.search(prompt)
+    text = str(metadata.get("text", (quoted[1] or quoted[2]) if quoted else ""))
+    if not _normalized(text):
+        raise ValueError(
+            f'no text to read in prompt {prompt!r}; put it in double quotes or give metadata {{"text": ...}}'
+        )
+    return text
+
+
+def accuracy(read: str, wanted: str) -> float:
+    """1 - min(d, n) / n of `OCRAccuracy`."""
+    read, wanted = _normalized(read), _normalized(wanted)
+    if wanted in read:
+        return 1.0
+    return 1.0 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Insertions, deletions and substitutions of characters that make one of the other (Levenshtein)."""
+    row = list(range(len(second) + 1))
+    for i, left in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, right in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
+    return row[-1]
+
+
+def _normalized(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def _rapidocr() -> OCREngine:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise ImportError("engine='rapidocr' needs it: pip install rapidocr onnxruntime") from error
+    engine = RapidOCR()
+
+    # RapidOCR takes OpenCV's order of channels; nothing found is None.
+    return lambda pixels: list(engine(np.ascontiguousarray(pixels[..., ::-1])).txts or [])
+
+
+def _easyocr() -> OCREngine:
+    try:
+        import easyocr
+    except ImportError as error:
+        raise ImportError("engine='easyocr' needs it: pip install easyocr") from error
+    reader = easyocr.Reader(["en"], gpu=torch.cuda.is_available(), verbose=False)
+    return lambda pixels: list(reader.readtext(pixels, detail=0))
+
+
+def _paddleocr() -> OCREngine:
+    try:
+        from paddleocr import PaddleOCR
+    except ImportError as error:
+        raise ImportError("engine='paddleocr' needs it: pip install 'paddleocr>=3' paddlepaddle") from error
+    engine = PaddleOCR(
+        lang="en",
+        use_doc_orientation_classify=False,
+        use_doc_unwarping=False,
+        use_textline_orientation=False,
+    )
+    return lambda pixels: [
+        text for page in engine.predict(np.ascontiguousarray(pixels[..., ::-1])) for text in page["rec_texts"]
+    ]
+
+
+_ENGINES: dict[str, Callable[[], OCREngine]] = {
+    "rapidocr": _rapidocr,
+    "easyocr": _easyocr,
+    "paddleocr": _paddleocr,
+}
