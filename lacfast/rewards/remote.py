@@ -1,0 +1,230 @@
+"""A reward on other machines: batches over HTTP, with time limits, retries and several servers."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from lacfast.rewards.wire import BadAnswerError, JSONFormat, WireFormat
+from lacfast.scoring import RewardError
+
+log = logging.getLogger(__name__)
+
+_BUSY_STATUSES = {408, 425, 429}
+_MAX_ANSWER_BYTES = 64 * 2**20
+_CHUNK_BYTES = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryConfig:
+    """When a request is tried again, and when a batch is given up."""
+
+    timeout_s: float = 120.0
+    """Seconds that one request may take; flow_grpo's too."""
+    give_up_s: float = 600.0
+    """Seconds of unreachable, slow or failing (5xx) servers after which a batch fails."""
+    max_bad_answers: int = 3
+    """Answers without usable scores (4xx, wrong length, NaN, unreadable) after which a batch fails, >= 1:
+    time rarely mends these."""
+    backoff_s: float = 0.5
+    """Pause after the first round in which every server failed; doubled after each further one."""
+    max_backoff_s: float = 30.0
+    """Longest pause; also how long a server that failed is asked last."""
+    jitter: float = 0.5
+    """Share of each pause that is random, in [0, 1]: many trainers must not come back at the same moment."""
+
+    def __post_init__(self) -> None:
+        for name in ("timeout_s", "backoff_s", "max_backoff_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.give_up_s < 0 or self.max_bad_answers < 1 or not 0 <= self.jitter <= 1:
+            raise ValueError(
+                f"give_up_s={self.give_up_s} must be >= 0, max_bad_answers={self.max_bad_answers} >= 1 and "
+                f"jitter={self.jitter} in [0, 1]"
+            )
+
+
+class _UnavailableError(Exception):
+    """A server could not be reached, took too long or said that it failed."""
+
+
+@dataclass(kw_only=True, eq=False)
+class RemoteReward:
+    """Scores from HTTP servers. Each batch goes to one of them; what one cannot do, the next one does."""
+
+    urls: Sequence[str]
+    """One or more servers that give the same scores, "http(s)://host:port/path"."""
+    name: str = "remote"
+    """Under which the scores are reported."""
+    wire: WireFormat = field(default_factory=JSONFormat)
+    """JSONFormat() or FlowGRPOFormat()."""
+    batch_size: int = 64
+    """Images per request, >= 1."""
+    concurrency: int = 1
+    """Requests in flight per server, >= 1."""
+    retry: RetryConfig = field(default_factory=RetryConfig)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Further headers of every request, such as Authorization."""
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+    """Waits some seconds; tests put in their own."""
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
+    """Seconds; tests put in their own."""
+    _avoid_until: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    # Not the global generator: retries must not change what a seeded run draws.
+    _random: random.Random = field(default_factory=random.Random, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.urls, str) or not self.urls:
+            raise ValueError(f"urls={self.urls!r}; pass a list of at least one server")
+        for url in self.urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(url):
+                raise ValueError(f"{url!r} is no server; write http://host:port/path")
+        if self.batch_size < 1 or self.concurrency < 1:
+            raise ValueError(
+                f"batch_size={self.batch_size} and concurrency={self.concurrency} must be 1 or more"
+            )
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """(B,) float32 scores on the CPU; no gradient.
+
+        Args:
+            images: (B, 3, H, W) float in [0, 1].
+            prompts: B of them.
+            metadata: B of them.
+
+        Raises:
+            RewardError: when a batch is given up; it names the servers and what each of them last did.
+        """
+        images = images.detach().cpu()
+        with ThreadPoolExecutor(len(self.urls) * self.concurrency) as pool:
+            futures = [
+                pool.submit(self._scored, number, images[rows], prompts[rows], metadata[rows])
+                for number, first in enumerate(range(0, len(prompts), self.batch_size))
+                for rows in [slice(first, first + self.batch_size)]
+            ]
+            return torch.tensor([score for future in futures for score in future.result()]).float()
+
+    def _scored(
+        self, number: int, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> list[float]:
+        """The scores of batch `number`, from the first server that gives them."""
+        body = self.wire.request(images, prompts, metadata)
+        start, failures, bad_answers = self.clock(), 0, 0
+        last_fault: dict[str, str] = {}
+        for attempt in count():
+            for url in self._order(number):
+                try:
+                    scores = self._ask(url, body, len(prompts))
+                except (_UnavailableError, BadAnswerError) as fault:
+                    failures += 1
+                    bad_answers += isinstance(fault, BadAnswerError)
+                    last_fault[url] = str(fault)
+                    self._avoid_until[url] = self.clock() + self.retry.max_backoff_s
+                    log.warning("%s: %s (batch %d of %d images)", url, fault, number, len(prompts))
+                else:
+                    self._avoid_until.pop(url, None)
+                    if failures:
+                        waited = self.clock() - start
+                        log.info(
+                            "%s: batch %d scored after %d failures, %.1f s", url, number, failures, waited
+                        )
+                    return scores
+                if bad_answers >= self.retry.max_bad_answers:
+                    raise self._given_up(last_fault, f"{bad_answers} answers without usable scores")
+            pause = min(self.retry.backoff_s * 2.0 ** min(attempt, 60), self.retry.max_backoff_s)
+            pause *= 1 - self.retry.jitter * self._random.random()
+            waited = self.clock() - start
+            if waited + pause > self.retry.give_up_s:
+                raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s")
+            log.warning("%s: batch %d is tried again in %.1f s", self.name, number, pause)
+            self.sleep(pause)
+        raise AssertionError("unreachable")
+
+    def _given_up(self, last_fault: Mapping[str, str], summary: str) -> RewardError:
+        servers = "; ".join(f"{url}: {fault}" for url, fault in last_fault.items())
+        return RewardError(f"remote reward {self.name!r} gave up after {summary}. {servers}")
+
+    def _order(self, number: int) -> list[str]:
+        """The servers to ask: batches take turns, and those that failed lately come last."""
+        turn = number % len(self.urls)
+        rotated = [*self.urls[turn:], *self.urls[:turn]]
+        now = self.clock()
+        return sorted(rotated, key=lambda url: self._avoid_until.get(url, -math.inf) > now)
+
+    def _ask(self, url: str, body: bytes, expected: int) -> list[float]:
+        """The scores of one request.
+
+        Raises:
+            _UnavailableError: when the server cannot be reached, is slow or fails.
+            BadAnswerError: when what it says is of no use.
+        """
+        status, answer = _post(
+            url, body, {"Content-Type": self.wire.content_type, **self.headers}, self.retry.timeout_s
+        )
+        if status >= 500 or status in _BUSY_STATUSES:
+            raise _UnavailableError(f"HTTP status {status}, {_last_line(answer)}")
+        if status != 200:
+            raise BadAnswerError(f"HTTP status {status}, {_last_line(answer)}")
+        scores = self.wire.scores(answer)
+        if len(scores) != expected:
+            raise BadAnswerError(f"{len(scores)} scores for {expected} images")
+        unusable = [score for score in scores if not math.isfinite(score)]
+        if unusable:
+            raise BadAnswerError(f"a score is {unusable[0]}")
+        return scores
+
+
+def _post(url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
+    """Status and body of the answer to a POST request."""
+    parts = urlsplit(url)
+    connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    deadline = time.monotonic() + timeout_s
+    connection = connection_class(str(parts.hostname), parts.port, timeout=timeout_s)
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    try:
+        connection.request("POST", path, body, dict(headers))
+        response = connection.getresponse()
+        answer = bytearray()
+        while chunk := response.read1(_CHUNK_BYTES):
+            answer += chunk
+            # The socket's own time limit starts anew with every byte.
+            if time.monotonic() > deadline:
+                raise _UnavailableError(f"no whole answer within {timeout_s:g} s")
+            if len(answer) > _MAX_ANSWER_BYTES:
+                raise BadAnswerError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
+        if response.length:
+            raise _UnavailableError("the connection ended within the answer")
+        return response.status, bytes(answer)
+    except TimeoutError as error:
+        raise _UnavailableError(f"no answer within {timeout_s:g} s") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _UnavailableError(f"{type(error).__name__}: {error}") from error
+    finally:
+        connection.close()
+
+
+def _has_port(url: str) -> bool:
+    """Whether the port is a number, or the scheme's own."""
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def _last_line(answer: bytes) -> str:
+    """The end of an error page: of a traceback, what went wrong."""
+    lines = answer.decode("utf-8", "replace").strip().splitlines()
+    return lines[-1][:200] if lines else "no text"

@@ -1,0 +1,174 @@
+"""What travels between a remote reward and its server: our JSON, and the pickles of flow_grpo's servers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from lacfast.rewards.image_files import encode_images
+
+
+class BadAnswerError(ValueError):
+    """A server answered, but not with usable scores."""
+
+
+class WireFormat(Protocol):
+    """How a batch is written into a request, and scores are read from the answer."""
+
+    @property
+    def content_type(self) -> str:
+        """Of the request."""
+
+    def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
+        """The body of the POST request."""
+
+    def scores(self, body: bytes) -> list[float]:
+        """The scores of an answer's body.
+
+        Raises:
+            BadAnswerError: when it holds none.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSONFormat:
+    """Our own format.
+
+    Request: {"images": [base64 of a file, ...], "image_format": "png" or "jpeg", "prompts": [str, ...],
+    "metadata": [object, ...]}. Answer: {"scores": [number, ...]}, one per image, in order.
+    """
+
+    image_format: str = "png"
+    """"png" keeps every bit; "jpeg" (quality 95) is about five times smaller."""
+
+    def __post_init__(self) -> None:
+        if self.image_format not in ("png", "jpeg"):
+            raise ValueError(f"unknown image_format {self.image_format!r}; known: 'png', 'jpeg'")
+
+    @property
+    def content_type(self) -> str:
+        return "application/json"
+
+    def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
+        # zlib's fastest level: a local network is faster than its better ones.
+        settings = {"compress_level": 1} if self.image_format == "png" else {"quality": 95}
+        files = encode_images(images, image_format=self.image_format.upper(), **settings)
+        message = {
+            "images": [base64.b64encode(file).decode("ascii") for file in files],
+            "image_format": self.image_format,
+            "prompts": prompts,
+            "metadata": metadata,
+        }
+        try:
+            return json.dumps(message).encode()
+        except TypeError as error:
+            raise ValueError(f"the prompts' metadata cannot be written as JSON: {error}") from error
+
+    def scores(self, body: bytes) -> list[float]:
+        try:
+            answer = json.loads(body)
+        except ValueError as error:
+            raise BadAnswerError(f"the answer is no JSON: {body[:80]!r}") from error
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise BadAnswerError(f"the answer has no 'scores': {body[:80]!r}")
+        return _numbers(answer["scores"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowGRPOFormat:
+    """The format of flow_grpo's reward-server (GenEval, DeQA) and of the UnifiedReward server it calls.
+
+    Request: a pickled dict with `images` (JPEG files as bytes), `prompts`, `meta_datas` and `only_strict`;
+    each of the servers reads the keys it knows. Answer: a pickled dict of lists.
+
+    A pickle can run any code when it is read. Answers are read with an unpickler that knows numbers, text,
+    lists, dicts and NumPy arrays and refuses everything else. The requests are pickles too: such a server
+    must trust whoever can reach it.
+    """
+
+    answer: str = "scores"
+    """Key of the scores: GenEval's server has "scores" (partial credit; what flow_grpo trains on),
+    "strict_rewards" (0 or 1) and "rewards" (its looser count; needs only_strict=False); DeQA and
+    UnifiedReward have "outputs"."""
+    only_strict: bool = True
+    """GenEval only: leave the looser count out, which saves the server time."""
+    quality: int = 75
+    """Of the JPEG files; 75 is what flow_grpo sends."""
+
+    @property
+    def content_type(self) -> str:
+        return "application/octet-stream"
+
+    def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
+        message = {
+            "images": encode_images(images, image_format="JPEG", quality=self.quality),
+            "prompts": list(prompts),
+            "meta_datas": list(metadata),
+            "only_strict": self.only_strict,
+        }
+        # Servers may run an older Python.
+        return pickle.dumps(message, protocol=4)
+
+    def scores(self, body: bytes) -> list[float]:
+        answer = read_plain_pickle(body)
+        if not isinstance(answer, dict) or self.answer not in answer:
+            keys = sorted(map(str, answer)) if isinstance(answer, dict) else type(answer).__name__
+            raise BadAnswerError(f"the answer has no {self.answer!r} but {keys}")
+        return _numbers(answer[self.answer])
+
+
+_PLAIN_GLOBALS = {
+    # How bytes were pickled before protocol 3.
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy.core.numeric", "_frombuffer"),
+}
+"""What a pickle of NumPy numbers and arrays names; numpy.core is its place before NumPy 2."""
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if (module_name, global_name) not in _PLAIN_GLOBALS:
+            raise pickle.UnpicklingError(
+                f"{module_name}.{global_name} is not plain data; pickles may run code, so it is refused"
+            )
+        # The old name still works in NumPy 2 but warns.
+        return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
+
+
+def read_plain_pickle(body: bytes) -> Any:
+    """The numbers, text, lists, dicts and NumPy arrays of a pickle.
+
+    Raises:
+        BadAnswerError: for anything else in it, and for what is no pickle.
+    """
+    try:
+        return _PlainUnpickler(io.BytesIO(body)).load()
+    # A broken pickle fails in any way that its instructions can.
+    except Exception as error:
+        raise BadAnswerError(f"the answer is no plain pickle: {error}") from error
+
+
+def _numbers(values: Any) -> list[float]:
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise BadAnswerError(f"the scores are no numbers: {str(values)[:80]}") from error
+    if array.ndim != 1:
+        raise BadAnswerError(f"the scores have shape {array.shape}; one number per image was expected")
+    numbers: list[float] = array.tolist()
+    return numbers

@@ -1,0 +1,314 @@
+"""The remote reward survives servers that are down, slow, failing or wrong, and its log says which."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+
+from lacfast.rewards.remote import RemoteReward, RetryConfig
+from lacfast.scoring import RewardError, RewardSet
+
+IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+PROMPTS = [str(number) for number in range(5)]
+METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
+Answer = Callable[[list[str]], tuple[int, bytes]]
+
+
+def right(prompts: list[str]) -> tuple[int, bytes]:
+    """Every prompt is a number, and so is its score."""
+    return 200, json.dumps({"scores": [float(prompt) for prompt in prompts]}).encode()
+
+
+def failing(status: int = 500, text: str = "Traceback\nCUDA out of memory") -> Answer:
+    return lambda prompts: (status, text.encode())
+
+
+def scored(*scores: float) -> Answer:
+    return lambda prompts: (200, json.dumps({"scores": scores}).encode())
+
+
+def slow(prompts: list[str]) -> tuple[int, bytes]:
+    time.sleep(0.5)
+    return right(prompts)
+
+
+class Server:
+    """A reward server on this machine that answers as told, then rightly."""
+
+    def __init__(self, *answers: Answer, port: int = 0) -> None:
+        self.answers = list(answers)
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.requests.append(message)
+                server.headers.append(dict(self.headers))
+                answer = server.answers.pop(0) if server.answers else right
+                status, body = answer(message["prompts"])
+                try:
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+                except OSError:
+                    server.answers.clear()  # the client has given up waiting
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                """Not on the test's screen."""
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(*answers: Answer, port: int = 0) -> Server:
+        servers.append(Server(*answers, port=port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+class Clock:
+    """Time that passes in `sleep` only."""
+
+    def __init__(self, on_sleep: Callable[[float], None] = lambda now: None) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.on_sleep = on_sleep
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.pauses.append(seconds)
+        self.on_sleep(self.now)
+
+
+def remote(*urls: str, clock: Clock | None = None, batch_size: int = 64, **retry: Any) -> RemoteReward:
+    clock = clock or Clock()
+    settings = RetryConfig(**{"timeout_s": 5.0, "jitter": 0.0, **retry})
+    return RemoteReward(
+        urls=urls, retry=settings, batch_size=batch_size, sleep=clock.sleep, clock=lambda: clock.now
+    )
+
+
+def free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_scores_come_in_order_from_batches_of_the_given_size(start: Callable[..., Server]) -> None:
+    server = start()
+    metadata = [{"number": number} for number in range(5)]
+    scores = remote(server.url, batch_size=2)(IMAGES, PROMPTS, metadata)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert scores.dtype == torch.float32
+    sizes = sorted(len(request["prompts"]) for request in server.requests)
+    assert sizes == [1, 2, 2]
+    assert all(
+        [str(about["number"]) for about in request["metadata"]] == request["prompts"]
+        for request in server.requests
+    )
+
+
+def test_a_server_that_is_down_for_20_seconds_loses_nothing(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    servers: list[Server] = []
+
+    def come_up(now: float) -> None:
+        if now >= 20 and not servers:
+            servers.append(start(port=port))
+
+    clock = Clock(come_up)
+    with caplog.at_level(logging.INFO, "lacfast.rewards.remote"):
+        scores = remote(url, clock=clock)(IMAGES, PROMPTS, METADATA)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert clock.pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0]
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith(f"{url}: ConnectionRefusedError: ")
+    assert lines[1] == "remote: batch 0 is tried again in 0.5 s"
+    assert lines[-1] == f"{url}: batch 0 scored after 6 failures, 31.5 s"
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (failing(), "HTTP status 500, CUDA out of memory"),
+        (failing(503, ""), "HTTP status 503, no text"),
+        (failing(429), "HTTP status 429"),
+        (failing(404, "not here"), "HTTP status 404, not here"),
+        (scored(1, 2), "2 scores for 5 images"),
+        (scored(1, 2, float("nan"), 4, 5), "a score is nan"),
+        (scored(1, 2, float("-inf"), 4, 5), "a score is -inf"),
+        (lambda prompts: (200, b"<html>"), "the answer is no JSON"),
+    ],
+)
+def test_a_fault_is_logged_and_the_batch_is_asked_again(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture, answer: Answer, line: str
+) -> None:
+    server = start(answer)
+    assert remote(server.url)(IMAGES, PROMPTS, METADATA).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert server.requests[0] == server.requests[1]
+    assert f"{server.url}: {line}" in caplog.text
+    assert "(batch 0 of 5 images)" in caplog.text
+
+
+def test_a_slow_server_is_given_up_after_the_time_limit(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start(slow)
+    scores = remote(server.url, timeout_s=0.1)(IMAGES, PROMPTS, METADATA)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert "no answer within 0.1 s" in caplog.text
+
+
+def test_a_server_that_drips_is_slow(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with closing(connection):
+                connection.recv(2**16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                # Until the client hangs up.
+                with suppress(OSError):
+                    for _ in range(20):
+                        connection.sendall(b" ")
+                        time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RewardError, match=r"no whole answer within 0\.2 s"):
+            remote(url, timeout_s=0.2, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
+        thread.join()
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def break_off() -> None:
+            connection, _ = listener.accept()
+            with closing(connection):
+                connection.recv(2**16)
+                connection.sendall(
+                    b'HTTP/1.1 200 OK\r\nContent-Length: 90\r\n\r\n{"scores": [1, 2, 3, 4, 5]}'
+                )
+
+        thread = threading.Thread(target=break_off)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(RewardError, match="the connection ended within the answer"):
+            remote(url, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
+        thread.join()
+
+
+def test_batches_take_turns_and_another_server_takes_over(start: Callable[..., Server]) -> None:
+    clock = Clock()
+    broken, healthy = start(*[failing()] * 9), start()
+    reward = remote(broken.url, healthy.url, batch_size=1, clock=clock)
+    assert reward(IMAGES, PROMPTS, METADATA).tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert len(healthy.requests) == 5
+    assert clock.pauses == []
+    before = len(broken.requests)
+    reward(IMAGES, PROMPTS, METADATA)
+    assert len(broken.requests) == before, "a server that failed lately is asked last"
+    clock.now += 31
+    broken.answers.clear()
+    reward(IMAGES, PROMPTS, METADATA)
+    assert len(broken.requests) > before, "later it is asked again"
+
+
+def test_giving_up_names_every_server_and_what_it_last_did(start: Callable[..., Server]) -> None:
+    failed, wrong = start(*[failing()] * 99), start(*[scored(1.0)] * 99)
+    with pytest.raises(RewardError) as caught:
+        remote(failed.url, wrong.url)(IMAGES, PROMPTS, METADATA)
+    assert str(caught.value) == (
+        "remote reward 'remote' gave up after 3 answers without usable scores. "
+        f"{failed.url}: HTTP status 500, CUDA out of memory; {wrong.url}: 1 scores for 5 images"
+    )
+
+
+def test_a_server_that_stays_down_is_given_up_in_time() -> None:
+    clock = Clock()
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(
+        RewardError, match=r"gave up after \d+ failures in .*127.0.0.1.*ConnectionRefusedError"
+    ):
+        remote(url, clock=clock, give_up_s=100.0)(IMAGES, PROMPTS, METADATA)
+    assert 60 < clock.now <= 100
+    assert max(clock.pauses) == 30.0
+
+
+def test_jitter_shortens_pauses_by_at_most_its_share() -> None:
+    clock = Clock()
+    with pytest.raises(RewardError):
+        remote(f"http://127.0.0.1:{free_port()}", clock=clock, jitter=0.5)(IMAGES, PROMPTS, METADATA)
+    full = [min(0.5 * 2**attempt, 30.0) for attempt in range(len(clock.pauses))]
+    shares = [pause / whole for pause, whole in zip(clock.pauses, full, strict=True)]
+    assert all(0.5 <= share <= 1.0 for share in shares)
+    assert len(set(shares)) > 1
+
+
+def test_a_url_is_a_reward_by_itself(start: Callable[..., Server]) -> None:
+    server = start()
+    rewards = RewardSet.create({server.url: 2.0})
+    assert rewards.score(IMAGES, PROMPTS, METADATA)[server.url].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_headers_reach_the_server(start: Callable[..., Server]) -> None:
+    server = start()
+    RemoteReward(urls=[server.url], headers={"Authorization": "Bearer key"})(IMAGES, PROMPTS, METADATA)
+    assert server.headers[0]["Authorization"] == "Bearer key"
+    assert server.headers[0]["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"urls": []}, "at least one server"),
+        ({"urls": "http://host"}, "pass a list"),
+        ({"urls": ["host:80"]}, "'host:80' is no server"),
+        ({"urls": ["http://host:port"]}, "'http://host:port' is no server"),
+        ({"urls": ["http://host"], "batch_size": 0}, "batch_size=0"),
+        ({"urls": ["http://host"], "concurrency": 0}, "concurrency=0"),
+    ],
+)
+def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RemoteReward(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"timeout_s": 0}, {"backoff_s": -1}, {"jitter": 2}, {"give_up_s": -1}, {"max_bad_answers": 0}],
+)
+def test_unusable_retry_settings_are_refused(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}={settings[name]}"):
+        RetryConfig(**settings)
