@@ -20,12 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
 from .aot import POINTER, AotSpec
-from .philox import block_offsets, innovation_block, key_arguments, load_key, pick_launch
-
-# Elements of one latent up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
-# A starting point by reasoning about occupancy, not measured on a GPU.
-LAUNCHES = {512: (512, 1, 4), 4096: (1024, 4, 8), 2**31: (1024, 2, 4)}
+from .philox import block_offsets, innovation_block, key_arguments, load_key
 
 
 @triton.jit
@@ -125,7 +122,8 @@ def gaussian_step(
     """
     batch = steps.numel()
     num_elements = sample.numel() // batch
-    block_n, blocks, num_warps, num_splits = pick_launch(LAUNCHES, num_elements)
+    architecture = launch.architecture_of(sample.device)
+    block_n, blocks, num_warps, num_splits = launch.pick_launch("gaussian_step", num_elements, architecture)
     is_split = num_splits > 1
     partial = torch.empty(batch * num_splits, dtype=torch.float32, device=sample.device) if is_split else None
     gaussian_step_kernel[(batch * num_splits,)](
@@ -144,9 +142,9 @@ def gaussian_step(
 
 
 def _step_spec(
-    sample: str, output: str, launch: tuple[int, int, int], *, guided: bool, noise: str | None, split: bool
+    sample: str, output: str, shape: tuple[int, int, int], *, guided: bool, noise: str | None, split: bool
 ) -> AotSpec:
-    block_n, blocks, num_warps = launch
+    block_n, blocks, num_warps = shape
     arguments = {
         "sample_ptr": POINTER[sample],
         "model_output_ptr": POINTER[output],
@@ -169,7 +167,9 @@ def _step_spec(
     )
 
 
-_SMALL, _MEDIUM, _LARGE = LAUNCHES.values()
+_SMALL, _MEDIUM, _LARGE = (
+    launch.pick_launch("gaussian_step", elements, launch.DEFAULT)[:3] for elements in (512, 4096, 65_536)
+)
 
 AOT_SPECS = [
     _step_spec("float32", "float32", _SMALL, guided=False, noise=None, split=False),

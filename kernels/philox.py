@@ -18,11 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
 from .aot import POINTER, AotSpec
-
-# Elements up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
-# A starting point by reasoning about occupancy, not measured on a GPU.
-LAUNCHES = {512: (512, 1, 4), 2**31: (1024, 2, 4)}
 
 
 @triton.jit
@@ -138,7 +135,8 @@ def normal_noise(
     """Fill out (B, ...) float32 with the normals of steps (B,), seed (1,), sample_ids (B,), all int64."""
     batch = steps.numel()
     num_elements = out.numel() // batch
-    block_n, blocks, num_warps, num_splits = pick_launch(LAUNCHES, num_elements)
+    architecture = launch.architecture_of(out.device)
+    block_n, blocks, num_warps, num_splits = launch.pick_launch("normal_noise", num_elements, architecture)
     normal_noise_kernel[(batch * num_splits,)](
         steps, seed, sample_ids, out, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, num_warps=num_warps, enable_fp_fusion=False,
@@ -159,5 +157,5 @@ AOT_SPECS = [
         | {"N": "i32", "num_splits": "i32", "BLOCK_N": block_n, "BLOCKS": blocks},
         num_warps,
     )
-    for block_n, blocks, num_warps in LAUNCHES.values()
+    for block_n, blocks, num_warps in launch.shapes("normal_noise")
 ]

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lacfast.kernels.gaussian_step import LAUNCHES, gaussian_step
+from lacfast.kernels.gaussian_step import gaussian_step
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.kernels import launch
 from lacfast.records import NoiseKey
 
 pytestmark = pytest.mark.interpreter
@@ -84,8 +85,8 @@ def make_step(draw: Callable[..., Tensor], poisoned: Callable[..., Tensor]) -> C
 
 
 def test_sizes_reach_every_launch() -> None:
-    reached = {min(limit for limit in LAUNCHES if size <= limit) for size in SIZES}
-    assert reached == set(LAUNCHES)
+    reached = {launch.pick_launch("gaussian_step", size, launch.DEFAULT)[:3] for size in SIZES}
+    assert reached == set(launch.shapes("gaussian_step"))
 
 
 @pytest.mark.parametrize(("guided", "has_key", "num_elements", "sample", "output"), CASES)
