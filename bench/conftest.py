@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from interleaved import Provider, race
+
+from bench.interleaved import Provider, race
 
 torch.set_num_threads(1)
 

@@ -1,6 +1,6 @@
 """What each critic trunk learns and costs on the shapes task: the evidence for the demo's choice.
 
-python bench/critic_trunks.py runs/demo/pretrained --backbone dit
+python -m bench.critic_trunks runs/demo/pretrained --backbone dit
 
 Every trunk is pretrained on the same rollouts of the same frozen actor: noise and prompts are functions of
 the seed. Then one training iteration of each is timed in turn, medians of several rounds.

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import peers
 import pytest
 import torch
-from interleaved import Provider
 
+from bench import peers
+from bench.interleaved import Provider
 from lacfast import ops, reference, schedule
 from lacfast.records import NoiseKey
 

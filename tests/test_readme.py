@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,16 +20,6 @@ SUMMARY = ROOT / "docs" / "demo" / "summary.json"
 
 def fenced(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def figures() -> ModuleType:
-    """bench/readme_figures.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("readme_figures", ROOT / "bench" / "readme_figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def mapped() -> set[str]:
@@ -96,10 +86,10 @@ def test_readme_fits_its_length() -> None:
 
 
 def test_figures_are_those_of_the_recorded_results() -> None:
-    blocks = figures().blocks()
+    blocks = report.blocks()
     assert set(blocks) == {"proof", "critics"}
     for block, text in blocks.items():
-        assert figures().updated(README, block, text) == README
+        assert report.updated(README, block, text) == README
     assert not json.loads(SUMMARY.read_text(encoding="utf-8"))["quick"]
     assert (SUMMARY.parent / "comparison.png").exists()
 
@@ -107,13 +97,13 @@ def test_figures_are_those_of_the_recorded_results() -> None:
 def test_a_quick_run_is_not_taken_for_proof(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"quick": true}', encoding="utf-8")
     with pytest.raises(ValueError, match="without --quick"):
-        figures().record(tmp_path)
+        report.record(tmp_path)
     with pytest.raises(ValueError, match="finished `lacfast demo`"):
-        figures().record(tmp_path / "nothing")
+        report.record(tmp_path / "nothing")
 
 
 def test_figures_script_fails_cleanly() -> None:
-    command = [sys.executable, str(ROOT / "bench" / "readme_figures.py"), str(ROOT / "nowhere")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "bench.report", str(ROOT / "nowhere")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("readme_figures: ")
+    assert result.stderr.startswith("report: ")

@@ -2,8 +2,8 @@
 
 The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json.
 
-python bench/readme_figures.py              from what is recorded
-python bench/readme_figures.py runs/demo    record that run under docs/demo first
+python -m bench.report              from what is recorded
+python -m bench.report runs/demo    record that run under docs/demo first
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def critics(result: dict[str, Any]) -> str:
     note = (
         f"Held-out states of the demo's {result['backbone']} ({result['actor_parameters'] / 1e3:.0f} k "
         f"parameters) after value pretraining on the same {images:,} images; time relative to `shared`, "
-        f"in turn, median of {result['timed_rounds']}; one seed. `python bench/critic_trunks.py` measures it."
+        f"in turn, median of {result['timed_rounds']}; one seed. `python -m bench.critic_trunks` measures it."
     )
     return "\n".join([*lines, "", note])
 
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
             readme = updated(readme, block, text)
         README.write_text(readme, encoding="utf-8")
     except ValueError as error:
-        print(f"readme_figures: {error}", file=sys.stderr)
+        print(f"report: {error}", file=sys.stderr)
         return 2
     return 0
 
