@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -94,12 +95,12 @@ def test_unknown_engines_list_the_known() -> None:
         ("paddleocr", "pip install 'paddleocr>=3' paddlepaddle"),
     ],
 )
-def test_a_missing_package_gives_its_install_command(
+def test_a_missing_package_gives_its_install_command_before_any_image_is_made(
     monkeypatch: pytest.MonkeyPatch, engine: str, command: str
 ) -> None:
     monkeypatch.setitem(sys.modules, engine, None)
     with pytest.raises(ImportError, match=command):
-        OCRAccuracy(engine=engine)(IMAGES, ['"a"', '"b"'], [{}, {}])
+        OCRAccuracy(engine=engine)
 
 
 def packages() -> dict[str, ModuleType]:
@@ -119,6 +120,8 @@ def packages() -> dict[str, ModuleType]:
     paddle.PaddleOCR = lambda **settings: SimpleNamespace(
         predict=lambda pixels: [{"rec_texts": [first(pixels)]}]
     )
+    for name, module in modules.items():
+        module.__spec__ = ModuleSpec(name, None)
     return modules
 
 
@@ -136,4 +139,4 @@ def test_each_package_gets_the_order_of_channels_that_it_reads(
 
 def test_rapidocr_finding_nothing_is_a_score_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", packages()["rapidocr"])
-    assert OCRAccuracy()(torch.zeros(1, 3, 4, 4), ['"a"'], [{}]).tolist() == [0.0]
+    assert OCRAccuracy(engine="rapidocr")(torch.zeros(1, 3, 4, 4), ['"a"'], [{}]).tolist() == [0.0]

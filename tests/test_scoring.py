@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from concurrent.futures import CancelledError
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -86,11 +90,21 @@ def test_two_rewards_of_one_name_are_refused() -> None:
         RewardSet.create([lambda images, prompts, metadata: [0, 0], lambda images, prompts, metadata: [1, 1]])
 
 
-def test_every_registered_name_can_be_made_without_loading_a_model() -> None:
+def test_every_registered_name_is_made_without_loading_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The only one that needs a package of its own.
+    package = ModuleType("rapidocr")
+    package.__spec__ = ModuleSpec("rapidocr", None)
+    monkeypatch.setitem(sys.modules, "rapidocr", package)
     for name in REGISTERED:
         rewards = RewardSet.create({name: 0.5})
         assert rewards.names == [name]
         assert callable(rewards.functions[name])
+
+
+def test_the_documentation_lists_every_registered_name() -> None:
+    table = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    rows = "\n".join(line for line in table.splitlines() if line.startswith("| `"))
+    assert [name for name in REGISTERED if f"`{name}`" not in rows] == []
 
 
 def test_a_callable_of_ones_own_may_be_named_by_its_module() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -32,7 +33,8 @@ class OCRAccuracy:
 
     name: str = "ocr"
     engine: str | OCREngine = "rapidocr"
-    """"rapidocr", "easyocr" or "paddleocr", whose package is imported at the first call; or a function."""
+    """"rapidocr", "easyocr" or "paddleocr", whose package is imported at the first call; or a function.
+    Without the package an ImportError gives the command that installs it."""
     _read: OCREngine | None = field(default=None, init=False, repr=False)
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
@@ -41,6 +43,9 @@ class OCRAccuracy:
             raise ValueError(
                 f"unknown OCR engine {self.engine!r}; known: {', '.join(_ENGINES)}, or a function"
             )
+        # Now, and not after the first images have been made.
+        if isinstance(self.engine, str) and find_spec(self.engine) is None:
+            raise ImportError(f"engine={self.engine!r} needs its package: {_INSTALL[self.engine]}")
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """(B,) float32 in [0, 1] on the CPU; no gradient.
@@ -52,7 +57,6 @@ class OCRAccuracy:
 
         Raises:
             ValueError: for a prompt without a wanted text.
-            ImportError: when the engine's package is missing, with the command that installs it.
         """
         # Before an engine is loaded or run.
         wanted = [wanted_text(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
@@ -102,10 +106,8 @@ def _normalized(text: str) -> str:
 
 
 def _rapidocr() -> OCREngine:
-    try:
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ImportError("engine='rapidocr' needs it: pip install rapidocr onnxruntime") from error
+    from rapidocr import RapidOCR
+
     engine = RapidOCR()
 
     # RapidOCR takes OpenCV's order of channels; nothing found is None.
@@ -113,19 +115,15 @@ def _rapidocr() -> OCREngine:
 
 
 def _easyocr() -> OCREngine:
-    try:
-        import easyocr
-    except ImportError as error:
-        raise ImportError("engine='easyocr' needs it: pip install easyocr") from error
+    import easyocr
+
     reader = easyocr.Reader(["en"], gpu=torch.cuda.is_available(), verbose=False)
     return lambda pixels: list(reader.readtext(pixels, detail=0))
 
 
 def _paddleocr() -> OCREngine:
-    try:
-        from paddleocr import PaddleOCR
-    except ImportError as error:
-        raise ImportError("engine='paddleocr' needs it: pip install 'paddleocr>=3' paddlepaddle") from error
+    from paddleocr import PaddleOCR
+
     engine = PaddleOCR(
         lang="en",
         use_doc_orientation_classify=False,
@@ -137,6 +135,11 @@ def _paddleocr() -> OCREngine:
     ]
 
 
+_INSTALL = {
+    "rapidocr": "pip install rapidocr onnxruntime",
+    "easyocr": "pip install easyocr",
+    "paddleocr": "pip install 'paddleocr>=3' paddlepaddle",
+}
 _ENGINES: dict[str, Callable[[], OCREngine]] = {
     "rapidocr": _rapidocr,
     "easyocr": _easyocr,
