@@ -1,0 +1,98 @@
+"""2. Transition: one affine step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lacfast.records import NoiseKey, StepOutput
+from lacfast.reference.noise import noise_for
+
+
+def compute_dtype(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def rows_of(coefficients: Tensor, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, std of every sample, shaped to multiply `like` (B, ...)."""
+    rows = coefficients.to(compute_dtype(like))[steps]
+    shape = (-1,) + (1,) * (like.ndim - 1)
+    a, b, std = rows.unbind(dim=1)
+    return a.view(shape), b.view(shape), std.view(shape)
+
+
+def reduce(terms: Tensor, reduction: str) -> Tensor:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}; known: 'mean' (per element), 'sum' (joint)")
+    flat = terms.flatten(1)
+    return flat.mean(dim=1) if reduction == "mean" else flat.sum(dim=1)
+
+
+def gaussian_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    *,
+    noise: Tensor | NoiseKey,
+    uncond_output: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    reduction: str = "mean",
+) -> StepOutput:
+    """One denoising step and the log-probability of where it landed.
+
+        v  = v_uncond + guidance_scale (v_cond - v_uncond)        with guidance
+        x' = a x + b v + std eps
+        log_prob = reduce( -(x' - mu)^2 / (2 std^2) - log std - log(2 pi) / 2 ),   mu = a x + b v
+
+    The log-prob is that of the stored x', after rounding to the sample's dtype, and treats x' as a
+    constant; x' itself carries gradients a and b. Where std = 0 the step is deterministic, log_prob 0.
+
+    Args:
+        sample: (B, ...) latents.
+        model_output: (B, ...) prediction of the model, conditional half when guided.
+        coefficients: (T, 3) columns a, b, std.
+        steps: (B,) int64 row of `coefficients` for each sample.
+        noise: (B, ...) eps, or the key that regenerates it.
+        uncond_output: (B, ...) unconditional prediction.
+        guidance_scale: (1,) float, needed with `uncond_output`.
+        reduction: "mean" over elements (the field's convention) or "sum".
+    """
+    dtype = compute_dtype(sample)
+    a, b, std = rows_of(coefficients, steps, sample)
+    if uncond_output is not None and guidance_scale is not None:
+        guided = uncond_output.to(dtype) + guidance_scale.to(dtype) * (
+            model_output.to(dtype) - uncond_output.to(dtype)
+        )
+        model_output = guided.to(model_output.dtype)
+    mean = a * sample.to(dtype) + b * model_output.to(dtype)
+    eps = torch.where(std > 0, noise_for(sample, steps, noise).to(dtype), 0.0)
+    prev_sample = (mean + std * eps).to(sample.dtype)
+    return StepOutput(
+        prev_sample, _log_prob(prev_sample.detach().to(dtype), mean, std, reduction), model_output
+    )
+
+
+def _log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor, reduction: str) -> Tensor:
+    stochastic = std > 0
+    safe_std = torch.where(stochastic, std, torch.ones_like(std))
+    terms = -((prev_sample - mean) ** 2) / (2 * safe_std**2) - safe_std.log() - math.log(2 * math.pi) / 2
+    return reduce(torch.where(stochastic, terms, torch.zeros_like(terms)), reduction)
+
+
+def step_log_prob(
+    sample: Tensor,
+    model_output: Tensor,
+    prev_sample: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """Log-probability (B,) of a given transition sample -> prev_sample; arguments as `gaussian_step`."""
+    dtype = compute_dtype(sample)
+    a, b, std = rows_of(coefficients, steps, sample)
+    mean = a * sample.to(dtype) + b * model_output.to(dtype)
+    return _log_prob(prev_sample.to(dtype), mean, std, reduction)
