@@ -68,7 +68,8 @@ class LatentBackbone(ABC):
         self.model = model.eval().requires_grad_(False)
         weights_dtype = torch.float32 if lora is None else self.dtype
         if model.dtype != weights_dtype:
-            model.to(weights_dtype)
+            # torch's own: diffusers' warns of modules to keep in float32 even where there are none.
+            nn.Module.to(model, weights_dtype)
         self.prompts = PromptCache(prompt_encoder)
         self.codec = codec
         self.latent_shape = latent_shape

@@ -230,12 +230,18 @@ def _open_pipeline(name: str, request: _Request) -> Any:
         if request.dtype is not None and request.lora is None:
             dtypes = {_family(class_name).model_part: torch.float32, "default": request.dtype}
         build: Any = DiffusionPipeline.from_pretrained
-        return build(name, torch_dtype=dtypes)
+        return build(name, **({} if dtypes is None else {_dtype_argument(): dtypes}))
     except OSError as error:
         raise ValueError(
             f"{name!r} is no directory and could not be loaded from the hub: {error}; pass a pipeline "
             "object, a directory or a hub id like 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
         ) from error
+
+
+def _dtype_argument() -> str:
+    """diffusers renamed it, and warns of the older name."""
+    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return "dtype" if version >= (0, 42) else "torch_dtype"
 
 
 def _family(class_name: str) -> PipelineFamily:

@@ -1,0 +1,241 @@
+"""Every family trains whole or by LoRA, resumes bit for bit, and what it saves plain diffusers loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_backbones_pipelines import SETTINGS, backbone_of, ode_images, own_call
+from tiny_backbones import brightness
+from tiny_pipelines import FAMILIES, PROMPTS, load_pipeline, saved_pipeline, tiny_pipeline, use_ddim
+from torch import Tensor
+
+from lacfast import (
+    CriticConfig,
+    LatentActorCriticTrainer,
+    LoRAConfig,
+    PPOConfig,
+    SamplerConfig,
+    TrainConfig,
+    load_backbone,
+)
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.checkpoint import save_backbone
+
+LORA = LoRAConfig(rank=4, alpha=8)
+TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net")
+
+
+def config_for(backbone: LatentBackbone, *, trunk: str = "branch", **changes: Any) -> TrainConfig:
+    is_ddim = "DDIM" in type(backbone.scheduler).__name__
+    ppo = PPOConfig(
+        clip_range=1e-3, num_minibatches=2, microbatch_size=4, kl_weight=0.1, policy_learning_rate=1e-3
+    )
+    config = TrainConfig(
+        batch_size=4,
+        sampler=SamplerConfig(
+            kind="ddim" if is_ddim else "flow_sde", num_steps=3, noise_level=1.0 if is_ddim else 0.7
+        ),
+        critic=CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8, num_heads=2, lora_rank=2),
+        ppo=ppo,
+    )
+    return replace(config, **changes)
+
+
+def trainer_of(backbone: LatentBackbone, **changes: Any) -> LatentActorCriticTrainer:
+    return LatentActorCriticTrainer(backbone, brightness, PROMPTS, config_for(backbone, **changes))
+
+
+def clones(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
+    assert before.keys() == after.keys()
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+def reference_output(trainer: LatentActorCriticTrainer) -> Tensor:
+    assert trainer.reference is not None
+    generator = torch.Generator().manual_seed(5)
+    sample = torch.randn((2, *trainer.backbone.latent_shape), generator=generator)
+    with torch.no_grad():
+        conditioning = trainer.backbone.encode_prompts(PROMPTS[:2])
+        return trainer.reference.predict(sample, torch.tensor([700.0, 300.0]), conditioning)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
+def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
+    family: str, lora: LoRAConfig | None, tmp_path: Path
+) -> None:
+    trainer = trainer_of(backbone_of(tiny_pipeline(family), lora=lora))
+    before, base = clones(trainer.backbone.policy_state()), reference_output(trainer)
+    frozen = clones(dict(trainer.backbone.model.named_parameters()))
+    first = trainer.train_iteration()
+    assert first["first_max_abs_log_ratio"] == 0
+    trainer.save(tmp_path / "run")
+    second = trainer.train_iteration()
+    assert second["first_max_abs_log_ratio"] == 0
+    assert torch.isfinite(torch.tensor([second["policy_loss"], second["value_loss"]])).all()
+    assert float(second["kl_ref"].nan_to_num().sum()) > 0
+    assert differing(before, trainer.backbone.policy_state())
+    assert torch.equal(reference_output(trainer), base)
+    if lora is not None:
+        trained = differing(frozen, dict(trainer.backbone.model.named_parameters()))
+        assert all("lora_" in name for name in trained)
+
+    resumed = trainer_of(backbone_of(tiny_pipeline(family), lora=lora))
+    resumed.load(tmp_path / "run")
+    again = resumed.train_iteration()
+    for name in ("policy_loss", "value_loss", "reward/brightness", "policy_grad_norm"):
+        assert second[name] == again[name], name
+    assert not differing(trainer.backbone.policy_state(), resumed.backbone.policy_state())
+    assert torch.equal(reference_output(resumed), base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_path: Path) -> None:
+    base = saved_pipeline(family, tmp_path / "base")
+    trainer = trainer_of(load_backbone(base, lora=LORA, settings=SETTINGS))
+    untrained = ode_images(trainer.backbone, PROMPTS[:1], 2.0)[1]
+    trainer.train_iteration()
+    save_backbone(trainer.backbone, tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("**/diffusion_pytorch_model*"))
+    latents, images = ode_images(trainer.backbone, PROMPTS[:1], 2.0)
+    assert not torch.allclose(images, untrained, atol=1e-3)
+
+    pipeline = load_pipeline(base)
+    pipeline.load_lora_weights(tmp_path / "saved")
+    if hasattr(pipeline, "unet"):
+        use_ddim(pipeline)
+    torch.testing.assert_close(
+        own_call(pipeline, PROMPTS[:1], latents.clone(), 2.0), images, rtol=0, atol=1e-4
+    )
+
+    loaded = load_backbone(tmp_path / "saved")
+    assert torch.equal(ode_images(loaded, PROMPTS[:1], 2.0)[1], images)
+    assert loaded.lora == LORA
+    assert loaded.critic is not None
+    assert not differing(loaded.critic.state_dict(), trainer.backbone.critic.state_dict())
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("freed", [False, True], ids=["whole", "encoders freed"])
+def test_saved_weights_give_the_same_image_in_plain_diffusers(
+    family: str, freed: bool, tmp_path: Path
+) -> None:
+    base = saved_pipeline(family, tmp_path / "base")
+    # The critic's own adapter must leave no trace in the saved model.
+    trainer = trainer_of(load_backbone(base, settings=SETTINGS), trunk="lora")
+    if freed:
+        trainer.backbone.free_text_encoders(PROMPTS)
+    trainer.train_iteration()
+    save_backbone(trainer.backbone, tmp_path / "saved")
+    latents, images = ode_images(trainer.backbone, PROMPTS[:1], 2.0)
+    if freed:
+        pipeline = load_pipeline(base)
+        part = "unet" if hasattr(pipeline, "unet") else "transformer"
+        model = type(getattr(pipeline, part)).from_pretrained(tmp_path / "saved", subfolder=part)
+        setattr(pipeline, part, model)
+    else:
+        pipeline = load_pipeline(tmp_path / "saved")
+    if hasattr(pipeline, "unet"):
+        use_ddim(pipeline)
+    torch.testing.assert_close(
+        own_call(pipeline, PROMPTS[:1], latents.clone(), 2.0), images, rtol=0, atol=1e-4
+    )
+    loaded = load_backbone(tmp_path / "saved")
+    assert torch.equal(ode_images(loaded, PROMPTS[:1], 2.0)[1], images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_every_trunk_values_and_learns_beside_a_lora_policy(family: str, trunk: str) -> None:
+    backbone = backbone_of(tiny_pipeline(family), lora=LORA)
+    trainer = trainer_of(backbone, trunk=trunk)
+    assert trainer.critic is not None
+    before, policy = clones(trainer.critic.state_dict()), clones(backbone.policy_state())
+    frozen = {id(parameter) for parameter in backbone.model.parameters() if not parameter.requires_grad}
+    metrics = trainer.train_iteration()
+    assert metrics["first_max_abs_log_ratio"] == 0
+    # The head's last layer starts at zero, so what lies below it learns from the second step on.
+    changed = differing(before, trainer.critic.state_dict())
+    own_trunk = [name for name in before if name.startswith("trunk.")]
+    assert bool(own_trunk) == (trunk not in ("shared", "joint"))
+    assert set(changed) & set(own_trunk) == set(changed) - {name for name in changed if "head." in name}
+    assert not own_trunk or any(name.startswith("trunk.") for name in changed)
+    assert differing(policy, backbone.policy_state())
+    assert all(parameter.grad is None for parameter in backbone.model.parameters() if id(parameter) in frozen)
+
+
+def test_a_joint_critic_s_value_loss_moves_the_policy_and_a_shared_one_s_does_not() -> None:
+    states = {}
+    for name, trunk, weight in (
+        ("shared", "shared", 1.0),
+        ("weak", "joint", 1e-6),
+        ("strong", "joint", 10.0),
+    ):
+        backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
+        critic = CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8, num_heads=2, joint_weight=weight)
+        trainer = trainer_of(backbone, critic=critic)
+        # Two iterations: at first the head is zero and so is the gradient behind it.
+        trainer.train(2)
+        states[name] = torch.cat([tensor.flatten() for tensor in backbone.policy_state().values()])
+    assert (states["weak"] - states["shared"]).norm() < 0.1 * (states["strong"] - states["shared"]).norm()
+
+
+def test_adapters_of_policy_and_critic_share_one_base() -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
+    trainer = trainer_of(backbone, trunk="lora")
+    assert trainer.critic is not None
+    policy = {id(parameter) for parameter in backbone.policy_parameters()}
+    critic = {id(parameter) for parameter in trainer.critic.trunk.parameters()}
+    assert policy
+    assert critic
+    assert not policy & critic
+    own = {id(parameter) for parameter in backbone.model.parameters()}
+    assert policy | critic < own
+    assert trainer.reference is not None
+    assert trainer.reference.model is backbone.model
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_bfloat16_runs_on_float32_masters(family: str) -> None:
+    """A frozen base in bfloat16; a trained one in float32 that runs in bfloat16."""
+    losses = []
+    for lora in (LORA, None):
+        backbone = backbone_of(tiny_pipeline(family), lora=lora, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in backbone.policy_parameters()} == {torch.float32}
+        others = {id(parameter) for parameter in backbone.policy_parameters()}
+        frozen = [parameter for parameter in backbone.model.parameters() if id(parameter) not in others]
+        assert {parameter.dtype for parameter in frozen} <= {torch.bfloat16}
+        inner: list[torch.dtype] = []
+        attention = next(module for name, module in backbone.model.named_modules() if name.endswith("to_q"))
+        handle = attention.register_forward_hook(
+            lambda layer, inputs, output, seen=inner: seen.append(output.dtype)
+        )
+        trainer = trainer_of(backbone)
+        metrics = trainer.train_iteration()
+        handle.remove()
+        assert set(inner) == {torch.bfloat16}
+        assert metrics["first_max_abs_log_ratio"] == 0
+        assert trainer.critic is not None
+        assert {parameter.dtype for parameter in trainer.critic.parameters()} == {torch.float32}
+        losses.append(metrics["value_loss"])
+    assert torch.isfinite(torch.tensor(losses)).all()
+
+
+def test_a_lora_that_fits_no_module_or_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target_modules=\['nothing'\] match no module of SD3Transformer"):
+        backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(target_modules=("nothing",)))
+    save_backbone(backbone_of(tiny_pipeline("sd3"), lora=LORA), tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"does not know the StableDiffusion3Pipeline .* as base="):
+        load_backbone(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds a LoRA of .*rank=4.* leave lora out"):
+        load_backbone(tmp_path / "saved", base=tiny_pipeline("sd3"), lora=LoRAConfig(rank=5))
+    loaded = load_backbone(tmp_path / "saved", base=tiny_pipeline("sd3"))
+    assert loaded.lora == LORA
