@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
-from tiny_stable_diffusion import tiny_stable_diffusion
+from tiny_pipelines import tiny_pipeline
 from torch import Tensor
 
 from lacfast.compat.ddpo import ddim_step_with_logprob, pipeline_with_logprob
@@ -113,6 +113,15 @@ def test_without_noise_it_is_the_schedulers_own_step_with_log_prob_zero(kind: st
     assert not output.grad.any()
 
 
+def test_the_last_step_ends_at_the_first_training_timestep_as_in_the_original() -> None:
+    sample, output = latents(1), latents(2)
+    ends = {
+        to_one: ddim_step_with_logprob(scheduler(set_alpha_to_one=to_one), output, 1, sample)[0]
+        for to_one in (False, True)
+    }
+    assert torch.equal(ends[False], ends[True])
+
+
 def test_the_last_step_without_an_offset_has_log_prob_zero() -> None:
     made, sample = scheduler(steps_offset=0), latents(1)
     assert made.timesteps[-1] == 0
@@ -177,8 +186,13 @@ def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
-    return tiny_stable_diffusion(tmp_path_factory.mktemp("tokenizer"))
+def pipeline() -> StableDiffusionPipeline:
+    made: StableDiffusionPipeline = tiny_pipeline("sd15")
+    # SD 1.x is published with set_alpha_to_one=False.
+    made.scheduler = DDIMScheduler.from_config(
+        made.scheduler.config, clip_sample=False, set_alpha_to_one=False
+    )
+    return made
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -191,7 +205,7 @@ def test_without_noise_the_pipeline_makes_diffusers_own_images(
         "num_images_per_prompt": 2,
         "output_type": "np",
     }
-    prompts = ["a red square", "two blue circles"]
+    prompts = ["a red cat", "the sky"]
     images, flagged, all_latents, all_log_probs = pipeline_with_logprob(
         pipeline, prompts, generator=torch.Generator().manual_seed(5), **settings
     )
