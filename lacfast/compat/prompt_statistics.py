@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -163,6 +164,30 @@ class BufferedStatTracker:
             prompt: {"mean": float(mean[row]), "std": float(std[row]), "count": int(filled[row])}
             for prompt, row in self._rows.items()
         }
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs, in JSON's types."""
+        return {
+            "prompts": list(self._rows),
+            "rewards": self._buffer.tolist(),
+            "seen": self._seen.tolist(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned.
+
+        Raises:
+            ValueError: when it was kept with another buffer size.
+        """
+        buffer = np.array(state["rewards"], dtype=np.float64).reshape(len(state["prompts"]), -1)
+        if len(buffer) and buffer.shape[1] != self.buffer_size:
+            raise ValueError(
+                f"the saved statistics have buffer_size={buffer.shape[1]}, these {self.buffer_size}; "
+                "use the same"
+            )
+        self._rows = {prompt: row for row, prompt in enumerate(state["prompts"])}
+        self._buffer = buffer if len(buffer) else np.zeros((0, self.buffer_size))
+        self._seen = np.array(state["seen"], dtype=np.int64)
 
     def _store(self, rows: npt.NDArray[np.intp], scores: npt.NDArray[np.float64]) -> None:
         fresh = len(self._rows) - len(self._seen)

@@ -1,0 +1,244 @@
+"""TRL's DDPO trainer on lacfast's engine: same constructor, reward, prompt function and settings.
+
+TRL dropped DDPOTrainer after 0.23. The loss is the same; its log-ratio is computed from the innovation, so it
+does not suffer from how latents are stored. docs/migration.md lists what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from lacfast.advantages import Advantages, stack_rewards
+from lacfast.backbones import PipelineSettings, load_backbone
+from lacfast.checkpoint import TRAINER_STATE, save_backbone, whole_directory
+from lacfast.compat.prompt_statistics import BufferedStatTracker
+from lacfast.compat.trl_config import DDPOConfig, train_config
+from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFunction
+from lacfast.config import CriticConfig, LoRAConfig
+from lacfast.records import Rollout
+from lacfast.trainer import LatentActorCriticTrainer
+
+__all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
+
+LORA = LoRAConfig(rank=4, alpha=4, target_modules=("to_k", "to_q", "to_v", "to_out.0"))
+"""TRL's adapter."""
+STATISTICS = "prompt_statistics.json"
+
+
+class DefaultDDPOStableDiffusionPipeline:
+    """TRL's wrapper of a StableDiffusionPipeline: which one, and whether LoRA is trained."""
+
+    def __init__(
+        self, pretrained_model_name: str, *, pretrained_model_revision: str = "main", use_lora: bool = True
+    ) -> None:
+        """
+        Args:
+            pretrained_model_name: hub id or directory.
+            pretrained_model_revision: of the hub's repository.
+            use_lora: train an adapter of rank 4 on the attention's projections, else all weights.
+        """
+        load: Any = StableDiffusionPipeline.from_pretrained
+        self.sd_pipeline: Any = load(pretrained_model_name, revision=pretrained_model_revision)
+        self.use_lora = use_lora
+
+
+class ImageLog:
+    """What an image_samples_hook gets in place of accelerate's tracker: PNG files in a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def log_images(self, values: Mapping[str, Tensor], step: int | None = None) -> None:
+        """Write every image of `values`, name -> (B, 3, H, W) in [0, 1], under the step."""
+        target = self.directory / f"{step or 0:08d}"
+        target.mkdir(parents=True, exist_ok=True)
+        for position, (name, images) in enumerate(values.items()):
+            label = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
+            for row, image in enumerate(images):
+                pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+                Image.fromarray(pixels.cpu().numpy()).save(target / f"{position:03d}-{row}-{label}.png")
+
+
+class DDPOTrainer:
+    """DDPO (arXiv 2305.13301) by TRL's interface; `engine` is the LatentActorCriticTrainer that runs it."""
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        reward_function: RewardFunction,
+        prompt_function: Callable[[], tuple[str, Any]],
+        sd_pipeline: Any,
+        image_samples_hook: Callable[[list[list[Any]], int, ImageLog], Any] | None = None,
+        *,
+        critic: CriticConfig | None = None,
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        """
+        Args:
+            config: TRL's settings.
+            reward_function: called with sample_batch_size images at a time.
+            prompt_function: one prompt and its metadata per call. Python's, numpy's and torch's generators
+                are seeded by (seed, epoch) around it, so that a resumed run draws what the first would have.
+            sd_pipeline: TRL's wrapper, ours, or a diffusers pipeline of a UNet that load_backbone knows.
+            image_samples_hook: called before each update with [images, prompts, metadata, rewards,
+                reward metadata] of every sample batch, the global step and a log for pictures.
+            critic: train with this value function as the baseline. None: DDPO.
+            lora: train this adapter. None: TRL's own if the wrapper has use_lora, else all weights.
+
+        Raises:
+            ValueError: settings that cannot train or would be ignored.
+        """
+        settings = train_config(config, critic)
+        self.config = config
+        self.image_samples_hook = image_samples_hook
+        self.global_step = 0
+        self._steps_per_epoch = settings.ppo.num_minibatches * settings.ppo.num_inner_epochs
+        self._reward = BatchedReward(config, reward_function)
+        self._images = ImageLog(config.project_directory / "samples")
+        self.sd_pipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
+        if lora is None and getattr(sd_pipeline, "use_lora", False):
+            lora = LORA
+        if config.allow_tf32 and torch.cuda.is_available():
+            torch.backends.cuda.matmul.allow_tf32 = True
+        with warnings.catch_warnings():
+            # The batch mean is the baseline that DDPO asks for.
+            warnings.filterwarnings("ignore", message="no critic and samples_per_prompt=1")
+            self.engine = _Engine(
+                _backbone(self.sd_pipeline, config, lora),
+                self._reward,
+                PromptFunction([], [], prompt_function),
+                settings,
+                metrics_path=config.logging_directory / "metrics.jsonl",
+            )
+        self.engine.before_update = self._show
+        if config.per_prompt_stat_tracking:
+            self.engine.statistics = BufferedStatTracker(
+                config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
+            )
+        if config.resume_from:
+            self._load(_latest(Path(config.resume_from).expanduser()))
+        self.first_epoch = self.engine.iteration
+        self.engine.log.write("trl_config", **asdict(config))
+
+    def train(self, epochs: int | None = None) -> None:
+        """Train up to epoch `epochs`, counted from the run's beginning; None: config.num_epochs."""
+        for epoch in range(self.first_epoch, self.config.num_epochs if epochs is None else epochs):
+            self.global_step = self.step(epoch, self.global_step)
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """One rollout and its update, and a checkpoint when it is due; returns the optimizer steps so far."""
+        self.global_step = global_step
+        # What evaluations and value pretraining judged is none of the hook's.
+        self._reward.take_batches()
+        self.engine.train_iteration()
+        if epoch != 0 and epoch % self.config.save_freq == 0:
+            self._save(epoch)
+        return global_step + self._steps_per_epoch
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """What plain diffusers loads: LoRA by `load_lora_weights`, all weights by `from_pretrained`."""
+        save_backbone(self.engine.backbone, Path(save_directory))
+
+    def _show(self) -> None:
+        batches = self._reward.take_batches()
+        if self.image_samples_hook is not None:
+            self.image_samples_hook(batches, self.global_step, self._images)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.config.project_directory / "checkpoints"
+
+    def _save(self, epoch: int) -> None:
+        with whole_directory(self._checkpoints / f"checkpoint_{epoch}") as target:
+            self.engine.save(target)
+            record: dict[str, Any] = {"global_step": self.global_step + self._steps_per_epoch}
+            if self.engine.statistics is not None:
+                record["statistics"] = self.engine.statistics.state()
+            (target / STATISTICS).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        for path in _numbered(self._checkpoints)[: -self.config.kept_checkpoints]:
+            shutil.rmtree(path)
+
+    def _load(self, directory: Path) -> None:
+        self.engine.load(directory)
+        record = json.loads((directory / STATISTICS).read_text(encoding="utf-8"))
+        self.global_step = record["global_step"]
+        if self.engine.statistics is not None:
+            if "statistics" not in record:
+                raise ValueError(
+                    f"{directory} holds no statistics per prompt; set per_prompt_stat_tracking=False as there"
+                )
+            self.engine.statistics.load_state(record["statistics"])
+
+
+class _Engine(LatentActorCriticTrainer):
+    """The trainer with DDPO's baselines where it has no critic."""
+
+    statistics: BufferedStatTracker | None = None
+    before_update: Callable[[], None] | None = None
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        """(R - mean) / std of the batch, or of the prompt's own rewards; the same at all steps."""
+        if self.before_update is not None:
+            self.before_update()
+        if self.critic is not None:
+            return super().advantages(rollout)
+        rewards = stack_rewards(rollout)[:, 0]
+        if self.statistics is None:
+            relative = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
+        else:
+            scores = self.statistics.update(rollout.prompts, rewards.double().cpu().numpy())
+            relative = torch.from_numpy(scores).to(rewards)
+        steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
+        bound = self.config.ppo.advantage_clip
+        policy = relative.clamp(-bound, bound).expand(len(steps), -1)
+        return Advantages(steps, policy, policy.new_zeros((rollout.batch_size, 0)), policy[..., None])
+
+
+def _backbone(pipeline: Any, config: DDPOConfig, lora: LoRAConfig | None) -> Any:
+    """The pipeline's backbone, on a GPU if there is one, its frozen parts in the run's dtype."""
+    for name in ("vae", "text_encoder"):
+        part = getattr(pipeline, name, None)
+        if part is not None and part.dtype != config.dtype:
+            part.to(dtype=config.dtype)
+    return load_backbone(
+        pipeline,
+        device="cuda" if torch.cuda.is_available() else None,
+        dtype=config.dtype,
+        lora=lora,
+        settings=PipelineSettings(
+            negative_prompt=config.negative_prompts or None,
+            # Decoded images of a whole epoch at once would not fit.
+            vae_slicing=config.sample_num_batches_per_epoch > 1,
+        ),
+    )
+
+
+def _numbered(directory: Path) -> list[Path]:
+    """Complete checkpoints in a directory, oldest first."""
+    found = [path for path in directory.glob("checkpoint_*") if (path / TRAINER_STATE).exists()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+
+
+def _latest(path: Path) -> Path:
+    """
+    Raises:
+        ValueError: when there is no checkpoint.
+    """
+    if (path / TRAINER_STATE).exists():
+        return path
+    found = _numbered(path) or _numbered(path / "checkpoints")
+    if not found:
+        raise ValueError(f"resume_from={str(path)!r} holds no checkpoint_N directory")
+    return found[-1]

@@ -1,0 +1,202 @@
+"""TRL's DDPOConfig by its field names, and what each becomes here."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
+
+_PROJECT_KEYS = ("automatic_checkpoint_naming", "logging_dir", "project_dir", "total_limit")
+
+
+# Not frozen: scripts set project_kwargs after parsing, as TRL's own example does.
+@dataclass
+class DDPOConfig:
+    """The fields and defaults of TRL 0.23, its last release with a DDPO trainer; see `train_config`."""
+
+    exp_name: str = field(default_factory=lambda: os.path.basename(sys.argv[0]).removesuffix(".py"))
+    """Name of the script; logged."""
+    run_name: str = ""
+    """Name of the run; logged."""
+    seed: int = 0
+    """TrainConfig.seed."""
+    log_with: str | None = None
+    """None: metrics.jsonl. "tensorboard" and "wandb" are refused, since no service is attached here."""
+    tracker_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Must be empty."""
+    accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Must be empty: there is no accelerator."""
+    project_kwargs: dict[str, Any] = field(default_factory=dict)
+    """project_dir and logging_dir take logdir's place, total_limit num_checkpoint_limit's."""
+    tracker_project_name: str = "trl"
+    """Logged."""
+    logdir: str = "logs"
+    """Where metrics.jsonl, checkpoints/ and samples/ go."""
+    num_epochs: int = 100
+    """TrainConfig.iterations: an epoch is a rollout and its update."""
+    save_freq: int = 1
+    """Epochs between checkpoints; epoch 0 is not saved."""
+    num_checkpoint_limit: int = 5
+    """Checkpoints that are kept, the latest."""
+    mixed_precision: str = "fp16"
+    """"no", "bf16" or "fp16"; the last runs in bfloat16, where gradients near 5e-9 do not underflow."""
+    allow_tf32: bool = True
+    """On a GPU."""
+    resume_from: str = ""
+    """A checkpoint, or a directory whose latest checkpoint is taken."""
+    sample_num_steps: int = 50
+    """SamplerConfig.num_steps."""
+    sample_eta: float = 1.0
+    """SamplerConfig.noise_level of the kind "ddim", > 0."""
+    sample_guidance_scale: float = 5.0
+    """SamplerConfig.guidance_scale."""
+    sample_batch_size: int = 1
+    """Images per call of the reward."""
+    sample_num_batches_per_epoch: int = 2
+    """TrainConfig.batch_size is this times sample_batch_size."""
+    train_batch_size: int = 1
+    """PPOConfig.microbatch_size: (sample, step) pairs per forward and backward."""
+    train_use_8bit_adam: bool = False
+    """Must be False."""
+    train_learning_rate: float = 3e-4
+    """PPOConfig.policy_learning_rate."""
+    train_adam_beta1: float = 0.9
+    """PPOConfig.betas."""
+    train_adam_beta2: float = 0.999
+    """PPOConfig.betas."""
+    train_adam_weight_decay: float = 1e-4
+    """PPOConfig.weight_decay."""
+    train_adam_epsilon: float = 1e-8
+    """PPOConfig.adam_eps; 1e-15 does not damp the gradients of a mean-reduced log-prob."""
+    train_gradient_accumulation_steps: int = 1
+    """An optimizer step takes this times train_batch_size samples' worth of pairs; sets num_minibatches."""
+    train_max_grad_norm: float = 1.0
+    """PPOConfig.max_grad_norm."""
+    train_num_inner_epochs: int = 1
+    """PPOConfig.num_inner_epochs."""
+    train_cfg: bool = True
+    """PPOConfig.cfg_grad="both". False is only consistent without guidance."""
+    train_adv_clip_max: float = 5.0
+    """PPOConfig.advantage_clip."""
+    train_clip_range: float = 1e-4
+    """PPOConfig.clip_range."""
+    train_timestep_fraction: float = 1.0
+    """PPOConfig.timestep_fraction."""
+    per_prompt_stat_tracking: bool = False
+    """Advantages relative to the prompt's own rewards (ddpo.PerPromptStatTracker), not to the batch."""
+    per_prompt_stat_tracking_buffer_size: int = 16
+    """Rewards kept per prompt."""
+    per_prompt_stat_tracking_min_count: int = 16
+    """Rewards from which on a prompt has a baseline of its own."""
+    async_reward_computation: bool = False
+    """Call the reward of several sample batches at once, in threads."""
+    max_workers: int = 2
+    """Threads of async_reward_computation."""
+    negative_prompts: str = ""
+    """One negative prompt, PipelineSettings.negative_prompt; TRL never split it at commas."""
+    push_to_hub: bool = False
+    """Must be False."""
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.sample_batch_size * self.sample_num_batches_per_epoch
+
+    @property
+    def project_directory(self) -> Path:
+        """Of the checkpoints and samples."""
+        return Path(self.project_kwargs.get("project_dir", self.logdir))
+
+    @property
+    def logging_directory(self) -> Path:
+        """Of metrics.jsonl."""
+        return Path(self.project_kwargs.get("logging_dir", self.logdir))
+
+    @property
+    def kept_checkpoints(self) -> int:
+        return int(self.project_kwargs.get("total_limit") or self.num_checkpoint_limit)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model runs in."""
+        return torch.float32 if self.mixed_precision == "no" else torch.bfloat16
+
+
+def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> TrainConfig:
+    """Our settings for TRL's. Every step is trained, with its own noise, as TRL does.
+
+    Args:
+        config: of TRL's names.
+        critic: train with this value function. None: DDPO, without one.
+
+    Raises:
+        ValueError: batch sizes that do not divide each other, or a setting that would be ignored.
+    """
+    _refuse_ignored(config, critic)
+    minibatch = config.train_batch_size * config.train_gradient_accumulation_steps
+    for whole, part, names in (
+        (config.sample_batch_size, config.train_batch_size, "sample_batch_size, train_batch_size"),
+        (config.samples_per_epoch, minibatch, "samples per epoch, samples per optimizer step"),
+    ):
+        if whole % part:
+            raise ValueError(f"{names}: {whole} must be a multiple of {part}")
+    if config.mixed_precision == "fp16":
+        warnings.warn(
+            "mixed_precision='fp16' runs in bfloat16: gradients of a mean-reduced log-prob underflow in "
+            "float16. Set 'bf16' or 'no' to silence this",
+            stacklevel=3,
+        )
+    return TrainConfig(
+        seed=config.seed,
+        batch_size=config.samples_per_epoch,
+        iterations=config.num_epochs,
+        sampler=SamplerConfig(
+            kind="ddim",
+            num_steps=config.sample_num_steps,
+            noise_level=config.sample_eta,
+            window=(0, config.sample_num_steps),
+            guidance_scale=config.sample_guidance_scale,
+        ),
+        critic=CriticConfig(trunk="none") if critic is None else critic,
+        ppo=PPOConfig(
+            clip_range=config.train_clip_range,
+            advantage_clip=config.train_adv_clip_max,
+            num_minibatches=config.samples_per_epoch // minibatch,
+            num_inner_epochs=config.train_num_inner_epochs,
+            timestep_fraction=config.train_timestep_fraction,
+            microbatch_size=config.train_batch_size,
+            policy_learning_rate=config.train_learning_rate,
+            betas=(config.train_adam_beta1, config.train_adam_beta2),
+            weight_decay=config.train_adam_weight_decay,
+            adam_eps=config.train_adam_epsilon,
+            max_grad_norm=config.train_max_grad_norm,
+            cfg_grad="both",
+        ),
+    )
+
+
+def _refuse_ignored(config: DDPOConfig, critic: CriticConfig | None) -> None:
+    unknown = sorted(set(config.project_kwargs) - set(_PROJECT_KEYS))
+    refused = {
+        f"log_with={config.log_with!r}; read metrics.jsonl": config.log_with is not None,
+        "tracker_kwargs": bool(config.tracker_kwargs),
+        "accelerator_kwargs": bool(config.accelerator_kwargs),
+        f"project_kwargs {unknown}; known: {', '.join(_PROJECT_KEYS)}": bool(unknown),
+        "train_use_8bit_adam; AdamW runs in float32": config.train_use_8bit_adam,
+        "push_to_hub; upload what trainer.save_pretrained writes": config.push_to_hub,
+        "train_cfg=False, since the rollout is guided and ratios would not start at 1; keep it True "
+        "or set sample_guidance_scale=1": not config.train_cfg and config.sample_guidance_scale > 1,
+        "per_prompt_stat_tracking beside a critic, which is the baseline": config.per_prompt_stat_tracking
+        and critic is not None,
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise ValueError(f"this setting would be ignored: {what}")
+    if config.mixed_precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}; known: 'no', 'bf16', 'fp16'")
