@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,17 @@ def test_a_lora_that_fits_no_module_or_no_checkpoint_is_refused(tmp_path: Path) 
         load_backbone(tmp_path / "saved", base=tiny_pipeline("sd3"), lora=LoRAConfig(rank=5))
     loaded = load_backbone(tmp_path / "saved", base=tiny_pipeline("sd3"))
     assert loaded.lora == LORA
+
+
+def test_the_example_of_twenty_lines_trains_and_its_lora_loads_in_plain_diffusers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).resolve().parents[1] / "examples" / "sd15_jpeg.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 20
+    base = saved_pipeline("sd15", tmp_path / "base")
+    monkeypatch.setattr("sys.argv", [str(script), str(base), str(tmp_path / "out"), "1"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert float(capsys.readouterr().out) < 0
+    pipeline = load_pipeline(base)
+    pipeline.load_lora_weights(tmp_path / "out")
+    assert pipeline.get_active_adapters()
