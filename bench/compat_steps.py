@@ -1,6 +1,6 @@
 """The drop-ins beside the originals' formulas, eager and under torch.compile, at the sizes of their users.
 
-    OMP_NUM_THREADS=1 python bench/compat_steps.py        writes bench/results/compat.json
+    OMP_NUM_THREADS=1 python -m bench.compat_steps        writes results/compat.json, docs/migration.md
 
 Every provider is what a trainer calls: the timestep is looked up and, when sampling, the noise drawn from a
 generator. "train" is the log-prob of a stored transition with its gradient to the model output. Providers
@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peers
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from interleaved import race
 from torch import Tensor
 
+from bench import peers
+from bench.interleaved import race
 from lacfast.compat import ddpo, flow_grpo
 
 RESULT = Path(__file__).parent / "results" / "compat.json"
+PAGE = Path(__file__).parents[1] / "docs" / "migration.md"
+BEGIN, END = "<!-- compat:begin -->\n", "<!-- compat:end -->"
 EAGER, COMPILED, OURS = "the original's formula, eager", "torch.compile of it", "lacfast.compat"
 FLOW_SHAPE = (8, 16, 64, 64)
 """SD3.5-M at 512 pixels."""
@@ -191,6 +193,16 @@ def measured(providers: dict[str, Results], rounds: int) -> dict[str, Any]:
     return row
 
 
+def table(rows: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| | milliseconds | over eager | over torch.compile |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        ratios = [row["speed_over"].get(peer) for peer in (EAGER, COMPILED)]
+        cells = [f"{row['milliseconds'][OURS]:.2f}", *("" if r is None else f"{r:.2f}" for r in ratios)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     torch.set_num_threads(1)
     rows = {}
@@ -217,6 +229,9 @@ def main() -> None:
         "rows": rows,
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    PAGE.write_text(before + BEGIN + table(rows) + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":
