@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 
 Provider = Callable[[], object]
+Clock = Callable[[], float]
 
 
-def race(providers: dict[str, Provider], *, rounds: int = 40, warmup: int = 5) -> dict[str, list[float]]:
+def race(
+    providers: dict[str, Provider], *, rounds: int = 40, warmup: int = 5, clock: Clock = time.thread_time
+) -> dict[str, list[float]]:
     """Seconds of this thread's CPU time in every round of every provider, in turn.
 
     CPU time, since another process on the core must not count. Each timed call follows an untimed one, so
@@ -21,7 +25,31 @@ def race(providers: dict[str, Provider], *, rounds: int = 40, warmup: int = 5) -
     for _ in range(rounds):
         for name, provider in providers.items():
             provider()
-            start = time.thread_time()
+            start = clock()
             provider()
-            seconds[name].append(time.thread_time() - start)
+            seconds[name].append(clock() - start)
     return seconds
+
+
+def speed_ups(seconds: dict[str, list[float]], baseline: str) -> dict[str, float]:
+    """Provider -> median over the rounds of baseline / provider within the round."""
+    return {
+        name: statistics.median(base / own for base, own in zip(seconds[baseline], times, strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def affordable_rounds(
+    providers: dict[str, Provider], budget: float, *, most: int = 40, clock: Clock = time.thread_time
+) -> int:
+    """How many rounds of a race fit `budget` seconds: at least 5, at most `most`.
+
+    Measured by one call of each after one that compiles and allocates.
+    """
+    for provider in providers.values():
+        provider()
+    start = clock()
+    for provider in providers.values():
+        provider()
+    # A round is two calls.
+    return max(5, min(most, int(budget / max(2 * (clock() - start), 1e-9))))

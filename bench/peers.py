@@ -32,12 +32,34 @@ def mean_log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def sde_step_with_log_prob(
-    model_output: Tensor, sample: Tensor, sigma: Tensor, next_sigma: Tensor, noise: Tensor, noise_level: float
+    model_output: Tensor,
+    sample: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    noise: Tensor,
+    noise_level: float,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sampling: the next latent, its log-prob, the mean and the standard deviation."""
+    if uncond_output is not None:
+        model_output = uncond_output + guidance_scale * (model_output - uncond_output)
     mean, std = sde_transition(model_output.float(), sample.float(), sigma, next_sigma, noise_level)
     prev_sample = mean + std * noise
     return prev_sample, mean_log_prob(prev_sample, mean, std), mean, std
+
+
+def stored_log_prob(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    sigma: Tensor,
+    next_sigma: Tensor,
+    noise_level: float,
+) -> Tensor:
+    """Training: the log-prob (B,) of a stored transition."""
+    mean, std = sde_transition(model_output.float(), sample.float(), sigma, next_sigma, noise_level)
+    return mean_log_prob(prev_sample.float(), mean, std)
 
 
 def clipped_loss(
@@ -52,8 +74,8 @@ def clipped_loss(
     clip_range: float,
 ) -> Tensor:
     """Training: the clipped surrogate of a stored transition."""
-    mean, std = sde_transition(model_output.float(), sample.float(), sigma, next_sigma, noise_level)
-    ratio = torch.exp(mean_log_prob(prev_sample.float(), mean, std) - old_log_prob)
+    log_prob = stored_log_prob(model_output, sample, prev_sample, sigma, next_sigma, noise_level)
+    ratio = torch.exp(log_prob - old_log_prob)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1.0 - clip_range, 1.0 + clip_range)
     return torch.maximum(unclipped, clipped).mean()
@@ -70,3 +92,10 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -
         last = delta + gamma * gae_lambda * last
         advantages[:, t] = last
     return advantages, advantages + values
+
+
+def attention_pool(features: Tensor, query: Tensor, norm_weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Single-query pooling as heads write it, in the features' dtype: RMSNorm, scores, softmax, sum."""
+    tokens = torch.nn.functional.rms_norm(features, features.shape[-1:], norm_weight.to(features.dtype), eps)
+    weights = torch.softmax((query.to(features.dtype) @ tokens.mT).float(), dim=-1)
+    return (weights.to(features.dtype) @ tokens).float()

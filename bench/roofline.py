@@ -1,0 +1,144 @@
+"""What an op has to move and to compute, whoever runs it, and how fast this machine copies.
+
+A kernel at the roofline takes bytes / copy bandwidth. The bytes are those of a fused op: every operand read
+once, every result written once. A provider that moves more only looks slower.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.shapes import PoolCase
+
+OPERATIONS_PER_NORMAL = 35
+"""Philox4x32-10: 10 rounds of 8 operations for 4 normals; Box-Muller: log, root, sine, cosine for 2."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Per element of a latent (per token and feature, per reward and step)."""
+
+    reads: int
+    """Operands in the storage dtype, each read once."""
+    writes: int
+    """Results in the storage dtype."""
+    operations: int
+    """Arithmetic, fused multiply-adds counted as two."""
+
+
+TRAFFIC = {
+    "normal_noise": Traffic(0, 1, OPERATIONS_PER_NORMAL),
+    "gaussian_step": Traffic(2, 1, 9),
+    "gaussian_step, guided": Traffic(3, 2, 12),
+    "step_log_prob": Traffic(3, 0, 7),
+    "step_log_prob, backward": Traffic(3, 1, 6),
+    "ppo_loss": Traffic(2, 0, 6),
+    "ppo_loss, backward": Traffic(2, 1, 7),
+    "gae": Traffic(2, 2, 9),
+}
+"""Without a given noise, which is one float32 read more, and without a reference, one read in the dtype."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call."""
+
+    bytes: int
+    operations: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.operations + other.operations)
+
+    def gigabytes_per_second(self, seconds: float) -> float:
+        return self.bytes / seconds / 1e9
+
+
+def elementwise(
+    op: str, elements: int, dtype: torch.dtype, *, noise: str = "none", reference: bool = False
+) -> Cost:
+    """Cost of an op of TRAFFIC.
+
+    Args:
+        op: a key of TRAFFIC.
+        elements: B N, or B T M.
+        dtype: of storage.
+        noise: "given" is read as float32, "drawn" is computed, "none" is not there.
+        reference: whether a reference output is read for its KL.
+
+    Raises:
+        ValueError: for another `noise`.
+    """
+    if noise not in ("given", "drawn", "none"):
+        raise ValueError(f"noise={noise!r}; known: 'given', 'drawn', 'none'")
+    # The float32 result of normal_noise is the only one that has no storage dtype.
+    itemsize = 4 if op == "normal_noise" else dtype.itemsize
+    traffic = TRAFFIC[op]
+    size = (traffic.reads + traffic.writes + reference) * itemsize + 4 * (noise == "given")
+    operations = traffic.operations + 3 * reference + OPERATIONS_PER_NORMAL * (noise == "drawn")
+    return Cost(elements * size, elements * operations)
+
+
+def value_pool(case: PoolCase, dtype: torch.dtype) -> Cost:
+    """One read of the features; queries in, pooled features out, both float32.
+
+    Per feature and head: the score's and the sum's multiply-add. Per feature: the square of the norm and the
+    product with its weight.
+    """
+    tokens = case.batch * case.tokens * case.features
+    small = case.batch * case.heads * case.features
+    return Cost(tokens * dtype.itemsize + 2 * 4 * small, tokens * (4 * case.heads + 3))
+
+
+def value_pool_backward(case: PoolCase, dtype: torch.dtype) -> Cost:
+    """One read of the features and one write of their gradient; twice the products of the forward pass."""
+    tokens = case.batch * case.tokens * case.features
+    small = case.batch * case.heads * case.features
+    return Cost(2 * tokens * dtype.itemsize + 4 * 4 * small, tokens * (8 * case.heads + 6))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The largest cache between the arithmetic and the memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [_sysfs_bytes(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, default=32 << 20)
+
+
+def _sysfs_bytes(path: Path) -> int:
+    text = path.read_text(encoding="utf-8").strip()
+    return int(text.rstrip("KM")) << {"K": 10, "M": 20}.get(text[-1], 0)
+
+
+def copy_bandwidth(device: torch.device, *, repeats: int = 9, num_bytes: int | None = None) -> float:
+    """Bytes per second of a torch copy beyond the caches, read and written both counted; the median.
+
+    Args:
+        device: of both buffers.
+        repeats: timed copies.
+        num_bytes: of one buffer. None: eight times the cache, 64 MiB at least, 1 GiB at most.
+    """
+    if num_bytes is None:
+        num_bytes = min(max(8 * cache_bytes(device), 64 << 20), 1 << 30)
+    source = torch.ones(math.ceil(num_bytes / 4), device=device)
+    target = torch.zeros_like(source)
+    seconds = [_copy_seconds(source, target) for _ in range(repeats + 2)][2:]
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
+def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
+    if source.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    target.copy_(source)
+    return time.perf_counter() - begin

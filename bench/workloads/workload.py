@@ -1,0 +1,110 @@
+"""One op on one input, done by several providers whose results are equal before anyone is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.roofline import Cost
+from bench.shapes import Case
+
+Inputs = dict[str, Tensor]
+Call = Callable[[Inputs], tuple[Tensor, ...]]
+
+REFERENCE, COMPILED_REFERENCE = "reference, eager", "reference, compiled"
+PEER, COMPILED_PEER = "peer's formula, eager", "peer's formula, compiled"
+OURS, OURS_DRAWN = "lacfast", "lacfast, noise drawn"
+
+
+class WrongResultError(AssertionError):
+    """A provider computes something else, so its time would mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is timed: `providers[name](inputs)`."""
+
+    op: str
+    case: Case
+    dtype: torch.dtype
+    inputs: Inputs
+    providers: dict[str, Call]
+    """In the order of the table. Every result begins with what REFERENCE returns."""
+    costs: Mapping[str, Cost]
+    """By provider: drawing noise moves less than reading it."""
+    baseline: str
+    """The provider that speed-ups refer to."""
+    tolerance: float
+    """Largest error of ours, relative to the largest entry of the result."""
+    peer_tolerance: float
+    """The same of the peers' formulas, which lose digits where ours do not."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the inputs."""
+        return sum(tensor.nbytes for tensor in self.inputs.values())
+
+    def title(self) -> str:
+        return f"{self.op}, {self.case}, {str(self.dtype).removeprefix('torch.')}"
+
+    def cloned(self) -> Inputs:
+        """The inputs at other addresses."""
+        return {
+            name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for name, tensor in self.inputs.items()
+        }
+
+    def verify(self) -> None:
+        """Compare every provider with the reference in float64.
+
+        Raises:
+            WrongResultError: naming the provider, the result and its error.
+        """
+        exact = self.providers[REFERENCE](_in_float64(self.inputs))
+        for name, call in self.providers.items():
+            allowed = self.peer_tolerance if name in (PEER, COMPILED_PEER) else self.tolerance
+            for index, expected in enumerate(exact):
+                error = _relative_error(call(self.inputs)[index], expected)
+                # Not `error > allowed`, which NaN would pass.
+                if not error <= allowed:
+                    raise WrongResultError(
+                        f"{self.title()}: result {index} of {name!r} is off by {error:.1e} of its largest "
+                        f"entry, more than {allowed:.1e}"
+                    )
+
+
+def _in_float64(inputs: Inputs) -> Inputs:
+    return {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = (actual.detach().double() - expected.detach()).abs().max()
+    return float(difference / expected.detach().abs().max().clamp_min(1e-300))
+
+
+def variants(
+    names: tuple[str, str],
+    function: Callable[..., Any],
+    use: Callable[[Callable[..., Any]], Call],
+    compiled: bool,
+) -> dict[str, Call]:
+    """Providers (eager, compiled) of one function: `use` says how it is called; the second if `compiled`.
+
+    dynamic=False: each workload has one shape, and a kernel made for it is the stronger opponent.
+    """
+    calls = {names[0]: use(function)}
+    if compiled:
+        calls[names[1]] = use(torch.compile(function, fullgraph=True, dynamic=False))
+    return calls
+
+
+REFERENCES, PEERS = (REFERENCE, COMPILED_REFERENCE), (PEER, COMPILED_PEER)
