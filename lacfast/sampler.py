@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lacfast import ops
 from lacfast.critic import Critic
+from lacfast.profiling import span
 from lacfast.protocols import Backbone, Features
 from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, Rollout, TransitionTable
 
@@ -210,7 +211,8 @@ def sample_rollout(
     )
     begin(buffers)
     for _ in range(table.num_steps):
-        denoise_step(backbone, critic, buffers)
+        with span("rollout/step"):
+            denoise_step(backbone, critic, buffers)
         if not keep_features:
             buffers.features.clear()
     return Rollout(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lacfast.profiling import span
 from lacfast.protocols import Reward
 
 REGISTERED: dict[str, str] = {
@@ -86,10 +87,11 @@ class RewardSet:
         Raises:
             RewardError: when a reward raises, returns another length or a value that is not finite.
         """
-        return {
-            name: _checked(name, function, images, prompts, metadata)
-            for name, function in self.functions.items()
-        }
+        with span("reward"):
+            return {
+                name: _checked(name, function, images, prompts, metadata)
+                for name, function in self.functions.items()
+            }
 
 
 class RewardQueue:

@@ -20,6 +20,7 @@ from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, build_critic
 from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
+from lacfast.profiling import span
 from lacfast.prompts import PromptLike, PromptSet
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, Rollout
@@ -155,7 +156,8 @@ class LatentActorCriticTrainer:
         self.last_rollout = rollout
         self.images += rollout.batch_size
         try:
-            images = self.backbone.decode(rollout.clean_latents)
+            with span("decode"):
+                images = self.backbone.decode(rollout.clean_latents)
             scores = self.rewards.score(images, rollout.prompts, rollout.metadata)
         except RewardError as error:
             if self.config.on_reward_error == "raise":
@@ -230,7 +232,8 @@ class LatentActorCriticTrainer:
             FloatingPointError: for a gradient that is not finite, before the optimizer step.
         """
         ppo = self.config.ppo
-        advantages = self.advantages(rollout)
+        with span("advantages"):
+            advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer)
         for epoch in range(ppo.num_inner_epochs):
             seed = (self.config.seed * 1_000_003 + self.iteration) * 97 + epoch
@@ -257,9 +260,10 @@ class LatentActorCriticTrainer:
                 ppo,
                 self.config.sampler.guidance_scale,
             )
-            metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
-            metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
-            metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
+            with span("sync"):
+                metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
+                metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
+                metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
         return metrics
 
     def _update_critic(

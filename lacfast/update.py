@@ -14,6 +14,7 @@ from lacfast import ops
 from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
+from lacfast.profiling import each, span
 from lacfast.protocols import Backbone, Features
 from lacfast.records import PPOStats, Rollout, TransitionTable
 from lacfast.sampler import PolicyOutput, policy_output
@@ -88,7 +89,8 @@ def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.Ad
 
 
 def _require_finite(what: str, norm: Tensor) -> float:
-    value = float(norm)
+    with span("sync"):
+        value = float(norm)
     if not math.isfinite(value):
         raise FloatingPointError(
             f"the gradient norm of the {what} is {value}; no optimizer step was taken and the weights are "
@@ -116,7 +118,7 @@ def policy_step(
     critic = backbone.critic
     joint = critic if critic is not None and critic.config.trunk == "joint" else None
     stats, losses = [], []
-    for part in pairs.split(config.microbatch_size):
+    for part in each("update/microbatch", pairs.split(config.microbatch_size)):
         forward = _policy_output(backbone, rollout, part, config.cfg_grad, joint)
         with torch.no_grad():
             reference_output = (
@@ -146,7 +148,8 @@ def policy_step(
         stats.append(part_stats)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = _require_finite("policy", nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
-    optimizer.step()
+    with span("optimizer"):
+        optimizer.step()
     return _concatenate(stats), torch.stack(losses).sum(), norm
 
 
@@ -209,12 +212,13 @@ def critic_step(
     """One critic optimizer step towards standardised targets (B, M); returns loss () and gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     losses = []
-    for part in pairs.split(config.microbatch_size):
+    for part in each("update/microbatch", pairs.split(config.microbatch_size)):
         values = critic_values(critic, rollout, part, kept_features(rollout, part))
         loss = nn.functional.mse_loss(values, targets[part.rows])
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)
     norm = _require_finite("critic", nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm))
-    optimizer.step()
+    with span("optimizer"):
+        optimizer.step()
     return torch.stack(losses).sum(), norm

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 LAYERS = (
     ("_C", "kernels"),
-    ("records", "config"),
+    ("records", "config", "profiling"),
     ("schedule", "reference", "graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "critic"),

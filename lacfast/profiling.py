@@ -1,0 +1,115 @@
+"""Named ranges of a training iteration: NVTX for Nsight, torch.profiler on request, nothing otherwise.
+
+    with span("decode"):
+        images = backbone.decode(latents)
+
+NVTX ranges lie in the domain "lacfast". They need the nvtx package and a CUDA device; where either is missing
+a span does nothing. In torch.compile it does nothing either, and in a captured graph it marks the capture.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+DOMAIN = "lacfast"
+SPANS = (
+    "rollout/step",
+    "decode",
+    "reward",
+    "advantages",
+    "update/microbatch",
+    "optimizer",
+    "sync",
+)
+"""Every name that `span` takes. "sync" is the host waiting for the device."""
+
+Item = TypeVar("Item")
+Spans = dict[str, AbstractContextManager[Any]]
+
+
+class NvtxRange:
+    """A range made once and entered often: 0.2 us a time. It may be nested and shared between threads."""
+
+    def __init__(self, domain: Any, name: str) -> None:
+        self._domain = domain
+        self._attributes = domain.get_event_attributes(message=name)
+
+    def __enter__(self) -> None:
+        self._domain.push_range(self._attributes)
+
+    def __exit__(self, *exception: object) -> None:
+        self._domain.pop_range()
+
+
+class TorchRange:
+    """The same for torch.profiler, whose own object can be entered only once."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"{DOMAIN}/{name}"
+        self._entered: list[torch.profiler.record_function] = []
+
+    def __enter__(self) -> None:
+        record = torch.profiler.record_function(self._name)
+        record.__enter__()  # type: ignore[no-untyped-call]
+        self._entered.append(record)
+
+    def __exit__(self, *exception: object) -> None:
+        self._entered.pop().__exit__(*exception)
+
+
+_recorders: list[Spans] = []
+"""The innermost `recorded_by_torch`; a plain list, since rewards may be scored in another thread."""
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """The context in which the work of that name is done.
+
+    Raises:
+        KeyError: for a name that is not in SPANS.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return (_recorders[-1] if _recorders else _default_spans())[name]
+
+
+def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items of a loop, whose body runs within the span for every one of them."""
+    for item in items:
+        with span(name):
+            yield item
+
+
+@contextmanager
+def recorded_by_torch() -> Iterator[None]:
+    """Within the context spans are torch.profiler's ranges, named "lacfast/..."; they work on a CPU too."""
+    _recorders.append({name: TorchRange(name) for name in SPANS})
+    try:
+        yield
+    finally:
+        _recorders.pop()
+
+
+@cache
+def _default_spans() -> Spans:
+    return nvtx_spans(_nvtx()) if torch.cuda.is_available() else nvtx_spans(None)
+
+
+def nvtx_spans(nvtx: Any) -> Spans:
+    """A range per name from the nvtx package, or contexts that do nothing without it."""
+    if nvtx is None:
+        return dict.fromkeys(SPANS, nullcontext())
+    domain = nvtx.get_domain(DOMAIN)
+    return {name: NvtxRange(domain, name) for name in SPANS}
+
+
+def _nvtx() -> Any:
+    try:
+        return importlib.import_module("nvtx")
+    except ImportError:
+        return None
