@@ -1,0 +1,264 @@
+"""Everything that only a GPU can tell, in one command on any CUDA machine.
+
+    python bench/gpu_check.py                          tests, kernels, profile
+    python bench/gpu_check.py --only kernels --out PATH
+    python bench/gpu_check.py --only tune              also changes kernels/launches.json
+    python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
+
+Each part is a process of its own with a time limit, so one that crashes costs the others nothing. The result
+is written after every part, to bench/results/GPU-DATE.json by default; the table comes last. Exit code 1 says
+that a part failed. lacfast need not be installed: the source tree is enough for Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if not __package__:
+    # As a script, Python put bench/ first on the path, whose profile.py hides the standard library's.
+    sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from bench import machine  # noqa: E402
+
+TAIL = 4000
+"""Characters kept of a process's output."""
+
+
+@dataclass
+class Part:
+    """What came of one part."""
+
+    status: str
+    """"passed", "failed", "timed out" or "skipped"."""
+    summary: str
+    """One line for the table."""
+    seconds: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+    output: str = ""
+    """The end of what it printed, unless it passed."""
+
+    @property
+    def is_failure(self) -> bool:
+        return self.status in ("failed", "timed out")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every part is told."""
+
+    device: str
+    seconds: float
+    """Limit of each part."""
+    folder: Path
+    """For the files that parts leave."""
+
+
+def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
+    """Exit code (None: stopped after `seconds`) and output of a Python or other process in the checkout."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    try:
+        done = subprocess.run(
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:
+        output = expired.output or b""
+        return None, output.decode(errors="replace") if isinstance(output, bytes) else output
+    return done.returncode, done.stdout
+
+
+def judged(code: int | None, output: str, seconds: float, summary: str, result: dict[str, Any]) -> Part:
+    """A part from how its process ended; what it left is kept however it ended."""
+    if code is None:
+        return Part("timed out", f"stopped after {seconds:g} s; {summary}", 0.0, result, output[-TAIL:])
+    status = "passed" if code == 0 else "failed"
+    return Part(status, summary, 0.0, result, "" if code == 0 else output[-TAIL:])
+
+
+def left_in(path: Path) -> dict[str, Any]:
+    """The JSON that a process wrote, also a part of it; empty without one."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return content
+
+
+def tests(setting: Setting) -> Part:
+    """GPU tests, then the kernels among them under compute-sanitizer where it is installed."""
+    if setting.device == "cpu":
+        return Part("skipped", "the tests of tests/test_gpu.py need a CUDA device")
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    code, output = run(command, setting.seconds)
+    summary = test_counts(output)
+    part = judged(code, output, setting.seconds, summary, {"pytest": summary})
+    sanitizer = shutil.which("compute-sanitizer")
+    left = setting.seconds - (time.monotonic() - start)
+    if part.is_failure or sanitizer is None or left < 30:
+        reason = "not installed" if sanitizer is None else "no time left" if left < 30 else "not run"
+        part.summary += f"; compute-sanitizer {reason}"
+        return part
+    # It slows a kernel a hundredfold, so one dtype of every op.
+    checked = [sanitizer, "--tool", "memcheck", "--error-exitcode", "86", *command, "-k", "sanitized"]
+    code, output = run(checked, left)
+    outcome = test_counts(output) if code == 0 else "stopped" if code is None else f"exit code {code}"
+    part.result["compute-sanitizer"] = outcome
+    part.summary += f"; compute-sanitizer: {outcome}"
+    if code != 0:
+        part.status, part.output = "failed" if code else "timed out", output[-TAIL:]
+    return part
+
+
+def test_counts(output: str) -> str:
+    """pytest's last line, such as "31 passed, 2 skipped in 40.1s"."""
+    lines = re.findall(r"^=*\s*(\d+ (?:passed|failed|skipped|error).*? in [\d.]+s)", output, re.MULTILINE)
+    return lines[-1] if lines else "pytest did not finish"
+
+
+def kernels(setting: Setting) -> Part:
+    """The kernel table of bench/kernels.py."""
+    out = setting.folder / "kernels.json"
+    command = [sys.executable, "-m", "bench.kernels", "--device", setting.device, "--out", str(out)]
+    if setting.device == "cpu":
+        command += ["--cases", "tiny", "--no-compile", "--budget", "0.05"]
+    # It stops by itself first, so that its last rows are not lost in the middle.
+    code, output = run([*command, "--seconds", str(0.85 * setting.seconds)], setting.seconds)
+    print(output, end="")
+    result = left_in(out)
+    rows, missing = result.get("rows", []), result.get("missing", {})
+    errors = [row for row in rows if "error" in row]
+    summary = f"{len(rows)} rows, {len(missing)} workloads missing, {len(errors)} providers failed"
+    return judged(code, output, setting.seconds, summary, result)
+
+
+def tune(setting: Setting) -> Part:
+    """Launch tables of this architecture, written into the tree."""
+    if setting.device == "cpu":
+        return Part("skipped", "launches are measured on a CUDA device")
+    out = setting.folder / "tune.json"
+    command = [sys.executable, "-m", "bench.tune", "--out", str(out), "--seconds", str(0.9 * setting.seconds)]
+    code, output = run(command, setting.seconds)
+    print(output, end="")
+    result = left_in(out)
+    finished = ", ".join(result.get("rows", {})) or "none"
+    return judged(code, output, setting.seconds, f"tuned: {finished}", result)
+
+
+def profile(setting: Setting) -> Part:
+    """torch.profiler's table of one op, and of training where diffusers is installed."""
+    out = str(setting.folder / "profile")
+    cases = "tiny" if setting.device == "cpu" else "claim"
+    base = [sys.executable, "-m", "bench.profile"]
+    options = ["--device", setting.device, "--out", out]
+    code, output = run([*base, "op", "gaussian_step", "--cases", cases, *options], setting.seconds)
+    print(output, end="")
+    part = judged(code, output, setting.seconds, "gaussian_step", {"gaussian_step": output[-TAIL:]})
+    if setting.device == "cpu":
+        return part
+    if importlib.util.find_spec("diffusers") is None:
+        part.summary += "; training skipped: diffusers is not installed"
+        return part
+    code, output = run([*base, "training", *options], setting.seconds / 2)
+    print(output, end="")
+    training = judged(code, output, setting.seconds, "", {})
+    part.result["training"] = output[-TAIL:]
+    part.summary += f"; training {training.status}"
+    if training.is_failure:
+        part.status, part.output = training.status, training.output
+    return part
+
+
+PARTS: dict[str, Callable[[Setting], Part]] = {
+    "tests": tests,
+    "kernels": kernels,
+    "tune": tune,
+    "profile": profile,
+}
+DEFAULT_PARTS = ("tests", "kernels", "profile")
+"""tune changes the source tree, so it runs only when it is asked for."""
+
+
+def check(
+    names: list[str], setting: Setting, out: Path, parts: dict[str, Callable[[Setting], Part]]
+) -> dict[str, Part]:
+    """Run parts in turn and write `out` after each; one that raises has failed and the next one runs."""
+    device = torch.device(setting.device)
+    done: dict[str, Part] = {}
+    for name in names:
+        print(f"== {name}", flush=True)
+        start = time.monotonic()
+        try:
+            done[name] = parts[name](setting)
+        except Exception as error:
+            done[name] = Part("failed", f"{type(error).__name__}: {error}")
+        done[name].seconds = time.monotonic() - start
+        if done[name].is_failure:
+            print(done[name].output, file=sys.stderr)
+        record = {
+            "date": machine.today(),
+            "machine": machine.describe(device),
+            "parts": {part: asdict(outcome) for part, outcome in done.items()},
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return done
+
+
+def table(done: dict[str, Part]) -> str:
+    """One line per part."""
+    lines = [f"{'part':<10}{'status':<11}{'s':>6}  what"]
+    lines += [
+        f"{name:<10}{part.status:<11}{part.seconds:>6.0f}  {part.summary}" for name, part in done.items()
+    ]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="bench/gpu_check.py", description=__doc__.split("\n")[0])
+    options.add_argument("--only", nargs="+", choices=PARTS, default=list(DEFAULT_PARTS), metavar="PART")
+    options.add_argument("--seconds", type=float, default=540.0, help="limit of each part")
+    options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options.add_argument("--out", type=Path, help="JSON; default bench/results/GPU-DATE.json")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_check: no CUDA device here; --device cpu rehearses with tiny sizes", file=sys.stderr)
+        return 2
+    label = re.sub(r"[^a-z0-9]+", "-", machine.label(torch.device(options.device)).lower()).strip("-")
+    out = options.out or ROOT / "bench" / "results" / f"{label}-{machine.today()}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        setting = Setting(options.device, options.seconds, Path(folder))
+        done = check(options.only, setting, out, PARTS)
+    print(f"\n{out}\n{table(done)}")
+    return 1 if any(part.is_failure for part in done.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
