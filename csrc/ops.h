@@ -72,6 +72,57 @@ struct Gae {
   double gamma, gae_lambda, value_lambda;
 };
 
+constexpr int kMaxRewards = 16;
+
+// Reward m counts only where reward on[m] of the trajectory reaches threshold[m]; on[m] = -1: always.
+struct RewardConditions {
+  std::int8_t on[kMaxRewards];
+  double threshold[kMaxRewards];
+};
+
+// GAE of standardised rewards. Everything but `values` is in the arithmetic type.
+struct AdvantageSums {
+  std::int64_t rows, steps;
+  int num_rewards, heads;  // equal, or one head of the weighted rewards when scalarized
+  bool rewards_per_step, scalarized;
+  DType dtype;  // of the values
+  double gamma, gae_lambda, value_lambda, target_clip;
+  RewardConditions conditions;
+  const void* rewards;  // (rows, num_rewards), or (rows, steps, num_rewards) per step
+  const void* values;   // (rows, steps, heads)
+  const void *reward_mean, *reward_std, *weights;  // (num_rewards,)
+  const std::uint8_t* mask;                        // (rows,), or null: all count
+  void *raw, *targets;                             // (rows, steps, heads)
+};
+
+// Combination and normalisation, from the moments that `partials` rows of numbers add up to.
+struct AdvantageApply {
+  std::int64_t rows, steps;
+  int heads;
+  bool scalarized, normalize_heads;
+  DType dtype;  // arithmetic type
+  double advantage_clip;
+  const void *raw, *weights;
+  const std::uint8_t* mask;
+  const double* moments;  // (partials, 1 + heads + heads^2)
+  std::int64_t partials;
+  void* advantages;  // (rows, steps)
+};
+
+// Groups of particles; log_weights float32 or float64.
+struct Particles {
+  std::int64_t groups, particles;
+  DType dtype;
+  const void* log_weights;  // (groups, particles)
+};
+
+struct Resampling {
+  const std::int64_t* steps;      // (groups,)
+  const std::int64_t* seed;       // (1,)
+  const std::int64_t* group_ids;  // (groups,)
+  std::int64_t* ancestors;        // (groups, particles)
+};
+
 namespace cpu {
 
 void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
@@ -85,6 +136,12 @@ void log_ratio_backward(const LogRatio& op, const void* grad_terms, Result grad_
 void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
 void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
                   void* grad_values);
+// moments (1 + heads + heads^2,)
+void advantage_sums(const AdvantageSums& op, double* moments);
+void advantage_apply(const AdvantageApply& op);
+// sizes (groups,) arithmetic type
+void effective_sample_size(const Particles& op, void* sizes);
+void systematic_resample(const Particles& op, const Resampling& resampling);
 // The instruction set in use: "x86-64-v2", "x86-64-v3" or "portable".
 const char* instruction_set();
 
@@ -97,6 +154,13 @@ std::string unusable_reason();
 void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns, void* stream);
 void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
                   void* grad_values, void* stream);
+// How many rows of moments advantage_sums writes; a function of the shape alone, so that sums have one order.
+std::int64_t advantage_partials(std::int64_t rows, int heads);
+// moments (partials, 1 + heads + heads^2)
+void advantage_sums(const AdvantageSums& op, double* moments, void* stream);
+void advantage_apply(const AdvantageApply& op, void* stream);
+void effective_sample_size(const Particles& op, void* sizes, void* stream);
+void systematic_resample(const Particles& op, const Resampling& resampling, void* stream);
 
 }  // namespace cuda
 

@@ -119,6 +119,61 @@ def gae_backward(
     grad_values: int,
     /,
 ) -> None: ...
+def advantage_sums(
+    rows: int,
+    steps: int,
+    num_rewards: int,
+    heads: int,
+    rewards_per_step: bool,
+    scalarized: bool,
+    values_dtype: int,
+    gamma: float,
+    gae_lambda: float,
+    value_lambda: float,
+    target_clip: float,
+    conditions_on: list[int],
+    thresholds: list[float],
+    rewards: int,
+    values: int,
+    reward_mean: int,
+    reward_std: int,
+    weights: int,
+    mask: int,
+    raw: int,
+    targets: int,
+    moments: int,
+    /,
+) -> None: ...
+def advantage_apply(
+    rows: int,
+    steps: int,
+    heads: int,
+    scalarized: bool,
+    normalize_heads: bool,
+    dtype: int,
+    advantage_clip: float,
+    raw: int,
+    weights: int,
+    mask: int,
+    moments: int,
+    partials: int,
+    advantages: int,
+    /,
+) -> None: ...
+def effective_sample_size(
+    groups: int, particles: int, dtype: int, log_weights: int, sizes: int, /
+) -> None: ...
+def systematic_resample(
+    groups: int,
+    particles: int,
+    dtype: int,
+    log_weights: int,
+    steps: int,
+    seed: int,
+    group_ids: int,
+    ancestors: int,
+    /,
+) -> None: ...
 
 # Only where the module was built with a CUDA compiler.
 def cuda_gae(
@@ -148,6 +203,65 @@ def cuda_gae_backward(
     grad_returns: int,
     grad_rewards: int,
     grad_values: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_advantage_partials(rows: int, heads: int, /) -> int: ...
+def cuda_advantage_sums(
+    rows: int,
+    steps: int,
+    num_rewards: int,
+    heads: int,
+    rewards_per_step: bool,
+    scalarized: bool,
+    values_dtype: int,
+    gamma: float,
+    gae_lambda: float,
+    value_lambda: float,
+    target_clip: float,
+    conditions_on: list[int],
+    thresholds: list[float],
+    rewards: int,
+    values: int,
+    reward_mean: int,
+    reward_std: int,
+    weights: int,
+    mask: int,
+    raw: int,
+    targets: int,
+    moments: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_advantage_apply(
+    rows: int,
+    steps: int,
+    heads: int,
+    scalarized: bool,
+    normalize_heads: bool,
+    dtype: int,
+    advantage_clip: float,
+    raw: int,
+    weights: int,
+    mask: int,
+    moments: int,
+    partials: int,
+    advantages: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_effective_sample_size(
+    groups: int, particles: int, dtype: int, log_weights: int, sizes: int, stream: int, /
+) -> None: ...
+def cuda_systematic_resample(
+    groups: int,
+    particles: int,
+    dtype: int,
+    log_weights: int,
+    steps: int,
+    seed: int,
+    group_ids: int,
+    ancestors: int,
     stream: int,
     /,
 ) -> None: ...

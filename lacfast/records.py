@@ -110,6 +110,30 @@ class PPOStats:
     """(B,) -1 where the lower clip is active, +1 the upper, 0 neither."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RewardCondition:
+    """An easy reward that counts only where a hard one passes."""
+
+    reward: int
+    """Index of the easy reward."""
+    on: int
+    """Index of the hard reward."""
+    threshold: float
+    """Raw value that the hard reward must reach; below it the easy one counts as 0."""
+
+
+@dataclass(frozen=True)
+class NormalizedAdvantages:
+    """What a policy and a critic learn from, detached; M heads of the critic."""
+
+    advantages: Tensor
+    """(B, T) combined over the heads, normalised and clipped; 0 for masked trajectories."""
+    raw: Tensor
+    """(B, T, M) per head, in units of the standardised reward."""
+    targets: Tensor
+    """(B, T, M) standardised value targets, clipped."""
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What a model is conditioned on besides sample and timestep: batch-first tensors by name."""

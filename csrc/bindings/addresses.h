@@ -35,5 +35,7 @@ void bind_noise(py::module_& module);
 void bind_gaussian_step(py::module_& module);
 void bind_ppo_loss(py::module_& module);
 void bind_gae(py::module_& module);
+void bind_advantages(py::module_& module);
+void bind_smc(py::module_& module);
 
 }  // namespace lacfast

@@ -21,6 +21,8 @@ PYBIND11_MODULE(_C, module) {
   bind_gaussian_step(module);
   bind_ppo_loss(module);
   bind_gae(module);
+  bind_advantages(module);
+  bind_smc(module);
 }
 
 }  // namespace lacfast

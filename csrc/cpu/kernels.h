@@ -25,6 +25,8 @@ struct Kernels {
   void (*gae)(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
   void (*gae_backward)(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
                        void* grad_values);
+  void (*advantage_sums)(const AdvantageSums& op, double* moments);
+  void (*advantage_apply)(const AdvantageApply& op);
 };
 
 #if defined(LACFAST_X86)

@@ -7,10 +7,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-
 #include "../common/gae.h"
 #include "../ops.h"
+#include "launch.h"
 
 namespace lacfast::cuda {
 namespace {
@@ -116,32 +115,28 @@ __global__ void __launch_bounds__(kLanes* kWarpsPerBlock)
 }
 
 template <typename S, typename A, bool kAdjoint>
-void launch(const Gae& op, const void* in0, const void* in1, void* out0, void* out1, cudaStream_t stream) {
+void run(const Gae& op, const void* in0, const void* in1, void* out0, void* out1, void* stream) {
   const std::int64_t rows = rows_per_warp(op.heads);
   const std::int64_t warps = (op.rows + rows - 1) / rows * head_groups(op.heads);
-  const auto blocks = static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  const std::int64_t blocks = (warps + kWarpsPerBlock - 1) / kWarpsPerBlock;
   const GaeDecay<A> decay{static_cast<A>(op.gamma), static_cast<A>(op.gamma * op.gae_lambda),
                           static_cast<A>(op.gamma * op.value_lambda)};
   const Tensors<S> tensors{static_cast<const S*>(in0), static_cast<const S*>(in1), static_cast<S*>(out0),
                            static_cast<S*>(out1)};
-  if (blocks == 0) return;
-  gae_kernel<S, A, kAdjoint><<<blocks, dim3(kLanes, kWarpsPerBlock), 0, stream>>>(op, decay, tensors, warps);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gae on CUDA: ") + cudaGetErrorString(error));
+  launch("gae", gae_kernel<S, A, kAdjoint>, blocks, dim3(kLanes, kWarpsPerBlock), stream, op, decay, tensors, warps);
 }
 
 template <bool kAdjoint>
 void dispatch(const Gae& op, const void* in0, const void* in1, void* out0, void* out1, void* stream) {
-  const auto queue = static_cast<cudaStream_t>(stream);
   switch (op.dtype) {
     case DType::float32:
-      return launch<float, float, kAdjoint>(op, in0, in1, out0, out1, queue);
+      return run<float, float, kAdjoint>(op, in0, in1, out0, out1, stream);
     case DType::bfloat16:
-      return launch<__nv_bfloat16, float, kAdjoint>(op, in0, in1, out0, out1, queue);
+      return run<__nv_bfloat16, float, kAdjoint>(op, in0, in1, out0, out1, stream);
     case DType::float16:
-      return launch<__half, float, kAdjoint>(op, in0, in1, out0, out1, queue);
+      return run<__half, float, kAdjoint>(op, in0, in1, out0, out1, stream);
     case DType::float64:
-      return launch<double, double, kAdjoint>(op, in0, in1, out0, out1, queue);
+      return run<double, double, kAdjoint>(op, in0, in1, out0, out1, stream);
   }
 }
 

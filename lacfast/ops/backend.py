@@ -1,7 +1,7 @@
-"""Which code runs an op: C++ for CPU tensors, Triton (CUDA C++ for gae) for CUDA tensors, else the reference.
+"""Which code runs an op: C++ for CPU tensors, Triton or CUDA C++ for CUDA tensors, else the reference.
 
-The reference is called as it is. The other backends have functions of the same names that fill preallocated
-outputs.
+CUDA C++ has the sequential ops, advantages and particles. The reference is called as it is. The other
+backends have functions of the same names that fill preallocated outputs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ _TRITON_MODULES = {
     "log_ratio_backward": "lacfast.kernels.ppo_loss",
     "ppo_loss_forward": "lacfast.kernels.ppo_loss",
 }
+
+_CUDA_KERNELS = (
+    "gae",
+    "gae_backward",
+    "normalized_advantages",
+    "advantage_sums",
+    "advantage_apply",
+    "effective_sample_size",
+    "systematic_resample",
+)
 
 _forced: ContextVar[str | None] = ContextVar("lacfast_backend", default=None)
 
@@ -137,7 +147,7 @@ def _kernel(chosen: str, name: str) -> Callable[..., None]:
 def _has_kernel(chosen: str, name: str) -> bool:
     if chosen == "triton":
         return name in _TRITON_MODULES
-    return chosen != "cuda" or name in ("gae", "gae_backward")
+    return chosen != "cuda" or name in _CUDA_KERNELS
 
 
 def _require_device(forced: str, device_type: str) -> None:

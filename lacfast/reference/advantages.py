@@ -1,9 +1,17 @@
-"""4. Advantages."""
+"""4. Advantages: GAE per reward, then one number per step from all rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from lacfast.records import NormalizedAdvantages, RewardCondition
+from lacfast.reference.transition import compute_dtype
+
+ROUNDING = 1e-12
+"""A variance below this part of the mean square is rounding: the quantity does not vary."""
 
 
 def gae(
@@ -41,3 +49,97 @@ def _discounted_sum(terms: Tensor, discount: float) -> Tensor:
         total = term + discount * total
         sums.append(total)
     return torch.stack(sums[::-1], dim=1)
+
+
+def normalized_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    reward_mean: Tensor,
+    reward_std: Tensor,
+    weights: Tensor,
+    *,
+    mask: Tensor | None = None,
+    combination: str = "sum_normalized",
+    conditions: Sequence[RewardCondition] = (),
+    gamma: float = 1.0,
+    gae_lambda: float = 1.0,
+    value_lambda: float = 1.0,
+    advantage_clip: float = 10.0,
+    target_clip: float = 5.0,
+    all_reduce: Callable[[Tensor], object] | None = None,
+) -> NormalizedAdvantages:
+    """From raw rewards and values to what the update learns from; arguments as `ops.normalized_advantages`.
+
+    r = (R - mean_R) / std_R;   A_m, targets_m = gae(r_m, V_m)
+    A = sum_m w_m A_m / std(A_m)                                    "sum_normalized"
+    advantages = clip( (A - mean(A)) / std(A) )      over all trajectories, steps and ranks
+    """
+    dtype = compute_dtype(values)
+    standardized = _standardized_rewards(rewards, values, reward_mean, reward_std, conditions)
+    if combination == "scalarized":
+        standardized = (weights * standardized).sum(dim=-1, keepdim=True)
+        weights = torch.ones_like(weights[:1])
+    raw, returns = gae(
+        standardized, values.to(dtype), gamma=gamma, gae_lambda=gae_lambda, value_lambda=value_lambda
+    )
+    sums = advantage_sums(raw, mask)
+    if all_reduce is not None:
+        all_reduce(sums)
+    center, scale = combination_of(sums, weights, normalize_heads=combination == "sum_normalized")
+    combined = (scale * (raw - center)).sum(dim=-1).clamp(-advantage_clip, advantage_clip)
+    if mask is not None:
+        combined = torch.where(mask[:, None], combined, 0.0)
+    return NormalizedAdvantages(combined.to(dtype), raw, returns.clamp(-target_clip, target_clip))
+
+
+def _standardized_rewards(
+    rewards: Tensor, values: Tensor, mean: Tensor, std: Tensor, conditions: Sequence[RewardCondition]
+) -> Tensor:
+    """(B, T, M): each step's reward over std; the mean is that of the sum, so it leaves at the last step."""
+    for condition in conditions:
+        passed = rewards[:, condition.on] >= condition.threshold
+        gated = torch.where(passed, rewards[:, condition.reward], 0.0)
+        index = torch.tensor([condition.reward], device=rewards.device)
+        rewards = rewards.index_copy(1, index, gated[:, None])
+    if rewards.ndim == 2:
+        earlier = rewards.new_zeros(values.shape[0], values.shape[1] - 1, rewards.shape[1])
+        return torch.cat([earlier, ((rewards - mean) / std)[:, None]], dim=1)
+    return torch.cat([rewards[:, :-1] / std, (rewards[:, -1:] - mean) / std], dim=1)
+
+
+def advantage_sums(raw: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What normalisation needs of advantages (B, T, M): n, sum_m A_m, sum A_i A_j, as (1 + M + M^2,) float64.
+
+    Sums of parts and of ranks add up to those of the whole.
+    """
+    wide = raw.double()
+    if mask is not None:
+        wide = torch.where(mask[:, None, None], wide, 0.0)
+    flat = wide.flatten(0, 1)
+    rows = raw.new_tensor(len(raw), dtype=torch.float64) if mask is None else mask.sum().double()
+    return torch.cat([(rows * raw.shape[1])[None], flat.sum(dim=0), (flat.mT @ flat).flatten()])
+
+
+def combination_of(sums: Tensor, weights: Tensor, *, normalize_heads: bool) -> tuple[Tensor, Tensor]:
+    """center (M,) and scale (M,) such that sum_m scale_m (A_m - center_m) has mean 0 and deviation 1.
+
+        scale_m = k_m / std(sum_m k_m A_m),   k_m = w_m / std(A_m)  or  w_m
+
+    A head that does not vary has scale 0, and so have all when their sum does not vary.
+    """
+    heads = len(weights)
+    count, first, second = sums[0], sums[1 : 1 + heads], sums[1 + heads :].view(heads, heads)
+    center = first / count.clamp(min=1)
+    covariance = (second - count * center[:, None] * center) / (count - 1).clamp(min=1)
+    mean_squares = second / count.clamp(min=1)
+    gains = weights.double()
+    if normalize_heads:
+        gains = gains * _inverse_std(covariance.diagonal(), mean_squares.diagonal())
+    variance, mean_square = gains @ covariance @ gains, gains.abs() @ mean_squares.abs() @ gains.abs()
+    return center, gains * _inverse_std(variance, mean_square)
+
+
+def _inverse_std(variance: Tensor, mean_square: Tensor) -> Tensor:
+    """1 / sqrt(variance); 0 where the variance is rounding of the mean square."""
+    constant = variance <= ROUNDING * mean_square
+    return torch.where(constant, 0.0, torch.where(constant, 1.0, variance).rsqrt())

@@ -1,4 +1,4 @@
-"""5. Critic: what it reads and what it explains."""
+"""6. Critic: what it reads and what it explains."""
 
 from __future__ import annotations
 

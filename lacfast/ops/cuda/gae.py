@@ -1,17 +1,12 @@
-"""The CUDA C++ kernels: sequential work that Triton does not express, on torch's current stream."""
+"""gae in CUDA C++."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lacfast import _C
 from lacfast.ops.cpu.gae import gae_arguments
-
-
-def _stream(tensor: Tensor) -> int:
-    stream: int = torch.cuda.current_stream(tensor.device).cuda_stream
-    return stream
+from lacfast.ops.cuda.stream import current_stream
 
 
 def gae(
@@ -24,7 +19,7 @@ def gae(
     returns: Tensor,
 ) -> None:
     arguments = gae_arguments(rewards, values, gamma, gae_lambda, value_lambda, advantages, returns)
-    _C.cuda_gae(*arguments, _stream(rewards))
+    _C.cuda_gae(*arguments, current_stream(rewards))
 
 
 def gae_backward(
@@ -39,4 +34,4 @@ def gae_backward(
     arguments = gae_arguments(
         grad_advantages, grad_returns, gamma, gae_lambda, value_lambda, grad_rewards, grad_values
     )
-    _C.cuda_gae_backward(*arguments, _stream(grad_advantages))
+    _C.cuda_gae_backward(*arguments, current_stream(grad_advantages))
