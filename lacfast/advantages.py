@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lacfast import ops
-from lacfast.records import Rollout
+from lacfast.records import RewardCondition, Rollout
 
 _TINY = 1e-8
 
@@ -72,6 +73,30 @@ class Advantages:
     """(K, B, M) per head, before combination."""
 
 
+@dataclass
+class LagrangeMultipliers:
+    """Weights of rewards with floors, by ascent on the dual of: maximise sum w R where E[R_m] >= floor_m.
+
+    A multiplier grows while its reward's mean lies below the floor and falls to 0 above it (Tessler et al.,
+    "Reward Constrained Policy Optimization", arXiv 1805.11074).
+    """
+
+    weights: Tensor
+    """(M,) float64 weights for `critic_advantages`: fixed for objectives, multipliers for constraints."""
+    floors: Tensor
+    """(M,) float64 raw reward that each mean must reach; -inf for an objective."""
+    learning_rate: float
+    """Per update, in weight per raw reward."""
+    maximum: float = 10.0
+    """Bound of a multiplier, for a floor that cannot be reached."""
+
+    def update(self, rewards: Tensor) -> None:
+        """Take in rewards (B, M) of one rollout."""
+        shortfall = self.floors - rewards.detach().double().cpu().mean(dim=0)
+        moved = (self.weights + self.learning_rate * shortfall).clamp(0, self.maximum)
+        self.weights = torch.where(self.floors.isneginf(), self.weights, moved)
+
+
 def critic_advantages(
     rollout: Rollout,
     normalizer: RewardNormalizer,
@@ -81,10 +106,10 @@ def critic_advantages(
     gae_lambda: float,
     advantage_clip: float,
     target_clip: float,
+    combination: str = "sum_normalized",
+    conditions: Sequence[RewardCondition] = (),
 ) -> Advantages:
-    """Advantages from the critic's values: GAE per head, then a weighted sum, each head in its own deviation.
-
-        A = sum_m w_m A_m / std(A_m), then normalised over all samples and steps and clipped
+    """Advantages from the critic's values, by `ops.normalized_advantages` over the trained steps.
 
     Args:
         rollout: with rewards.
@@ -94,17 +119,26 @@ def critic_advantages(
         gae_lambda: of the policy's advantages; value targets use 1, so they are the rewards themselves.
         advantage_clip: bound of the result.
         target_clip: bound of the standardised value targets.
+        combination: "sum_normalized", "sum", or "scalarized" for a critic with one head.
+        conditions: easy rewards that count as 0 where a hard one fails.
     """
-    steps = torch.tensor(rollout.table.trainable_steps, device=rollout.values.device)
-    final = normalizer.standardize(stack_rewards(rollout))
-    values = rollout.values[steps].transpose(0, 1).contiguous()
-    rewards = torch.zeros_like(values)
-    rewards[:, -1] = final
-    raw = ops.gae(rewards, values, gamma=gamma, gae_lambda=gae_lambda)[0].transpose(0, 1)
-    combined = (weights.to(raw) * raw / (raw.std(dim=(0, 1)) + _TINY)).sum(dim=-1)
-    return Advantages(
-        steps, _normalized(combined, advantage_clip), final.clamp(-target_clip, target_clip), raw
+    rewards = stack_rewards(rollout)
+    steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
+    values = rollout.values[steps].transpose(0, 1).to(rewards).contiguous()
+    result = ops.normalized_advantages(
+        rewards,
+        values,
+        normalizer.mean.to(rewards),
+        normalizer.std.to(rewards),
+        weights.to(rewards),
+        combination=combination,
+        conditions=conditions,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        advantage_clip=advantage_clip,
+        target_clip=target_clip,
     )
+    return Advantages(steps, result.advantages.T, result.targets[:, -1], result.raw.transpose(0, 1))
 
 
 def group_advantages(
@@ -132,7 +166,3 @@ def group_advantages(
 def stack_rewards(rollout: Rollout) -> Tensor:
     """(B, M) rewards in the order of rollout.rewards, on the rollout's device."""
     return torch.stack(list(rollout.rewards.values()), dim=1).to(rollout.latents.device, torch.float32)
-
-
-def _normalized(advantages: Tensor, bound: float) -> Tensor:
-    return ((advantages - advantages.mean()) / (advantages.std() + _TINY)).clamp(-bound, bound)
