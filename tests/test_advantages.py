@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
-from lacfast.records import Conditioning, NoiseKey, Rollout
+from lacfast.advantages import (
+    Advantages,
+    LagrangeMultipliers,
+    RewardNormalizer,
+    critic_advantages,
+    group_advantages,
+)
+from lacfast.records import Conditioning, NoiseKey, RewardCondition, Rollout
 from lacfast.schedule import flow_sde, uniform_sigmas
 
 STEPS, BATCH = 4, 6
@@ -122,3 +130,36 @@ def test_running_statistics_are_those_of_all_samples(sizes: list[int]) -> None:
         normalizer.update(part)
     torch.testing.assert_close(normalizer.mean, rewards.mean(dim=0))
     torch.testing.assert_close(normalizer.std, rewards.std(dim=0, correction=0))
+
+
+def test_a_multiplier_grows_until_its_reward_reaches_the_floor() -> None:
+    multipliers = LagrangeMultipliers(
+        weights=torch.tensor([1.0, 0.5]).double(),
+        floors=torch.tensor([-math.inf, 0.4]).double(),
+        learning_rate=2.0,
+        maximum=3.0,
+    )
+    multipliers.update(torch.tensor([[5.0, 0.0], [1.0, 0.2]]))
+    torch.testing.assert_close(multipliers.weights, torch.tensor([1.0, 1.1]).double())
+    multipliers.update(torch.tensor([[5.0, 0.9]]))
+    torch.testing.assert_close(multipliers.weights, torch.tensor([1.0, 0.1]).double())
+    multipliers.update(torch.tensor([[5.0, 0.9]]))
+    assert multipliers.weights.tolist() == [1.0, 0.0]
+    multipliers.update(torch.tensor([[5.0, -100.0]]))
+    assert multipliers.weights.tolist() == [1.0, 3.0]
+
+
+def test_an_easy_reward_counts_only_where_the_hard_one_passes() -> None:
+    made = rollout(torch.zeros(STEPS, BATCH, 2), {"hard": REWARD, "easy": torch.full((BATCH,), 2.0)})
+    normalizer = RewardNormalizer(torch.zeros(2).double(), torch.ones(2).double(), 1.0)
+    result = critic_advantages(
+        made,
+        normalizer,
+        torch.ones(2),
+        gamma=1.0,
+        gae_lambda=1.0,
+        advantage_clip=10.0,
+        target_clip=5.0,
+        conditions=[RewardCondition(reward=1, on=0, threshold=0.6)],
+    )
+    assert result.targets[:, 1].tolist() == [0.0, 2.0, 0.0, 0.0, 2.0, 2.0]
