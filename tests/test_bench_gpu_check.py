@@ -1,0 +1,114 @@
+"""The GPU check, rehearsed without one: parts, limits, the record, the exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import gpu_check
+from bench.gpu_check import Part, Setting
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting("cpu", 60.0, tmp_path)
+
+
+def test_a_part_that_crashes_is_recorded_and_the_next_one_runs(setting: Setting, tmp_path: Path) -> None:
+    def crashes(_: Setting) -> Part:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    out = tmp_path / "record.json"
+    parts = {"tests": crashes, "kernels": lambda _: Part("passed", "3 rows", result={"rows": [1, 2, 3]})}
+    done = gpu_check.check(["tests", "kernels"], setting, out, parts)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert record["parts"]["tests"]["status"] == "failed"
+    assert "illegal memory access" in record["parts"]["tests"]["summary"]
+    assert record["parts"]["kernels"]["result"] == {"rows": [1, 2, 3]}
+    assert record["machine"]["versions"]["python"]
+    assert [part.is_failure for part in done.values()] == [True, False]
+    lines = gpu_check.table(done).splitlines()
+    assert lines[1].split()[:2] == ["tests", "failed"]
+    assert lines[2].endswith("3 rows")
+
+
+def test_record_is_kept_when_a_later_part_kills_the_process(setting: Setting, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+
+    def interrupted(_: Setting) -> Part:
+        raise KeyboardInterrupt
+
+    parts = {"kernels": lambda _: Part("passed", "ran"), "tests": interrupted}
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.check(["kernels", "tests"], setting, out, parts)
+    assert list(json.loads(out.read_text(encoding="utf-8"))["parts"]) == ["kernels"]
+
+
+def test_a_process_is_stopped_at_its_limit() -> None:
+    script = "import time; print('half done', flush=True); time.sleep(60)"
+    code, output = gpu_check.run([sys.executable, "-c", script], 1.5)
+    assert code is None
+    assert "half done" in output
+    part = gpu_check.judged(code, output, 1.5, "2 rows", {"rows": [1, 2]})
+    assert (part.status, part.result) == ("timed out", {"rows": [1, 2]})
+    assert part.is_failure
+
+
+def test_exit_code_decides_and_a_failure_keeps_its_output() -> None:
+    code, output = gpu_check.run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60)
+    part = gpu_check.judged(code, output, 60, "", {})
+    assert (part.status, part.output.strip()) == ("failed", "why")
+    assert gpu_check.judged(0, "fine", 60, "", {}).output == ""
+
+
+def test_processes_import_the_checkout() -> None:
+    code, output = gpu_check.run([sys.executable, "-c", "import bench, cProfile; print(bench.__file__)"], 60)
+    assert code == 0, output
+    assert Path(output.strip()).parent == ROOT / "bench"
+
+
+@pytest.mark.parametrize(
+    ("output", "counts"),
+    [
+        ("....\n31 passed, 2 skipped in 40.12s\n", "31 passed, 2 skipped in 40.12s"),
+        ("===== 1 failed, 30 passed in 9.00s =====", "1 failed, 30 passed in 9.00s"),
+        ("Segmentation fault", "pytest did not finish"),
+    ],
+)
+def test_counts_are_read_from_pytest(output: str, counts: str) -> None:
+    assert gpu_check.test_counts(output) == counts
+
+
+def test_a_torn_record_of_a_part_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "torn.json").write_text('{"rows": [', encoding="utf-8")
+    assert gpu_check.left_in(tmp_path / "torn.json") == {}
+    assert gpu_check.left_in(tmp_path / "absent.json") == {}
+
+
+def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_check.parser().parse_args(["--only", "everything"])
+    assert "'kernels'" in capsys.readouterr().err
+    assert gpu_check.parser().parse_args([]).only == list(gpu_check.DEFAULT_PARTS)
+
+
+def test_rehearsal_on_a_cpu_runs_as_a_script(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    script = str(ROOT / "bench" / "gpu_check.py")
+    options = ["--device", "cpu", "--only", "tests", "kernels", "--out", str(out)]
+    command = [sys.executable, script, *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
+    assert {name: part["status"] for name, part in parts.items()} == {
+        "tests": "skipped",
+        "kernels": "passed",
+    }
+    assert {row["op"] for row in parts["kernels"]["result"]["rows"]} >= {"gaussian_step", "ppo_loss", "gae"}
+    assert "kernels   passed" in result.stdout

@@ -1,0 +1,179 @@
+"""The kernel table: no time without equal results, medians within rounds, one failure costs one row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import kernels
+from bench.graph_timing import cold_and_hot, num_copies
+from bench.interleaved import affordable_rounds, race, speed_ups
+from bench.shapes import TINY_LATENT
+from bench.workloads import latents, verified
+from bench.workloads.workload import OURS, OURS_DRAWN, PEER, REFERENCE, Workload, WrongResultError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def workload() -> Workload:
+    return latents.gaussian_step(TINY_LATENT, torch.float32, CPU, compiled=False)
+
+
+class Clock:
+    """Time that passes only when a provider says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_race_times_every_second_call_in_turn() -> None:
+    clock, order = Clock(), []
+
+    def provider(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.advance(seconds)
+
+    providers = {"slow": lambda: provider("slow", 3.0), "fast": lambda: provider("fast", 1.0)}
+    seconds = race(providers, rounds=2, warmup=1, clock=clock)
+    assert seconds == {"slow": [3.0, 3.0], "fast": [1.0, 1.0]}
+    assert order == ["slow", "fast", *["slow", "slow", "fast", "fast"] * 2]
+    assert affordable_rounds(providers, 100.0, clock=clock) == 12
+    assert affordable_rounds(providers, 1.0, clock=clock) == 5
+
+
+def test_speed_up_is_the_median_of_ratios_within_rounds() -> None:
+    # The machine was ten times slower in the second round, for both.
+    seconds = {"peer": [2.0, 30.0, 2.0], "ours": [1.0, 10.0, 1.0]}
+    assert speed_ups(seconds, "peer") == {"peer": 1.0, "ours": 2.0}
+
+
+def test_wrong_results_are_not_timed(workload: Workload) -> None:
+    def broken(given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        prev_sample, log_prob = workload.providers[OURS](given)
+        return prev_sample * 1.001, log_prob
+
+    workload.verify()
+    with pytest.raises(WrongResultError, match="result 0 of 'lacfast' is off by"):
+        replace(workload, providers=workload.providers | {OURS: broken}).verify()
+    nan = {OURS: lambda given: tuple(torch.full_like(part, torch.nan) for part in broken(given))}
+    with pytest.raises(WrongResultError):
+        replace(workload, providers=workload.providers | nan).verify()
+
+
+def test_given_noise_is_the_drawn_one(workload: Workload) -> None:
+    given, drawn = (workload.providers[name](workload.inputs) for name in (OURS, OURS_DRAWN))
+    torch.testing.assert_close(given, drawn, rtol=1e-5, atol=1e-5)
+
+
+def test_clones_lie_elsewhere_and_keep_their_gradients() -> None:
+    workload = verified("ppo_loss", TINY_LATENT, torch.float32, compiled=False)
+    copy = workload.cloned()
+    assert copy["model_output"].requires_grad
+    assert not copy["noise"].requires_grad
+    for name, tensor in workload.inputs.items():
+        assert torch.equal(copy[name], tensor)
+        assert copy[name].data_ptr() != tensor.data_ptr()
+
+
+def test_rows_hold_bandwidth_of_the_fused_op(workload: Workload) -> None:
+    measured = {OURS: {"seconds": 1e-6, "speed_up": 2.0}, PEER: {"error": "it broke"}}
+    ours, peer = kernels.rows_of(workload, measured, copy_bandwidth=1e10)
+    # 420 elements: x, v, eps, x' in float32.
+    assert ours["gigabytes_per_second"] == pytest.approx(420 * 16 / 1e-6 / 1e9)
+    assert ours["percent_of_copy"] == pytest.approx(100 * 420 * 16 / 1e-6 / 1e10)
+    assert ours["microseconds"] == pytest.approx(1.0)
+    assert peer["error"] == "it broke"
+    assert "microseconds" not in peer
+    text = kernels.table([ours, peer])
+    assert "2.00x" in text
+    assert "it broke" in text
+
+
+def test_a_workload_that_fails_leaves_its_reason_and_the_next_one_runs(workload: Workload) -> None:
+    def broken() -> Workload:
+        raise RuntimeError("out of memory")
+
+    kept: list[kernels.Row] = []
+    missing = kernels.collect(
+        [("first", broken), ("second", lambda: workload)],
+        lambda _: {OURS: {"seconds": 1.0, "speed_up": 1.0}},
+        1e9,
+        seconds=60,
+        on_rows=kept.extend,
+    )
+    assert missing == {"first": "RuntimeError: out of memory"}
+    assert [row["provider"] for row in kept] == [OURS]
+
+
+def test_nothing_is_started_after_the_time(workload: Workload) -> None:
+    clock, kept = Clock(), []
+
+    def measure(_: Workload) -> dict[str, kernels.Row]:
+        clock.advance(20)
+        return {OURS: {"seconds": 1.0, "speed_up": 1.0}}
+
+    planned = [(title, lambda: workload) for title in ("first", "second")]
+    missing = kernels.collect(planned, measure, 1e9, seconds=10, on_rows=kept.extend, clock=clock)
+    assert missing == {"second": "not started within 10 s"}
+    assert len(kept) == 1
+
+
+def test_copies_pass_the_cache_within_the_memory() -> None:
+    assert num_copies(10, cache=50, free=10**6) == 20
+    assert num_copies(10, cache=50, free=200) == 5
+    assert num_copies(1, cache=10**6, free=10**9) == 200
+    assert num_copies(10**9, cache=50, free=10**9) == 1
+
+
+def test_cold_times_go_round_over_copies_and_hot_ones_stay(workload: Workload) -> None:
+    seen = []
+
+    def timer(call, copies) -> float:
+        seen.append(len({copy["sample"].data_ptr() for copy in copies}))
+        call(copies[-1])
+        return float(len(copies))
+
+    times = cold_and_hot(workload, seconds=timer, cache=3 * workload.num_bytes // 4, free=10**9)
+    assert set(times) == set(workload.providers)
+    assert set(times.values()) == {(3.0, 1.0)}
+    assert seen == [3, 1] * len(workload.providers)
+
+
+def test_a_provider_that_cannot_be_captured_says_so(workload: Workload) -> None:
+    def timer(call, copies) -> float:
+        if call is workload.providers[REFERENCE]:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return 1.0
+
+    times = cold_and_hot(workload, seconds=timer, cache=0, free=10**9)
+    assert times[REFERENCE] == "RuntimeError: operation not permitted"
+    assert times[OURS] == (1.0, 1.0)
+
+
+def test_command_writes_rows_with_their_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kernels.json"
+    arguments = ["--cases", "tiny", "--no-compile", "--budget", "0.01", "--ops", "gae", "--out", str(out)]
+    assert kernels.main(arguments) == 0
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["missing"] == {}
+    assert {row["provider"] for row in result["rows"]} == {"Python loop", REFERENCE, OURS}
+    assert result["copy_gigabytes_per_second"] > 0
+    assert result["machine"]["versions"]["torch"] == torch.__version__
+    assert "gae, tiny" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main(["--device", "cuda"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err

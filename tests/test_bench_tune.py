@@ -1,0 +1,93 @@
+"""Tuning: which launch is chosen and what is written, with a timer that is made up."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import tune
+from bench.workloads import WORKLOADS
+from lacfast.kernels import launch
+
+FAST, SLOW = (1024, 2, 4), (512, 1, 4)
+
+
+def test_fastest_candidate_wins() -> None:
+    assert tune.choose({FAST: 1.0, SLOW: 2.0}, current=SLOW) == FAST
+
+
+def test_noise_does_not_change_a_launch() -> None:
+    assert tune.choose({FAST: 1.0, SLOW: 1.01}, current=SLOW) == SLOW
+
+
+def test_a_candidate_that_does_not_run_is_never_chosen() -> None:
+    assert tune.choose({FAST: 1.0, SLOW: math.inf}, current=SLOW) == FAST
+    with pytest.raises(ValueError, match="no candidate runs"):
+        tune.choose({FAST: math.inf, SLOW: math.inf}, current=SLOW)
+
+
+def test_rows_cover_every_size_and_neighbours_merge() -> None:
+    def score(op: str, elements: int, candidate: tune.Candidate) -> float:
+        best = SLOW if elements <= 4096 else FAST
+        return 1.0 if candidate == best else 2.0
+
+    rows = tune.tune("gaussian_step", score)
+    assert rows is not None
+    assert [(row.elements, row.shape) for row in rows] == [(4096, SLOW), (2**31, FAST)]
+    assert all(row.measured for row in rows)
+
+
+def test_open_bucket_is_timed_at_a_size_that_fits() -> None:
+    sizes = set()
+
+    def score(op: str, elements: int, candidate: tune.Candidate) -> float:
+        sizes.add(elements)
+        return 1.0
+
+    tune.tune("gaussian_step", score)
+    assert max(sizes) == tune.LARGEST_TIMED
+    assert len(sizes) == len(tune.BUCKETS)
+
+
+def test_an_unfinished_op_keeps_its_table() -> None:
+    assert tune.tune("gaussian_step", lambda *_: 1.0, expired=lambda: True) is None
+
+
+def test_forced_launch_is_what_kernels_pick_and_goes_away() -> None:
+    before = launch.pick_launch("gaussian_step", 5000, "sm_90")
+    with tune.forced("gaussian_step", "sm_90", (256, 8, 2)):
+        assert launch.pick_launch("gaussian_step", 5000, "sm_90") == (256, 8, 2, 3)
+    assert launch.pick_launch("gaussian_step", 5000, "sm_90") == before
+    assert (
+        json.loads(launch.LAUNCHES.read_text())["gaussian_step"].keys()
+        == launch.table("gaussian_step").keys()
+    )
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "launches.json"
+    rows = tune.tune("gaussian_step", lambda op, elements, candidate: float(candidate != FAST))
+    assert rows is not None
+    launch.write("gaussian_step", "sm_90", rows, path)
+    written = json.loads(path.read_text())["gaussian_step"]["sm_90"]
+    assert written == [{"elements": 2**31, "block": 1024, "blocks": 2, "num_warps": 4, "measured": True}]
+
+
+def test_every_tunable_table_has_a_workload_that_runs_alone() -> None:
+    assert {"gaussian_step", "normal_noise", "ppo_loss"} <= set(tune.tunable())
+    for op in tune.tunable():
+        entry = WORKLOADS[tune.workload_of(op)]
+        case = tune.LatentCase("tuning", 2, (512,))
+        workload = tune.only_ours(entry.build(case, torch.float32, torch.device("cpu"), compiled=False))
+        (call,) = workload.providers.values()
+        assert all(result.isfinite().all() for result in call(workload.inputs))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 2
+    assert "CUDA device" in capsys.readouterr().err
