@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from lacfast.config import SamplerConfig
+from lacfast.presets import RUNS
+from lacfast.run_config import RunConfig
 
 USAGE_ERROR = 2
 
@@ -61,17 +65,101 @@ class Info:
             environment.show(Console(width=None if sys.stdout.isatty() else 200))
 
 
-Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Info, tyro.conf.subcommand("info")]
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Score images of a saved model, without training it."""
+
+    model: str
+    """A pipeline's directory or hub id, or a directory of lacfast: a checkpoint, checkpoints/best."""
+    prompts: str
+    """Prompts, as `lacfast train` takes them."""
+    rewards: tuple[str, ...]
+    """Names of rewards, "package.module:callable" or URLs."""
+    sampler: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
+    )
+    """How images are made."""
+    samples: int = 1024
+    """Images; the prompts are repeated as often as it takes."""
+    batch_size: int = 16
+    """Images at a time."""
+    seed: int = 0
+    """Of the noise."""
+    device: str = ""
+    """Empty: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """That the model runs in."""
+    out: Path | None = None
+    """Write scores.json and samples.png here. None: only print."""
+
+    def run(self) -> None:
+        from lacfast.run import evaluate_model
+        from lacfast.terminal import show_scores
+
+        evaluation = evaluate_model(
+            self.model,
+            prompts=self.prompts,
+            rewards=list(self.rewards),
+            sampler=self.sampler,
+            samples=self.samples,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=self.device,
+            dtype=self.dtype,
+            out=self.out,
+        )
+        show_scores(evaluation)
+
+
+def _train(config: RunConfig) -> None:
+    from lacfast.run import plan, train
+    from lacfast.terminal import show_iteration, show_plan
+
+    if config.dry_run:
+        show_plan(config, plan(config))
+    else:
+        print(f"checkpoint: {train(config, show_iteration)}")
+
+
+# An optional part of a preset becomes flags of its own, not a subcommand.
+Preset = tyro.conf.AvoidSubcommands[
+    tyro.extras.subcommand_type_from_defaults({name: preset() for name, preset in RUNS.items()})  # type: ignore[misc]
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model; a preset names the task, every setting is a flag after it."""
+
+    settings: Annotated[Preset, tyro.conf.arg(name="")]
+
+    def run(self) -> None:
+        from lacfast.run import plan, train
+        from lacfast.terminal import show_iteration, show_plan
+
+        config: RunConfig = self.settings
+        if config.dry_run:
+            show_plan(config, plan(config))
+        else:
+            print(f"checkpoint: {train(config, show_iteration)}")
+
+
+Command = (
+    Annotated[tyro.conf.OmitArgPrefixes[Demo], tyro.conf.subcommand("demo")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[tyro.conf.OmitArgPrefixes[Info], tyro.conf.subcommand("info")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for settings that cannot work."""
     command = tyro.cli(
-        Command,
+        Command,  # type: ignore[arg-type]
         prog="lacfast",
         description="Latent actor-critic post-training of diffusion models.",
         args=arguments,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
         command.run()

@@ -129,6 +129,8 @@ class PPOConfig:
     """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
     policy_learning_rate: float = 1e-4
     """[paper]"""
+    warmup_steps: int = 0
+    """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
     value_learning_rate: float = 1e-3
     """Of the value head. [paper]"""
     trunk_learning_rate: float = 3e-4
@@ -158,6 +160,7 @@ class PPOConfig:
             0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]"
         )
         _require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
+        _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
         for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
 
@@ -194,6 +197,9 @@ class TrainConfig:
     """Of noise, prompts and initial weights."""
     batch_size: int = 128
     """Trajectories per rollout, one per prompt draw."""
+    rollout_batch_size: int = 0
+    """Trajectories sampled at a time; the rewards of one part are computed while the next is sampled. Bounds
+    memory, does not change the result. 0: the whole rollout at once."""
     samples_per_prompt: int = 1
     """Consecutive trajectories that share a prompt; 1 for the critic, a group for group-relative methods."""
     iterations: int = 300
@@ -204,10 +210,16 @@ class TrainConfig:
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
     ema_decay: float = 0.0
     """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
     eval_samples: int = 1024
     """Images per evaluation; below about 1000 rankings flip."""
+    eval_batch_size: int = 256
+    """Images per batch of an evaluation."""
+    eval_sampler: SamplerConfig | None = None
+    """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
     on_reward_error: str = "raise"
     """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
     "skip": the rollout is dropped with a warning and never trained on."""
@@ -219,6 +231,11 @@ class TrainConfig:
             f"batch_size={self.batch_size} must be a multiple of "
             f"samples_per_prompt={self.samples_per_prompt}",
         )
+        _require(
+            self.rollout_batch_size >= 0,
+            f"rollout_batch_size={self.rollout_batch_size} must be >= 0 (0: the whole rollout)",
+        )
+        _require(self.eval_batch_size >= 1, f"eval_batch_size={self.eval_batch_size} must be at least 1")
         _require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
         _require(
             self.on_reward_error in ("raise", "skip"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lacfast import ops
 from lacfast.config import CriticConfig
+from lacfast.precision import running_in
 from lacfast.protocols import Backbone, Features, Trunk
 from lacfast.records import Conditioning
 
@@ -106,8 +107,7 @@ class Critic(nn.Module):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
-        dtype = self.trunk.compute_dtype
-        with torch.autocast(sample.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with running_in(self.trunk.compute_dtype, sample):
             taps = self.trunk(features, sample, timestep, conditioning)
         return self.head([tap.float() for tap in taps], timestep)  # type: ignore[no-any-return]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor
 from lacfast import reference
 from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
 from lacfast.records import PPOStats, Rollout
+from lacfast.trackers import Tracker, curve_points
 from lacfast.update import Pairs
 
 
 class MetricsLog:
     """Appends to a JSONL file, flushed line by line so that a killed run keeps what it logged."""
 
-    def __init__(self, path: Path | None) -> None:
-        """`path` None keeps nothing.
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
+        """`path` None keeps no file; `trackers` get the numbers besides.
 
         Raises:
             ValueError: when the file cannot be written.
         """
+        self.trackers = tuple(trackers)
         self._file = None
         if path is not None:
             try:
@@ -34,13 +37,17 @@ class MetricsLog:
                     f"cannot write metrics to {path}: {error.strerror}; choose a writable directory"
                 ) from error
 
-    def write(self, phase: str, **values: Any) -> None:
-        if self._file is None:
-            return
-        self._file.write(json.dumps({"phase": phase, **values}, default=_plain) + "\n")
-        self._file.flush()
+    def write(self, phase: str, iteration: int, **values: Any) -> None:
+        for tracker in self.trackers:
+            tracker.numbers(iteration, curve_points(phase, values))
+        if self._file is not None:
+            entry = {"phase": phase, "iteration": iteration, **values}
+            self._file.write(json.dumps(entry, default=_plain) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
 

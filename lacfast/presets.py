@@ -1,15 +1,19 @@
-"""Configurations that were tuned for a task; variants by dataclasses.replace."""
+"""Configurations that are known for a task; variants by dataclasses.replace."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lacfast.config import (
     CriticConfig,
+    LoRAConfig,
     PPOConfig,
     SamplerConfig,
     SteeringConfig,
     TrainConfig,
     ValuePretrainingConfig,
 )
+from lacfast.run_config import RunConfig
 
 
 def shapes(backbone: str) -> TrainConfig:
@@ -42,3 +46,121 @@ def shapes(backbone: str) -> TrainConfig:
 def shapes_steering() -> SteeringConfig:
     """Four particles pruned to one: 25 forwards per image over 8 steps."""
     return SteeringConfig(particles=4)
+
+
+def shapes_run() -> RunConfig:
+    """The embedded task, without downloads."""
+    return RunConfig(
+        out="runs/shapes",
+        model="shapes-dit",
+        prompts="shapes",
+        held_out="shapes-held-out",
+        rewards=(("shapes", 1.0),),
+        evaluation_rewards=("shapes_strict", "shapes_gold"),
+        best="shapes_strict",
+        train=replace(shapes("dit"), iterations=60, eval_every=20),
+    )
+
+
+def sd15_ddpo() -> RunConfig:
+    """Stable Diffusion 1.5, DDPO's first task (arXiv 2305.13301): images that compress well as JPEG.
+
+    DDIM with eta 1, 50 steps and guidance 5 are ddpo-pytorch's; clip and rates are the critic paper's.
+    """
+    return RunConfig(
+        out="runs/sd15-ddpo",
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        prompts="animals",
+        rewards=(("jpeg_compressibility", 1.0),),
+        dtype="bfloat16",
+        lora=LoRAConfig(rank=4),
+        train=TrainConfig(
+            batch_size=64,
+            rollout_batch_size=16,
+            sampler=SamplerConfig(kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0),
+            critic=CriticConfig(trunk="branch"),
+            ppo=PPOConfig(clip_range=1e-5, policy_learning_rate=3e-4, microbatch_size=16, cfg_grad="both"),
+            eval_every=10,
+            eval_samples=64,
+            eval_batch_size=16,
+            eval_sampler=SamplerConfig(kind="ddim", num_steps=50, noise_level=0.0, guidance_scale=5.0),
+        ),
+    )
+
+
+def _sd35_medium() -> TrainConfig:
+    """Stable Diffusion 3.5 medium: the paper's clip, no guidance; Flow-GRPO's steps and noise level."""
+    return TrainConfig(
+        batch_size=96,
+        rollout_batch_size=24,
+        sampler=SamplerConfig(kind="flow_sde", num_steps=10, noise_level=0.7),
+        critic=CriticConfig(trunk="branch", num_blocks=4),
+        ppo=PPOConfig(clip_range=1e-4, microbatch_size=8),
+        ema_decay=0.9,
+        eval_every=10,
+        eval_samples=256,
+        eval_batch_size=16,
+        eval_sampler=SamplerConfig(kind="ode", num_steps=40, noise_level=0.0),
+    )
+
+
+def sd35m_geneval() -> RunConfig:
+    """Compositional prompts of Flow-GRPO's GenEval set, judged by its reward server."""
+    return RunConfig(
+        out="runs/sd35m-geneval",
+        model="stabilityai/stable-diffusion-3.5-medium",
+        prompts="dataset/geneval/train_metadata.jsonl",
+        held_out="dataset/geneval/test_metadata.jsonl",
+        rewards=(("flow_grpo+http://127.0.0.1:18085", 1.0),),
+        dtype="bfloat16",
+        lora=LoRAConfig(rank=32, alpha=64),
+        resolution=(512, 512),
+        keep_text_encoders=False,
+        train=_sd35_medium(),
+    )
+
+
+def sd35m_ocr() -> RunConfig:
+    """Prompts that quote a text, which the image should show; read by an OCR engine."""
+    return replace(
+        sd35m_geneval(),
+        out="runs/sd35m-ocr",
+        prompts="dataset/ocr/train.txt",
+        held_out="dataset/ocr/test.txt",
+        rewards=(("ocr", 1.0),),
+    )
+
+
+def flux_pickscore() -> RunConfig:
+    """FLUX.1-dev towards people's preference, as PickScore predicts it."""
+    return RunConfig(
+        out="runs/flux-pickscore",
+        model="black-forest-labs/FLUX.1-dev",
+        prompts="dataset/pickscore/train.txt",
+        held_out="dataset/pickscore/test.txt",
+        rewards=(("pickscore", 1.0),),
+        dtype="bfloat16",
+        lora=LoRAConfig(rank=32, alpha=64),
+        resolution=(512, 512),
+        keep_text_encoders=False,
+        train=replace(
+            _sd35_medium(),
+            batch_size=48,
+            rollout_batch_size=8,
+            sampler=SamplerConfig(kind="flow_sde", num_steps=6, noise_level=0.8),
+            ppo=PPOConfig(clip_range=1e-4, microbatch_size=2),
+            gradient_checkpointing=True,
+            eval_batch_size=8,
+            eval_sampler=SamplerConfig(kind="ode", num_steps=28, noise_level=0.0),
+        ),
+    )
+
+
+RUNS = {
+    "shapes": shapes_run,
+    "sd15-ddpo": sd15_ddpo,
+    "sd35m-geneval": sd35m_geneval,
+    "sd35m-ocr": sd35m_ocr,
+    "flux-pickscore": flux_pickscore,
+}
+"""What `lacfast train` knows by name."""

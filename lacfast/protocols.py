@@ -86,6 +86,9 @@ class Backbone(Protocol):
     def frozen_reference(self) -> Backbone:
         """The policy of today for the KL: the same model without its LoRA, or else a frozen copy."""
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the model's activations in the backward pass instead of keeping them."""
+
     def save_pretrained(self, directory: Path) -> None:
         """Write what `load_backbone` and plain diffusers read."""
 

@@ -6,6 +6,7 @@ L tokens, D features, M rewards, N elements of one latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -147,6 +148,12 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    @staticmethod
+    def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
+        """The samples of all parts in their order."""
+        names = parts[0].tensors
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
+
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 
@@ -187,6 +194,34 @@ class Rollout:
 
     def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
         return replace(self, rewards=rewards)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rollout]) -> Rollout:
+        """One rollout of the trajectories of all parts, which share table, seed and rewards' names."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+
+        def stacked(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts], dim=1)
+
+        uncond = [part.uncond_conditioning for part in parts if part.uncond_conditioning is not None]
+        return Rollout(
+            table=first.table,
+            latents=stacked("latents"),
+            model_outputs=stacked("model_outputs"),
+            log_probs=stacked("log_probs"),
+            values=stacked("values"),
+            features={
+                name: torch.cat([part.features[name] for part in parts], dim=1) for name in first.features
+            },
+            conditioning=Conditioning.concatenate([part.conditioning for part in parts]),
+            uncond_conditioning=Conditioning.concatenate(uncond) if uncond else None,
+            noise=NoiseKey(first.noise.seed, torch.cat([part.noise.sample_ids for part in parts])),
+            prompts=[prompt for part in parts for prompt in part.prompts],
+            metadata=[entry for part in parts for entry in part.metadata],
+            rewards={name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
+        )
 
 
 @dataclass(frozen=True)

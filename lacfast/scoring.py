@@ -33,10 +33,13 @@ REGISTERED: dict[str, str] = {
 """Reward name -> "module:callable", imported at first use; a class is made with its default settings."""
 
 _REMOTE = "lacfast.rewards.remote:RemoteReward"
+_FLOW_GRPO = "flow_grpo+"
+_FLOW_GRPO_WIRE = "lacfast.rewards.wire:FlowGRPOFormat"
 
 RewardSpec = str | Reward | Sequence[str | Reward] | Mapping[str | Reward, float]
 """One reward, several of equal weight, or reward -> weight; each a callable, a registered name, the
-"package.module:callable" of one of yours, or the http(s) URL of a reward server."""
+"package.module:callable" of one of yours, or the http(s) URL of a reward server, after
+"flow_grpo+" of one that speaks flow_grpo's format."""
 
 
 class RewardError(ValueError):
@@ -182,8 +185,10 @@ def _named(entry: str | Reward) -> tuple[str, Reward]:
     if not isinstance(entry, str):
         given = getattr(entry, "name", None)
         return given if isinstance(given, str) else getattr(entry, "__name__", type(entry).__name__), entry
-    if entry.startswith(("http://", "https://")):
-        return entry, _imported(_REMOTE)(urls=(entry,))
+    url = entry.removeprefix(_FLOW_GRPO)
+    if url.startswith(("http://", "https://")):
+        made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if url != entry else {}
+        return entry, _imported(_REMOTE)(urls=(url,), **made)
     if ":" in entry:
         reward = _imported(entry)
         return entry.partition(":")[2], reward() if isinstance(reward, type) else reward

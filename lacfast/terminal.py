@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+
+from lacfast.costs import Costs
+from lacfast.records import Evaluation
+from lacfast.run_config import RunConfig
 
 QUIET_INTERVAL = 15.0
 """Seconds between lines of one phase where the output is no terminal."""
@@ -90,6 +96,54 @@ class PhaseLog:
             transient=True,
             expand=True,
         )
+
+
+def show_iteration(metrics: dict[str, Any]) -> None:
+    """One line per iteration of `lacfast train`."""
+    rewards = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("reward/")]
+    seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
+    print(f"{metrics['iteration']:>5}  {'  '.join(rewards) or 'skipped'}  {seconds:.1f} s", flush=True)
+
+
+def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Mean and standard error of every score."""
+    table = Table()
+    for column in ("reward", "mean", "standard error", "images"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, scores in evaluation.rewards.items():
+        error = float(scores.float().std()) / math.sqrt(len(scores))
+        table.add_row(name, f"{float(scores.mean()):.4f}", f"{error:.4f}", str(len(scores)))
+    (console or Console()).print(table)
+
+
+def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
+    """The resolved settings, and what an iteration of them costs."""
+    console = console or Console()
+    console.print_json(json.dumps(asdict(config)))
+    table = Table(title="One iteration", title_justify="left", title_style="bold", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    microbatch = config.train.ppo.microbatch_size
+    rows = (
+        ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
+        ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
+        ("images and rewards", f"{costs.images:,}"),
+        ("sampling", f"{costs.sampling_forwards:,} forwards, {costs.sampling_flops / 1e12:,.2f} TFLOP"),
+        ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
+        ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
+        ("weights", _size(costs.weight_bytes)),
+        ("gradients, moments, average", _size(costs.training_bytes)),
+        ("rollout", _size(costs.rollout_bytes)),
+        (f"activations, at most, {microbatch} pairs", _size(costs.activation_bytes * microbatch)),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print("Counted, not timed. Text encoders, decoder and reward models come on top.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
 
 
 def done_fraction(iteration: int, seconds: float, budget: float, minimum: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast import checkpoint, reference
+from lacfast import checkpoint
 from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
 from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, build_critic
+from lacfast.evaluation import evaluate
+from lacfast.experience import collect
 from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
 from lacfast.profiling import span
 from lacfast.prompts import PromptLike, PromptSet
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
-from lacfast.scoring import RewardError, RewardSet, RewardSpec
+from lacfast.scoring import RewardSet, RewardSpec
+from lacfast.trackers import Tracker
 from lacfast.update import (
     all_pairs,
     all_states,
@@ -34,16 +37,14 @@ from lacfast.update import (
     minibatches,
     policy_optimizer,
     policy_step,
+    warmup,
 )
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
 
-EVALUATION_IDS = 1 << 40
-"""First sample id of evaluations: the same noise for every evaluation, never seen in training."""
 PRETRAINING_IDS = 1 << 41
 """First sample id of value pretraining."""
 SELECTION_IDS = 1 << 42
 """First sample id of the rollout that chooses the pretrained critic; never the evaluation's."""
-EVALUATION_BATCH = 256
 
 
 class LatentActorCriticTrainer:
@@ -63,6 +64,7 @@ class LatentActorCriticTrainer:
         held_out: Iterable[str | PromptLike] | PromptSet | None = None,
         evaluation_rewards: RewardSpec | None = None,
         metrics_path: Path | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """
         Args:
@@ -72,7 +74,8 @@ class LatentActorCriticTrainer:
             config: defaults are the paper's.
             held_out: prompts for evaluation. None: the training prompts.
             evaluation_rewards: scores that are only reported (gold measures).
-            metrics_path: JSONL file. None: nothing is logged.
+            metrics_path: JSONL file. None: no file is written.
+            trackers: services that get the numbers besides.
 
         Raises:
             ValueError: for settings that cannot train; the message says which and what to do.
@@ -89,10 +92,13 @@ class LatentActorCriticTrainer:
         self.normalizer = RewardNormalizer.create(len(self.rewards.names))
         self.reference = backbone.frozen_reference() if self.config.ppo.kl_weight > 0 else None
         self.policy_optimizer = policy_optimizer(backbone.policy_parameters(), self.config.ppo)
+        self.policy_schedule = warmup(self.policy_optimizer, self.config.ppo.warmup_steps)
+        if self.config.gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
         decay = self.config.ema_decay
         self.average = WeightAverage(backbone.policy_state(), decay) if decay else None
         self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
-        self.log = MetricsLog(metrics_path)
+        self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0
         self.images = 0
         self.last_rollout: Rollout | None = None
@@ -147,25 +153,27 @@ class LatentActorCriticTrainer:
             keep_features=keep_features,
         )
 
-    def score(self, rollout: Rollout) -> Rollout | None:
-        """The rollout with rewards. None when a reward failed and config.on_reward_error is "skip".
+    def collect(self, prompts: PromptSet, first_id: int) -> Rollout | None:
+        """A rollout with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Raises:
             RewardError: under "raise"; the rollout stays in `last_rollout`.
         """
-        self.last_rollout = rollout
-        self.images += rollout.batch_size
-        try:
-            with span("decode"):
-                images = self.backbone.decode(rollout.clean_latents)
-            scores = self.rewards.score(images, rollout.prompts, rollout.metadata)
-        except RewardError as error:
-            if self.config.on_reward_error == "raise":
-                raise
-            warnings.warn(f"rollout of {rollout.batch_size} images skipped: {error}", stacklevel=2)
-            return None
-        self.last_rollout = rollout.with_rewards(scores)
-        return self.last_rollout
+        self.last_rollout, error = collect(
+            self.rollout,
+            self.backbone.decode,
+            self.rewards,
+            prompts,
+            first_id,
+            part_size=self.config.rollout_batch_size,
+        )
+        self.images += len(prompts)
+        if error is None:
+            return self.last_rollout
+        if self.config.on_reward_error == "raise":
+            raise error
+        warnings.warn(f"rollout of {len(prompts)} images skipped: {error}", stacklevel=2)
+        return None
 
     def _training_rollout(self, iteration: int, namespace: int) -> Rollout | None:
         config = self.config
@@ -175,7 +183,7 @@ class LatentActorCriticTrainer:
             iteration=iteration,
             repeats=config.samples_per_prompt,
         )
-        return self.score(self.rollout(prompts, namespace + iteration * config.batch_size))
+        return self.collect(prompts, namespace + iteration * config.batch_size)
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
@@ -188,7 +196,7 @@ class LatentActorCriticTrainer:
                 on_iteration(iteration, variance)
 
         prompts = self.held_out.cycle(self.config.pretrain.held_out_samples)
-        held_out = self.score(self.rollout(prompts, SELECTION_IDS))
+        held_out = self.collect(prompts, SELECTION_IDS)
         if held_out is None:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         result = pretrain_values(
@@ -260,6 +268,7 @@ class LatentActorCriticTrainer:
                 ppo,
                 self.config.sampler.guidance_scale,
             )
+            self.policy_schedule.step()
             with span("sync"):
                 metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
                 metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
@@ -307,6 +316,7 @@ class LatentActorCriticTrainer:
         *,
         seconds: float = math.inf,
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
+        on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> int:
         """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran."""
         start = time.perf_counter()
@@ -318,33 +328,28 @@ class LatentActorCriticTrainer:
             if on_iteration is not None:
                 on_iteration(metrics)
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
-                self.evaluate()
+                evaluation = self.evaluate()
+                if on_evaluation is not None:
+                    on_evaluation(evaluation)
         return planned
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
-        """Score held-out prompts with the training sampler, averaged weights and noise that never changes."""
-        total = self.config.eval_samples if samples is None else samples
-        prompts = self.held_out.cycle(total)
+        """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
+        config = self.config
+        sampler = config.eval_sampler or config.sampler
         scorers = [self.rewards] + ([] if self.evaluation_rewards is None else [self.evaluation_rewards])
-        scores: dict[str, list[Tensor]] = {}
-        images, values, returns = [], [], []
         with self.averaged():
-            for start in range(0, total, EVALUATION_BATCH):
-                part = prompts.take(range(start, min(start + EVALUATION_BATCH, total)))
-                rollout = self.rollout(part, EVALUATION_IDS + start, keep_features=False)
-                decoded = self.backbone.decode(rollout.clean_latents)
-                for scorer in scorers:
-                    for name, score in scorer.score(decoded, part.texts, part.metadata).items():
-                        scores.setdefault(name, []).append(score)
-                images.append(decoded.cpu())
-                values.append(rollout.values.transpose(0, 1).cpu())
-                returns.append(torch.stack([scores[name][-1] for name in self.rewards.names], dim=1))
-        evaluation = Evaluation(
-            {name: torch.cat(parts) for name, parts in scores.items()},
-            self._explained_variance(torch.cat(values), torch.cat(returns)),
-            torch.cat(images),
-            prompts.texts,
-        )
+            evaluation = evaluate(
+                self.backbone,
+                self.critic,
+                self.table if config.eval_sampler is None else self.backbone.transition_table(sampler),
+                self.held_out.cycle(config.eval_samples if samples is None else samples),
+                scorers,
+                self.normalizer,
+                seed=config.seed,
+                guidance_scale=sampler.guidance_scale,
+                batch_size=config.eval_batch_size,
+            )
         self.log.write(
             "evaluate",
             iteration=self.iteration,
@@ -353,11 +358,9 @@ class LatentActorCriticTrainer:
         )
         return evaluation
 
-    def _explained_variance(self, values: Tensor, returns: Tensor) -> Tensor:
-        if values.shape[-1] == 0:
-            return values.new_zeros(values.shape[1:])
-        targets = self.normalizer.standardize(returns)[:, None].expand_as(values)
-        return reference.explained_variance(values, targets)
+    def close(self) -> None:
+        """Close the log and its trackers."""
+        self.log.close()
 
     def save(self, directory: str | Path) -> None:
         """Write everything that `load` needs; the directory appears whole or not at all."""
@@ -368,6 +371,7 @@ class LatentActorCriticTrainer:
             "normalizer": asdict(self.normalizer),
             "average": None if self.average is None else self.average.weights,
             "policy_optimizer": self.policy_optimizer.state_dict(),
+            "policy_schedule": self.policy_schedule.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
         }
         checkpoint.save_run(self.backbone, state, Path(directory))
@@ -386,6 +390,7 @@ class LatentActorCriticTrainer:
             )
         checkpoint.load_weights(self.backbone, Path(directory))
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self.policy_schedule.load_state_dict(state["policy_schedule"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         if self.average is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lacfast import ops
 from lacfast.advantages import Advantages
@@ -74,6 +75,11 @@ def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> t
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def warmup(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """A schedule whose learning rate rises linearly to the optimizer's over its first `steps` steps."""
+    return LambdaLR(optimizer, lambda step: min((step + 1) / (steps + 1), 1.0))
 
 
 def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:

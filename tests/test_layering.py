@@ -12,15 +12,25 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 LAYERS = (
     ("_C", "kernels"),
-    ("records", "config", "profiling"),
+    ("records", "config", "run_config", "precision", "profiling"),
     ("schedule", "reference", "graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "critic"),
     ("sampler", "advantages"),
-    ("update", "metrics", "value_pretraining", "checkpoint", "averaging"),
+    (
+        "update",
+        "trackers",
+        "metrics",
+        "value_pretraining",
+        "checkpoint",
+        "averaging",
+        "evaluation",
+        "experience",
+    ),
+    ("metrics", "costs", "run_directory"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
-    ("presets", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),
+    ("presets", "run", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),
 )
 """From the bottom; a module may import its own layer and those below. Subpackages count as one module."""
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

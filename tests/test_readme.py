@@ -1,4 +1,4 @@
-"""The README keeps its word: its example runs, its map is the tree, its figures are the recorded run's."""
+"""The README keeps its word: its example runs, the map is the tree, its figures are the recorded run's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STRUCTURE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
 SUMMARY = ROOT / "docs" / "demo" / "summary.json"
 
 
@@ -25,7 +26,7 @@ def fenced(language: str) -> list[str]:
 def mapped() -> set[str]:
     """Paths of the repository map, folders with a slash."""
     paths, folder = set(), ""
-    for line in fenced("text")[0].splitlines():
+    for line in STRUCTURE.partition("```text\n")[2].partition("```")[0].splitlines():
         name = line.split()[0]
         if line.startswith(" "):
             name = folder + name
@@ -68,7 +69,7 @@ def test_map_names_everything_and_nothing_else() -> None:
 def test_files_that_the_readme_points_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    order = README.partition("**Reading order**")[2].partition("\n\n")[0]
+    order = STRUCTURE.partition("**Reading order**")[2].partition("\n\n")[0]
     for name in re.findall(r"`([^`]+)`", order):
         assert (ROOT / name).exists() or (ROOT / "lacfast" / name).exists(), name
 

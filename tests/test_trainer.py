@@ -196,7 +196,7 @@ def test_a_failed_reward_is_never_trained_on_when_skipping() -> None:
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     trainer = trainer_for()
-    rollout = trainer.score(trainer.rollout(trainer.prompts, 0))
+    rollout = trainer.collect(trainer.prompts, 0)
     assert rollout is not None
     before = weights(trainer)
     poisoned = replace(rollout, model_outputs=torch.full_like(rollout.model_outputs, torch.inf))

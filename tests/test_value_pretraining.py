@@ -28,7 +28,7 @@ def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None
     made = trainer(passes=4.0)
     result = made.pretrain_critic()
     assert float(result.explained_variance.mean()) == pytest.approx(max(result.history))
-    held_out = made.score(made.rollout(PromptSet.create(PROMPTS).cycle(16), SELECTION_IDS))
+    held_out = made.collect(PromptSet.create(PROMPTS).cycle(16), SELECTION_IDS)
     assert held_out is not None
     assert made.critic is not None
     again = held_out_variance(made.critic, held_out, made.normalizer)
@@ -65,7 +65,7 @@ def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
 def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:
     """Zero means "the mean": rescaled from statistics that nobody measured, it would mean -mean / std."""
     made = trainer()
-    rollout = made.score(made.rollout(PromptSet.create(PROMPTS), 0))
+    rollout = made.collect(PromptSet.create(PROMPTS), 0)
     assert rollout is not None
     assert made.critic is not None
     assert torch.equal(update_statistics(made.critic, made.normalizer, rollout).values, rollout.values)
@@ -76,7 +76,7 @@ def test_a_rollout_s_values_follow_the_statistics_like_the_head() -> None:
     """Values were sampled in the old units; an advantage R - V needs both in the new ones."""
     made = trainer()
     made.pretrain_critic()
-    rollout = made.score(made.rollout(PromptSet.create(PROMPTS), 0))
+    rollout = made.collect(PromptSet.create(PROMPTS), 0)
     assert rollout is not None
     assert made.critic is not None
     brighter = rollout.with_rewards({"brightness": rollout.rewards["brightness"] + 1.0})

@@ -23,6 +23,7 @@ from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
 from lacfast.config import CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic import Critic
+from lacfast.precision import running_in
 from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
 from lacfast.records import Conditioning, TransitionTable
 
@@ -117,8 +118,9 @@ class LatentBackbone(ABC):
         switch: AbstractContextManager[None] = nullcontext()
         if self._without_adapter:
             switch = adapters.activated(self.model, None)
-        is_mixed = self.lora is None and self.dtype != torch.float32
-        with switch, torch.autocast(sample.device.type, dtype=self.dtype, enabled=is_mixed):
+        # A frozen base has the dtype itself.
+        dtype = self.dtype if self.lora is None else torch.float32
+        with switch, running_in(dtype, sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
         return output.to(sample.dtype)
 
@@ -212,6 +214,9 @@ class LatentBackbone(ABC):
         else:
             reference._without_adapter = True
         return reference
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.model.enable_gradient_checkpointing()
 
     def plain_model(self) -> Any:
         """The model as diffusers knows it, on the same weights: without the critic's or any adapter."""

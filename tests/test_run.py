@@ -1,0 +1,181 @@
+"""A run keeps what it should, and one that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_pipelines import PROMPTS, tiny_pipeline
+
+from lacfast import run
+from lacfast.config import (
+    CriticConfig,
+    LoRAConfig,
+    PPOConfig,
+    SamplerConfig,
+    TrainConfig,
+    ValuePretrainingConfig,
+)
+from lacfast.run_config import RunConfig
+from lacfast.trackers import curve_points
+
+
+class StoppedError(Exception):
+    """In place of a kill."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sd3")
+    tiny_pipeline("sd3").save_pretrained(directory)
+    (directory / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    return directory
+
+
+def run_config(model: Path, out: Path, **changes: Any) -> RunConfig:
+    config = RunConfig(
+        out=str(out),
+        model=str(model),
+        prompts=str(model / "prompts.txt"),
+        rewards=(("jpeg_incompressibility", 1.0),),
+        lora=LoRAConfig(rank=2),
+        resolution=(16, 16),
+        save_every=1,
+        train=TrainConfig(
+            batch_size=4,
+            rollout_batch_size=2,
+            iterations=4,
+            sampler=SamplerConfig(num_steps=3),
+            critic=CriticConfig(trunk="branch", hidden_dim=16, num_heads=2, head_dim=8),
+            ppo=PPOConfig(num_minibatches=2, warmup_steps=3, policy_learning_rate=1e-3),
+            pretrain=ValuePretrainingConfig(iterations=1, held_out_samples=4, minibatch_size=8),
+            ema_decay=0.5,
+            eval_every=2,
+            eval_samples=4,
+            eval_sampler=SamplerConfig(kind="ode", num_steps=4, noise_level=0.0),
+        ),
+    )
+    return replace(config, **changes)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in entry.items() if not name.startswith("seconds")} for entry in entries
+    ]
+
+
+def stop_after(count: int) -> Any:
+    def callback(metrics: dict[str, Any]) -> None:
+        if metrics["iteration"] == count:
+            raise StoppedError
+
+    return callback
+
+
+def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(model: Path, tmp_path: Path) -> None:
+    through = run.train(run_config(model, tmp_path / "through"))
+    with pytest.raises(StoppedError):
+        run.train(run_config(model, tmp_path / "killed", save_every=2), stop_after(3))
+    resumed = run.train(run_config(model, tmp_path / "killed", save_every=2))
+    for name in ("pytorch_lora_weights.safetensors", "critic.safetensors"):
+        expected, found = load_file(through / name), load_file(resumed / name)
+        assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "through")
+
+
+def test_it_keeps_the_last_checkpoints_the_best_one_and_pictures(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run.train(run_config(model, out, keep_last=2))
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == ["00000003", "00000004", "best"]
+    scores = [entry["jpeg_incompressibility"] for entry in lines(out) if entry["phase"] == "evaluate"]
+    assert json.loads((out / "checkpoints" / "best" / "score.json").read_text())["score"] == max(scores)
+    assert [entry["iteration"] for entry in lines(out) if entry["phase"] == "evaluate"] == [2, 4]
+    with Image.open(out / "samples" / "00000004.png") as picture:
+        assert picture.width > 4 * 16
+    assert json.loads((out / "run.json").read_text())["train"]["iterations"] == 4
+
+
+def test_a_new_run_does_not_mix_with_an_old_one(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    short = replace(run_config(model, out), value_pretraining=False)
+    short = replace(short, train=replace(short.train, iterations=1, eval_every=0))
+    run.train(short)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.train(replace(short, resume="never"))
+    with pytest.raises(ValueError, match=r"no trainer\.pt"):
+        run.train(replace(short, resume=str(tmp_path / "nowhere")))
+
+
+def test_an_unknown_best_score_is_refused_with_the_known_ones(model: Path, tmp_path: Path) -> None:
+    wrong = run_config(model, tmp_path / "run", best="beauty", value_pretraining=False)
+    with pytest.raises(ValueError, match="jpeg_incompressibility"):
+        run.train(wrong)
+
+
+def test_a_saved_best_model_is_evaluated_like_in_the_run(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = run_config(model, out)
+    run.train(config)
+    best = json.loads((out / "checkpoints" / "best" / "score.json").read_text())["score"]
+    assert config.train.eval_sampler is not None
+    evaluation = run.evaluate_model(
+        str(out / "checkpoints" / "best"),
+        prompts=config.prompts,
+        rewards=["jpeg_incompressibility"],
+        sampler=config.train.eval_sampler,
+        samples=4,
+        batch_size=4,
+        seed=0,
+        device="cpu",
+        dtype="float32",
+        out=tmp_path / "scores",
+    )
+    assert evaluation.means()["jpeg_incompressibility"] == pytest.approx(best, rel=1e-3)
+    assert (tmp_path / "scores" / "samples.png").exists()
+
+
+def test_curves_name_the_phase_and_the_step() -> None:
+    values = {"iteration": 3, "loss": 0.5, "skipped": True, "kl": torch.tensor([1.0, 2.0]), "name": "x"}
+    assert curve_points("train", values) == {
+        "train/loss": 0.5,
+        "train/skipped": 1.0,
+        "train/kl/00": 1.0,
+        "train/kl/01": 2.0,
+    }
+
+
+def test_trackers_get_numbers_and_pictures(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorder:
+        def __init__(self, directory: Path) -> None:
+            self.points: dict[int, dict[str, float]] = {}
+            self.pictures: list[int] = []
+            self.closed = False
+            made.append(self)
+
+        def numbers(self, iteration: int, values: dict[str, float]) -> None:
+            self.points.setdefault(iteration, {}).update(values)
+
+        def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+            self.pictures.append(iteration)
+
+        def close(self) -> None:
+            self.closed = True
+
+    made: list[Recorder] = []
+    monkeypatch.setattr(run, "TensorBoardTracker", Recorder)
+    run.train(run_config(model, tmp_path / "run", tensorboard=True))
+    (recorder,) = made
+    assert recorder.closed
+    assert recorder.pictures == [2, 4]
+    assert {"train/reward/jpeg_incompressibility", "train/policy_loss"} <= recorder.points[1].keys()
+    assert "evaluate/jpeg_incompressibility" in recorder.points[4]
