@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -111,20 +111,13 @@ class Evaluate:
         show_scores(evaluation)
 
 
-def _train(config: RunConfig) -> None:
-    from lacfast.run import plan, train
-    from lacfast.terminal import show_iteration, show_plan
-
-    if config.dry_run:
-        show_plan(config, plan(config))
-    else:
-        print(f"checkpoint: {train(config, show_iteration)}")
-
-
-# An optional part of a preset becomes flags of its own, not a subcommand.
-Preset = tyro.conf.AvoidSubcommands[
-    tyro.extras.subcommand_type_from_defaults({name: preset() for name, preset in RUNS.items()})  # type: ignore[misc]
-]
+if TYPE_CHECKING:
+    Preset = RunConfig
+else:
+    # One subcommand per preset; an optional part of one becomes flags of its own, not a subcommand.
+    Preset = tyro.conf.AvoidSubcommands[
+        tyro.extras.subcommand_type_from_defaults({name: preset() for name, preset in RUNS.items()})
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +130,10 @@ class Train:
         from lacfast.run import plan, train
         from lacfast.terminal import show_iteration, show_plan
 
-        config: RunConfig = self.settings
-        if config.dry_run:
-            show_plan(config, plan(config))
+        if self.settings.dry_run:
+            show_plan(self.settings, plan(self.settings))
         else:
-            print(f"checkpoint: {train(config, show_iteration)}")
+            print(f"checkpoint: {train(self.settings, show_iteration)}")
 
 
 Command = (
@@ -155,7 +147,7 @@ Command = (
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for settings that cannot work."""
     command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="lacfast",
         description="Latent actor-critic post-training of diffusion models.",
         args=arguments,

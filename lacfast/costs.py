@@ -106,9 +106,7 @@ def count(
     reference_flops = step_flops if ppo.kl_weight > 0 else 0
     state_flops = 0
     if critic is not None:
-        state_flops = _flops(
-            lambda: critic(features, sample, timestep, conditioning).sum().backward()  # type: ignore[no-untyped-call]
-        )
+        state_flops = _flops(lambda: critic(features, sample, timestep, conditioning).sum().backward())
     pairs = math.ceil(ppo.timestep_fraction * len(table.trainable_steps) * batch) * ppo.num_inner_epochs
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)

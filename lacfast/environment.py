@@ -15,7 +15,8 @@ from rich.table import Table
 PACKAGES = ("lacfast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy")
 EXTRAS = {
     "xformers": ("xformers",),
-    "rewards": ("open-clip-torch", "sentencepiece"),
+    "datasets": ("datasets",),
+    "rewards": ("rapidocr", "onnxruntime"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "test": ("pytest", "pytest-benchmark", "hypothesis"),

@@ -36,7 +36,7 @@ class TensorBoardTracker:
         _require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(directory))
 
     def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

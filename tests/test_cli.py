@@ -93,3 +93,24 @@ def test_info_table_tells_why_a_backend_is_not_usable() -> None:
     for section in ("versions", "processor", "cuda", "kernels", "extras"):
         assert section in result.stdout
     assert "usable" in result.stdout
+
+
+def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "shapes", "--dry-run", "--train.batch-size", "24"]) == 0
+    printed = capsys.readouterr().out
+    assert '"batch_size": 24' in printed
+    assert "192 forwards" in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_reach_the_parts_of_a_preset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(tmp_path), "--lora.rank", "7", "--train.eval-sampler.num-steps", "3"]
+    assert main(["train", "sd15-ddpo", *flags, "--rewards", "pickscore", "0.5", "--dry-run"]) == USAGE_ERROR
+    # Nothing was at --model, which only settings that were understood can say.
+    assert str(tmp_path) in capsys.readouterr().err
