@@ -33,13 +33,22 @@ struct Noise {
 struct Transition {
   const void* coefficients;   // (table_steps, 3)
   std::int64_t table_steps;
-  const std::int64_t* steps;  // (rows,)
+  const std::int64_t* steps;  // (rows,), or (1,) when all samples share their step
+  bool is_shared = false;
 };
 
 struct Shape {
   std::int64_t rows, elements;
 };
 
+// Where the results of all steps lie; step k of the table fills slice k, and of the latents slice k + 1.
+struct TrajectorySlab {
+  Result latents;        // (table_steps + 1, rows, elements)
+  Result model_outputs;  // (table_steps, rows, elements)
+  void* log_probs;       // (table_steps, rows) arithmetic type
+};
+
+// sample and prev_sample may be the same tensor, and so may guided_output and one that it is made from.
 struct GaussianStep {
   Shape shape;
   Operand sample, model_output, uncond_output;
@@ -48,8 +57,21 @@ struct GaussianStep {
   Noise noise;
   double scale;
   Result prev_sample;
-  void* log_prob;  // (rows,) arithmetic type
+  void* log_prob;  // (rows,) arithmetic type, or null
   Result guided_output;
+  TrajectorySlab slab;  // all null: none
+};
+
+struct StepLogProb {
+  Shape shape;
+  Operand sample, model_output, prev_sample;
+  Transition transition;
+  double scale;
+};
+
+// Null where nobody asks for the gradient.
+struct StepLogProbGradients {
+  Result sample, model_output, prev_sample;
 };
 
 struct LogRatio {
@@ -128,6 +150,10 @@ namespace cpu {
 void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
                   float* out, int threads);
 void gaussian_step(const GaussianStep& op, int threads);
+// log_prob, grad_log_prob (rows,) arithmetic type
+void step_log_prob(const StepLogProb& op, void* log_prob, int threads);
+void step_log_prob_backward(const StepLogProb& op, const void* grad_log_prob, const StepLogProbGradients& gradients,
+                            int threads);
 // terms (rows, 3): log_ratio, kl_old, kl_ref
 void log_ratio_forward(const LogRatio& op, void* terms, int threads);
 // table (rows, 6): log_ratio, kl_old, kl_ref, weighted loss, its derivative by log_ratio, clipped

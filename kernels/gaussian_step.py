@@ -6,7 +6,9 @@
 
 Bytes per element: reads x and v, writes x'; with guidance it also reads v_uncond and writes v; a given noise
 is one read more. Eagerly the step is some fifty launches, each of which reads and writes the latent.
-The log-prob of the stored value needs no second look: the rounded x' is still in a register.
+The log-prob of the stored value needs no second look: the rounded x' is still in a register. With a
+trajectory slab x' overwrites x, and slices of the slab get x', v and the log-prob: the step is read on the
+device, so a captured graph moves on from slice to slice.
 
 The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob
 does not depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. There is no backward
@@ -49,15 +51,20 @@ def mean_log_prob(sum_squares, std, N, scale):
 def gaussian_step_kernel(
     sample_ptr, model_output_ptr, uncond_output_ptr, guidance_scale_ptr, coefficients_ptr, steps_ptr,
     noise_ptr, seed_ptr, sample_ids_ptr, prev_sample_ptr, log_prob_ptr, partial_ptr, guided_output_ptr,
-    N, num_splits, scale,
+    latents_ptr, model_outputs_ptr, log_probs_ptr, N, num_splits, scale,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-    HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GUIDED_OUTPUT: tl.constexpr,
+    HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0) // num_splits
     i_split = tl.program_id(0) % num_splits
     row = i_b.to(tl.int64) * N
-    step = tl.load(steps_ptr + i_b)
+    step = tl.load(steps_ptr + (0 if IS_SHARED_STEP else i_b))
     a, b, std, inverse_std = transition_row(coefficients_ptr, step)
+    if HAS_SLAB:
+        batch = tl.num_programs(0) // num_splits
+        slab_row = (step * batch + i_b) * N
+        next_slab_row = slab_row + batch.to(tl.int64) * N
     seed, sample_id = load_key(seed_ptr, sample_ids_ptr, i_b, HAS_NOISE)
     if HAS_GUIDANCE:
         guidance_scale = tl.load(guidance_scale_ptr)
@@ -71,34 +78,52 @@ def gaussian_step_kernel(
         if HAS_GUIDANCE:
             b_uncond = tl.load(uncond_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             b_guided = b_uncond + guidance_scale * (b_v - b_uncond)
-            b_stored_v = b_guided.to(guided_output_ptr.dtype.element_ty)
-            tl.store(guided_output_ptr + row + offs_n, b_stored_v, mask=mask_n)
-            b_v = b_stored_v.to(tl.float32)
+            b_rounded_v = b_guided.to(model_output_ptr.dtype.element_ty)
+            if HAS_GUIDED_OUTPUT:
+                tl.store(guided_output_ptr + row + offs_n, b_rounded_v, mask=mask_n)
+            b_v = b_rounded_v.to(tl.float32)
+        if HAS_SLAB:
+            b_kept_v = b_v.to(model_outputs_ptr.dtype.element_ty)
+            tl.store(model_outputs_ptr + slab_row + offs_n, b_kept_v, mask=mask_n)
+            b_v = b_kept_v.to(tl.float32)
         b_eps = innovation_block(noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N, HAS_NOISE)
         b_mean = a * b_sample + b * b_v
         # The noise of a deterministic step may be anything.
         b_noise = tl.where(std > 0, std * b_eps, 0.0)
-        b_stored = (b_mean + b_noise).to(prev_sample_ptr.dtype.element_ty)
+        b_moved = b_mean + b_noise
+        if HAS_SLAB:
+            b_kept = b_moved.to(latents_ptr.dtype.element_ty)
+            tl.store(latents_ptr + next_slab_row + offs_n, b_kept, mask=mask_n)
+            b_moved = b_kept.to(tl.float32)
+        b_stored = b_moved.to(prev_sample_ptr.dtype.element_ty)
         tl.store(prev_sample_ptr + row + offs_n, b_stored, mask=mask_n)
         b_z = (b_stored.to(tl.float32) - b_mean) * inverse_std
         b_squares += tl.where(mask_n, b_z * b_z, 0.0)
     sum_squares = tl.sum(b_squares, axis=0)
     if IS_SPLIT:
         tl.store(partial_ptr + tl.program_id(0), sum_squares)
+    elif HAS_SLAB:
+        tl.store(log_probs_ptr + step * batch + i_b, mean_log_prob(sum_squares, std, N, scale))
     else:
         tl.store(log_prob_ptr + i_b, mean_log_prob(sum_squares, std, N, scale))
 
 
 @triton.jit
 def finish_log_prob_kernel(
-    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, N, num_splits, scale, BLOCK_S: tl.constexpr
-):
+    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, log_probs_ptr, N, num_splits, scale,
+    BLOCK_S: tl.constexpr, HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr,
+):  # fmt: skip
     i_b = tl.program_id(0)
     offs_s = tl.arange(0, BLOCK_S)
     row = i_b.to(tl.int64) * num_splits
     b_partial = tl.load(partial_ptr + row + offs_s, mask=offs_s < num_splits, other=0.0)
-    _, _, std, _ = transition_row(coefficients_ptr, tl.load(steps_ptr + i_b))
-    tl.store(log_prob_ptr + i_b, mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale))
+    step = tl.load(steps_ptr + (0 if IS_SHARED_STEP else i_b))
+    _, _, std, _ = transition_row(coefficients_ptr, step)
+    log_prob = mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale)
+    if HAS_SLAB:
+        tl.store(log_probs_ptr + step * tl.num_programs(0) + i_b, log_prob)
+    else:
+        tl.store(log_prob_ptr + i_b, log_prob)
 
 
 def gaussian_step(
@@ -113,36 +138,67 @@ def gaussian_step(
     sample_ids: torch.Tensor | None,
     scale: float,
     prev_sample: torch.Tensor,
-    log_prob: torch.Tensor,
+    log_prob: torch.Tensor | None,
     guided_output: torch.Tensor | None,
+    latents: torch.Tensor | None = None,
+    model_outputs: torch.Tensor | None = None,
+    log_probs: torch.Tensor | None = None,
 ) -> None:
-    """Fill prev_sample, log_prob and, with uncond_output, guided_output.
+    """Fill prev_sample, log_prob and guided_output; or prev_sample and the slices of latents, ..., log_probs.
 
-    Either noise is None or seed and sample_ids are; scale is 1 / N for a mean, 1 for a sum.
+    Either noise is None or seed and sample_ids are; steps is (B,) or (1,); prev_sample may be sample;
+    scale is 1 / N for a mean, 1 for a sum.
     """
-    batch = steps.numel()
+    batch = sample.shape[0]
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("gaussian_step", num_elements, architecture)
-    is_split = num_splits > 1
+    is_split, has_slab, is_shared = num_splits > 1, latents is not None, steps.numel() == 1
     partial = torch.empty(batch * num_splits, dtype=torch.float32, device=sample.device) if is_split else None
     gaussian_step_kernel[(batch * num_splits,)](
         sample, model_output, uncond_output, guidance_scale, coefficients, steps,
         noise, seed, sample_ids, prev_sample, log_prob, partial, guided_output,
-        num_elements, num_splits, scale,
+        latents, model_outputs, log_probs, num_elements, num_splits, scale,
         BLOCK_N=block_n, BLOCKS=blocks,
-        HAS_GUIDANCE=uncond_output is not None, HAS_NOISE=noise is not None, IS_SPLIT=is_split,
+        HAS_GUIDANCE=uncond_output is not None, HAS_NOISE=noise is not None,
+        HAS_GUIDED_OUTPUT=guided_output is not None, HAS_SLAB=has_slab,
+        IS_SHARED_STEP=is_shared, IS_SPLIT=is_split,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     if is_split:
-        finish_log_prob_kernel[(batch,)](
-            partial, coefficients, steps, log_prob, num_elements, num_splits, scale,
-            BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1, enable_fp_fusion=False,
-        )  # fmt: skip
+        finish_log_prob(
+            partial, coefficients, steps, num_elements, num_splits, scale, batch, log_prob, log_probs
+        )
+
+
+def finish_log_prob(
+    partial: torch.Tensor,
+    coefficients: torch.Tensor,
+    steps: torch.Tensor,
+    num_elements: int,
+    num_splits: int,
+    scale: float,
+    batch: int,
+    log_prob: torch.Tensor | None,
+    log_probs: torch.Tensor | None,
+) -> None:
+    """Add the partial sums of every sample into log_prob (B,) or the slices of log_probs (T, B)."""
+    finish_log_prob_kernel[(batch,)](
+        partial, coefficients, steps, log_prob, log_probs, num_elements, num_splits, scale,
+        BLOCK_S=triton.next_power_of_2(num_splits), HAS_SLAB=log_probs is not None,
+        IS_SHARED_STEP=steps.numel() == 1, num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def _step_spec(
-    sample: str, output: str, shape: tuple[int, int, int], *, guided: bool, noise: str | None, split: bool
+    sample: str,
+    output: str,
+    shape: tuple[int, int, int],
+    *,
+    guided: bool,
+    noise: str | None,
+    split: bool,
+    slab: str | None = None,
 ) -> AotSpec:
     block_n, blocks, num_warps = shape
     arguments = {
@@ -153,13 +209,19 @@ def _step_spec(
         "coefficients_ptr": "*fp32",
         "steps_ptr": "*i64",
         "prev_sample_ptr": POINTER[sample],
-        "log_prob_ptr": "*fp32",
+        "log_prob_ptr": None if slab else "*fp32",
         "partial_ptr": "*fp32" if split else None,
-        "guided_output_ptr": POINTER[output] if guided else None,
+        "guided_output_ptr": POINTER[output] if guided and not slab else None,
+        "latents_ptr": POINTER[slab] if slab else None,
+        "model_outputs_ptr": POINTER[slab] if slab else None,
+        "log_probs_ptr": "*fp32" if slab else None,
     }
     sizes = {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_N": block_n, "BLOCKS": blocks}
     flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
+    flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
+    flags |= {"IS_SHARED_STEP": slab is not None}
     name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}-noise_{noise}" + ("-guided" if guided else "")
+    name += f"-slab_{slab}" if slab else ""
     # Four elements per thread.
     vector_bits = 64 if "float16" in sample + output else 128
     return AotSpec(
@@ -180,11 +242,20 @@ AOT_SPECS = [
     _step_spec("bfloat16", "bfloat16", _MEDIUM, guided=True, noise="bfloat16", split=False),
     _step_spec("bfloat16", "bfloat16", _LARGE, guided=True, noise=None, split=True),
     _step_spec("float16", "float16", _LARGE, guided=False, noise=None, split=True),
-    AotSpec(
-        "finish_log_prob",
-        finish_log_prob_kernel,
-        {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "log_prob_ptr": "*fp32"}
-        | {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128},
-        num_warps=1,
+    _step_spec("float32", "float32", _SMALL, guided=True, noise="float32", split=False, slab="float32"),
+    _step_spec("float32", "bfloat16", _LARGE, guided=True, noise=None, split=True, slab="float32"),
+    _step_spec("float32", "bfloat16", _LARGE, guided=False, noise=None, split=True, slab="bfloat16"),
+    _step_spec("bfloat16", "bfloat16", _MEDIUM, guided=True, noise=None, split=False, slab="bfloat16"),
+    *(
+        AotSpec(
+            f"finish_log_prob{'-slab' if slab else ''}",
+            finish_log_prob_kernel,
+            {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
+            | {"log_prob_ptr": None if slab else "*fp32", "log_probs_ptr": "*fp32" if slab else None}
+            | {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
+            | {"HAS_SLAB": slab, "IS_SHARED_STEP": slab},
+            num_warps=1,
+        )
+        for slab in (False, True)
     ),
 ]

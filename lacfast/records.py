@@ -86,6 +86,22 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
+class TrajectorySlab:
+    """Where a batch of trajectories is kept while it is sampled; step k fills slice k.
+
+    A dtype narrower than that of the maths saves memory. The step then uses the model output as it is stored
+    here, and the sampled state is the latent as it is stored here: training sees what was acted on.
+    """
+
+    latents: Tensor
+    """(T + 1, B, ...), slice k is the state before step k."""
+    model_outputs: Tensor
+    """(T, B, ...), after guidance."""
+    log_probs: Tensor
+    """(T, B) in the dtype of the maths."""
+
+
+@dataclass(frozen=True)
 class TransitionTerms:
     """Per-sample sums that PPO needs of a transition, from the innovation form."""
 

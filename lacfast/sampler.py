@@ -18,7 +18,7 @@ from lacfast import ops
 from lacfast.critic import Critic
 from lacfast.profiling import span
 from lacfast.protocols import Backbone, Features
-from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, Rollout, TransitionTable
+from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, Rollout, TrajectorySlab, TransitionTable
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class SamplerBuffers:
     """(T, B, M)"""
     features: Features
     """name -> (T, B, ...), allocated by the first step."""
+
+    @property
+    def slab(self) -> TrajectorySlab:
+        return TrajectorySlab(self.latents, self.model_outputs, self.log_probs)
 
     @staticmethod
     def allocate(
@@ -134,9 +138,7 @@ def policy_output(
 @torch.no_grad()
 def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuffers) -> None:
     """One step of the whole batch: forward, guidance, transition, value, stores. No host synchronisation."""
-    batch = buffers.sample.shape[0]
-    steps = buffers.step.expand(batch).contiguous()
-    timestep = buffers.timesteps.index_select(0, steps)
+    timestep = buffers.timesteps.index_select(0, buffers.step).expand(buffers.sample.shape[0])
     forward = policy_output(
         backbone, buffers.sample, timestep, buffers.conditioning, buffers.uncond_conditioning, critic=critic
     )
@@ -145,22 +147,17 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
     _store_features(buffers, forward.features)
     uncond_output = forward.uncond_output
-    result = ops.gaussian_step(
+    ops.gaussian_step_(
         buffers.sample,
         forward.output.contiguous(),
         buffers.coefficients,
-        steps,
+        buffers.step,
         noise=buffers.noise,
         uncond_output=None if uncond_output is None else uncond_output.contiguous(),
         guidance_scale=None if uncond_output is None else buffers.guidance_scale,
+        slab=buffers.slab,
     )
-    buffers.model_outputs.index_copy_(
-        0, buffers.step, result.model_output[None].to(buffers.model_outputs.dtype)
-    )
-    buffers.log_probs.index_copy_(0, buffers.step, result.log_prob[None])
-    buffers.sample.copy_(result.prev_sample)
     buffers.step.add_(1)
-    buffers.latents.index_copy_(0, buffers.step, buffers.sample[None])
 
 
 def _store_features(buffers: SamplerBuffers, features: Features) -> None:

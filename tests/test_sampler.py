@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import ops
 from lacfast.config import CriticConfig, SamplerConfig
@@ -115,6 +118,52 @@ def test_a_rollout_satisfies_its_own_equation() -> None:
         torch.testing.assert_close(rollout.log_probs[step], scored, rtol=1e-4, atol=1e-4)
     start = ops.normal_noise(tuple(rollout.latents[0].shape), torch.full((2,), INITIAL_STEP), rollout.noise)
     assert torch.equal(rollout.latents[0], start)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_the_slab_holds_the_bits_of_the_functional_step(guidance_scale: float) -> None:
+    rollout = rollout_of(tiny_backbone("dit"), PROMPTS[:3], range(3), guidance_scale=guidance_scale)
+    for step in range(STEPS):
+        result = ops.gaussian_step(
+            rollout.latents[step],
+            rollout.model_outputs[step],
+            rollout.table.coefficients(),
+            torch.full((3,), step),
+            noise=rollout.noise,
+        )
+        assert torch.equal(result.prev_sample, rollout.latents[step + 1])
+        assert torch.equal(result.log_prob, rollout.log_probs[step])
+
+
+class TransitionOps(TorchDispatchMode):
+    """Our operations, and whatever is dispatched between the last of the model's and the end of the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_transition_of_a_step_is_one_operation_and_its_counter() -> None:
+    backbone = tiny_backbone("dit")
+    conditioning = backbone.encode_prompts(PROMPTS[:2])
+    buffers = SamplerBuffers.allocate(
+        backbone.transition_table(SamplerConfig(num_steps=STEPS)),
+        backbone.latent_shape,
+        NoiseKey.create(0, range(2)),
+        conditioning,
+        uncond_conditioning=conditioning,
+        guidance_scale=3.0,
+    )
+    begin(buffers)
+    with TransitionOps() as dispatched:
+        denoise_step(backbone, None, buffers)
+    assert dispatched.names[-2:] == ["lacfast.gaussian_step_slab.default", "aten.add_.Tensor"]
+    assert sum(name.startswith("lacfast.") for name in dispatched.names) == 1
+    assert not any("index_copy" in name or "copy_" in name for name in dispatched.names[-3:])
 
 
 def test_seed_and_sample_id_change_the_noise() -> None:

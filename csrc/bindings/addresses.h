@@ -22,8 +22,8 @@ inline DType dtype(int code) { return static_cast<DType>(code); }
 inline Operand operand(Address address, int code) { return {pointer<const void>(address), dtype(code)}; }
 inline Result result(Address address, int code) { return {pointer(address), dtype(code)}; }
 
-inline Transition transition(Address coefficients, std::int64_t table_steps, Address steps) {
-  return {pointer<const void>(coefficients), table_steps, pointer<const std::int64_t>(steps)};
+inline Transition transition(Address coefficients, std::int64_t table_steps, Address steps, bool is_shared = false) {
+  return {pointer<const void>(coefficients), table_steps, pointer<const std::int64_t>(steps), is_shared};
 }
 
 inline Noise noise_source(Address noise, int noise_dtype, Address seed, Address sample_ids) {
@@ -33,6 +33,7 @@ inline Noise noise_source(Address noise, int noise_dtype, Address seed, Address 
 // One function per op, each in the file of its name.
 void bind_noise(py::module_& module);
 void bind_gaussian_step(py::module_& module);
+void bind_step_log_prob(py::module_& module);
 void bind_ppo_loss(py::module_& module);
 void bind_gae(py::module_& module);
 void bind_advantages(py::module_& module);

@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_unusable_reason", &cuda_unusable_reason);
   bind_noise(module);
   bind_gaussian_step(module);
+  bind_step_log_prob(module);
   bind_ppo_loss(module);
   bind_gae(module);
   bind_advantages(module);

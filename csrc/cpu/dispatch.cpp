@@ -40,7 +40,7 @@ const Kernels& kernels() { return *level().kernels; }
 const char* instruction_set() { return level().name; }
 
 void check_steps(const Transition& transition, std::int64_t rows) {
-  for (std::int64_t row = 0; row < rows; ++row) {
+  for (std::int64_t row = 0; row < (transition.is_shared ? 1 : rows); ++row) {
     const std::int64_t step = transition.steps[row];
     if (step < 0 || step >= transition.table_steps) {
       throw std::invalid_argument("steps[" + std::to_string(row) + "] = " + std::to_string(step) +

@@ -13,12 +13,11 @@ void gaussian_step(const GaussianStep& op, int threads) {
                [&](Run run, std::size_t index) { partial[index] = chosen.gaussian_step(op, run); });
   const bool wide = op.model_output.dtype == DType::float64;
   for (std::int64_t row = 0; row < op.shape.rows; ++row) {
-    double squared_distance = 0.0;
-    for (std::int64_t i = row * per_row; i < (row + 1) * per_row; ++i)
-      squared_distance += partial[static_cast<std::size_t>(i)];
     const double std = coefficients_of(op.transition, row, wide).std;
-    const auto elements = static_cast<double>(op.shape.elements);
-    put(op.log_prob, row, log_prob_from_sum(squared_distance, std, elements, op.scale), wide);
+    const double log_prob = log_prob_of_row(partial, row, op.shape, std, op.scale);
+    if (op.log_prob != nullptr) put(op.log_prob, row, log_prob, wide);
+    const std::int64_t in_slab = step_of(op.transition, row) * op.shape.rows + row;
+    if (op.slab.log_probs != nullptr) put(op.slab.log_probs, in_slab, log_prob, wide);
   }
 }
 

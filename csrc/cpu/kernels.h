@@ -15,11 +15,19 @@ struct Run {
   std::int64_t row, begin, end;
 };
 
+LACFAST_INLINE std::int64_t step_of(const Transition& transition, std::int64_t row) {
+  return transition.steps[transition.is_shared ? 0 : row];
+}
+
 struct Kernels {
   void (*normal_noise)(Shape shape, Run run, const std::int64_t* steps, const std::int64_t* seed,
                        const std::int64_t* sample_ids, float* out);
   // Returns sum (x' - mu)^2 of the stored x'.
   double (*gaussian_step)(const GaussianStep& op, Run run);
+  // Returns sum (x' - mu)^2.
+  double (*step_log_prob)(const StepLogProb& op, Run run);
+  // `weight` times the gradient of -(x' - mu)^2 / 2; 0 where the step is deterministic.
+  void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProbGradients& gradients);
   RatioSums (*log_ratio)(const LogRatio& op, Run run);
   void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, Result grad_model_output);
   void (*gae)(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);

@@ -60,9 +60,19 @@ struct RowCoefficients {
 };
 
 inline RowCoefficients coefficients_of(const Transition& transition, std::int64_t row, bool wide) {
-  const std::int64_t at = 3 * transition.steps[row];
+  const std::int64_t at = 3 * step_of(transition, row);
   const double std = scalar_at(transition.coefficients, at + 2, wide);
   return {std, innovation_gain(scalar_at(transition.coefficients, at + 1, wide), std)};
+}
+
+// The log-prob of a row from sum (x' - mu)^2 of its runs, added in their order.
+inline double log_prob_of_row(const std::vector<double>& partial, std::int64_t row, Shape shape, double std,
+                              double scale) {
+  const std::int64_t per_row = runs_per_row(shape);
+  double squared_distance = 0.0;
+  for (std::int64_t i = row * per_row; i < (row + 1) * per_row; ++i)
+    squared_distance += partial[static_cast<std::size_t>(i)];
+  return log_prob_from_sum(squared_distance, std, static_cast<double>(shape.elements), scale);
 }
 
 }  // namespace lacfast::cpu

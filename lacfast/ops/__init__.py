@@ -4,12 +4,14 @@ from lacfast.ops.advantages import normalized_advantages
 from lacfast.ops.backend import available, backend
 from lacfast.ops.gae import gae
 from lacfast.ops.gaussian_step import gaussian_step
+from lacfast.ops.gaussian_step_buffers import gaussian_step_
 from lacfast.ops.noise import normal_noise
 from lacfast.ops.ppo_loss import log_ratio, ppo_loss
 from lacfast.ops.smc import effective_sample_size, systematic_resample
+from lacfast.ops.step_log_prob import step_log_prob
 
-# These have no kernel yet and run as they are written there.
-from lacfast.reference import step_log_prob, value_pool
+# It has no kernel yet and runs as it is written there.
+from lacfast.reference import value_pool
 
 __all__ = [
     "available",
@@ -17,6 +19,7 @@ __all__ = [
     "effective_sample_size",
     "gae",
     "gaussian_step",
+    "gaussian_step_",
     "log_ratio",
     "normal_noise",
     "normalized_advantages",

@@ -26,6 +26,8 @@ _MODULES = {"cpu": "lacfast.ops.cpu", "cuda": "lacfast.ops.cuda"}
 _TRITON_MODULES = {
     "normal_noise": "lacfast.kernels.philox",
     "gaussian_step": "lacfast.kernels.gaussian_step",
+    "step_log_prob": "lacfast.kernels.step_log_prob",
+    "step_log_prob_backward": "lacfast.kernels.step_log_prob",
     "log_ratio_forward": "lacfast.kernels.ppo_loss",
     "log_ratio_backward": "lacfast.kernels.ppo_loss",
     "ppo_loss_forward": "lacfast.kernels.ppo_loss",

@@ -60,15 +60,18 @@ def check_operand(
         raise _not_contiguous(name, tensor)
 
 
-def check_transition(coefficients: Tensor, steps: Tensor, like_name: str, like: Tensor) -> None:
-    """coefficients (T, 3) in the arithmetic type and steps (B,) int64."""
+def check_transition(
+    coefficients: Tensor, steps: Tensor, like_name: str, like: Tensor, *, may_share_step: bool = False
+) -> None:
+    """coefficients (T, 3) in the arithmetic type and steps (B,) int64, or (1,) for all samples."""
     if coefficients.ndim != 2:
         raise ValueError(
             f"coefficients has shape {tuple(coefficients.shape)}; it must be (T, 3): a, b, std per step"
         )
     table_shape = (max(coefficients.shape[0], 1), 3)
     check_operand("coefficients", coefficients, like_name, like, table_shape, (arithmetic_dtype(like),))
-    check_operand("steps", steps, like_name, like, like.shape[:1], (torch.int64,))
+    steps_shape = (1,) if may_share_step and steps.shape == (1,) else like.shape[:1]
+    check_operand("steps", steps, like_name, like, steps_shape, (torch.int64,))
 
 
 def split_noise(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,15 +11,8 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.ops.backend import choose, launch, through_dispatcher
-from lacfast.ops.checks import (
-    FLOATS,
-    arithmetic_dtype,
-    check_latents,
-    check_operand,
-    check_transition,
-    reduction_scale,
-    split_noise,
-)
+from lacfast.ops.checks import arithmetic_dtype, reduction_scale
+from lacfast.ops.gaussian_step_buffers import check_buffers, check_step, gaussian_step_out_op
 from lacfast.records import NoiseKey, StepOutput
 
 
@@ -32,6 +26,7 @@ def gaussian_step(
     uncond_output: Tensor | None = None,
     guidance_scale: Tensor | None = None,
     reduction: str = "mean",
+    out: StepOutput | None = None,
 ) -> StepOutput:
     """One denoising step and the log-probability of where it landed.
 
@@ -47,26 +42,29 @@ def gaussian_step(
         sample: (B, ...) latents.
         model_output: (B, ...) prediction, the conditional half when guided; float64 where the sample is.
         coefficients: (T, 3) columns a, b, std; float32, or float64 for float64 latents.
-        steps: (B,) int64 row of `coefficients` per sample. Only the CPU kernels notice one beyond the table.
+        steps: (B,) int64 row of `coefficients` per sample, or a counter (1,) that all share. Only the CPU
+            kernels notice one beyond the table.
         noise: (B, ...) eps in float32 or the sample's dtype, or the key that regenerates it.
         uncond_output: (B, ...) unconditional prediction, like model_output.
         guidance_scale: (1,) float32, needed with `uncond_output`.
         reduction: "mean" over elements (the field's convention) or "sum".
+        out: buffers to fill in place of new tensors, without gradients. Each may be one of the inputs that it
+            is made from; model_output is written with guidance only.
 
     Returns:
         prev_sample (B, ...) in the sample's dtype, log_prob (B,) in the dtype of the maths, and the output
-        that was used: the argument itself, or after guidance a new tensor of its dtype.
+        that was used: the argument itself, or after guidance a tensor of its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or memory order that does not fit.
+        ValueError: a shape, dtype, device or memory order that does not fit; `out` where gradients are asked.
     """
-    eps, seed, sample_ids = _check(
-        sample, model_output, coefficients, steps, noise, uncond_output, guidance_scale
-    )
+    key = check_step(sample, model_output, coefficients, steps, noise, uncond_output, guidance_scale)
+    if out is not None:
+        check_buffers(out, sample, model_output, uncond_output)
     scale = reduction_scale(reduction, sample)
     chosen = choose("gaussian_step", sample.device.type, sample.dtype)
     if chosen == "reference":
-        return reference.gaussian_step(
+        result = reference.gaussian_step(
             sample,
             model_output,
             coefficients,
@@ -76,18 +74,15 @@ def gaussian_step(
             guidance_scale=guidance_scale,
             reduction=reduction,
         )
-    arguments = (
-        sample,
-        model_output,
-        uncond_output,
-        guidance_scale,
-        coefficients,
-        steps,
-        eps,
-        seed,
-        sample_ids,
-        scale,
-    )
+        return result if out is None else _copied(result, out, is_guided=uncond_output is not None)
+    arguments = (sample, model_output, uncond_output, guidance_scale, coefficients, steps, *key, scale)
+    if out is not None:
+        buffers = (out.prev_sample, out.log_prob, None if uncond_output is None else out.model_output)
+        if through_dispatcher(sample):
+            gaussian_step_out_op(*arguments, *buffers)
+        else:
+            launch(chosen, "gaussian_step", sample, *arguments, *buffers)
+        return out if uncond_output is not None else replace(out, model_output=model_output)
     if through_dispatcher(sample):
         prev_sample, log_prob, guided = _gaussian_step_op(*arguments)
     elif torch.is_grad_enabled() and _requires_grad(sample, model_output, uncond_output):
@@ -99,30 +94,13 @@ def gaussian_step(
     return StepOutput(prev_sample, log_prob, model_output if uncond_output is None else guided)
 
 
-def _check(
-    sample: Tensor,
-    model_output: Tensor,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | NoiseKey,
-    uncond_output: Tensor | None,
-    guidance_scale: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    check_latents("sample", sample)
-    is_double = sample.dtype == torch.float64
-    check_operand(
-        "model_output", model_output, "sample", sample, sample.shape, FLOATS[3:] if is_double else FLOATS[:3]
-    )
-    check_transition(coefficients, steps, "sample", sample)
-    if (uncond_output is None) != (guidance_scale is None):
-        given = "guidance_scale" if uncond_output is None else "uncond_output"
-        raise ValueError(f"only {given} is given; guidance needs both uncond_output and guidance_scale")
-    if uncond_output is not None and guidance_scale is not None:
-        check_operand(
-            "uncond_output", uncond_output, "model_output", model_output, sample.shape, (model_output.dtype,)
-        )
-        check_operand("guidance_scale", guidance_scale, "sample", sample, (1,), (torch.float32,))
-    return split_noise(noise, "sample", sample)
+def _copied(result: StepOutput, out: StepOutput, *, is_guided: bool) -> StepOutput:
+    out.prev_sample.copy_(result.prev_sample)
+    out.log_prob.copy_(result.log_prob)
+    if not is_guided:
+        return replace(out, model_output=result.model_output)
+    out.model_output.copy_(result.model_output)
+    return out
 
 
 def _requires_grad(*tensors: Tensor | None) -> bool:
@@ -143,7 +121,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     prev_sample = torch.empty_like(sample)
-    log_prob = torch.empty_like(steps, dtype=coefficients.dtype)
+    log_prob = coefficients.new_empty(sample.shape[0])
     guided = None if uncond_output is None else torch.empty_like(model_output)
     launch(
         chosen,
@@ -258,7 +236,7 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     guided = model_output.new_empty(0) if uncond_output is None else torch.empty_like(model_output)
-    return torch.empty_like(sample), torch.empty_like(steps, dtype=coefficients.dtype), guided
+    return torch.empty_like(sample), coefficients.new_empty(sample.shape[0]), guided
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -13,13 +13,14 @@ from lacfast.reference.critic import explained_variance, value_pool
 from lacfast.reference.noise import normal_noise, philox
 from lacfast.reference.particles import effective_sample_size, systematic_resample
 from lacfast.reference.policy import log_ratio, ppo_loss
-from lacfast.reference.transition import gaussian_step, step_log_prob
+from lacfast.reference.transition import gaussian_step, gaussian_step_, step_log_prob
 
 __all__ = [
     "effective_sample_size",
     "explained_variance",
     "gae",
     "gaussian_step",
+    "gaussian_step_",
     "log_ratio",
     "normal_noise",
     "normalized_advantages",

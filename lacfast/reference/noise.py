@@ -68,4 +68,7 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
 
 
 def noise_for(sample: Tensor, steps: Tensor, noise: Tensor | NoiseKey) -> Tensor:
-    return normal_noise(tuple(sample.shape), steps, noise) if isinstance(noise, NoiseKey) else noise
+    if isinstance(noise, Tensor):
+        return noise
+    # One step that all samples share is (1,).
+    return normal_noise(tuple(sample.shape), steps.expand(sample.shape[0]), noise)

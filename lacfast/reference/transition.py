@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lacfast.records import NoiseKey, StepOutput
+from lacfast.records import NoiseKey, StepOutput, TrajectorySlab
 from lacfast.reference.noise import noise_for
 
 
@@ -54,7 +54,7 @@ def gaussian_step(
         sample: (B, ...) latents.
         model_output: (B, ...) prediction of the model, conditional half when guided.
         coefficients: (T, 3) columns a, b, std.
-        steps: (B,) int64 row of `coefficients` for each sample.
+        steps: (B,) int64 row of `coefficients` for each sample, or (1,) when all share it.
         noise: (B, ...) eps, or the key that regenerates it.
         uncond_output: (B, ...) unconditional prediction.
         guidance_scale: (1,) float, needed with `uncond_output`.
@@ -63,16 +63,50 @@ def gaussian_step(
     dtype = compute_dtype(sample)
     a, b, std = rows_of(coefficients, steps, sample)
     if uncond_output is not None and guidance_scale is not None:
-        guided = uncond_output.to(dtype) + guidance_scale.to(dtype) * (
-            model_output.to(dtype) - uncond_output.to(dtype)
-        )
-        model_output = guided.to(model_output.dtype)
+        model_output = _guided(model_output, uncond_output, guidance_scale, dtype)
     mean = a * sample.to(dtype) + b * model_output.to(dtype)
     eps = torch.where(std > 0, noise_for(sample, steps, noise).to(dtype), 0.0)
     prev_sample = (mean + std * eps).to(sample.dtype)
     return StepOutput(
         prev_sample, _log_prob(prev_sample.detach().to(dtype), mean, std, reduction), model_output
     )
+
+
+def _guided(
+    model_output: Tensor, uncond_output: Tensor, guidance_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    uncond = uncond_output.to(dtype)
+    return (uncond + guidance_scale.to(dtype) * (model_output.to(dtype) - uncond)).to(model_output.dtype)
+
+
+def gaussian_step_(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    *,
+    noise: Tensor | NoiseKey,
+    slab: TrajectorySlab,
+    uncond_output: Tensor | None = None,
+    guidance_scale: Tensor | None = None,
+    reduction: str = "mean",
+) -> None:
+    """`gaussian_step` that moves `sample` in place and keeps the transition in slices of `slab`.
+
+    Model output and latent are rounded as the slab stores them before they are used: the log-prob is that
+    of the stored latent under the stored output, and `sample` becomes the stored latent.
+    """
+    if uncond_output is not None and guidance_scale is not None:
+        model_output = _guided(model_output, uncond_output, guidance_scale, compute_dtype(sample))
+    model_output = model_output.to(slab.model_outputs.dtype)
+    prev_sample = gaussian_step(sample, model_output, coefficients, steps, noise=noise).prev_sample
+    prev_sample = prev_sample.to(slab.latents.dtype)
+    log_prob = step_log_prob(sample, model_output, prev_sample, coefficients, steps, reduction=reduction)
+    steps, rows = steps.expand(sample.shape[0]), torch.arange(sample.shape[0], device=sample.device)
+    slab.model_outputs[steps, rows] = model_output
+    slab.log_probs[steps, rows] = log_prob
+    slab.latents[steps + 1, rows] = prev_sample
+    sample.copy_(prev_sample)
 
 
 def _log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor, reduction: str) -> Tensor:
@@ -91,7 +125,10 @@ def step_log_prob(
     *,
     reduction: str = "mean",
 ) -> Tensor:
-    """Log-probability (B,) of a given transition sample -> prev_sample; arguments as `gaussian_step`."""
+    """Log-probability (B,) of a given transition sample -> prev_sample; arguments as `gaussian_step`.
+
+    Gradients flow to all three: with r = (x' - mu) / std^2 they are a r, b r and -r, 0 where std = 0.
+    """
     dtype = compute_dtype(sample)
     a, b, std = rows_of(coefficients, steps, sample)
     mean = a * sample.to(dtype) + b * model_output.to(dtype)

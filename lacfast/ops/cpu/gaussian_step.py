@@ -21,10 +21,13 @@ def gaussian_step(
     sample_ids: Tensor | None,
     scale: float,
     prev_sample: Tensor,
-    log_prob: Tensor,
+    log_prob: Tensor | None,
     guided_output: Tensor | None,
+    latents: Tensor | None = None,
+    model_outputs: Tensor | None = None,
+    log_probs: Tensor | None = None,
 ) -> None:
-    rows = steps.shape[0]
+    rows = sample.shape[0]
     _C.gaussian_step(
         rows,
         sample.numel() // rows,
@@ -37,13 +40,19 @@ def gaussian_step(
         coefficients.data_ptr(),
         coefficients.shape[0],
         steps.data_ptr(),
+        steps.shape[0] == 1,
         address(noise),
         code(noise),
         address(seed),
         address(sample_ids),
         scale,
         prev_sample.data_ptr(),
-        log_prob.data_ptr(),
+        address(log_prob),
         address(guided_output),
+        address(latents),
+        code(latents),
+        address(model_outputs),
+        code(model_outputs),
+        address(log_probs),
         torch.get_num_threads(),
     )
