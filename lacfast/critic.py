@@ -119,6 +119,6 @@ def build_critic(
     if config.trunk == "none":
         return None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         critic = Critic(backbone.build_trunk(config), num_rewards, config)
     return critic.to(next(backbone.model.parameters()).device)

@@ -181,7 +181,8 @@ def _policy_output(
 
 def _guided(forward: PolicyOutput, guidance_scale: float) -> Tensor:
     cond, uncond = forward.output, forward.uncond_output
-    guided = cond if uncond is None else uncond + guidance_scale * (cond - uncond)
+    # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
+    guided = cond if uncond is None else torch.add(uncond, cond - uncond, alpha=guidance_scale)
     return guided.contiguous()
 
 

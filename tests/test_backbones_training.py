@@ -30,7 +30,9 @@ LORA = LoRAConfig(rank=4, alpha=8)
 TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net")
 
 
-def config_for(backbone: LatentBackbone, *, trunk: str = "branch", **changes: Any) -> TrainConfig:
+def config_for(
+    backbone: LatentBackbone, *, trunk: str = "branch", guidance_scale: float = 1.0, **changes: Any
+) -> TrainConfig:
     is_ddim = "DDIM" in type(backbone.scheduler).__name__
     ppo = PPOConfig(
         clip_range=1e-3, num_minibatches=2, microbatch_size=4, kl_weight=0.1, policy_learning_rate=1e-3
@@ -38,7 +40,10 @@ def config_for(backbone: LatentBackbone, *, trunk: str = "branch", **changes: An
     config = TrainConfig(
         batch_size=4,
         sampler=SamplerConfig(
-            kind="ddim" if is_ddim else "flow_sde", num_steps=3, noise_level=1.0 if is_ddim else 0.7
+            kind="ddim" if is_ddim else "flow_sde",
+            num_steps=3,
+            noise_level=1.0 if is_ddim else 0.7,
+            guidance_scale=guidance_scale,
         ),
         critic=CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8, num_heads=2, lora_rank=2),
         ppo=ppo,
@@ -73,7 +78,8 @@ def reference_output(trainer: LatentActorCriticTrainer) -> Tensor:
 def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
     family: str, lora: LoRAConfig | None, tmp_path: Path
 ) -> None:
-    trainer = trainer_of(backbone_of(tiny_pipeline(family), lora=lora))
+    guidance_scale = 1.0 if lora is None else 4.3
+    trainer = trainer_of(backbone_of(tiny_pipeline(family), lora=lora), guidance_scale=guidance_scale)
     before, base = clones(trainer.backbone.policy_state()), reference_output(trainer)
     frozen = clones(dict(trainer.backbone.model.named_parameters()))
     first = trainer.train_iteration()
@@ -89,7 +95,7 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
         trained = differing(frozen, dict(trainer.backbone.model.named_parameters()))
         assert all("lora_" in name for name in trained)
 
-    resumed = trainer_of(backbone_of(tiny_pipeline(family), lora=lora))
+    resumed = trainer_of(backbone_of(tiny_pipeline(family), lora=lora), guidance_scale=guidance_scale)
     resumed.load(tmp_path / "run")
     again = resumed.train_iteration()
     for name in ("policy_loss", "value_loss", "reward/brightness", "policy_grad_norm"):
@@ -228,6 +234,41 @@ def test_bfloat16_runs_on_float32_masters(family: str) -> None:
         assert {parameter.dtype for parameter in trainer.critic.parameters()} == {torch.float32}
         losses.append(metrics["value_loss"])
     assert torch.isfinite(torch.tensor(losses)).all()
+
+
+@pytest.mark.parametrize(("family", "trunk"), [("sd15", "lora"), ("sd3", "joint"), ("flux", "branch")])
+def test_gradient_checkpointing_changes_nothing(family: str, trunk: str) -> None:
+    """A recomputed block must run with the same adapter and still give the critic its features."""
+    states = []
+    for is_checkpointed in (False, True):
+        backbone = backbone_of(tiny_pipeline(family), lora=LORA)
+        if is_checkpointed:
+            backbone.model.enable_gradient_checkpointing()
+        trainer_of(backbone, trunk=trunk).train(2)
+        states.append(clones(backbone.policy_state()))
+    assert not differing(*states)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
+def test_two_iterations_train_on_a_gpu_in_bfloat16(family: str, lora: LoRAConfig | None) -> None:
+    backbone = backbone_of(tiny_pipeline(family), lora=lora, device="cuda", dtype=torch.bfloat16)
+    trainer = trainer_of(backbone, guidance_scale=4.3)
+    before = clones(backbone.policy_state())
+    for metrics in (trainer.train_iteration(), trainer.train_iteration()):
+        assert metrics["first_max_abs_log_ratio"] < 1e-6
+        assert torch.isfinite(torch.tensor([metrics["policy_loss"], metrics["value_loss"]])).all()
+    assert differing(before, backbone.policy_state())
+
+
+def test_adapters_of_somebody_else_are_refused() -> None:
+    pipeline = tiny_pipeline("sd3")
+    backbone_of(pipeline, lora=LORA)
+    with pytest.raises(
+        ValueError, match=r"already has adapters \['policy'\]; merge them .* load the pipeline"
+    ):
+        backbone_of(pipeline)
 
 
 def test_a_lora_that_fits_no_module_or_no_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,11 @@ class LatentBackbone(ABC):
             lora: train this adapter and freeze the rest. None: train all weights.
             dtype: that the model runs in. None: the model's.
         """
+        if adapters.tuner_layers(model):
+            raise ValueError(
+                f"the {type(model).__name__} already has adapters {list(model.peft_config)}; merge them with "
+                "pipeline.fuse_lora() and pipeline.unload_lora_weights(), or load the pipeline anew"
+            )
         self.dtype: torch.dtype = dtype or model.dtype
         self.lora = lora
         self.model = model.eval().requires_grad_(False)

@@ -7,6 +7,7 @@ forward runs in the base's dtype and AdamW's small steps are not rounded away.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,8 +74,10 @@ def add_adapter(
         target_modules=targets,
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft draws on the CPU, and warns of a second adapter, which is what the critic's is.
+        torch.default_generator.manual_seed(config.seed)
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(settings, adapter_name=name)
     weights = []
     for layer in tuner_layers(model).values():

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -50,8 +51,7 @@ class PartsStorage:
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
         if backbone.lora is not None:
             return load_file(directory / LORA_WEIGHT_NAME_SAFE)
-        state: dict[str, Tensor] = type(backbone.model).from_pretrained(directory / "model").state_dict()
-        return state
+        return _model_state(backbone.model, directory / "model")
 
 
 class PipelineStorage:
@@ -106,8 +106,14 @@ class PipelineStorage:
             prefix = f"{part}."
             saved = load_file(directory / LORA_WEIGHT_NAME_SAFE)
             return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
-        state: dict[str, Tensor] = type(backbone.model).from_pretrained(directory / part).state_dict()
-        return state
+        return _model_state(backbone.model, directory / part)
+
+
+def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:
+    # diffusers draws weights before it loads them; the caller's random state is none of its business.
+    with torch.random.fork_rng(devices=[]):
+        state: dict[str, Tensor] = type(model).from_pretrained(directory).state_dict()
+    return state
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
