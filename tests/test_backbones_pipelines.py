@@ -87,7 +87,7 @@ def test_other_predictions_give_the_pipeline_s_own_images(prediction_type: str) 
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
 def test_a_directory_loads_as_the_pipeline_in_it(family: str, tmp_path: Path) -> None:
     directory = saved_pipeline(family, tmp_path / family)
     before = torch.get_rng_state()
@@ -194,7 +194,7 @@ def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) 
         load_backbone(pipeline)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
 def test_an_attention_backend_is_pinned_or_refused(family: str) -> None:
     backbone = backbone_of(tiny_pipeline(family), attention_backend="sdpa")
     assert torch.isfinite(ode_images(backbone, PROMPTS[:1], 1.0)[1]).all()

@@ -130,8 +130,9 @@ def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_p
     assert not differing(loaded.critic.state_dict(), trainer.backbone.critic.state_dict())
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
-@pytest.mark.parametrize("freed", [False, True], ids=["whole", "encoders freed"])
+@pytest.mark.parametrize(
+    ("family", "freed"), [("sd15", False), ("flux", True)], ids=["whole", "encoders freed"]
+)
 def test_saved_weights_give_the_same_image_in_plain_diffusers(
     family: str, freed: bool, tmp_path: Path
 ) -> None:
@@ -210,7 +211,7 @@ def test_adapters_of_policy_and_critic_share_one_base() -> None:
     assert trainer.reference.model is backbone.model
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_bfloat16_runs_on_float32_masters(family: str) -> None:
     """A frozen base in bfloat16; a trained one in float32 that runs in bfloat16."""
     losses = []
@@ -236,7 +237,7 @@ def test_bfloat16_runs_on_float32_masters(family: str) -> None:
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
-@pytest.mark.parametrize(("family", "trunk"), [("sd15", "lora"), ("sd3", "joint"), ("flux", "branch")])
+@pytest.mark.parametrize(("family", "trunk"), [("sd15", "lora"), ("sd3", "joint")])
 def test_gradient_checkpointing_changes_nothing(family: str, trunk: str) -> None:
     """A recomputed block must run with the same adapter and still give the critic its features."""
     states = []

@@ -159,7 +159,6 @@ def sdxl() -> StableDiffusionXLPipeline:
         tokenizer_2=clip_tokenizer(),
         unet=unet(
             cross_attention_dim=32,
-            transformer_layers_per_block=(1, 2),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
