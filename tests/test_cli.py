@@ -71,7 +71,7 @@ def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[s
     assert described["versions"]["torch"].startswith("2.")
     assert described["kernels"]["reference"] == "usable"
     assert all(isinstance(reason, str) and reason for reason in described["kernels"].values())
-    assert described["extras"].keys() == {"xformers", "rewards", "tensorboard", "wandb", "test", "dev"}
+    assert {"rewards", "test", "dev"} <= described["extras"].keys()
 
 
 def test_info_lists_the_extras_of_the_project() -> None:
