@@ -1,5 +1,6 @@
-"""Every CUDA source compiles for sm_80, sm_90, sm_100 without a warning and without spilling, GPU or not."""
+"""CUDA code for sm_80, sm_90 and sm_100 without a GPU: no warning, no stack, no spill, also where built in."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lacfast import _C, ops
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = [80, 90, 100]
@@ -15,13 +18,14 @@ MAX_REGISTERS = 128
 CUDA_BIN = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_BIN)
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason=f"no nvcc on PATH or in {CUDA_BIN}")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason=f"no nvcc on PATH or in {CUDA_BIN}")
 
 
 def test_there_are_sources() -> None:
     assert SOURCES
 
 
+@needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_source_compiles_without_warnings_and_spills(source: Path, tmp_path: Path) -> None:
     targets = [f"--generate-code=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
@@ -42,3 +46,45 @@ def test_source_compiles_without_warnings_and_spills(source: Path, tmp_path: Pat
     is_device_code = "__global__" in source.read_text()
     assert bool(registers) == is_device_code
     assert bool(frames) == is_device_code
+
+
+def cuobjdump() -> Path | None:
+    """Triton's copy, else that of the CUDA toolkit."""
+    triton = importlib.util.find_spec("triton")
+    folders = [CUDA_BIN]
+    if triton is not None and triton.origin is not None:
+        folders.insert(0, Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return next((folder / "cuobjdump" for folder in folders if (folder / "cuobjdump").exists()), None)
+
+
+def built_kernels() -> dict[int, dict[str, dict[str, int]]]:
+    """architecture -> mangled name -> resources, as the built module has them."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump: neither triton nor a CUDA toolkit is installed")
+    if not hasattr(_C, "cuda_gae"):
+        pytest.skip(f"lacfast._C has no kernels: {ops.available()['cuda']}")
+    command = [tool, "--dump-resource-usage", _C.__file__]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels: dict[int, dict[str, dict[str, int]]] = {}
+    for section in re.split(r"^Fatbin elf code:", listing, flags=re.MULTILINE)[1:]:
+        architecture = int(re.search(r"arch = sm_(\d+)", section).group(1))
+        for name, resources in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", section):
+            usage = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", resources)}
+            kernels.setdefault(architecture, {})[name] = usage
+    return kernels
+
+
+def test_every_kernel_of_the_built_module_keeps_to_registers() -> None:
+    kernels = built_kernels()
+    assert sorted(kernels) == ARCHITECTURES
+    defined = set(re.findall(r"\b(\w+_kernel)\(", "".join(source.read_text() for source in SOURCES)))
+    assert defined
+    for architecture, resources in kernels.items():
+        missing = {kernel for kernel in defined if not any(kernel in name for name in resources)}
+        assert missing == set(), f"sm_{architecture}"
+        for name, usage in resources.items():
+            assert usage["STACK"] == usage["LOCAL"] == 0, f"sm_{architecture} {name}: {usage}"
+            assert usage["REG"] <= MAX_REGISTERS, f"sm_{architecture} {name}: {usage}"
+            # What a block may have without asking for more at the launch.
+            assert usage["SHARED"] <= 48 * 1024, f"sm_{architecture} {name}: {usage}"

@@ -113,6 +113,73 @@ def test_gae_equals_the_reference(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(one.cpu().double(), other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [*HALF_AND_FULL, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 40, 3), (5, 3, 16), (4096, 50, 2)])
+def test_normalized_advantages_equal_the_float64_reference(
+    shape: tuple[int, int, int], dtype: torch.dtype, assert_near: Callable[[Tensor, Tensor], None]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maths = torch.float64 if dtype == torch.float64 else torch.float32
+    batch, _, heads = shape
+    rewards, mean, std, weights = (
+        torch.rand(size, generator=generator, dtype=maths) + 0.5
+        for size in ((batch, heads), (heads,), (heads,), (heads,))
+    )
+    inputs = (rewards, torch.randn(shape, generator=generator).to(dtype), mean, std, weights)
+    mask = torch.rand(batch, generator=generator) > 0.1
+    settings = {"gamma": 0.97, "gae_lambda": 0.9, "value_lambda": 0.8}
+    on_device = [tensor.cuda() for tensor in inputs]
+    ours = ops.normalized_advantages(*on_device, mask=mask.cuda(), **settings)
+    exact = reference.normalized_advantages(*(each.double() for each in inputs), mask=mask, **settings)
+    for name in ("advantages", "raw", "targets"):
+        assert_near(getattr(ours, name).cpu(), getattr(exact, name))
+    again = ops.normalized_advantages(*on_device, mask=mask.cuda(), **settings)
+    assert torch.equal(again.advantages, ours.advantages)
+
+
+def test_advantages_and_particles_replay_in_a_graph_without_a_look_at_the_host() -> None:
+    rewards, values = torch.rand(64, 2).cuda(), torch.randn(64, 10, 2).cuda()
+    statistics = [torch.rand(2).cuda() + 0.5 for _ in range(3)]
+    log_weights, steps = torch.randn(4, 100).cuda(), torch.arange(4).cuda()
+    key = NoiseKey.create(5, range(4), "cuda")
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        advantages = ops.normalized_advantages(rewards, values, *statistics).advantages
+        ancestors = ops.systematic_resample(log_weights, steps, key)
+        return advantages, ancestors, ops.effective_sample_size(log_weights)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    rewards.copy_(torch.rand(64, 2))
+    log_weights.copy_(torch.randn(4, 100))
+    graph.replay()
+    for one, other in zip(recorded, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (3, 4096), (2000, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ancestors_are_the_cpu_s_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    log_weights = (5 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    log_weights[0, ::2] = -torch.inf
+    steps, key = torch.arange(shape[0]), NoiseKey.create(3, range(shape[0]))
+    on_device = NoiseKey.create(3, range(shape[0]), "cuda")
+    ancestors = ops.systematic_resample(log_weights.cuda(), steps.cuda(), on_device)
+    assert torch.equal(ancestors.cpu(), ops.systematic_resample(log_weights, steps, key))
+    sizes = ops.effective_sample_size(log_weights.cuda()).cpu()
+    torch.testing.assert_close(sizes, ops.effective_sample_size(log_weights), rtol=1e-6, atol=0)
+
+
 def test_two_iterations_train_on_the_device() -> None:
     # A lent GPU machine may lack diffusers; the kernels are tested there all the same.
     tiny = pytest.importorskip("tiny_backbones")
