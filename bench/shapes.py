@@ -61,7 +61,21 @@ class AdvantageCase:
         return f"{self.name}, {self.batch} x {self.steps} x {self.rewards}"
 
 
-Case = LatentCase | PoolCase | AdvantageCase
+@dataclass(frozen=True)
+class ParticleCase:
+    """Particles of one steered batch."""
+
+    name: str
+    groups: int
+    """G images"""
+    particles: int
+    """N of each"""
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.groups} x {self.particles}"
+
+
+Case = LatentCase | PoolCase | AdvantageCase | ParticleCase
 
 TINY_LATENT = LatentCase("tiny", 3, (4, 5, 7))
 """For tests of the benches themselves."""
@@ -95,10 +109,15 @@ ADVANTAGES = (
     CLAIM_ADVANTAGE,
 )
 
+TINY_PARTICLES = ParticleCase("tiny", 3, 5)
+CLAIM_PARTICLES = ParticleCase("a batch of images", 64, 16)
+PARTICLES = (CLAIM_PARTICLES, ParticleCase("one image", 1, 4096))
+
 CASES: dict[type[Case], tuple[Case, Case, tuple[Case, ...]]] = {
     LatentCase: (TINY_LATENT, CLAIM_LATENT, LATENTS),
     PoolCase: (TINY_POOL, CLAIM_POOL, POOLS),
     AdvantageCase: (TINY_ADVANTAGE, CLAIM_ADVANTAGE, ADVANTAGES),
+    ParticleCase: (TINY_PARTICLES, CLAIM_PARTICLES, PARTICLES),
 }
 """Kind -> the tiny case, the claim's, all real ones."""
 SELECTIONS = ("tiny", "claim", "all")

@@ -1,4 +1,4 @@
-"""CUDA code for sm_80, sm_90 and sm_100 without a GPU: no warning, no stack, no spill, also where built in."""
+"""CUDA code for sm_80, sm_90, sm_100, GPU or not: no warning, no stack, no spill; the built module too."""
 
 import importlib.util
 import os

@@ -8,8 +8,8 @@ from functools import lru_cache, partial
 
 import torch
 
-from bench.shapes import AdvantageCase, Case, LatentCase, PoolCase
-from bench.workloads import critics, latents
+from bench.shapes import AdvantageCase, Case, LatentCase, ParticleCase, PoolCase
+from bench.workloads import advantages, critics, latents
 from bench.workloads.workload import Workload
 
 STORAGE = (torch.float32, torch.bfloat16)
@@ -33,6 +33,9 @@ WORKLOADS = {
     "ppo_loss": Entry(latents.ppo_loss, LatentCase),
     "value_pool": Entry(critics.value_pool, PoolCase),
     "gae": Entry(critics.gae, AdvantageCase, (torch.float32,)),
+    "normalized_advantages": Entry(advantages.normalized_advantages, AdvantageCase, (torch.float32,)),
+    "effective_sample_size": Entry(advantages.effective_sample_size, ParticleCase, (torch.float32,)),
+    "systematic_resample": Entry(advantages.systematic_resample, ParticleCase, (torch.float32,)),
 }
 
 
