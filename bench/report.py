@@ -1,6 +1,7 @@
 """Writes the README's tables from recorded results, so that none of its numbers is typed.
 
-The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json.
+The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json,
+the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`).
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -14,11 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
+from bench.workloads.workload import OURS, OURS_DRAWN
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RECORD = ROOT / "docs" / "demo"
 PICTURE = "comparison.png"
-CRITICS = ROOT / "bench" / "results" / "critic-trunks.json"
+RESULTS = ROOT / "bench" / "results"
+CRITICS = RESULTS / "critic-trunks.json"
 
 
 def record(run: Path) -> None:
@@ -92,6 +97,50 @@ def critics(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """Ours beside each op's baseline at the claim's sizes, float32 and bfloat16, as Markdown."""
+    claims = {str(cases[1]) for cases in CASES.values()}
+    rows = [row for row in result["rows"] if row["case"] in claims and "microseconds" in row]
+    cells = {(row["op"], row["dtype"], row["provider"]): row for row in rows}
+    lines = [
+        "| op | float32: baseline | lacfast | bfloat16: baseline | lacfast | % of copy bandwidth |",
+        "|---|---|---|---|---|---|",
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        for provider in (OURS, OURS_DRAWN):
+            own = [cells.get((op, dtype, provider)) for dtype in ("float32", "bfloat16")]
+            if not any(own):
+                continue
+            name = f"`{op}`".replace(", guided`", "`, guided") + provider.removeprefix(OURS)
+            shown = [_beside_baseline(row, cells) for row in own]
+            share = ", ".join(f"{row['percent_of_copy']:.0f}" for row in own if row)
+            lines.append(f"| {name} | {' | '.join(shown)} | {share} |")
+    machine = result["machine"]
+    note = (
+        f"Milliseconds (and speed-up) of one thread on {machine['label']}, torch {machine['versions']['torch']}, "
+        f"{result['date']}: medians of interleaved rounds after equal results; losing cases included. "
+        f"Latents are {CLAIM_LATENT}; features {CLAIM_POOL}; advantages {CLAIM_ADVANTAGE}. `step_log_prob` "
+        "and `ppo_loss` are forward and backward. Baseline: torch.compile of the peers' formula, which is "
+        "given its noise; for `gae` their Python loop, for `normal_noise` torch.compile of the reference. A "
+        f"copy beyond the cache moves {result['copy_gigabytes_per_second']:.1f} GB/s; smaller data may pass "
+        "it. `python -m bench.kernels` measures it."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _beside_baseline(row: dict[str, Any] | None, cells: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """Two cells: the baseline's time, and the own with its speed-up; empty where nothing was measured."""
+    if row is None:
+        return " | "
+    baseline = cells[row["op"], row["dtype"], row["baseline"]]
+    return f"{baseline['microseconds'] / 1e3:.2f} | {row['microseconds'] / 1e3:.2f} ({row['speed_up']:.1f}x)"
+
+
+def newest(pattern: str) -> Path:
+    """The last of the dated results, or a path that does not exist."""
+    return max(RESULTS.glob(pattern), default=RESULTS / pattern)
+
+
 def updated(readme: str, block: str, text: str) -> str:
     """The README with `text` between the markers of `block`."""
     begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
@@ -104,7 +153,11 @@ def updated(readme: str, block: str, text: str) -> str:
 
 def blocks() -> dict[str, str]:
     """Marker -> Markdown, of everything that is recorded."""
-    sources = {"proof": (RECORD / "summary.json", proof), "critics": (CRITICS, critics)}
+    sources = {
+        "proof": (RECORD / "summary.json", proof),
+        "critics": (CRITICS, critics),
+        "kernels": (newest("kernels-cpu-*.json"), kernels),
+    }
     return {
         block: write(json.loads(path.read_text(encoding="utf-8")))
         for block, (path, write) in sources.items()
