@@ -94,6 +94,27 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -
     return advantages, advantages + values
 
 
+def normalized_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    reward_mean: Tensor,
+    reward_std: Tensor,
+    weights: Tensor,
+    gamma: float,
+    gae_lambda: float,
+    bounds: tuple[float, float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pipeline as trainers write it: standardise, loop, each head by its deviation, sum, whiten."""
+    standardized = torch.zeros_like(values)
+    standardized[:, -1] = (rewards - reward_mean) / reward_std
+    advantages, _ = gae_loop(standardized, values, gamma, gae_lambda)
+    _, targets = gae_loop(standardized, values, gamma, 1.0)
+    heads = advantages.flatten(0, 1)
+    combined = ((advantages / heads.std(dim=0)) * weights).sum(dim=-1)
+    whitened = (combined - combined.mean()) / combined.std()
+    return whitened.clamp(-bounds[0], bounds[0]), advantages, targets.clamp(-bounds[1], bounds[1])
+
+
 def attention_pool(features: Tensor, query: Tensor, norm_weight: Tensor, eps: float = 1e-6) -> Tensor:
     """Single-query pooling as heads write it, in the features' dtype: RMSNorm, scores, softmax, sum."""
     tokens = torch.nn.functional.rms_norm(features, features.shape[-1:], norm_weight.to(features.dtype), eps)

@@ -115,9 +115,9 @@ def kernels(result: dict[str, Any]) -> str:
             shown = [_beside_baseline(row, cells) for row in own]
             share = ", ".join(f"{row['percent_of_copy']:.0f}" for row in own if row)
             lines.append(f"| {name} | {' | '.join(shown)} | {share} |")
-    machine = result["machine"]
+    label, torch = result["machine"]["label"], result["machine"]["versions"]["torch"]
     note = (
-        f"Milliseconds (and speed-up) of one thread on {machine['label']}, torch {machine['versions']['torch']}, "
+        f"Milliseconds (and speed-up) of one thread on {label}, torch {torch}, "
         f"{result['date']}: medians of interleaved rounds after equal results; losing cases included. "
         f"Latents are {CLAIM_LATENT}; features {CLAIM_POOL}; advantages {CLAIM_ADVANTAGE}. `step_log_prob` "
         "and `ppo_loss` are forward and backward. Baseline: torch.compile of the peers' formula, which is "

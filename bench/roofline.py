@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from bench.shapes import PoolCase
+from bench.shapes import AdvantageCase, PoolCase
 
 OPERATIONS_PER_NORMAL = 35
 """Philox4x32-10: 10 rounds of 8 operations for 4 normals; Box-Muller: log, root, sine, cosine for 2."""
@@ -100,6 +100,17 @@ def value_pool_backward(case: PoolCase, dtype: torch.dtype) -> Cost:
     tokens = case.batch * case.tokens * case.features
     small = case.batch * case.heads * case.features
     return Cost(2 * tokens * dtype.itemsize + 4 * 4 * small, tokens * (8 * case.heads + 6))
+
+
+def normalized_advantages(case: AdvantageCase, dtype: torch.dtype) -> Cost:
+    """Values in, raw advantages and targets out per head, one advantage per step; the raw are read again.
+
+    Two passes are the least: no advantage can be scaled before all of them are known.
+    """
+    per_step = case.batch * case.steps
+    heads = per_step * case.rewards
+    size = 4 * heads + per_step + case.batch * case.rewards
+    return Cost(size * dtype.itemsize, 20 * heads + 4 * per_step)
 
 
 def cache_bytes(device: torch.device) -> int:

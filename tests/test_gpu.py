@@ -1,4 +1,7 @@
-"""What only a CUDA device can tell: the kernels as compiled for it, and the trainer on it."""
+"""What only a CUDA device can tell: the kernels as compiled for it, and the trainer on it.
+
+The ops come from the benches' workloads, so a new op is tested here as soon as it is measured.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.shapes import AdvantageCase, Case, LatentCase, PoolCase
+from bench.workloads import WORKLOADS
+from bench.workloads.workload import OURS, OURS_DRAWN, Inputs, Workload
 from lacfast import LatentActorCriticTrainer, ops, reference
 from lacfast.records import NoiseKey
 from lacfast.schedule import flow_sde, uniform_sigmas
@@ -19,6 +25,114 @@ SHAPE = (5, 16, 33, 31)
 TABLE = flow_sde(uniform_sigmas(8), 0.7, window=(0, 7))
 STEPS = torch.tensor([0, 3, 6, 7, 1])
 KEY = NoiseKey.create(11, range(100, 105))
+
+CUDA = torch.device("cuda")
+CASES: dict[type[Case], tuple[Case, ...]] = {
+    LatentCase: (LatentCase("odd", 5, (3, 17, 31)), LatentCase("SD3.5-M 512 px", 3, (16, 64, 64))),
+    PoolCase: (PoolCase("odd", 3, 37, 72, 3), PoolCase("SD3.5-M 512 px", 2, 1024, 1536)),
+    AdvantageCase: (AdvantageCase("odd", 33, 7, 3), AdvantageCase("long", 1024, 50, 1)),
+}
+EVERY_OP = [
+    pytest.param(op, case, dtype, id=f"{op}, {case}, {dtype}")
+    for op, entry in WORKLOADS.items()
+    for case in CASES[entry.kind]
+    for dtype in dict.fromkeys([*entry.dtypes, *([torch.float16] if len(entry.dtypes) > 1 else [])])
+]
+every_op = pytest.mark.parametrize(("op", "case", "dtype"), EVERY_OP)
+ROWS_ARE_INDEPENDENT = {"gaussian_step", "gaussian_step, guided", "step_log_prob", "value_pool", "gae"}
+"""Ops of which each sample's result is its own; of the others the test below takes the parts that are."""
+
+
+def workload_of(op: str, case: Case, dtype: torch.dtype) -> Workload:
+    return WORKLOADS[op].build(case, dtype, CUDA, compiled=False)
+
+
+def ours(workload: Workload) -> list[Callable[[Inputs], tuple[Tensor, ...]]]:
+    return [call for name, call in workload.providers.items() if name in (OURS, OURS_DRAWN)]
+
+
+@every_op
+def test_every_provider_equals_float64(op: str, case: Case, dtype: torch.dtype) -> None:
+    workload_of(op, case, dtype).verify()
+
+
+@every_op
+def test_results_do_not_depend_on_the_run_or_the_batch(op: str, case: Case, dtype: torch.dtype) -> None:
+    workload = workload_of(op, case, dtype)
+    for call in ours(workload):
+        whole = call(workload.inputs)
+        assert all(map(torch.equal, call(workload.inputs), whole))
+        if op not in ROWS_ARE_INDEPENDENT:
+            continue
+        parts = [call(rows(workload, part)) for part in (slice(0, 2), slice(2, None))]
+        for result, pair in zip(whole, zip(*parts, strict=True), strict=True):
+            assert torch.equal(torch.cat(pair), result)
+
+
+def rows(workload: Workload, part: slice) -> Inputs:
+    """Some samples of a workload; tables and weights as they are."""
+    inputs = workload.cloned()
+    return {
+        name: tensor[part].detach().contiguous().requires_grad_(tensor.requires_grad)
+        if len(tensor) == workload.case.batch
+        else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+@every_op
+def test_replay_of_a_captured_graph_equals_eager(op: str, case: Case, dtype: torch.dtype) -> None:
+    workload = workload_of(op, case, dtype)
+    for call in ours(workload):
+        inputs = workload.cloned()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(inputs)
+        # Everything that a replay reads is on the device, also the key of the noise.
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point():
+                tensor.detach().mul_(0.5)
+            elif name == "seed":
+                tensor.add_(1)
+        eager = call(inputs)
+        graph.replay()
+        assert all(map(torch.equal, captured, eager))
+        assert not torch.equal(captured[0], call(workload.inputs)[0])
+
+
+@every_op
+def test_ops_do_not_wait_for_the_device(op: str, case: Case, dtype: torch.dtype) -> None:
+    workload = workload_of(op, case, dtype)
+    for call in ours(workload):
+        # The first call compiles.
+        call(workload.inputs)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(workload.inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+def test_ratio_and_noise_do_not_depend_on_the_batch(dtype: torch.dtype, noise: str) -> None:
+    new, old = latents(0, dtype).cuda(), latents(1, dtype).cuda()
+    eps, steps, key = latents(2, dtype).cuda(), STEPS.cuda(), cuda_key()
+
+    def terms(part: slice) -> Tensor:
+        given = eps[part] if noise == "given" else key.select(torch.arange(5, device="cuda")[part])
+        result = ops.log_ratio(new[part], old[part], TABLE.coefficients("cuda"), steps[part], noise=given)
+        return torch.stack([result.log_ratio, result.kl_old])
+
+    assert torch.equal(torch.cat([terms(slice(0, 1)), terms(slice(1, None))], dim=1), terms(slice(None)))
+    last = ops.normal_noise((1, *SHAPE[1:]), steps[4:], key.select(torch.tensor([4], device="cuda")))
+    assert torch.equal(last, ops.normal_noise(SHAPE, steps, key)[4:])
 
 
 def latents(seed: int, dtype: torch.dtype) -> Tensor:
@@ -34,7 +148,7 @@ def test_noise_is_the_cpu_s() -> None:
     torch.testing.assert_close(ours.cpu(), ops.normal_noise(SHAPE, STEPS, KEY), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 def test_gaussian_step_equals_the_float64_reference(
     dtype: torch.dtype, assert_near: Callable[[Tensor, Tensor], None]
 ) -> None:
@@ -59,7 +173,7 @@ def test_gaussian_step_equals_the_float64_reference(
     assert_near(ours.prev_sample.cpu(), exact.prev_sample)
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 def test_ppo_loss_and_its_gradient_equal_the_float64_reference(
     dtype: torch.dtype, assert_near: Callable[[Tensor, Tensor], None]
 ) -> None:
@@ -96,7 +210,7 @@ def test_ppo_loss_and_its_gradient_equal_the_float64_reference(
     assert_near(1e4 * ours.grad.cpu(), 1e4 * exact.grad)
 
 
-@pytest.mark.parametrize("dtype", HALF_AND_FULL)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 def test_the_ratio_is_exactly_one_before_the_first_update(dtype: torch.dtype) -> None:
     output = latents(0, dtype).cuda()
     terms = ops.log_ratio(output, output.clone(), TABLE.coefficients("cuda"), STEPS.cuda(), noise=cuda_key())

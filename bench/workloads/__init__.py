@@ -32,6 +32,7 @@ WORKLOADS = {
     "step_log_prob": Entry(latents.step_log_prob, LatentCase),
     "ppo_loss": Entry(latents.ppo_loss, LatentCase),
     "value_pool": Entry(critics.value_pool, PoolCase),
+    "normalized_advantages": Entry(critics.normalized_advantages, AdvantageCase, (torch.float32,)),
     "gae": Entry(critics.gae, AdvantageCase, (torch.float32,)),
     "normalized_advantages": Entry(advantages.normalized_advantages, AdvantageCase, (torch.float32,)),
     "effective_sample_size": Entry(advantages.effective_sample_size, ParticleCase, (torch.float32,)),
