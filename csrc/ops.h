@@ -82,10 +82,33 @@ struct LogRatio {
   double scale;
 };
 
+struct Bounds {
+  double clip_low, clip_high;  // of the ratio, around 1; infinity: off
+  double dual_clip;            // gain >= dual_clip A where A < 0; infinity: off
+  double kl_threshold;         // of the KL mask; infinity: off
+};
+
+struct PPOLoss {
+  LogRatio transition_ratio;
+  const void* kl_gains;  // (table_steps,) arithmetic type, or null for b^2 / (2 std^2)
+  bool is_normalized;    // log_ratio = reduce( eps b dv ), GRPO-Guard's RatioNorm
+};
+
 struct Surrogate {
-  const void* advantages;  // (rows,) arithmetic type
-  const void* weights;     // (rows,) arithmetic type, or null for ones
-  double clip_range, kl_weight;
+  const void* advantages;    // (rows,) arithmetic type
+  const void* weights;       // (rows,) arithmetic type, or null for ones
+  const void* step_weights;  // (table_steps,) arithmetic type, or null for ones
+  const bool* mask;          // (rows,), or null for all
+  Bounds bounds;
+  double kl_weight;
+};
+
+// Of the arithmetic type.
+struct PPOResults {
+  void* loss;       // ()
+  void* rows;       // (rows, 4): log_ratio, kl_old, kl_ref, side of the active bound
+  void* step_sums;  // (table_steps, 6): count, log_ratio, kl_old, kl_ref, clipped from above, from below
+  void* shares;     // (rows, 3): share of the loss, its derivatives by log_ratio and by kl_ref
 };
 
 struct Gae {
@@ -156,8 +179,10 @@ void step_log_prob_backward(const StepLogProb& op, const void* grad_log_prob, co
                             int threads);
 // terms (rows, 3): log_ratio, kl_old, kl_ref
 void log_ratio_forward(const LogRatio& op, void* terms, int threads);
-// table (rows, 6): log_ratio, kl_old, kl_ref, weighted loss, its derivative by log_ratio, clipped
-void ppo_loss_forward(const LogRatio& op, const Surrogate& surrogate, void* table, int threads);
+void ppo_loss_forward(const PPOLoss& op, const Surrogate& surrogate, const PPOResults& results, int threads);
+// shares (rows, 3) of the forward, grad_loss ()
+void ppo_loss_backward(const PPOLoss& op, const void* shares, const void* grad_loss, Result grad_model_output,
+                       int threads);
 void log_ratio_backward(const LogRatio& op, const void* grad_terms, Result grad_model_output, int threads);
 void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
 void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,

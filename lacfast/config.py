@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net", "none")
 """What the value head reads; see CriticConfig.trunk."""
+RATIOS = ("innovation", "ratio_norm")
+"""Kinds of likelihood ratio; see PPOConfig.ratio."""
+KL_KINDS = ("exact", "velocity", "flow_grpo")
+"""Kinds of KL to the reference model; see PPOConfig.kl."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -100,12 +104,23 @@ class LoRAConfig:
 class PPOConfig:
     """Advantages, loss and optimizers."""
 
-    clip_range: float | None = 1e-4
-    """Clip of the ratio in nats per element (the field's unit). [paper] 1e-4 for SD3.5-M, 1e-5 for SD1.5."""
-    clip_nats: float | None = None
-    """The same clip on the joint, clip_range = clip_nats / N. Exactly one of the two is set."""
+    clip_range: float | tuple[float, float] | None = 1e-4
+    """Clip of the ratio, or (low, high), in nats per element (the field's unit); exactly one of this,
+    clip_nats and kl_threshold is set. [paper] 1e-4 for SD3.5-M, 1e-5 for SD1.5."""
+    clip_nats: float | tuple[float, float] | None = None
+    """The same clip on the joint, clip_range = clip_nats / N."""
+    kl_threshold: float | None = None
+    """No clip, but the KL mask of Flow-DPPO: a pair that moves with its advantage is dropped from this KL per
+    element on. 1e-5 there."""
+    dual_clip: float = math.inf
+    """c > 1: where A < 0 the gain is at least c A (arXiv 1912.09729, 3 there); inf: off."""
+    ratio: str = "innovation"
+    """"innovation": the transitions' likelihood ratio; "ratio_norm": GRPO-Guard's, on another scale per step,
+    so its clip is another one too."""
     kl_weight: float = 0.0
     """beta of the KL to the reference model; 0 keeps no reference. [paper] 0."""
+    kl: str = "exact"
+    """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
     kl_limit: float = math.inf
     """Mean KL(old, new) per element that ends the updates on a rollout."""
     gamma: float = 1.0
@@ -147,12 +162,20 @@ class PPOConfig:
     """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
 
     def __post_init__(self) -> None:
+        bounds = {
+            "clip_range": self.clip_range, "clip_nats": self.clip_nats, "kl_threshold": self.kl_threshold,
+        }  # fmt: skip
+        given = [(name, value) for name, value in bounds.items() if value is not None]
         _require(
-            (self.clip_range is None) != (self.clip_nats is None),
-            f"set one of clip_range={self.clip_range} and clip_nats={self.clip_nats}; the other must be None",
+            len(given) == 1, f"set exactly one of {', '.join(bounds)}, got {bounds}; the others are None"
         )
-        clip = self.clip_range if self.clip_range is not None else self.clip_nats
-        _require(clip is not None and clip > 0, f"the clip must be > 0, got {clip}")
+        name, bound = given[0]
+        values = bound if isinstance(bound, tuple) else (bound,)
+        _require(all(value > 0 for value in values), f"{name} must be > 0, got {bound}")
+        _require(self.dual_clip > 1, f"dual_clip={self.dual_clip} must be above 1 (inf: off)")
+        for option, known in (("ratio", RATIOS), ("kl", KL_KINDS)):
+            chosen = getattr(self, option)
+            _require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
         _require(
             self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'"
         )
@@ -163,10 +186,6 @@ class PPOConfig:
         _require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
         for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-
-    def clip_per_element(self, elements: int) -> float:
-        """The clip in nats per element for latents of N = `elements`."""
-        return self.clip_range if self.clip_range is not None else self.clip_nats / elements  # type: ignore[operator]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ from lacfast import reference
 from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
 from lacfast.records import PPOStats, Rollout
 from lacfast.trackers import Tracker, curve_points
-from lacfast.update import Pairs
 
 
 class MetricsLog:
@@ -79,19 +78,16 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
     return metrics
 
 
-def policy_metrics(stats: PPOStats, pairs: Pairs, num_steps: int) -> dict[str, Any]:
+def policy_metrics(stats: PPOStats, steps: Tensor) -> dict[str, Any]:
     """Ratio, clip fractions and KL of one optimizer step, as means per trained step (K,); NaN if empty."""
-
-    def per_step(values: Tensor) -> Tensor:
-        total = torch.zeros(num_steps, device=values.device).index_add_(0, pairs.position, values.float())
-        return total / torch.bincount(pairs.position, minlength=num_steps)
-
+    sums = stats.step_sums[steps]
+    log_ratio, kl_old, kl_ref, high, low = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
     return {
-        "log_ratio": per_step(stats.log_ratio),
-        "clip_fraction_high": per_step((stats.clipped > 0).float()),
-        "clip_fraction_low": per_step((stats.clipped < 0).float()),
-        "kl_old": per_step(stats.kl_old),
-        "kl_ref": per_step(stats.kl_ref),
+        "log_ratio": log_ratio,
+        "clip_fraction_high": high,
+        "clip_fraction_low": low,
+        "kl_old": kl_old,
+        "kl_ref": kl_ref,
         "mean_kl_old": float(stats.kl_old.mean()),
         "max_abs_log_ratio": float(stats.log_ratio.abs().max()),
     }

@@ -115,16 +115,39 @@ class TransitionTerms:
 
 @dataclass(frozen=True)
 class PPOStats:
-    """Detached per-sample statistics of one minibatch, still on the device."""
+    """Detached statistics of one minibatch, still on the device."""
 
-    log_ratio: Tensor
-    """(B,)"""
-    kl_old: Tensor
-    """(B,)"""
-    kl_ref: Tensor
-    """(B,)"""
-    clipped: Tensor
-    """(B,) -1 where the lower clip is active, +1 the upper, 0 neither."""
+    rows: Tensor
+    """(B, 4) of each pair: log_ratio, kl_old, kl_ref, clipped; 0 where masked or deterministic."""
+    step_sums: Tensor
+    """(T, 6) sums over a step's pairs: count, log_ratio, kl_old, kl_ref, clipped from above, from below."""
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """(B,) log of the ratio that the loss used."""
+        return self.rows[:, 0]
+
+    @property
+    def kl_old(self) -> Tensor:
+        """(B,) KL from the rollout's policy."""
+        return self.rows[:, 1]
+
+    @property
+    def kl_ref(self) -> Tensor:
+        """(B,) KL from the reference model; 0 without one."""
+        return self.rows[:, 2]
+
+    @property
+    def clipped(self) -> Tensor:
+        """(B,) +1 where a bound holds the ratio from above, -1 from below, 0 neither."""
+        return self.rows[:, 3]
+
+    @staticmethod
+    def concatenate(parts: list[PPOStats]) -> PPOStats:
+        """Statistics of several parts of one minibatch as those of the whole."""
+        return PPOStats(
+            torch.cat([part.rows for part in parts]), torch.stack([part.step_sums for part in parts]).sum(0)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lacfast.config import KL_KINDS
 from lacfast.records import TransitionTable
 
 Window = tuple[int, int]
@@ -347,3 +348,28 @@ def _from_ddpm(scheduler: Any, noise_level: float, window: Window | None) -> Tra
     beta = 1 - signal[:-1] / signal[1:]
     std = torch.where(table.std > 0, beta.clamp(min=0).sqrt(), table.std)
     return TransitionTable("ddpm", table.a, table.b, std, table.timesteps, table.sigmas)
+
+
+def kl_gains(
+    table: TransitionTable,
+    kind: str = "exact",
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Gain (T,) of each step in kl_ref = reduce( gain (v - v_ref)^2 ), 0 where the step is deterministic.
+
+        "exact":     b^2 / (2 std^2), the KL between the two transitions
+        "velocity":  1, the squared distance of the models' outputs
+        "flow_grpo": h b^2 / (2 std^2), flow_grpo's value (arXiv 2505.05470): the exact one times the step h
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    stochastic = table.std > 0
+    exact = table.b**2 / (2 * torch.where(stochastic, table.std, 1.0) ** 2)
+    step_sizes = table.sigmas[:-1] - table.sigmas[1:]
+    kinds = dict(zip(KL_KINDS, (exact, torch.ones_like(exact), step_sizes * exact), strict=True))
+    if kind not in kinds:
+        raise ValueError(f"unknown kl kind {kind!r}; known: {', '.join(kinds)}")
+    return torch.where(stochastic, kinds[kind], 0.0).to(device, dtype)

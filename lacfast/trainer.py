@@ -271,7 +271,7 @@ class LatentActorCriticTrainer:
             self.policy_schedule.step()
             with span("sync"):
                 metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
-                metrics |= policy_metrics(stats, minibatch, len(advantages.steps))
+                metrics |= policy_metrics(stats, advantages.steps)
                 metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
         return metrics
 

@@ -19,6 +19,7 @@ from lacfast.profiling import each, span
 from lacfast.protocols import Backbone, Features
 from lacfast.records import PPOStats, Rollout, TransitionTable
 from lacfast.sampler import PolicyOutput, policy_output
+from lacfast.schedule import kl_gains
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def policy_step(
     """One optimizer step of the actor on a minibatch; returns statistics (P,), loss () and gradient norm."""
     optimizer.zero_grad(set_to_none=True)
     coefficients = rollout.table.coefficients(rollout.latents.device)
-    clip_range = config.clip_per_element(rollout.latents[0, 0].numel())
     weights = step_weights(rollout.table, balanced=config.balance_steps).to(coefficients)
+    gains = None if reference is None else kl_gains(rollout.table, config.kl, device=coefficients.device)
     # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
     critic = backbone.critic
     joint = critic if critic is not None and critic.config.trunk == "joint" else None
@@ -139,10 +140,15 @@ def policy_step(
             coefficients,
             part.steps,
             noise=rollout.noise.select(part.rows),
-            clip_range=clip_range,
-            weights=weights[part.steps],
+            clip_range=config.clip_range,
+            clip_nats=config.clip_nats,
+            kl_threshold=config.kl_threshold,
+            dual_clip=config.dual_clip,
+            ratio=config.ratio,
+            step_weights=weights,
             reference_output=reference_output,
             kl_weight=config.kl_weight,
+            kl_gains=gains,
         )
         if joint is not None:
             values = critic_values(joint, rollout, part, forward.features)
@@ -156,7 +162,7 @@ def policy_step(
     norm = _require_finite("policy", nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
     with span("optimizer"):
         optimizer.step()
-    return _concatenate(stats), torch.stack(losses).sum(), norm
+    return PPOStats.concatenate(stats), torch.stack(losses).sum(), norm
 
 
 def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
@@ -184,15 +190,6 @@ def _guided(forward: PolicyOutput, guidance_scale: float) -> Tensor:
     # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
     guided = cond if uncond is None else torch.add(uncond, cond - uncond, alpha=guidance_scale)
     return guided.contiguous()
-
-
-def _concatenate(stats: list[PPOStats]) -> PPOStats:
-    return PPOStats(
-        torch.cat([part.log_ratio for part in stats]),
-        torch.cat([part.kl_old for part in stats]),
-        torch.cat([part.kl_ref for part in stats]),
-        torch.cat([part.clipped for part in stats]),
-    )
 
 
 def all_states(rollout: Rollout) -> Pairs:

@@ -256,8 +256,12 @@ def test_the_registered_ops_pass_opcheck():
         0.05,
     )
     torch.library.opcheck(torch.ops.lacfast.log_ratio.default, ratio)
+    per_pair = (torch.ones(3), torch.ones(3), torch.ones(3), torch.tensor([True, False, True]), None)
+    settings = (0.05, False, 0.1, 0.2, 3.0, float("inf"), 0.2)
+    torch.library.opcheck(torch.ops.lacfast.ppo_loss.default, (*ratio[:8], *per_pair, *settings))
     torch.library.opcheck(
-        torch.ops.lacfast.ppo_rows.default, (*ratio, torch.ones(3), torch.ones(3), 0.1, 0.2)
+        torch.ops.lacfast.ppo_loss_backward.default,
+        (ratio[0].detach(), *ratio[1:8], None, 0.05, False, torch.ones(3, 3), torch.ones(())),
     )
     torch.library.opcheck(
         torch.ops.lacfast.log_ratio_backward.default, (ratio[0].detach(), *ratio[1:], torch.ones(3, 3))

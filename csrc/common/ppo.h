@@ -1,28 +1,30 @@
-// Clipped surrogate of PPO (Schulman et al., arXiv 1707.06347, equation 7) for one (sample, step), with its gradient.
+// PPO's surrogate for one (sample, step), its gradient, and the bound that stops it: the clip (Schulman et al., arXiv
+// 1707.06347, equation 7), the dual clip (arXiv 1912.09729) and the KL mask (Flow-DPPO, arXiv 2606.11025).
 #pragma once
 
 #include <math.h>
 
+#include "../ops.h"
 #include "inline.h"
 
 namespace lacfast {
 
-struct ClippedSurrogate {
-  double loss;              // -min(rho A, clip(rho, 1 - c, 1 + c) A)
-  double grad_log_ratio;    // d loss / d log_ratio
-  double clipped;           // +1 or -1 where the upper or lower clip is active, else 0
+struct SurrogateGain {
+  double gain;
+  double grad_log_ratio;  // d gain / d log_ratio
+  double side;            // +1 where a bound holds the ratio from above, -1 from below, else 0
 };
 
-LACFAST_INLINE ClippedSurrogate clipped_surrogate(double log_ratio, double advantage, double clip_range) {
-  const double ratio = exp(log_ratio);
-  const double low = 1.0 - clip_range;
-  const double high = 1.0 + clip_range;
-  // Written so that a NaN ratio stays NaN.
-  const double bounded = ratio < low ? low : (ratio > high ? high : ratio);
-  const double unclipped_gain = ratio * advantage;
-  const double clipped_gain = bounded * advantage;
-  if (clipped_gain < unclipped_gain) return {-clipped_gain, 0.0, ratio > high ? 1.0 : -1.0};
-  return {-unclipped_gain, -unclipped_gain, 0.0};
+// Every comparison is false for NaN, so a NaN ratio reaches the last line and stays NaN.
+LACFAST_INLINE SurrogateGain surrogate_gain(double log_ratio, double kl_old, double advantage, const Bounds& bounds) {
+  const double excess = expm1(log_ratio);
+  const bool is_masked = bounds.kl_threshold < HUGE_VAL && kl_old >= bounds.kl_threshold;
+  if (is_masked && log_ratio * advantage > 0.0) return {0.0, 0.0, log_ratio > 0.0 ? 1.0 : -1.0};
+  if (advantage > 0.0 && excess > bounds.clip_high) return {(1.0 + bounds.clip_high) * advantage, 0.0, 1.0};
+  if (advantage < 0.0 && excess < -bounds.clip_low) return {(1.0 - bounds.clip_low) * advantage, 0.0, -1.0};
+  if (advantage < 0.0 && excess > bounds.dual_clip - 1.0) return {bounds.dual_clip * advantage, 0.0, 1.0};
+  const double gain = advantage + excess * advantage;
+  return {gain, gain, 0.0};
 }
 
 }  // namespace lacfast

@@ -29,8 +29,9 @@ _TRITON_MODULES = {
     "step_log_prob": "lacfast.kernels.step_log_prob",
     "step_log_prob_backward": "lacfast.kernels.step_log_prob",
     "log_ratio_forward": "lacfast.kernels.ppo_loss",
-    "log_ratio_backward": "lacfast.kernels.ppo_loss",
+    "log_ratio_backward": "lacfast.kernels.ppo_gradient",
     "ppo_loss_forward": "lacfast.kernels.ppo_loss",
+    "ppo_loss_backward": "lacfast.kernels.ppo_gradient",
 }
 
 _CUDA_KERNELS = (

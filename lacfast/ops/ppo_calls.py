@@ -1,4 +1,4 @@
-"""The calls behind log_ratio and ppo_loss: kernels, autograd, and registration with torch's dispatcher."""
+"""The calls behind ppo_loss: kernels, autograd, and registration with torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -9,117 +9,75 @@ from torch import Tensor
 
 from lacfast.ops.backend import choose, launch
 
-# Columns of the rows (B, 6) of the kernels: log_ratio, kl_old, kl_ref, loss, d loss / d log_ratio, side.
-LOSS, GRAD_LOG_RATIO = 3, 4
+# What the loss and its gradient both read: outputs, transition, noise or its key. The kernels' order.
+NUM_SHARED = 8
+# Columns: log_ratio, kl_old, kl_ref, clipped | count, three sums, clipped from above, from below |
+# a row's share of the loss, and its derivatives by log_ratio and by kl_ref.
+ROW_COLUMNS, STEP_COLUMNS, SHARE_COLUMNS = 4, 6, 3
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""loss (), rows (B, 4), step_sums (T, 6), shares (B, 3)."""
 
 
-def terms_of(
-    chosen: str,
-    model_output: Tensor,
-    old_model_output: Tensor,
-    reference_output: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    *key_and_scale: Any,
-) -> Tensor:
-    terms = coefficients.new_empty((steps.shape[0], 3))
-    arguments = (model_output, old_model_output, reference_output, coefficients, steps, *key_and_scale)
-    launch(chosen, "log_ratio_forward", model_output, *arguments, terms)
-    return terms
-
-
-def rows_of(
-    chosen: str,
-    model_output: Tensor,
-    old_model_output: Tensor,
-    reference_output: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sample_ids: Tensor | None,
-    scale: float,
-    advantages: Tensor,
-    weights: Tensor | None,
-    clip_range: float,
-    kl_weight: float,
-) -> Tensor:
-    rows = coefficients.new_empty((steps.shape[0], 6))
-    launch(
-        chosen,
-        "ppo_loss_forward",
-        model_output,
-        model_output,
-        old_model_output,
-        reference_output,
-        advantages,
-        weights,
-        coefficients,
-        steps,
-        noise,
-        seed,
-        sample_ids,
-        scale,
-        clip_range,
-        kl_weight,
-        rows,
+def _empty_outputs(coefficients: Tensor, steps: Tensor) -> Outputs:
+    batch = steps.shape[0]
+    return (
+        coefficients.new_empty(()),
+        coefficients.new_empty((batch, ROW_COLUMNS)),
+        coefficients.new_empty((coefficients.shape[0], STEP_COLUMNS)),
+        coefficients.new_empty((batch, SHARE_COLUMNS)),
     )
-    return rows
 
 
-def _grad_model_output(chosen: str, arguments: tuple[Any, ...], grad_terms: Tensor) -> Tensor:
-    """From the gradients (B, 3) of log_ratio, kl_old, kl_ref; `arguments` are those of the forward."""
-    grad_model_output = torch.empty_like(arguments[0])
-    launch(chosen, "log_ratio_backward", arguments[0], *arguments, grad_terms.contiguous(), grad_model_output)
+def outputs_of(chosen: str, *arguments: Any) -> Outputs:
+    """Loss and statistics from the arguments of the registered op, in its order."""
+    model_output, _, _, coefficients, steps = arguments[:5]
+    outputs = _empty_outputs(coefficients, steps)
+    launch(chosen, "ppo_loss_forward", model_output, *arguments, *outputs)
+    return outputs
+
+
+def _gradient_of(chosen: str, *arguments: Any) -> Tensor:
+    model_output = arguments[0]
+    grad_model_output = torch.empty_like(model_output)
+    launch(chosen, "ppo_loss_backward", model_output, *arguments, grad_model_output)
     return grad_model_output
 
 
-def _grad_terms(rows: Tensor, weights: Tensor | None, kl_weight: float, grad_loss: Tensor) -> Tensor:
-    """(B, 3) gradients of log_ratio, kl_old, kl_ref from that of each row's loss, (B,) or () for all."""
-    grad_terms = rows.new_zeros((rows.shape[0], 3))
-    grad_terms[:, 0] = rows[:, GRAD_LOG_RATIO] * grad_loss
-    if kl_weight != 0:
-        grad_terms[:, 2] = kl_weight * (grad_loss if weights is None else weights * grad_loss)
-    return grad_terms
+def _save(ctx: Any, inputs: Any, output: Outputs) -> None:
+    kl_gains, scale, is_normalized = inputs[12:15]
+    ctx.save_for_backward(*inputs[:NUM_SHARED], kl_gains, output[3])
+    ctx.settings = (scale, is_normalized)
+    ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros for the statistics.
+    ctx.set_materialize_grads(False)
 
 
-class LogRatio(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, chosen: str, *arguments: Any) -> Tensor:
-        ctx.save_for_backward(*arguments[:-1])
-        ctx.scale, ctx.chosen = arguments[-1], chosen
-        return terms_of(chosen, *arguments)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        gradient = _grad_model_output(ctx.chosen, (*ctx.saved_tensors, ctx.scale), grads[0])
-        return None, gradient, *([None] * 8)
+def _backward_arguments(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+    *shared_and_gains, shares = ctx.saved_tensors
+    return *shared_and_gains, *ctx.settings, shares, grad_loss
 
 
 class PPOLoss(torch.autograd.Function):
+    """The direct path. Autograd looks at each of its arguments in turn, so all but one come in a tuple."""
+
     @staticmethod
-    def forward(ctx: Any, chosen: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *ratio, scale, _, weights, _, kl_weight = arguments
-        rows = rows_of(chosen, *arguments)
-        ctx.save_for_backward(rows, weights, *ratio)
-        ctx.mark_non_differentiable(rows)
-        ctx.set_materialize_grads(False)
-        ctx.scale, ctx.kl_weight, ctx.chosen = scale, kl_weight, chosen
-        return rows[:, LOSS].mean(), rows
+    def forward(ctx: Any, model_output: Tensor, chosen: str, others: tuple[Any, ...]) -> Outputs:
+        outputs = outputs_of(chosen, model_output, *others)
+        _save(ctx, (model_output, *others), outputs)
+        ctx.chosen = chosen
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is None:
-            return (None,) * 14
-        rows, weights, *ratio = ctx.saved_tensors
-        grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grads[0] / rows.shape[0])
-        return None, _grad_model_output(ctx.chosen, (*ratio, ctx.scale), grad_terms), *([None] * 12)
+            return None, None, None
+        return _gradient_of(ctx.chosen, *_backward_arguments(ctx, grads[0])), None, None
 
 
-@torch.library.custom_op("lacfast::log_ratio", mutates_args=())
-def log_ratio_op(
+@torch.library.custom_op("lacfast::ppo_loss", mutates_args=())
+def ppo_loss_op(
     model_output: Tensor,
     old_model_output: Tensor,
     reference_output: Tensor | None,
@@ -128,59 +86,35 @@ def log_ratio_op(
     noise: Tensor | None,
     seed: Tensor | None,
     sample_ids: Tensor | None,
-    scale: float,
-) -> Tensor:
-    arguments = (model_output, old_model_output, reference_output, coefficients, steps)
-    chosen = choose("log_ratio_forward", model_output.device.type, model_output.dtype)
-    return terms_of(chosen, *arguments, noise, seed, sample_ids, scale)
-
-
-@log_ratio_op.register_fake
-def _(
-    model_output: Tensor, old_model_output: Tensor, reference_output: Any, coefficients: Tensor, *_: Any
-) -> Tensor:
-    return coefficients.new_empty((model_output.shape[0], 3))
-
-
-@torch.library.custom_op("lacfast::ppo_rows", mutates_args=())
-def ppo_rows_op(
-    model_output: Tensor,
-    old_model_output: Tensor,
-    reference_output: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sample_ids: Tensor | None,
-    scale: float,
     advantages: Tensor,
     weights: Tensor | None,
-    clip_range: float,
+    step_weights: Tensor | None,
+    mask: Tensor | None,
+    kl_gains: Tensor | None,
+    scale: float,
+    is_normalized: bool,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_threshold: float,
     kl_weight: float,
-) -> Tensor:
-    arguments = (
-        model_output,
-        old_model_output,
-        reference_output,
-        coefficients,
-        steps,
-        noise,
-        seed,
-        sample_ids,
-    )
+) -> Outputs:
+    shared = (model_output, old_model_output, reference_output, coefficients, steps, noise, seed, sample_ids)
+    per_pair = (advantages, weights, step_weights, mask, kl_gains)
+    settings = (scale, is_normalized, clip_low, clip_high, dual_clip, kl_threshold, kl_weight)
     chosen = choose("ppo_loss_forward", model_output.device.type, model_output.dtype)
-    return rows_of(chosen, *arguments, scale, advantages, weights, clip_range, kl_weight)
+    return outputs_of(chosen, *shared, *per_pair, *settings)
 
 
-@ppo_rows_op.register_fake
+@ppo_loss_op.register_fake
 def _(
-    model_output: Tensor, old_model_output: Tensor, reference_output: Any, coefficients: Tensor, *_: Any
-) -> Tensor:
-    return coefficients.new_empty((model_output.shape[0], 6))
+    model_output: Tensor, old: Tensor, reference: Any, coefficients: Tensor, steps: Tensor, *_: Any
+) -> Outputs:
+    return _empty_outputs(coefficients, steps)
 
 
-@torch.library.custom_op("lacfast::log_ratio_backward", mutates_args=())
-def _log_ratio_backward_op(
+@torch.library.custom_op("lacfast::ppo_loss_backward", mutates_args=())
+def _ppo_loss_backward_op(
     model_output: Tensor,
     old_model_output: Tensor,
     reference_output: Tensor | None,
@@ -189,48 +123,26 @@ def _log_ratio_backward_op(
     noise: Tensor | None,
     seed: Tensor | None,
     sample_ids: Tensor | None,
+    kl_gains: Tensor | None,
     scale: float,
-    grad_terms: Tensor,
+    is_normalized: bool,
+    shares: Tensor,
+    grad_loss: Tensor,
 ) -> Tensor:
-    arguments = (
-        model_output,
-        old_model_output,
-        reference_output,
-        coefficients,
-        steps,
-        noise,
-        seed,
-        sample_ids,
-    )
-    chosen = choose("log_ratio_backward", model_output.device.type, model_output.dtype)
-    return _grad_model_output(chosen, (*arguments, scale), grad_terms)
+    shared = (model_output, old_model_output, reference_output, coefficients, steps, noise, seed, sample_ids)
+    chosen = choose("ppo_loss_backward", model_output.device.type, model_output.dtype)
+    return _gradient_of(chosen, *shared, kl_gains, scale, is_normalized, shares, grad_loss)
 
 
-@_log_ratio_backward_op.register_fake
+@_ppo_loss_backward_op.register_fake
 def _(model_output: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(model_output)
 
 
-def _save_ratio(ctx: Any, inputs: Any, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:-1])
-    ctx.scale = inputs[-1]
+def _ppo_loss_op_backward(ctx: Any, *grads: Tensor | None) -> Any:
+    if grads[0] is None:
+        return (None,) * 20
+    return _ppo_loss_backward_op(*_backward_arguments(ctx, grads[0])), *([None] * 19)
 
 
-def _log_ratio_op_backward(ctx: Any, grad_terms: Tensor) -> Any:
-    return _log_ratio_backward_op(*ctx.saved_tensors, ctx.scale, grad_terms), *([None] * 8)
-
-
-def _save_rows(ctx: Any, inputs: Any, output: Tensor) -> None:
-    *ratio, scale, _, weights, _, kl_weight = inputs
-    ctx.save_for_backward(output, weights, *ratio)
-    ctx.scale, ctx.kl_weight = scale, kl_weight
-
-
-def _ppo_rows_op_backward(ctx: Any, grad_rows: Tensor) -> Any:
-    rows, weights, *ratio = ctx.saved_tensors
-    grad_terms = _grad_terms(rows, weights, ctx.kl_weight, grad_rows[:, LOSS])
-    return _log_ratio_backward_op(*ratio, ctx.scale, grad_terms), *([None] * 12)
-
-
-log_ratio_op.register_autograd(_log_ratio_op_backward, setup_context=_save_ratio)
-ppo_rows_op.register_autograd(_ppo_rows_op_backward, setup_context=_save_rows)
+ppo_loss_op.register_autograd(_ppo_loss_op_backward, setup_context=_save)

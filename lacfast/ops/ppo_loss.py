@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.config import RATIOS
 from lacfast.ops.backend import choose, through_dispatcher
 from lacfast.ops.checks import (
     arithmetic_dtype,
@@ -15,8 +18,10 @@ from lacfast.ops.checks import (
     reduction_scale,
     split_noise,
 )
-from lacfast.ops.ppo_calls import LOSS, LogRatio, PPOLoss, log_ratio_op, ppo_rows_op, rows_of, terms_of
+from lacfast.ops.log_ratio_calls import LogRatio, log_ratio_op, terms_of
+from lacfast.ops.ppo_calls import PPOLoss, outputs_of, ppo_loss_op
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
+from lacfast.reference.objective import Clip, bounds
 
 
 def log_ratio(
@@ -85,48 +90,70 @@ def ppo_loss(
     steps: Tensor,
     *,
     noise: Tensor | NoiseKey,
-    clip_range: float,
+    clip_range: Clip | None = None,
+    clip_nats: Clip | None = None,
+    kl_threshold: float | None = None,
+    dual_clip: float = math.inf,
+    ratio: str = "innovation",
     weights: Tensor | None = None,
+    step_weights: Tensor | None = None,
+    mask: Tensor | None = None,
     reference_output: Tensor | None = None,
     kl_weight: float = 0.0,
+    kl_gains: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, PPOStats]:
-    """Clipped surrogate of PPO (arXiv 1707.06347, eq. 7) over transitions, with a KL to the reference.
+    """PPO's surrogate over transitions (arXiv 1707.06347, eq. 7), with a KL to the reference.
 
-        rho  = exp(log_ratio)
-        loss = mean_i w_i [ -min( rho A, clip(rho, 1 - c, 1 + c) A ) + kl_weight kl_ref ]
+        rho  = exp(log_ratio),   log_ratio of "innovation": see log_ratio; of "ratio_norm": reduce( eps b dv )
+        loss = mean_i w_i step_weights[step_i] [ -gain(rho, A) + kl_weight kl_ref ]
+        gain = min(rho A, clip(rho) A); variants and sources: lacfast.reference.objective.surrogate_gain
+        kl_ref = reduce( kl_gains[step] (v - v_ref)^2 )
+
+    Exactly one of `clip_range`, `clip_nats` and `kl_threshold` is given. The mean runs over the rows of
+    `mask`. Where std = 0 there is no ratio: the row's loss, statistics and gradient are 0.
+    Inputs are taken as they are, under autocast too; maths in float32, or float64 for float64. One call
+    forward and one backward, which draws a key's noise again: nothing of latent size is kept but the inputs.
 
     Args:
         model_output: (B, ...) of the policy that is trained.
         old_model_output: (B, ...) of the policy that made the rollout.
         advantages: (B,) in the dtype of the maths (float32, or float64 for float64 outputs).
-        coefficients: (T, 3) columns a, b, std.
-        steps: (B,) int64 row of `coefficients`.
-        noise: (B, ...) the eps of the rollout, or the key that regenerates it.
-        clip_range: c, in the units of `reduction` ("mean": nats per element).
+        coefficients: (T, 3) columns a, b, std, in the dtype of the maths.
+        steps: (B,) int64 row of `coefficients`. Only the CPU kernels notice a row beyond the table.
+        noise: (B, ...) the rollout's eps in float32 or the outputs' dtype, or the key that regenerates it.
+        clip_range: of the ratio, both sides or (low, high), in the units of `reduction` ("mean": nats per
+            element).
+        clip_nats: the same on the joint ratio; under "mean", clip_range = clip_nats / N.
+        kl_threshold: no clip; drops a pair whose kl_old reaches it and whose ratio moves with A.
+        dual_clip: c > 1: gain >= c A where A < 0.
+        ratio: "innovation" or "ratio_norm".
         weights: (B,) of the pairs, like advantages. None: 1.
+        step_weights: (T,) of the steps, like coefficients. None: 1.
+        mask: (B,) bool. False: the row's latents count nothing, whatever they hold. None: all True.
         reference_output: (B, ...) of the reference model.
         kl_weight: beta, needs `reference_output`.
+        kl_gains: (T,) of lacfast.schedule.kl_gains, like coefficients. None: "exact", b^2 / (2 std^2).
         reduction: "mean" over elements or "sum".
 
     Returns:
-        The loss () and detached statistics (B,). The gradient flows to model_output alone.
+        The loss () and detached statistics. The gradient flows to model_output alone.
 
     Raises:
-        ValueError: a shape, dtype, device or memory order that does not fit; kl_weight without a reference.
+        ValueError: a shape, dtype, device or memory order that does not fit; not exactly one of the three
+            bounds, or one out of its range; a KL setting without a reference.
     """
     key = _check(model_output, old_model_output, coefficients, steps, noise, reference_output)
-    per_sample = (model_output.shape[:1], (arithmetic_dtype(model_output),))
-    check_operand("advantages", advantages, "model_output", model_output, *per_sample)
-    if weights is not None:
-        check_operand("weights", weights, "model_output", model_output, *per_sample)
-    if not clip_range > 0:
-        raise ValueError(f"clip_range is {clip_range}; it must be above 0 in mean units near 1e-5 to 1e-4")
-    if kl_weight != 0 and reference_output is None:
+    _check_pairs(model_output, coefficients, advantages, weights, step_weights, mask, kl_gains)
+    if reference_output is None and (kl_weight != 0 or kl_gains is not None):
         raise ValueError(
-            f"kl_weight is {kl_weight} but there is no reference_output; pass one, or kl_weight=0"
+            f"kl_weight is {kl_weight} but there is no reference_output; "
+            "pass one, or kl_weight=0 and no kl_gains"
         )
+    if ratio not in RATIOS:
+        raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")
     scale = reduction_scale(reduction, model_output)
+    limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=1 / scale)
     chosen = choose("ppo_loss_forward", model_output.device.type, model_output.dtype)
     if chosen == "reference":
         return reference.ppo_loss(
@@ -137,23 +164,55 @@ def ppo_loss(
             steps,
             noise=noise,
             clip_range=clip_range,
+            clip_nats=clip_nats,
+            kl_threshold=kl_threshold,
+            dual_clip=dual_clip,
+            ratio=ratio,
             weights=weights,
+            step_weights=step_weights,
+            mask=mask,
             reference_output=reference_output,
             kl_weight=kl_weight,
+            kl_gains=kl_gains,
             reduction=reduction,
         )
-    arguments = (model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
-    surrogate = (advantages, weights, float(clip_range), float(kl_weight))
+    arguments = (
+        *(model_output, old_model_output, reference_output, coefficients, steps, *key),
+        *(advantages, weights, step_weights, mask, kl_gains),
+        *(scale, ratio == "ratio_norm", limits.clip_low, limits.clip_high, limits.dual_clip),
+        *(limits.kl_threshold, float(kl_weight)),
+    )
     if through_dispatcher(model_output):
-        rows = ppo_rows_op(*arguments, *surrogate)
-        loss = rows[:, LOSS].mean()
+        loss, rows, step_sums, _ = ppo_loss_op(*arguments)
     elif torch.is_grad_enabled() and model_output.requires_grad:
-        loss, rows = PPOLoss.apply(chosen, *arguments, *surrogate)  # type: ignore[no-untyped-call]
+        loss, rows, step_sums, _ = PPOLoss.apply(  # type: ignore[no-untyped-call]
+            model_output, chosen, arguments[1:]
+        )
     else:
-        rows = rows_of(chosen, *arguments, *surrogate)
-        loss = rows[:, LOSS].mean()
-    ratio, kl_old, kl_ref, _, _, clipped = rows.detach().unbind(dim=1)
-    return loss, PPOStats(ratio, kl_old, kl_ref, clipped)
+        loss, rows, step_sums, _ = outputs_of(chosen, *arguments)
+    return loss, PPOStats(rows, step_sums)
+
+
+def _check_pairs(
+    model_output: Tensor,
+    coefficients: Tensor,
+    advantages: Tensor,
+    weights: Tensor | None,
+    step_weights: Tensor | None,
+    mask: Tensor | None,
+    kl_gains: Tensor | None,
+) -> None:
+    wide, batch, table = (arithmetic_dtype(model_output),), model_output.shape[:1], coefficients.shape[:1]
+    expected = (
+        ("advantages", advantages, batch, wide),
+        ("weights", weights, batch, wide),
+        ("step_weights", step_weights, table, wide),
+        ("mask", mask, batch, (torch.bool,)),
+        ("kl_gains", kl_gains, table, wide),
+    )
+    for name, tensor, shape, dtypes in expected:
+        if tensor is not None:
+            check_operand(name, tensor, "model_output", model_output, shape, dtypes)
 
 
 def _check(

@@ -1,17 +1,14 @@
 """Ratio, KLs and PPO loss in Triton, forward and backward, against the reference in float64."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from lacfast.kernels.ppo_loss import (
-    BACKWARD_LAUNCHES,
-    FORWARD_LAUNCHES,
-    log_ratio_backward,
-    log_ratio_forward,
-    ppo_loss_forward,
-)
+from lacfast.kernels.ppo_gradient import BACKWARD_LAUNCHES, log_ratio_backward, ppo_loss_backward
+from lacfast.kernels.ppo_loss import FORWARD_LAUNCHES, log_ratio_forward, ppo_loss_forward
+from lacfast.kernels.ppo_rows import BLOCK_R
 from torch import Tensor
 
 from lacfast import reference
@@ -137,6 +134,43 @@ def test_terms_and_their_gradient_equal_the_reference(
     assert not grad[pairs.steps == 1].any()
 
 
+@dataclass(frozen=True)
+class Launched:
+    """What ppo_loss_forward filled."""
+
+    loss: Tensor
+    rows: Tensor
+    step_sums: Tensor
+    shares: Tensor
+
+
+@pytest.fixture
+def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., Launched]:
+    def launch(
+        pairs: Pairs,
+        advantages: Tensor,
+        *,
+        weights: Tensor | None = None,
+        mask: Tensor | None = None,
+        clip_range: float = CLIP_RANGE,
+        kl_weight: float = 0.0,
+        scale: float | None = None,
+    ) -> Launched:
+        batch = len(advantages)
+        results = Launched(
+            poisoned(1), poisoned(batch, 4), poisoned(len(pairs.coefficients), 6), poisoned(batch, 3)
+        )
+        ppo_loss_forward(
+            *pairs.outputs, *pairs.transition, advantages, weights, None, mask, None,
+            pairs.scale if scale is None else scale, False, clip_range, clip_range, math.inf, math.inf,
+            kl_weight,
+            results.loss, results.rows, results.step_sums, results.shares,
+        )  # fmt: skip
+        return results
+
+    return launch
+
+
 @pytest.mark.parametrize("has_weights", [False, True], ids=["even", "weighted"])
 @pytest.mark.parametrize(
     ("num_elements", "dtype"), [(7, torch.float32), (600, torch.bfloat16), (5001, torch.float32)]
@@ -146,6 +180,7 @@ def test_loss_and_its_gradient_equal_the_reference(
     dtype: torch.dtype,
     has_weights: bool,
     make_pairs: Callable[..., Pairs],
+    launch_loss: Callable[..., Launched],
     poisoned: Callable[..., Tensor],
     storage_tolerance: dict[torch.dtype, float],
 ) -> None:
@@ -155,25 +190,19 @@ def test_loss_and_its_gradient_equal_the_reference(
     log_ratio = reference.log_ratio(**arguments).log_ratio.detach()
     advantages = torch.tensor([1.5, -0.5, 0.7, 2.0]) * torch.where(log_ratio < 0, -1, 1)
     weights = torch.tensor([0.5, 2.0, 0.0, 1.25]) if has_weights else None
-    rows = poisoned(BATCH, 6)
-    ppo_loss_forward(
-        *pairs.outputs, advantages, weights, *pairs.transition, pairs.scale, CLIP_RANGE, KL_WEIGHT, rows
-    )
-    grad_terms = torch.stack(
-        [rows[:, 4], torch.zeros(BATCH), KL_WEIGHT * (torch.ones(BATCH) if weights is None else weights)],
-        dim=1,
-    )
+    launched = launch_loss(pairs, advantages, weights=weights, kl_weight=KL_WEIGHT)
     grad = poisoned(BATCH, num_elements, dtype=dtype)
-    log_ratio_backward(
-        *pairs.outputs, *pairs.transition, pairs.scale, grad_terms * num_elements / BATCH, grad
+    grad_loss = torch.tensor(float(num_elements))
+    ppo_loss_backward(
+        *pairs.outputs, *pairs.transition, None, pairs.scale, False, launched.shares, grad_loss, grad
     )
 
     loss, stats = reference.ppo_loss(
         **arguments, advantages=advantages, weights=weights, clip_range=CLIP_RANGE, kl_weight=KL_WEIGHT
     )
-    torch.testing.assert_close(rows[:, 3].mean().double(), loss.detach(), rtol=1e-6, atol=1e-6)
-    expected_stats = torch.stack([stats.log_ratio, stats.kl_old, stats.kl_ref, stats.clipped], dim=1)
-    torch.testing.assert_close(rows[:, [0, 1, 2, 5]].double(), expected_stats, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(launched.loss[0].double(), loss.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(launched.rows.double(), stats.rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(launched.step_sums.double(), stats.step_sums, rtol=1e-5, atol=1e-6)
     (loss * num_elements).backward()
     expected_grad = arguments["model_output"].grad
     torch.testing.assert_close(grad.double(), expected_grad, rtol=storage_tolerance[dtype], atol=1e-5)
@@ -181,7 +210,7 @@ def test_loss_and_its_gradient_equal_the_reference(
 
 @pytest.mark.parametrize("num_elements", [600, 5001])
 def test_clip_acts_only_where_the_ratio_moves_with_the_advantage(
-    num_elements: int, coefficients: Tensor, poisoned: Callable[..., Tensor], draw: Callable[..., Tensor]
+    num_elements: int, coefficients: Tensor, launch_loss: Callable[..., Launched], draw: Callable[..., Tensor]
 ) -> None:
     noise = draw(1, num_elements).expand(BATCH, -1).contiguous()
     old = torch.zeros(BATCH, num_elements)
@@ -190,51 +219,70 @@ def test_clip_acts_only_where_the_ratio_moves_with_the_advantage(
     pairs = Pairs(
         0.3 * direction * noise, old, None, coefficients, torch.zeros(BATCH, dtype=torch.int64), noise, None
     )
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    rows = poisoned(BATCH, 6)
-    ppo_loss_forward(*pairs.outputs, advantages, None, *pairs.transition, pairs.scale, CLIP_RANGE, 0.0, rows)
+    launched = launch_loss(pairs, torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    rows, shares = launched.rows, BATCH * launched.shares
     assert (rows[:2, 0] > CLIP_RANGE).all()
     assert (rows[2:, 0] < -CLIP_RANGE).all()
-    assert rows[:, 5].tolist() == [1.0, 0.0, 0.0, -1.0]
+    assert rows[:, 3].tolist() == [1.0, 0.0, 0.0, -1.0]
     ratio = rows[:, 0].exp()
-    torch.testing.assert_close(rows[:, 4], torch.tensor([0.0, ratio[1], -ratio[2], 0.0]))
+    torch.testing.assert_close(shares[:, 1], torch.tensor([0.0, ratio[1], -ratio[2], 0.0]))
     torch.testing.assert_close(
-        rows[:, 3], torch.tensor([-(1 + CLIP_RANGE), ratio[1], -ratio[2], 1 - CLIP_RANGE])
+        shares[:, 0], torch.tensor([-(1 + CLIP_RANGE), ratio[1], -ratio[2], 1 - CLIP_RANGE])
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_elements", [7, 5001])
 def test_ratio_is_exactly_one_before_the_first_update(
-    num_elements: int, dtype: torch.dtype, make_pairs: Callable[..., Pairs], poisoned: Callable[..., Tensor]
+    num_elements: int,
+    dtype: torch.dtype,
+    make_pairs: Callable[..., Pairs],
+    launch_loss: Callable[..., Launched],
 ) -> None:
     pairs = make_pairs(num_elements, dtype, has_reference=False, has_key=True)
     pairs = replace(pairs, old_model_output=pairs.model_output.clone())
     advantages = torch.tensor([0.3, -1.7, 0.01, 5.0])
-    rows = poisoned(BATCH, 6)
-    ppo_loss_forward(*pairs.outputs, advantages, None, *pairs.transition, pairs.scale, 1e-5, 0.0, rows)
-    assert not rows[:, :3].any()
-    assert torch.equal(rows[:, 3:5], -advantages[:, None].expand(-1, 2))
-    assert not rows[:, 5].any()
+    launched = launch_loss(pairs, advantages, clip_range=1e-5)
+    assert not launched.rows.any()
+    # Step 1, the third row's, is deterministic. A quarter is exact.
+    expected = torch.where(pairs.steps == 1, 0.0, -advantages / 4)
+    assert torch.equal(launched.shares[:, :2], expected[:, None].expand(-1, 2))
 
 
 def test_clip_is_decided_on_digits_below_float32_at_one(
-    coefficients: Tensor, poisoned: Callable[..., Tensor]
+    coefficients: Tensor, launch_loss: Callable[..., Launched]
 ) -> None:
     # One element with eps = 0 gives log_ratio = -z^2 / 2; next to -1e-5, 1 - rho in float32 moves by 0.6 %.
     target = torch.tensor([0.9990e-5, 0.9999e-5, 1.0001e-5, 1.0010e-5])
     output = ((2 * target).sqrt() * coefficients[0, 2] / coefficients[0, 1])[:, None]
     steps = torch.zeros(BATCH, dtype=torch.int64)
     pairs = Pairs(output, torch.zeros_like(output), None, coefficients, steps, torch.zeros_like(output), None)
-    rows = poisoned(BATCH, 6)
-    ppo_loss_forward(*pairs.outputs, -torch.ones(BATCH), None, *pairs.transition, 1.0, 1e-5, 0.0, rows)
-    assert rows[:, 5].tolist() == [0.0, 0.0, -1.0, -1.0]
+    launched = launch_loss(pairs, -torch.ones(BATCH), clip_range=1e-5, scale=1.0)
+    assert launched.rows[:, 3].tolist() == [0.0, 0.0, -1.0, -1.0]
+
+
+def test_totals_of_several_blocks_of_rows(
+    coefficients: Tensor, launch_loss: Callable[..., Launched], draw: Callable[..., Tensor]
+) -> None:
+    batch = 2 * BLOCK_R + 3
+    old, noise = draw(batch, 2), draw(batch, 2)
+    steps = torch.arange(batch) % 3
+    pairs = Pairs(old + 0.1 * draw(batch, 2), old, None, coefficients, steps, noise, None)
+    advantages, mask = draw(batch), draw(batch) > 0
+    launched = launch_loss(pairs, advantages, mask=mask)
+    loss, stats = reference.ppo_loss(
+        **pairs.double(), advantages=advantages, mask=mask, clip_range=CLIP_RANGE
+    )
+    torch.testing.assert_close(launched.loss[0].double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(launched.step_sums.double(), stats.step_sums, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(launched.shares[:, 0].sum(), launched.loss[0])
 
 
 @pytest.mark.parametrize("num_elements", [7, 5001])
 def test_rows_and_gradients_do_not_depend_on_the_batch(
     num_elements: int,
     make_pairs: Callable[..., Pairs],
+    launch_loss: Callable[..., Launched],
     poisoned: Callable[..., Tensor],
     draw: Callable[..., Tensor],
 ) -> None:
@@ -242,20 +290,11 @@ def test_rows_and_gradients_do_not_depend_on_the_batch(
     advantages, grad_terms = draw(BATCH), draw(BATCH, 3)
     rows = torch.tensor([3, 0])
     results = []
-    for part, batch, index in ((pairs, BATCH, torch.arange(BATCH)), (pairs.select(rows), 2, rows)):
-        table, grad = poisoned(batch, 6), poisoned(batch, num_elements, dtype=torch.bfloat16)
-        ppo_loss_forward(
-            *part.outputs,
-            advantages[index],
-            None,
-            *part.transition,
-            pairs.scale,
-            CLIP_RANGE,
-            KL_WEIGHT,
-            table,
-        )
+    for part, index in ((pairs, torch.arange(BATCH)), (pairs.select(rows), rows)):
+        launched = launch_loss(part, advantages[index], kl_weight=KL_WEIGHT)
+        grad = poisoned(len(index), num_elements, dtype=torch.bfloat16)
         log_ratio_backward(*part.outputs, *part.transition, pairs.scale, grad_terms[index], grad)
-        results.append((table, grad))
-    (table, grad), (table_part, grad_part) = results
-    assert torch.equal(table_part, table[rows])
-    assert torch.equal(grad_part, grad[rows])
+        # Two and four rows: the division by the count is exact.
+        results.append((launched.rows, len(index) * launched.shares, grad))
+    for together, alone in zip(*results, strict=True):
+        assert torch.equal(alone, together[rows])
