@@ -122,13 +122,6 @@ def normal_noise_kernel(
         tl.store(out_ptr + row + offs_n, normal_block(seed, sample_id, step, first, BLOCK_N), mask=offs_n < N)
 
 
-def pick_launch(launches: dict[int, tuple[int, int, int]], num_elements: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCKS, num_warps, num_splits), by one latent's size alone: sums must not depend on B."""
-    limit = min(limit for limit in launches if num_elements <= limit)
-    block_n, blocks, num_warps = launches[limit]
-    return block_n, blocks, num_warps, triton.cdiv(num_elements, block_n * blocks)
-
-
 def normal_noise(
     steps: torch.Tensor, seed: torch.Tensor, sample_ids: torch.Tensor, out: torch.Tensor
 ) -> None:

@@ -16,15 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
 from .aot import POINTER, AotSpec
 from .gaussian_step import transition_row
-from .philox import block_offsets, innovation_block, load_key, pick_launch
+from .philox import block_offsets, innovation_block, load_key
 from .ppo_loss import Shared, transition_arguments
 from .ppo_rows import reference_gain
-
-# Elements of one latent up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
-# A starting point by reasoning about occupancy, not measured on a GPU.
-BACKWARD_LAUNCHES = {512: (512, 1, 4), 2**31: (1024, 1, 4)}
 
 
 @triton.jit
@@ -83,7 +80,10 @@ def _gradient(
     steps, noise = shared[4], shared[5]
     batch = steps.numel()
     num_elements = grad_model_output.numel() // batch
-    block_n, blocks, num_warps, num_splits = pick_launch(BACKWARD_LAUNCHES, num_elements)
+    architecture = launch.architecture_of(grad_model_output.device)
+    block_n, blocks, num_warps, num_splits = launch.pick_launch(
+        "ppo_loss_backward", num_elements, architecture
+    )
     transition_grad_kernel[(batch * num_splits,)](
         *shared, kl_gains, scale, grad_terms, grad_loss, grad_model_output, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, HAS_NOISE=noise is not None, IS_NORMALIZED=is_normalized,
@@ -131,10 +131,10 @@ def ppo_loss_backward(
 
 
 def _backward_spec(
-    output: str, launch: tuple[int, int, int], *, reference: bool, noise: str | None, is_ppo: bool,
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, is_ppo: bool,
     everything: bool = False,
 ) -> AotSpec:  # fmt: skip
-    arguments = transition_arguments(output, launch, reference=reference, noise=noise)
+    arguments = transition_arguments(output, shape, reference=reference, noise=noise)
     arguments |= {
         "kl_gains_ptr": "*fp32" if everything else None,
         "grad_terms_ptr": "*fp32",
@@ -142,17 +142,20 @@ def _backward_spec(
         "grad_model_output_ptr": POINTER[output],
         "IS_NORMALIZED": everything,
     }
-    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{launch[0]}x{launch[1]}-noise_{noise}"
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
     name += "-everything" if everything else ""
-    return AotSpec(name, transition_grad_kernel, arguments, launch[2], 64 if "float16" in output else 128)
+    return AotSpec(name, transition_grad_kernel, arguments, shape[2], 64 if "float16" in output else 128)
 
 
-_SMALL_GRAD, _LARGE_GRAD = BACKWARD_LAUNCHES.values()
+_SMALL, *_, _LARGE = _SHAPES = launch.shapes("ppo_loss_backward")
 
 AOT_SPECS = [
-    _backward_spec("float32", _SMALL_GRAD, reference=False, noise=None, is_ppo=False),
-    _backward_spec("float32", _LARGE_GRAD, reference=True, noise="float32", is_ppo=True),
-    _backward_spec("bfloat16", _LARGE_GRAD, reference=True, noise=None, is_ppo=True),
-    _backward_spec("bfloat16", _LARGE_GRAD, reference=True, noise=None, is_ppo=True, everything=True),
-    _backward_spec("float16", _LARGE_GRAD, reference=True, noise=None, is_ppo=False),
+    _backward_spec("float32", _SMALL, reference=False, noise=None, is_ppo=False),
+    _backward_spec("float32", _LARGE, reference=True, noise="float32", is_ppo=True),
+    _backward_spec("bfloat16", _LARGE, reference=True, noise=None, is_ppo=True),
+    *(
+        _backward_spec("bfloat16", shape, reference=True, noise=None, is_ppo=True, everything=True)
+        for shape in _SHAPES
+    ),
+    _backward_spec("float16", _LARGE, reference=True, noise=None, is_ppo=False),
 ]

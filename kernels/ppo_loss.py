@@ -18,14 +18,11 @@ import torch
 import triton
 import triton.language as tl
 
+from . import launch
 from .aot import POINTER, AotSpec
 from .gaussian_step import transition_row
-from .philox import block_offsets, innovation_block, key_arguments, load_key, pick_launch
+from .philox import block_offsets, innovation_block, key_arguments, load_key
 from .ppo_rows import add_splits, add_up, finish_rows, row_arguments, store_row
-
-# Elements of one latent up to which a launch is used -> (BLOCK_N, BLOCKS per program, num_warps).
-# A starting point by reasoning about occupancy, not measured on a GPU.
-FORWARD_LAUNCHES = {512: (512, 1, 4), 4096: (1024, 4, 8), 2**31: (1024, 2, 4)}
 
 
 @triton.jit
@@ -115,7 +112,8 @@ def _sums(
     model_output, steps, noise = shared[0], shared[4], shared[5]
     batch = steps.numel()
     num_elements = model_output.numel() // batch
-    block_n, blocks, num_warps, num_splits = pick_launch(FORWARD_LAUNCHES, num_elements)
+    architecture = launch.architecture_of(rows.device)
+    block_n, blocks, num_warps, num_splits = launch.pick_launch("ppo_loss", num_elements, architecture)
     partial = None
     if num_splits > 1:
         partial = torch.empty(batch * 3 * num_splits, dtype=torch.float32, device=model_output.device)
@@ -189,7 +187,7 @@ def ppo_loss_forward(
 
 
 def transition_arguments(
-    output: str, launch: tuple[int, int, int], *, reference: bool, noise: str | None
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None
 ) -> dict[str, str | int | None]:
     return key_arguments(noise) | {
         "model_output_ptr": POINTER[output],
@@ -201,36 +199,39 @@ def transition_arguments(
         "num_splits": "i32",
         "scale": "fp32",
         "HAS_NOISE": noise is not None,
-        "BLOCK_N": launch[0],
-        "BLOCKS": launch[1],
+        "BLOCK_N": shape[0],
+        "BLOCKS": shape[1],
     }
 
 
 def _forward_spec(
-    output: str, launch: tuple[int, int, int], *, reference: bool, noise: str | None, split: bool,
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, split: bool,
     is_ppo: bool, everything: bool = False,
 ) -> AotSpec:  # fmt: skip
-    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}-{output}-{launch[0]}x{launch[1]}-noise_{noise}"
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
     arguments = row_arguments(mask=everything, weights=everything, kl_gains=everything)
     if not is_ppo:
         arguments |= {"advantages_ptr": None, "shares_ptr": None}
-    arguments |= transition_arguments(output, launch, reference=reference, noise=noise)
+    arguments |= transition_arguments(output, shape, reference=reference, noise=noise)
     arguments |= {"partial_ptr": "*fp32" if split else None, "IS_SPLIT": split, "IS_NORMALIZED": everything}
     name += "-everything" if everything else ""
-    return AotSpec(name, transition_sums_kernel, arguments, launch[2], 64 if "float16" in output else 128)
+    return AotSpec(name, transition_sums_kernel, arguments, shape[2], 64 if "float16" in output else 128)
 
 
-_SMALL, _MEDIUM, _LARGE = FORWARD_LAUNCHES.values()
+_SMALL, *_, _LARGE = _SHAPES = launch.shapes("ppo_loss")
 
 AOT_SPECS = [
     _forward_spec("float32", _SMALL, reference=False, noise=None, split=False, is_ppo=False),
-    _forward_spec("float32", _MEDIUM, reference=True, noise=None, split=False, is_ppo=True),
-    _forward_spec(
-        "float32", _MEDIUM, reference=True, noise="float32", split=False, is_ppo=True, everything=True
+    _forward_spec("float32", _SMALL, reference=True, noise=None, split=False, is_ppo=True),
+    _forward_spec("bfloat16", _SMALL, reference=False, noise="float32", split=False, is_ppo=True),
+    *(
+        _forward_spec(
+            output, shape, reference=True, noise=noise, split=shape == _LARGE, is_ppo=True, everything=True
+        )
+        for shape in _SHAPES
+        for output, noise in (("float32", "float32"), ("bfloat16", None))
     ),
-    _forward_spec("bfloat16", _MEDIUM, reference=False, noise="float32", split=False, is_ppo=True),
     _forward_spec("bfloat16", _LARGE, reference=True, noise=None, split=True, is_ppo=True),
-    _forward_spec("bfloat16", _LARGE, reference=True, noise=None, split=True, is_ppo=True, everything=True),
     _forward_spec("float16", _LARGE, reference=True, noise="float16", split=True, is_ppo=False),
     AotSpec(
         "finish_terms",

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from lacfast.kernels.ppo_gradient import BACKWARD_LAUNCHES, log_ratio_backward, ppo_loss_backward
-from lacfast.kernels.ppo_loss import FORWARD_LAUNCHES, log_ratio_forward, ppo_loss_forward
+from lacfast.kernels.ppo_gradient import log_ratio_backward, ppo_loss_backward
+from lacfast.kernels.ppo_loss import log_ratio_forward, ppo_loss_forward
 from lacfast.kernels.ppo_rows import BLOCK_R
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.kernels import launch
 from lacfast.records import NoiseKey
 
 pytestmark = pytest.mark.interpreter
@@ -100,9 +101,10 @@ def make_pairs(
     return make
 
 
-def test_sizes_reach_every_launch() -> None:
-    for launches in (FORWARD_LAUNCHES, BACKWARD_LAUNCHES):
-        assert {min(limit for limit in launches if size <= limit) for size in SIZES} == set(launches)
+@pytest.mark.parametrize("op", ["ppo_loss", "ppo_loss_backward"])
+def test_sizes_reach_every_default_launch(op: str) -> None:
+    rows = [row.shape for row in launch.table(op)["default"]]
+    assert {launch.pick_launch(op, size, "default")[:3] for size in SIZES} == set(rows)
 
 
 @pytest.mark.parametrize(("has_reference", "has_key", "num_elements", "dtype"), CASES)
@@ -146,7 +148,7 @@ class Launched:
 
 @pytest.fixture
 def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., Launched]:
-    def launch(
+    def fill(
         pairs: Pairs,
         advantages: Tensor,
         *,
@@ -168,7 +170,7 @@ def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., Launched]:
         )  # fmt: skip
         return results
 
-    return launch
+    return fill
 
 
 @pytest.mark.parametrize("has_weights", [False, True], ids=["even", "weighted"])
