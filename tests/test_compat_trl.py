@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -94,7 +95,8 @@ def test_every_setting_of_trl_arrives() -> None:
         train_timestep_fraction=0.5,
     )
     ours = train_config(config)
-    assert (ours.seed, ours.batch_size, ours.iterations, ours.critic.trunk) == (3, 24, 7, "none")
+    assert (ours.seed, ours.iterations, ours.critic.trunk) == (3, 7, "none")
+    assert (ours.batch_size, ours.rollout_batch_size) == (24, 6)
     sampler, ppo = ours.sampler, ours.ppo
     assert (sampler.kind, sampler.num_steps, sampler.noise_level) == ("ddim", 20, 0.8)
     assert (sampler.guidance_scale, sampler.stochastic_window) == (4.0, (0, 20))
@@ -118,7 +120,7 @@ def test_the_defaults_are_trls() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"log_with": "wandb"}, "log_with='wandb'"),
+        ({"log_with": "mlflow"}, "known: None, 'tensorboard', 'wandb'"),
         ({"tracker_kwargs": {"wandb": {}}}, "tracker_kwargs"),
         ({"accelerator_kwargs": {"cpu": True}}, "accelerator_kwargs"),
         ({"project_kwargs": {"iteration": 3}}, r"\['iteration'\]; known: automatic_checkpoint_naming"),
@@ -192,9 +194,11 @@ def test_prompts_depend_on_seed_and_epoch_alone(tmp_path: Path) -> None:
 
 def test_the_first_gradient_is_trls(tmp_path: Path) -> None:
     """Against TRL's loss on the rollout's latents, step by step, with our DDIM drop-in and autograd."""
-    trainer = trainer_in(tmp_path, train_gradient_accumulation_steps=2, train_max_grad_norm=1e9)
+    trainer = trainer_in(
+        tmp_path, train_gradient_accumulation_steps=2, train_max_grad_norm=1e9, train_learning_rate=0.0
+    )
     engine, config = trainer.engine, trainer.config
-    rollout = engine.score(engine.rollout(engine.prompts.draw(8, seed=0, iteration=0), 0))
+    rollout = engine.collect(engine.prompts.draw(8, seed=0, iteration=0), 0)
     assert rollout is not None
     model, scheduler = trainer.sd_pipeline.unet, engine.backbone.scheduler
     scheduler.set_timesteps(config.sample_num_steps)
@@ -211,7 +215,6 @@ def test_the_first_gradient_is_trls(tmp_path: Path) -> None:
         )[1]
         losses.append(-advantages * (log_prob - log_prob.detach()).exp())
     expected = torch.autograd.grad(torch.stack(losses).mean(), list(model.parameters()))
-    engine.policy_optimizer.step = lambda closure=None: None
     engine.update(rollout)
     largest = max(gradient.abs().max() for gradient in expected)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -228,7 +231,7 @@ def test_prompts_can_have_baselines_of_their_own(tmp_path: Path) -> None:
     )
     tracker, engine = PerPromptStatTracker(4, 2), trainer.engine
     for epoch in range(2):
-        rollout = engine.score(engine.rollout(engine.prompts.draw(8, seed=0, iteration=epoch), 8 * epoch))
+        rollout = engine.collect(engine.prompts.draw(8, seed=0, iteration=epoch), 8 * epoch)
         assert rollout is not None
         expected = tracker.update(rollout.prompts, next(iter(rollout.rewards.values())).double().numpy())
         ours = engine.advantages(rollout)
@@ -302,11 +305,54 @@ def test_a_critic_on_request(tmp_path: Path) -> None:
 
 
 def test_rewards_may_run_in_threads(tmp_path: Path) -> None:
-    trainer = trainer_in(tmp_path, async_reward_computation=True)
+    together = threading.Barrier(2, timeout=60)
+
+    def slow_redness(*batch: Any) -> tuple[Tensor, dict[str, int]]:
+        # Breaks unless both batches are being judged at once.
+        together.wait()
+        return redness(*batch)
+
+    threaded = trainer_in(tmp_path, reward=slow_redness, async_reward_computation=True, max_workers=2)
     plain = trainer_in(tmp_path)
-    images, prompts = torch.rand(8, 3, 16, 16), PROMPTS
-    scores = trainer.engine.rewards.score(images, prompts, [{}] * 8)["redness"]
-    assert torch.equal(scores, plain.engine.rewards.score(images, prompts, [{}] * 8)["redness"])
+    rollouts = [
+        trainer.engine.collect(trainer.engine.prompts.draw(8, seed=0, iteration=0), 0)
+        for trainer in (threaded, plain)
+    ]
+    first, second = (next(iter(rollout.rewards.values())) for rollout in rollouts if rollout is not None)
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+
+
+def test_a_service_gets_the_numbers_and_the_hooks_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Service:
+        """Records what it is told."""
+
+        def __init__(self, project: str, directory: Path, config: dict[str, Any]) -> None:
+            self.opened = (project, directory, config["seed"])
+            self.told: list[tuple[Any, ...]] = []
+            services.append(self)
+
+        def numbers(self, iteration: int, values: dict[str, float]) -> None:
+            self.told.append((iteration, *values))
+
+        def picture(self, iteration: int, name: str, image: Any) -> None:
+            self.told.append((iteration, name, image.size))
+
+    services: list[Service] = []
+    monkeypatch.setattr("lacfast.compat.trl.WandbTracker", Service)
+    trainer = trainer_in(
+        tmp_path,
+        image_samples_hook=lambda batches, step, log: log.log_images({"first": batches[0][0][:1]}, step),
+        log_with="wandb",
+        tracker_project_name="cats",
+        **FAST,
+    )
+    trainer.train(1)
+    (service,) = services
+    assert service.opened == ("cats", tmp_path, 0)
+    assert (0, "first", (16, 16)) in service.told
+    assert any("train/policy_loss" in told for told in service.told)
 
 
 def test_a_reward_of_another_interface_is_named(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lacfast.compat.trl_config import DDPOConfig, train_config
 from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFunction
 from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.records import Rollout
+from lacfast.trackers import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.trainer import LatentActorCriticTrainer
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
@@ -55,10 +56,13 @@ class DefaultDDPOStableDiffusionPipeline:
 
 
 class ImageLog:
-    """What an image_samples_hook gets in place of accelerate's tracker: PNG files in a directory."""
+    """What an image_samples_hook gets in place of accelerate's tracker: PNG files, and the run's service."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, trackers: Sequence[Tracker]) -> None:
         self.directory = directory
+        self.trackers = trackers
+        self.iteration = 0
+        """The services' step: theirs counts epochs, the files' is the caller's."""
 
     def log_images(self, values: Mapping[str, Tensor], step: int | None = None) -> None:
         """Write every image of `values`, name -> (B, 3, H, W) in [0, 1], under the step."""
@@ -68,7 +72,10 @@ class ImageLog:
             label = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
             for row, image in enumerate(images):
                 pixels = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-                Image.fromarray(pixels.cpu().numpy()).save(target / f"{position:03d}-{row}-{label}.png")
+                picture = Image.fromarray(pixels.cpu().numpy())
+                picture.save(target / f"{position:03d}-{row}-{label}.png")
+                for tracker in self.trackers:
+                    tracker.picture(self.iteration, name, picture)
 
 
 class DDPOTrainer:
@@ -106,7 +113,8 @@ class DDPOTrainer:
         self.global_step = 0
         self._steps_per_epoch = settings.ppo.num_minibatches * settings.ppo.num_inner_epochs
         self._reward = BatchedReward(config, reward_function)
-        self._images = ImageLog(config.project_directory / "samples")
+        trackers = _trackers(config)
+        self._images = ImageLog(config.project_directory / "samples", trackers)
         self.sd_pipeline = getattr(sd_pipeline, "sd_pipeline", sd_pipeline)
         if lora is None and getattr(sd_pipeline, "use_lora", False):
             lora = LORA
@@ -121,6 +129,7 @@ class DDPOTrainer:
                 PromptFunction([], [], prompt_function),
                 settings,
                 metrics_path=config.logging_directory / "metrics.jsonl",
+                trackers=trackers,
             )
         self.engine.before_update = self._show
         if config.per_prompt_stat_tracking:
@@ -130,7 +139,7 @@ class DDPOTrainer:
         if config.resume_from:
             self._load(_latest(Path(config.resume_from).expanduser()))
         self.first_epoch = self.engine.iteration
-        self.engine.log.write("trl_config", **asdict(config))
+        self.engine.log.write("trl_config", self.engine.iteration, **asdict(config))
 
     def train(self, epochs: int | None = None) -> None:
         """Train up to epoch `epochs`, counted from the run's beginning; None: config.num_epochs."""
@@ -154,6 +163,7 @@ class DDPOTrainer:
     def _show(self) -> None:
         batches = self._reward.take_batches()
         if self.image_samples_hook is not None:
+            self._images.iteration = self.engine.iteration
             self.image_samples_hook(batches, self.global_step, self._images)
 
     @property
@@ -206,6 +216,14 @@ class _Engine(LatentActorCriticTrainer):
         return Advantages(steps, policy, policy.new_zeros((rollout.batch_size, 0)), policy[..., None])
 
 
+def _trackers(config: DDPOConfig) -> list[Tracker]:
+    if config.log_with == "tensorboard":
+        return [TensorBoardTracker(config.logging_directory / "tensorboard")]
+    if config.log_with == "wandb":
+        return [WandbTracker(config.tracker_project_name, config.logging_directory, asdict(config))]
+    return []
+
+
 def _backbone(pipeline: Any, config: DDPOConfig, lora: LoRAConfig | None) -> Any:
     """The pipeline's backbone, on a GPU if there is one, its frozen parts in the run's dtype."""
     for name in ("vae", "text_encoder"):
@@ -219,8 +237,6 @@ def _backbone(pipeline: Any, config: DDPOConfig, lora: LoRAConfig | None) -> Any
         lora=lora,
         settings=PipelineSettings(
             negative_prompt=config.negative_prompts or None,
-            # Decoded images of a whole epoch at once would not fit.
-            vae_slicing=config.sample_num_batches_per_epoch > 1,
         ),
     )
 

@@ -28,7 +28,7 @@ class DDPOConfig:
     seed: int = 0
     """TrainConfig.seed."""
     log_with: str | None = None
-    """None: metrics.jsonl. "tensorboard" and "wandb" are refused, since no service is attached here."""
+    """"tensorboard" or "wandb" besides metrics.jsonl, which is always written."""
     tracker_kwargs: dict[str, Any] = field(default_factory=dict)
     """Must be empty."""
     accelerator_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class DDPOConfig:
     project_kwargs: dict[str, Any] = field(default_factory=dict)
     """project_dir and logging_dir take logdir's place, total_limit num_checkpoint_limit's."""
     tracker_project_name: str = "trl"
-    """Logged."""
+    """Of wandb."""
     logdir: str = "logs"
     """Where metrics.jsonl, checkpoints/ and samples/ go."""
     num_epochs: int = 100
@@ -58,7 +58,7 @@ class DDPOConfig:
     sample_guidance_scale: float = 5.0
     """SamplerConfig.guidance_scale."""
     sample_batch_size: int = 1
-    """Images per call of the reward."""
+    """TrainConfig.rollout_batch_size: images sampled at a time and per call of the reward."""
     sample_num_batches_per_epoch: int = 2
     """TrainConfig.batch_size is this times sample_batch_size."""
     train_batch_size: int = 1
@@ -96,7 +96,8 @@ class DDPOConfig:
     per_prompt_stat_tracking_min_count: int = 16
     """Rewards from which on a prompt has a baseline of its own."""
     async_reward_computation: bool = False
-    """Call the reward of several sample batches at once, in threads."""
+    """Judge max_workers batches at once, in threads; they are sampled together. Without it a reward runs
+    beside the sampling of the next batch all the same."""
     max_workers: int = 2
     """Threads of async_reward_computation."""
     negative_prompts: str = ""
@@ -107,6 +108,10 @@ class DDPOConfig:
     @property
     def samples_per_epoch(self) -> int:
         return self.sample_batch_size * self.sample_num_batches_per_epoch
+
+    @property
+    def reward_threads(self) -> int:
+        return self.max_workers if self.async_reward_computation else 1
 
     @property
     def project_directory(self) -> Path:
@@ -155,6 +160,7 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
     return TrainConfig(
         seed=config.seed,
         batch_size=config.samples_per_epoch,
+        rollout_batch_size=config.sample_batch_size * config.reward_threads,
         iterations=config.num_epochs,
         sampler=SamplerConfig(
             kind="ddim",
@@ -184,7 +190,6 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
 def _refuse_ignored(config: DDPOConfig, critic: CriticConfig | None) -> None:
     unknown = sorted(set(config.project_kwargs) - set(_PROJECT_KEYS))
     refused = {
-        f"log_with={config.log_with!r}; read metrics.jsonl": config.log_with is not None,
         "tracker_kwargs": bool(config.tracker_kwargs),
         "accelerator_kwargs": bool(config.accelerator_kwargs),
         f"project_kwargs {unknown}; known: {', '.join(_PROJECT_KEYS)}": bool(unknown),
@@ -198,5 +203,7 @@ def _refuse_ignored(config: DDPOConfig, critic: CriticConfig | None) -> None:
     for what, is_set in refused.items():
         if is_set:
             raise ValueError(f"this setting would be ignored: {what}")
+    if config.log_with not in (None, "tensorboard", "wandb"):
+        raise ValueError(f"unknown log_with {config.log_with!r}; known: None, 'tensorboard', 'wandb'")
     if config.mixed_precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}; known: 'no', 'bf16', 'fp16'")

@@ -27,7 +27,7 @@ class BatchedReward:
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self._function = function
         self._size = config.sample_batch_size
-        self._workers = config.max_workers if config.async_reward_computation else 1
+        self._workers = config.reward_threads
         self._batches: list[list[Any]] = []
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> Tensor:
