@@ -168,6 +168,21 @@ struct Resampling {
   std::int64_t* ancestors;        // (groups, particles)
 };
 
+// Attention of `heads` queries per sample over `tokens` tokens of `dim` features. Arithmetic type: float64 where the
+// features are float64, else float32.
+struct ValuePool {
+  std::int64_t rows, tokens, heads, dim;
+  Operand features, query, norm_weight;  // (rows, tokens, dim), (rows, heads, dim), (dim,) or null for ones
+  double eps;
+};
+
+// What its forward leaves for its backward, in the arithmetic type; all null when nothing is to be kept.
+struct PoolSaved {
+  void* pooled;       // (rows, heads, dim) sum of p r x, the output before the norm's weight
+  void* log_sum_exp;  // (rows, heads) of the scores
+  void* token_stats;  // (rows, heads + 1, tokens): every head's scores, then 1 / rms
+};
+
 namespace cpu {
 
 void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
@@ -193,6 +208,10 @@ void advantage_apply(const AdvantageApply& op);
 // sizes (groups,) arithmetic type
 void effective_sample_size(const Particles& op, void* sizes);
 void systematic_resample(const Particles& op, const Resampling& resampling);
+void value_pool(const ValuePool& op, Result out, const PoolSaved& saved, int threads);
+// A null result is not computed; without grad_features nothing of the features' size is written.
+void value_pool_backward(const ValuePool& op, const PoolSaved& saved, Operand grad, Result grad_features,
+                         Result grad_query, Result grad_norm_weight, int threads);
 // The instruction set in use: "x86-64-v2", "x86-64-v3" or "portable".
 const char* instruction_set();
 

@@ -252,6 +252,47 @@ def systematic_resample(
     ancestors: int,
     /,
 ) -> None: ...
+def value_pool_forward(
+    rows: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    features: int,
+    features_dtype: int,
+    query: int,
+    query_dtype: int,
+    norm_weight: int,
+    norm_weight_dtype: int,
+    eps: float,
+    out: int,
+    pooled: int,
+    log_sum_exp: int,
+    token_stats: int,
+    threads: int,
+    /,
+) -> None: ...
+def value_pool_backward(
+    rows: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    features: int,
+    features_dtype: int,
+    query: int,
+    query_dtype: int,
+    norm_weight: int,
+    norm_weight_dtype: int,
+    eps: float,
+    pooled: int,
+    log_sum_exp: int,
+    token_stats: int,
+    grad: int,
+    grad_features: int,
+    grad_query: int,
+    grad_norm_weight: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # Only where the module was built with a CUDA compiler.
 def cuda_gae(

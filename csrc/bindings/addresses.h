@@ -38,5 +38,6 @@ void bind_ppo_loss(py::module_& module);
 void bind_gae(py::module_& module);
 void bind_advantages(py::module_& module);
 void bind_smc(py::module_& module);
+void bind_value_pool(py::module_& module);
 
 }  // namespace lacfast

@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, module) {
   bind_gae(module);
   bind_advantages(module);
   bind_smc(module);
+  bind_value_pool(module);
 }
 
 }  // namespace lacfast

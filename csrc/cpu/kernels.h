@@ -10,7 +10,21 @@ namespace lacfast::cpu {
 // block, so a value depends neither on the batch around it nor on the number of threads.
 constexpr std::int64_t kBlock = 1024;
 
-// Elements [begin, end) of one latent; begin is a multiple of kBlock.
+// Tokens of value_pool that are scored and summed before the next are read: a tile and its vectors fit the L2 cache.
+constexpr int kTile = 16;
+// Numbers to which its vectors are padded with zeros: two of the widest registers, four of the narrowest.
+constexpr std::int64_t kPad = 16;
+
+LACFAST_INLINE std::int64_t padded_dim(const ValuePool& op) { return (op.dim + kPad - 1) / kPad * kPad; }
+
+// Of the arithmetic type, for one run at a time: queries, gradients, two tiles, four numbers per head and token.
+LACFAST_INLINE std::int64_t pool_scratch_numbers(const ValuePool& op) {
+  return 2 * (op.heads + kTile) * padded_dim(op) + op.heads * (3 * kTile + 2);
+}
+// What a run of the forward leaves: per head a maximum, a total and a vector.
+LACFAST_INLINE std::int64_t pool_partial_numbers(const ValuePool& op) { return op.heads * (2 + padded_dim(op)); }
+
+// Elements [begin, end) of one latent, where begin is a multiple of kBlock; or tokens of one sample, of kTile.
 struct Run {
   std::int64_t row, begin, end;
 };
@@ -35,6 +49,17 @@ struct Kernels {
                        void* grad_values);
   void (*advantage_sums)(const AdvantageSums& op, double* moments);
   void (*advantage_apply)(const AdvantageApply& op);
+  void (*value_pool)(const ValuePool& op, Run run, void* scratch, void* partial, void* token_stats);
+  // Adds the partials of a sample's runs, which lie one after the other, in their order.
+  void (*value_pool_finish)(const ValuePool& op, std::int64_t row, std::int64_t runs, void* partials, Result out,
+                            const PoolSaved& saved);
+  // `partial` (heads, padded dim), or null where only grad_features is wanted.
+  void (*value_pool_backward)(const ValuePool& op, Run run, const PoolSaved& saved, Operand grad, void* scratch,
+                              void* partial, Result grad_features);
+  void (*value_pool_backward_finish)(const ValuePool& op, std::int64_t row, std::int64_t runs, void* partials,
+                                     Result grad_query);
+  void (*value_pool_norm_weight)(const ValuePool& op, const PoolSaved& saved, Operand grad, const void* partials,
+                                 std::int64_t row_stride, Result grad_norm_weight);
 };
 
 #if defined(LACFAST_X86)

@@ -19,25 +19,31 @@ constexpr std::int64_t kElementsWorthThreads = 1'000'000;
 
 inline std::int64_t runs_per_row(Shape shape) { return (shape.elements + kRun - 1) / kRun; }
 
-// body(run, index) for every run of every row; threads take runs as they come, results are kept by index.
+// work(next_task) on up to `threads` threads, which take tasks as they come: next_task(index) is false after the last.
+template <typename Work>
+void share_tasks(std::int64_t total, int threads, const Work& work) {
+  std::atomic<std::int64_t> next{0};
+  const auto next_task = [&](std::int64_t& index) {
+    return (index = next.fetch_add(1, std::memory_order_relaxed)) < total;
+  };
+  std::vector<std::thread> helpers;
+  for (int i = 1; i < threads && i < total; ++i) helpers.emplace_back([&] { work(next_task); });
+  work(next_task);
+  for (std::thread& helper : helpers) helper.join();
+}
+
+// body(run, index) for every run of every row; results are kept by index.
 template <typename Body>
 void for_each_run(Shape shape, int threads, const Body& body) {
   const std::int64_t per_row = runs_per_row(shape);
-  const std::int64_t total = shape.rows * per_row;
-  std::atomic<std::int64_t> next{0};
-  const auto work = [&] {
-    for (std::int64_t index; (index = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+  const bool worth_threads = shape.rows * shape.elements >= kElementsWorthThreads;
+  share_tasks(shape.rows * per_row, worth_threads ? threads : 1, [&](const auto& next_task) {
+    for (std::int64_t index; next_task(index);) {
       const std::int64_t begin = index % per_row * kRun;
       const std::int64_t end = begin + kRun < shape.elements ? begin + kRun : shape.elements;
       body(Run{index / per_row, begin, end}, static_cast<std::size_t>(index));
     }
-  };
-  std::vector<std::thread> helpers;
-  if (shape.rows * shape.elements >= kElementsWorthThreads) {
-    for (int i = 1; i < threads && i < total; ++i) helpers.emplace_back(work);
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  });
 }
 
 inline double scalar_at(const void* data, std::int64_t index, bool wide) {

@@ -9,9 +9,7 @@ from lacfast.ops.noise import normal_noise
 from lacfast.ops.ppo_loss import log_ratio, ppo_loss
 from lacfast.ops.smc import effective_sample_size, systematic_resample
 from lacfast.ops.step_log_prob import step_log_prob
-
-# It has no kernel yet and runs as it is written there.
-from lacfast.reference import value_pool
+from lacfast.ops.value_pool import value_pool
 
 __all__ = [
     "available",

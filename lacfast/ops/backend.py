@@ -32,6 +32,8 @@ _TRITON_MODULES = {
     "log_ratio_backward": "lacfast.kernels.ppo_gradient",
     "ppo_loss_forward": "lacfast.kernels.ppo_loss",
     "ppo_loss_backward": "lacfast.kernels.ppo_gradient",
+    "value_pool_forward": "lacfast.kernels.value_pool",
+    "value_pool_backward": "lacfast.kernels.value_pool",
 }
 
 _CUDA_KERNELS = (

@@ -12,6 +12,7 @@ from lacfast.ops.cpu.ppo_loss import (
 )
 from lacfast.ops.cpu.smc import effective_sample_size, systematic_resample
 from lacfast.ops.cpu.step_log_prob import step_log_prob, step_log_prob_backward
+from lacfast.ops.cpu.value_pool import value_pool_backward, value_pool_forward
 
 __all__ = [
     "advantage_apply",
@@ -29,4 +30,6 @@ __all__ = [
     "step_log_prob",
     "step_log_prob_backward",
     "systematic_resample",
+    "value_pool_backward",
+    "value_pool_forward",
 ]
