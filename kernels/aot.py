@@ -21,6 +21,17 @@ class AotSpec(NamedTuple):
     num_warps: int = 4
     vector_bits: int = 0
     """Width that every load of latent size must have; 0 for kernels that touch single numbers."""
+    max_registers: int | None = None
+    """What the compiler is held to; it takes more for a kernel that has few warps and much to keep."""
+    converts_layouts: bool = False
+    """Whether blocks change from one layout to another, which takes shared memory and a barrier."""
+    fp_fusion: bool = False
+    """Whether products and sums may become one rounding; off where other backends must give the same bits."""
+
+    def options(self) -> dict[str, Any]:
+        """What the launch passes to the compiler."""
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": self.fp_fusion}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     def signature(self) -> dict[str, str]:
         """Argument -> type, in the kernel's order, "constexpr" for the constants."""
@@ -32,5 +43,5 @@ class AotSpec(NamedTuple):
         return {name: value for name, value in self.arguments.items() if not isinstance(value, str)}
 
     def divisible(self) -> list[str]:
-        """Arguments that are multiples of 16: all pointers and the latent's size, as in every real model."""
-        return [name for name, kind in self.signature().items() if kind.startswith("*") or name == "N"]
+        """Arguments that are multiples of 16: pointers, and the size of a latent or token in real models."""
+        return [name for name, kind in self.signature().items() if kind.startswith("*") or name in ("N", "D")]

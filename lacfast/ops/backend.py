@@ -33,7 +33,7 @@ _TRITON_MODULES = {
     "ppo_loss_forward": "lacfast.kernels.ppo_loss",
     "ppo_loss_backward": "lacfast.kernels.ppo_gradient",
     "value_pool_forward": "lacfast.kernels.value_pool",
-    "value_pool_backward": "lacfast.kernels.value_pool",
+    "value_pool_backward": "lacfast.kernels.value_pool_backward",
 }
 
 _CUDA_KERNELS = (

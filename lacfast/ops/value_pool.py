@@ -11,6 +11,9 @@ from lacfast import reference
 from lacfast.ops.backend import choose, launch, through_dispatcher
 from lacfast.ops.checks import FLOATS, arithmetic_dtype, check_operand
 
+TRITON_MAX_DIM = 4096
+"""Features of a token that the registers of one program hold."""
+
 _Saved = tuple[Tensor, Tensor, Tensor]
 _Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -46,16 +49,22 @@ def value_pool(
         # Autocast would round the scores to its own dtype.
         with torch.autocast(features.device.type, enabled=False):
             return reference.value_pool(features, query, norm_weight, eps=eps)
+    if chosen == "triton" and features.shape[2] > TRITON_MAX_DIM:
+        raise ValueError(
+            f"features has {features.shape[2]} features per token; the Triton kernel takes at most "
+            f"{TRITON_MAX_DIM}: call lacfast.reference.value_pool"
+        )
     trained = features.requires_grad or query.requires_grad
     trained = trained or (norm_weight is not None and norm_weight.requires_grad)
     trained = trained and torch.is_grad_enabled()
+    out: Tensor
     if through_dispatcher(features):
-        out: Tensor = _value_pool_op(features, query, norm_weight, eps, trained)[0]
-        return out
-    if trained:
+        out = _value_pool_op(features, query, norm_weight, eps, trained)[0]
+    elif trained:
         out = _ValuePool.apply(features, query, norm_weight, eps, chosen)  # type: ignore[no-untyped-call]
-        return out
-    return _forward(chosen, features, query, norm_weight, eps, None)
+    else:
+        out = _forward(chosen, features, query, norm_weight, eps, None)
+    return out
 
 
 def _check(features: Tensor, query: Tensor, norm_weight: Tensor | None) -> None:
@@ -73,7 +82,7 @@ def _check(features: Tensor, query: Tensor, norm_weight: Tensor | None) -> None:
 
 
 def _empty_saved(features: Tensor, query: Tensor) -> _Saved:
-    """Pooled tokens (B, H, D), log-sum-exp (B, H), and per token the heads' scores and 1 / rms (B, H + 1, L)."""
+    """Pooled tokens (B, H, D), log-sum-exp (B, H), every token's scores and 1 / rms (B, H + 1, L)."""
     batch, tokens, _ = features.shape
     heads = query.shape[1]
     dtype = arithmetic_dtype(features)

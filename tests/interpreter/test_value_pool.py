@@ -1,0 +1,93 @@
+"""Attention pooling in Triton against the reference in float64: splits, groups of heads, gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lacfast.kernels.value_pool import MAX_SPLITS, pool_launch, value_pool_forward
+from lacfast.kernels.value_pool_backward import value_pool_backward
+from torch import Tensor
+
+from lacfast import ops, reference
+from lacfast.kernels import launch
+
+pytestmark = pytest.mark.interpreter
+
+# B, L, H, D: one program; ragged tile; two groups of heads, split; a group lacks a head; several blocks of D.
+SHAPES = [(1, 1, 1, 1), (2, 5, 2, 16), (1, 11, 5, 24), (1, 19, 3, 70), (1, 5, 1, 300)]
+EPS = 1e-6
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).abs().max() / expected.abs().max().clamp(min=0.1)).item()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "has_weight"),
+    [
+        *((shape, torch.float32, True) for shape in SHAPES),
+        (SHAPES[2], torch.bfloat16, False),
+        (SHAPES[3], torch.float16, True),
+    ],
+)
+def test_pool_and_gradients_equal_the_reference(
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    has_weight: bool,
+    draw: Callable[..., Tensor],
+    poisoned: Callable[..., Tensor],
+    storage_tolerance: dict[torch.dtype, float],
+) -> None:
+    batch, tokens, heads, dim = shape
+    features = draw(batch, tokens, dim, dtype=dtype)
+    query = draw(batch, heads, dim) * (2 / dim**0.5)
+    weight = 1 + 0.3 * draw(dim) if has_weight else None
+    grad = draw(batch, heads, dim)
+    out, pooled = poisoned(batch, heads, dim), poisoned(batch, heads, dim)
+    log_sum_exp, token_stats = poisoned(batch, heads), poisoned(batch, heads + 1, tokens)
+    value_pool_forward(features, query, weight, EPS, out, pooled, log_sum_exp, token_stats)
+    inputs = [tensor for tensor in (features, query, weight) if tensor is not None]
+    grads = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in inputs]
+    value_pool_backward(
+        features, query, weight, pooled, log_sum_exp, token_stats, grad, *grads, *[None] * (3 - len(grads))
+    )
+    doubles = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = reference.value_pool(*doubles, eps=EPS)
+    assert _relative(out, expected) < 2e-6
+    for actual, wanted in zip(grads, torch.autograd.grad(expected, doubles, grad.double()), strict=True):
+        assert _relative(actual, wanted) < max(5e-6, storage_tolerance[actual.dtype])
+    tokens_normed = features.double() * token_stats[:, heads, :, None].double()
+    scores = (query * (1 if weight is None else weight)).double() @ tokens_normed.mT
+    assert _relative(token_stats[:, :heads], scores) < 5e-6
+    assert _relative(log_sum_exp, scores.logsumexp(dim=-1)) < 5e-6
+
+
+def test_a_sample_has_the_same_bits_in_any_batch(draw: Callable[..., Tensor]) -> None:
+    features, query = draw(3, 11, 24), draw(3, 2, 24)
+    with ops.backend("triton"):
+        together = ops.value_pool(features, query)
+        alone = ops.value_pool(features[1:2].contiguous(), query[1:2].contiguous())
+    assert torch.equal(alone, together[1:2])
+
+
+@pytest.mark.parametrize("dim", [64, 1536, 4096])
+@pytest.mark.parametrize("tokens", [1, 31, 1024, 16_384])
+def test_the_splits_cover_all_tokens_once_whatever_the_batch(tokens: int, dim: int) -> None:
+    options, (splits, groups, tiles) = pool_launch(torch.empty(2, tokens, dim, device="meta"), 16)
+    per_split = options["BLOCK_L"] * tiles
+    assert (splits - 1) * per_split < tokens <= splits * per_split
+    assert splits <= MAX_SPLITS
+    assert groups * options["HEADS"] == 16
+    assert pool_launch(torch.empty(64, tokens, dim, device="meta"), 16)[1] == (splits, groups, tiles)
+
+
+def test_every_row_of_the_table_keeps_tokens_in_vectors() -> None:
+    for rows in launch.table("value_pool").values():
+        for row in rows:
+            dim = min(row.elements, 4096)
+            assert row.block * dim // (32 * row.num_warps) <= 16
+
+
+def test_wider_tokens_than_registers_hold_are_refused() -> None:
+    with ops.backend("triton"), pytest.raises(ValueError, match=r"5000 features per token.*at most 4096"):
+        ops.value_pool(torch.zeros(1, 2, 5000), torch.zeros(1, 1, 5000))
