@@ -40,7 +40,8 @@ class TapPool(nn.Module):
         scale, shift = self.modulation(time_embedding).view(batch, 2, *self.query.shape).unbind(dim=1)
         normed = nn.functional.rms_norm(self.query, self.query.shape[-1:])
         query = torch.einsum("bhk,hkd->bhd", normed * (1 + scale) + shift, self.key) / dim**0.5
-        pooled = ops.value_pool(tokens, query, self.norm_weight)
+        # Feature maps come as views with the channels outermost.
+        pooled = ops.value_pool(tokens.contiguous(), query.contiguous(), self.norm_weight)
         return torch.einsum("bhd,hdk->bhk", pooled, self.value).flatten(1)
 
 
@@ -69,7 +70,7 @@ class ValueHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, taps: list[Tensor], timestep: Tensor) -> Tensor:
-        """Values (B, M) of taps (B, L, D) at timesteps (B,)."""
+        """Values (B, M) of taps (B, L, D), in whatever dtype the model left them, at timesteps (B,)."""
         time_embedding = nn.functional.silu(self.time_embedding(self.time_proj(timestep)))
         pooled = torch.cat(
             [pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1
@@ -109,7 +110,7 @@ class Critic(nn.Module):
         """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
         with running_in(self.trunk.compute_dtype, sample):
             taps = self.trunk(features, sample, timestep, conditioning)
-        return self.head([tap.float() for tap in taps], timestep)  # type: ignore[no-any-return]
+        return self.head(taps, timestep)  # type: ignore[no-any-return]
 
 
 def build_critic(
