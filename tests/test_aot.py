@@ -12,7 +12,16 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-KERNEL_FILES = ["philox", "gaussian_step", "step_log_prob", "ppo_loss", "ppo_rows", "ppo_gradient", "value_pool", "value_pool_backward"]
+KERNEL_FILES = [
+    "philox",
+    "gaussian_step",
+    "step_log_prob",
+    "ppo_loss",
+    "ppo_rows",
+    "ppo_gradient",
+    "value_pool",
+    "value_pool_backward",
+]
 ARCHITECTURES = [80, 90, 100]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MAX_REGISTERS = 128
