@@ -36,6 +36,7 @@ TRAFFIC = {
     "normal_noise": Traffic(0, 1, OPERATIONS_PER_NORMAL),
     "gaussian_step": Traffic(2, 1, 9),
     "gaussian_step, guided": Traffic(3, 2, 12),
+    "gaussian_step_": Traffic(2, 3, 9),
     "step_log_prob": Traffic(3, 0, 7),
     "step_log_prob, backward": Traffic(3, 1, 6),
     "ppo_loss": Traffic(2, 0, 6),

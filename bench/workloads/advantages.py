@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench import peers, roofline
 from bench.roofline import Cost
 from bench.shapes import AdvantageCase, ParticleCase
 from bench.workloads.workload import COMPILED_PEER, OURS, PEER, PEERS, REFERENCES, Call, Workload, variants
@@ -16,6 +16,8 @@ from lacfast import ops, reference
 from lacfast.records import NoiseKey
 
 GAMMA, GAE_LAMBDA = 0.99, 0.95
+BOUNDS = (10.0, 5.0)
+"""Of advantages and of targets (arXiv 2605.27736)."""
 NAMES = ("rewards", "values", "reward_mean", "reward_std", "weights")
 
 
@@ -30,45 +32,31 @@ def normalized_advantages(
     def ours(function: Callable[..., Any]) -> Call:
         def call(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
             inputs = (given[name] for name in NAMES)
-            result = function(*inputs, gamma=GAMMA, gae_lambda=GAE_LAMBDA, value_lambda=GAE_LAMBDA)
+            result = function(*inputs, gamma=GAMMA, gae_lambda=GAE_LAMBDA)
             return result.advantages, result.raw, result.targets
 
         return call
 
     def theirs(function: Callable[..., tuple[Tensor, ...]]) -> Call:
-        return lambda given: function(*(given[name] for name in NAMES))
+        return lambda given: function(*(given[name] for name in NAMES), GAMMA, GAE_LAMBDA, BOUNDS)
 
     providers = (
-        variants(PEERS, peers_formula, theirs, compiled)
+        variants(PEERS, peers.normalized_advantages, theirs, compiled)
         | variants(REFERENCES, reference.normalized_advantages, ours, compiled)
         | {OURS: ours(ops.normalized_advantages)}
     )
-    numbers = case.batch * case.steps * case.rewards
-    # Values and, for the second pass, raw advantages in; raw, targets and advantages out.
-    moved = 4 * (4 * numbers + case.batch * case.steps)
     return Workload(
         op="normalized_advantages",
         case=case,
         dtype=dtype,
         inputs={name: tensor.to(device, dtype) for name, tensor in zip(NAMES, tensors, strict=True)},
         providers=providers,
-        costs=dict.fromkeys(providers, Cost(moved, numbers * (14 + 2 * case.rewards))),
+        costs=dict.fromkeys(providers, roofline.normalized_advantages(case, dtype)),
         baseline=PEER,
-        tolerance=2e-5,
-        peer_tolerance=2e-5,
+        # A quotient by a deviation of thousands of entries.
+        tolerance=5e-5,
+        peer_tolerance=5e-5,
     )
-
-
-def peers_formula(
-    rewards: Tensor, values: Tensor, mean: Tensor, std: Tensor, weights: Tensor
-) -> tuple[Tensor, ...]:
-    """Advantages, raw advantages and targets, each step an operation of its own."""
-    last = torch.zeros_like(values)
-    last[:, -1] = (rewards - mean) / std
-    raw, returns = peers.gae_loop(last, values, GAMMA, GAE_LAMBDA)
-    combined = (weights * raw / (raw.std(dim=(0, 1)) + 1e-8)).sum(dim=-1)
-    normalized = (combined - combined.mean()) / (combined.std() + 1e-8)
-    return normalized.clamp(-10, 10), raw, returns.clamp(-5, 5)
 
 
 def effective_sample_size(

@@ -1,9 +1,8 @@
-"""The ops of the critic: pooling of features, and advantages from rewards and values."""
+"""The ops of the critic: pooling of features, and the recursion over rewards and values."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from bench.workloads.workload import (
     OURS,
     PEER,
     PEERS,
-    REFERENCE,
     REFERENCES,
     Call,
-    Inputs,
     Workload,
     variants,
 )
@@ -26,8 +23,6 @@ from lacfast import ops, reference
 
 GAMMA, GAE_LAMBDA = 0.99, 0.95
 LOOP = "Python loop"
-BOUNDS = (10.0, 5.0)
-"""Of advantages and of targets (arXiv 2605.27736)."""
 
 
 def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
@@ -62,52 +57,6 @@ def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, comp
         tolerance=5e-5,
         # Its weights and products are rounded to the features' dtype.
         peer_tolerance=5e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps,
-    )
-
-
-def normalized_advantages(
-    case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compiled: bool
-) -> Workload:
-    """All that lies between scored rollouts and the update; the loop is not compiled: it is Python's."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "rewards": 3 + 2 * torch.randn(case.batch, case.rewards, generator=generator),
-        "values": torch.randn(case.shape, generator=generator),
-        "reward_mean": torch.full((case.rewards,), 3.0),
-        "reward_std": torch.full((case.rewards,), 2.0),
-        "weights": torch.linspace(1, 2, case.rewards),
-    }
-    inputs = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
-    settings = {
-        "gamma": GAMMA,
-        "gae_lambda": GAE_LAMBDA,
-        "advantage_clip": BOUNDS[0],
-        "target_clip": BOUNDS[1],
-    }
-
-    def ours(function: Callable[..., Any]) -> Call:
-        def call(given: Inputs) -> tuple[Tensor, ...]:
-            result = function(*given.values(), **settings)
-            return result.advantages, result.raw, result.targets
-
-        return call
-
-    providers = {
-        LOOP: lambda given: peers.normalized_advantages(*given.values(), GAMMA, GAE_LAMBDA, BOUNDS),
-        REFERENCE: ours(reference.normalized_advantages),
-        OURS: ours(ops.normalized_advantages),
-    }
-    return Workload(
-        op="normalized_advantages",
-        case=case,
-        dtype=dtype,
-        inputs=inputs,
-        providers=providers,
-        costs=dict.fromkeys(providers, roofline.normalized_advantages(case, dtype)),
-        baseline=LOOP,
-        # A quotient by a deviation of thousands of entries.
-        tolerance=5e-5,
-        peer_tolerance=5e-5,
     )
 
 

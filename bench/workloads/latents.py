@@ -22,7 +22,7 @@ from bench.workloads.workload import (
     variants,
 )
 from lacfast import ops, reference, schedule
-from lacfast.records import NoiseKey
+from lacfast.records import NoiseKey, TrajectorySlab
 
 SIGMA, NEXT_SIGMA, NOISE_LEVEL = 0.7, 0.6, 0.7
 CLIP_RANGE = 1e-4
@@ -129,6 +129,51 @@ def gaussian_step(
         | {OURS: ours(ops.gaussian_step), OURS_DRAWN: ours(ops.gaussian_step, draw=True)}
     )
     name = "gaussian_step, guided" if guided else "gaussian_step"
+    return _workload(name, case, dtype, inputs, providers, name, TOLERANCE[dtype], 2 * TOLERANCE[dtype])
+
+
+def gaussian_step_in_place(
+    case: LatentCase, dtype: torch.dtype, device: torch.device, *, compiled: bool
+) -> Workload:
+    """Sampling into a trajectory: latent, output and log-prob into their slices, and the latent moves on."""
+    inputs = transition_inputs(case, dtype, device)
+    inputs["moving"] = torch.empty_like(inputs["sample"])
+    inputs["latents"] = inputs["sample"].new_empty((2, *case.shape))
+    inputs["outputs"] = inputs["model_output"].new_empty((1, *case.shape))
+    inputs["log_probs"] = torch.empty((1, case.batch), device=device)
+
+    def stored(given: Inputs) -> tuple[Tensor, ...]:
+        return given["latents"][1], given["log_probs"][0], given["moving"]
+
+    def ours(function: Callable[..., None]) -> Call:
+        def call(given: Inputs) -> tuple[Tensor, ...]:
+            # Every call starts from the same latents; the copy counts against ours.
+            given["moving"].copy_(given["sample"])
+            slab = TrajectorySlab(given["latents"], given["outputs"], given["log_probs"])
+            transition = (given["model_output"], given["coefficients"], given["steps"])
+            function(given["moving"], *transition, noise=given["noise"], slab=slab)
+            return stored(given)
+
+        return call
+
+    def peer(function: Callable[..., tuple[Tensor, ...]]) -> Call:
+        def call(given: Inputs) -> tuple[Tensor, ...]:
+            names = ("model_output", "sample", "sigma", "next_sigma", "noise")
+            prev_sample, log_prob, *_ = function(*(given[name] for name in names), NOISE_LEVEL)
+            given["latents"][1].copy_(prev_sample)
+            given["outputs"][0].copy_(given["model_output"])
+            given["log_probs"][0].copy_(log_prob)
+            given["moving"].copy_(prev_sample)
+            return stored(given)
+
+        return call
+
+    providers = (
+        variants(PEERS, peers.sde_step_with_log_prob, peer, compiled)
+        | {REFERENCES[0]: ours(reference.gaussian_step_)}
+        | {OURS: ours(ops.gaussian_step_)}
+    )
+    name = "gaussian_step_"
     return _workload(name, case, dtype, inputs, providers, name, TOLERANCE[dtype], 2 * TOLERANCE[dtype])
 
 
