@@ -81,9 +81,14 @@ def steer(
         images (n, 3, H, W) float in [0, 1] and what it cost.
 
     Raises:
-        ValueError: without a critic.
+        ValueError: without a critic, or with classifier-free guidance, which this loop does not run.
     """
     config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
+    if sampler.guidance_scale > 1:
+        raise ValueError(
+            f"guidance_scale={sampler.guidance_scale} would be ignored: steering samples without "
+            "classifier-free guidance; use guidance_scale=1 and a critic that was trained so"
+        )
     if backbone.critic is None:
         raise ValueError(
             "steering needs a critic; load a backbone that was saved with one, "

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.shapes import AdvantageCase, Case, LatentCase, PoolCase
+from bench.shapes import AdvantageCase, Case, LatentCase, ParticleCase, PoolCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS, OURS_DRAWN, Inputs, Workload
 from lacfast import LatentActorCriticTrainer, ops, reference
@@ -31,6 +31,7 @@ CASES: dict[type[Case], tuple[Case, ...]] = {
     LatentCase: (LatentCase("odd", 5, (3, 17, 31)), LatentCase("SD3.5-M 512 px", 3, (16, 64, 64))),
     PoolCase: (PoolCase("odd", 3, 37, 72, 3), PoolCase("SD3.5-M 512 px", 2, 1024, 1536)),
     AdvantageCase: (AdvantageCase("odd", 33, 7, 3), AdvantageCase("long", 1024, 50, 1)),
+    ParticleCase: (ParticleCase("odd", 5, 37), ParticleCase("many", 64, 1024)),
 }
 EVERY_OP = [
     pytest.param(op, case, dtype, id=f"{op}, {case}, {dtype}")

@@ -121,6 +121,11 @@ def test_images_do_not_depend_on_the_batch_size() -> None:
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guidance_scale=3\.0 would be ignored"):
+        steer(tiny_backbone("dit"), PROMPTS, sampler=SamplerConfig(num_steps=4, guidance_scale=3.0))
+
+
 def test_steering_without_a_critic_is_refused() -> None:
     with pytest.raises(ValueError, match="steering needs a critic; load a backbone that was saved with one"):
         steer(backbone_with(None), PROMPTS, sampler=SAMPLER)
