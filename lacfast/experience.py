@@ -47,7 +47,8 @@ def collect(
                 images = decode(part.clean_latents)
             pending.append(queue.submit(images, part.prompts, part.metadata))
         try:
-            scores = [future.result() for future in pending]
+            with span("reward/wait"):
+                scores = [future.result() for future in pending]
         except RewardError as error:
             return Rollout.concatenate(parts), error
     scored = [part.with_rewards(score) for part, score in zip(parts, scores, strict=True)]

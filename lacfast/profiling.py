@@ -22,12 +22,14 @@ SPANS = (
     "rollout/step",
     "decode",
     "reward",
+    "reward/wait",
     "advantages",
     "update/microbatch",
     "optimizer",
     "sync",
 )
-"""Every name that `span` takes. "sync" is the host waiting for the device."""
+"""Every name that `span` takes. "sync" is the host waiting for the device, "reward/wait" for scores, which
+are computed in a thread of their own: Nsight shows it, torch.profiler does not."""
 
 Item = TypeVar("Item")
 Spans = dict[str, AbstractContextManager[Any]]

