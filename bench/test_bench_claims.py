@@ -29,5 +29,5 @@ def test_gae_is_fifteen_times_as_fast_as_the_python_loop(claimed_ratios: Ratios)
     assert claimed_ratios("gae", torch.float32)[OURS] >= 15
 
 
-def test_the_advantage_pipeline_is_five_times_as_fast_as_the_eager_formula(claimed_ratios: Ratios) -> None:
-    assert claimed_ratios("normalized_advantages", torch.float32)[OURS] >= 5
+def test_the_advantage_pipeline_is_twice_as_fast_as_the_compiled_formula(claimed_ratios: Ratios) -> None:
+    assert claimed_ratios("normalized_advantages", torch.float32)[OURS] >= 2

@@ -52,7 +52,7 @@ def normalized_advantages(
         inputs={name: tensor.to(device, dtype) for name, tensor in zip(NAMES, tensors, strict=True)},
         providers=providers,
         costs=dict.fromkeys(providers, roofline.normalized_advantages(case, dtype)),
-        baseline=PEER,
+        baseline=COMPILED_PEER if compiled else PEER,
         # A quotient by a deviation of thousands of entries.
         tolerance=5e-5,
         peer_tolerance=5e-5,
