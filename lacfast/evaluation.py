@@ -10,6 +10,7 @@ from torch import Tensor
 from lacfast import reference
 from lacfast.advantages import RewardNormalizer
 from lacfast.critic import Critic
+from lacfast.profiling import span
 from lacfast.prompts import PromptSet
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, TransitionTable
@@ -60,7 +61,8 @@ def evaluate(
             guidance_scale=guidance_scale,
             keep_features=False,
         )
-        decoded = backbone.decode(rollout.clean_latents)
+        with span("decode"):
+            decoded = backbone.decode(rollout.clean_latents)
         for scorer in scorers:
             for name, score in scorer.score(decoded, part.texts, part.metadata).items():
                 scores.setdefault(name, []).append(score)

@@ -22,6 +22,8 @@ class PromptLike(Protocol):
 
 PromptEntry = str | PromptLike | Mapping[str, Any]
 """A caption, an object with `text` and `metadata`, or a row such as {"prompt": ..., anything else}."""
+PromptSource = str | Path | Iterable[PromptEntry] | Callable[[], Iterable[PromptEntry]]
+"""Entries, or a file, directory or function that `load_prompts` reads."""
 
 _FORMATS = (
     "a .txt file (one prompt per line), a .jsonl file (one {'prompt': ..., ...} per line), a .parquet file "
@@ -37,9 +39,7 @@ class PromptSet:
     metadata: list[dict[str, Any]]
 
     @staticmethod
-    def create(
-        prompts: PromptSet | str | Path | Iterable[PromptEntry] | Callable[[], Iterable[PromptEntry]],
-    ) -> PromptSet:
+    def create(prompts: PromptSet | PromptSource) -> PromptSet:
         """From entries, or from a file, a directory or a function as `load_prompts` reads them.
 
         Raises:
@@ -73,11 +73,7 @@ class PromptSet:
         return int(torch.randperm(len(self), generator=generator)[offset])
 
 
-def load_prompts(
-    source: PromptSet | str | Path | Iterable[PromptEntry] | Callable[[], Iterable[PromptEntry]],
-    *,
-    column: str = "prompt",
-) -> PromptSet:
+def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") -> PromptSet:
     """The prompts of a file, a directory, a function without arguments, or of entries in memory.
 
     Text: one prompt per line, blank lines are skipped. JSONL: one object per line; GenEval's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,29 +16,19 @@ from torch import Tensor
 
 from lacfast import checkpoint
 from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
-from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, build_critic
 from lacfast.evaluation import evaluate
 from lacfast.experience import collect
-from lacfast.metrics import MetricsLog, policy_metrics, rollout_metrics
+from lacfast.learner import Learner
+from lacfast.metrics import MetricsLog, rollout_metrics
 from lacfast.profiling import span
-from lacfast.prompts import PromptLike, PromptSet
+from lacfast.prompts import PromptSet, PromptSource
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, Rollout
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardSet, RewardSpec
 from lacfast.trackers import Tracker
-from lacfast.update import (
-    all_pairs,
-    all_states,
-    critic_optimizer,
-    critic_step,
-    minibatches,
-    policy_optimizer,
-    policy_step,
-    warmup,
-)
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
 
 PRETRAINING_IDS = 1 << 41
@@ -58,10 +48,10 @@ class LatentActorCriticTrainer:
         self,
         backbone: Backbone,
         rewards: RewardSpec,
-        prompts: Iterable[str | PromptLike] | PromptSet,
+        prompts: PromptSet | PromptSource,
         config: TrainConfig | None = None,
         *,
-        held_out: Iterable[str | PromptLike] | PromptSet | None = None,
+        held_out: PromptSet | PromptSource | None = None,
         evaluation_rewards: RewardSpec | None = None,
         metrics_path: Path | None = None,
         trackers: Sequence[Tracker] = (),
@@ -70,7 +60,8 @@ class LatentActorCriticTrainer:
         Args:
             backbone: see load_backbone; its model and critic are trained in place, a missing critic is made.
             rewards: a callable, a registered name, several of them, or a dict reward -> weight.
-            prompts: strings, or objects with `text` and `metadata`.
+            prompts: strings, objects with `text` and `metadata`, or a file, directory or function of
+                lacfast.load_prompts.
             config: defaults are the paper's.
             held_out: prompts for evaluation. None: the training prompts.
             evaluation_rewards: scores that are only reported (gold measures).
@@ -90,14 +81,7 @@ class LatentActorCriticTrainer:
         self._require_trainable()
         self._attach_critic()
         self.normalizer = RewardNormalizer.create(len(self.rewards.names))
-        self.reference = backbone.frozen_reference() if self.config.ppo.kl_weight > 0 else None
-        self.policy_optimizer = policy_optimizer(backbone.policy_parameters(), self.config.ppo)
-        self.policy_schedule = warmup(self.policy_optimizer, self.config.ppo.warmup_steps)
-        if self.config.gradient_checkpointing:
-            backbone.enable_gradient_checkpointing()
-        decay = self.config.ema_decay
-        self.average = WeightAverage(backbone.policy_state(), decay) if decay else None
-        self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
+        self.learner = Learner(backbone, self.config)
         self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0
         self.images = 0
@@ -137,7 +121,8 @@ class LatentActorCriticTrainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
-        return nullcontext() if self.average is None else self.average.applied()
+        average = self.learner.average
+        return nullcontext() if average is None else average.applied()
 
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
@@ -187,8 +172,8 @@ class LatentActorCriticTrainer:
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
-        if self.critic is None or self.critic_optimizer is None:
-            raise ValueError("no critic to pretrain; set critic.trunk to 'branch', 'shared' or 'copy'")
+        if self.critic is None or self.learner.critic_optimizer is None:
+            raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
 
         def report(iteration: int, variance: Tensor) -> None:
             self.log.write("value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1))
@@ -201,7 +186,7 @@ class LatentActorCriticTrainer:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         result = pretrain_values(
             self.critic,
-            self.critic_optimizer,
+            self.learner.critic_optimizer,
             self.normalizer,
             held_out,
             lambda iteration: self._training_rollout(iteration, PRETRAINING_IDS),
@@ -210,7 +195,7 @@ class LatentActorCriticTrainer:
             seed=self.config.seed,
             on_iteration=report,
         )
-        self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
+        self.learner.reset_critic_optimizer()
         return result
 
     def advantages(self, rollout: Rollout) -> Advantages:
@@ -239,54 +224,10 @@ class LatentActorCriticTrainer:
         Raises:
             FloatingPointError: for a gradient that is not finite, before the optimizer step.
         """
-        ppo = self.config.ppo
         with span("advantages"):
             advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer)
-        for epoch in range(ppo.num_inner_epochs):
-            seed = (self.config.seed * 1_000_003 + self.iteration) * 97 + epoch
-            generator = torch.Generator().manual_seed(seed)
-            metrics |= self._update_policy(rollout, advantages, generator, metrics)
-            metrics |= self._update_critic(rollout, advantages, generator)
-        return metrics
-
-    def _update_policy(
-        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator, earlier: dict[str, Any]
-    ) -> dict[str, Any]:
-        ppo, metrics = self.config.ppo, dict(earlier)
-        pairs = all_pairs(advantages.steps, rollout.batch_size)
-        for minibatch in minibatches(pairs, ppo.num_minibatches, generator, fraction=ppo.timestep_fraction):
-            if metrics.get("mean_kl_old", 0.0) > ppo.kl_limit:
-                return metrics | {"stopped_by_kl_limit": True}
-            stats, loss, norm = policy_step(
-                self.backbone,
-                self.reference,
-                self.policy_optimizer,
-                rollout,
-                advantages,
-                minibatch,
-                ppo,
-                self.config.sampler.guidance_scale,
-            )
-            self.policy_schedule.step()
-            with span("sync"):
-                metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
-                metrics |= policy_metrics(stats, advantages.steps)
-                metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
-        return metrics
-
-    def _update_critic(
-        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator
-    ) -> dict[str, Any]:
-        if self.critic is None or self.critic_optimizer is None:
-            return {}
-        metrics: dict[str, Any] = {}
-        for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
-            loss, norm = critic_step(
-                self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, self.config.ppo
-            )
-            metrics = {"value_loss": float(loss), "critic_grad_norm": norm}
-        return metrics
+        return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
     def train_iteration(self) -> dict[str, Any]:
         """One rollout and its update; returns its metrics, which are logged too."""
@@ -298,8 +239,6 @@ class LatentActorCriticTrainer:
             if self.critic is not None:
                 rollout = update_statistics(self.critic, self.normalizer, rollout)
             metrics = self.update(rollout)
-            if self.average is not None:
-                self.average.update()
         self.iteration += 1
         metrics |= {
             "iteration": self.iteration,
@@ -369,10 +308,7 @@ class LatentActorCriticTrainer:
             "images": self.images,
             "rewards": self.rewards.names,
             "normalizer": asdict(self.normalizer),
-            "average": None if self.average is None else self.average.weights,
-            "policy_optimizer": self.policy_optimizer.state_dict(),
-            "policy_schedule": self.policy_schedule.state_dict(),
-            "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
+            "learner": self.learner.state_dict(),
         }
         checkpoint.save_run(self.backbone, state, Path(directory))
 
@@ -389,11 +325,6 @@ class LatentActorCriticTrainer:
                 f"{self.rewards.names}; use the same"
             )
         checkpoint.load_weights(self.backbone, Path(directory))
-        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
-        self.policy_schedule.load_state_dict(state["policy_schedule"])
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        if self.average is not None:
-            self.average.load(state["average"] or self.backbone.policy_state())
+        self.learner.load_state_dict(state["learner"])
         self.normalizer = RewardNormalizer(**state["normalizer"])
         self.iteration, self.images = state["iteration"], state["images"]

@@ -27,7 +27,7 @@ LAYERS = (
         "evaluation",
         "experience",
     ),
-    ("metrics", "costs", "run_directory"),
+    ("costs", "run_directory", "learner"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
     ("presets", "run", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),

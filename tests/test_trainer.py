@@ -63,19 +63,19 @@ def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> 
     before = weights(trainer)
     result = trainer.pretrain_critic()
     assert not changed(before, weights(trainer))
-    assert trainer.critic_optimizer is not None
-    assert trainer.critic_optimizer.state == {}
+    assert trainer.learner.critic_optimizer is not None
+    assert trainer.learner.critic_optimizer.state == {}
     assert result.images == 8 + 2 * 8 == trainer.images
     assert result.explained_variance.shape == (4, 1)
 
 
 def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
     trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3, kl_weight=0.1, num_minibatches=2))
-    assert trainer.reference is not None
-    before = {name: tensor.clone() for name, tensor in trainer.reference.model.state_dict().items()}
+    assert trainer.learner.reference is not None
+    before = {name: tensor.clone() for name, tensor in trainer.learner.reference.model.state_dict().items()}
     trainer.train_iteration()
     metrics = trainer.train_iteration()
-    assert not changed(before, trainer.reference.model.state_dict())
+    assert not changed(before, trainer.learner.reference.model.state_dict())
     assert float(metrics["kl_ref"].nan_to_num().sum()) > 0
 
 

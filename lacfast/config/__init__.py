@@ -1,0 +1,20 @@
+"""Settings as frozen dataclasses: the docstring under a field gives unit, range and source of its default."""
+
+from lacfast.config.critic import TRUNKS, CriticConfig, LoRAConfig
+from lacfast.config.ppo import KL_KINDS, RATIOS, PPOConfig
+from lacfast.config.sampling import SamplerConfig
+from lacfast.config.steering import SteeringConfig
+from lacfast.config.training import TrainConfig, ValuePretrainingConfig
+
+__all__ = [
+    "KL_KINDS",
+    "RATIOS",
+    "TRUNKS",
+    "CriticConfig",
+    "LoRAConfig",
+    "PPOConfig",
+    "SamplerConfig",
+    "SteeringConfig",
+    "TrainConfig",
+    "ValuePretrainingConfig",
+]

@@ -1,0 +1,99 @@
+"""Advantages, loss and optimizers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lacfast.config.checks import require
+
+RATIOS = ("innovation", "ratio_norm")
+"""Kinds of likelihood ratio; see PPOConfig.ratio."""
+KL_KINDS = ("exact", "velocity", "flow_grpo")
+"""Kinds of KL to the reference model; see PPOConfig.kl."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Advantages, loss and optimizers."""
+
+    clip_range: float | tuple[float, float] | None = 1e-4
+    """Clip of the ratio, or (low, high), in nats per element (the field's unit); exactly one of this,
+    clip_nats and kl_threshold is set. [paper] 1e-4 for SD3.5-M, 1e-5 for SD1.5."""
+    clip_nats: float | tuple[float, float] | None = None
+    """The same clip on the joint, clip_range = clip_nats / N."""
+    kl_threshold: float | None = None
+    """No clip, but the KL mask of Flow-DPPO: a pair that moves with its advantage is dropped from this KL per
+    element on. 1e-5 there."""
+    dual_clip: float = math.inf
+    """c > 1: where A < 0 the gain is at least c A (arXiv 1912.09729, 3 there); inf: off."""
+    ratio: str = "innovation"
+    """"innovation": the transitions' likelihood ratio; "ratio_norm": GRPO-Guard's, on another scale per step,
+    so its clip is another one too."""
+    kl_weight: float = 0.0
+    """beta of the KL to the reference model; 0 keeps no reference. [paper] 0."""
+    kl: str = "exact"
+    """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
+    kl_limit: float = math.inf
+    """Mean KL(old, new) per element that ends the updates on a rollout."""
+    gamma: float = 1.0
+    """Discount; the horizon is fixed, so 1."""
+    gae_lambda: float = 1.0
+    """Lambda of the policy's advantages. [paper] 1; lower only helps once the critic explains something."""
+    advantage_clip: float = 10.0
+    """Bound of the normalised advantages. [paper]"""
+    target_clip: float = 5.0
+    """Bound of the standardised value targets. [paper]"""
+    balance_steps: bool = False
+    """Weight every step by std / |b|, mean 1. For one change of the model a late step's ratio moves |b| / std
+    times as far and drowns the early steps' gradient; GRPO-Guard's RatioNorm has the same aim."""
+    num_minibatches: int = 4
+    """Optimizer steps per pass over a rollout. [paper] 4."""
+    num_inner_epochs: int = 1
+    """Passes over a rollout."""
+    timestep_fraction: float = 1.0
+    """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
+    microbatch_size: int = 512
+    """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
+    policy_learning_rate: float = 1e-4
+    """[paper]"""
+    warmup_steps: int = 0
+    """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
+    value_learning_rate: float = 1e-3
+    """Of the value head. [paper]"""
+    trunk_learning_rate: float = 3e-4
+    """Of the critic's own blocks."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW. [paper]"""
+    weight_decay: float = 1e-4
+    """AdamW. [paper]"""
+    adam_eps: float = 1e-15
+    """Far below the gradients of a mean-reduced log-prob, whose RMS is near 5e-9."""
+    max_grad_norm: float = 1.0
+    """Of actor and critic, each on its own."""
+    cfg_grad: str = "cond"
+    """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "clip_range": self.clip_range, "clip_nats": self.clip_nats, "kl_threshold": self.kl_threshold,
+        }  # fmt: skip
+        given = [(name, value) for name, value in bounds.items() if value is not None]
+        require(len(given) == 1, f"set exactly one of {', '.join(bounds)}, got {bounds}; the others are None")
+        name, bound = given[0]
+        values = bound if isinstance(bound, tuple) else (bound,)
+        require(all(value > 0 for value in values), f"{name} must be > 0, got {bound}")
+        require(self.dual_clip > 1, f"dual_clip={self.dual_clip} must be above 1 (inf: off)")
+        for option, known in (("ratio", RATIOS), ("kl", KL_KINDS)):
+            chosen = getattr(self, option)
+            require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
+        require(
+            self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'"
+        )
+        require(
+            0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]"
+        )
+        require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
+        require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
+        for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

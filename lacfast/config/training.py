@@ -1,0 +1,84 @@
+"""One training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lacfast.config.checks import require
+from lacfast.config.critic import CriticConfig
+from lacfast.config.ppo import PPOConfig
+from lacfast.config.sampling import SamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValuePretrainingConfig:
+    """Value pretraining: the actor is frozen, the critic learns Monte-Carlo returns."""
+
+    iterations: int = 15
+    """Rollouts. [paper] about 15, more is worse."""
+    kept_rollouts: int = 15
+    """Rollouts to learn from, the latest; the actor is frozen, so old ones stay true. [paper] 3."""
+    passes: float = 0.5
+    """Passes over the kept states per iteration."""
+    minibatch_size: int = 256
+    """(sample, step) pairs per optimizer step."""
+    held_out_samples: int = 512
+    """Trajectories on held-out prompts that choose when to stop."""
+    initial_rate_factor: float = 3.0
+    """The critic's learning rates start at this multiple and fall linearly to 1 over the iterations."""
+    patience: int = 4
+    """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    seed: int = 0
+    """Of noise, prompts and initial weights."""
+    batch_size: int = 128
+    """Trajectories per rollout, one per prompt draw."""
+    rollout_batch_size: int = 0
+    """Trajectories sampled at a time; the rewards of one part are computed while the next is sampled. Bounds
+    memory, does not change the result. 0: the whole rollout at once."""
+    samples_per_prompt: int = 1
+    """Consecutive trajectories that share a prompt; 1 for the critic, a group for group-relative methods."""
+    iterations: int = 300
+    """Rollout and update cycles. [paper] 300."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
+    ema_decay: float = 0.0
+    """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
+    eval_every: int = 0
+    """Iterations between evaluations on held-out prompts; 0: only when asked."""
+    eval_samples: int = 1024
+    """Images per evaluation; below about 1000 rankings flip."""
+    eval_batch_size: int = 256
+    """Images per batch of an evaluation."""
+    eval_sampler: SamplerConfig | None = None
+    """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
+    on_reward_error: str = "raise"
+    """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
+    "skip": the rollout is dropped with a warning and never trained on."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        require(
+            self.samples_per_prompt >= 1 and self.batch_size % self.samples_per_prompt == 0,
+            f"batch_size={self.batch_size} must be a multiple of "
+            f"samples_per_prompt={self.samples_per_prompt}",
+        )
+        require(
+            self.rollout_batch_size >= 0,
+            f"rollout_batch_size={self.rollout_batch_size} must be >= 0 (0: the whole rollout)",
+        )
+        require(self.eval_batch_size >= 1, f"eval_batch_size={self.eval_batch_size} must be at least 1")
+        require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        require(
+            self.on_reward_error in ("raise", "skip"),
+            f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",
+        )
