@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lacfast"
 LAYERS = (
     ("_C", "kernels"),
     ("records", "config", "run_config", "precision", "profiling"),
-    ("schedule", "reference", "graph"),
+    ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "critic"),
     ("sampler", "advantages"),

@@ -1,6 +1,7 @@
 """Settings as frozen dataclasses: the docstring under a field gives unit, range and source of its default."""
 
 from lacfast.config.critic import TRUNKS, CriticConfig, LoRAConfig
+from lacfast.config.graph import GraphConfig, GraphMode
 from lacfast.config.ppo import KL_KINDS, RATIOS, PPOConfig
 from lacfast.config.sampling import SamplerConfig
 from lacfast.config.steering import SteeringConfig
@@ -11,6 +12,8 @@ __all__ = [
     "RATIOS",
     "TRUNKS",
     "CriticConfig",
+    "GraphConfig",
+    "GraphMode",
     "LoRAConfig",
     "PPOConfig",
     "SamplerConfig",

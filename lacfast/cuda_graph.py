@@ -1,0 +1,74 @@
+"""Capture in CUDA graphs: one pool and one side stream for all graphs of an owner."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+class CudaGraph(torch.cuda.CUDAGraph):
+    """A captured graph that knows its memory."""
+
+    num_bytes = 0
+    """That it added to its pool."""
+
+
+class CudaCapture:
+    """One pool and one side stream for all captures of a runner."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Within the context work goes to the side stream, after what was queued before it.
+
+        Warm-up belongs there: cuBLAS keeps a workspace per stream, which must not be made in a graph's pool.
+        """
+        with torch.cuda.device(self.device):
+            outer = torch.cuda.current_stream()
+            self.stream.wait_stream(outer)
+            with torch.cuda.stream(self.stream):
+                yield
+            outer.wait_stream(self.stream)
+
+    def capture(self, run: Callable[[], None]) -> CudaGraph:
+        graph = CudaGraph()
+        held = self._pool_bytes()
+        # The outer context gives the stream back where the inner one, whose capture failed, does not.
+        with self.side_stream():
+            try:
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            except RuntimeError:
+                self._abandon(graph)
+                raise
+        graph.num_bytes = self._pool_bytes() - held
+        return graph
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Leave a pool whose capture failed: the allocator may still believe that it goes on.
+
+        The graph stays alive, for the allocator then still asks it which streams are captured.
+        """
+        graph.reset()
+        self._failed.append(graph)
+        with contextlib.suppress(RuntimeError):
+            # Refused where the capture did end, and then there is nothing to do.
+            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+            torch._C._cuda_releasePool(self.device.index or 0, self.pool)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def _pool_bytes(self) -> int:
+        return sum(
+            segment["total_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment["segment_pool_id"]) == tuple(self.pool)
+        )
