@@ -15,6 +15,7 @@ from lacfast import ops
 from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
+from lacfast.ops.checks import arithmetic_dtype
 from lacfast.profiling import each, span
 from lacfast.protocols import Backbone, Features
 from lacfast.records import PPOStats, Rollout, TransitionTable
@@ -118,9 +119,11 @@ def policy_step(
 ) -> tuple[PPOStats, Tensor, float]:
     """One optimizer step of the actor on a minibatch; returns statistics (P,), loss () and gradient norm."""
     optimizer.zero_grad(set_to_none=True)
-    coefficients = rollout.table.coefficients(rollout.latents.device)
+    coefficients = rollout.table.coefficients(rollout.latents.device, arithmetic_dtype(rollout.latents))
     weights = step_weights(rollout.table, balanced=config.balance_steps).to(coefficients)
-    gains = None if reference is None else kl_gains(rollout.table, config.kl, device=coefficients.device)
+    gains = None
+    if reference is not None:
+        gains = kl_gains(rollout.table, config.kl, device=coefficients.device, dtype=coefficients.dtype)
     # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
     critic = backbone.critic
     joint = critic if critic is not None and critic.config.trunk == "joint" else None

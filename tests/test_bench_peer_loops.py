@@ -1,0 +1,54 @@
+"""The peers' loops do what lacfast does: same trajectories from the same noise, same gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.equal_results import both_gradients, relative, sampling_differences, scored_rollout
+from bench.matched_loops import PEER_BATCH, Match, engine, peer_loop, plain_score, tiny_match
+from bench.peer_loops import PeerModel
+from tests.tiny_backbones import tiny_backbone
+
+
+@pytest.fixture(scope="module", params=["dit", "unet"])
+def match(request: pytest.FixtureRequest) -> Match:
+    return tiny_match(request.param, batches=2, num_steps=3)
+
+
+def test_trajectories_are_equal_on_the_same_noise(match: Match) -> None:
+    rollout = scored_rollout(engine(match, microbatch_size=64), match)
+    for batch_size in (PEER_BATCH[match.peer], match.trajectories):
+        differences = sampling_differences(rollout, peer_loop(match, batch_size=batch_size), match)
+        assert differences["latents"] < 1e-6
+        # Of values around 1; the peer recovers the noise from a difference, at ddim's last step of std 0.02.
+        assert differences["log_probs"] < (1e-6 if match.peer == "flow_grpo" else 2e-5)
+
+
+def test_gradients_are_equal_in_float64(match: Match) -> None:
+    size = PEER_BATCH[match.peer]
+    own, theirs = both_gradients(match, batch_size=size, microbatch_size=10, dtype=torch.float64)
+    assert float(own.norm()) > 1e-4
+    # The adapters' weights and gradients are float32 in both.
+    assert relative(own, theirs) < 2e-7
+
+
+def test_gradients_of_float32_are_equal_up_to_the_peers_rounding(match: Match) -> None:
+    own, theirs = both_gradients(match, batch_size=match.trajectories, microbatch_size=64)
+    # The peer takes the noise from x' - mu, and ddim's last step has an std of 0.02: digits are lost there.
+    assert relative(own, theirs) < (1e-6 if match.peer == "flow_grpo" else 3e-5)
+
+
+def test_an_iteration_of_a_peer_moves_the_weights_and_reports(match: Match) -> None:
+    loop = peer_loop(match, batch_size=PEER_BATCH[match.peer])
+    before = [parameter.detach().clone() for parameter in loop.parameters]
+    (metrics,) = loop.iteration(list(match.prompts), plain_score)
+    assert metrics["approx_kl"] < 1e-9
+    assert metrics["clipfrac"] == 0
+    assert any(not torch.equal(old, new.detach()) for old, new in zip(before, loop.parameters, strict=True))
+
+
+def test_peers_reference_needs_an_adapter() -> None:
+    model = PeerModel(tiny_backbone("dit"))
+    with pytest.raises(ValueError, match="train a LoRA"), model.without_adapter():
+        pass
