@@ -26,18 +26,30 @@ from lacfast.records import Evaluation
 from lacfast.run_config import RunConfig
 from lacfast.run_directory import RunDirectory
 from lacfast.scoring import RewardSet
+from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.models import BackboneName
-from lacfast.tasks.shapes import held_out_prompts, load_pretrained, pretrain, save_pretrained, train_prompts
+from lacfast.tasks.pretraining import Pretrained, pretrain
+from lacfast.tasks.storage import load_pretrained, save_pretrained
+from lacfast.tasks.task import Task
 from lacfast.trackers import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.trainer import LatentActorCriticTrainer
 
 PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
     "animals": animal_prompts,
-    "shapes": train_prompts,
-    "shapes-held-out": held_out_prompts,
+    "glyphs": lambda: glyphs.TASK.split()[0],
+    "glyphs-held-out": lambda: glyphs.TASK.split()[1],
+    "shapes": lambda: scenes.TASK.split()[0],
+    "shapes-held-out": lambda: scenes.TASK.split()[1],
 }
 """Prompts that need no file."""
+TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
+    "glyphs-dit": (glyphs.TASK, "dit"),
+    "glyphs-unet": (glyphs.TASK, "unet"),
+    "shapes-dit": (scenes.TASK, "dit"),
+    "shapes-unet": (scenes.TASK, "unet"),
+}
+"""Models that are pretrained on the spot."""
 SAMPLE_IMAGES = 60
 """Images of an evaluation that are kept as a picture."""
 
@@ -50,7 +62,7 @@ def prompts_of(source: str) -> PromptSet:
 def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone:
     """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if config.model.startswith("shapes-"):
+    if config.model in TINY_MODELS:
         return _tiny_backbone(config, directory.path / "base", device)
     return load_backbone(
         config.model,
@@ -65,15 +77,13 @@ def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone
 def _tiny_backbone(config: RunConfig, base: Path, device: str) -> LatentBackbone:
     if not base.exists():
         with whole_directory(base) as target:
-            save_pretrained(pretrain(_tiny_name(config.model), seed=config.train.seed), target)
+            save_pretrained(_pretrained(config), target)
     return adapt_pretrained(load_pretrained(base), device=device, lora=config.adapter)
 
 
-def _tiny_name(model: str) -> BackboneName:
-    names: dict[str, BackboneName] = {"shapes-dit": "dit", "shapes-unet": "unet"}
-    if model not in names:
-        raise ValueError(f"unknown model {model!r}; known: {', '.join(names)}, or a pipeline")
-    return names[model]
+def _pretrained(config: RunConfig, *, steps: int | None = None) -> Pretrained:
+    task, backbone = TINY_MODELS[config.model]
+    return pretrain(backbone, task, seed=config.train.seed, steps=steps)
 
 
 def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCriticTrainer:
@@ -143,10 +153,9 @@ def plan(config: RunConfig) -> Costs:
         ValueError: when they cannot be read.
     """
     sampler = config.train.sampler
-    if config.model.startswith("shapes-"):
+    if config.model in TINY_MODELS:
         # The weights do not matter, so one step of pretraining does.
-        tiny = pretrain(_tiny_name(config.model), seed=config.train.seed, steps=1)
-        backbone = adapt_pretrained(tiny, lora=config.adapter)
+        backbone = adapt_pretrained(_pretrained(config, steps=1), lora=config.adapter)
         conditioning = backbone.encode_unconditional(1)
     else:
         backbone = load_blueprint(

@@ -15,7 +15,8 @@ class RunConfig:
     out: str
     """Directory of the run: settings, metrics.jsonl, samples/, checkpoints/."""
     model: str
-    """Directory or hub id of a diffusers pipeline; "shapes-dit" and "shapes-unet" are made on the spot."""
+    """Directory or hub id of a diffusers pipeline; "shapes-dit", "shapes-unet", "glyphs-dit"
+    and "glyphs-unet" are made on the spot."""
     prompts: str
     """A .txt, .jsonl or .parquet file, a `datasets` directory, or "animals", "shapes"."""
     held_out: str = ""

@@ -19,6 +19,9 @@ from lacfast.protocols import Reward
 REGISTERED: dict[str, str] = {
     "aesthetic": "lacfast.rewards.aesthetic:AestheticScore",
     "clip_score": "lacfast.rewards.clip_score:CLIPScore",
+    "glyphs": "lacfast.tasks.glyphs:glyphs_reward",
+    "glyphs_gold": "lacfast.tasks.glyphs:glyphs_gold",
+    "glyphs_strict": "lacfast.tasks.glyphs:glyphs_strict",
     "hpsv2": "lacfast.rewards.hpsv2:HPSv2",
     "image_reward": "lacfast.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "lacfast.rewards.jpeg:jpeg_compressibility",
@@ -29,6 +32,7 @@ REGISTERED: dict[str, str] = {
     "shapes_strict": "lacfast.tasks.shapes:shapes_strict",
     "shapes_partial": "lacfast.tasks.shapes:shapes_partial",
     "shapes_gold": "lacfast.tasks.shapes:shapes_gold",
+    "shapes_height": "lacfast.tasks.shapes:shapes_height",
 }
 """Reward name -> "module:callable", imported at first use; a class is made with its default settings."""
 

@@ -11,7 +11,7 @@ import torch
 
 from lacfast.tasks import checker, gold
 from lacfast.tasks.predicates import Detection, score
-from lacfast.tasks.prompts import KINDS, Prompt
+from lacfast.tasks.prompts import KINDS
 from lacfast.tasks.scenes import PALETTE, PlacedObject, render, sample_images, sample_scene
 from lacfast.tasks.shapes import (
     all_prompts,
@@ -23,6 +23,7 @@ from lacfast.tasks.shapes import (
     shapes_strict,
     train_prompts,
 )
+from lacfast.tasks.task import Prompt
 
 CHECKERS = (checker, gold)
 RED_CIRCLE_LEFT_OF_BLUE_SQUARE: dict[str, Any] = {

@@ -243,6 +243,6 @@ def test_several_rewards_train_one_head_each() -> None:
 
 
 def _prompts() -> Any:
-    from lacfast.tasks.prompts import split_prompts
+    from lacfast.tasks import scenes
 
-    return split_prompts()[0]
+    return scenes.TASK.split()[0]

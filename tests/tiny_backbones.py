@@ -7,14 +7,13 @@ import torch
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig, ValuePretrainingConfig
-from lacfast.tasks import models
+from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import fit_codec
 from lacfast.tasks.pretraining import Pretrained
-from lacfast.tasks.prompts import split_prompts
 from lacfast.tasks.text import word_encoder
 
 FAMILIES: tuple[models.BackboneName, ...] = ("dit", "unet")
-PROMPTS = [prompt.text for prompt in split_prompts()[0][:8]]
+PROMPTS = [prompt.text for prompt in scenes.TASK.split()[0][:8]]
 
 
 def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbone:

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from lacfast.tasks.predicates import Detection, score
 from lacfast.tasks.prompts import COLOURS, SHAPES
-from lacfast.tasks.scenes import CELL_SIZE, IMAGE_SIZE, PALETTE, FloatArray, coverage
+from lacfast.tasks.scenes import CELL_SIZE, IMAGE_SIZE, PALETTE, coverage
+from lacfast.tasks.task import FloatArray
 
 SATURATION_THRESHOLD = 0.3
 """max - min of the channels above which a pixel belongs to an object: about half of the palette's own."""

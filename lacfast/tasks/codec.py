@@ -1,4 +1,4 @@
-"""The codec of the shapes task: one linear map per 4x4-pixel patch, fitted once on ground truth by PCA."""
+"""The codec of the embedded tasks: one linear map per 4x4-pixel patch, fitted once on ground truth by PCA."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lacfast.tasks import scenes
 from lacfast.tasks.folders import read_folder, write_folder
-from lacfast.tasks.prompts import all_prompts
-from lacfast.tasks.scenes import BACKGROUND, sample_images
+from lacfast.tasks.task import Task
 
 PATCH_SIZE = 4
 CHANNELS = 16
@@ -68,14 +68,18 @@ class PatchCodec(nn.Module):
 
 
 def fit_codec(
-    *, patch_size: int = PATCH_SIZE, channels: int = CHANNELS, whitening: float = WHITENING
+    task: Task = scenes.TASK,
+    *,
+    patch_size: int = PATCH_SIZE,
+    channels: int = CHANNELS,
+    whitening: float = WHITENING,
 ) -> PatchCodec:
-    """The codec whose basis is fitted on ground truth, in float64 and with fixed signs."""
-    prompts = all_prompts() * FIT_IMAGES_PER_PROMPT
-    images = torch.from_numpy(sample_images(prompts, np.random.default_rng(FIT_SEED))).double()
+    """The codec whose basis is fitted on a task's ground truth, in float64 and with fixed signs."""
+    prompts = task.prompts() * FIT_IMAGES_PER_PROMPT
+    images = torch.from_numpy(task.draw(prompts, np.random.default_rng(FIT_SEED))).double()
     patches = nn.functional.pixel_unshuffle(images, patch_size).movedim(1, -1).flatten(0, 2)
     # The empty patch is latent zero: the commonest patch lies at the centre of the prior.
-    mean = torch.full_like(patches[0], BACKGROUND)
+    mean = torch.full_like(patches[0], task.background)
     covariance = (patches - mean).T @ (patches - mean) / len(patches)
     variances, components = torch.linalg.eigh(covariance)
     variances, components = variances.flip(0)[:channels], components.flip(1)[:, :channels]

@@ -9,7 +9,8 @@ import numpy as np
 
 from lacfast.tasks.predicates import Detection, score
 from lacfast.tasks.prompts import COLOURS, SHAPES, Thing
-from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, IMAGE_SIZE, JITTER, FloatArray, draw_cell
+from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, IMAGE_SIZE, JITTER, draw_cell
+from lacfast.tasks.task import FloatArray
 
 MAX_DISTANCE = 0.12
 """Root mean square distance in colour to the nearest prototype above which a cell shows something unknown."""

@@ -1,4 +1,4 @@
-"""Pretraining of the shapes task's tiny backbones: flow matching on rendered scenes with clean captions."""
+"""Pretraining of the tiny backbones: flow matching on pictures that a task draws, with clean captions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lacfast.tasks import scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import BackboneName, predict_velocity, tiny_backbone
-from lacfast.tasks.prompts import all_prompts
-from lacfast.tasks.scenes import sample_images
+from lacfast.tasks.task import Task
 from lacfast.tasks.text import WordEncoder, word_encoder
 
 
@@ -29,7 +29,7 @@ class PretrainConfig:
     """Peak of AdamW's rate: linear warm-up, then half a cosine to zero."""
     warmup_steps: int = 30
     """Steps of the warm-up."""
-    scenes_per_prompt: int = 32
+    pictures_per_prompt: int = 32
     """Pictures rendered per prompt before the first step, or fewer where the steps draw fewer."""
 
 
@@ -54,7 +54,12 @@ class Pretrained:
 
 
 def pretrain(
-    backbone: BackboneName, *, seed: int = 0, steps: int | None = None, progress: Progress | None = None
+    backbone: BackboneName,
+    task: Task = scenes.TASK,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: Progress | None = None,
 ) -> Pretrained:
     """Trains a tiny backbone and its text encoder from scratch by flow matching, bit-identical for one seed.
 
@@ -63,7 +68,8 @@ def pretrain(
 
     Args:
         backbone: "dit" or "unet".
-        seed: of weights, scenes and noise.
+        task: whose prompts and pictures are learned.
+        seed: of weights, pictures and noise.
         steps: optimizer steps; the recipe's own number where None.
         progress: called after every step.
 
@@ -73,15 +79,16 @@ def pretrain(
     if backbone not in CONFIGS:
         raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(CONFIGS)}")
     config = CONFIGS[backbone]
-    num_steps = config.steps if steps is None else steps
+    num_steps = round(task.pretraining_share * config.steps) if steps is None else steps
     if num_steps <= 0:
         raise ValueError(f"steps={num_steps} trains nothing; give at least 1")
     generator = torch.Generator().manual_seed(seed)
     model = tiny_backbone(backbone, generator=generator)
-    text = word_encoder(generator=generator)
-    codec = fit_codec()
-    drawn_per_prompt = math.ceil(num_steps * config.batch_size / len(all_prompts()))
-    latents, words = _captioned_latents(codec, text, min(config.scenes_per_prompt, drawn_per_prompt), seed)
+    text = word_encoder(task, generator=generator)
+    codec = fit_codec(task)
+    drawn_per_prompt = math.ceil(num_steps * config.batch_size / len(task.prompts()))
+    drawn = min(config.pictures_per_prompt, drawn_per_prompt)
+    latents, words = _captioned_latents(task, codec, text, drawn, seed)
     parameters = [*model.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     history = []
@@ -99,10 +106,12 @@ def pretrain(
     return Pretrained(model.eval(), text.eval().requires_grad_(False), codec.eval(), tuple(history))
 
 
-def _captioned_latents(codec: PatchCodec, text: WordEncoder, scenes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents (scenes * P, C, H, W), prompt by prompt in turn, and the words (P, L) of the P prompts."""
-    prompts = all_prompts()
-    images = torch.from_numpy(sample_images(prompts * scenes, np.random.default_rng(seed)))
+def _captioned_latents(
+    task: Task, codec: PatchCodec, text: WordEncoder, drawn: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Latents (drawn * P, C, H, W), prompt by prompt in turn, and the words (P, L) of the P prompts."""
+    prompts = task.prompts()
+    images = torch.from_numpy(task.draw(prompts * drawn, np.random.default_rng(seed)))
     return codec.encode(images), text.indices([prompt.text for prompt in prompts])
 
 

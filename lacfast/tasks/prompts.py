@@ -1,33 +1,23 @@
-"""The prompts of the shapes task: vocabulary, metadata and the deterministic train / held-out split."""
+"""The prompts of the shapes task: vocabulary and metadata.
+
+`kind` is one of KINDS; `objects` lists the (colour, shape) of every object of the image. For `left_of` and
+`above` the first one is on the left, or on top.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import Any
 
-import numpy as np
+from lacfast.tasks.task import Prompt
 
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = ("one", "two", "three", "four")
 KINDS = ("count", "both", "left_of", "above")
 RELATION_WORDS = {"both": "and", "left_of": "left of", "above": "above"}
-HELD_OUT_PER_KIND = 15
-SPLIT_SEED = 20260527
 
 Thing = tuple[str, str]
 """(colour, shape) of one object."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption and what a checker needs to judge an image of it."""
-
-    text: str
-    metadata: dict[str, Any]
-    """`kind` is one of KINDS; `objects` lists the (colour, shape) of every object of the image. For `left_of`
-    and `above` the first one is on the left, or on top."""
 
 
 def _count_prompt(number: int, thing: Thing) -> Prompt:
@@ -51,16 +41,3 @@ def all_prompts() -> list[Prompt]:
     for kind in ("left_of", "above"):
         prompts += [_pair_prompt(kind, first, second) for first, second in ordered]
     return prompts
-
-
-def split_prompts() -> tuple[list[Prompt], list[Prompt]]:
-    """The fixed split: 246 prompts to train on, and 60 held out of post-training, 15 of every kind."""
-    random = np.random.default_rng(SPLIT_SEED)
-    train: list[Prompt] = []
-    held_out: list[Prompt] = []
-    for kind in KINDS:
-        members = [prompt for prompt in all_prompts() if prompt.metadata["kind"] == kind]
-        chosen = set(random.permutation(len(members))[:HELD_OUT_PER_KIND].tolist())
-        train += [prompt for index, prompt in enumerate(members) if index not in chosen]
-        held_out += [prompt for index, prompt in enumerate(members) if index in chosen]
-    return train, held_out

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
-from lacfast.tasks.prompts import SHAPES, Prompt, Thing
-
-FloatArray = npt.NDArray[np.float32]
+from lacfast.tasks.prompts import SHAPES, Thing, all_prompts
+from lacfast.tasks.task import FloatArray, Prompt, Task
 
 IMAGE_SIZE = 32
 CELL_SIZE = 16
@@ -106,3 +104,8 @@ def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObje
 def sample_images(prompts: Sequence[Prompt], random: np.random.Generator) -> FloatArray:
     """One ground-truth picture per prompt, (B, 3, IMAGE_SIZE, IMAGE_SIZE) float32 in [0, 1]."""
     return np.stack([render(sample_scene(prompt, random)) for prompt in prompts])
+
+
+TASK = Task(
+    name="shapes", prompts=all_prompts, draw=sample_images, background=BACKGROUND, held_out_per_kind=15
+)

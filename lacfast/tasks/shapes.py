@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lacfast.tasks import checker, gold
 from lacfast.tasks.pretraining import Pretrained, pretrain
-from lacfast.tasks.prompts import Prompt, all_prompts, split_prompts
-from lacfast.tasks.scenes import FloatArray, sample_images
+from lacfast.tasks.prompts import all_prompts
+from lacfast.tasks.scenes import TASK, sample_images
 from lacfast.tasks.storage import load_pretrained, save_pretrained
+from lacfast.tasks.task import FloatArray, Prompt
 
 __all__ = [
     "Pretrained",
@@ -25,6 +26,7 @@ __all__ = [
     "pretrain",
     "save_pretrained",
     "shapes_gold",
+    "shapes_height",
     "shapes_partial",
     "shapes_reward",
     "shapes_strict",
@@ -34,12 +36,12 @@ __all__ = [
 
 def train_prompts() -> list[Prompt]:
     """The 246 prompts of post-training."""
-    return split_prompts()[0]
+    return TASK.split()[0]
 
 
 def held_out_prompts() -> list[Prompt]:
     """The 60 prompts, 15 of every kind, on which post-training is judged."""
-    return split_prompts()[1]
+    return TASK.split()[1]
 
 
 def ground_truth(prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
@@ -71,3 +73,18 @@ def shapes_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any
 def _pixels(images: Tensor) -> FloatArray:
     pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
     return pixels
+
+
+def shapes_height(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """How high the coloured pixels lie, (B,) float32 in [0, 1] on the CPU, no gradient; 0 without any.
+
+        1 - sum_y y ink_y / (sum_y ink_y (H - 1)),   ink: saturation where a checker sees an object
+
+    Its range lies inside the data's and it is free of most prompts: a second reward that can rise without
+    harm to the first, unlike the size of a JPEG.
+    """
+    pixels = images.detach().to("cpu", torch.float32)
+    saturation = pixels.amax(dim=1) - pixels.amin(dim=1)
+    ink = (saturation * (saturation > checker.SATURATION_THRESHOLD)).sum(dim=2)
+    height = torch.linspace(1, 0, ink.shape[1])
+    return (ink * height).sum(dim=1) / ink.sum(dim=1).clamp(min=1e-6)

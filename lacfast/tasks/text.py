@@ -1,4 +1,4 @@
-"""The text encoder of the shapes task: embeddings, learnt in pretraining and frozen afterwards."""
+"""The text encoder of the embedded tasks: embeddings, learnt in pretraining and frozen afterwards."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lacfast.tasks import scenes
 from lacfast.tasks.folders import read_folder, write_folder
-from lacfast.tasks.prompts import all_prompts
+from lacfast.tasks.task import Task
 
 WIDTH = 96
 PADDING = 0
-
-
-def vocabulary() -> list[str]:
-    """Every word of the task's prompts, sorted."""
-    return sorted({word for prompt in all_prompts() for word in prompt.text.split()})
-
-
-def max_words() -> int:
-    """Words of the longest prompt."""
-    return max(len(prompt.text.split()) for prompt in all_prompts())
 
 
 class WordEncoder(nn.Module):
@@ -100,10 +91,12 @@ class WordEncoder(nn.Module):
         return [self._index[word] for word in words] + [PADDING] * (self.length - len(words))
 
 
-def word_encoder(*, generator: torch.Generator, width: int = WIDTH) -> WordEncoder:
-    """An untrained encoder of the task's vocabulary, standard normal embeddings drawn from `generator`."""
+def word_encoder(task: Task = scenes.TASK, *, generator: torch.Generator, width: int = WIDTH) -> WordEncoder:
+    """An untrained encoder of a task's vocabulary, standard normal embeddings drawn from `generator`."""
+    prompts = [prompt.text.split() for prompt in task.prompts()]
+    words, length = sorted({word for prompt in prompts for word in prompt}), max(map(len, prompts))
     with torch.random.fork_rng(devices=[]):
-        encoder = WordEncoder(words=vocabulary(), length=max_words(), width=width)
+        encoder = WordEncoder(words=words, length=length, width=width)
     with torch.no_grad():
         encoder.word.weight.normal_(generator=generator)
         encoder.position.weight.normal_(generator=generator)
