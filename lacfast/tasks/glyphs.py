@@ -105,7 +105,7 @@ TASK = Task(
     draw=draw,
     background=BACKGROUND,
     held_out_per_kind=20,
-    pretraining_share=0.3,
+    pretraining_share=0.4,
 )
 
 
