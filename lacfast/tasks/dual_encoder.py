@@ -141,7 +141,7 @@ def train_dual_encoder(
             + nn.functional.cross_entropy(similarity.T, target)
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress(step, float(loss.detach()))
