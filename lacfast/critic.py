@@ -7,6 +7,7 @@ with q(t) modulated by the timestep. Source: arXiv 2605.27736; the folding is ou
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -18,12 +19,16 @@ from lacfast.config import CriticConfig
 from lacfast.precision import running_in
 from lacfast.protocols import Backbone, Features, Trunk
 from lacfast.records import Conditioning
+from lacfast.value_loss import SquaredError, build_value_loss
 
 TIME_CHANNELS = 64
 
 
 class TapPool(nn.Module):
-    """Attention of timestep-modulated queries over one tap: (B, L, D) -> (B, heads * head_dim)."""
+    """Attention of timestep-modulated queries over one tap: (B, L, D) -> (B, heads * head_dim).
+
+    `time_dim` 0: the queries do not depend on the timestep.
+    """
 
     def __init__(self, dim: int, *, num_heads: int, head_dim: int, time_dim: int) -> None:
         super().__init__()
@@ -31,74 +36,86 @@ class TapPool(nn.Module):
         self.key = nn.Parameter(torch.randn(num_heads, head_dim, dim) / head_dim**0.5)
         self.value = nn.Parameter(torch.randn(num_heads, dim, head_dim) / dim**0.5)
         self.norm_weight = nn.Parameter(torch.ones(dim))
-        self.modulation = nn.Linear(time_dim, 2 * num_heads * head_dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.modulation = _zero_linear(time_dim, 2 * num_heads * head_dim) if time_dim else None
 
-    def forward(self, tokens: Tensor, time_embedding: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, time_embedding: Tensor | None) -> Tensor:
         batch, dim = tokens.shape[0], tokens.shape[-1]
-        scale, shift = self.modulation(time_embedding).view(batch, 2, *self.query.shape).unbind(dim=1)
-        normed = nn.functional.rms_norm(self.query, self.query.shape[-1:])
-        query = torch.einsum("bhk,hkd->bhd", normed * (1 + scale) + shift, self.key) / dim**0.5
+        normed = nn.functional.rms_norm(self.query, self.query.shape[-1:]).expand(batch, -1, -1)
+        if self.modulation is not None:
+            scale, shift = self.modulation(time_embedding).view(batch, 2, *self.query.shape).unbind(dim=1)
+            normed = normed * (1 + scale) + shift
+        query = torch.einsum("bhk,hkd->bhd", normed, self.key) / dim**0.5
         # Feature maps come as views with the channels outermost.
         pooled = ops.value_pool(tokens.contiguous(), query.contiguous(), self.norm_weight)
         return torch.einsum("bhd,hdk->bhk", pooled, self.value).flatten(1)
 
 
 class ValueHead(nn.Module):
-    """Taps -> values (B, M), in float32.
+    """Taps to outputs (B, M, K), in float32; a ValueLoss says what they mean.
 
     The last layer starts at zero: V = 0 makes the first advantages the rewards.
     """
 
-    def __init__(self, tap_dims: tuple[int, ...], num_rewards: int, config: CriticConfig) -> None:
+    def __init__(
+        self, tap_dims: tuple[int, ...], num_rewards: int, config: CriticConfig, *, num_outputs: int = 1
+    ) -> None:
+        """`num_outputs`: K per reward."""
         super().__init__()
-        time_dim = config.hidden_dim
+        time_dim = config.hidden_dim if config.time_conditioning else 0
+        self.num_rewards = num_rewards
         self.time_proj = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embedding = TimestepEmbedding(TIME_CHANNELS, time_dim)
+        self.time_embedding = TimestepEmbedding(TIME_CHANNELS, time_dim) if time_dim else None
         self.pools = nn.ModuleList(
             TapPool(dim, num_heads=config.num_heads, head_dim=config.head_dim, time_dim=time_dim)
             for dim in tap_dims
         )
         width = len(tap_dims) * config.num_heads * config.head_dim
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = nn.Linear(time_dim, 2 * width)
+        self.modulation = _zero_linear(time_dim, 2 * width) if time_dim else None
         self.hidden = nn.Linear(width, config.hidden_dim)
-        self.output = nn.Linear(config.hidden_dim, num_rewards)
-        for layer in (self.modulation, self.output):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.output = _zero_linear(config.hidden_dim, num_rewards * num_outputs)
 
     def forward(self, taps: list[Tensor], timestep: Tensor) -> Tensor:
-        """Values (B, M) of taps (B, L, D), in whatever dtype the model left them, at timesteps (B,)."""
-        time_embedding = nn.functional.silu(self.time_embedding(self.time_proj(timestep)))
-        pooled = torch.cat(
-            [pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1
+        """Outputs (B, M, K) of taps (B, L, D), in whatever dtype the model left them, at timesteps (B,)."""
+        time_embedding = self._embed(timestep)
+        pooled = self.norm(
+            torch.cat([pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1)
         )
-        scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
-        hidden = nn.functional.gelu(self.hidden(self.norm(pooled) * (1 + scale) + shift))
-        values: Tensor = self.output(hidden)
-        return values
+        if self.modulation is not None:
+            scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
+            pooled = pooled * (1 + scale) + shift
+        outputs: Tensor = self.output(nn.functional.gelu(self.hidden(pooled)))
+        return outputs.unflatten(-1, (self.num_rewards, -1))
 
-    @torch.no_grad()
-    def rescale(self, old_mean: Tensor, old_std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:
-        """Keep raw predictions std V + mean when the statistics (M,) change (PopArt, arXiv 1602.07714)."""
-        self.output.weight.mul_((old_std / new_std)[:, None])
-        self.output.bias.copy_((old_std * self.output.bias + old_mean - new_mean) / new_std)
+    def _embed(self, timestep: Tensor) -> Tensor | None:
+        if self.time_embedding is None:
+            return None
+        return nn.functional.silu(self.time_embedding(self.time_proj(timestep)))
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Critic(nn.Module):
-    """Trunk and head. Predicts standardised rewards; see advantages.RewardNormalizer."""
+    """Trunk and head. Predicts standardised rewards; see advantages.RewardNormalizer.
+
+    `forward` gives values; how they are trained is the business of `outputs` and `loss` alone.
+    """
 
     def __init__(self, trunk: Trunk, num_rewards: int, config: CriticConfig) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = ValueHead(trunk.tap_dims, num_rewards, config)
+        self.value_loss = build_value_loss(num_rewards, config)
+        self.head = ValueHead(trunk.tap_dims, num_rewards, config, num_outputs=self.value_loss.num_outputs)
         self.config = config
 
     @property
     def num_rewards(self) -> int:
-        return self.head.output.out_features
+        return self.head.num_rewards
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         """Within the context, a forward of the actor fills the returned dict with what the critic reads."""
@@ -108,9 +125,33 @@ class Critic(nn.Module):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
+        return self.value_loss.values(self.outputs(features, sample, timestep, conditioning))
+
+    def outputs(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """The head's outputs (B, M, K), for `loss`; arguments as `forward`."""
         with running_in(self.trunk.compute_dtype, sample):
             taps = self.trunk(features, sample, timestep, conditioning)
         return self.head(taps, timestep)  # type: ignore[no-any-return]
+
+    def loss(self, outputs: Tensor, targets: Tensor, old_values: Tensor | None = None) -> Tensor:
+        """Mean loss () of config.loss over samples and rewards.
+
+        Args:
+            outputs: (B, M, K), see `outputs`.
+            targets: (B, M) standardised.
+            old_values: (B, M) of the rollout, for config.value_clip. None: values may move freely.
+        """
+        clip = self.config.value_clip
+        if old_values is not None and math.isfinite(clip) and isinstance(self.value_loss, SquaredError):
+            return self.value_loss.clipped_losses(outputs, targets, old_values, clip).mean()
+        return self.value_loss.losses(outputs, targets).mean()
+
+    @torch.no_grad()
+    def rescale(self, old_mean: Tensor, old_std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:
+        """Keep raw predictions std V + mean when the statistics (M,) change (PopArt, arXiv 1602.07714)."""
+        self.value_loss.rescale(self.head.output, old_mean, old_std, new_mean, new_std)
 
 
 def build_critic(

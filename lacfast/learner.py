@@ -102,7 +102,13 @@ class Learner:
         metrics: dict[str, Any] = {}
         for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
             loss, norm = critic_step(
-                self.critic, self.critic_optimizer, rollout, advantages.targets, minibatch, self.config.ppo
+                self.critic,
+                self.critic_optimizer,
+                rollout,
+                advantages.targets,
+                minibatch,
+                self.config.ppo,
+                old_values=rollout.values,
             )
             metrics = {"value_loss": float(loss), "critic_grad_norm": norm}
         return metrics

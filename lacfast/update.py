@@ -154,8 +154,8 @@ def policy_step(
             kl_gains=gains,
         )
         if joint is not None:
-            values = critic_values(joint, rollout, part, forward.features)
-            value_loss = nn.functional.mse_loss(values, advantages.targets[part.rows])
+            outputs = critic_outputs(joint, rollout, part, forward.features)
+            value_loss = joint.loss(outputs, advantages.targets[part.rows])
             loss = loss + joint.config.joint_weight * value_loss
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -205,23 +205,33 @@ def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
     return {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
 
 
-def critic_values(critic: Critic, rollout: Rollout, pairs: Pairs, features: Features) -> Tensor:
-    """Values (P, M) of the rollout's states on `features` (P, ...) of the actor."""
+def critic_outputs(critic: Critic, rollout: Rollout, pairs: Pairs, features: Features) -> Tensor:
+    """The head's outputs (P, M, K) for the rollout's states on `features` (P, ...) of the actor."""
     sample = rollout.latents[pairs.steps, pairs.rows]
     timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
-    values: Tensor = critic(features, sample, timestep, rollout.conditioning.select(pairs.rows))
-    return values
+    return critic.outputs(features, sample, timestep, rollout.conditioning.select(pairs.rows))
 
 
 def critic_step(
-    critic: Critic, optimizer: Optimizer, rollout: Rollout, targets: Tensor, pairs: Pairs, config: PPOConfig
+    critic: Critic,
+    optimizer: Optimizer,
+    rollout: Rollout,
+    targets: Tensor,
+    pairs: Pairs,
+    config: PPOConfig,
+    *,
+    old_values: Tensor | None = None,
 ) -> tuple[Tensor, float]:
-    """One critic optimizer step towards standardised targets (B, M); returns loss () and gradient norm."""
+    """One critic optimizer step towards standardised targets (B, M); returns loss () and gradient norm.
+
+    `old_values` (T, B, M) are those of the rollout in today's units, for CriticConfig.value_clip.
+    """
     optimizer.zero_grad(set_to_none=True)
     losses = []
     for part in each("update/microbatch", pairs.split(config.microbatch_size)):
-        values = critic_values(critic, rollout, part, kept_features(rollout, part))
-        loss = nn.functional.mse_loss(values, targets[part.rows])
+        outputs = critic_outputs(critic, rollout, part, kept_features(rollout, part))
+        old = None if old_values is None else old_values[part.steps, part.rows]
+        loss = critic.loss(outputs, targets[part.rows], old)
         share = len(part) / len(pairs)
         (loss * share).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach() * share)

@@ -113,18 +113,23 @@ def pretrain_values(
 def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:
     """Take the rollout's rewards into the running statistics; raw predictions stay what they are.
 
-    The head and the rollout's values are rescaled alike. Returns the rollout with values in the new units.
+    The critic and the rollout's values are rescaled alike. Returns the rollout with values in the new units.
+
+    Raises:
+        ValueError: for rewards that the critic's loss cannot express; nothing is changed then.
     """
-    old_mean, old_std, seen = normalizer.mean, normalizer.std, normalizer.count > 0
-    normalizer.update(stack_rewards(rollout))
-    # Before the first reward the head predicts nothing in raw units: V = 0 means "the mean" and stays so.
-    if not seen:
-        return rollout
-    like = rollout.values
-    old = old_mean.to(like), old_std.to(like)
-    new = normalizer.mean.to(like), normalizer.std.to(like)
-    critic.head.rescale(*old, *new)
-    return replace(rollout, values=(rollout.values * old[1] + old[0] - new[0]) / new[1])
+    rewards = stack_rewards(rollout)
+    critic.value_loss.require_representable(rewards)
+    seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
+    normalizer.update(rewards)
+    new = normalizer.mean, normalizer.std
+    # Before the first reward a squared error predicts nothing in raw units: V = 0 means "the mean".
+    old_mean, old_std = (
+        statistic.to(rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
+    )
+    new_mean, new_std = (statistic.to(rollout.values) for statistic in new)
+    critic.rescale(old_mean, old_std, new_mean, new_std)
+    return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)
 
 
 def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, done: float) -> None:

@@ -26,8 +26,8 @@ def trained_head(num_rewards: int = 2) -> ValueHead:
 
 
 def test_a_new_critic_values_everything_at_zero() -> None:
-    head = ValueHead((12, 8), 2, CriticConfig())
-    assert torch.equal(head(taps(), TIMESTEPS), torch.zeros(3, 2))
+    head = ValueHead((12, 8), 2, CriticConfig(), num_outputs=3)
+    assert torch.equal(head(taps(), TIMESTEPS), torch.zeros(3, 2, 3))
 
 
 def test_the_folded_query_is_attention_with_key_and_value_projections() -> None:
@@ -52,13 +52,15 @@ def test_the_value_depends_on_the_timestep_and_not_on_the_order_of_tokens() -> N
     torch.testing.assert_close(values, head([tap.flip(1) for tap in taps()], TIMESTEPS))
 
 
-def test_rescaling_keeps_the_raw_predictions() -> None:
-    head = trained_head()
-    old_mean, old_std = torch.tensor([0.2, -1.0]), torch.tensor([0.5, 3.0])
-    new_mean, new_std = torch.tensor([0.4, 2.0]), torch.tensor([0.7, 0.1])
-    before = head(taps(), TIMESTEPS) * old_std + old_mean
-    head.rescale(old_mean, old_std, new_mean, new_std)
-    torch.testing.assert_close(head(taps(), TIMESTEPS) * new_std + new_mean, before)
+def test_a_head_without_time_conditioning_does_not_know_the_timestep() -> None:
+    torch.manual_seed(0)
+    config = CriticConfig(time_conditioning=False, hidden_dim=16, head_dim=4, num_heads=2)
+    head = ValueHead((12, 8), 2, config)
+    nn.init.normal_(head.output.weight)
+    values = head(taps(), TIMESTEPS)
+    assert values.std(dim=0).min() > 0
+    assert torch.equal(values, head(taps(), TIMESTEPS.flip(0)))
+    assert not [name for name, _ in head.named_parameters() if "time" in name or "modulation" in name]
 
 
 def test_the_same_seed_builds_the_same_critic_and_leaves_the_global_state_alone() -> None:

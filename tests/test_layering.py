@@ -15,7 +15,7 @@ LAYERS = (
     ("records", "config", "run_config", "precision", "profiling"),
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
-    ("protocols", "prompts", "scoring", "critic"),
+    ("protocols", "prompts", "scoring", "value_loss", "critic"),
     ("sampler", "advantages"),
     (
         "update",

@@ -43,7 +43,7 @@ def test_a_critic_learns_an_easy_reward() -> None:
 
 def test_it_stops_when_the_critic_gets_no_better() -> None:
     stalled = trainer(iterations=6, patience=1)
-    for group in stalled.critic_optimizer.param_groups:  # type: ignore[union-attr]
+    for group in stalled.learner.critic_optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
     assert len(stalled.pretrain_critic().history) == 2
 
@@ -53,13 +53,13 @@ def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
 ) -> None:
     seen: list[float] = []
     made = trainer(initial_rate_factor=3.0)
-    optimizer = made.critic_optimizer
+    optimizer = made.learner.critic_optimizer
     assert optimizer is not None
     own = optimizer.param_groups[0]["lr"]
     made.pretrain_critic(lambda iteration, variance: seen.append(optimizer.param_groups[0]["lr"] / own))
     assert seen == pytest.approx([3.0, 2.5, 2.0, 1.5])
-    assert made.critic_optimizer is not None
-    assert made.critic_optimizer.param_groups[0]["lr"] == own
+    assert made.learner.critic_optimizer is not None
+    assert made.learner.critic_optimizer.param_groups[0]["lr"] == own
 
 
 def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lacfast.config.checks import require
 
-TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net", "none")
+TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net", "prompt_only", "pixel", "none")
 """What the value head reads; see CriticConfig.trunk."""
+TAPPED_TRUNKS = ("shared", "joint", "lora", "copy")
+"""Trunks that read a whole model at some of its blocks."""
+VALUE_LOSSES = ("mse", "bce", "hl_gauss")
+"""What values are trained with; see CriticConfig.loss."""
+TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
+"""What the head reads of the prompt; see CriticConfig.text_conditioning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +25,36 @@ class CriticConfig:
     """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
     detached taps; "joint": the same, and the value's gradient trains the actor too; "lora": own LoRA on the
     actor's frozen or trained base; "copy": own full trunk; "latent_net": a small net on the latents (a
-    control); "none": no critic (group-relative baselines)."""
+    control); "prompt_only": prompt and timestep alone (the control that knows a prompt's difficulty and no
+    state); "pixel": a convolutional net on the decoded estimate of the clean latent, as critics outside the
+    latent space read states; "none": no critic (group-relative baselines)."""
     num_blocks: int = 1
     """k, blocks of the branch; 1 of 3 in the demo, 2 to 6 of 24 for SD3.5-M."""
+    taps: tuple[float, ...] | None = None
+    """Depths of the tapped blocks as fractions of all, for "shared", "joint", "lora" and "copy". None: 1/3,
+    2/3 and 1 of a transformer [paper], the mid and every up block of a UNet."""
+    time_conditioning: bool = True
+    """The timestep modulates the head's queries and hidden layer. [paper] essential."""
+    text_conditioning: str = "none"
+    """What the head reads besides the trunk's taps: "none"; "pooled": the pooled prompt embedding, the mean
+    token where the family has none; "tokens": all prompt tokens. [paper] matters less."""
+    loss: str = "mse"
+    """"mse"; "bce": V is a probability, for rewards in [0, 1]; "hl_gauss": classification over bins
+    (arXiv 2403.03950). Steering and GAE read values in the same units whatever it is."""
+    num_bins: int = 51
+    """Of "hl_gauss" (arXiv 2403.03950)."""
+    bin_range: float = 6.0
+    """"hl_gauss": bins reach so many standard deviations of the first rewards to each side of their mean; a
+    little more than PPOConfig.target_clip, so that no clipped target lies at the edge."""
+    value_clip: float = math.inf
+    """"mse": PPO's bound on a value's move from that of the rollout, in standard deviations of the reward
+    (openai/baselines' ppo2, 0.2 there); inf: off."""
     num_heads: int = 4
     """Attention queries per tap."""
     head_dim: int = 32
     """Features that each query returns."""
     hidden_dim: int = 128
-    """Width of the MLP behind the queries; small heads overfit less. Of "latent_net" too."""
+    """Width of the MLP behind the queries; small heads overfit less. Of "latent_net" and "pixel" too."""
     joint_weight: float = 1e-3
     """Of the value loss in the actor's, for "joint". A mean-reduced policy gradient is about 1/sqrt(N) of
     the value's, so 1/sqrt(N) weighs them alike."""
@@ -35,9 +63,41 @@ class CriticConfig:
 
     def __post_init__(self) -> None:
         require(self.trunk in TRUNKS, f"unknown critic trunk {self.trunk!r}; known: {', '.join(TRUNKS)}")
+        for option, known in (("loss", VALUE_LOSSES), ("text_conditioning", TEXT_CONDITIONINGS)):
+            chosen = getattr(self, option)
+            require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
+        require(
+            self.trunk != "prompt_only" or self.text_conditioning == "none",
+            f"text_conditioning={self.text_conditioning!r} would give 'prompt_only' the prompt twice; "
+            "leave it out",
+        )
+        require(self.value_clip > 0, f"value_clip={self.value_clip} must be > 0 (inf: off)")
+        require(
+            self.loss == "mse" or math.isinf(self.value_clip),
+            f"value_clip={self.value_clip} bounds a squared error; use value_clip=math.inf with "
+            f"loss={self.loss!r}",
+        )
+        require(self.num_bins >= 2, f"num_bins={self.num_bins} must be at least 2")
+        require(self.bin_range > 0, f"bin_range={self.bin_range} must be > 0")
+        self._check_taps()
         require(self.joint_weight > 0, f"joint_weight={self.joint_weight} must be > 0; or use 'shared'")
         for name in ("num_blocks", "num_heads", "head_dim", "hidden_dim", "lora_rank"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+
+    def _check_taps(self) -> None:
+        if self.taps is None:
+            return
+        # A tuple also when it comes from a JSON file.
+        object.__setattr__(self, "taps", tuple(self.taps))
+        require(
+            self.trunk in TAPPED_TRUNKS,
+            f"taps={self.taps} would be ignored: {self.trunk!r} is not one of {', '.join(TAPPED_TRUNKS)}; "
+            "leave it out",
+        )
+        require(
+            len(self.taps) > 0 and all(0 < fraction <= 1 for fraction in self.taps),
+            f"taps={self.taps} must be fractions of the depth, above 0 and at most 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

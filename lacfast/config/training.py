@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from lacfast.config.checks import require
@@ -75,6 +76,11 @@ class TrainConfig:
         require(
             self.rollout_batch_size >= 0,
             f"rollout_batch_size={self.rollout_batch_size} must be >= 0 (0: the whole rollout)",
+        )
+        require(
+            self.critic.loss != "bce" or math.isinf(self.ppo.target_clip),
+            f"target_clip={self.ppo.target_clip} would cut a rare 1 out of the targets of loss='bce'; "
+            "set PPOConfig(target_clip=math.inf)",
         )
         require(self.eval_batch_size >= 1, f"eval_batch_size={self.eval_batch_size} must be at least 1")
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
