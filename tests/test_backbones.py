@@ -12,7 +12,7 @@ from torch import nn
 
 from lacfast import load_backbone
 from lacfast.backbones import adapt
-from lacfast.backbones.taps import Tap, record_taps, thirds
+from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.checkpoint import save_backbone
 from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic import build_critic
@@ -114,8 +114,10 @@ def test_loading_leaves_the_random_state_alone(backbone, tmp_path: Path) -> None
 
 
 def test_taps_lie_at_the_thirds_of_the_depth() -> None:
-    assert thirds(24) == [7, 15, 23]
-    assert thirds(3) == [0, 1, 2]
+    assert blocks_at(24, THIRDS) == [7, 15, 23]
+    assert blocks_at(3, THIRDS) == [0, 1, 2]
+    assert blocks_at(24, (1.0, 0.5, 0.01)) == [0, 11, 23]
+    assert blocks_at(2, (0.1, 0.2)) == [0]
 
 
 def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lacfast.backbones.pipelines import (
     encoder_device,
     latent_map,
 )
-from lacfast.backbones.taps import Tap, record_taps, thirds
+from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning
@@ -71,12 +71,13 @@ class FluxBackbone(LatentBackbone):
         )[0]
         return output
 
-    def shared_trunk(self) -> SharedTrunk:
+    def shared_trunk(self, fractions: tuple[float, ...] | None = None) -> SharedTrunk:
         double, single = len(self.model.transformer_blocks), len(self.model.single_transformer_blocks)
         names = [f"transformer_blocks.{index}" for index in range(double)]
         names += [f"single_transformer_blocks.{index}" for index in range(single)]
         dim = self.model.inner_dim
-        return SharedTrunk({names[block]: (_block_output(names[block]), dim) for block in thirds(len(names))})
+        blocks = blocks_at(len(names), fractions or THIRDS)
+        return SharedTrunk({names[block]: (_block_output(names[block]), dim) for block in blocks})
 
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks, self.grid)

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
+from lacfast.backbones.pixel_trunk import CleanEstimate, PixelTrunk
 from lacfast.backbones.prompt_cache import PromptCache
+from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
-from lacfast.config import CriticConfig, LoRAConfig, SamplerConfig
+from lacfast.config import TAPPED_TRUNKS, TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic import Critic
 from lacfast.precision import running_in
 from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
@@ -108,8 +110,8 @@ class LatentBackbone(ABC):
         """Output (B, ...) of `model`, this family's class."""
 
     @abstractmethod
-    def shared_trunk(self) -> SharedTrunk:
-        """Taps on the actor at several depths."""
+    def shared_trunk(self, fractions: tuple[float, ...] | None = None) -> SharedTrunk:
+        """Taps on the actor at fractions of its depth. None: the family's own depths."""
 
     @abstractmethod
     def branch_trunk(self, num_blocks: int) -> Trunk:
@@ -131,31 +133,55 @@ class LatentBackbone(ABC):
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
         trunk = self._trunk(config)
+        if config.text_conditioning != "none":
+            trunk = PromptTap(trunk, config.text_conditioning, self._any_prompt())
         trunk.compute_dtype = self.dtype
         return trunk
 
     def _trunk(self, config: CriticConfig) -> Trunk:
-        if config.trunk == "shared":
-            return self.shared_trunk()
-        if config.trunk == "joint":
-            return JointTrunk(self.shared_trunk())
-        if config.trunk == "copy":
-            return CopyTrunk(self.model, self.shared_trunk(), self.predict_with)
-        if config.trunk == "lora":
-            own = LoRAConfig(
-                rank=config.lora_rank, target_modules=None if self.lora is None else self.lora.target_modules
-            )
-            weights = adapters.add_adapter(self.model, adapters.CRITIC, own, self.lora_targets)
-            return LoRATrunk(self.model, weights, self.shared_trunk(), self.predict_with)
+        if config.trunk in TAPPED_TRUNKS:
+            return self._tapped_trunk(config, self.shared_trunk(config.taps))
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
         if config.trunk == "latent_net":
-            tokens = next(iter(self.encode_unconditional(1).tensors.values()))
-            return LatentNetTrunk(self.latent_shape, tokens.shape[-1], config.hidden_dim)
+            return LatentNetTrunk(
+                self.latent_shape, prompt_tokens(self._any_prompt()).shape[-1], config.hidden_dim
+            )
+        if config.trunk == "prompt_only":
+            return PromptTrunk(self._any_prompt())
+        if config.trunk == "pixel":
+            return PixelTrunk(
+                CleanEstimate(self.scheduler),
+                self.codec.decode,
+                self.latent_shape,
+                pooled_prompt(self._any_prompt()).shape[-1],
+                config.hidden_dim,
+                device=self.device,
+            )
         raise ValueError(
-            f"critic trunk {config.trunk!r} has no value function to build; use 'branch', 'shared', 'joint', "
-            "'lora', 'copy' or 'latent_net'"
+            f"critic trunk {config.trunk!r} has no value function to build; use one of "
+            f"{', '.join(trunk for trunk in TRUNKS if trunk != 'none')}"
         )
+
+    def _tapped_trunk(self, config: CriticConfig, shared: SharedTrunk) -> Trunk:
+        if config.trunk == "shared":
+            return shared
+        if config.trunk == "joint":
+            return JointTrunk(shared)
+        if config.trunk == "copy":
+            return CopyTrunk(self.model, shared, self.predict_with)
+        own = LoRAConfig(
+            rank=config.lora_rank, target_modules=None if self.lora is None else self.lora.target_modules
+        )
+        weights = adapters.add_adapter(self.model, adapters.CRITIC, own, self.lora_targets)
+        return LoRATrunk(self.model, weights, shared, self.predict_with)
+
+    def _any_prompt(self) -> Conditioning:
+        """Conditioning (1, ...), for its widths."""
+        if self.device.type != "meta":
+            return self.encode_unconditional(1)
+        # The cache wants numbers.
+        return self._conditioning(*self.prompt_encoder.encode_unconditional())
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); every distinct prompt is encoded once."""

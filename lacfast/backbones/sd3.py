@@ -17,7 +17,7 @@ from lacfast.backbones.pipelines import (
     encoder_device,
     latent_map,
 )
-from lacfast.backbones.taps import Tap, record_taps, thirds
+from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning
@@ -47,9 +47,9 @@ class SD3Backbone(LatentBackbone):
         output: Tensor = model(sample, timestep=timestep, **conditioning.tensors, return_dict=False)[0]
         return output
 
-    def shared_trunk(self) -> SharedTrunk:
+    def shared_trunk(self, fractions: tuple[float, ...] | None = None) -> SharedTrunk:
         dim = self.model.inner_dim
-        blocks = thirds(len(self.model.transformer_blocks))
+        blocks = blocks_at(len(self.model.transformer_blocks), fractions or THIRDS)
         return SharedTrunk({f"block_{block}": (_block_output(block), dim) for block in blocks})
 
     def branch_trunk(self, num_blocks: int) -> Trunk:

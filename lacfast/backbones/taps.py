@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,9 +63,14 @@ def _hook(tap: Tap, features: Features, detach: bool) -> Callable[..., None]:
     return hook
 
 
-def thirds(depth: int) -> list[int]:
-    """The blocks at one third, two thirds and the end of `depth` [paper]: 7, 15, 23 of 24."""
-    return sorted({max(depth * part // 3 - 1, 0) for part in (1, 2, 3)})
+THIRDS = (1 / 3, 2 / 3, 1.0)
+"""[paper] blocks 7, 15 and 23 of 24."""
+
+
+def blocks_at(depth: int, fractions: Sequence[float]) -> list[int]:
+    """The last blocks, counted from 0, of the given fractions of `depth`; each once, ascending."""
+    # 1/3 and 2/3 are a little less than themselves.
+    return sorted({max(math.floor(depth * fraction + 1e-9) - 1, 0) for fraction in fractions})
 
 
 def feature_map_tokens(feature_map: Tensor) -> Tensor:

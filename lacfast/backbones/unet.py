@@ -17,7 +17,7 @@ from lacfast.backbones.pipelines import (
     encoder_device,
     latent_map,
 )
-from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
+from lacfast.backbones.taps import Tap, blocks_at, feature_map_tokens, record_taps
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning
@@ -37,11 +37,14 @@ class UNetBackbone(LatentBackbone):
         output: Tensor = model(sample, timestep, **conditioning.tensors, return_dict=False)[0]
         return output
 
-    def shared_trunk(self) -> SharedTrunk:
+    def shared_trunk(self, fractions: tuple[float, ...] | None = None) -> SharedTrunk:
         widths = _up_widths(self.model)
         names = ["mid_block"] + [f"up_blocks.{level}" for level in range(len(widths))]
+        maps = list(zip(names, (widths[0], *widths), strict=True))
+        # Depth counts from the middle: the down path has not seen the whole picture.
+        chosen = range(len(maps)) if fractions is None else blocks_at(len(maps), fractions)
         return SharedTrunk(
-            {name: (_output_map(name), dim) for name, dim in zip(names, (widths[0], *widths), strict=True)}
+            {name: (_output_map(name), dim) for name, dim in (maps[level] for level in chosen)}
         )
 
     def branch_trunk(self, num_blocks: int) -> Trunk:

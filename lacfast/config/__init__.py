@@ -1,6 +1,13 @@
 """Settings as frozen dataclasses: the docstring under a field gives unit, range and source of its default."""
 
-from lacfast.config.critic import TEXT_CONDITIONINGS, TRUNKS, VALUE_LOSSES, CriticConfig, LoRAConfig
+from lacfast.config.critic import (
+    TAPPED_TRUNKS,
+    TEXT_CONDITIONINGS,
+    TRUNKS,
+    VALUE_LOSSES,
+    CriticConfig,
+    LoRAConfig,
+)
 from lacfast.config.graph import GraphConfig, GraphMode
 from lacfast.config.ppo import KL_KINDS, RATIOS, PPOConfig
 from lacfast.config.sampling import SamplerConfig
@@ -10,6 +17,7 @@ from lacfast.config.training import TrainConfig, ValuePretrainingConfig
 __all__ = [
     "KL_KINDS",
     "RATIOS",
+    "TAPPED_TRUNKS",
     "TEXT_CONDITIONINGS",
     "TRUNKS",
     "VALUE_LOSSES",

@@ -1,0 +1,132 @@
+"""A critic trunk in pixel space: a convolutional net on the decoded estimate of the clean latent.
+
+Reward models of images read noisy states like this, at the price of the decoder in every value; "Diffusion
+Model as a Noise-Aware Latent Reward Model" (arXiv 2502.01051) describes the practice and its weakness at high
+noise. It is a baseline for the critics on the model's own features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lacfast.backbones.prompt_trunks import pooled_prompt
+from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
+from lacfast.protocols import Features, Trunk
+from lacfast.records import Conditioning
+
+FLOW_TIMESTEPS = 1000
+"""timestep = 1000 sigma, where no scheduler says otherwise."""
+MAP_SIDE = 8
+"""The net halves the picture until its sides are at most this long."""
+FIRST_CHANNELS = 16
+
+
+class CleanEstimate(nn.Module):
+    """x0^ = c_x x + c_v v of a state x at timestep t with model output v, by the prediction type.
+
+    flow:          x - s v,   s = t / 1000
+    epsilon:       (x - sqrt(1 - A) v) / sqrt(A),   A = alphas_cumprod[t]        (arXiv 2010.02502, eq. 9)
+    v_prediction:  sqrt(A) x - sqrt(1 - A) v                                     (arXiv 2202.00512)
+    sample:        v
+    """
+
+    alphas_cumprod: Tensor
+
+    def __init__(self, scheduler: Any) -> None:
+        """`scheduler`: diffusers' for DDIM, DDPM or flow matching; None: flow matching.
+
+        Raises:
+            ValueError: for a prediction type that is none of these.
+        """
+        super().__init__()
+        config = {} if scheduler is None else scheduler.config
+        self.num_timesteps = config.get("num_train_timesteps", FLOW_TIMESTEPS)
+        is_flow = scheduler is None or "FlowMatch" in type(scheduler).__name__
+        self.prediction_type = "flow" if is_flow else config["prediction_type"]
+        if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"no estimate of the clean latent for prediction_type {self.prediction_type!r}; "
+                "use another critic trunk than 'pixel'"
+            )
+        alphas = torch.ones(1) if is_flow else scheduler.alphas_cumprod.float()
+        self.register_buffer("alphas_cumprod", alphas, persistent=False)
+
+    def forward(self, sample: Tensor, model_output: Tensor, timestep: Tensor) -> Tensor:
+        """(B, ...) of states (B, ...), outputs (B, ...) and timesteps (B,)."""
+        scales = timestep.view(-1, *(1,) * (sample.ndim - 1))
+        if self.prediction_type == "flow":
+            return sample - scales / self.num_timesteps * model_output
+        if self.prediction_type == "sample":
+            return model_output
+        alpha = self.alphas_cumprod[scales.long()]
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        if self.prediction_type == "v_prediction":
+            return signal * sample - noise * model_output
+        return (sample - noise * model_output) / signal
+
+
+class PixelTrunk(Trunk):
+    """Strided convolutions on the decoded estimate, each modulated by the prompt's embedding."""
+
+    def __init__(
+        self,
+        estimate: CleanEstimate,
+        decode: Callable[[Tensor], Tensor],
+        latent_shape: tuple[int, ...],
+        prompt_dim: int,
+        dim: int,
+        *,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            estimate: state and model output to clean latents.
+            decode: clean latents to images (B, 3, H, W) in [0, 1]; frozen.
+            latent_shape: of one latent.
+            prompt_dim: P of the pooled prompt.
+            dim: channels of the last map.
+            device: of the decoder.
+        """
+        super().__init__()
+        self.estimate = estimate
+        # In a tuple, so that the decoder is no part of the critic's own weights.
+        self.decoder = (decode,)
+        with torch.no_grad():
+            side = max(decode(torch.zeros(1, *latent_shape, device=device)).shape[2:])
+        depth = max(math.ceil(math.log2(side / MAP_SIDE)), 1)
+        widths = [3] + [min(FIRST_CHANNELS * 2**stage, dim) for stage in range(depth - 1)] + [dim]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1) for narrow, wide in pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width, affine=False) for width in widths[1:])
+        self.modulations = nn.ModuleList(nn.Linear(prompt_dim, 2 * width) for width in widths[1:])
+        self.tap_dims = (dim,)
+
+    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
+        def read(arguments: dict[str, Any], output: Any) -> Features:
+            return {"model_output": output[0]}
+
+        return record_taps(model, [Tap("", read)], detach=detach)
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        (decode,) = self.decoder
+        # A decoder has a dtype of its own: SDXL's overflows in float16.
+        with torch.autocast(sample.device.type, enabled=False):
+            images = decode(self.estimate(sample, features["model_output"].to(sample.dtype), timestep))
+        prompt = pooled_prompt(conditioning).to(sample.dtype)
+        hidden = 2 * images - 1
+        for convolution, norm, modulation in zip(
+            self.convolutions, self.norms, self.modulations, strict=True
+        ):
+            scale, shift = modulation(prompt)[..., None, None].chunk(2, dim=1)
+            hidden = nn.functional.silu(norm(convolution(hidden)) * (1 + scale) + shift)
+        return [feature_map_tokens(hidden)]

@@ -1,0 +1,73 @@
+"""Critic trunks that read the prompt: alone, as a control, or as one more tap beside another trunk's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+
+from lacfast.backbones.trunks import OwnForwardTrunk
+from lacfast.protocols import Features, Trunk
+from lacfast.records import Conditioning
+
+POOLED_NAMES = ("pooled_projections", "text_embeds")
+"""What the families call a pooled prompt embedding."""
+
+
+def prompt_tokens(conditioning: Conditioning) -> Tensor:
+    """(B, L, D) embeddings of the prompt's tokens."""
+    return conditioning.tensors["encoder_hidden_states"]
+
+
+def pooled_prompt(conditioning: Conditioning) -> Tensor:
+    """(B, P) pooled embedding, the mean token where the family has none."""
+    for name in POOLED_NAMES:
+        if name in conditioning.tensors:
+            return conditioning.tensors[name]
+    return prompt_tokens(conditioning).mean(dim=1)
+
+
+class PromptTrunk(OwnForwardTrunk):
+    """The prompt's tokens and nothing of the state: the head knows a prompt's difficulty and the timestep.
+
+    A critic that explains no more than this one has learned no state; see explained_variance.value_bounds.
+    """
+
+    def __init__(self, example: Conditioning) -> None:
+        """`example`: of any prompt, for its widths."""
+        super().__init__()
+        self.tap_dims = (prompt_tokens(example).shape[-1], pooled_prompt(example).shape[-1])
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        return [prompt_tokens(conditioning), pooled_prompt(conditioning)[:, None]]
+
+
+class PromptTap(Trunk):
+    """Another trunk's taps, and the prompt as one more."""
+
+    def __init__(self, inner: Trunk, text_conditioning: str, example: Conditioning) -> None:
+        """
+        Args:
+            inner: gives the other taps.
+            text_conditioning: "pooled" or "tokens".
+            example: of any prompt, for its width.
+        """
+        super().__init__()
+        self.inner = inner
+        self.text_conditioning = text_conditioning
+        self.tap_dims = (*inner.tap_dims, self._tap(example).shape[-1])
+
+    def _tap(self, conditioning: Conditioning) -> Tensor:
+        if self.text_conditioning == "tokens":
+            return prompt_tokens(conditioning)
+        return pooled_prompt(conditioning)[:, None]
+
+    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
+        return self.inner.record(model, detach=detach)
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        return [*self.inner(features, sample, timestep, conditioning), self._tap(conditioning)]

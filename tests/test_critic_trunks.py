@@ -1,0 +1,190 @@
+"""What a critic reads: depths of taps, the prompt, decoded pictures; and that its file says so."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from test_backbones_pipelines import backbone_of
+from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
+from tiny_pipelines import FAMILIES as PIPELINE_FAMILIES
+from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
+from tiny_pipelines import tiny_pipeline
+from torch import Tensor, nn
+
+from lacfast import CriticConfig, load_backbone
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.pixel_trunk import CleanEstimate
+from lacfast.backbones.prompt_trunks import pooled_prompt
+from lacfast.checkpoint import CRITIC_CONFIG, save_backbone
+from lacfast.critic import Critic, build_critic
+
+SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
+
+
+def critic_of(backbone: LatentBackbone, **changes: object) -> Critic:
+    """A critic whose zero-initialised layers are drawn, so that its values depend on what it reads."""
+    critic = build_critic(backbone, 2, CriticConfig(**{**SMALL, **changes}))  # type: ignore[arg-type]
+    assert critic is not None
+    generator = torch.Generator().manual_seed(0)
+    for module in critic.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.5, generator=generator)
+    return critic
+
+
+def state(backbone: LatentBackbone, count: int = 3) -> tuple[Tensor, Tensor]:
+    sample = torch.randn((count, *backbone.latent_shape), generator=torch.Generator().manual_seed(1))
+    return sample, torch.linspace(900, 100, count).round()
+
+
+@torch.no_grad()
+def values(
+    backbone: LatentBackbone, critic: Critic, sample: Tensor, timestep: Tensor, prompts: list[str]
+) -> Tensor:
+    conditioning = backbone.encode_prompts(prompts)
+    with critic.record(backbone.model) as features:
+        backbone.predict(sample, timestep, conditioning)
+    result: Tensor = critic(features, sample, timestep, conditioning)
+    return result
+
+
+@pytest.mark.parametrize("family", PIPELINE_FAMILIES)
+def test_prompt_only_knows_the_prompt_and_the_timestep_and_no_state(family: str) -> None:
+    backbone = backbone_of(tiny_pipeline(family))
+    critic = critic_of(backbone, trunk="prompt_only")
+    sample, timestep = state(backbone)
+    prompts = PIPELINE_PROMPTS[:3]
+    value = values(backbone, critic, sample, timestep, prompts)
+    assert torch.equal(value, values(backbone, critic, -sample, timestep, prompts))
+    assert not torch.allclose(value, values(backbone, critic, sample, timestep.flip(0), prompts))
+    assert not torch.allclose(value, values(backbone, critic, sample, timestep, PIPELINE_PROMPTS[3:6]))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_clean_estimate_is_that_of_diffusers_scheduler(prediction_type: str) -> None:
+    scheduler = DDIMScheduler(prediction_type=prediction_type, clip_sample=False)
+    scheduler.set_timesteps(10)
+    sample, output = torch.randn(2, 1, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps[[0, 4, 9]]:
+        expected = scheduler.step(output, timestep, sample).pred_original_sample
+        found = CleanEstimate(scheduler)(sample, output, timestep.float().expand(1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_clean_estimate_of_a_flow_undoes_its_noise() -> None:
+    clean, noise = torch.randn(2, 3, 8, 5, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([1.0, 0.5, 0.1])
+    sample = (1 - sigma)[:, None, None] * clean + sigma[:, None, None] * noise
+    found = CleanEstimate(None)(sample, noise - clean, 1000 * sigma)
+    torch.testing.assert_close(found, clean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pixel_critic_sees_the_decoded_estimate_and_the_prompt_alone(family: str) -> None:
+    backbone = tiny_backbone(family)
+    critic = critic_of(backbone, trunk="pixel")
+    sample, timestep = state(backbone)
+    conditioning = backbone.encode_prompts(PROMPTS[:3])
+    output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2))
+    move = torch.randn(sample.shape, generator=torch.Generator().manual_seed(3))
+    sigma = (timestep / 1000)[:, None, None, None]
+    with torch.no_grad():
+        value = critic({"model_output": output}, sample, timestep, conditioning)
+        same = critic({"model_output": output + move / sigma}, sample + move, timestep, conditioning)
+        other = critic({"model_output": output}, sample + move, timestep, conditioning)
+        others = backbone.encode_prompts(PROMPTS[3:6])
+        another_prompt = critic({"model_output": output}, sample, timestep, others)
+    torch.testing.assert_close(value, same, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(value, other, atol=1e-3)
+    assert not torch.allclose(value, another_prompt, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pixel_critic_s_gradient_reaches_the_latent_through_the_decoder(family: str) -> None:
+    backbone = tiny_backbone(family)
+    critic = critic_of(backbone, trunk="pixel")
+    sample, timestep = state(backbone)
+    # Small latents: the codec's clamp to [0, 1] has no gradient outside.
+    sample = (0.1 * sample).requires_grad_()
+    conditioning = backbone.encode_prompts(PROMPTS[:3])
+    with critic.record(backbone.model, detach=False) as features:
+        backbone.predict(sample, timestep, conditioning)
+    (gradient,) = torch.autograd.grad(critic(features, sample, timestep, conditioning).sum(), sample)
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("text_conditioning", ["none", "pooled", "tokens"])
+@pytest.mark.parametrize("family", PIPELINE_FAMILIES)
+def test_the_head_reads_the_prompt_only_when_asked(family: str, text_conditioning: str) -> None:
+    backbone = backbone_of(tiny_pipeline(family))
+    critic = critic_of(backbone, trunk="shared", text_conditioning=text_conditioning)
+    sample, timestep = state(backbone)
+    one, other = (backbone.encode_prompts(PIPELINE_PROMPTS[start : start + 3]) for start in (0, 3))
+    with torch.no_grad(), critic.record(backbone.model) as features:
+        backbone.predict(sample, timestep, one)
+    found = torch.equal(critic(features, sample, timestep, one), critic(features, sample, timestep, other))
+    assert found == (text_conditioning == "none")
+
+
+def test_a_family_without_a_pooled_embedding_lends_its_mean_token() -> None:
+    backbone = tiny_backbone("unet")
+    conditioning = backbone.encode_prompts(PROMPTS[:2])
+    torch.testing.assert_close(
+        pooled_prompt(conditioning), conditioning.tensors["encoder_hidden_states"].mean(dim=1)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trunk", ["shared", "copy"])
+def test_taps_lie_where_the_fractions_say(family: str, trunk: str) -> None:
+    backbone = tiny_backbone(family)
+    own = critic_of(backbone, trunk=trunk).trunk.tap_dims
+    last = critic_of(backbone, trunk=trunk, taps=(1.0,))
+    assert last.trunk.tap_dims == own[-1:]
+    sample, timestep = state(backbone)
+    assert values(backbone, last, sample, timestep, PROMPTS[:3]).shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"trunk": "pixel", "loss": "hl_gauss", "num_bins": 11},
+        {"trunk": "copy", "taps": (0.5, 1.0), "text_conditioning": "tokens", "time_conditioning": False},
+        {"trunk": "prompt_only", "loss": "bce"},
+        {"trunk": "branch", "value_clip": 0.2},
+    ],
+    ids=lambda settings: settings["trunk"],
+)
+def test_a_saved_critic_loads_as_it_was_configured(settings: dict[str, object], tmp_path: Path) -> None:
+    backbone = tiny_backbone("dit")
+    backbone.critic = critic_of(backbone, **settings)
+    statistics = [torch.tensor([mean, 2 * mean]) for mean in (0.1, 0.4, 0.2, 0.3)]
+    backbone.critic.rescale(*statistics)
+    save_backbone(backbone, tmp_path / "saved")
+    loaded = load_backbone(tmp_path / "saved")
+    assert loaded.critic is not None
+    assert loaded.critic.config == backbone.critic.config
+    sample, timestep = state(backbone)
+    found = values(loaded, loaded.critic, sample, timestep, PROMPTS[:3])
+    assert torch.equal(found, values(backbone, backbone.critic, sample, timestep, PROMPTS[:3]))
+
+
+def test_a_critic_saved_before_these_settings_existed_still_loads(tmp_path: Path) -> None:
+    backbone = tiny_backbone("dit")
+    backbone.critic = critic_of(backbone, trunk="shared")
+    save_backbone(backbone, tmp_path / "saved")
+    path = tmp_path / "saved" / CRITIC_CONFIG
+    description = json.loads(path.read_text())
+    first = ("trunk", "num_blocks", "num_heads", "head_dim", "hidden_dim", "joint_weight", "lora_rank")
+    description["config"] = {name: description["config"][name] for name in first}
+    path.write_text(json.dumps(description))
+    loaded = load_backbone(tmp_path / "saved")
+    assert loaded.critic is not None
+    assert asdict(loaded.critic.config) == asdict(backbone.critic.config)
+    assert math.isinf(loaded.critic.config.value_clip)
