@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +21,8 @@ from lacfast.critic import Critic, build_critic
 from lacfast.protocols import Backbone
 
 CRITIC_WEIGHTS = "critic.safetensors"
-CRITIC_CONFIG = "critic.json"
+CRITIC_DESCRIPTION = "lacfast_critic"
+"""Key of the critic's settings in the metadata of its file."""
 TRAINER_STATE = "trainer.pt"
 
 
@@ -58,22 +60,35 @@ def save_backbone(backbone: Backbone, directory: Path) -> None:
 def write_backbone(backbone: Backbone, target: Path) -> None:
     backbone.save_pretrained(target)
     if backbone.critic is not None:
+        description = {"config": asdict(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
         save_file(
             {name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()},
             target / CRITIC_WEIGHTS,
+            {CRITIC_DESCRIPTION: json.dumps(description)},
         )
-        description = {"config": asdict(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
-        (target / CRITIC_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def read_critic(backbone: Backbone, directory: Path) -> Critic | None:
-    """The critic saved beside a backbone, None when there is none."""
-    if not (directory / CRITIC_CONFIG).exists():
+def read_critic(backbone: Backbone, path: Path) -> Critic | None:
+    """The critic of a file, or of a directory that holds one; None when the directory does not.
+
+    A file suffices: its metadata say how to build the critic on any backbone of the same architecture.
+
+    Raises:
+        ValueError: for a file that is no critic's, or one of another architecture.
+    """
+    file = path / CRITIC_WEIGHTS if path.is_dir() else path
+    if path.is_dir() and not file.exists():
         return None
-    description = json.loads((directory / CRITIC_CONFIG).read_text(encoding="utf-8"))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            description = json.loads((opened.metadata() or {})[CRITIC_DESCRIPTION])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{file} holds no critic; pass the {CRITIC_WEIGHTS} that trainer.save() or save_backbone() wrote"
+        ) from error
     critic = build_critic(backbone, description["num_rewards"], CriticConfig(**description["config"]))
     if critic is not None:
-        load_in_place(critic.state_dict(), load_file(directory / CRITIC_WEIGHTS), f"critic in {directory}")
+        load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
     return critic
 
 

@@ -106,12 +106,20 @@ class Critic(nn.Module):
     `forward` gives values; how they are trained is the business of `outputs` and `loss` alone.
     """
 
+    reward_mean: Tensor
+    """(M,) float64 raw reward that V = 0 stands for."""
+    reward_std: Tensor
+    """(M,) float64 raw reward in one unit of V."""
+
     def __init__(self, trunk: Trunk, num_rewards: int, config: CriticConfig) -> None:
         super().__init__()
         self.trunk = trunk
         self.value_loss = build_value_loss(num_rewards, config)
         self.head = ValueHead(trunk.tap_dims, num_rewards, config, num_outputs=self.value_loss.num_outputs)
         self.config = config
+        # In the weights' file, so that a critic knows its units wherever it is used.
+        self.register_buffer("reward_mean", torch.zeros(num_rewards, dtype=torch.float64))
+        self.register_buffer("reward_std", torch.ones(num_rewards, dtype=torch.float64))
 
     @property
     def num_rewards(self) -> int:

@@ -277,8 +277,8 @@ def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: s
         scores = RewardSet.create([REWARD, STRICT, GOLD]).score(images, prompts.texts, prompts.metadata)
         means = {name: float(values.mean()) for name, values in scores.items()}
         verdict = f"obeys {means[STRICT]:.1%} (gold {means[GOLD]:.1%})"
-        phase.note = f"{verdict} at {stats.forwards_per_image:.1f} forwards per image"
-    return Steered(means, scores[STRICT], images.cpu(), stats.forwards_per_image)
+        phase.note = f"{verdict} at {stats.evaluations.per_image:.1f} forwards per image"
+    return Steered(means, scores[STRICT], images.cpu(), stats.evaluations.per_image)
 
 
 def _remaining_cost(log: PhaseLog) -> float:

@@ -58,6 +58,8 @@ class TransitionTable:
     """(T,) float32, what the model is conditioned on, descending."""
     sigmas: Tensor
     """(T + 1,) float64, noise level before each step and after the last. 1: pure noise; DDIM: sqrt(1 - A)."""
+    prediction_type: str = "flow"
+    """What the model predicts: "flow" (noise - data), "epsilon", "v_prediction" or "sample"."""
 
     @property
     def num_steps(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,7 @@ def _windowed(
     stochastic: Tensor,
     deterministic: Tensor,
     window: Window | None,
+    prediction_type: str = "flow",
 ) -> TransitionTable:
     """Take the stochastic rows (T, 3) inside `window` (start, stop) and the deterministic ones outside it."""
     num_steps = len(stochastic)
@@ -55,7 +57,7 @@ def _windowed(
     inside = torch.zeros(num_steps, 1, dtype=torch.bool)
     inside[start:stop] = True
     a, b, std = torch.where(inside, stochastic, deterministic).unbind(dim=1)
-    return TransitionTable(kind, a, b, std, timesteps, sigmas)
+    return TransitionTable(kind, a, b, std, timesteps, sigmas, prediction_type)
 
 
 def _flow_table(
@@ -181,7 +183,7 @@ def ddim(
     stochastic = _ddim_rows(signal, prev_signal, std, prediction_type)
     deterministic = _ddim_rows(signal, prev_signal, torch.zeros_like(std), prediction_type)
     sigmas = torch.cat([(1 - signal).sqrt(), (1 - prev_signal[-1:]).sqrt()])
-    return _windowed("ddim", sigmas, timesteps.float(), stochastic, deterministic, window)
+    return _windowed("ddim", sigmas, timesteps.float(), stochastic, deterministic, window, prediction_type)
 
 
 def _ddim_rows(signal: Tensor, prev_signal: Tensor, std: Tensor, prediction_type: str) -> Tensor:
@@ -304,9 +306,7 @@ def _from_flow_match(
     else:
         scheduler.set_timesteps(sigmas=sigmas.tolist(), **shift)
     table = flow_table(kind, scheduler.sigmas.double(), noise_level, window=window)
-    return TransitionTable(
-        table.kind, table.a, table.b, table.std, scheduler.timesteps.float().cpu(), table.sigmas
-    )
+    return replace(table, timesteps=scheduler.timesteps.float().cpu())
 
 
 def _previous_timesteps(scheduler: Any) -> Tensor:
@@ -347,7 +347,7 @@ def _from_ddpm(scheduler: Any, noise_level: float, window: Window | None) -> Tra
     signal = 1 - table.sigmas**2
     beta = 1 - signal[:-1] / signal[1:]
     std = torch.where(table.std > 0, beta.clamp(min=0).sqrt(), table.std)
-    return TransitionTable("ddpm", table.a, table.b, std, table.timesteps, table.sigmas)
+    return replace(table, kind="ddpm", std=std)
 
 
 def kl_gains(

@@ -123,6 +123,8 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rol
     seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
     normalizer.update(rewards)
     new = normalizer.mean, normalizer.std
+    critic.reward_mean.copy_(normalizer.mean)
+    critic.reward_std.copy_(normalizer.std)
     # Before the first reward a squared error predicts nothing in raw units: V = 0 means "the mean".
     old_mean, old_std = (
         statistic.to(rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))

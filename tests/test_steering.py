@@ -1,24 +1,28 @@
-"""Steering follows the critic, counts what it costs and stops when the critic's gradient misleads."""
+"""Steering follows the critic, counts what it costs and refuses what cannot work."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_backbones import PROMPTS, tiny_backbone
+from tiny_backbones import PROMPTS, brightness, tiny_backbone
 from torch import Tensor, nn
 
 from lacfast import steer
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.taps import record_taps
 from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
-from lacfast.critic import build_critic
+from lacfast.critic import Critic, build_critic
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning, NoiseKey
 from lacfast.sampler import sample_rollout
+from lacfast.steering import planned_evaluations, trajectories_per_step
 
 SAMPLER = SamplerConfig(num_steps=8)
+GUIDED = SAMPLER.num_steps - 2
+"""Steps of SAMPLER at sigma 0.875 to 0.25, within the default window."""
 
 
 class LatentMean(nn.Module):
@@ -30,6 +34,7 @@ class LatentMean(nn.Module):
         super().__init__()
         self.sign = sign
         self.trunk = Trunk()
+        self.reward_mean, self.reward_std = torch.zeros(1).double(), torch.ones(1).double()
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)
@@ -46,50 +51,130 @@ def backbone_with(critic: nn.Module | None) -> LatentBackbone:
     return backbone
 
 
-def final_values(backbone: LatentBackbone, config: SteeringConfig) -> Tensor:
-    return steer(backbone, PROMPTS, config, sampler=SAMPLER)[1].values[-1]
+def real_critic(backbone: LatentBackbone, trunk: str = "branch", heads: int = 1, seed: int = 0) -> Critic:
+    critic = build_critic(backbone, heads, CriticConfig(trunk=trunk, hidden_dim=16), seed=seed)
+    assert critic is not None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        nn.init.normal_(critic.head.output.weight)
+    return critic
 
 
-def test_pruning_costs_what_it_says_and_raises_the_value() -> None:
+def plain(**changes: object) -> SteeringConfig:
+    return SteeringConfig(method="best_of_n", particles=1, **changes)  # type: ignore[arg-type]
+
+
+def final_value(backbone: LatentBackbone, config: SteeringConfig) -> float:
+    return float(steer(backbone, PROMPTS, config, sampler=SAMPLER)[1].values[-1].mean())
+
+
+METHODS = {
+    "plain": (plain(), [1] * 8),
+    "best of 4": (SteeringConfig(method="best_of_n"), [4] * 8),
+    "pruning": (SteeringConfig(method="pruning"), [4] * 5 + [2] * 2 + [1]),
+    "pruning 16-8-4-2": (
+        SteeringConfig(particles=16, prune_fractions=(0.25, 0.5, 0.75)),
+        [16] * 3 + [8] * 2 + [4] * 2 + [2],
+    ),
+    "smc": (SteeringConfig(method="smc"), [4] * 8),
+    "svdd": (SteeringConfig(method="beam", particles=1, candidates=3), [1] + [3] * 7),
+    "beam": (SteeringConfig(method="beam", particles=2, candidates=3), [2] + [6] * 7),
+}
+
+
+@pytest.mark.parametrize(("config", "states"), METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("guidance_weight", [0.0, 0.1])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_the_counter_equals_the_closed_formula(
+    config: SteeringConfig, states: list[int], guidance_weight: float, guidance_scale: float
+) -> None:
     backbone = backbone_with(LatentMean())
-    images, stats = steer(backbone, PROMPTS, SteeringConfig(particles=4), sampler=SAMPLER)
-    # 4 particles at steps 0 to 4, 2 at steps 5 and 6, 1 at step 7.
-    assert stats.forwards_per_image == 4 * 5 + 2 * 2 + 1
-    assert images.shape == (len(PROMPTS), 3, 32, 32)
-    assert stats.values.shape == (8, len(PROMPTS))
-    alone = final_values(backbone, SteeringConfig(particles=1))
-    assert float(stats.values[-1].mean()) > float(alone.mean())
+    config = replace(config, guidance_weight=guidance_weight)
+    sampler = replace(SAMPLER, guidance_scale=guidance_scale)
+    prompts = PROMPTS[:3]
+    images, stats = steer(backbone, prompts, config, sampler=sampler)
+    per_state = 1 + (guidance_scale > 1)
+    first_guided = 1
+    expected = sum(states) * per_state
+    tried = min(32, states[first_guided] * len(prompts)) * per_state / len(prompts)
+    backwards = sum(states[first_guided : first_guided + GUIDED]) if guidance_weight else 0
+    table = backbone.transition_table(sampler)
+    assert trajectories_per_step(config, table) == states
+    assert planned_evaluations(config, table, guidance_scale=guidance_scale) == expected + 2 * backwards
+    assert stats.evaluations.forwards == (expected + (tried if guidance_weight else 0)) * len(prompts)
+    assert stats.evaluations.backwards == backwards * len(prompts)
+    assert images.shape == (len(prompts), 3, 32, 32)
+    assert stats.values.shape == (8, len(prompts))
 
 
-def test_one_particle_without_guidance_is_plain_sampling() -> None:
+@pytest.mark.parametrize(("trunk", "own"), [("branch", 0), ("shared", 0), ("copy", 1), ("latent_net", 0)])
+def test_a_critic_that_runs_the_model_itself_is_counted(trunk: str, own: int) -> None:
+    backbone = tiny_backbone("dit")
+    backbone.critic = real_critic(backbone, trunk)
+    config = SteeringConfig(particles=2, prune_fractions=(0.5,))
+    stats = steer(backbone, PROMPTS[:2], config, sampler=SAMPLER)[1]
+    planned = planned_evaluations(config, backbone.transition_table(SAMPLER), critic_forwards=own)
+    assert stats.evaluations.per_image == planned == (2 * 5 + 3) * (1 + own)
+
+
+def test_children_are_only_tried_where_a_step_draws_noise() -> None:
+    sampler = replace(SAMPLER, window=(0, 4))
     backbone = backbone_with(LatentMean())
-    images, stats = steer(backbone, PROMPTS[:3], SteeringConfig(particles=1), sampler=SAMPLER)
+    config = SteeringConfig(method="beam", particles=1)
+    stats = steer(backbone, PROMPTS, config, sampler=sampler)[1]
+    assert stats.evaluations.per_image == 1 + 4 * 4 + 3
+
+
+def test_one_trajectory_without_guidance_is_plain_sampling() -> None:
+    backbone = backbone_with(LatentMean())
+    images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=SAMPLER)
     table = backbone.transition_table(SAMPLER)
     rollout = sample_rollout(backbone, None, table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)))
     assert torch.equal(images, backbone.decode(rollout.clean_latents))
-    assert stats.forwards_per_image == 8
+    assert stats.evaluations.per_image == 8
+
+
+def test_classifier_free_guidance_is_that_of_sampling() -> None:
+    backbone = backbone_with(LatentMean())
+    sampler = replace(SAMPLER, guidance_scale=4.0)
+    images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=sampler)
+    table = backbone.transition_table(sampler)
+    rollout = sample_rollout(
+        backbone, None, table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)), guidance_scale=4.0
+    )
+    torch.testing.assert_close(images, backbone.decode(rollout.clean_latents), rtol=1e-5, atol=1e-5)
+    assert stats.evaluations.per_image == 16
+
+
+@pytest.mark.parametrize("name", ["best of 4", "pruning", "smc", "svdd", "beam"])
+def test_every_method_raises_the_value(name: str) -> None:
+    backbone = backbone_with(LatentMean())
+    config = replace(METHODS[name][0], temperature=0.01)
+    assert final_value(backbone, config) > final_value(backbone, plain())
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_guidance_moves_the_latents_up_the_value_whatever_its_sign(sign: float) -> None:
     backbone = backbone_with(LatentMean(sign))
-    plain = final_values(backbone, SteeringConfig(particles=1))
-    _, stats = steer(backbone, PROMPTS, SteeringConfig(particles=1, guidance_weight=0.3), sampler=SAMPLER)
-    assert float(stats.values[-1].mean()) > float(plain.mean()) + 0.01
+    _, stats = steer(backbone, PROMPTS, plain(guidance_weight=0.3), sampler=SAMPLER)
+    assert float(stats.values[-1].mean()) > final_value(backbone, plain()) + 0.01
     assert stats.gradient_gain > 0
-    # Steps at sigma 0.875 to 0.25 lie in the window: 6 of 3 forwards, 2 of one, and the sign test's one.
-    assert stats.forwards_per_image == 6 * 3 + 2 + 1
 
 
-def test_the_gradient_of_a_real_critic_passes_its_sign_test() -> None:
+@pytest.mark.parametrize("trunk", ["branch", "shared", "copy"])
+def test_the_gradient_of_a_real_critic_passes_its_sign_test_and_trains_nothing(trunk: str) -> None:
     backbone = tiny_backbone("dit")
-    critic = build_critic(backbone, 2, CriticConfig())
-    assert critic is not None
-    nn.init.normal_(critic.head.output.weight)
-    backbone.critic = critic
-    stats = steer(backbone, PROMPTS, SteeringConfig(particles=1, guidance_weight=0.1), sampler=SAMPLER)[1]
+    critic = backbone.critic = real_critic(backbone, trunk, heads=2)
+    parameters = [*backbone.model.parameters(), *critic.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.25)
+    before = [parameter.detach().clone() for parameter in parameters]
+    stats = steer(backbone, PROMPTS, plain(guidance_weight=0.1), sampler=SAMPLER)[1]
     assert stats.gradient_gain > 0
-    assert all(parameter.grad is None for parameter in backbone.model.parameters())
+    for parameter, value in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is not None
+        assert bool((parameter.grad == 0.25).all())
 
 
 class Cliff(LatentMean):
@@ -103,32 +188,68 @@ class Cliff(LatentMean):
 
 
 def test_a_gradient_that_lowers_the_value_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="along its own gradient, so it cannot guide; train the critic longer or use pruning"
-    ):
-        steer(
-            backbone_with(Cliff()),
-            PROMPTS[:2],
-            SteeringConfig(particles=1, guidance_weight=0.1),
-            sampler=SAMPLER,
-        )
+    with pytest.raises(ValueError, match="along its own gradient, so it cannot guide; train the critic"):
+        steer(backbone_with(Cliff()), PROMPTS[:2], plain(guidance_weight=0.1), sampler=SAMPLER)
 
 
-def test_images_do_not_depend_on_the_batch_size() -> None:
+@pytest.mark.parametrize("name", ["pruning", "smc", "beam"])
+def test_images_do_not_depend_on_the_batch_size(name: str) -> None:
     backbone = backbone_with(LatentMean())
-    whole = steer(backbone, PROMPTS, SteeringConfig(particles=2), sampler=SAMPLER)[0]
-    parts = steer(backbone, PROMPTS, SteeringConfig(particles=2, batch_size=3), sampler=SAMPLER)[0]
+    config = METHODS[name][0]
+    whole = steer(backbone, PROMPTS, config, sampler=SAMPLER)[0]
+    # Fewer latents per call than trajectories of one image.
+    parts = steer(backbone, PROMPTS, replace(config, batch_size=3), sampler=SAMPLER)[0]
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_that_would_be_ignored_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"guidance_scale=3\.0 would be ignored"):
-        steer(tiny_backbone("dit"), PROMPTS, sampler=SamplerConfig(num_steps=4, guidance_scale=3.0))
+def test_best_of_n_by_reward_needs_no_critic_and_counts_reward_calls() -> None:
+    backbone = backbone_with(None)
+    config = SteeringConfig(method="best_of_n", selection="reward")
+    images, stats = steer(backbone, PROMPTS, config, sampler=SAMPLER, rewards=brightness, gold=brightness)
+    _, single = steer(backbone, PROMPTS, plain(), sampler=SAMPLER, rewards=brightness)
+    assert stats.reward_calls == 4 * len(PROMPTS)
+    assert single.reward_calls == 0
+    assert bool((stats.rewards["brightness"] >= single.rewards["brightness"]).all())
+    torch.testing.assert_close(stats.rewards["brightness"], images.mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(stats.gold["brightness"], stats.rewards["brightness"])
+    assert stats.values.shape == (0, len(PROMPTS))
 
 
-def test_steering_without_a_critic_is_refused() -> None:
-    with pytest.raises(ValueError, match="steering needs a critic; load a backbone that was saved with one"):
-        steer(backbone_with(None), PROMPTS, sampler=SAMPLER)
+def test_an_ensemble_takes_the_minimum_or_the_mean_and_shares_the_forward() -> None:
+    backbone = tiny_backbone("dit")
+    critics = [real_critic(backbone, seed=seed) for seed in (1, 2)]
+    backbone.critic = critics[0]
+
+    def first_values(**settings: object) -> Tensor:
+        config = plain(**settings)
+        stats = steer(backbone, PROMPTS, config, sampler=SAMPLER, more_critics=critics[1:])[1]
+        assert stats.evaluations.per_image == 8
+        return stats.values[0]
+
+    alone = []
+    for critic in critics:
+        backbone.critic = critic
+        alone.append(steer(backbone, PROMPTS, plain(), sampler=SAMPLER)[1].values[0])
+    backbone.critic = critics[0]
+    torch.testing.assert_close(first_values(), torch.minimum(*alone))
+    torch.testing.assert_close(first_values(critic_combination="mean"), (alone[0] + alone[1]) / 2)
+
+
+def test_heads_are_summed_by_weight_or_their_minimum_is_taken() -> None:
+    backbone = tiny_backbone("dit")
+    backbone.critic = real_critic(backbone, heads=2)
+
+    def first_values(weights: list[float], **settings: object) -> Tensor:
+        config = plain(**settings)
+        weight = torch.tensor(weights)
+        return steer(backbone, PROMPTS, config, sampler=SAMPLER, head_weights=weight)[1].values[0]
+
+    first, second = first_values([1.0, 0.0]), first_values([0.0, 1.0])
+    torch.testing.assert_close(first_values([1.0, 2.0]), first + 2 * second)
+    minimum = first_values([1.0, 1.0], head_combination="minimum")
+    torch.testing.assert_close(minimum, torch.minimum(first, second))
+    # A head without weight is no candidate for the minimum.
+    torch.testing.assert_close(first_values([1.0, 0.0], head_combination="minimum"), first)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +258,48 @@ def test_steering_without_a_critic_is_refused() -> None:
         ({"particles": 3}, "particles=3 must be a power of two"),
         ({"guidance_weight": -1.0}, "guidance_weight=-1.0"),
         ({"guidance_window": (0.9, 0.2)}, "guidance_window"),
+        ({"method": "genetic"}, "unknown method='genetic'; known: best_of_n, pruning, smc, beam"),
+        ({"method": "smc", "temperature": 0.0}, "temperature=0 leaves smc no target"),
+        ({"guidance_max_norm": 1.0}, "would be ignored: the form 'relative' only has"),
+        ({"prune_fractions": (0.5, 1.5)}, "prune_fractions"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SteeringConfig(**settings)  # type: ignore[arg-type]
+
+
+ODE = SamplerConfig(kind="ode", num_steps=8, noise_level=0.0)
+UNUSABLE = {
+    "no critic": (None, SteeringConfig(), SAMPLER, "steering needs a critic; load a backbone"),
+    "no critic to guide": (None, plain(guidance_weight=0.1), SAMPLER, "steering needs a critic"),
+    "no reward": (LatentMean(), SteeringConfig(selection="reward"), SAMPLER, "has no reward to select by"),
+    "no noise": (LatentMean(), SteeringConfig(method="smc"), ODE, "every step of the 'ode' sampler"),
+    "no noise for children": (LatentMean(), SteeringConfig(method="beam"), ODE, "beam would only copy"),
+    "no noise to shift": (
+        LatentMean(),
+        plain(guidance_weight=0.1, guidance_form="mean_shift"),
+        ODE,
+        "would be ignored: no step's noise level",
+    ),
+    "too few steps": (LatentMean(), SteeringConfig(), SamplerConfig(num_steps=1), "are the steps"),
+}
+
+
+@pytest.mark.parametrize(("critic", "config", "sampler", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_what_a_sampler_or_critic_cannot_serve_is_refused_before_any_forward(
+    critic: nn.Module | None, config: SteeringConfig, sampler: SamplerConfig, message: str
+) -> None:
+    backbone = backbone_with(critic)
+    backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        steer(backbone, PROMPTS, config, sampler=sampler)
+
+
+def test_rewards_that_are_not_the_critics_are_refused() -> None:
+    backbone = tiny_backbone("dit")
+    backbone.critic = real_critic(backbone, heads=2)
+    with pytest.raises(
+        ValueError, match=r"critics with \[2\] heads, 1 rewards and 1 head_weights do not match"
+    ):
+        steer(backbone, PROMPTS, SteeringConfig(), sampler=SAMPLER, rewards=brightness)

@@ -26,7 +26,7 @@ from lacfast.backbones.sd3 import SD3Backbone, SD3Pipelines
 from lacfast.backbones.sdxl import SDXLPipelines
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
-from lacfast.checkpoint import load_in_place, read_critic
+from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.critic import build_critic
 from lacfast.protocols import LatentCodec, PromptEncoder
@@ -106,6 +106,7 @@ def load_backbone(
     source: Any,
     *,
     critic: CriticConfig | None = None,
+    critic_file: str | Path | None = None,
     num_rewards: int = 1,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -121,6 +122,8 @@ def load_backbone(
             that trainer.save or save_backbone wrote, or a hub id. Known pipelines: StableDiffusionPipeline,
             StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline.
         critic: make a new critic of this configuration instead of loading one. The trainer makes one too.
+        critic_file: a trained critic for this model, say for a plain pipeline: critic.safetensors of a
+            checkpoint, or a directory that holds one. None: the one beside a saved backbone.
         num_rewards: heads of the new critic.
         device: where to put the pipeline. None: where it is, the CPU for a directory.
         dtype: that the model runs in; trained weights are float32 all the same. A directory's text encoders
@@ -134,6 +137,8 @@ def load_backbone(
         ValueError: for a source that is none of these, a pipeline without an adapter, or settings that
             would be ignored.
     """
+    if critic is not None and critic_file is not None:
+        raise ValueError(f"critic={critic} and critic_file={str(critic_file)!r} are two critics; pass one")
     request = _Request(device, dtype, lora, settings)
     path = None if isinstance(source, DiffusionPipeline) else Path(source)
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
@@ -148,7 +153,11 @@ def load_backbone(
         set_attention_backend(backbone.model, attention_backend)
     if critic is not None:
         backbone.critic = build_critic(backbone, num_rewards, critic)
-    elif path is not None:
+    elif critic_file is not None:
+        backbone.critic = read_critic(backbone, Path(critic_file))
+        if backbone.critic is None:
+            raise ValueError(f"{critic_file} holds no {CRITIC_WEIGHTS}; pass a checkpoint or the file itself")
+    elif path is not None and path.is_dir():
         backbone.critic = read_critic(backbone, path)
     return backbone
 

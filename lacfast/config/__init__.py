@@ -11,12 +11,14 @@ from lacfast.config.critic import (
 from lacfast.config.graph import GraphConfig, GraphMode
 from lacfast.config.ppo import KL_KINDS, RATIOS, PPOConfig
 from lacfast.config.sampling import SamplerConfig
-from lacfast.config.steering import SteeringConfig
+from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
 from lacfast.config.training import TrainConfig, ValuePretrainingConfig
 
 __all__ = [
+    "GUIDANCE_FORMS",
     "KL_KINDS",
     "RATIOS",
+    "STEERING_METHODS",
     "TAPPED_TRUNKS",
     "TEXT_CONDITIONINGS",
     "TRUNKS",

@@ -6,33 +6,110 @@ from dataclasses import dataclass
 
 from lacfast.config.checks import require
 
+STEERING_METHODS = ("best_of_n", "pruning", "smc", "beam")
+"""How trajectories of one image compete; see SteeringConfig.method."""
+GUIDANCE_FORMS = ("relative", "score", "constant", "mean_shift")
+"""How far a step moves along the value gradient; see SteeringConfig.guidance_form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig:
-    """Steering of sampling by the critic at inference."""
+    """Steering of sampling by the critic at inference.
 
+    V is the weighted sum of the critic's heads in standard deviations of the rewards. A method says how the
+    trajectories of one image compete; guidance moves each of them besides, where guidance_weight > 0.
+    """
+
+    method: str = "pruning"
+    """"best_of_n": all run to the end; "pruning": the worse half is dropped at prune_fractions; "smc":
+    resampled to exp(V / temperature); "beam": every trajectory tries `candidates` at each step."""
     particles: int = 4
-    """Trajectories per image at the start, a power of two; 1 does not prune."""
+    """N, trajectories per image: at the start of pruning (a power of two), of smc, beams that are kept.
+    1 without guidance is plain sampling."""
     prune_fractions: tuple[float, ...] = (0.5, 0.75)
-    """When to halve the particles, as fractions of the steps."""
+    """Of pruning: when to halve the trajectories, as fractions of the steps."""
+    candidates: int = 4
+    """M of beam, children of each kept trajectory; one survives per beam (SVDD, arXiv 2408.08252)."""
+    temperature: float = 0.5
+    """tau of smc and beam, in standard deviations of the reward; 0 lets beam keep the best, always."""
+    annealing: float = 1.0
+    """Of smc: at step k of T the potential is (k / T)^annealing V; 0 trusts V from the first step on."""
+    ess_threshold: float = 0.5
+    """Of smc: resample below this share of effective particles (Doucet and Johansen 2009: 1/2)."""
+    selection: str = "value"
+    """What chooses among the trajectories that reach the end: "value", V of the last noisy state, or
+    "reward", which scores them all. smc then aims at exp(R / temperature)."""
+    final_choice: str = "draw"
+    """Of smc: one image is drawn by weight, "draw", or the one of highest V or R is taken, "best"."""
     guidance_weight: float = 0.0
-    """Length of the move along the value gradient, as a fraction of the model output's; 0: no gradient."""
+    """w, 0: no gradient. A fraction for "relative", else per unit of V; 1/tau aims at exp(V / tau)."""
+    guidance_form: str = "relative"
+    """"relative": w times the length of the step's own drift; "score": the score becomes score + w grad V
+    (the DDIM and flow forms); "constant": model output +- w grad V (arXiv 2605.27736); "mean_shift":
+    mean + w std^2 grad V, which moves stochastic steps only."""
     guidance_window: tuple[float, float] = (0.2, 0.9)
-    """Noise levels between which the gradient is used."""
+    """Noise levels between which the gradient is used, where the critic explains something."""
+    guidance_max_norm: float = 0.0
+    """Longer gradients of a sample are cut to this L2 norm, in V per unit of the latent; 0: never."""
+    head_combination: str = "sum"
+    """"sum" of the weighted heads, or the "minimum" of them: for heads that judge the same thing."""
+    critic_combination: str = "minimum"
+    """Of several critics: the "minimum" (pessimism against adversarial gradients) or the "mean"."""
     batch_size: int = 256
-    """Images per batch."""
+    """Latents per call of the model; as many images are in flight as fit, at least one."""
     seed: int = 0
     """Of the noise."""
 
     def __post_init__(self) -> None:
-        require(
-            self.particles >= 1 and self.particles & (self.particles - 1) == 0,
-            f"particles={self.particles} must be a power of two",
-        )
-        require(
-            self.guidance_weight >= 0, f"guidance_weight={self.guidance_weight} must be >= 0 (0: no guidance)"
-        )
+        # Tuples also when they come from a JSON file.
+        object.__setattr__(self, "prune_fractions", tuple(self.prune_fractions))
+        object.__setattr__(self, "guidance_window", tuple(self.guidance_window))
+        for name, known in (
+            ("method", STEERING_METHODS),
+            ("guidance_form", GUIDANCE_FORMS),
+            ("selection", ("value", "reward")),
+            ("final_choice", ("draw", "best")),
+            ("head_combination", ("sum", "minimum")),
+            ("critic_combination", ("minimum", "mean")),
+        ):
+            value = getattr(self, name)
+            require(value in known, f"unknown {name}={value!r}; known: {', '.join(known)}")
+        for name in ("particles", "candidates", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("guidance_weight", "guidance_max_norm", "annealing", "temperature"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be >= 0")
         low, high = self.guidance_window
         require(
             0 <= low < high <= 1, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1"
         )
+        require(0 <= self.ess_threshold <= 1, f"ess_threshold={self.ess_threshold} must lie in [0, 1]")
+        self._check_method()
+
+    def _check_method(self) -> None:
+        if self.method == "pruning":
+            require(
+                self.particles & (self.particles - 1) == 0,
+                f"particles={self.particles} must be a power of two to be pruned by halves",
+            )
+            require(
+                all(0 < fraction < 1 for fraction in self.prune_fractions),
+                f"prune_fractions={self.prune_fractions} must lie between 0 and 1",
+            )
+        require(
+            self.method != "smc" or self.temperature > 0,
+            "temperature=0 leaves smc no target exp(V / temperature); use temperature > 0 or method='beam'",
+        )
+        require(
+            self.guidance_max_norm == 0 or self.guidance_form != "relative",
+            f"guidance_max_norm={self.guidance_max_norm} would be ignored: the form 'relative' only has the "
+            "gradient's direction; use 0, or the form 'score', 'constant' or 'mean_shift'",
+        )
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_weight > 0
+
+    @property
+    def width(self) -> int:
+        """Most trajectories of one image that are in flight together."""
+        return self.particles * (self.candidates if self.method == "beam" else 1)

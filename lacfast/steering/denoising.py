@@ -1,0 +1,123 @@
+"""The steered denoising loop: value the states, choose, step, move along the gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lacfast import ops
+from lacfast.config import SteeringConfig
+from lacfast.records import Conditioning, NoiseKey, TransitionTable
+from lacfast.steering import guidance
+from lacfast.steering.model import StateForward, SteeredModel
+from lacfast.steering.particles import Particles
+from lacfast.steering.selection import Selection
+
+
+@dataclass
+class SignTest:
+    """Runs once in a call, at the first state that takes a gradient."""
+
+    gain: float = math.nan
+
+    def run(
+        self,
+        model: SteeredModel,
+        particles: Particles,
+        forward: StateForward,
+        timestep: Tensor,
+        conditioning: Conditioning,
+    ) -> None:
+        """
+        Raises:
+            ValueError: when V does not rise along its gradient.
+        """
+        if not math.isnan(self.gain) or forward.gradient is None or forward.values is None:
+            return
+        tried = slice(guidance.SIGN_TEST_STATES)
+
+        def value_of(sample: Tensor) -> Tensor:
+            moved = model.evaluate(
+                sample, timestep, conditioning, particles.rows[tried], with_gradient=False
+            ).values
+            assert moved is not None
+            return moved
+
+        self.gain = guidance.sign_test(
+            particles.sample[tried], forward.gradient[tried], forward.values[tried], value_of
+        )
+
+
+def denoise(
+    model: SteeredModel,
+    table: TransitionTable,
+    config: SteeringConfig,
+    selection: Selection,
+    particles: Particles,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    sign_test: SignTest,
+) -> Particles:
+    """The trajectories that reach the end, with the values of their states.
+
+    Args:
+        model: forwards.
+        table: the sampler.
+        config: of guidance, and the seed.
+        selection: the method's decisions; its state is of these images.
+        particles: pure noise.
+        conditioning: (G, ...) of the images.
+        guidance_scale: of classifier-free guidance, used where the model has an unconditional half.
+        sign_test: of the whole call.
+    """
+    device = particles.sample.device
+    coefficients, timesteps = table.coefficients(device), table.timesteps.to(device)
+    scale = None if model.uncond_conditioning is None else torch.full((1,), guidance_scale, device=device)
+    for step, is_guided in enumerate(guidance.guided_steps(config, table)):
+        timestep = timesteps[step : step + 1]
+        forward = model.evaluate(
+            particles.sample, timestep, conditioning, particles.rows, with_gradient=is_guided
+        )
+        sign_test.run(model, particles, forward, timestep, conditioning)
+        if forward.values is not None:
+            particles = particles.with_values(forward.values)
+            kept = selection.keep(particles, forward.values, step)
+            particles, forward = _chosen(selection, particles, forward, kept)
+        parents = selection.multiply(particles, step)
+        particles, forward = _chosen(selection, particles, forward, parents)
+        noise = NoiseKey.create(config.seed, particles.ids, device)
+        steps = torch.full_like(particles.ids, step)
+        uncond_output = None if forward.uncond_output is None else forward.uncond_output.contiguous()
+        moved = ops.gaussian_step(
+            particles.sample,
+            forward.output.contiguous(),
+            coefficients,
+            steps,
+            noise=noise,
+            uncond_output=uncond_output,
+            guidance_scale=scale,
+        )
+        particles = particles.at(moved.prev_sample)
+        if forward.gradient is not None:
+            displacement = guidance.mean_displacement(
+                forward.gradient, moved.model_output, config, table, step
+            )
+            particles = particles.at(particles.sample + displacement)
+            if config.method == "smc":
+                drawn = ops.normal_noise(tuple(displacement.shape), steps, noise)
+                std = float(table.std[step])
+                selection.correct(guidance.log_proposal_ratio(displacement, drawn, std))
+    return particles
+
+
+def _chosen(
+    selection: Selection, particles: Particles, forward: StateForward, positions: Tensor | None
+) -> tuple[Particles, StateForward]:
+    """Trajectories at `positions` with what the model said of them: nothing runs again."""
+    if positions is None:
+        return particles, forward
+    particles = particles.select(positions)
+    return particles.renamed(selection.names(particles)), forward.select(positions)

@@ -1,0 +1,75 @@
+"""What steering raises: one number of a critic's heads, of several critics, and of their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lacfast.config import SteeringConfig
+from lacfast.critic import Critic
+
+
+@dataclass(frozen=True)
+class Objective:
+    """V = combine_m w_m V_m over heads, then over critics; R the same of the standardised rewards."""
+
+    weights: Tensor
+    """(M,) float32 weight of each head and reward."""
+    reward_mean: Tensor
+    """(M,) float64 raw reward at V = 0."""
+    reward_std: Tensor
+    """(M,) float64 raw reward in one unit of V."""
+    head_combination: str
+    critic_combination: str
+
+    @staticmethod
+    def create(
+        critics: Sequence[Critic],
+        weights: Tensor | None,
+        num_rewards: int,
+        config: SteeringConfig,
+        device: torch.device,
+    ) -> Objective:
+        """Of critics with equally many heads; of `num_rewards` raw rewards without any.
+
+        Raises:
+            ValueError: where heads, rewards and weights are not equally many.
+        """
+        heads = {critic.num_rewards for critic in critics} or {num_rewards or 1}
+        sizes = set(heads)
+        sizes |= {num_rewards} if num_rewards else set()
+        sizes |= {len(weights)} if weights is not None else set()
+        if len(sizes) > 1:
+            given = "none" if weights is None else str(len(weights))
+            raise ValueError(
+                f"critics with {sorted(heads)} heads, {num_rewards} rewards and {given} head_weights do not "
+                "match; pass the rewards that the critic was trained on, in their order"
+            )
+        (size,) = sizes
+        units = critics[0] if critics else None
+        return Objective(
+            (torch.ones(size) if weights is None else weights).to(device, torch.float32),
+            torch.zeros(size).double() if units is None else units.reward_mean.cpu(),
+            torch.ones(size).double() if units is None else units.reward_std.cpu(),
+            config.head_combination,
+            config.critic_combination,
+        )
+
+    def of_critics(self, values: Sequence[Tensor]) -> Tensor:
+        """V (B,) of the heads' values (B, M) of each critic, with gradients."""
+        combined = torch.stack([self._of_heads(heads.float()) for heads in values])
+        return combined.amin(dim=0) if self.critic_combination == "minimum" else combined.mean(dim=0)
+
+    def of_rewards(self, rewards: dict[str, Tensor]) -> Tensor:
+        """R (B,) float64 in units of V, of raw rewards name -> (B,)."""
+        raw = torch.stack(list(rewards.values()), dim=1).double()
+        return self._of_heads((raw - self.reward_mean) / self.reward_std)
+
+    def _of_heads(self, values: Tensor) -> Tensor:
+        weighted = values * self.weights.to(values)
+        if self.head_combination == "sum":
+            return weighted.sum(dim=-1)
+        return weighted[:, self.weights.to(values.device) > 0].amin(dim=-1)
