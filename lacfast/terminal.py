@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from lacfast.costs import Costs
 from lacfast.records import Evaluation
 from lacfast.run_config import RunConfig
+from lacfast.steering import SteeringStats
 
 QUIET_INTERVAL = 15.0
 """Seconds between lines of one phase where the output is no terminal."""
@@ -114,6 +115,24 @@ def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
         error = float(scores.float().std()) / math.sqrt(len(scores))
         table.add_row(name, f"{float(scores.mean()):.4f}", f"{error:.4f}", str(len(scores)))
     (console or Console()).print(table)
+
+
+def show_steering(stats: SteeringStats, out: Path, console: Console | None = None) -> None:
+    """What steering cost and reached, and where the images are."""
+    evaluations = stats.evaluations
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("forwards per image, a backward is two", f"{evaluations.per_image:.1f}")
+    table.add_row("forwards and backwards", f"{evaluations.forwards:,} and {evaluations.backwards:,}")
+    table.add_row("reward calls for the choice", f"{stats.reward_calls:,}")
+    if len(stats.values):
+        table.add_row("V of the last noisy state", f"{float(stats.values[-1].mean()):.4f}")
+    for name, scores in (stats.rewards | stats.gold).items():
+        table.add_row(name, f"{float(scores.mean()):.4f}")
+    console = console or Console()
+    console.print(table)
+    console.print(f"{evaluations.images} images in {out / 'images'}", highlight=False, soft_wrap=True)
 
 
 def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
