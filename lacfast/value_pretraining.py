@@ -16,8 +16,10 @@ from lacfast import reference
 from lacfast.advantages import RewardNormalizer, stack_rewards
 from lacfast.config import PPOConfig, ValuePretrainingConfig
 from lacfast.critic import Critic
+from lacfast.metrics import UpdateRecords
+from lacfast.minibatch import all_states
 from lacfast.records import Rollout
-from lacfast.update import all_states, critic_step
+from lacfast.update import critic_step, step_tables
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,23 @@ def _learn_from(
 ) -> None:
     """Minibatches of random states, each from one kept rollout, until they make up `config.passes`."""
     kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
+    tables = step_tables(rollouts[0].table, ppo, rollouts[0].latents)
+    failed = torch.zeros((), device=rollouts[0].latents.device)
+    records = UpdateRecords()
     for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
         rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
         targets = value_targets(rollout, normalizer, ppo.target_clip)
         states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
-        critic_step(critic, optimizer, rollout, targets, states, ppo)
+        numbers = critic_step(
+            critic,
+            optimizer,
+            rollout,
+            targets,
+            states,
+            ppo,
+            tables=tables,
+            failed=failed,
+            microbatch_size=ppo.microbatch_size,
+        )
+        records.add("critic", numbers, len(states))
+    records.read()

@@ -16,7 +16,8 @@ LAYERS = (
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "value_loss", "critic"),
-    ("sampler", "advantages"),
+    ("sampler", "advantages", "optimizers"),
+    ("minibatch",),
     (
         "update",
         "trackers",
