@@ -13,11 +13,21 @@ from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic
 from lacfast.metrics import UpdateRecords
-from lacfast.minibatch import all_pairs, all_states, minibatches
-from lacfast.optimizers import critic_optimizer, policy_optimizer, take_back, warmup
+from lacfast.microbatch import MicrobatchSize
+from lacfast.minibatch import Pairs, all_pairs, all_states, minibatches, policy_batch
+from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
-from lacfast.update import StepTables, critic_step, policy_step, reference_outputs, step_tables
+from lacfast.update import (
+    PolicyTotals,
+    StepTables,
+    critic_step,
+    policy_gradient,
+    policy_step,
+    probe_critic,
+    reference_outputs,
+    step_tables,
+)
 
 
 class Learner:
@@ -37,6 +47,8 @@ class Learner:
         self.policy_schedule = warmup(self.policy_optimizer, config.ppo.warmup_steps)
         self.critic_optimizer = critic_optimizer(backbone.critic, config.ppo)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
+        self.policy_microbatch = MicrobatchSize(config.ppo.microbatch_size)
+        self.critic_microbatch = MicrobatchSize(config.ppo.microbatch_size)
         self.failed = torch.zeros((), device=parameters[0].device)
         self._tables: tuple[TransitionTable, StepTables] | None = None
         if config.gradient_checkpointing:
@@ -61,6 +73,7 @@ class Learner:
         """
         records = UpdateRecords()
         tables = self._step_tables(rollout)
+        self._find_microbatches(rollout, advantages, tables)
         references = self._reference_outputs(rollout, advantages, tables)
         self.failed.zero_()
         is_stopped = False
@@ -96,20 +109,24 @@ class Learner:
         for minibatch in minibatches(pairs, ppo.num_minibatches, generator, fraction=ppo.timestep_fraction):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True
-            numbers = policy_step(
-                self.backbone,
-                self.reference,
-                self.policy_optimizer,
-                rollout,
-                advantages,
-                minibatch,
-                ppo,
-                self.config.sampler.guidance_scale,
-                tables=tables,
-                failed=self.failed,
-                microbatch_size=ppo.microbatch_size,
-                reference_outputs=references,
-            )
+
+            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+                return policy_step(
+                    self.backbone,
+                    self.reference,
+                    self.policy_optimizer,
+                    rollout,
+                    advantages,
+                    minibatch,
+                    ppo,
+                    self.config.sampler.guidance_scale,
+                    tables=tables,
+                    failed=self.failed,
+                    microbatch_size=size,
+                    reference_outputs=references,
+                )
+
+            numbers = self.policy_microbatch.run(step, len(minibatch))
             self.policy_schedule.step()
             records.add("policy", numbers, len(minibatch))
             if ppo.kl_limit < math.inf:
@@ -124,21 +141,26 @@ class Learner:
         generator: torch.Generator,
         records: UpdateRecords,
     ) -> None:
-        if self.critic is None or self.critic_optimizer is None:
+        critic, optimizer = self.critic, self.critic_optimizer
+        if critic is None or optimizer is None:
             return
         for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
-            numbers = critic_step(
-                self.critic,
-                self.critic_optimizer,
-                rollout,
-                advantages.targets,
-                minibatch,
-                self.config.ppo,
-                tables=tables,
-                failed=self.failed,
-                microbatch_size=self.config.ppo.microbatch_size,
-                old_values=rollout.values,
-            )
+
+            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+                return critic_step(
+                    critic,
+                    optimizer,
+                    rollout,
+                    advantages.targets,
+                    minibatch,
+                    self.config.ppo,
+                    tables=tables,
+                    failed=self.failed,
+                    microbatch_size=size,
+                    old_values=rollout.values,
+                )
+
+            numbers = self.critic_microbatch.run(step, len(minibatch))
             records.add("critic", numbers, len(minibatch))
 
     def _step_tables(self, rollout: Rollout) -> StepTables:
@@ -146,6 +168,34 @@ class Learner:
         if self._tables is None or self._tables[0] is not rollout.table:
             self._tables = rollout.table, step_tables(rollout.table, self.config.ppo, rollout.latents)
         return self._tables[1]
+
+    def _find_microbatches(self, rollout: Rollout, advantages: Advantages, tables: StepTables) -> None:
+        """At the first rollout, when it, the weights and nothing else of size is in memory."""
+        device = rollout.latents.device
+        pairs = all_pairs(advantages.steps, rollout.batch_size)
+        reserved = missing_moments(self.policy_optimizer)
+        if self.critic_optimizer is not None:
+            reserved += missing_moments(self.critic_optimizer)
+
+        def probe_policy(count: int) -> None:
+            batch = policy_batch(
+                rollout, advantages, tables.timesteps, pairs.select(slice(count)), share=tables.one
+            )
+            guidance_scale = self.config.sampler.guidance_scale
+            policy_gradient(
+                *(self.backbone, self.reference, batch, tables, self.config.ppo, guidance_scale),
+                PolicyTotals.zeros(tables),
+            )
+            self.policy_optimizer.zero_grad(set_to_none=True)
+
+        self.policy_microbatch.find(probe_policy, device, reserved=reserved)
+        critic = self.critic
+        if critic is not None:
+            self.critic_microbatch.find(
+                lambda count: probe_critic(critic, rollout, advantages.targets, tables, count),
+                device,
+                reserved=reserved,
+            )
 
     def _reference_outputs(
         self, rollout: Rollout, advantages: Advantages, tables: StepTables
@@ -160,7 +210,7 @@ class Learner:
             advantages.steps,
             tables.timesteps,
             self.config.sampler.guidance_scale,
-            microbatch_size=ppo.microbatch_size,
+            microbatch_size=self.policy_microbatch.size,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +220,7 @@ class Learner:
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
+            "microbatch_sizes": (self.policy_microbatch.size, self.critic_microbatch.size),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,5 +229,8 @@ class Learner:
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        # What was found by the free memory is kept: another size would round sums in another order.
+        if not self.config.ppo.microbatch_size:
+            self.policy_microbatch.size, self.critic_microbatch.size = state["microbatch_sizes"]
         if self.average is not None:
             self.average.load(state["average"] or self.backbone.policy_state())

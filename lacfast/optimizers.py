@@ -54,6 +54,12 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def missing_moments(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer's first step will allocate."""
+    missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
+    return sum(2 * parameter.numel() * parameter.element_size() for parameter in missing)
+
+
 @torch.no_grad()
 def guarded_step(optimizer: Optimizer, failed: Tensor, *, max_grad_norm: float) -> Tensor:
     """Clip the gradients and step, unless a gradient is or was not finite; returns their norm ().

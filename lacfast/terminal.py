@@ -143,6 +143,7 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
     table.add_column("")
     table.add_column("", justify="right")
     microbatch = config.train.ppo.microbatch_size
+    together = f"at most, {microbatch} pairs" if microbatch else "per pair"
     rows = (
         ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
         ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
@@ -153,7 +154,7 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         ("weights", _size(costs.weight_bytes)),
         ("gradients, moments, average", _size(costs.training_bytes)),
         ("rollout", _size(costs.rollout_bytes)),
-        (f"activations, at most, {microbatch} pairs", _size(costs.activation_bytes * microbatch)),
+        (f"activations, {together}", _size(costs.activation_bytes * max(microbatch, 1))),
     )
     for row in rows:
         table.add_row(*row)

@@ -15,7 +15,16 @@ from lacfast import ops
 from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
-from lacfast.minibatch import CriticBatch, Pairs, PolicyBatch, States, critic_batch, policy_batch, states_of
+from lacfast.minibatch import (
+    CriticBatch,
+    Pairs,
+    PolicyBatch,
+    States,
+    all_states,
+    critic_batch,
+    policy_batch,
+    states_of,
+)
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.optimizers import guarded_step
 from lacfast.profiling import each
@@ -37,6 +46,11 @@ class StepTables:
     """(T,) of the steps in the policy's loss."""
     kl_gains: Tensor
     """(T,) of the squared difference to the reference."""
+
+    @property
+    def one(self) -> Tensor:
+        """() the share of a minibatch that all of it is."""
+        return torch.ones_like(self.coefficients[0, 0])
 
 
 def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
@@ -135,7 +149,7 @@ def policy_step(
 
 def _share(part: Pairs, pairs: Pairs, tables: StepTables) -> Tensor:
     # Filled on the device: a copy of a host number would wait for it.
-    return torch.full_like(tables.coefficients[0, 0], len(part) / len(pairs))
+    return torch.full_like(tables.one, len(part) / len(pairs))
 
 
 def policy_gradient(
@@ -289,3 +303,13 @@ def critic_step(
         critic_gradient(critic, batch, total)
     norm = guarded_step(optimizer, failed, max_grad_norm=config.max_grad_norm)
     return torch.stack([total.double(), norm.double()])
+
+
+def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: StepTables, count: int) -> None:
+    """Forward and backward of `count` states, for MicrobatchSize.find."""
+    states = all_states(rollout).select(slice(count))
+    batch = critic_batch(
+        *(rollout, kept_features(rollout, states), targets, tables.timesteps, states), share=tables.one
+    )
+    critic_gradient(critic, batch, torch.zeros_like(tables.one))
+    critic.zero_grad(set_to_none=True)
