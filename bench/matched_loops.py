@@ -8,7 +8,6 @@ rollout.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,11 +21,10 @@ from bench.peer_loops import DDPOLoop, DDPOSettings, FlowGRPOLoop, FlowGRPOSetti
 from lacfast import ops
 from lacfast.backbones import adapt
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import CriticConfig, LoRAConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.config import AdvantageConfig, LoRAConfig, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.records import INITIAL_STEP, NoiseKey
-from lacfast.tasks import models
+from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
-from lacfast.tasks.prompts import split_prompts
 from lacfast.tasks.text import word_encoder
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -96,7 +94,7 @@ def engine(
         batch_size=match.trajectories,
         samples_per_prompt=match.samples_per_prompt,
         sampler=match.sampler,
-        critic=CriticConfig(trunk="none"),
+        advantages=AdvantageConfig(estimator="grpo" if match.peer == "flow_grpo" else "batch_mean"),
         ppo=PPOConfig(
             clip_range=1e-4,
             advantage_clip=5.0,
@@ -108,10 +106,7 @@ def engine(
         **changes,
     )
     prompts = tuple(dict.fromkeys(match.prompts))
-    with warnings.catch_warnings():
-        # ddpo-pytorch's baseline is the batch mean too.
-        warnings.filterwarnings("ignore", message="no critic and samples_per_prompt=1")
-        return LatentActorCriticTrainer(match.build(dtype or match.dtype), brightness, prompts, config)
+    return LatentActorCriticTrainer(match.build(dtype or match.dtype), brightness, prompts, config)
 
 
 def peer_loop(match: Match, *, batch_size: int, dtype: torch.dtype = torch.float32) -> PeerLoop:
@@ -192,7 +187,7 @@ def tiny_match(family: models.BackboneName, *, batches: int, num_steps: int) -> 
     """`batches` of the peer's published size of trajectories on a tiny model."""
     peer: Peer = "flow_grpo" if family == "dit" else "ddpo"
     count = batches * PEER_BATCH[peer]
-    texts = [prompt.text for prompt in split_prompts()[0]]
+    texts = [prompt.text for prompt in scenes.TASK.split()[0]]
     return Match(
         name=f"tiny {family}",
         peer=peer,

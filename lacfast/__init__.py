@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lacfast.backbones import PipelineSettings, load_backbone
     from lacfast.config import (
+        AdvantageConfig,
         CriticConfig,
+        EarlyStoppingConfig,
         LoRAConfig,
         PPOConfig,
         SamplerConfig,
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
     from lacfast.trainer import LatentActorCriticTrainer
 
 _HOMES = {
+    "AdvantageConfig": "config",
     "CriticConfig": "config",
+    "EarlyStoppingConfig": "config",
     "LatentActorCriticTrainer": "trainer",
     "LoRAConfig": "config",
     "PPOConfig": "config",
@@ -40,7 +44,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdvantageConfig",
     "CriticConfig",
+    "EarlyStoppingConfig",
     "LatentActorCriticTrainer",
     "LoRAConfig",
     "PPOConfig",

@@ -122,7 +122,11 @@ def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | No
         # Before the trainer opens the log.
         directory.rewind_metrics(read_state(checkpoint)["iteration"])
     trainer = build_trainer(config, directory)
-    score = config.best or trainer.rewards.names[0]
+    score = config.best or trainer.early_stopping_score
+    if score not in trainer.score_names:
+        raise ValueError(
+            f"best={score!r} is no score of the evaluation; known: {', '.join(trainer.score_names)}"
+        )
     if checkpoint is not None:
         trainer.load(checkpoint)
     else:
@@ -227,15 +231,12 @@ def _keep(
     trainer: LatentActorCriticTrainer, directory: RunDirectory, evaluation: Evaluation, score: str
 ) -> None:
     """A picture of the evaluation, and the weights it judged if they are the best so far."""
-    means = evaluation.means()
-    if score not in means:
-        raise ValueError(f"best={score!r} is no score of the evaluation; known: {', '.join(means)}")
     picture = _picture(evaluation)
     picture.save(directory.samples(trainer.iteration))
     for tracker in trainer.log.trackers:
         tracker.picture(trainer.iteration, "samples", picture)
-    best = directory.best_score()
-    if best is None or means[score] > best:
+    best, found = directory.best_score(), evaluation.means()[score]
+    if best is None or found > best:
         with trainer.averaged():
             save_backbone(trainer.backbone, directory.best)
-        directory.write_best_score(means[score], trainer.iteration)
+        directory.write_best_score(found, trainer.iteration)

@@ -46,7 +46,7 @@ class RunConfig:
     keep_last: int = 2
     """Checkpoints that are kept besides the best one."""
     best: str = ""
-    """Score of evaluations whose best checkpoint is kept. Empty: the first reward."""
+    """Score of evaluations whose best checkpoint is kept. Empty: early stopping's, or the first reward."""
     resume: str = "auto"
     """"auto" goes on from the last checkpoint in `out`, "never" wants an empty `out`, else a checkpoint."""
     tensorboard: bool = False

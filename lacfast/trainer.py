@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lacfast import checkpoint
-from lacfast.advantages import Advantages, RewardNormalizer, critic_advantages, group_advantages
+from lacfast.advantages import AdvantageEstimator, Advantages, RewardNormalizer, stack_rewards
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, build_critic
+from lacfast.early_stopping import EarlyStopping
 from lacfast.evaluation import evaluate
 from lacfast.experience import collect
 from lacfast.learner import Learner
@@ -79,8 +79,9 @@ class LatentActorCriticTrainer:
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         self.table = backbone.transition_table(self.config.sampler)
         self._require_trainable()
+        self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
+        self.early_stopping = self._early_stopping()
         self._attach_critic()
-        self.normalizer = RewardNormalizer.create(len(self.rewards.names))
         self.learner = Learner(backbone, self.config)
         self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0
@@ -95,6 +96,11 @@ class LatentActorCriticTrainer:
     def device(self) -> torch.device:
         return next(self.backbone.model.parameters()).device
 
+    @property
+    def normalizer(self) -> RewardNormalizer:
+        """Units of the critic's values."""
+        return self.estimator.normalizer
+
     def _require_trainable(self) -> None:
         sampler = self.config.sampler
         if not self.table.trainable_steps:
@@ -103,11 +109,29 @@ class LatentActorCriticTrainer:
                 "makes every step deterministic, so no step has a log-prob to train; "
                 "use noise_level > 0 (0.7 for 'flow_sde')"
             )
-        if self.config.critic.trunk == "none" and self.config.samples_per_prompt == 1:
-            warnings.warn("no critic and samples_per_prompt=1: the baseline is the batch mean", stacklevel=3)
+
+    def _early_stopping(self) -> EarlyStopping:
+        settings = self.config.early_stopping
+        if self.early_stopping_score not in self.score_names:
+            raise ValueError(
+                f"early_stopping.score={settings.score!r} is no score of an evaluation; known: "
+                f"{', '.join(self.score_names)}"
+            )
+        return EarlyStopping(settings.patience, settings.min_improvement)
+
+    @property
+    def score_names(self) -> list[str]:
+        """What an evaluation scores: the rewards, then those that are only reported."""
+        reported = [] if self.evaluation_rewards is None else self.evaluation_rewards.names
+        return [*self.rewards.names, *reported]
+
+    @property
+    def early_stopping_score(self) -> str:
+        """The score that early stopping watches."""
+        return self.config.early_stopping.score or self.rewards.names[0]
 
     def _attach_critic(self) -> None:
-        config, heads, attached = self.config, len(self.rewards.names), self.backbone.critic
+        config, heads, attached = self.config, len(self.estimator.head_names), self.backbone.critic
         if config.critic.trunk == "none":
             self.backbone.critic = None
         elif attached is None:
@@ -115,8 +139,8 @@ class LatentActorCriticTrainer:
         elif (attached.num_rewards, attached.config) != (heads, config.critic):
             raise ValueError(
                 f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {heads} "
-                f"rewards {self.rewards.names} and {config.critic} do not fit it. Train with the critic's "
-                "own, or set backbone.critic = None for a new one"
+                f"rewards {list(self.estimator.head_names)} and {config.critic} do not fit it. Train with "
+                "the critic's own, or set backbone.critic = None for a new one"
             )
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -199,24 +223,8 @@ class LatentActorCriticTrainer:
         return result
 
     def advantages(self, rollout: Rollout) -> Advantages:
-        """Advantages of a rollout with rewards: from the critic, or group-relative without one."""
-        ppo = self.config.ppo
-        if self.critic is None:
-            return group_advantages(
-                rollout,
-                self.rewards.weights,
-                samples_per_prompt=self.config.samples_per_prompt,
-                advantage_clip=ppo.advantage_clip,
-            )
-        return critic_advantages(
-            rollout,
-            self.normalizer,
-            self.rewards.weights,
-            gamma=ppo.gamma,
-            gae_lambda=ppo.gae_lambda,
-            advantage_clip=ppo.advantage_clip,
-            target_clip=ppo.target_clip,
-        )
+        """Advantages of a rollout with rewards, by config.advantages; taken into its statistics."""
+        return self.estimator(rollout)
 
     def update(self, rollout: Rollout) -> dict[str, Any]:
         """Learn from a rollout with rewards; returns the metrics of the iteration.
@@ -226,17 +234,24 @@ class LatentActorCriticTrainer:
         """
         with span("advantages"):
             advantages = self.advantages(rollout)
-        metrics = rollout_metrics(rollout, advantages, self.normalizer)
+        metrics = rollout_metrics(rollout, advantages, self.normalizer) | self.estimator.metrics()
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
-    def train_iteration(self) -> dict[str, Any]:
-        """One rollout and its update; returns its metrics, which are logged too."""
+    def train_iteration(self, on_rollout: Callable[[Rollout], None] | None = None) -> dict[str, Any]:
+        """One rollout and its update; returns its metrics, which are logged too.
+
+        `on_rollout` is called with the scored rollout before anything learns from it.
+        """
         start = time.perf_counter()
         rollout = self._training_rollout(self.iteration, 0)
         sampled = time.perf_counter()
         metrics: dict[str, Any] = {"skipped": True}
         if rollout is not None:
-            if self.critic is not None:
+            if on_rollout is not None:
+                on_rollout(rollout)
+            if self.critic is None:
+                self.normalizer.update(stack_rewards(rollout))
+            else:
                 rollout = update_statistics(self.critic, self.normalizer, rollout)
             metrics = self.update(rollout)
         self.iteration += 1
@@ -257,19 +272,24 @@ class LatentActorCriticTrainer:
         on_iteration: Callable[[dict[str, Any]], None] | None = None,
         on_evaluation: Callable[[Evaluation], None] | None = None,
     ) -> int:
-        """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran."""
+        """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran.
+
+        An evaluation that is due comes before `on_iteration`, so that what is saved there knows of it. Ends
+        early by config.early_stopping.
+        """
         start = time.perf_counter()
         planned = self.config.iterations - self.iteration if iterations is None else iterations
         for done in range(planned):
-            if time.perf_counter() - start >= seconds:
+            if self.early_stopping.is_exhausted or time.perf_counter() - start >= seconds:
                 return done
             metrics = self.train_iteration()
-            if on_iteration is not None:
-                on_iteration(metrics)
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
                 evaluation = self.evaluate()
+                self.early_stopping.update(evaluation.means()[self.early_stopping_score])
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
+            if on_iteration is not None:
+                on_iteration(metrics)
         return planned
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
@@ -307,7 +327,8 @@ class LatentActorCriticTrainer:
             "iteration": self.iteration,
             "images": self.images,
             "rewards": self.rewards.names,
-            "normalizer": asdict(self.normalizer),
+            "advantages": self.estimator.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
             "learner": self.learner.state_dict(),
         }
         checkpoint.save_run(self.backbone, state, Path(directory))
@@ -324,7 +345,9 @@ class LatentActorCriticTrainer:
                 f"the checkpoint was trained on rewards {state['rewards']}, this trainer has "
                 f"{self.rewards.names}; use the same"
             )
+        self.estimator.require_fit(state["advantages"])
         checkpoint.load_weights(self.backbone, Path(directory))
         self.learner.load_state_dict(state["learner"])
-        self.normalizer = RewardNormalizer(**state["normalizer"])
+        self.estimator.load_state_dict(state["advantages"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
         self.iteration, self.images = state["iteration"], state["images"]

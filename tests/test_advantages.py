@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from tiny_rollouts import made_rollout
 from torch import Tensor
 
 from lacfast.advantages import (
     Advantages,
-    LagrangeMultipliers,
     RewardNormalizer,
     critic_advantages,
-    group_advantages,
 )
-from lacfast.records import Conditioning, NoiseKey, RewardCondition, Rollout
-from lacfast.schedule import flow_sde, uniform_sigmas
 
 STEPS, BATCH = 4, 6
-
-
-def rollout(values: Tensor, rewards: dict[str, Tensor]) -> Rollout:
-    latents = torch.zeros(STEPS + 1, BATCH, 1, 1, 1)
-    return Rollout(
-        table=flow_sde(uniform_sigmas(STEPS), 0.7, window=(0, STEPS - 1)),
-        latents=latents,
-        model_outputs=latents[1:],
-        log_probs=latents[1:, :, 0, 0, 0],
-        values=values,
-        features={},
-        conditioning=Conditioning({"x": torch.zeros(BATCH, 1)}),
-        uncond_conditioning=None,
-        noise=NoiseKey.create(0, range(BATCH)),
-        prompts=["p"] * BATCH,
-        metadata=[{}] * BATCH,
-        rewards=rewards,
-    )
 
 
 def critic_result(
@@ -47,7 +24,7 @@ def critic_result(
     gae_lambda: float = 1.0,
     clip: float = 10.0,
 ) -> Advantages:
-    made = rollout(values, rewards)
+    made = made_rollout(values, rewards)
     normalizer = RewardNormalizer.create(len(rewards))
     normalizer.update(torch.stack(list(rewards.values()), dim=1))
     return critic_advantages(
@@ -105,18 +82,6 @@ def test_advantages_and_targets_stay_within_their_bounds() -> None:
     assert float(result.targets.abs().max()) <= 5.0
 
 
-def test_group_advantages_compare_a_sample_with_its_own_prompt() -> None:
-    result = group_advantages(
-        rollout(torch.zeros(STEPS, BATCH, 0), {"r": REWARD}),
-        torch.ones(1),
-        samples_per_prompt=3,
-        advantage_clip=10.0,
-    )
-    grouped = REWARD.view(2, 3)
-    expected = (grouped - grouped.mean(dim=1, keepdim=True)).flatten() / REWARD.std()
-    torch.testing.assert_close(result.policy, expected.expand(3, -1))
-
-
 def test_equal_rewards_give_no_advantage() -> None:
     result = critic_result(torch.zeros(STEPS, BATCH, 1), {"r": torch.ones(BATCH)}, torch.ones(1))
     assert torch.equal(result.policy, torch.zeros_like(result.policy))
@@ -130,36 +95,3 @@ def test_running_statistics_are_those_of_all_samples(sizes: list[int]) -> None:
         normalizer.update(part)
     torch.testing.assert_close(normalizer.mean, rewards.mean(dim=0))
     torch.testing.assert_close(normalizer.std, rewards.std(dim=0, correction=0))
-
-
-def test_a_multiplier_grows_until_its_reward_reaches_the_floor() -> None:
-    multipliers = LagrangeMultipliers(
-        weights=torch.tensor([1.0, 0.5]).double(),
-        floors=torch.tensor([-math.inf, 0.4]).double(),
-        learning_rate=2.0,
-        maximum=3.0,
-    )
-    multipliers.update(torch.tensor([[5.0, 0.0], [1.0, 0.2]]))
-    torch.testing.assert_close(multipliers.weights, torch.tensor([1.0, 1.1]).double())
-    multipliers.update(torch.tensor([[5.0, 0.9]]))
-    torch.testing.assert_close(multipliers.weights, torch.tensor([1.0, 0.1]).double())
-    multipliers.update(torch.tensor([[5.0, 0.9]]))
-    assert multipliers.weights.tolist() == [1.0, 0.0]
-    multipliers.update(torch.tensor([[5.0, -100.0]]))
-    assert multipliers.weights.tolist() == [1.0, 3.0]
-
-
-def test_an_easy_reward_counts_only_where_the_hard_one_passes() -> None:
-    made = rollout(torch.zeros(STEPS, BATCH, 2), {"hard": REWARD, "easy": torch.full((BATCH,), 2.0)})
-    normalizer = RewardNormalizer(torch.zeros(2).double(), torch.ones(2).double(), 1.0)
-    result = critic_advantages(
-        made,
-        normalizer,
-        torch.ones(2),
-        gamma=1.0,
-        gae_lambda=1.0,
-        advantage_clip=10.0,
-        target_clip=5.0,
-        conditions=[RewardCondition(reward=1, on=0, threshold=0.6)],
-    )
-    assert result.targets[:, 1].tolist() == [0.0, 2.0, 0.0, 0.0, 2.0, 2.0]

@@ -12,14 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 LAYERS = (
     ("_C", "kernels"),
-    ("records", "config", "run_config", "precision", "profiling"),
+    ("records", "config", "run_config", "precision", "profiling", "distributed"),
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "value_loss", "critic"),
-    ("sampler", "advantages", "optimizers", "microbatch"),
-    ("minibatch",),
+    ("sampler", "advantages"),
     (
         "update",
+        "adaptive_kl",
+        "early_stopping",
         "trackers",
         "metrics",
         "value_pretraining",
@@ -31,19 +32,7 @@ LAYERS = (
     ("costs", "run_directory", "learner"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
-    (
-        "presets",
-        "run",
-        "steering_run",
-        "pictures",
-        "charts",
-        "terminal",
-        "demo",
-        "report",
-        "environment",
-        "cli",
-        "__main__",
-    ),
+    ("presets", "run", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),
 )
 """From the bottom; a module may import its own layer and those below. Subpackages count as one module."""
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

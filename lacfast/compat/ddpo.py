@@ -15,8 +15,8 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from lacfast.advantages import PromptStatistics as PerPromptStatTracker
 from lacfast.compat.ddim_step import Generators, ddim_step_with_logprob
-from lacfast.compat.prompt_statistics import BufferedStatTracker as PerPromptStatTracker
 
 __all__ = ["PerPromptStatTracker", "ddim_step_with_logprob", "pipeline_with_logprob"]
 

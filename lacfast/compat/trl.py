@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,10 +19,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from lacfast.advantages import Advantages, stack_rewards
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.checkpoint import TRAINER_STATE, save_backbone, whole_directory
-from lacfast.compat.prompt_statistics import BufferedStatTracker
 from lacfast.compat.trl_config import DDPOConfig, train_config
 from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFunction
 from lacfast.config import CriticConfig, LoRAConfig
@@ -35,7 +32,7 @@ __all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
 
 LORA = LoRAConfig(rank=4, alpha=4, target_modules=("to_k", "to_q", "to_v", "to_out.0"))
 """TRL's adapter."""
-STATISTICS = "prompt_statistics.json"
+PROGRESS = "trl.json"
 
 
 class DefaultDDPOStableDiffusionPipeline:
@@ -120,22 +117,14 @@ class DDPOTrainer:
             lora = LORA
         if config.allow_tf32 and torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
-        with warnings.catch_warnings():
-            # The batch mean is the baseline that DDPO asks for.
-            warnings.filterwarnings("ignore", message="no critic and samples_per_prompt=1")
-            self.engine = _Engine(
-                _backbone(self.sd_pipeline, config, lora),
-                self._reward,
-                PromptFunction([], [], prompt_function),
-                settings,
-                metrics_path=config.logging_directory / "metrics.jsonl",
-                trackers=trackers,
-            )
-        self.engine.before_update = self._show
-        if config.per_prompt_stat_tracking:
-            self.engine.statistics = BufferedStatTracker(
-                config.per_prompt_stat_tracking_buffer_size, config.per_prompt_stat_tracking_min_count
-            )
+        self.engine = LatentActorCriticTrainer(
+            _backbone(self.sd_pipeline, config, lora),
+            self._reward,
+            PromptFunction([], [], prompt_function),
+            settings,
+            metrics_path=config.logging_directory / "metrics.jsonl",
+            trackers=trackers,
+        )
         if config.resume_from:
             self._load(_latest(Path(config.resume_from).expanduser()))
         self.first_epoch = self.engine.iteration
@@ -151,7 +140,7 @@ class DDPOTrainer:
         self.global_step = global_step
         # What evaluations and value pretraining judged is none of the hook's.
         self._reward.take_batches()
-        self.engine.train_iteration()
+        self.engine.train_iteration(on_rollout=self._show)
         if epoch != 0 and epoch % self.config.save_freq == 0:
             self._save(epoch)
         return global_step + self._steps_per_epoch
@@ -160,7 +149,7 @@ class DDPOTrainer:
         """What plain diffusers loads: LoRA by `load_lora_weights`, all weights by `from_pretrained`."""
         save_backbone(self.engine.backbone, Path(save_directory))
 
-    def _show(self) -> None:
+    def _show(self, rollout: Rollout) -> None:
         batches = self._reward.take_batches()
         if self.image_samples_hook is not None:
             self._images.iteration = self.engine.iteration
@@ -173,47 +162,15 @@ class DDPOTrainer:
     def _save(self, epoch: int) -> None:
         with whole_directory(self._checkpoints / f"checkpoint_{epoch}") as target:
             self.engine.save(target)
-            record: dict[str, Any] = {"global_step": self.global_step + self._steps_per_epoch}
-            if self.engine.statistics is not None:
-                record["statistics"] = self.engine.statistics.state()
-            (target / STATISTICS).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            record = {"global_step": self.global_step + self._steps_per_epoch}
+            (target / PROGRESS).write_text(json.dumps(record) + "\n", encoding="utf-8")
         for path in _numbered(self._checkpoints)[: -self.config.kept_checkpoints]:
             shutil.rmtree(path)
 
     def _load(self, directory: Path) -> None:
         self.engine.load(directory)
-        record = json.loads((directory / STATISTICS).read_text(encoding="utf-8"))
+        record = json.loads((directory / PROGRESS).read_text(encoding="utf-8"))
         self.global_step = record["global_step"]
-        if self.engine.statistics is not None:
-            if "statistics" not in record:
-                raise ValueError(
-                    f"{directory} holds no statistics per prompt; set per_prompt_stat_tracking=False as there"
-                )
-            self.engine.statistics.load_state(record["statistics"])
-
-
-class _Engine(LatentActorCriticTrainer):
-    """The trainer with DDPO's baselines where it has no critic."""
-
-    statistics: BufferedStatTracker | None = None
-    before_update: Callable[[], None] | None = None
-
-    def advantages(self, rollout: Rollout) -> Advantages:
-        """(R - mean) / std of the batch, or of the prompt's own rewards; the same at all steps."""
-        if self.before_update is not None:
-            self.before_update()
-        if self.critic is not None:
-            return super().advantages(rollout)
-        rewards = stack_rewards(rollout)[:, 0]
-        if self.statistics is None:
-            relative = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
-        else:
-            scores = self.statistics.update(rollout.prompts, rewards.double().cpu().numpy())
-            relative = torch.from_numpy(scores).to(rewards)
-        steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
-        bound = self.config.ppo.advantage_clip
-        policy = relative.clamp(-bound, bound).expand(len(steps), -1)
-        return Advantages(steps, policy, policy.new_zeros((rollout.batch_size, 0)), policy[..., None])
 
 
 def _trackers(config: DDPOConfig) -> list[Tracker]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.config import AdvantageConfig, CriticConfig, PPOConfig, SamplerConfig, TrainConfig
 
 _PROJECT_KEYS = ("automatic_checkpoint_naming", "logging_dir", "project_dir", "total_limit")
 
@@ -169,6 +169,7 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
             window=(0, config.sample_num_steps),
             guidance_scale=config.sample_guidance_scale,
         ),
+        advantages=_advantages(config) if critic is None else AdvantageConfig(),
         critic=CriticConfig(trunk="none") if critic is None else critic,
         ppo=PPOConfig(
             clip_range=config.train_clip_range,
@@ -184,6 +185,17 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
             max_grad_norm=config.train_max_grad_norm,
             cfg_grad="both",
         ),
+    )
+
+
+def _advantages(config: DDPOConfig) -> AdvantageConfig:
+    """DDPO's baseline: the prompt's own rewards, or the epoch's."""
+    if not config.per_prompt_stat_tracking:
+        return AdvantageConfig(estimator="batch_mean")
+    return AdvantageConfig(
+        estimator="ddpo",
+        buffer_size=config.per_prompt_stat_tracking_buffer_size,
+        min_count=config.per_prompt_stat_tracking_min_count,
     )
 
 

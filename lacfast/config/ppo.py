@@ -32,6 +32,9 @@ class PPOConfig:
     so its clip is another one too."""
     kl_weight: float = 0.0
     """beta of the KL to the reference model; 0 keeps no reference. [paper] 0."""
+    kl_target: float | None = None
+    """KL to the reference model per element, in the unit of `kl`, towards which kl_weight is doubled or
+    halved after every iteration (PPO's adaptive penalty), from where it is set. None: kl_weight stays."""
     kl: str = "exact"
     """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
     kl_limit: float = math.inf
@@ -53,10 +56,8 @@ class PPOConfig:
     """Passes over a rollout."""
     timestep_fraction: float = 1.0
     """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
-    microbatch_size: int = 0
-    """(sample, step) pairs per forward and backward; bounds memory, changes the result by the order of sums
-    alone. 0: found at the first update from the free memory, at most 512 on a CPU. Halved when memory runs
-    out."""
+    microbatch_size: int = 512
+    """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
     policy_learning_rate: float = 1e-4
     """[paper]"""
     warmup_steps: int = 0
@@ -95,8 +96,12 @@ class PPOConfig:
         require(
             0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]"
         )
+        require(
+            self.kl_target is None or (self.kl_target > 0 and self.kl_weight > 0),
+            f"kl_target={self.kl_target} needs kl_weight > 0 to begin with and must be > 0 itself; "
+            f"kl_weight={self.kl_weight}",
+        )
         require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
-        require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
-        for name in ("num_minibatches", "num_inner_epochs"):
+        for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

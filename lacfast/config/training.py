@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from lacfast.config.advantages import GROUP_ESTIMATORS, AdvantageConfig
 from lacfast.config.checks import require
 from lacfast.config.critic import CriticConfig
 from lacfast.config.ppo import PPOConfig
@@ -32,6 +33,22 @@ class ValuePretrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """When a run ends before its last iteration; the run's directory keeps the best weights."""
+
+    patience: int = 0
+    """Evaluations without a better score before it stops; 0: never."""
+    score: str = ""
+    """A reward or an evaluation reward (a gold score shows hacking). Empty: the first reward."""
+    min_improvement: float = 0.0
+    """By how much a better score must be better; the standard error of an evaluation is a good choice."""
+
+    def __post_init__(self) -> None:
+        require(self.patience >= 0, f"patience={self.patience} must be >= 0 (0: never stop early)")
+        require(self.min_improvement >= 0, f"min_improvement={self.min_improvement} must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -47,7 +64,9 @@ class TrainConfig:
     iterations: int = 300
     """Rollout and update cycles. [paper] 300."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    """Becomes trunk "none" where the advantages need no critic."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
     ema_decay: float = 0.0
@@ -60,6 +79,7 @@ class TrainConfig:
     """Images per evaluation; below about 1000 rankings flip."""
     eval_batch_size: int = 256
     """Images per batch of an evaluation."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     eval_sampler: SamplerConfig | None = None
     """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
     on_reward_error: str = "raise"
@@ -87,4 +107,37 @@ class TrainConfig:
         require(
             self.on_reward_error in ("raise", "skip"),
             f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",
+        )
+        self._require_fitting_advantages()
+        require(
+            self.early_stopping.patience == 0 or self.eval_every > 0,
+            f"early_stopping.patience={self.early_stopping.patience} counts evaluations, and eval_every=0 "
+            "makes none; set eval_every",
+        )
+
+    def _require_fitting_advantages(self) -> None:
+        estimator = self.advantages.estimator
+        if self.advantages.uses_critic:
+            require(
+                self.critic.trunk != "none",
+                f"advantages.estimator={estimator!r} needs a critic, and critic.trunk is 'none'; choose a "
+                "trunk, or advantages=AdvantageConfig(estimator='grpo')",
+            )
+            require(
+                estimator == "critic" or self.batch_size > 1,
+                f"advantages.estimator={estimator!r} takes the values of another trajectory; "
+                f"batch_size={self.batch_size} has none",
+            )
+            return
+        # One switch is enough: the default trunk follows the estimator, one that was chosen is not ignored.
+        require(
+            self.critic.trunk in (CriticConfig.trunk, "none"),
+            f"advantages.estimator={estimator!r} trains without a critic, so critic.trunk="
+            f"{self.critic.trunk!r} would be ignored; set it to 'none'",
+        )
+        object.__setattr__(self, "critic", CriticConfig(trunk="none"))
+        require(
+            estimator not in GROUP_ESTIMATORS or self.samples_per_prompt > 1,
+            f"advantages.estimator={estimator!r} compares the trajectories of one prompt, and "
+            f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator='ddpo'",
         )

@@ -1,0 +1,33 @@
+"""From rewards to advantages: statistics, baselines with and without a critic, combination of rewards."""
+
+from lacfast.advantages.critic_baseline import critic_advantages, with_values_of_others
+from lacfast.advantages.estimator import AdvantageEstimator
+from lacfast.advantages.heads import RewardHeads, stack_rewards
+from lacfast.advantages.multipliers import LagrangeMultipliers
+from lacfast.advantages.normalizer import RewardNormalizer
+from lacfast.advantages.prompt_statistics import PromptStatistics
+from lacfast.advantages.result import Advantages
+from lacfast.advantages.reward_baselines import (
+    batch_advantages,
+    combined,
+    group_advantages,
+    prompt_advantages,
+    zero_std_groups,
+)
+
+__all__ = [
+    "AdvantageEstimator",
+    "Advantages",
+    "LagrangeMultipliers",
+    "PromptStatistics",
+    "RewardHeads",
+    "RewardNormalizer",
+    "batch_advantages",
+    "combined",
+    "critic_advantages",
+    "group_advantages",
+    "prompt_advantages",
+    "stack_rewards",
+    "with_values_of_others",
+    "zero_std_groups",
+]

@@ -1,0 +1,159 @@
+"""The advantages of a run: its estimator, its combination of rewards, and the statistics that both keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.advantages.critic_baseline import critic_advantages, with_values_of_others
+from lacfast.advantages.heads import RewardHeads, stack_rewards
+from lacfast.advantages.multipliers import LagrangeMultipliers
+from lacfast.advantages.normalizer import RewardNormalizer
+from lacfast.advantages.prompt_statistics import PromptStatistics
+from lacfast.advantages.result import Advantages
+from lacfast.advantages.reward_baselines import (
+    batch_advantages,
+    combined,
+    group_advantages,
+    prompt_advantages,
+    zero_std_groups,
+)
+from lacfast.config import GROUP_ESTIMATORS, TrainConfig
+from lacfast.records import Rollout
+
+
+class AdvantageEstimator:
+    """Turns rollouts with rewards into what the update learns from; see AdvantageConfig."""
+
+    def __init__(self, config: TrainConfig, names: Sequence[str], weights: Tensor) -> None:
+        """
+        Args:
+            config: of the run.
+            names: of the M rewards.
+            weights: (M,) of the rewards.
+
+        Raises:
+            ValueError: settings that name a reward which is not there.
+        """
+        self.config = config.advantages
+        self.ppo = config.ppo
+        self.samples_per_prompt = config.samples_per_prompt
+        heads = RewardHeads.create(names, weights, self.config)
+        self.normalizer = RewardNormalizer.create(len(heads.names), heads=heads)
+        self.head_names = heads.names
+        self.multipliers: LagrangeMultipliers | None = None
+        if self.config.combination == "constrained":
+            self.multipliers = LagrangeMultipliers.create(names, weights, self.config)
+        self.prompt_statistics = [
+            PromptStatistics(self.config.buffer_size, self.config.min_count)
+            for _ in heads.names
+            if self.config.estimator == "ddpo"
+        ]
+        self._weights = torch.ones(1) if heads.mixing is not None else weights
+
+    @property
+    def weights(self) -> Tensor:
+        """(H,) of the heads' advantages, now."""
+        return self._weights if self.multipliers is None else self.multipliers.weights
+
+    def __call__(self, rollout: Rollout) -> Advantages:
+        """Advantages of a rollout with rewards.
+
+        Takes it into the multipliers and the statistics per prompt, so it is called once for each rollout;
+        the normalizer must have seen it before.
+        """
+        config = self.config
+        if self.multipliers is not None:
+            self.multipliers.update(stack_rewards(rollout), self.normalizer.std)
+        if config.uses_critic:
+            return critic_advantages(
+                with_values_of_others(rollout) if config.estimator == "shuffled_critic" else rollout,
+                self.normalizer,
+                self.weights,
+                gamma=self.ppo.gamma,
+                gae_lambda=self.ppo.gae_lambda,
+                advantage_clip=self.ppo.advantage_clip,
+                target_clip=self.ppo.target_clip,
+                combination="sum" if config.combination == "sum" else "sum_normalized",
+            )
+        rewards = self.normalizer.head_rewards(stack_rewards(rollout))
+        raw = self._relative_rewards(rewards, rollout.prompts)
+        bound = self.ppo.advantage_clip
+        steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
+        return Advantages(
+            steps,
+            combined(raw, self.weights).clamp(-bound, bound).expand(len(steps), -1),
+            raw.new_zeros((rollout.batch_size, 0)),
+            raw.expand(len(steps), -1, -1),
+            self._group_counts(rewards),
+        )
+
+    def _relative_rewards(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B, H) of rewards (B, H)."""
+        config = self.config
+        if config.estimator == "ddpo":
+            return prompt_advantages(rewards, prompts, self.prompt_statistics)
+        if config.estimator == "batch_mean":
+            return batch_advantages(rewards)
+        return group_advantages(
+            rewards,
+            samples_per_prompt=self.samples_per_prompt,
+            std=config.group_std,
+            leave_one_out=config.estimator == "leave_one_out",
+        )
+
+    def _group_counts(self, rewards: Tensor) -> dict[str, float]:
+        if self.config.estimator not in GROUP_ESTIMATORS:
+            return {}
+        return {
+            "zero_std_groups": zero_std_groups(rewards, self.samples_per_prompt),
+            "groups": len(rewards) // self.samples_per_prompt,
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """The multipliers as they are now."""
+        if self.multipliers is None:
+            return {}
+        return {
+            f"weight/{name}": float(weight)
+            for name, weight in zip(self.head_names, self.weights, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        return {
+            "estimator": self.config.estimator,
+            "combination": self.config.combination,
+            "normalizer": self.normalizer.state_dict(),
+            "multipliers": None if self.multipliers is None else self.multipliers.weights,
+            "prompt_statistics": [statistics.state() for statistics in self.prompt_statistics],
+        }
+
+    def require_fit(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: when the state is of another estimator or combination.
+        """
+        for setting in ("estimator", "combination"):
+            saved, own = state[setting], getattr(self.config, setting)
+            if saved != own:
+                raise ValueError(
+                    f"the checkpoint was trained with {setting}={saved!r}, this trainer has {own!r}; "
+                    "use the same"
+                )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: when it does not fit.
+        """
+        self.require_fit(state)
+        for statistics, saved in zip(self.prompt_statistics, state["prompt_statistics"], strict=True):
+            statistics.load_state(saved)
+        self.normalizer.load_state_dict(state["normalizer"])
+        if self.multipliers is not None:
+            self.multipliers.weights = state["multipliers"]

@@ -1,0 +1,216 @@
+"""Every baseline is its published formula, by hand on small numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_rollouts import made_rollout
+from torch import Tensor
+
+from lacfast.advantages import (
+    AdvantageEstimator,
+    Advantages,
+    PromptStatistics,
+    batch_advantages,
+    combined,
+    group_advantages,
+    with_values_of_others,
+    zero_std_groups,
+)
+from lacfast.compat.flow_grpo import PerPromptStatTracker
+from lacfast.config import AdvantageConfig, CriticConfig, PPOConfig, TrainConfig
+from lacfast.reference import gae
+
+STEPS, BATCH = 4, 6
+REWARD = torch.tensor([0.0, 1.0, 2.0, 3.0, 3.0, 3.0])
+PROMPTS = ["a"] * 3 + ["b"] * 3
+
+
+def estimator_for(
+    advantages: AdvantageConfig, names: tuple[str, ...] = ("r",), weights: Any = None, **ppo: Any
+) -> AdvantageEstimator:
+    config = TrainConfig(batch_size=BATCH, samples_per_prompt=3, advantages=advantages, ppo=PPOConfig(**ppo))
+    given = torch.ones(len(names)) if weights is None else torch.tensor(weights)
+    return AdvantageEstimator(config, names, given)
+
+
+def without_critic(rewards: Tensor, advantages: AdvantageConfig, **ppo: Any) -> Advantages:
+    return estimator_for(advantages, **ppo)(
+        made_rollout(torch.zeros(STEPS, BATCH, 0), {"r": rewards}, PROMPTS)
+    )
+
+
+@pytest.mark.parametrize(
+    ("std", "expected"),
+    [
+        # Deviation of all six: mean 2, squares 4 + 1 + 0 + 1 + 1 + 1 = 8, so sqrt(8 / 6).
+        ("global", [-1 / (8 / 6) ** 0.5, 0.0, 1 / (8 / 6) ** 0.5, 0.0, 0.0, 0.0]),
+        # Deviation of 0, 1, 2; of 3, 3, 3 it is 0 and so are the advantages.
+        ("group", [-1 / (2 / 3) ** 0.5, 0.0, 1 / (2 / 3) ** 0.5, 0.0, 0.0, 0.0]),
+        ("none", [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_grpo_is_the_distance_from_the_group_in_deviations(std: str, expected: list[float]) -> None:
+    result = without_critic(REWARD, AdvantageConfig(estimator="grpo", group_std=std))
+    torch.testing.assert_close(result.policy, torch.tensor(expected).expand(3, -1), rtol=2e-4, atol=0)
+    assert result.steps.tolist() == [0, 1, 2]
+    assert result.targets.shape == (BATCH, 0)
+
+
+@pytest.mark.parametrize("global_std", [True, False])
+def test_grpo_is_flow_grpo_s_own_statistic(global_std: bool) -> None:
+    rewards = torch.randn(BATCH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    theirs = PerPromptStatTracker(global_std).update(PROMPTS, rewards.numpy())
+    ours = group_advantages(rewards[:, None], samples_per_prompt=3, std="global" if global_std else "group")
+    torch.testing.assert_close(ours[:, 0], torch.from_numpy(theirs))
+
+
+def test_leave_one_out_compares_with_the_others() -> None:
+    result = without_critic(REWARD, AdvantageConfig(estimator="leave_one_out", group_std="none"))
+    # 0 against (1 + 2) / 2, 1 against (0 + 2) / 2, 2 against (0 + 1) / 2.
+    torch.testing.assert_close(result.policy[0], torch.tensor([-1.5, 0.0, 1.5, 0.0, 0.0, 0.0]))
+
+
+def test_batch_mean_is_the_distance_from_the_rollout_in_deviations() -> None:
+    result = without_critic(REWARD, AdvantageConfig(estimator="batch_mean"))
+    torch.testing.assert_close(result.policy[0], (REWARD - 2) / (8 / 6) ** 0.5)
+
+
+def test_ddpo_compares_with_what_the_prompt_earned_before() -> None:
+    estimator = estimator_for(AdvantageConfig(estimator="ddpo", buffer_size=4, min_count=4))
+    empty = torch.zeros(STEPS, BATCH, 0)
+    first = estimator(made_rollout(empty, {"r": REWARD}, PROMPTS))
+    # Three rewards per prompt are too few: the rollout is the baseline.
+    torch.testing.assert_close(first.policy[0], (REWARD - 2) / (8 / 6) ** 0.5, rtol=1e-5, atol=1e-6)
+    later = torch.tensor([4.0, 6.0, 8.0, 1.0, 2.0, 3.0])
+    second = estimator(made_rollout(empty, {"r": later}, PROMPTS))
+    kept = {"a": np.array([2.0, 4, 6, 8]), "b": np.array([3.0, 1, 2, 3])}
+    expected = [
+        (reward - kept[prompt].mean()) / kept[prompt].std()
+        for reward, prompt in zip(later.tolist(), PROMPTS, strict=True)
+    ]
+    torch.testing.assert_close(
+        second.policy[0].double(), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_constant_critic_is_the_batch_mean() -> None:
+    """REINFORCE with a constant baseline; the two differ in the divisor, n - 1 values against n rewards."""
+    estimator = estimator_for(AdvantageConfig())
+    rollout = made_rollout(torch.full((STEPS, BATCH, 1), 0.3), {"r": REWARD}, PROMPTS)
+    estimator.normalizer.update(REWARD[:, None])
+    count = 3 * BATCH
+    expected = batch_advantages(REWARD[:, None])[:, 0] * ((count - 1) / count) ** 0.5
+    torch.testing.assert_close(estimator(rollout).policy, expected.expand(3, -1))
+
+
+def test_the_credits_of_the_steps_telescope_to_the_whole() -> None:
+    """With lambda 0 a step's credit is what the value rose by; their sum is R - V_0."""
+    values = torch.randn(BATCH, STEPS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rewards = torch.zeros_like(values)
+    rewards[:, -1] = 1.0
+    credit, _ = gae(rewards, values, gae_lambda=0.0, value_lambda=1.0)
+    whole, returns = gae(rewards, values, gae_lambda=1.0, value_lambda=1.0)
+    torch.testing.assert_close(credit.sum(dim=1), 1.0 - values[:, 0])
+    torch.testing.assert_close(whole, 1.0 - values)
+    torch.testing.assert_close(returns, torch.ones_like(returns))
+
+
+def test_a_shuffled_critic_gives_everybody_the_values_of_somebody_else() -> None:
+    values = torch.arange(BATCH).float().expand(STEPS, -1)[..., None].contiguous()
+    rollout = made_rollout(values, {"r": REWARD})
+    shuffled = with_values_of_others(rollout).values
+    assert torch.equal(shuffled, with_values_of_others(rollout).values)
+    assert torch.equal(shuffled, shuffled[:1].expand_as(shuffled))
+    assert sorted(shuffled[0, :, 0].tolist()) == values[0, :, 0].tolist()
+    assert not (shuffled == values).any()
+    estimator = estimator_for(AdvantageConfig(estimator="shuffled_critic"))
+    estimator.normalizer.update(REWARD[:, None])
+    result = estimator(rollout)
+    standardized = (REWARD - 2) / (8 / 6) ** 0.5
+    torch.testing.assert_close(result.raw[..., 0], standardized - shuffled[:3, :, 0])
+    # The critic itself still learns the truth.
+    torch.testing.assert_close(result.targets[:, 0], standardized)
+
+
+def test_groups_without_spread_are_counted() -> None:
+    result = without_critic(REWARD, AdvantageConfig(estimator="grpo"))
+    assert result.metrics == {"zero_std_groups": 1, "groups": 2}
+    both = torch.stack([REWARD, torch.tensor([5.0, 5, 5, 1, 2, 5])], dim=1)
+    assert zero_std_groups(both, 3) == 0
+
+
+def test_advantages_stay_within_their_bound() -> None:
+    result = without_critic(REWARD, AdvantageConfig(estimator="grpo"), advantage_clip=0.5)
+    assert float(result.policy.abs().max()) == 0.5
+
+
+def test_the_weight_of_a_single_reward_does_not_matter() -> None:
+    advantages = torch.tensor([[1.0], [-2.0]])
+    assert torch.equal(combined(advantages, torch.tensor([7.0])), advantages[:, 0])
+    assert torch.equal(combined(advantages, torch.tensor([0.0])), torch.zeros(2))
+
+
+def _misfits() -> Iterator[tuple[dict[str, Any], str]]:
+    grpo = AdvantageConfig(estimator="grpo")
+    yield {"advantages": grpo}, "samples_per_prompt=1 makes one; set 2 or more"
+    yield (
+        {"advantages": grpo, "samples_per_prompt": 4, "critic": CriticConfig(trunk="copy")},
+        "'copy' would be",
+    )
+    yield {"critic": CriticConfig(trunk="none")}, "needs a critic"
+    yield (
+        {"advantages": AdvantageConfig(estimator="shuffled_critic"), "batch_size": 1},
+        "batch_size=1 has none",
+    )
+
+
+@pytest.mark.parametrize(("settings", "message"), list(_misfits()))
+def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "reinforce"}, "known: critic, shuffled_critic, grpo"),
+        ({"combination": "product"}, "known: sum_normalized"),
+        ({"group_std": "local"}, "known: global, group, none"),
+        ({"group_std": "group"}, "group_std='group' would be ignored by estimator='critic'"),
+        ({"buffer_size": 32}, "only 'ddpo' reads it"),
+        ({"estimator": "ddpo", "buffer_size": 4}, r"min_count=16 must lie in \[1, buffer_size=4\]"),
+        ({"floors": (("r", 0.5),)}, "only 'constrained' reads it"),
+        ({"combination": "constrained"}, "needs floors"),
+        ({"combination": "conditional"}, "needs conditions"),
+        ({"combination": "constrained", "floors": (("r", float("nan")),)}, "must be finite"),
+        ({"estimator": "ddpo", "combination": "sum"}, "use that"),
+        (
+            {"combination": "constrained", "floors": (("r", 1.0),), "multiplier_maximum": 0.0},
+            "multiplier_maximum=0.0 must be > 0",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdvantageConfig(**settings)
+
+
+def test_one_switch_turns_the_critic_off() -> None:
+    config = TrainConfig(
+        samples_per_prompt=4,
+        advantages=AdvantageConfig(estimator="grpo"),
+        critic=CriticConfig(trunk="branch", num_blocks=4),
+    )
+    assert config.critic == CriticConfig(trunk="none")
+
+
+def test_statistics_of_a_prompt_refuse_another_buffer() -> None:
+    statistics = PromptStatistics(4, 2)
+    statistics.update(["a", "a"], [1.0, 2.0])
+    with pytest.raises(ValueError, match="buffer_size=4, these 8"):
+        PromptStatistics(8, 2).load_state(statistics.state())
