@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lacfast.config import SamplerConfig
+from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.presets import RUNS
 from lacfast.run_config import RunConfig
 
@@ -111,6 +111,52 @@ class Evaluate:
         show_scores(evaluation)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Steer:
+    """Make images with the help of a model's critic: guidance, pruning, particles, beams."""
+
+    source: tyro.conf.Positional[str]
+    """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
+    prompts: tuple[str, ...]
+    """Prompts themselves, or one source of them as `lacfast train` takes it."""
+    out: Path
+    """Directory for images/, samples.png and statistics.json."""
+    critic: str = ""
+    """critic.safetensors, or a directory that holds one, for a plain pipeline. Empty: the model's own."""
+    rewards: tuple[str, ...] = ()
+    """The critic's rewards, to report and for --selection reward."""
+    gold: tuple[str, ...] = ()
+    """Rewards that are only reported."""
+    samples: int = 0
+    """Images; the prompts are repeated as often as it takes. 0: one per prompt."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Left as it is, the run's own; any flag of it replaces that as a whole."""
+    settings: Annotated[SteeringConfig, tyro.conf.arg(name="")] = field(default_factory=SteeringConfig)
+    device: str = ""
+    """Empty: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """That the model runs in."""
+
+    def run(self) -> None:
+        from lacfast.steering_run import steer_model
+        from lacfast.terminal import show_steering
+
+        stats = steer_model(
+            self.source,
+            prompts=self.prompts,
+            config=self.settings,
+            sampler=self.sampler,
+            critic=self.critic,
+            rewards=self.rewards,
+            gold=self.gold,
+            samples=self.samples,
+            device=self.device,
+            dtype=self.dtype,
+            out=self.out,
+        )
+        show_steering(stats, self.out)
+
+
 if TYPE_CHECKING:
     Preset = RunConfig
 else:
@@ -140,20 +186,21 @@ Command = (
     Annotated[tyro.conf.OmitArgPrefixes[Demo], tyro.conf.subcommand("demo")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Steer, tyro.conf.subcommand("steer")]
     | Annotated[tyro.conf.OmitArgPrefixes[Info], tyro.conf.subcommand("info")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for settings that cannot work."""
-    command = tyro.cli(
-        Command,
-        prog="lacfast",
-        description="Latent actor-critic post-training of diffusion models.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
+        command = tyro.cli(
+            Command,
+            prog="lacfast",
+            description="Latent actor-critic post-training of diffusion models.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command.run()
     except ValueError as error:
         print(f"lacfast: {error}", file=sys.stderr)

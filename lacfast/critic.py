@@ -19,6 +19,7 @@ from lacfast.config import CriticConfig
 from lacfast.precision import running_in
 from lacfast.protocols import Backbone, Features, Trunk
 from lacfast.records import Conditioning
+from lacfast.reference.objective import masked_mean
 from lacfast.value_loss import SquaredError, build_value_loss
 
 TIME_CHANNELS = 64
@@ -143,18 +144,27 @@ class Critic(nn.Module):
             taps = self.trunk(features, sample, timestep, conditioning)
         return self.head(taps, timestep)  # type: ignore[no-any-return]
 
-    def loss(self, outputs: Tensor, targets: Tensor, old_values: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        old_values: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Mean loss () of config.loss over samples and rewards.
 
         Args:
             outputs: (B, M, K), see `outputs`.
             targets: (B, M) standardised.
             old_values: (B, M) of the rollout, for config.value_clip. None: values may move freely.
+            mask: (B,) bool, samples that count. None: all.
         """
         clip = self.config.value_clip
         if old_values is not None and math.isfinite(clip) and isinstance(self.value_loss, SquaredError):
-            return self.value_loss.clipped_losses(outputs, targets, old_values, clip).mean()
-        return self.value_loss.losses(outputs, targets).mean()
+            losses = self.value_loss.clipped_losses(outputs, targets, old_values, clip)
+        else:
+            losses = self.value_loss.losses(outputs, targets)
+        return losses.mean() if mask is None else masked_mean(losses.mean(dim=1), mask)
 
     @torch.no_grad()
     def rescale(self, old_mean: Tensor, old_std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:

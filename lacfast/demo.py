@@ -93,7 +93,7 @@ def run_demo(
     scale: DemoScale = FULL,
     log: PhaseLog | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json, metrics.jsonl, images/, report.html, pretrained/ and trained/ to `out`.
+    """Write summary.json, metrics.jsonl, run.json, images/, report.html, pretrained/ and trained/ to `out`.
 
     Args:
         out: made when it does not exist; a base model of the same recipe that lies there is used again.
@@ -118,6 +118,8 @@ def run_demo(
     (out / "metrics.jsonl").unlink(missing_ok=True)
     config = _config(backbone, seed, scale)
     steering = replace(presets.shapes_steering(), seed=seed)
+    # As of a run of lacfast train: later commands find the sampler here.
+    (out / "run.json").write_text(json.dumps({"train": asdict(config)}, indent=2) + "\n", encoding="utf-8")
 
     base = adapt_pretrained(_base_model(out / "pretrained", backbone, seed, scale, log))
     trainer = LatentActorCriticTrainer(

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lacfast.adaptive_kl import AdaptiveKL
 from lacfast.advantages import Advantages
 from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic
-from lacfast.metrics import policy_metrics
-from lacfast.profiling import span
+from lacfast.metrics import UpdateRecords
+from lacfast.microbatch import MicrobatchSize
+from lacfast.minibatch import Pairs, all_pairs, all_states, minibatches, policy_batch
+from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
 from lacfast.protocols import Backbone
-from lacfast.records import Rollout
+from lacfast.records import Rollout, TransitionTable
 from lacfast.update import (
-    all_pairs,
-    all_states,
-    critic_optimizer,
+    PolicyTotals,
+    StepTables,
     critic_step,
-    minibatches,
-    policy_optimizer,
+    policy_gradient,
     policy_step,
-    warmup,
+    probe_critic,
+    reference_outputs,
+    step_tables,
 )
 
 
@@ -40,12 +44,17 @@ class Learner:
         self.backbone = backbone
         self.config = config
         self.reference = backbone.frozen_reference() if config.ppo.kl_weight > 0 else None
-        self.policy_optimizer = policy_optimizer(backbone.policy_parameters(), config.ppo)
+        parameters = backbone.policy_parameters()
+        self.policy_optimizer = policy_optimizer(parameters, config.ppo)
         self.policy_schedule = warmup(self.policy_optimizer, config.ppo.warmup_steps)
         self.critic_optimizer = critic_optimizer(backbone.critic, config.ppo)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
+        self.policy_microbatch = MicrobatchSize(config.ppo.microbatch_size)
+        self.critic_microbatch = MicrobatchSize(config.ppo.microbatch_size)
         target = config.ppo.kl_target
         self.adaptive_kl = None if target is None else AdaptiveKL(config.ppo.kl_weight, target)
+        self.failed = torch.zeros((), device=parameters[0].device)
+        self._tables: tuple[TransitionTable, StepTables] | None = None
         if config.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
 
@@ -60,67 +69,159 @@ class Learner:
     def learn(self, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, Any]:
         """All passes over a rollout, in an order that depends on seed and iteration; returns their metrics.
 
+        The host reads from the device once, at the end; with a kl_limit also after each step of the policy.
+
         Raises:
-            FloatingPointError: for a gradient that is not finite, before the optimizer step.
+            FloatingPointError: for a gradient that is not finite. Neither the optimizer step that it was for
+                nor a later one has changed anything.
         """
-        metrics: dict[str, Any] = {}
-        for epoch in range(self.config.ppo.num_inner_epochs):
-            seed = (self.config.seed * 1_000_003 + iteration) * 97 + epoch
-            generator = torch.Generator().manual_seed(seed)
-            metrics |= self._update_policy(rollout, advantages, generator, metrics)
-            metrics |= self._update_critic(rollout, advantages, generator)
+        records = UpdateRecords()
+        tables = self._step_tables(rollout)
+        self._find_microbatches(rollout, advantages, tables)
+        references = self._reference_outputs(rollout, advantages, tables)
+        self.failed.zero_()
+        is_stopped = False
+        try:
+            for epoch in range(self.config.ppo.num_inner_epochs):
+                seed = (self.config.seed * 1_000_003 + iteration) * 97 + epoch
+                generator = torch.Generator().manual_seed(seed)
+                if not is_stopped:
+                    is_stopped = self._update_policy(
+                        rollout, advantages, tables, references, generator, records
+                    )
+                self._update_critic(rollout, advantages, tables, generator, records)
+            steps = records.read(advantages.steps)
+        except FloatingPointError:
+            take_back(self.policy_schedule, records.policy_steps - len(records.policy))
+            raise
+        if self.average is not None:
+            self.average.update()
+        metrics = records.metrics(steps) | ({"stopped_by_kl_limit": True} if is_stopped else {})
         if self.adaptive_kl is not None:
             metrics["kl_weight"] = self.adaptive_kl.weight
             self.adaptive_kl.update(float(metrics["kl_ref"].nanmean()))
-        if self.average is not None:
-            self.average.update()
         return metrics
 
     def _update_policy(
-        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator, earlier: dict[str, Any]
-    ) -> dict[str, Any]:
-        ppo, metrics = self.config.ppo, dict(earlier)
+        self,
+        rollout: Rollout,
+        advantages: Advantages,
+        tables: StepTables,
+        references: Tensor | None,
+        generator: torch.Generator,
+        records: UpdateRecords,
+    ) -> bool:
+        """One pass of the policy; returns whether the KL limit ended it."""
+        ppo = self.config.ppo
         if self.adaptive_kl is not None:
             ppo = replace(ppo, kl_weight=self.adaptive_kl.weight)
         pairs = all_pairs(advantages.steps, rollout.batch_size)
         for minibatch in minibatches(pairs, ppo.num_minibatches, generator, fraction=ppo.timestep_fraction):
-            if metrics.get("mean_kl_old", 0.0) > ppo.kl_limit:
-                return metrics | {"stopped_by_kl_limit": True}
-            stats, loss, norm = policy_step(
-                self.backbone,
-                self.reference,
-                self.policy_optimizer,
-                rollout,
-                advantages,
-                minibatch,
-                ppo,
-                self.config.sampler.guidance_scale,
-            )
+            if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
+                return True
+
+            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+                return policy_step(
+                    self.backbone,
+                    self.reference,
+                    self.policy_optimizer,
+                    rollout,
+                    advantages,
+                    minibatch,
+                    ppo,
+                    self.config.sampler.guidance_scale,
+                    tables=tables,
+                    failed=self.failed,
+                    microbatch_size=size,
+                    reference_outputs=references,
+                )
+
+            numbers = self.policy_microbatch.run(step, len(minibatch))
             self.policy_schedule.step()
-            with span("sync"):
-                metrics.setdefault("first_max_abs_log_ratio", float(stats.log_ratio.abs().max()))
-                metrics |= policy_metrics(stats, advantages.steps)
-                metrics |= {"policy_loss": float(loss), "policy_grad_norm": norm}
-        return metrics
+            records.add("policy", numbers, len(minibatch))
+            if ppo.kl_limit < math.inf:
+                records.read()
+        return False
 
     def _update_critic(
-        self, rollout: Rollout, advantages: Advantages, generator: torch.Generator
-    ) -> dict[str, Any]:
-        if self.critic is None or self.critic_optimizer is None:
-            return {}
-        metrics: dict[str, Any] = {}
+        self,
+        rollout: Rollout,
+        advantages: Advantages,
+        tables: StepTables,
+        generator: torch.Generator,
+        records: UpdateRecords,
+    ) -> None:
+        critic, optimizer = self.critic, self.critic_optimizer
+        if critic is None or optimizer is None:
+            return
         for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
-            loss, norm = critic_step(
-                self.critic,
-                self.critic_optimizer,
-                rollout,
-                advantages.targets,
-                minibatch,
-                self.config.ppo,
-                old_values=rollout.values,
+
+            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+                return critic_step(
+                    critic,
+                    optimizer,
+                    rollout,
+                    advantages.targets,
+                    minibatch,
+                    self.config.ppo,
+                    tables=tables,
+                    failed=self.failed,
+                    microbatch_size=size,
+                    old_values=rollout.values,
+                )
+
+            numbers = self.critic_microbatch.run(step, len(minibatch))
+            records.add("critic", numbers, len(minibatch))
+
+    def _step_tables(self, rollout: Rollout) -> StepTables:
+        """Made once per transition table: a copy of host numbers waits for the device."""
+        if self._tables is None or self._tables[0] is not rollout.table:
+            self._tables = rollout.table, step_tables(rollout.table, self.config.ppo, rollout.latents)
+        return self._tables[1]
+
+    def _find_microbatches(self, rollout: Rollout, advantages: Advantages, tables: StepTables) -> None:
+        """At the first rollout, when it, the weights and nothing else of size is in memory."""
+        device = rollout.latents.device
+        pairs = all_pairs(advantages.steps, rollout.batch_size)
+        reserved = missing_moments(self.policy_optimizer)
+        if self.critic_optimizer is not None:
+            reserved += missing_moments(self.critic_optimizer)
+
+        def probe_policy(count: int) -> None:
+            batch = policy_batch(
+                rollout, advantages, tables.timesteps, pairs.select(slice(count)), share=tables.one
             )
-            metrics = {"value_loss": float(loss), "critic_grad_norm": norm}
-        return metrics
+            guidance_scale = self.config.sampler.guidance_scale
+            policy_gradient(
+                *(self.backbone, self.reference, batch, tables, self.config.ppo, guidance_scale),
+                PolicyTotals.zeros(tables),
+            )
+            self.policy_optimizer.zero_grad(set_to_none=True)
+
+        self.policy_microbatch.find(probe_policy, device, reserved=reserved)
+        critic = self.critic
+        if critic is not None:
+            self.critic_microbatch.find(
+                lambda count: probe_critic(critic, rollout, advantages.targets, tables, count),
+                device,
+                reserved=reserved,
+            )
+
+    def _reference_outputs(
+        self, rollout: Rollout, advantages: Advantages, tables: StepTables
+    ) -> Tensor | None:
+        """Kept where that saves forwards: several passes would compute each pair's more than once."""
+        ppo = self.config.ppo
+        if self.reference is None or ppo.num_inner_epochs * ppo.timestep_fraction <= 1:
+            return None
+        return reference_outputs(
+            self.reference,
+            rollout,
+            advantages.steps,
+            tables.timesteps,
+            self.config.sampler.guidance_scale,
+            microbatch_size=self.policy_microbatch.size,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs besides the weights."""
@@ -130,6 +231,7 @@ class Learner:
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
+            "microbatch_sizes": (self.policy_microbatch.size, self.critic_microbatch.size),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -140,5 +242,8 @@ class Learner:
             self.adaptive_kl.weight = state["kl_weight"]
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        # What was found by the free memory is kept: another size would round sums in another order.
+        if not self.config.ppo.microbatch_size:
+            self.policy_microbatch.size, self.critic_microbatch.size = state["microbatch_sizes"]
         if self.average is not None:
             self.average.load(state["average"] or self.backbone.policy_state())

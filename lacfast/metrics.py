@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
-from lacfast.records import PPOStats, Rollout
+from lacfast.optimizers import require_finite
+from lacfast.profiling import span
+from lacfast.records import Rollout
 from lacfast.trackers import Tracker, curve_points
 
 
@@ -86,16 +89,95 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
     return metrics
 
 
-def policy_metrics(stats: PPOStats, steps: Tensor) -> dict[str, Any]:
-    """Ratio, clip fractions and KL of one optimizer step, as means per trained step (K,); NaN if empty."""
-    sums = stats.step_sums[steps]
-    log_ratio, kl_old, kl_ref, high, low = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
+@dataclass(frozen=True)
+class PolicyRecord:
+    """What one optimizer step of the policy did, on the host; see update.PolicyTotals.record."""
+
+    loss: float
+    grad_norm: float
+    max_abs_log_ratio: float
+    step_sums: Tensor
+    """(T, 6) as PPOStats.step_sums."""
+    pairs: float
+    """That counted."""
+    mean_kl_old: float
+    """KL per element from the rollout's policy, over the pairs."""
+
+    @staticmethod
+    def read(numbers: Tensor) -> PolicyRecord:
+        """From the step's record (3 + 6 T,) on the host."""
+        loss, grad_norm, max_abs_log_ratio = numbers[:3].tolist()
+        step_sums = numbers[3:].view(-1, 6)
+        pairs = max(float(step_sums[:, 0].sum()), 1.0)
+        mean_kl_old = float(step_sums[:, 2].sum()) / pairs
+        return PolicyRecord(loss, grad_norm, max_abs_log_ratio, step_sums, pairs, mean_kl_old)
+
+
+class UpdateRecords:
+    """What the optimizer steps on one rollout did: on the device until it is read, all at once."""
+
+    def __init__(self) -> None:
+        self.policy: list[PolicyRecord] = []
+        """Of the steps that were read, in their order."""
+        self.policy_steps = 0
+        """Read or not."""
+        self._critic: list[tuple[float, float, int]] = []
+        self._pending: list[tuple[str, Tensor, int]] = []
+
+    def add(self, what: str, numbers: Tensor, pairs: int) -> None:
+        """Take in the record of a step of the "policy" or the "critic" on `pairs` pairs."""
+        self._pending.append((what, numbers, pairs))
+        self.policy_steps += what == "policy"
+
+    def read(self, steps: Tensor | None = None) -> Tensor:
+        """Copy everything to the host, and the trained `steps` (K,) with it; returns those.
+
+        Raises:
+            FloatingPointError: for the first step whose gradient norm is not finite. The steps before it
+                have been read.
+        """
+        parts = [numbers for _, numbers, _ in self._pending]
+        with span("sync"):
+            flat = torch.cat(parts if steps is None else [*parts, steps.double()]).cpu()
+        pending, self._pending = self._pending, []
+        for what, numbers, pairs in pending:
+            record, flat = flat[: len(numbers)], flat[len(numbers) :]
+            require_finite(what, float(record[1]))
+            if what == "policy":
+                self.policy.append(PolicyRecord.read(record))
+            else:
+                self._critic.append((float(record[0]), float(record[1]), pairs))
+        return flat.long()
+
+    def metrics(self, steps: Tensor) -> dict[str, Any]:
+        """Means over all optimizer steps; some per trained step `steps` (K,)."""
+        metrics = policy_metrics(self.policy, steps)
+        if self._critic:
+            pairs = sum(count for _, _, count in self._critic)
+            metrics["value_loss"] = sum(loss * count for loss, _, count in self._critic) / pairs
+            metrics["critic_grad_norm"] = sum(norm for _, norm, _ in self._critic) / len(self._critic)
+        return metrics
+
+
+def policy_metrics(records: Sequence[PolicyRecord], steps: Tensor) -> dict[str, Any]:
+    """Ratio, clip fractions, KL over all optimizer steps, some as means per trained step (K,); NaN if empty.
+
+    The loss is the mean over pairs, the gradient norm that over optimizer steps. The first optimizer step's
+    largest |log_ratio| is the mismatch of rollout and update; the last one's KL is what kl_limit compares.
+    """
+    sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
+    log_ratio, kl_old, kl_ref, high, low = (sums[steps, 1:] / sums[steps, :1]).unbind(dim=1)
+    pairs = sum(record.pairs for record in records)
     return {
+        "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,
+        "policy_grad_norm": sum(record.grad_norm for record in records) / len(records),
         "log_ratio": log_ratio,
         "clip_fraction_high": high,
         "clip_fraction_low": low,
         "kl_old": kl_old,
         "kl_ref": kl_ref,
-        "mean_kl_old": float(stats.kl_old.mean()),
-        "max_abs_log_ratio": float(stats.log_ratio.abs().max()),
+        "mean_kl_old": float(sums[:, 2].sum()) / pairs,
+        "last_kl_old": records[-1].mean_kl_old,
+        "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
+        "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),
     }

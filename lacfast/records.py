@@ -144,13 +144,6 @@ class PPOStats:
         """(B,) +1 where a bound holds the ratio from above, -1 from below, 0 neither."""
         return self.rows[:, 3]
 
-    @staticmethod
-    def concatenate(parts: list[PPOStats]) -> PPOStats:
-        """Statistics of several parts of one minibatch as those of the whole."""
-        return PPOStats(
-            torch.cat([part.rows for part in parts]), torch.stack([part.step_sums for part in parts]).sum(0)
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardCondition:

@@ -25,6 +25,7 @@ from rich.table import Column, Table
 from lacfast.costs import Costs
 from lacfast.records import Evaluation
 from lacfast.run_config import RunConfig
+from lacfast.steering import SteeringStats
 
 QUIET_INTERVAL = 15.0
 """Seconds between lines of one phase where the output is no terminal."""
@@ -116,6 +117,24 @@ def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
     (console or Console()).print(table)
 
 
+def show_steering(stats: SteeringStats, out: Path, console: Console | None = None) -> None:
+    """What steering cost and reached, and where the images are."""
+    evaluations = stats.evaluations
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("forwards per image, a backward is two", f"{evaluations.per_image:.1f}")
+    table.add_row("forwards and backwards", f"{evaluations.forwards:,} and {evaluations.backwards:,}")
+    table.add_row("reward calls for the choice", f"{stats.reward_calls:,}")
+    if len(stats.values):
+        table.add_row("V of the last noisy state", f"{float(stats.values[-1].mean()):.4f}")
+    for name, scores in (stats.rewards | stats.gold).items():
+        table.add_row(name, f"{float(scores.mean()):.4f}")
+    console = console or Console()
+    console.print(table)
+    console.print(f"{evaluations.images} images in {out / 'images'}", highlight=False, soft_wrap=True)
+
+
 def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
     """The resolved settings, and what an iteration of them costs."""
     console = console or Console()
@@ -124,6 +143,7 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
     table.add_column("")
     table.add_column("", justify="right")
     microbatch = config.train.ppo.microbatch_size
+    together = f"at most, {microbatch} pairs" if microbatch else "per pair"
     rows = (
         ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
         ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
@@ -134,7 +154,7 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         ("weights", _size(costs.weight_bytes)),
         ("gradients, moments, average", _size(costs.training_bytes)),
         ("rollout", _size(costs.rollout_bytes)),
-        (f"activations, at most, {microbatch} pairs", _size(costs.activation_bytes * microbatch)),
+        (f"activations, {together}", _size(costs.activation_bytes * max(microbatch, 1))),
     )
     for row in rows:
         table.add_row(*row)

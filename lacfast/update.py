@@ -1,110 +1,103 @@
-"""One pass of learning over a rollout's (sample, step) pairs: PPO on the actor, regression on the critic."""
+"""One optimizer step on a minibatch of a rollout: PPO on the actor, regression on the critic.
+
+Nothing here waits for the device: what a step did is a record on the device, which the caller reads.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lacfast import ops
 from lacfast.advantages import Advantages
 from lacfast.config import PPOConfig
 from lacfast.critic import Critic
+from lacfast.minibatch import (
+    CriticBatch,
+    Pairs,
+    PolicyBatch,
+    States,
+    all_states,
+    critic_batch,
+    policy_batch,
+    states_of,
+)
 from lacfast.ops.checks import arithmetic_dtype
-from lacfast.profiling import each, span
+from lacfast.optimizers import guarded_step
+from lacfast.profiling import each
 from lacfast.protocols import Backbone, Features
-from lacfast.records import PPOStats, Rollout, TransitionTable
-from lacfast.sampler import PolicyOutput, policy_output
+from lacfast.records import Conditioning, PPOStats, Rollout, TransitionTable
+from lacfast.sampler import policy_output
 from lacfast.schedule import kl_gains
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Flattened (step, row) indices into a rollout, P of them."""
+class StepTables:
+    """What the update reads of a transition table, on the device."""
 
-    steps: Tensor
-    """(P,) int64 row of the transition table."""
-    rows: Tensor
-    """(P,) int64 trajectory."""
-    position: Tensor
-    """(P,) int64 index of the step among those that are paired."""
+    coefficients: Tensor
+    """(T, 3)"""
+    timesteps: Tensor
+    """(T,)"""
+    weights: Tensor
+    """(T,) of the steps in the policy's loss."""
+    kl_gains: Tensor
+    """(T,) of the squared difference to the reference."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def select(self, index: Tensor) -> Pairs:
-        return Pairs(self.steps[index], self.rows[index], self.position[index])
-
-    def split(self, size: int) -> Iterator[Pairs]:
-        for start in range(0, len(self), size):
-            yield Pairs(
-                self.steps[start : start + size],
-                self.rows[start : start + size],
-                self.position[start : start + size],
-            )
-
-    def shuffled(self, generator: torch.Generator) -> Pairs:
-        return self.select(torch.randperm(len(self), generator=generator).to(self.rows.device))
+    @property
+    def one(self) -> Tensor:
+        """() the share of a minibatch that all of it is."""
+        return torch.ones_like(self.coefficients[0, 0])
 
 
-def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
-    """Every pair of one of the `steps` (K,) and a trajectory."""
-    position = torch.arange(len(steps), device=steps.device).repeat_interleave(batch_size)
-    rows = torch.arange(batch_size, device=steps.device).repeat(len(steps))
-    return Pairs(steps[position], rows, position)
-
-
-def minibatches(
-    pairs: Pairs, count: int, generator: torch.Generator, *, fraction: float = 1.0
-) -> Iterator[Pairs]:
-    """A random `fraction` of the pairs in `count` parts of about equal size."""
-    chosen = math.ceil(fraction * len(pairs))
-    return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
-
-
-def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
-    """AdamW over the actor's trained weights, see Backbone.policy_parameters."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.policy_learning_rate,
-        betas=config.betas,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
+    """The tables for latents `like`, in the dtype of their maths."""
+    dtype = arithmetic_dtype(like)
+    return StepTables(
+        coefficients=table.coefficients(like.device, dtype),
+        timesteps=table.timesteps.to(like.device),
+        weights=step_weights(table, balanced=config.balance_steps).to(like.device, dtype),
+        kl_gains=kl_gains(table, config.kl, device=like.device, dtype=dtype),
     )
 
 
-def warmup(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """A schedule whose learning rate rises linearly to the optimizer's over its first `steps` steps."""
-    return LambdaLR(optimizer, lambda step: min((step + 1) / (steps + 1), 1.0))
+def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
+    """(T,) weight of each step in the policy loss, 1 on average over the trained ones; see balance_steps."""
+    if not balanced:
+        return torch.ones_like(table.std)
+    weights = table.std / table.b.abs()
+    return weights / weights[table.trainable_steps].mean()
 
 
-def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:
-    """AdamW over the critic's head and own trunk, each at its rate; None without a critic."""
-    if critic is None:
-        return None
-    groups = [
-        {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
-        {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+@dataclass(frozen=True)
+class PolicyTotals:
+    """Sums over the microbatches of one optimizer step of the policy, on the device."""
 
+    loss: Tensor
+    """()"""
+    max_abs_log_ratio: Tensor
+    """()"""
+    step_sums: Tensor
+    """(T, 6) as PPOStats.step_sums."""
 
-def _require_finite(what: str, norm: Tensor) -> float:
-    with span("sync"):
-        value = float(norm)
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the gradient norm of the {what} is {value}; no optimizer step was taken and the weights are "
-            "as before. Lower the learning rate or the clip range, and check the rewards"
-        )
-    return value
+    @staticmethod
+    def zeros(tables: StepTables) -> PolicyTotals:
+        like = tables.coefficients
+        return PolicyTotals(like.new_zeros(()), like.new_zeros(()), like.new_zeros((len(like), 6)))
+
+    @torch.no_grad()
+    def add(self, loss: Tensor, stats: PPOStats) -> None:
+        self.loss.add_(loss)
+        torch.maximum(self.max_abs_log_ratio, stats.log_ratio.abs().amax(), out=self.max_abs_log_ratio)
+        self.step_sums.add_(stats.step_sums)
+
+    def record(self, norm: Tensor) -> Tensor:
+        """(3 + 6 T,) float64: loss, gradient norm, max |log_ratio|, step_sums; see metrics.PolicyRecord."""
+        numbers = torch.stack([part.double() for part in (self.loss, norm, self.max_abs_log_ratio)])
+        return torch.cat([numbers, self.step_sums.double().flatten()])
 
 
 def policy_step(
@@ -116,88 +109,147 @@ def policy_step(
     pairs: Pairs,
     config: PPOConfig,
     guidance_scale: float,
-) -> tuple[PPOStats, Tensor, float]:
-    """One optimizer step of the actor on a minibatch; returns statistics (P,), loss () and gradient norm."""
+    *,
+    tables: StepTables,
+    failed: Tensor,
+    microbatch_size: int,
+    reference_outputs: Tensor | None = None,
+) -> Tensor:
+    """One optimizer step of the actor on a minibatch; returns its record, see PolicyTotals.
+
+    Args:
+        backbone: with the policy.
+        reference: for the KL. None: no KL.
+        optimizer: of the policy.
+        rollout: what `pairs` point into.
+        advantages: of the rollout.
+        pairs: the minibatch.
+        config: loss and clipping.
+        guidance_scale: that the rollout was made with.
+        tables: of the rollout's transition table.
+        failed: see guarded_step.
+        microbatch_size: pairs at a time.
+        reference_outputs: (K, B, ...) at the trained steps, see `reference_outputs`. None: they are computed
+            with each microbatch.
+    """
     optimizer.zero_grad(set_to_none=True)
-    coefficients = rollout.table.coefficients(rollout.latents.device, arithmetic_dtype(rollout.latents))
-    weights = step_weights(rollout.table, balanced=config.balance_steps).to(coefficients)
-    gains = None
-    if reference is not None:
-        gains = kl_gains(rollout.table, config.kl, device=coefficients.device, dtype=coefficients.dtype)
+    totals = PolicyTotals.zeros(tables)
+    for part in each("update/microbatch", pairs.split_evenly(microbatch_size)):
+        batch = policy_batch(
+            rollout,
+            advantages,
+            tables.timesteps,
+            part,
+            share=_share(part, pairs, tables),
+            reference_outputs=reference_outputs,
+        )
+        policy_gradient(backbone, reference, batch, tables, config, guidance_scale, totals)
+    return totals.record(guarded_step(optimizer, failed, max_grad_norm=config.max_grad_norm))
+
+
+def _share(part: Pairs, pairs: Pairs, tables: StepTables) -> Tensor:
+    # Filled on the device: a copy of a host number would wait for it.
+    return torch.full_like(tables.one, len(part) / len(pairs))
+
+
+def policy_gradient(
+    backbone: Backbone,
+    reference: Backbone | None,
+    batch: PolicyBatch,
+    tables: StepTables,
+    config: PPOConfig,
+    guidance_scale: float,
+    totals: PolicyTotals,
+) -> None:
+    """Forward and backward of one microbatch: adds to the weights' gradients and to `totals`."""
     # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
     critic = backbone.critic
     joint = critic if critic is not None and critic.config.trunk == "joint" else None
-    stats, losses = [], []
-    for part in each("update/microbatch", pairs.split(config.microbatch_size)):
-        forward = _policy_output(backbone, rollout, part, config.cfg_grad, joint)
-        with torch.no_grad():
-            reference_output = (
-                None
-                if reference is None
-                else _guided(_policy_output(reference, rollout, part, "cond"), guidance_scale)
-            )
-        loss, part_stats = ops.ppo_loss(
-            _guided(forward, guidance_scale),
-            rollout.model_outputs[part.steps, part.rows],
-            advantages.policy[part.position, part.rows],
-            coefficients,
-            part.steps,
-            noise=rollout.noise.select(part.rows),
-            clip_range=config.clip_range,
-            clip_nats=config.clip_nats,
-            kl_threshold=config.kl_threshold,
-            dual_clip=config.dual_clip,
-            ratio=config.ratio,
-            step_weights=weights,
-            reference_output=reference_output,
-            kl_weight=config.kl_weight,
-            kl_gains=gains,
-        )
-        if joint is not None:
-            outputs = critic_outputs(joint, rollout, part, forward.features)
-            value_loss = joint.loss(outputs, advantages.targets[part.rows])
-            loss = loss + joint.config.joint_weight * value_loss
-        share = len(part) / len(pairs)
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach() * share)
-        stats.append(part_stats)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = _require_finite("policy", nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
-    with span("optimizer"):
-        optimizer.step()
-    return PPOStats.concatenate(stats), torch.stack(losses).sum(), norm
-
-
-def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
-    """(T,) weight of each step in the policy loss, 1 on average over the trained ones; see balance_steps."""
-    if not balanced:
-        return torch.ones_like(table.std)
-    weights = table.std / table.b.abs()
-    return weights / weights[table.trainable_steps].mean()
-
-
-def _policy_output(
-    backbone: Backbone, rollout: Rollout, pairs: Pairs, cfg_grad: str, critic: Critic | None = None
-) -> PolicyOutput:
-    sample = rollout.latents[pairs.steps, pairs.rows]
-    timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
-    uncond = None if rollout.uncond_conditioning is None else rollout.uncond_conditioning.select(pairs.rows)
-    conditioning = rollout.conditioning.select(pairs.rows)
-    return policy_output(
-        backbone, sample, timestep, conditioning, uncond, cfg_grad=cfg_grad, critic=critic, detach=False
+    output, features = guided_output(
+        backbone, batch.states, batch.uncond_conditioning, guidance_scale, config.cfg_grad, joint
     )
+    reference_output = batch.reference_output
+    if reference is not None and reference_output is None:
+        with torch.no_grad():
+            reference_output, _ = guided_output(
+                reference, batch.states, batch.uncond_conditioning, guidance_scale, "cond"
+            )
+    loss, stats = ops.ppo_loss(
+        output,
+        batch.old_model_output,
+        batch.advantages,
+        tables.coefficients,
+        batch.steps,
+        noise=batch.noise,
+        clip_range=config.clip_range,
+        clip_nats=config.clip_nats,
+        kl_threshold=config.kl_threshold,
+        dual_clip=config.dual_clip,
+        ratio=config.ratio,
+        step_weights=tables.weights,
+        mask=batch.mask,
+        reference_output=reference_output,
+        kl_weight=config.kl_weight,
+        kl_gains=None if reference_output is None else tables.kl_gains,
+    )
+    if joint is not None:
+        outputs = critic_outputs(joint, batch.states, features)
+        loss = loss + joint.config.joint_weight * joint.loss(outputs, batch.targets, mask=batch.mask)
+    loss = loss * batch.share
+    loss.backward()  # type: ignore[no-untyped-call]
+    totals.add(loss.detach(), stats)
 
 
-def _guided(forward: PolicyOutput, guidance_scale: float) -> Tensor:
+def guided_output(
+    backbone: Backbone,
+    states: States,
+    uncond_conditioning: Conditioning | None,
+    guidance_scale: float,
+    cfg_grad: str,
+    critic: Critic | None = None,
+) -> tuple[Tensor, Features]:
+    """The model's output (P, ...) after guidance, and what `critic` reads of its conditional forward."""
+    forward = policy_output(
+        backbone,
+        states.sample,
+        states.timestep,
+        states.conditioning,
+        uncond_conditioning,
+        cfg_grad=cfg_grad,
+        critic=critic,
+        detach=False,
+    )
     cond, uncond = forward.output, forward.uncond_output
     # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
     guided = cond if uncond is None else torch.add(uncond, cond - uncond, alpha=guidance_scale)
-    return guided.contiguous()
+    return guided.contiguous(), forward.features
 
 
-def all_states(rollout: Rollout) -> Pairs:
-    """The pairs that the critic learns from: every state, also those whose step is deterministic."""
-    return all_pairs(torch.arange(rollout.table.num_steps, device=rollout.latents.device), rollout.batch_size)
+@torch.no_grad()
+def reference_outputs(
+    reference: Backbone,
+    rollout: Rollout,
+    steps: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float,
+    *,
+    microbatch_size: int,
+) -> Tensor:
+    """The reference model's outputs (K, B, ...) at the trained steps (K,), in the rollout's dtype.
+
+    For several passes over a rollout: they take the memory of `rollout.model_outputs` and are the same each
+    time, for the reference does not move.
+    """
+    outputs = torch.empty_like(rollout.model_outputs[: len(steps)])
+    for position in range(len(steps)):
+        for rows in torch.split(torch.arange(rollout.batch_size, device=steps.device), microbatch_size):
+            pairs = Pairs(steps[position].expand(len(rows)), rows, rows)
+            states = states_of(rollout, timesteps, pairs)
+            uncond = rollout.uncond_conditioning
+            outputs[position, rows], _ = guided_output(
+                reference, states, None if uncond is None else uncond.select(rows), guidance_scale, "cond"
+            )
+    return outputs
 
 
 def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
@@ -205,11 +257,17 @@ def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
     return {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
 
 
-def critic_outputs(critic: Critic, rollout: Rollout, pairs: Pairs, features: Features) -> Tensor:
-    """The head's outputs (P, M, K) for the rollout's states on `features` (P, ...) of the actor."""
-    sample = rollout.latents[pairs.steps, pairs.rows]
-    timestep = rollout.table.timesteps.to(sample.device)[pairs.steps]
-    return critic.outputs(features, sample, timestep, rollout.conditioning.select(pairs.rows))
+def critic_outputs(critic: Critic, states: States, features: Features) -> Tensor:
+    """The head's outputs (P, M, K) for states on `features` (P, ...) of the actor."""
+    return critic.outputs(features, states.sample, states.timestep, states.conditioning)
+
+
+def critic_gradient(critic: Critic, batch: CriticBatch, total: Tensor) -> None:
+    """Forward and backward of one microbatch: adds to the critic's gradients and to the loss `total` ()."""
+    outputs = critic_outputs(critic, batch.states, batch.features)
+    loss = critic.loss(outputs, batch.targets, batch.old_values, batch.mask) * batch.share
+    loss.backward()  # type: ignore[no-untyped-call]
+    total.add_(loss.detach())
 
 
 def critic_step(
@@ -220,22 +278,38 @@ def critic_step(
     pairs: Pairs,
     config: PPOConfig,
     *,
+    tables: StepTables,
+    failed: Tensor,
+    microbatch_size: int,
     old_values: Tensor | None = None,
-) -> tuple[Tensor, float]:
-    """One critic optimizer step towards standardised targets (B, M); returns loss () and gradient norm.
+) -> Tensor:
+    """One critic optimizer step towards standardised targets (B, M); returns loss and gradient norm (2,).
 
-    `old_values` (T, B, M) are those of the rollout in today's units, for CriticConfig.value_clip.
+    `old_values` (T, B, M) are those of the rollout in today's units, for CriticConfig.value_clip; the other
+    arguments are policy_step's.
     """
     optimizer.zero_grad(set_to_none=True)
-    losses = []
-    for part in each("update/microbatch", pairs.split(config.microbatch_size)):
-        outputs = critic_outputs(critic, rollout, part, kept_features(rollout, part))
-        old = None if old_values is None else old_values[part.steps, part.rows]
-        loss = critic.loss(outputs, targets[part.rows], old)
-        share = len(part) / len(pairs)
-        (loss * share).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach() * share)
-    norm = _require_finite("critic", nn.utils.clip_grad_norm_(critic.parameters(), config.max_grad_norm))
-    with span("optimizer"):
-        optimizer.step()
-    return torch.stack(losses).sum(), norm
+    total = tables.coefficients.new_zeros(())
+    for part in each("update/microbatch", pairs.split_evenly(microbatch_size)):
+        batch = critic_batch(
+            rollout,
+            kept_features(rollout, part),
+            targets,
+            tables.timesteps,
+            part,
+            share=_share(part, pairs, tables),
+            old_values=old_values,
+        )
+        critic_gradient(critic, batch, total)
+    norm = guarded_step(optimizer, failed, max_grad_norm=config.max_grad_norm)
+    return torch.stack([total.double(), norm.double()])
+
+
+def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: StepTables, count: int) -> None:
+    """Forward and backward of `count` states, for MicrobatchSize.find."""
+    states = all_states(rollout).select(slice(count))
+    batch = critic_batch(
+        *(rollout, kept_features(rollout, states), targets, tables.timesteps, states), share=tables.one
+    )
+    critic_gradient(critic, batch, torch.zeros_like(tables.one))
+    critic.zero_grad(set_to_none=True)

@@ -16,8 +16,12 @@ from lacfast import reference
 from lacfast.advantages import RewardNormalizer, stack_rewards
 from lacfast.config import PPOConfig, ValuePretrainingConfig
 from lacfast.critic import Critic
+from lacfast.metrics import UpdateRecords
+from lacfast.microbatch import MicrobatchSize
+from lacfast.minibatch import all_states
+from lacfast.optimizers import missing_moments
 from lacfast.records import Rollout
-from lacfast.update import all_states, critic_step
+from lacfast.update import critic_step, probe_critic, step_tables
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,29 @@ def _learn_from(
 ) -> None:
     """Minibatches of random states, each from one kept rollout, until they make up `config.passes`."""
     kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
+    tables = step_tables(rollouts[0].table, ppo, rollouts[0].latents)
+    microbatch = MicrobatchSize(ppo.microbatch_size)
+    failed = torch.zeros((), device=rollouts[0].latents.device)
+    records = UpdateRecords()
     for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
         rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
         targets = value_targets(rollout, normalizer, ppo.target_clip)
         states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
-        critic_step(critic, optimizer, rollout, targets, states, ppo)
+        microbatch.find(
+            lambda count, rollout=rollout, targets=targets: probe_critic(
+                critic, rollout, targets, tables, count
+            ),
+            rollout.latents.device,
+            reserved=missing_moments(optimizer),
+        )
+        numbers = microbatch.run(
+            lambda size, rollout=rollout, targets=targets, states=states: critic_step(
+                *(critic, optimizer, rollout, targets, states, ppo),
+                tables=tables,
+                failed=failed,
+                microbatch_size=size,
+            ),
+            len(states),
+        )
+        records.add("critic", numbers, len(states))
+    records.read()

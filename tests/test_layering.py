@@ -16,7 +16,8 @@ LAYERS = (
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "value_loss", "critic"),
-    ("sampler", "advantages"),
+    ("sampler", "advantages", "optimizers", "microbatch"),
+    ("minibatch",),
     (
         "update",
         "adaptive_kl",
@@ -32,7 +33,19 @@ LAYERS = (
     ("costs", "run_directory", "learner"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
-    ("presets", "run", "pictures", "charts", "terminal", "demo", "report", "environment", "cli", "__main__"),
+    (
+        "presets",
+        "run",
+        "steering_run",
+        "pictures",
+        "charts",
+        "terminal",
+        "demo",
+        "report",
+        "environment",
+        "cli",
+        "__main__",
+    ),
 )
 """From the bottom; a module may import its own layer and those below. Subpackages count as one module."""
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

@@ -56,8 +56,10 @@ class PPOConfig:
     """Passes over a rollout."""
     timestep_fraction: float = 1.0
     """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
-    microbatch_size: int = 512
-    """(sample, step) pairs per forward and backward; bounds memory, does not change the result."""
+    microbatch_size: int = 0
+    """(sample, step) pairs per forward and backward; bounds memory, changes the result by the order of sums
+    alone. 0: found at the first update from the free memory, at most 512 on a CPU. Halved when memory runs
+    out."""
     policy_learning_rate: float = 1e-4
     """[paper]"""
     warmup_steps: int = 0
@@ -103,5 +105,6 @@ class PPOConfig:
         )
         require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
-        for name in ("num_minibatches", "num_inner_epochs", "microbatch_size"):
+        require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
+        for name in ("num_minibatches", "num_inner_epochs"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

@@ -33,8 +33,8 @@ def steer(
     config: SteeringConfig | None = None,
     *,
     sampler: SamplerConfig | None = None,
-    rewards: RewardSpec | None = None,
-    gold: RewardSpec | None = None,
+    rewards: RewardSet | RewardSpec | None = None,
+    gold: RewardSet | RewardSpec | None = None,
     head_weights: Tensor | None = None,
     more_critics: Sequence[Critic] = (),
 ) -> tuple[Tensor, SteeringStats]:
@@ -60,8 +60,7 @@ def steer(
     config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
     prompts = PromptSet.create(prompts)
     critics = (() if backbone.critic is None else (backbone.critic,)) + tuple(more_critics)
-    scorer = None if rewards is None else RewardSet.create(rewards)
-    gold_scorer = None if gold is None else RewardSet.create(gold)
+    scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
     table = backbone.transition_table(sampler)
     _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
     device = next(backbone.model.parameters()).device
@@ -106,6 +105,10 @@ def steer(
         _particle_stats([batch.particle_stats for batch in batches]),
     )
     return torch.cat([batch.images for batch in batches]), stats
+
+
+def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
+    return rewards if rewards is None or isinstance(rewards, RewardSet) else RewardSet.create(rewards)
 
 
 @dataclass(frozen=True)

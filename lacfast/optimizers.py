@@ -1,0 +1,92 @@
+"""The optimizers of actor and critic, and a step that a bad gradient turns off on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lacfast.config import PPOConfig
+from lacfast.critic import Critic
+from lacfast.profiling import span
+
+
+def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW over the actor's trained weights, see Backbone.policy_parameters."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.policy_learning_rate,
+        betas=config.betas,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def warmup(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """A schedule whose learning rate rises linearly to the optimizer's over its first `steps` steps."""
+    return LambdaLR(optimizer, lambda step: min((step + 1) / (steps + 1), 1.0))
+
+
+def take_back(schedule: LambdaLR, steps: int) -> None:
+    """Set a schedule back by optimizer steps that were turned off."""
+    schedule.last_epoch -= steps + 1
+    schedule.step()
+
+
+def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:
+    """AdamW over the critic's head and own trunk, each at its rate; None without a critic."""
+    if critic is None:
+        return None
+    groups = [
+        {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
+        {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def missing_moments(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer's first step will allocate."""
+    missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
+    return sum(2 * parameter.numel() * parameter.element_size() for parameter in missing)
+
+
+@torch.no_grad()
+def guarded_step(optimizer: Optimizer, failed: Tensor, *, max_grad_norm: float) -> Tensor:
+    """Clip the gradients and step, unless a gradient is or was not finite; returns their norm ().
+
+    The host does not wait: fused optimizers read `failed` on the device and leave weights and moments alone
+    where it is 1. `require_finite` tells the host later.
+
+    Args:
+        optimizer: fused.
+        failed: () float32 on the device, 0; set to 1 by a norm that is not finite, and then it stays so.
+        max_grad_norm: of all gradients together.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm)
+    torch.maximum(failed, (~torch.isfinite(norm)).to(failed.dtype), out=failed)
+    with span("optimizer"):
+        optimizer.found_inf = failed  # type: ignore[attr-defined]
+        optimizer.step()
+    return norm
+
+
+def require_finite(what: str, norm: float) -> None:
+    """
+    Raises:
+        FloatingPointError: for a gradient norm that is not finite.
+    """
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient norm of the {what} is {norm}; no optimizer step was taken from there on and the "
+            "weights are as before it. Lower the learning rate or the clip range, and check the rewards"
+        )
