@@ -119,6 +119,9 @@ def policy_output(
 ) -> PolicyOutput:
     """Conditional and, with guidance, unconditional output.
 
+    Both halves of guidance are one forward, which launches half as much and multiplies larger matrices. Only
+    where one half takes part in the backward pass and the other does not, each has its own.
+
     Args:
         cfg_grad: with "cond" the unconditional output has no gradient, with "both" it has.
         critic: whose features to record. They come from the conditional forward alone.
@@ -127,11 +130,19 @@ def policy_output(
     recording: AbstractContextManager[Features] = (
         nullcontext({}) if critic is None else critic.record(backbone.model, detach=detach)
     )
+    if uncond_conditioning is not None and (cfg_grad == "both" or not torch.is_grad_enabled()):
+        halves = Conditioning.concatenate([conditioning, uncond_conditioning])
+        with recording as features:
+            both = backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), halves)
+        batch = len(sample)
+        return PolicyOutput(
+            both[:batch], both[batch:], {name: tensor[:batch] for name, tensor in features.items()}
+        )
     with recording as features:
         output = backbone.predict(sample, timestep, conditioning)
     if uncond_conditioning is None:
         return PolicyOutput(output, None, features)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and cfg_grad == "both"):
+    with torch.no_grad():
         return PolicyOutput(output, backbone.predict(sample, timestep, uncond_conditioning), features)
 
 
