@@ -1,6 +1,7 @@
 """Everything that only a GPU can tell, in one command on any CUDA machine.
 
     python bench/gpu_check.py                          tests, kernels, profile
+    python bench/gpu_check.py --only sampling,update,iteration
     python bench/gpu_check.py --only kernels --out PATH
     python bench/gpu_check.py --only tune              also changes kernels/launches.json
     python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
@@ -177,6 +178,38 @@ def tune(setting: Setting) -> Part:
     return judged(code, output, setting.seconds, f"tuned: {finished}", result)
 
 
+def engine(setting: Setting, module: str, arguments: list[str]) -> Part:
+    """A part that runs diffusers' models: rows of a bench that stops by itself before its limit."""
+    if importlib.util.find_spec("diffusers") is None:
+        return Part(
+            "skipped", f"{module} needs diffusers, transformers and peft; install them or carry wheels"
+        )
+    out = setting.folder / f"{arguments[0] if arguments else module}.json"
+    command = [sys.executable, "-m", module, *arguments, "--device", setting.device, "--out", str(out)]
+    code, output = run([*command, "--seconds", str(0.8 * setting.seconds)], setting.seconds)
+    print(output, end="")
+    result = left_in(out)
+    rows, missing = result.get("rows", []), result.get("missing", {})
+    errors = [row for row in rows if "error" in row]
+    summary = f"{len(rows)} rows, {len(errors)} arms failed; missing: {', '.join(missing) or 'none'}"
+    return judged(code, output, setting.seconds, summary, result)
+
+
+def sampling(setting: Setting) -> Part:
+    """A denoising step of every model in four arms, and what its values cost."""
+    return engine(setting, "bench.gpu_arms", ["sampling"])
+
+
+def update(setting: Setting) -> Part:
+    """A (sample, step) pair of an update in the same arms."""
+    return engine(setting, "bench.gpu_arms", ["update"])
+
+
+def iteration(setting: Setting) -> Part:
+    """Whole iterations beside the peers' loops."""
+    return engine(setting, "bench.iteration", ["--quick"] if setting.device == "cpu" else [])
+
+
 def profile(setting: Setting) -> Part:
     """torch.profiler's table of one op, and of training where diffusers is installed."""
     out = str(setting.folder / "profile")
@@ -205,10 +238,14 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "tests": tests,
     "kernels": kernels,
     "tune": tune,
+    "sampling": sampling,
+    "update": update,
+    "iteration": iteration,
     "profile": profile,
 }
 DEFAULT_PARTS = ("tests", "kernels", "profile")
-"""tune changes the source tree, so it runs only when it is asked for."""
+"""tune changes the source tree, and the models of sampling, update and iteration take minutes each, so these
+run only when they are asked for."""
 
 
 def check(
@@ -246,9 +283,34 @@ def table(done: dict[str, Part]) -> str:
     return "\n".join(lines)
 
 
+class _Parts(argparse.Action):
+    """Names separated by spaces, commas or both."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        names = [name for value in values for name in value.split(",") if name]
+        unknown = [name for name in names if name not in PARTS]
+        if unknown or not names:
+            known = ", ".join(repr(name) for name in PARTS)
+            parser.error(f"argument --only: unknown {', '.join(unknown) or 'nothing'}; known: {known}")
+        setattr(namespace, self.dest, names)
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="bench/gpu_check.py", description=__doc__.split("\n")[0])
-    options.add_argument("--only", nargs="+", choices=PARTS, default=list(DEFAULT_PARTS), metavar="PART")
+    options.add_argument(
+        "--only",
+        nargs="+",
+        action=_Parts,
+        default=list(DEFAULT_PARTS),
+        metavar="PART",
+        help=f"of {', '.join(PARTS)}; separated by spaces or commas",
+    )
     options.add_argument("--seconds", type=float, default=540.0, help="limit of each part")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options.add_argument("--out", type=Path, help="JSON; default bench/results/GPU-DATE.json")

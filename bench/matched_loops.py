@@ -2,8 +2,8 @@
 
 The transformer meets flow_grpo: flow SDE, guidance with a detached unconditional half, LoRA, KL to the model
 without it. The UNet meets ddpo-pytorch: DDIM on a noise prediction, guidance with gradients through both
-halves, LoRA, no KL. Neither peer has a critic, so ours has none here; both take one optimizer step per
-rollout.
+halves, LoRA, no KL. Neither peer has a critic, so ours has none here; both take the same number of
+optimizer steps per rollout.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Match:
     dtype: torch.dtype = torch.float32
     """Ours runs in it; the peer in float32, or under autocast to it over a float32 base."""
     kl_weight: float = 0.04
-    """For flow_grpo."""
+    """For flow_grpo; it needs LoRA."""
+    num_updates: int = 1
+    """Optimizer steps per rollout; with 1 both sides' gradients are those of the whole rollout."""
 
     @property
     def sampler(self) -> SamplerConfig:
@@ -98,7 +100,7 @@ def engine(
         ppo=PPOConfig(
             clip_range=1e-4,
             advantage_clip=5.0,
-            num_minibatches=1,
+            num_minibatches=match.num_updates,
             microbatch_size=microbatch_size,
             policy_learning_rate=LEARNING_RATE,
             **guided,
@@ -116,12 +118,20 @@ def peer_loop(match: Match, *, batch_size: int, dtype: torch.dtype = torch.float
     model = PeerModel(backbone, None if match.dtype == torch.float32 else match.dtype)
     if match.peer == "flow_grpo":
         settings = FlowGRPOSettings(
-            batch_size=batch_size, kl_weight=match.kl_weight, learning_rate=LEARNING_RATE
+            batch_size=batch_size,
+            kl_weight=match.kl_weight,
+            num_updates=match.num_updates,
+            learning_rate=LEARNING_RATE,
         )
         return FlowGRPOLoop(model, table.timesteps, table.sigmas.to(_maths(dtype)), settings)
     alphas = backbone.scheduler.alphas_cumprod
-    rates = DDPOSettings(batch_size=batch_size, train_batch_size=batch_size, learning_rate=LEARNING_RATE)
-    return DDPOLoop(model, table.timesteps, alphas.to(_maths(dtype)), rates)
+    settings = DDPOSettings(
+        batch_size=batch_size,
+        train_batch_size=batch_size,
+        num_updates=match.num_updates,
+        learning_rate=LEARNING_RATE,
+    )
+    return DDPOLoop(model, table.timesteps, alphas.to(_maths(dtype)), settings)
 
 
 def _maths(dtype: torch.dtype) -> torch.dtype:
@@ -144,7 +154,13 @@ def counted_noise(seed: int) -> Callable[[int, int, Tensor], Tensor]:
     return noise
 
 
-def tiny(family: models.BackboneName, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> LatentBackbone:
+def tiny(
+    family: models.BackboneName,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+) -> LatentBackbone:
     """A model of 1 M parameters with LoRA; its random weights let every input count."""
     model: Any = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
@@ -155,9 +171,9 @@ def tiny(family: models.BackboneName, dtype: torch.dtype = torch.float32, *, see
     size = model.config["sample_size"]
     backbone = adapt(
         # torch's own: diffusers' warns of modules to keep in float32 even where there are none.
-        nn.Module.to(model.eval(), dtype),
-        text.eval().requires_grad_(False),
-        codec(),
+        nn.Module.to(model.eval(), device, dtype),
+        text.eval().requires_grad_(False).to(device),
+        codec(str(device)),
         latent_shape=(model.config["in_channels"], size, size),
         scheduler=None if family == "dit" else ddim_scheduler(),
         lora=LoRAConfig(rank=32, alpha=64) if family == "dit" else LoRAConfig(rank=4),
@@ -165,14 +181,14 @@ def tiny(family: models.BackboneName, dtype: torch.dtype = torch.float32, *, see
     with torch.no_grad():
         for parameter in backbone.policy_parameters():
             # An adapter whose second factor is zero has no gradient in its first.
-            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(device))
     return backbone
 
 
 @cache
-def codec() -> PatchCodec:
+def codec(device: str) -> PatchCodec:
     """Fitted once: it is frozen, so all models may share it."""
-    return fit_codec()
+    return fit_codec().to(device)
 
 
 def ddim_scheduler() -> DDIMScheduler:
@@ -183,7 +199,9 @@ def ddim_scheduler() -> DDIMScheduler:
     )  # fmt: skip
 
 
-def tiny_match(family: models.BackboneName, *, batches: int, num_steps: int) -> Match:
+def tiny_match(
+    family: models.BackboneName, *, batches: int, num_steps: int, device: torch.device | str = "cpu"
+) -> Match:
     """`batches` of the peer's published size of trajectories on a tiny model."""
     peer: Peer = "flow_grpo" if family == "dit" else "ddpo"
     count = batches * PEER_BATCH[peer]
@@ -191,7 +209,7 @@ def tiny_match(family: models.BackboneName, *, batches: int, num_steps: int) -> 
     return Match(
         name=f"tiny {family}",
         peer=peer,
-        build=lambda dtype: tiny(family, dtype),
+        build=lambda dtype: tiny(family, dtype, device),
         trajectories=count,
         num_steps=num_steps,
         prompts=tuple(texts[index // PEER_BATCH[peer] % len(texts)] for index in range(count)),

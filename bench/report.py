@@ -137,6 +137,34 @@ def _beside_baseline(row: dict[str, Any] | None, cells: dict[tuple[str, str, str
     return f"{baseline['microseconds'] / 1e3:.2f} | {row['microseconds'] / 1e3:.2f} ({row['speed_up']:.1f}x)"
 
 
+PHASES = ("sampling", "reference", "update", "iteration")
+
+
+def iterations(record: dict[str, Any]) -> str:
+    """How many times as fast as a peer's loop every phase is, as Markdown."""
+    lines = [f"| | {' | '.join(PHASES)} |", "|---|---|---|---|---|"]
+    for contest in record["contests"]:
+        rows = [row for row in record["rows"] if row["model"] == contest["model"]]
+        peer = {"flow_grpo": "flow_grpo", "ddpo": "ddpo-pytorch"}[contest["peer"]]
+        for name in (name for name in dict.fromkeys(row["contender"] for row in rows) if "peer" not in name):
+            for baseline, size in (("over_published", "published"), ("over_tuned", "tuned")):
+                ratios = {row["phase"]: row[baseline] for row in rows if row["contender"] == name}
+                cells = [f"{ratios[phase]:.2f}x" if phase in ratios else "" for phase in PHASES]
+                batch = contest[f"{size}_batch"]
+                label = f"{contest['model']}: {name}, over {peer}'s loop at its {size} batch, {batch}"
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+    largest = max(value for contest in record["contests"] for value in contest["differences"].values())
+    first = record["contests"][0]
+    note = (
+        f"One thread on {record['machine']['label']}, torch {record['machine']['versions']['torch']}, "
+        f"{record['date']}: medians of {record['rounds']} interleaved rounds of {first['num_steps']} steps "
+        f"and {first['num_updates']} optimizer steps; trajectories and float64 gradients of both differ by "
+        f"at most {largest:.0e}. No side has a critic; the reward costs nothing. `python -m bench.iteration` "
+        "measures it; [docs/performance.md](docs/performance.md) says where the time goes."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def newest(pattern: str) -> Path:
     """The last of the dated results, or a path that does not exist."""
     return max(RESULTS.glob(pattern), default=RESULTS / pattern)
@@ -158,6 +186,7 @@ def blocks() -> dict[str, str]:
         "proof": (RECORD / "summary.json", proof),
         "critics": (CRITICS, critics),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
+        "iteration": (newest("iteration-cpu-*.json"), iterations),
     }
     return {
         block: write(json.loads(path.read_text(encoding="utf-8")))

@@ -98,6 +98,36 @@ def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_check.parser().parse_args([]).only == list(gpu_check.DEFAULT_PARTS)
 
 
+@pytest.mark.parametrize("names", [["sampling,update,iteration"], ["sampling", "update,", "iteration"]])
+def test_parts_are_separated_by_commas_or_spaces(names: list[str]) -> None:
+    assert gpu_check.parser().parse_args(["--only", *names]).only == ["sampling", "update", "iteration"]
+
+
+def test_parts_with_models_are_skipped_without_diffusers(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    for name in ("sampling", "update", "iteration"):
+        part = gpu_check.PARTS[name](setting)
+        assert part.status == "skipped"
+        assert "needs diffusers" in part.summary
+
+
+def test_models_are_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    options = ["--device", "cpu", "--only", "sampling,update,iteration", "--out", str(out)]
+    assert gpu_check.main(options) == 0
+    parts = json.loads(out.read_text(encoding="utf-8"))["parts"]
+    assert {part["status"] for part in parts.values()} == {"passed"}
+    for name in ("sampling", "update"):
+        rows = parts[name]["result"]["rows"]
+        assert {row["model"] for row in rows} == {"tiny dit", "tiny unet"}
+        assert {row["arm"] for row in rows} == {"eager", "graph"}
+        assert {row["values"] for row in rows if "values" in row} == {"none", "shared", "branch"}
+    rows = parts["iteration"]["result"]["rows"]
+    assert {row["phase"] for row in rows} == {"sampling", "reference", "update", "iteration"}
+
+
 def test_rehearsal_on_a_cpu_runs_as_a_script(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     script = str(ROOT / "bench" / "gpu_check.py")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -144,7 +145,8 @@ class DDPOLoop:
         whole |= {name: whole[name][rows, permutations] for name in PER_STEP}
         shuffled = rebatched([whole], torch.arange(total, device=device), settings.train_batch_size)
         uncond = self.model.encode_unconditional(settings.train_batch_size)
-        accumulated = len(shuffled) // settings.num_updates * steps
+        passes = len(shuffled) * steps
+        accumulated = math.ceil(passes / settings.num_updates)
         logged, info, count = [], {}, 0
         for batch in shuffled:
             embeddings = doubled(uncond, embeddings_of(batch))
@@ -152,7 +154,7 @@ class DDPOLoop:
                 loss = self._loss(batch, step, embeddings, info)
                 (loss / accumulated).backward()
                 count += 1
-                if count % accumulated:
+                if count % accumulated and count < passes:
                     continue
                 nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
                 self.optimizer.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ class FlowGRPOLoop:
         settings = self.settings
         order = torch.randperm(sum(len(batch["timesteps"]) for batch in batches))
         shuffled = rebatched(batches, order.to(self.model.device), settings.batch_size)
-        accumulated = len(shuffled) // settings.num_updates * self.num_trained
+        passes = len(shuffled) * self.num_trained
+        accumulated = math.ceil(passes / settings.num_updates)
         logged, info, count = [], {}, 0
         for batch in shuffled:
             uncond = self.model.encode_unconditional(len(batch["timesteps"]))
@@ -179,7 +181,7 @@ class FlowGRPOLoop:
                 loss = self._loss(batch, step, embeddings, info)
                 (loss / accumulated).backward()
                 count += 1
-                if count % accumulated:
+                if count % accumulated and count < passes:
                     continue
                 nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
                 self.optimizer.step()

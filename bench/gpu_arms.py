@@ -1,0 +1,317 @@
+"""Sampling and update of random-weight models in four arms: eager, compile, graph, compile+graph.
+
+    python -m bench.gpu_arms sampling                    on a CUDA device, to the screen
+    python -m bench.gpu_arms update --out PATH
+    python -m bench.gpu_arms sampling --device cpu       a rehearsal with tiny models
+
+Arms take turns on the same work at batch 1, 4 and 16, and their results are compared; "values" is what the
+values of all steps add. Times are those of a denoising step and of a (sample, step) pair; memory is counted
+over the weights. A model that does not fit the time or the memory leaves its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bench import machine
+from bench.interleaved import Provider, race, speed_ups
+
+if TYPE_CHECKING:
+    from bench.random_models import Subject
+    from lacfast.backbones.latent import LatentBackbone
+    from lacfast.records import Rollout
+    from lacfast.trainer import LatentActorCriticTrainer
+
+BATCHES = (1, 4, 16)
+TRUNKS = ("none", "shared", "branch")
+VALUE_BATCH = 4
+EAGER = "eager"
+PROMPT = "one red circle"
+"""Known to the tiny models; the full-size ones read no text here."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """How the engine runs."""
+
+    is_compiled: bool
+    is_captured: bool
+
+
+ARMS = {
+    EAGER: Arm(is_compiled=False, is_captured=False),
+    "compile": Arm(is_compiled=True, is_captured=False),
+    "graph": Arm(is_compiled=False, is_captured=True),
+    "compile+graph": Arm(is_compiled=True, is_captured=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much is measured."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batches: tuple[int, ...] = BATCHES
+    rounds: int = 5
+    arms: tuple[str, ...] = tuple(ARMS)
+
+
+def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
+    """Of TrainConfig. Without a CUDA device the fake graph takes the graph's place."""
+    from lacfast.config import GraphConfig, TrainConfig
+
+    captured = "on" if device.type == "cuda" else "fake"
+    graph = GraphConfig(mode=captured if arm.is_captured else "off", strict=arm.is_captured)
+    changes = {"graph": graph, "compile": arm.is_compiled}
+    return {name: value for name, value in changes.items() if name in TrainConfig.__dataclass_fields__}
+
+
+def trainer_of(
+    subject: Subject,
+    backbone: LatentBackbone,
+    *,
+    microbatch_size: int = 1,
+    trunk: str = "none",
+    **changes: Any,
+) -> LatentActorCriticTrainer:
+    """A trainer on a backbone that others may share: the critic is its own."""
+    from bench.matched_loops import brightness
+    from lacfast.config import CriticConfig, TrainConfig
+    from lacfast.trainer import LatentActorCriticTrainer
+
+    own = copy.copy(backbone)
+    own.critic = None
+    config = TrainConfig(
+        batch_size=max(BATCHES),
+        sampler=subject.sampler,
+        critic=CriticConfig(trunk=trunk),
+        ppo=replace(subject.ppo, microbatch_size=microbatch_size, num_minibatches=1),
+        **changes,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="no critic and samples_per_prompt=1")
+        return LatentActorCriticTrainer(own, brightness, [PROMPT], config)
+
+
+def rollout_of(trainer: LatentActorCriticTrainer, batch: int) -> Rollout:
+    """With its rewards, from sample ids 0 on; it belongs to the caller."""
+    rollout = trainer.collect(trainer.prompts.cycle(batch), 0)
+    assert rollout is not None
+    return rollout
+
+
+class Bench:
+    """One subject: two models, as they are and compiled, and a trainer per arm on one of them."""
+
+    def __init__(self, subject: Subject, plan: Plan) -> None:
+        self.subject = subject
+        self.plan = plan
+        used = {ARMS[name].is_compiled for name in plan.arms} | {False}
+        self.backbones = {is_compiled: subject.build(plan.dtype) for is_compiled in sorted(used)}
+
+    def trainer(self, arm: str, microbatch_size: int = 1) -> LatentActorCriticTrainer:
+        return trainer_of(
+            self.subject,
+            self.backbones[ARMS[arm].is_compiled],
+            microbatch_size=microbatch_size,
+            **arm_changes(ARMS[arm], self.plan.device),
+        )
+
+    def sampling(self) -> Iterable[Row]:
+        """Milliseconds of a denoising step."""
+        trainers = {arm: self.trainer(arm) for arm in self.plan.arms}
+        steps = self.subject.sampler.num_steps
+        for batch in self.plan.batches:
+            prompts = trainers[EAGER].prompts.cycle(batch)
+            calls = {arm: partial(trainer.rollout, prompts, 0) for arm, trainer in trainers.items()}
+            yield from self._rows("sampling", batch, calls, steps, self._same_latents)
+        yield from self._value_rows("sampling", steps)
+
+    def update(self) -> Iterable[Row]:
+        """Milliseconds of a (sample, step) pair, the reference in it where there is one."""
+        for batch in self.plan.batches:
+            rollout = rollout_of(self.trainer(EAGER), batch)
+            pairs = batch * len(rollout.table.trainable_steps)
+            calls = {arm: partial(self.trainer(arm, batch).update, rollout) for arm in self.plan.arms}
+            yield from self._rows("update", batch, calls, pairs, self._same_losses)
+        yield from self._value_rows("update", VALUE_BATCH * len(rollout.table.trainable_steps))
+
+    def _value_rows(self, phase: str, work: int) -> Iterable[Row]:
+        """The same without a critic, with heads on the actor's taps, and with a branch; eagerly."""
+        calls: dict[str, Callable[[], Any]] = {}
+        for trunk in TRUNKS:
+            trainer = trainer_of(
+                self.subject, self.backbones[False], microbatch_size=VALUE_BATCH, trunk=trunk,
+                **arm_changes(ARMS[EAGER], self.plan.device),
+            )  # fmt: skip
+            if phase == "sampling":
+                calls[trunk] = partial(trainer.rollout, trainer.prompts.cycle(VALUE_BATCH), 0)
+            else:
+                calls[trunk] = partial(trainer.update, rollout_of(trainer, VALUE_BATCH))
+        for row in self._rows(phase, VALUE_BATCH, calls, work, None):
+            yield row | {"arm": EAGER, "values": row["arm"]}
+
+    def _rows(
+        self,
+        phase: str,
+        batch: int,
+        calls: dict[str, Callable[[], Any]],
+        work: int,
+        compare: Callable[[Any, Any], float] | None,
+    ) -> Iterable[Row]:
+        first = next(iter(calls))
+        expected, kept, rows = None, {}, {}
+        for name, call in calls.items():
+            rows[name] = {"model": self.subject.title, "phase": phase, "batch": batch, "arm": name}
+            try:
+                # Twice: the first call compiles and captures.
+                call()
+                result = call()
+                rows[name]["working_gigabytes"] = self._working_gigabytes(call)
+            except Exception as error:
+                # One arm that cannot run must not cost the others' times.
+                rows[name]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            kept[name] = self._synchronised(call)
+            if compare is not None:
+                expected = result if expected is None else expected
+                rows[name]["difference"] = compare(result, expected)
+        if first in kept:
+            seconds = race(kept, rounds=self.plan.rounds, warmup=1, clock=time.perf_counter, is_primed=False)
+            ratios = speed_ups(seconds, first)
+            for name, times in seconds.items():
+                rows[name] |= {
+                    "milliseconds": 1e3 * statistics.median(times) / work,
+                    f"over_{first}": ratios[name],
+                }
+        return rows.values()
+
+    def _synchronised(self, call: Callable[[], Any]) -> Provider:
+        def provider() -> None:
+            call()
+            if self.plan.device.type == "cuda":
+                torch.cuda.synchronize(self.plan.device)
+
+        return provider
+
+    def _working_gigabytes(self, call: Callable[[], Any]) -> float:
+        """The peak over what is allocated before, weights and captured graphs for the most part."""
+        if self.plan.device.type != "cuda":
+            return 0.0
+        torch.cuda.reset_peak_memory_stats(self.plan.device)
+        before = torch.cuda.memory_allocated(self.plan.device)
+        call()
+        return (torch.cuda.max_memory_allocated(self.plan.device) - before) / 2**30
+
+    @staticmethod
+    def _same_latents(own: Rollout, expected: Rollout) -> float:
+        return float((own.clean_latents - expected.clean_latents).norm() / expected.clean_latents.norm())
+
+    @staticmethod
+    def _same_losses(own: dict[str, Any], expected: dict[str, Any]) -> float:
+        """Of the gradient's norm."""
+        return abs(own["policy_grad_norm"] / expected["policy_grad_norm"] - 1)
+
+
+def collect(
+    phase: str,
+    subjects: Iterable[Subject],
+    plan: Plan,
+    *,
+    seconds: float,
+    on_rows: Callable[[list[Row]], None],
+) -> dict[str, str]:
+    """Measure what fits `seconds`; returns model -> why it has no, or not all, rows."""
+    start, missing = time.monotonic(), {}
+    for subject in subjects:
+        if time.monotonic() - start > seconds:
+            missing[subject.title] = f"not started within {seconds:g} s"
+            continue
+        torch.compiler.reset()
+        try:
+            bench = Bench(subject, plan)
+            for row in bench.sampling() if phase == "sampling" else bench.update():
+                on_rows([row])
+                if time.monotonic() - start > seconds:
+                    missing[subject.title] = f"stopped after {seconds:g} s"
+                    break
+        except Exception as error:
+            missing[subject.title] = f"{type(error).__name__}: {error}".splitlines()[0]
+        # Before the next model is made; graphs and compiled code hold on to the last one.
+        bench = None
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return missing
+
+
+def line(row: Row) -> str:
+    label = f"{row['model']:<20}{row['phase']:<10}batch {row['batch']:<4}"
+    label += f"{row['arm']:<14}" if "values" not in row else f"{'values: ' + row['values']:<14}"
+    if "error" in row:
+        return f"{label}{row['error'][:60]}"
+    ratio = row.get("over_eager", row.get("over_none", 1.0))
+    return (
+        f"{label}{row['milliseconds']:10.3f} ms {ratio:6.2f}x {row['working_gigabytes']:6.2f} GiB"
+        f"  difference {row.get('difference', 0.0):.1e}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m bench.gpu_arms", description=__doc__.split("\n")[0])
+    options.add_argument("phase", choices=("sampling", "update"))
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    options.add_argument("--seconds", type=float, default=480.0, help="start no measurement after this")
+    options.add_argument("--out", type=Path, help="JSON")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if importlib.util.find_spec("diffusers") is None:
+        print("gpu_arms: diffusers is not installed, and the models are its own", file=sys.stderr)
+        return 2
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu_arms: no CUDA device here; --device cpu rehearses with tiny models", file=sys.stderr)
+        return 2
+    from bench.random_models import subjects
+
+    device = torch.device(options.device)
+    plan = Plan(device=device, dtype=torch.bfloat16)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+        plan = Plan(device=device, dtype=torch.float32, batches=(1, 2), rounds=1, arms=(EAGER, "graph"))
+    result: dict[str, Any] = {"machine": machine.describe(device), "rows": [], "missing": {}}
+
+    def keep(rows: list[Row]) -> None:
+        print("\n".join(line(row) for row in rows), flush=True)
+        result["rows"] += rows
+        if options.out is not None:
+            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    result["missing"] = collect(options.phase, subjects(device), plan, seconds=options.seconds, on_rows=keep)
+    for title, reason in result["missing"].items():
+        print(f"missing: {title}: {reason}", file=sys.stderr)
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    failed = [row for row in result["rows"] if "error" in row]
+    return 1 if failed and device.type == "cpu" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

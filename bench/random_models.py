@@ -1,0 +1,150 @@
+"""Models with random weights on a device: timing does not depend on their values.
+
+Full sizes are those of bench/published.py, with random prompt embeddings instead of text encoders. The
+rehearsal on a CPU has the embedded task's tiny models in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bench import matched_loops
+from bench.gpu_arms import PROMPT
+from bench.matched_loops import LEARNING_RATE, Match, Peer
+from lacfast.backbones import PipelineSettings, load_backbone
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.prompt_cache import PromptCache
+from lacfast.config import LoRAConfig, PPOConfig, SamplerConfig
+
+if TYPE_CHECKING:
+    from bench.published import PublishedModel
+
+PPO: dict[Peer | None, PPOConfig] = {
+    "flow_grpo": PPOConfig(kl_weight=0.04, kl="flow_grpo", policy_learning_rate=LEARNING_RATE),
+    "ddpo": PPOConfig(cfg_grad="both", policy_learning_rate=LEARNING_RATE),
+    None: PPOConfig(policy_learning_rate=LEARNING_RATE),
+}
+
+
+class RandomEmbeddings:
+    """Stands in for text encoders: every prompt has the same random embedding."""
+
+    def __init__(self, tokens: Tensor, pooled: Tensor) -> None:
+        """`tokens` (1, L, D) and `pooled` (1, P)."""
+        self.tokens = tokens
+        self.pooled = pooled
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        return self.tokens.repeat(len(prompts), 1, 1), self.pooled.repeat(len(prompts), 1)
+
+    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+        return self.tokens, self.pooled
+
+    def free(self) -> None:
+        """There is nothing to give back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model of the GPU tables."""
+
+    title: str
+    build: Callable[[torch.dtype], LatentBackbone]
+    """With a LoRA, in a dtype; on the device already."""
+    ppo: PPOConfig
+    """Its peer's guidance and KL."""
+    sampler: SamplerConfig
+    """What one forward of it is for; few steps, since a step's time does not depend on their number."""
+    peer: Peer | None = None
+    """Whose loop it meets in the iteration; None: none fits the device's memory in float32."""
+    trajectories: int = 0
+    """Per iteration."""
+
+
+def random_pipeline(published: PublishedModel, device: torch.device, dtype: torch.dtype) -> LatentBackbone:
+    """A published model on `device` with torch's initial weights in `dtype` and a LoRA of rank 32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # Made where and as it stays: 12 billion float32 weights would not fit beside another model.
+        with torch.device(device):
+            pipeline = published.pipeline()
+    finally:
+        torch.set_default_dtype(default)
+    backbone = load_backbone(
+        pipeline,
+        dtype=dtype,
+        lora=LoRAConfig(rank=32),
+        settings=PipelineSettings(resolution=published.resolution),
+    )
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (1, published.tokens, published.token_dim), (1, published.pooled_dim)
+    tokens, pooled = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
+    backbone.prompts = PromptCache(RandomEmbeddings(tokens, pooled))
+    return backbone
+
+
+def tiny_subject(family: Any, device: torch.device, trajectories: int) -> Subject:
+    """One of the embedded task's models of 1 M parameters."""
+
+    def build(dtype: torch.dtype) -> LatentBackbone:
+        return matched_loops.tiny(family, dtype, device)
+
+    match = matched_loops.tiny_match(family, batches=1, num_steps=4)
+    return Subject(
+        title=match.name,
+        build=build,
+        ppo=PPO[match.peer],
+        sampler=match.sampler,
+        peer=match.peer,
+        trajectories=trajectories,
+    )
+
+
+def subjects(device: torch.device) -> list[Subject]:
+    """The models of the tables, small ones first: what does not fit the time is left out at the end."""
+    if device.type == "cpu":
+        return [tiny_subject("dit", device, 9), tiny_subject("unet", device, 8)]
+    from bench.published import PUBLISHED
+
+    ddim = SamplerConfig(kind="ddim", num_steps=4, noise_level=1.0, guidance_scale=5.0, window=(0, 4))
+    flow = SamplerConfig(num_steps=4, noise_level=0.7, guidance_scale=4.5)
+    chosen: list[tuple[str, SamplerConfig, Peer | None, int]] = [
+        ("sd15", ddim, "ddpo", 16),
+        ("sd35_medium", flow, "flow_grpo", 18),
+        # Distilled: guidance is an input of the model.
+        ("flux_dev", SamplerConfig(num_steps=4, noise_level=0.9), None, 0),
+    ]
+
+    def published(name: str, sampler: SamplerConfig, peer: Peer | None, trajectories: int) -> Subject:
+        model = PUBLISHED[name]
+        return Subject(
+            title=model.title,
+            build=lambda dtype: random_pipeline(model, device, dtype),
+            ppo=PPO[peer],
+            sampler=sampler,
+            peer=peer,
+            trajectories=trajectories,
+        )
+
+    return [tiny_subject("dit", device, 72), *(published(*entry) for entry in chosen)]
+
+
+def match_of(subject: Subject, dtype: torch.dtype) -> Match:
+    """The iteration of a subject beside its peer's."""
+    assert subject.peer is not None
+    return Match(
+        name=subject.title,
+        peer=subject.peer,
+        build=subject.build,
+        trajectories=subject.trajectories,
+        num_steps=subject.sampler.num_steps,
+        prompts=(PROMPT,) * subject.trajectories,
+        dtype=dtype,
+        num_updates=2,
+    )
