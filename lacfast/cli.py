@@ -157,6 +157,19 @@ class Steer:
         show_steering(stats, self.out)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write report.html of a run: curves per step, the critic's value, pictures, and signs of failure."""
+
+    run_directory: tyro.conf.Positional[Path]
+    """Directory of `lacfast train`, or of any trainer with metrics_path."""
+
+    def run(self) -> None:
+        from lacfast.report.run import write_run_report
+
+        print(f"report: {write_run_report(self.run_directory)}")
+
+
 if TYPE_CHECKING:
     Preset = RunConfig
 else:
@@ -187,6 +200,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Steer, tyro.conf.subcommand("steer")]
+    | Annotated[tyro.conf.OmitArgPrefixes[Report], tyro.conf.subcommand("report")]
     | Annotated[tyro.conf.OmitArgPrefixes[Info], tyro.conf.subcommand("info")]
 )
 

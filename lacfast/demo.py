@@ -27,7 +27,7 @@ from lacfast.config import SteeringConfig, TrainConfig
 from lacfast.pictures import Gallery, save_pictures
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey
-from lacfast.report import write_report
+from lacfast.report.demo import write_report
 from lacfast.sampler import sample_rollout
 from lacfast.scoring import RewardSet
 from lacfast.steering import steer

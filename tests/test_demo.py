@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lacfast import load_backbone
 from lacfast.demo import DemoScale, run_demo
-from lacfast.report import read_metrics
+from lacfast.report.page import read_metrics
 from lacfast.terminal import PhaseLog, done_fraction, show_summary
 
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)

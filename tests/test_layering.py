@@ -30,7 +30,7 @@ LAYERS = (
         "evaluation",
         "experience",
     ),
-    ("costs", "run_directory", "learner"),
+    ("costs", "run_directory", "learner", "diagnostics"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
     (
@@ -38,7 +38,6 @@ LAYERS = (
         "run",
         "steering_run",
         "pictures",
-        "charts",
         "terminal",
         "demo",
         "report",

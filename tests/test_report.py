@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lacfast.pictures import Gallery, save_pictures
-from lacfast.report import headline, write_report
+from lacfast.report.demo import headline, write_report
 
 STEPS = 4
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from lacfast.scoring import RewardSet
 from lacfast.tasks import scenes
 from lacfast.tasks.dual_encoder import DualEncoder, SimilarityReward, train_dual_encoder
-from lacfast.tasks.gauges import diversity, feature_distance, frechet_distance, off_palette
+from lacfast.tasks.gauges import feature_distance, frechet_distance, off_palette
 from lacfast.tasks.scenes import PlacedObject, render
 from lacfast.tasks.shapes import ground_truth, shapes_height
 
@@ -55,13 +54,6 @@ def test_the_encoder_is_a_reward_with_a_name(encoder: DualEncoder) -> None:
 def test_ground_truth_has_hardly_a_pixel_off_the_palette() -> None:
     assert off_palette(ground_truth(PROMPTS)).max() == 0
     assert off_palette(torch.tensor([1.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(2, 3, 32, 32)).tolist() == [1, 1]
-
-
-def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
-    images = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 0.2, 0.6, 0.9)])
-    # One prompt: pairs 0.2, 0.6, 0.4; the other image stands alone.
-    assert diversity(images, ["a", "a", "a", "b"]) == pytest.approx(0.4)
-    assert np.isnan(diversity(images, ["a", "b", "c", "d"]))
 
 
 def test_frechet_distance_of_gaussians_has_its_closed_form() -> None:

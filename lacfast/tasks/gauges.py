@@ -33,25 +33,6 @@ def off_palette(images: Tensor) -> Tensor:
     return (nearest > PALETTE_DISTANCE).float().view(len(images), -1).mean(dim=1)
 
 
-def diversity(images: Tensor, prompts: list[str]) -> float:
-    """Mean root mean square distance between two images of one prompt; NaN where none has two.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        prompts: B prompts, each at least twice.
-    """
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    flat = images.detach().cpu().flatten(1)
-    distances = [
-        torch.nn.functional.pdist(flat[members]) / flat.shape[1] ** 0.5
-        for members in rows.values()
-        if len(members) > 1
-    ]
-    return float(torch.cat(distances).mean()) if distances else float("nan")
-
-
 def frechet_distance(first: Tensor, second: Tensor) -> float:
     """Squared Frechet distance of two sets of features (n, D) taken as Gaussians (arXiv 1706.08500).
 

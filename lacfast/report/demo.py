@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
-from lacfast import charts
 from lacfast.pictures import Gallery, png_data_uri, to_image
+from lacfast.report import charts
+from lacfast.report.page import card, fill, percent, read_metrics, settings_tables
 
 PHASES = {
     "pretraining": "Pretraining the base model",
@@ -48,22 +46,15 @@ def write_report(
     return page
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def render(
     summary: dict[str, Any], metrics: list[dict[str, Any]], gallery: Gallery, settings: dict[str, Any]
 ) -> str:
     """The page as text."""
     scores = _Scores(summary)
-    template = Template(
-        resources.files("lacfast").joinpath("report_template.html").read_text(encoding="utf-8")
-    )
-    return template.substitute(
-        strict_before=_percent(scores.strict_before),
-        strict_after=_percent(scores.strict_after),
+    return fill(
+        "demo.html",
+        strict_before=percent(scores.strict_before),
+        strict_after=percent(scores.strict_after),
         backbone=escape(BACKBONES.get(summary["backbone"], summary["backbone"])),
         seed=summary["seed"],
         total=f"{sum(_phase_seconds(summary).values()):.0f}",
@@ -76,7 +67,7 @@ def render(
         **_charts(summary, metrics),
         scores="\n".join(_score_table(summary)),
         bars="\n".join(_bars(_phase_seconds(summary))),
-        settings="\n".join(_settings(settings)),
+        settings="\n".join(settings_tables(settings)),
         versions=escape(", ".join(f"{name} {number}" for name, number in summary["versions"].items())),
     )
 
@@ -85,14 +76,14 @@ def headline(summary: dict[str, Any]) -> str:
     """The result in one sentence, whichever way it went."""
     scores = _Scores(summary)
     seconds = _phase_seconds(summary).get("training", 0.0)
-    change = f"from {_percent(scores.strict_before)} to {_percent(scores.strict_after)}"
+    change = f"from {percent(scores.strict_before)} to {percent(scores.strict_after)}"
     training = f"{seconds:.0f} seconds of reinforcement learning"
     if abs(scores.gain) < 2 * scores.standard_error:
         learned = f"{training} were too few to tell: the share of held-out prompts it obeys went {change}"
     else:
         verb = "raised" if scores.gain > 0 else "lowered"
         learned = f"{training} {verb} the share of held-out prompts it obeys {change}"
-    return f"{learned}; steered by its own critic, it obeys {_percent(scores.steered_after)}."
+    return f"{learned}; steered by its own critic, it obeys {percent(scores.steered_after)}."
 
 
 @dataclass(frozen=True)
@@ -124,10 +115,6 @@ class _Scores:
         return math.sqrt(max(accuracy * (1 - accuracy), 0) / self.summary["evaluation_samples"])
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _points(change: float) -> str:
     return f"{100 * change:+.1f} points".replace("-", "\N{MINUS SIGN}")
 
@@ -145,47 +132,39 @@ def _notice(summary: dict[str, Any]) -> str:
     )
 
 
-def _card(name: str, value: str, detail: str, before: str = "") -> str:
-    start = f'<span class="from">{before} → </span>' if before else ""
-    return (
-        f'<div class="card"><div class="name">{name}</div><div class="value">{start}{value}</div>'
-        f'<div class="detail">{detail}</div></div>'
-    )
-
-
 def _cards(summary: dict[str, Any], scores: _Scores) -> Iterable[str]:
     steered = summary["steered"]
-    before, after = _percent(scores.strict_before), _percent(scores.strict_after)
+    before, after = percent(scores.strict_before), percent(scores.strict_after)
     error = f"± {100 * scores.standard_error:.1f}, n = {summary['evaluation_samples']}"
-    yield _card("Obeys held-out prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
-    yield _card(
+    yield card("Obeys held-out prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
+    yield card(
         "Gold checker",
-        _percent(summary["gold_after"]),
+        percent(summary["gold_after"]),
         f"{_points(summary['gold_after'] - summary['gold_before'])} by a second checker, never trained on",
-        _percent(summary["gold_before"]),
+        percent(summary["gold_before"]),
     )
     forwards = f"{steered['forwards_per_image']:.1f} forwards per image"
-    yield _card(
+    yield card(
         "Base model, steered",
-        _percent(steered["strict"]),
+        percent(steered["strict"]),
         f"{_points(steered['strict'] - scores.strict_before)} without training it, at {forwards}",
         before,
     )
     gain = _points(steered["strict_after"] - scores.strict_after)
-    yield _card(
+    yield card(
         "Trained model, steered",
-        _percent(steered["strict_after"]),
-        f"{gain} on top of learning; gold {_percent(steered['gold_after'])}",
+        percent(steered["strict_after"]),
+        f"{gain} on top of learning; gold {percent(steered['gold_after'])}",
         after,
     )
     variance = summary["explained_variance"]
     later = variance[len(variance) // 2 :]
-    yield _card(
+    yield card(
         "Critic's explained variance",
         f"{sum(later) / len(later):.2f}",
         "mean over the second half of the denoising steps, on held-out prompts",
     )
-    yield _card("Images generated to learn", f"{summary['images']:,}", "value pretraining included")
+    yield card("Images generated to learn", f"{summary['images']:,}", "value pretraining included")
 
 
 def _gallery(gallery: Gallery) -> Iterable[str]:
@@ -241,8 +220,8 @@ def _score_table(summary: dict[str, Any]) -> Iterable[str]:
     yield f"<thead><tr>{columns}</tr></thead><tbody>"
     for name, strict, gold, reward, forwards in rows:
         cells = (
-            _percent(strict),
-            _percent(gold),
+            percent(strict),
+            percent(gold),
             "" if reward is None else f"{reward:.3f}",
             f"{forwards or plain:.1f}",
         )
@@ -259,21 +238,3 @@ def _bars(seconds: dict[str, float]) -> Iterable[str]:
                 f'<div>{title}</div><div><div class="track" style="width: {width:.1f}%"></div></div>'
                 f'<div class="seconds">{seconds[name]:.1f} s</div>'
             )
-
-
-def _settings(settings: dict[str, Any]) -> Iterable[str]:
-    for title, values in settings.items():
-        rows = "".join(
-            f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(str(value))}</code></td></tr>"
-            for name, value in _flat(values)
-        )
-        table = f'<div class="scroll"><table>{rows}</table></div>'
-        yield f"<details><summary>{escape(title)}</summary>{table}</details>"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -1,0 +1,226 @@
+"""What tends to go wrong in a run, told from its metrics: signature, evidence, remedy.
+
+Reward hacking in RL of diffusion models: DDPO (arXiv 2305.13301), Flow-GRPO (arXiv 2505.05470).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+Record = Mapping[str, Any]
+"""One line of metrics.jsonl."""
+
+EXACT_RATIO = 1e-7
+"""Largest |log ratio| of a first minibatch that is rounding; in nats per element."""
+SMALL_VARIANCE = 0.02
+"""Explained variance above the floor that counts as nothing."""
+MANY_CLIPPED = 0.5
+"""Share of clipped pairs from which on most of the gradient is thrown away."""
+OPPOSED = -0.3
+"""Correlation of two rewards' advantages below which they fight."""
+UNEQUAL = 10.0
+"""Ratio of two rewards' advantage deviations from which on the smaller one does not count."""
+COLLAPSED = 0.5
+"""Share of the first diversity below which a policy has collapsed."""
+USELESS_GROUPS = 0.5
+"""Share of groups without any spread from which on most images teach nothing."""
+SIGNIFICANT = 2.8
+"""Standard errors, 2 sqrt(2): two of the difference between two evaluations."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A failure signature that a run shows."""
+
+    title: str
+    evidence: str
+    """The numbers."""
+    remedy: str
+    iteration: int
+    """Where it was seen."""
+
+
+def findings(records: Sequence[Record]) -> list[Finding]:
+    """The failure signatures in the lines of a metrics.jsonl."""
+    train = [record for record in records if record["phase"] == "train" and not record.get("skipped")]
+    evaluations = [record for record in records if record["phase"] == "evaluate"]
+    found: list[Finding] = []
+    for check in _TRAIN_CHECKS:
+        if train:
+            found += check(train)
+    for judge in _EVALUATION_CHECKS:
+        if len(evaluations) > 1:
+            found += judge(evaluations, train)
+    return found
+
+
+def recent(records: Sequence[Record]) -> Sequence[Record]:
+    """The last quarter of the iterations, at least one."""
+    return records[-max(len(records) // 4, 1) :]
+
+
+def average(records: Sequence[Record], name: str) -> float:
+    """Mean of a metric, over its steps too; NaN where no record has it."""
+    values = [
+        float(value)
+        for record in records
+        for value in _flat(record.get(name))
+        if value is not None and math.isfinite(value)
+    ]
+    return fmean(values) if values else math.nan
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
+def _ratio_is_one(train: Sequence[Record]) -> Iterator[Finding]:
+    worst = max(train, key=lambda record: record.get("first_max_abs_log_ratio", 0.0))
+    value = worst.get("first_max_abs_log_ratio", 0.0)
+    if value > EXACT_RATIO:
+        yield Finding(
+            "The first ratio is not 1",
+            f"|log ratio| reaches {value:.2g} before any update: rollout and update do not compute the same "
+            "policy",
+            "Use one dtype, attention backend and compile setting for both, without dropout and feature "
+            "caches. FP8 rollouts have such a mismatch by design",
+            int(worst["iteration"]),
+        )
+
+
+def _critic_explains(train: Sequence[Record]) -> Iterator[Finding]:
+    last = recent(train)
+    variance = average(last, "explained_variance")
+    floor = average(last, "explained_variance_floor")
+    floor = 0.0 if math.isnan(floor) else floor
+    if variance < floor + SMALL_VARIANCE:
+        yield Finding(
+            "The critic is at its floor",
+            f"it explains {variance:.2f} of the rewards' variance over the last {len(last)} iterations; the "
+            f"prompt alone explains {floor:.2f}",
+            "Pretrain its values longer, give its branch more blocks, or lower its learning rate if it was "
+            "better before. Until it explains more, a group-relative estimator costs less",
+            int(last[-1]["iteration"]),
+        )
+
+
+def _clip_works(train: Sequence[Record]) -> Iterator[Finding]:
+    last = recent(train)
+    clipped = average(last, "clip_fraction_high") + average(last, "clip_fraction_low")
+    if clipped == 0 and len(train) > 3:
+        yield Finding(
+            "The clip is inert",
+            f"no pair was clipped in the last {len(last)} iterations",
+            "If the reward rises too slowly, raise policy_learning_rate; if it should be held back, lower "
+            "clip_range",
+            int(last[-1]["iteration"]),
+        )
+    if clipped > MANY_CLIPPED:
+        yield Finding(
+            "Most pairs are clipped",
+            f"{clipped:.0%} of the pairs had no gradient in the last {len(last)} iterations",
+            "Lower policy_learning_rate or num_inner_epochs, or raise clip_range",
+            int(last[-1]["iteration"]),
+        )
+
+
+def _rewards_agree(train: Sequence[Record]) -> Iterator[Finding]:
+    last = recent(train)
+    names = [name.removeprefix("reward/") for name in last[-1] if name.startswith("reward/")]
+    matrix = last[-1].get("advantage_correlation")
+    if isinstance(matrix, list):
+        for row in range(len(matrix)):
+            for column in range(row):
+                if matrix[row][column] is not None and matrix[row][column] < OPPOSED:
+                    pair = f"{names[column]} and {names[row]}" if len(names) == len(matrix) else "two rewards"
+                    yield Finding(
+                        "Two rewards fight",
+                        f"the advantages of {pair} correlate by {matrix[row][column]:.2f}",
+                        "Weigh them, give the more important one a floor (combination='constrained'), or let "
+                        "the other count only where it passes (combination='conditional')",
+                        int(last[-1]["iteration"]),
+                    )
+    spreads = {name: average(last, f"advantage_std/{name}") for name in names}
+    spreads = {name: spread for name, spread in spreads.items() if math.isfinite(spread) and spread > 0}
+    if len(spreads) > 1 and max(spreads.values()) > UNEQUAL * min(spreads.values()):
+        largest, smallest = max(spreads, key=spreads.__getitem__), min(spreads, key=spreads.__getitem__)
+        yield Finding(
+            "One reward dominates",
+            f"advantages of {largest} deviate by {spreads[largest]:.2g}, those of {smallest} by "
+            f"{spreads[smallest]:.2g}",
+            "Use combination='sum_normalized', which divides each by its own deviation, or weigh them",
+            int(last[-1]["iteration"]),
+        )
+
+
+def _groups_differ(train: Sequence[Record]) -> Iterator[Finding]:
+    last = recent(train)
+    share = average(last, "zero_std_groups")
+    if share > USELESS_GROUPS:
+        yield Finding(
+            "Most groups teach nothing",
+            f"in {share:.0%} of the groups all images have one reward",
+            "Use a graded reward, larger groups, prompts of medium difficulty, or a critic",
+            int(last[-1]["iteration"]),
+        )
+
+
+def _no_hacking(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+    """A score that nothing trains on falls from its best while a reward that trains is at its best."""
+    last = evaluations[-1]
+    trained = {name.removeprefix("reward/") for name in (train[-1] if train else {}) if "reward/" in name}
+    scored = [name.removeprefix("standard_error/") for name in last if name.startswith("standard_error/")]
+    at_best = [name for name in scored if name in trained and _fall(evaluations, name) <= _margin(last, name)]
+    for gold in scored:
+        if gold in trained or not at_best or _fall(evaluations, gold) <= _margin(last, gold):
+            continue
+        best = max(evaluations, key=lambda record: float(record.get(gold, -math.inf)))
+        yield Finding(
+            "The reward is being hacked",
+            f"{gold} has fallen by {_fall(evaluations, gold):.3g} from its best at iteration "
+            f"{best['iteration']}, while {' and '.join(at_best)}, which trains, is at its best",
+            f"Go back to the checkpoint of iteration {best['iteration']} (early stopping keeps it), train a "
+            "second reward with it, or set kl_weight",
+            int(last["iteration"]),
+        )
+
+
+def _fall(evaluations: Sequence[Record], name: str) -> float:
+    """How far a score lies below its best."""
+    return max(float(record.get(name, -math.inf)) for record in evaluations) - float(evaluations[-1][name])
+
+
+def _stays_diverse(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+    first, last = evaluations[0].get("diversity"), evaluations[-1].get("diversity")
+    if first and last is not None and last < COLLAPSED * first:
+        yield Finding(
+            "The policy collapses",
+            f"two images of one prompt differ by {last:.3g}, {first:.3g} at the start",
+            "Set kl_weight, lower policy_learning_rate, or stop earlier",
+            int(evaluations[-1]["iteration"]),
+        )
+
+
+def _margin(record: Record, name: str) -> float:
+    return SIGNIFICANT * float(record.get(f"standard_error/{name}", 0.0))
+
+
+_TRAIN_CHECKS: tuple[Callable[[Sequence[Record]], Iterator[Finding]], ...] = (
+    _ratio_is_one,
+    _critic_explains,
+    _clip_works,
+    _rewards_agree,
+    _groups_differ,
+)
+_EVALUATION_CHECKS: tuple[Callable[[Sequence[Record], Sequence[Record]], Iterator[Finding]], ...] = (
+    _no_hacking,
+    _stays_diverse,
+)

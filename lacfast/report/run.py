@@ -1,0 +1,166 @@
+"""The page of a training run: what it learned, step by step, and which signs of failure it shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lacfast.diagnostics import Finding, average, findings, recent
+from lacfast.pictures import png_data_uri
+from lacfast.report import run_charts
+from lacfast.report.page import card, fill, read_metrics, settings_tables
+
+PAGE = "report.html"
+SHOWN_PICTURES = 6
+"""Grids of images, evenly spaced over the run."""
+
+
+def write_run_report(directory: Path) -> Path:
+    """Write report.html into the directory of a run; returns the page's path.
+
+    Args:
+        directory: of `lacfast train` or any trainer with `metrics_path`: metrics.jsonl, and where there are
+            any run.json and samples/*.png.
+
+    Raises:
+        ValueError: when there are no metrics.
+    """
+    metrics = directory / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{directory} holds no metrics.jsonl; give the directory of a training run")
+    records = read_metrics(metrics)
+    settings = directory / "run.json"
+    page = directory / PAGE
+    page.write_text(
+        render(
+            directory.resolve().name,
+            records,
+            sorted((directory / "samples").glob("*.png")),
+            json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
+        ),
+        encoding="utf-8",
+    )
+    return page
+
+
+def render(
+    name: str, records: Sequence[dict[str, Any]], pictures: Sequence[Path], settings: dict[str, Any]
+) -> str:
+    """The page as text.
+
+    Args:
+        name: of the run.
+        records: lines of metrics.jsonl.
+        pictures: grids of images, oldest first.
+        settings: nested configuration.
+
+    Raises:
+        ValueError: for a run that has not finished an iteration.
+    """
+    train = [record for record in records if record["phase"] == "train" and not record.get("skipped")]
+    evaluations = [record for record in records if record["phase"] == "evaluate"]
+    pretraining = [record for record in records if record["phase"] == "value_pretraining"]
+    if not train:
+        raise ValueError("the run has not finished an iteration, so there is nothing to report yet")
+    found = findings(records)
+    return fill(
+        "run.html",
+        name=escape(name),
+        iterations=train[-1]["iteration"],
+        images=f"{train[-1]['images']:,}",
+        headline=escape(headline(evaluations, train)),
+        findings="\n".join(_finding(finding) for finding in found) or _NOTHING_FOUND,
+        cards="\n".join(_cards(train, evaluations)),
+        charts="\n".join(_charts(train, evaluations, pretraining)),
+        pictures="\n".join(_pictures(pictures)),
+        settings="\n".join(settings_tables({"run.json": settings} if settings else {})),
+    )
+
+
+_NOTHING_FOUND = '<p class="soft">None of the known signatures of failure.</p>'
+
+
+def headline(evaluations: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]]) -> str:
+    """What became of the first trained reward, in one sentence."""
+    reward = _rewards(train)[0]
+    if len(evaluations) > 1:
+        first, last = (float(record[reward]) for record in (evaluations[0], evaluations[-1]))
+        return f"{reward} on evaluation prompts went from {first:.3g} to {last:.3g}"
+    start, end = (average(part, f"reward/{reward}") for part in (train[: len(recent(train))], recent(train)))
+    return f"{reward} on the run's own images went from {start:.3g} to {end:.3g}; no evaluation compared them"
+
+
+def _rewards(train: Sequence[dict[str, Any]]) -> list[str]:
+    return [name.removeprefix("reward/") for name in train[-1] if name.startswith("reward/")]
+
+
+def _finding(finding: Finding) -> str:
+    return (
+        f'<div class="notice"><strong>{escape(finding.title)}</strong> (iteration {finding.iteration}): '
+        f"{escape(finding.evidence)}.<br>{escape(finding.remedy)}.</div>"
+    )
+
+
+def _cards(train: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> Iterable[str]:
+    last = recent(train)
+    for reward in _rewards(train):
+        start = average(train[: len(last)], f"reward/{reward}")
+        yield card(
+            escape(reward),
+            f"{average(last, f'reward/{reward}'):.3g}",
+            f"mean of the last {len(last)} iterations' own images; first: {start:.3g}",
+        )
+    judged = [] if not evaluations else run_charts.scores(evaluations)
+    for name in judged:
+        first, final = float(evaluations[0][name]), float(evaluations[-1][name])
+        error = float(evaluations[-1].get(f"standard_error/{name}", math.nan))
+        yield card(
+            f"{escape(name)}, evaluated", f"{final:.3g}", f"± {error:.2g}; {final - first:+.3g} in all"
+        )
+    if not math.isnan(variance := average(last, "explained_variance")):
+        yield card(
+            "Critic's explained variance", f"{variance:.2f}", "on each rollout before it learns from it"
+        )
+    yield card("KL per iteration", f"{average(last, 'mean_kl_old'):.2g}", "per latent element, new from old")
+    seconds = average(last, "seconds_rollout"), average(last, "seconds_update")
+    yield card(
+        "Seconds per iteration", f"{sum(seconds):.3g}", f"{seconds[0]:.3g} rollout, {seconds[1]:.3g} update"
+    )
+
+
+def _charts(
+    train: Sequence[dict[str, Any]],
+    evaluations: Sequence[dict[str, Any]],
+    pretraining: Sequence[dict[str, Any]],
+) -> Iterable[str]:
+    for drawing in run_charts.drawings(train, evaluations, pretraining):
+        yield (
+            f'<div class="chart"><h3>{escape(drawing.title)}</h3><p>{escape(drawing.meaning)}</p>'
+            f"{drawing.svg}</div>"
+        )
+
+
+def _pictures(pictures: Sequence[Path]) -> Iterable[str]:
+    if not pictures:
+        yield '<p class="soft">No evaluation has kept any; set eval_every.</p>'
+        return
+    count = min(len(pictures), SHOWN_PICTURES)
+    chosen = sorted({round(index * (len(pictures) - 1) / max(count - 1, 1)) for index in range(count)})
+    for index in chosen:
+        with Image.open(pictures[index]) as picture:
+            source = png_data_uri(picture)
+        title = (
+            f"iteration {int(pictures[index].stem)}"
+            if pictures[index].stem.isdigit()
+            else pictures[index].stem
+        )
+        yield (
+            f'<figure><img class="grid" src="{source}" alt="images of iteration {escape(title)}">'
+            f"<figcaption>iteration {escape(title)}</figcaption></figure>"
+        )

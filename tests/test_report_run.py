@@ -1,0 +1,90 @@
+"""The page of a training run: from its files alone, one file, every sign of failure with a remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lacfast.cli import main
+from lacfast.pictures import grid
+from lacfast.report.run import headline, write_run_report
+from tests.test_diagnostics import evaluation, iteration
+
+
+def write_run(directory: Path, *, evaluations: int = 3, **changes: Any) -> None:
+    (directory / "samples").mkdir(parents=True)
+    extra = {
+        "advantage_std": [1.0, float("nan"), 0.9, 0.8],
+        "kl_old": [1e-5] * 4,
+        "kl_ref": [0.0] * 4,
+        "mean_kl_old": 1e-5,
+        "policy_grad_norm": 1e-4,
+        "critic_grad_norm": 0.1,
+        "value_loss": 0.7,
+        "value_slope": 0.9,
+        "seconds_rollout": 1.0,
+        "seconds_update": 2.0,
+    }
+    records: list[dict[str, Any]] = [
+        {"phase": "value_pretraining", "iteration": 0, "explained_variance": [0.1] * 4}
+    ]
+    for number in range(1, 7):
+        records.append(iteration(number, **(extra | changes)))
+    for number in range(0, 2 * evaluations, 2):
+        records.append(evaluation(number, explained_variance=[0.1, 0.2, 0.4, 0.5]))
+        images = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+        grid(images).save(directory / "samples" / f"{number:08d}.png")
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (directory / "run.json").write_text(json.dumps({"train": {"seed": 3}}))
+
+
+def test_the_page_shows_curves_pictures_and_settings(tmp_path: Path) -> None:
+    write_run(tmp_path / "my-run")
+    text = write_run_report(tmp_path / "my-run").read_text(encoding="utf-8")
+    for title in ("Scores of evaluations", "What the critic explains, per step", "Calibration", "Diversity"):
+        assert title in text
+    assert text.count("data:image/png;base64,") >= 3
+    assert "train.seed" in text
+    assert "None of the known signatures of failure" in text
+    assert not re.search(r'(src|href)="https?:', text)
+
+
+def test_a_sign_of_failure_comes_with_its_remedy(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", first_max_abs_log_ratio=1e-3)
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "The first ratio is not 1" in text
+    assert "attention backend" in text
+
+
+def test_a_run_without_critic_and_evaluations_has_a_page_too(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", evaluations=0, explained_variance=None, value_loss=None, value_slope=None)
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "Calibration" not in text
+    assert "no evaluation compared them" in text
+
+
+def test_the_headline_says_which_way_it_went() -> None:
+    train = [iteration(1), iteration(2)]
+    assert headline([evaluation(0, quality=0.6), evaluation(2, quality=0.25)], train) == (
+        "quality on evaluation prompts went from 0.6 to 0.25"
+    )
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "not finished an iteration" in capsys.readouterr().err
