@@ -33,9 +33,8 @@ from bench.peer_loops.samples import doubled, embeddings_of
 from bench.random_models import Subject, match_of, subjects
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
-from lacfast.sampler import policy_output
 from lacfast.trainer import LatentActorCriticTrainer
-from lacfast.update import all_pairs
+from lacfast.update import reference_outputs
 
 FAMILIES = ("dit", "unet")
 RESULTS = Path(__file__).parent / "results"
@@ -86,18 +85,15 @@ def engine_phases(match: Match, trainer: LatentActorCriticTrainer, rollout: Roll
 def _engine_reference(trainer: LatentActorCriticTrainer, rollout: Rollout) -> None:
     reference, config = trainer.learner.reference, trainer.config
     assert reference is not None
-    pairs = all_pairs(torch.tensor(rollout.table.trainable_steps), rollout.batch_size)
-    timesteps = rollout.table.timesteps
-    for part in pairs.split(config.ppo.microbatch_size):
-        uncond = rollout.uncond_conditioning
-        with torch.no_grad():
-            policy_output(
-                reference,
-                rollout.latents[part.steps, part.rows],
-                timesteps[part.steps],
-                rollout.conditioning.select(part.rows),
-                uncond.select(part.rows),
-            )
+    device = rollout.latents.device
+    reference_outputs(
+        reference,
+        rollout,
+        torch.tensor(rollout.table.trainable_steps, device=device),
+        rollout.table.timesteps.to(device),
+        config.sampler.guidance_scale,
+        microbatch_size=config.ppo.microbatch_size or rollout.batch_size,
+    )
 
 
 def on_device(provider: Provider, device: torch.device) -> Provider:
@@ -231,14 +227,16 @@ def table(result: dict[str, Any]) -> str:
 def cpu_contest(family: Any, *, rounds: int, is_quick: bool) -> dict[str, Any]:
     """A tiny model on one CPU thread: 8 batches of the peer's size, 6 steps, two optimizer steps."""
     match = replace(tiny_match(family, batches=8, num_steps=6), num_updates=2)
-    arms = {OURS: ARMS[EAGER], f"{OURS}, compiled": replace(ARMS[EAGER], is_compiled=True)}
+    device = torch.device("cpu")
+    arms = {OURS: arm_changes(ARMS[EAGER], device)}
+    compiled = arm_changes(ARMS["compile"], device)
     if is_quick:
         match = tiny_match(family, batches=1, num_steps=3)
-        arms = {OURS: ARMS[EAGER]}
-    device = torch.device("cpu")
+    elif compiled != arms[OURS]:
+        arms[f"{OURS}, compiled"] = compiled
     return contest(
         match,
-        arms={name: arm_changes(arm, device) for name, arm in arms.items()},
+        arms=arms,
         published_size=PEER_BATCH[match.peer],
         tuned_sizes=[match.trajectories // part for part in ((1,) if is_quick else (4, 2, 1))],
         microbatch_sizes=(128, 256, 512)[: 1 if is_quick else 3],
