@@ -1,7 +1,7 @@
 """Guidance by the value gradient g = grad_x V: how far, and when, a step's mean moves along it.
 
 All forms move the mean of x' = a x + b v + std eps by d, so that the step itself stays what it is:
-    score:       d = b w c g,  the score becomes score + w g (classifier guidance, arXiv 2105.05233, eq. 10);
+    score:       d = b w c g,  the score becomes score + w g (classifier guidance, arXiv 2105.05233, alg. 2);
                  c is the change of the output per unit of score:
                  epsilon -s;  v -s / sqrt(1 - s^2);  sample s^2 / sqrt(1 - s^2);  flow -s / (1 - s)
     constant:    d = |b| w g                    (arXiv 2605.27736 for a flow)
