@@ -12,7 +12,8 @@ device, so a captured graph moves on from slice to slice.
 
 The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob
 does not depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. There is no backward
-kernel: log_prob treats x' as a constant, and the gradient of x' is a product with a or b.
+kernel: log_prob treats x' as a constant, and the gradient of x' is a product with a or b. A step that the
+table does not have, which only the device can see, makes x' NaN and leaves the slab as it is.
 """
 
 # Constants of a kernel are upper case.
@@ -39,6 +40,14 @@ def transition_row(coefficients_ptr, step):
 
 
 @triton.jit
+def checked_row(coefficients_ptr, step, T):
+    """transition_row, and whether the table has that step; a is NaN where it has not."""
+    is_step = (step >= 0) & (step < T)
+    a, b, std, inverse_std = transition_row(coefficients_ptr, tl.where(is_step, step, 0))
+    return is_step, tl.where(is_step, a, float("nan")), b, std, inverse_std
+
+
+@triton.jit
 def mean_log_prob(sum_squares, std, N, scale):
     """log_prob from the sum of ((x' - mu) / std)^2 over the N elements; scale is 1 / N or 1."""
     log_std = tl.log(tl.where(std > 0, std, 1.0))
@@ -51,7 +60,7 @@ def mean_log_prob(sum_squares, std, N, scale):
 def gaussian_step_kernel(
     sample_ptr, model_output_ptr, uncond_output_ptr, guidance_scale_ptr, coefficients_ptr, steps_ptr,
     noise_ptr, seed_ptr, sample_ids_ptr, prev_sample_ptr, log_prob_ptr, partial_ptr, guided_output_ptr,
-    latents_ptr, model_outputs_ptr, log_probs_ptr, N, num_splits, scale,
+    latents_ptr, model_outputs_ptr, log_probs_ptr, N, T, num_splits, scale,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GUIDED_OUTPUT: tl.constexpr,
     HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -60,8 +69,10 @@ def gaussian_step_kernel(
     i_split = tl.program_id(0) % num_splits
     row = i_b.to(tl.int64) * N
     step = tl.load(steps_ptr + (0 if IS_SHARED_STEP else i_b))
-    a, b, std, inverse_std = transition_row(coefficients_ptr, step)
+    is_step, a, b, std, inverse_std = checked_row(coefficients_ptr, step, T)
     if HAS_SLAB:
+        # The slab has no slice for a step beyond the table.
+        kept_n = tl.where(is_step, N, 0)
         batch = tl.num_programs(0) // num_splits
         slab_row = (step * batch + i_b) * N
         next_slab_row = slab_row + batch.to(tl.int64) * N
@@ -84,7 +95,7 @@ def gaussian_step_kernel(
             b_v = b_rounded_v.to(tl.float32)
         if HAS_SLAB:
             b_kept_v = b_v.to(model_outputs_ptr.dtype.element_ty)
-            tl.store(model_outputs_ptr + slab_row + offs_n, b_kept_v, mask=mask_n)
+            tl.store(model_outputs_ptr + slab_row + offs_n, b_kept_v, mask=offs_n < kept_n)
             b_v = b_kept_v.to(tl.float32)
         b_eps = innovation_block(noise_ptr, seed, sample_id, step, row, first, N, BLOCK_N, HAS_NOISE)
         b_mean = a * b_sample + b * b_v
@@ -93,7 +104,7 @@ def gaussian_step_kernel(
         b_moved = b_mean + b_noise
         if HAS_SLAB:
             b_kept = b_moved.to(latents_ptr.dtype.element_ty)
-            tl.store(latents_ptr + next_slab_row + offs_n, b_kept, mask=mask_n)
+            tl.store(latents_ptr + next_slab_row + offs_n, b_kept, mask=offs_n < kept_n)
             b_moved = b_kept.to(tl.float32)
         b_stored = b_moved.to(prev_sample_ptr.dtype.element_ty)
         tl.store(prev_sample_ptr + row + offs_n, b_stored, mask=mask_n)
@@ -103,14 +114,15 @@ def gaussian_step_kernel(
     if IS_SPLIT:
         tl.store(partial_ptr + tl.program_id(0), sum_squares)
     elif HAS_SLAB:
-        tl.store(log_probs_ptr + step * batch + i_b, mean_log_prob(sum_squares, std, N, scale))
+        log_prob = mean_log_prob(sum_squares, std, N, scale)
+        tl.store(log_probs_ptr + step * batch + i_b, log_prob, mask=is_step)
     else:
         tl.store(log_prob_ptr + i_b, mean_log_prob(sum_squares, std, N, scale))
 
 
 @triton.jit
 def finish_log_prob_kernel(
-    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, log_probs_ptr, N, num_splits, scale,
+    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, log_probs_ptr, N, T, num_splits, scale,
     BLOCK_S: tl.constexpr, HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
@@ -118,10 +130,10 @@ def finish_log_prob_kernel(
     row = i_b.to(tl.int64) * num_splits
     b_partial = tl.load(partial_ptr + row + offs_s, mask=offs_s < num_splits, other=0.0)
     step = tl.load(steps_ptr + (0 if IS_SHARED_STEP else i_b))
-    _, _, std, _ = transition_row(coefficients_ptr, step)
+    is_step, _, _, std, _ = checked_row(coefficients_ptr, step, T)
     log_prob = mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale)
     if HAS_SLAB:
-        tl.store(log_probs_ptr + step * tl.num_programs(0) + i_b, log_prob)
+        tl.store(log_probs_ptr + step * tl.num_programs(0) + i_b, log_prob, mask=is_step)
     else:
         tl.store(log_prob_ptr + i_b, log_prob)
 
@@ -158,7 +170,7 @@ def gaussian_step(
     gaussian_step_kernel[(batch * num_splits,)](
         sample, model_output, uncond_output, guidance_scale, coefficients, steps,
         noise, seed, sample_ids, prev_sample, log_prob, partial, guided_output,
-        latents, model_outputs, log_probs, num_elements, num_splits, scale,
+        latents, model_outputs, log_probs, num_elements, coefficients.shape[0], num_splits, scale,
         BLOCK_N=block_n, BLOCKS=blocks,
         HAS_GUIDANCE=uncond_output is not None, HAS_NOISE=noise is not None,
         HAS_GUIDED_OUTPUT=guided_output is not None, HAS_SLAB=has_slab,
@@ -184,7 +196,8 @@ def finish_log_prob(
 ) -> None:
     """Add the partial sums of every sample into log_prob (B,) or the slices of log_probs (T, B)."""
     finish_log_prob_kernel[(batch,)](
-        partial, coefficients, steps, log_prob, log_probs, num_elements, num_splits, scale,
+        partial, coefficients, steps, log_prob, log_probs, num_elements, coefficients.shape[0],
+        num_splits, scale,
         BLOCK_S=triton.next_power_of_2(num_splits), HAS_SLAB=log_probs is not None,
         IS_SHARED_STEP=steps.numel() == 1, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -216,7 +229,14 @@ def _step_spec(
         "model_outputs_ptr": POINTER[slab] if slab else None,
         "log_probs_ptr": "*fp32" if slab else None,
     }
-    sizes = {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_N": block_n, "BLOCKS": blocks}
+    sizes = {
+        "N": "i32",
+        "T": "i32",
+        "num_splits": "i32",
+        "scale": "fp32",
+        "BLOCK_N": block_n,
+        "BLOCKS": blocks,
+    }
     flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
     flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
     flags |= {"IS_SHARED_STEP": slab is not None}
@@ -252,7 +272,7 @@ AOT_SPECS = [
             finish_log_prob_kernel,
             {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
             | {"log_prob_ptr": None if slab else "*fp32", "log_probs_ptr": "*fp32" if slab else None}
-            | {"N": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
+            | {"N": "i32", "T": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
             | {"HAS_SLAB": slab, "IS_SHARED_STEP": slab},
             num_warps=1,
         )

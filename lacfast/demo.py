@@ -24,11 +24,12 @@ from lacfast import presets
 from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.checkpoint import save_backbone, whole_directory
 from lacfast.config import SteeringConfig, TrainConfig
+from lacfast.graph import GraphRunner
 from lacfast.pictures import Gallery, save_pictures
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
-from lacfast.sampler import sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet
 from lacfast.steering import steer
 from lacfast.tasks.models import BackboneName
@@ -291,9 +292,7 @@ def _remaining_cost(log: PhaseLog) -> float:
 def _require_identical_samples(trainer: LatentActorCriticTrainer, loaded: Backbone) -> None:
     prompts = trainer.held_out.cycle(RELOAD_SAMPLES)
     rollouts = [
-        sample_rollout(
-            backbone,
-            backbone.critic,
+        RolloutSampler(backbone, backbone.critic, GraphRunner()).sample(
             trainer.table,
             prompts.texts,
             prompts.metadata,

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.advantages import RewardNormalizer
-from lacfast.critic import Critic
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet
-from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, TransitionTable
-from lacfast.sampler import sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet
 
 EVALUATION_IDS = 1 << 40
@@ -22,8 +20,7 @@ EVALUATION_IDS = 1 << 40
 
 
 def evaluate(
-    backbone: Backbone,
-    critic: Critic | None,
+    sampler: RolloutSampler,
     table: TransitionTable,
     prompts: PromptSet,
     scorers: Sequence[RewardSet],
@@ -36,8 +33,8 @@ def evaluate(
     """Sample one image per prompt and score it.
 
     Args:
-        backbone: the policy, with the weights that are to be judged.
-        critic: its values give the explained variance; None: no critic.
+        sampler: of the policy, with the weights that are to be judged. Its critic's values give the
+            explained variance.
         table: the sampler.
         prompts: n of them.
         scorers: the rewards that train, then those that are only reported.
@@ -48,18 +45,18 @@ def evaluate(
     """
     scores: dict[str, list[Tensor]] = {}
     images, values, returns = [], [], []
+    backbone = sampler.backbone
     for start in range(0, len(prompts), batch_size):
         part = prompts.take(range(start, min(start + batch_size, len(prompts))))
         ids = range(EVALUATION_IDS + start, EVALUATION_IDS + start + len(part))
-        rollout = sample_rollout(
-            backbone,
-            critic,
+        rollout = sampler.sample(
             table,
             part.texts,
             part.metadata,
             NoiseKey.create(seed, ids, next(backbone.model.parameters()).device),
             guidance_scale=guidance_scale,
             keep_features=False,
+            batch_size=min(batch_size, len(prompts)),
         )
         with span("decode"):
             decoded = backbone.decode(rollout.clean_latents)

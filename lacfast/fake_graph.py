@@ -152,9 +152,17 @@ def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     ]
 
 
+def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    indices = [value for schema, value in _arguments(func, args, kwargs) if schema.name == "indices"]
+    if indices and func.namespace == "aten":
+        # The tag is there for masks; what is indexed by numbers has a known shape.
+        masks = (torch.bool, torch.uint8)
+        return any(isinstance(index, Tensor) and index.dtype in masks for index in tree_leaves(indices[0]))
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+
+
 def _refuse_uncapturable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    reads_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    if reads_values & set(func.tags):
+    if _reads_values(func, args, kwargs):
         raise CaptureError(
             f"{func} makes the host wait for a value of the device, which a graph cannot; keep the decision "
             "in tensors (torch.where, index_select) or take it outside the step"

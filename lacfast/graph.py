@@ -71,7 +71,7 @@ class _Program:
     """What a runner knows of a step."""
 
     warmup_left: int
-    is_eager: bool
+    is_eager: bool = False
     graphs: dict[int, _Graph] = field(default_factory=dict)
     """By the number of steps in it."""
     addresses: dict[str, int] = field(default_factory=dict)
@@ -117,9 +117,12 @@ class GraphRunner:
             ValueError: under an autocast block, which would freeze casts of today's weights.
             RuntimeError: under strict, when the step cannot be captured or its replay is not the step.
         """
+        if not self.captures:
+            self._run_eagerly(step, times)
+            return
         program = self._programs.get(step)
         if program is None:
-            program = self._programs[step] = _Program(self.config.warmup_steps, not self.captures)
+            program = self._programs[step] = _Program(self.config.warmup_steps)
         if not program.is_eager and torch.is_autocast_enabled(self.device.type):
             raise ValueError(
                 f"autocast is on around {step.name}; enter it inside the step, so that the graph casts"

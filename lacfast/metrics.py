@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
+from lacfast.graph import GraphStatistics
 from lacfast.optimizers import require_finite
 from lacfast.profiling import span
 from lacfast.records import Rollout
@@ -87,6 +88,15 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
             metrics[f"explained_variance/{name}"] = variance[:, head]
             metrics[f"advantage_std/{name}"] = advantages.raw[..., head].std(dim=1)
     return metrics
+
+
+def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:
+    """Totals of a run: a number that goes on rising means that something captures again and again."""
+    return {
+        "graph_captures": statistics.captures,
+        "graph_fallbacks": statistics.fallbacks,
+        "graph_bytes": statistics.graph_bytes,
+    }
 
 
 @dataclass(frozen=True)

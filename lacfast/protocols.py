@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,6 +67,10 @@ class Backbone(Protocol):
 
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Model output (B, ...) in the dtype of the noisy latents (B, ...), at timesteps (B,) float32."""
+
+    def forward_signature(self) -> Hashable:
+        """What decides the operations of `predict` besides tensors: dtype, adapters, attention. A captured
+        graph has frozen it."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1] of clean latents."""

@@ -42,6 +42,11 @@ class NoiseKey:
         """The key of the trajectories `rows`."""
         return NoiseKey(self.seed, self.sample_ids[rows])
 
+    def padded(self, count: int) -> NoiseKey:
+        """A copy whose last trajectory is repeated until there are `count`."""
+        rows = torch.arange(count, device=self.seed.device).clamp(max=len(self.sample_ids) - 1)
+        return NoiseKey(self.seed.clone(), self.sample_ids[rows])
+
 
 @dataclass(frozen=True)
 class TransitionTable:
@@ -182,6 +187,16 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def copy_(self, other: Conditioning) -> None:
+        """Take over the values of a conditioning with the same names and shapes, in place."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(other.tensors[name])
+
+    def padded(self, count: int) -> Conditioning:
+        """A copy whose last sample is repeated until there are `count`."""
+        rows = torch.arange(count).clamp(max=len(self) - 1)
+        return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:

@@ -16,13 +16,15 @@ from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import read_state, save_backbone, whole_directory
-from lacfast.config import SamplerConfig
+from lacfast.config import GraphConfig, SamplerConfig
 from lacfast.costs import Costs, count
 from lacfast.critic import build_critic
 from lacfast.evaluation import evaluate
+from lacfast.graph import GraphRunner
 from lacfast.pictures import grid
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation
+from lacfast.rollout_sampler import RolloutSampler
 from lacfast.run_config import RunConfig
 from lacfast.run_directory import RunDirectory
 from lacfast.scoring import RewardSet
@@ -195,8 +197,7 @@ def evaluate_model(
     )
     scorers = [RewardSet.create(rewards)]
     evaluation = evaluate(
-        backbone,
-        None,
+        RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
         backbone.transition_table(sampler),
         prompts_of(prompts).cycle(samples),
         scorers,

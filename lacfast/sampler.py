@@ -1,29 +1,26 @@
-"""The denoising loop. One step is a pure function of static buffers, so that it can be captured in a graph.
+"""One denoising step, as a pure function of static buffers, so that it can be captured in a graph.
 
 Everything that changes between steps, rollouts and schedules is read from device tensors: the step index,
-the transition table, the timesteps, the seed and the sample ids.
+the transition table, the timesteps, the guidance, the prompts, the seed and the sample ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lacfast import ops
 from lacfast.critic import Critic
-from lacfast.profiling import span
 from lacfast.protocols import Backbone, Features
-from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, Rollout, TrajectorySlab, TransitionTable
+from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, TrajectorySlab, TransitionTable
 
 
 @dataclass(frozen=True)
 class SamplerBuffers:
-    """All that a denoising step reads and writes, allocated once per shape."""
+    """All that a denoising step reads and writes, with room for T steps; fewer take the first rows."""
 
     step: Tensor
     """(1,) int64, advanced by the step itself."""
@@ -48,6 +45,8 @@ class SamplerBuffers:
     """(T, B, M)"""
     features: Features
     """name -> (T, B, ...), allocated by the first step."""
+    keep_features: bool
+    """Whether they are kept at all."""
 
     @property
     def slab(self) -> TrajectorySlab:
@@ -64,15 +63,31 @@ class SamplerBuffers:
         guidance_scale: float = 1.0,
         num_rewards: int = 0,
         dtype: torch.dtype = torch.float32,
+        keep_features: bool = True,
+        max_steps: int = 0,
     ) -> SamplerBuffers:
+        """Memory for a batch.
+
+        Args:
+            table: the sampler.
+            latent_shape: (C, H, W) or (L, D).
+            noise: seed and B sample ids. Like both conditionings, it is not copied.
+            conditioning: (B, ...)
+            uncond_conditioning: (B, ...) with guidance.
+            guidance_scale: used with `uncond_conditioning`.
+            num_rewards: M, heads of the critic; 0 without one.
+            dtype: of the latents.
+            keep_features: keep what the critic's trunk reads of every step.
+            max_steps: room for schedules longer than `table`.
+        """
         device = noise.seed.device
-        batch, steps = len(noise.sample_ids), table.num_steps
+        batch, steps = len(noise.sample_ids), max(table.num_steps, max_steps)
         latents = torch.empty((steps + 1, batch, *latent_shape), dtype=dtype, device=device)
         return SamplerBuffers(
             step=torch.zeros(1, dtype=torch.int64, device=device),
             sample=torch.empty_like(latents[0]),
-            coefficients=table.coefficients(device),
-            timesteps=table.timesteps.to(device),
+            coefficients=_with_rows(table.coefficients(), steps).to(device),
+            timesteps=_with_rows(table.timesteps, steps).to(device),
             noise=noise,
             conditioning=conditioning,
             uncond_conditioning=uncond_conditioning,
@@ -82,7 +97,39 @@ class SamplerBuffers:
             log_probs=torch.empty((steps, batch), device=device),
             values=torch.empty((steps, batch, num_rewards), device=device),
             features={},
+            keep_features=keep_features,
         )
+
+    def load(
+        self,
+        table: TransitionTable,
+        noise: NoiseKey,
+        conditioning: Conditioning,
+        uncond_conditioning: Conditioning | None,
+        guidance_scale: float,
+    ) -> None:
+        """Copy the inputs of another batch of the same shapes to where the step reads them."""
+        steps = len(self.timesteps)
+        self.coefficients.copy_(_with_rows(table.coefficients(), steps))
+        self.timesteps.copy_(_with_rows(table.timesteps, steps))
+        self.guidance_scale.fill_(guidance_scale)
+        self.noise.seed.copy_(noise.seed)
+        self.noise.sample_ids.copy_(noise.sample_ids)
+        self.conditioning.copy_(conditioning)
+        if self.uncond_conditioning is not None and uncond_conditioning is not None:
+            self.uncond_conditioning.copy_(uncond_conditioning)
+
+    def written(self) -> list[Tensor]:
+        """What a step writes."""
+        outputs = [self.latents, self.model_outputs, self.log_probs, self.values]
+        return [self.step, self.sample, *outputs, *self.features.values()]
+
+
+def _with_rows(rows: Tensor, count: int) -> Tensor:
+    """The rows of a schedule, then zeros, which no step reads."""
+    padded = rows.new_zeros((count, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    return padded
 
 
 def begin(buffers: SamplerBuffers) -> None:
@@ -156,7 +203,8 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
     if critic is not None:
         values = critic(forward.features, buffers.sample, timestep, buffers.conditioning)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
-    _store_features(buffers, forward.features)
+    if buffers.keep_features:
+        _store_features(buffers, forward.features)
     uncond_output = forward.uncond_output
     ops.gaussian_step_(
         buffers.sample,
@@ -176,63 +224,3 @@ def _store_features(buffers: SamplerBuffers, features: Features) -> None:
         if name not in buffers.features:
             buffers.features[name] = tensor.new_empty((len(buffers.timesteps), *tensor.shape))
         buffers.features[name].index_copy_(0, buffers.step, tensor[None])
-
-
-def sample_rollout(
-    backbone: Backbone,
-    critic: Critic | None,
-    table: TransitionTable,
-    prompts: Sequence[str],
-    metadata: Sequence[dict[str, Any]],
-    noise: NoiseKey,
-    *,
-    guidance_scale: float = 1.0,
-    keep_features: bool = True,
-) -> Rollout:
-    """Trajectories for `prompts` with all that training needs of them.
-
-    Args:
-        backbone: the policy.
-        critic: values of every state are stored when it is given.
-        table: the sampler.
-        prompts: B prompts.
-        metadata: B dicts that the rewards get.
-        noise: seed and B sample ids, on the backbone's device.
-        guidance_scale: above 1 the unconditional half runs too.
-        keep_features: False drops what the critic's trunk read (evaluation).
-    """
-    if not len(prompts) == len(metadata) == len(noise.sample_ids):
-        raise ValueError(
-            f"got {len(prompts)} prompts, {len(metadata)} metadata and {len(noise.sample_ids)} sample ids; "
-            "they must match"
-        )
-    conditioning = backbone.encode_prompts(prompts)
-    uncond_conditioning = backbone.encode_unconditional(len(prompts)) if guidance_scale > 1 else None
-    buffers = SamplerBuffers.allocate(
-        table,
-        backbone.latent_shape,
-        noise,
-        conditioning,
-        uncond_conditioning=uncond_conditioning,
-        guidance_scale=guidance_scale,
-        num_rewards=0 if critic is None else critic.num_rewards,
-    )
-    begin(buffers)
-    for _ in range(table.num_steps):
-        with span("rollout/step"):
-            denoise_step(backbone, critic, buffers)
-        if not keep_features:
-            buffers.features.clear()
-    return Rollout(
-        table=table,
-        latents=buffers.latents,
-        model_outputs=buffers.model_outputs,
-        log_probs=buffers.log_probs,
-        values=buffers.values,
-        features=buffers.features,
-        conditioning=conditioning,
-        uncond_conditioning=uncond_conditioning,
-        noise=noise,
-        prompts=list(prompts),
-        metadata=list(metadata),
-    )

@@ -20,13 +20,14 @@ from lacfast.critic import Critic, build_critic
 from lacfast.early_stopping import EarlyStopping
 from lacfast.evaluation import evaluate
 from lacfast.experience import collect
+from lacfast.graph import GraphRunner
 from lacfast.learner import Learner
-from lacfast.metrics import MetricsLog, rollout_metrics
+from lacfast.metrics import MetricsLog, graph_metrics, rollout_metrics
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet, PromptSource
 from lacfast.protocols import Backbone
 from lacfast.records import Evaluation, NoiseKey, Rollout
-from lacfast.sampler import sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet, RewardSpec
 from lacfast.trackers import Tracker
 from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
@@ -82,6 +83,8 @@ class LatentActorCriticTrainer:
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = self._early_stopping()
         self._attach_critic()
+        self.graphs = GraphRunner(self.config.graph, self.device)
+        self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.learner = Learner(backbone, self.config)
         self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0
@@ -151,15 +154,14 @@ class LatentActorCriticTrainer:
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
         ids = range(first_id, first_id + len(prompts))
-        return sample_rollout(
-            self.backbone,
-            self.critic,
+        return self.sampler.sample(
             self.table,
             prompts.texts,
             prompts.metadata,
             NoiseKey.create(self.config.seed, ids, self.device),
             guidance_scale=self.config.sampler.guidance_scale,
             keep_features=keep_features,
+            batch_size=self.config.rollout_batch_size,
         )
 
     def collect(self, prompts: PromptSet, first_id: int) -> Rollout | None:
@@ -261,6 +263,8 @@ class LatentActorCriticTrainer:
             "seconds_rollout": sampled - start,
             "seconds_update": time.perf_counter() - sampled,
         }
+        if self.graphs.captures:
+            metrics |= graph_metrics(self.graphs.statistics)
         self.log.write("train", **metrics)
         return metrics
 
@@ -299,8 +303,7 @@ class LatentActorCriticTrainer:
         scorers = [self.rewards] + ([] if self.evaluation_rewards is None else [self.evaluation_rewards])
         with self.averaged():
             evaluation = evaluate(
-                self.backbone,
-                self.critic,
+                self.sampler,
                 self.table if config.eval_sampler is None else self.backbone.transition_table(sampler),
                 self.held_out.cycle(config.eval_samples if samples is None else samples),
                 scorers,
@@ -318,8 +321,10 @@ class LatentActorCriticTrainer:
         return evaluation
 
     def close(self) -> None:
-        """Close the log and its trackers."""
+        """Close the log and its trackers, and free captured graphs."""
         self.log.close()
+        self.sampler.close()
+        self.graphs.close()
 
     def save(self, directory: str | Path) -> None:
         """Write everything that `load` needs; the directory appears whole or not at all."""

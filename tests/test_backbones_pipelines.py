@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lacfast import PipelineSettings, SamplerConfig, load_backbone
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.graph import GraphRunner
 from lacfast.records import NoiseKey
-from lacfast.sampler import sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
 
 SETTINGS = PipelineSettings(resolution=RESOLUTION)
 STEPS = 4
@@ -34,9 +35,7 @@ def backbone_of(pipeline: Any, **arguments: Any) -> LatentBackbone:
 def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: float) -> tuple[Tensor, Tensor]:
     """First latents and images of our sampler without noise."""
     config = SamplerConfig(kind="ode", noise_level=0.0, num_steps=STEPS, guidance_scale=guidance_scale)
-    rollout = sample_rollout(
-        backbone,
-        None,
+    rollout = RolloutSampler(backbone, None, GraphRunner()).sample(
         backbone.transition_table(config),
         prompts,
         [{}] * len(prompts),

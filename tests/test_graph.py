@@ -250,6 +250,14 @@ def test_fused_attention_without_dropout_is_captured() -> None:
     assert torch.equal(out, nn.functional.scaled_dot_product_attention(query, query, query))
 
 
+def test_indexing_by_numbers_is_captured() -> None:
+    x, rows, out = torch.randn(2, 5), torch.tensor([3, 0]), torch.zeros(2, 2)
+    graph = FakeGraph(lambda: out.copy_(x[:, rows]), [out])
+    rows.add_(1)
+    graph.replay()
+    assert torch.equal(out, x[:, [4, 1]])
+
+
 def test_a_tensor_that_the_step_writes_unannounced_is_named() -> None:
     x, hidden = torch.ones(3), torch.ones(2, 2)
 

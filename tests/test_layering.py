@@ -16,7 +16,7 @@ LAYERS = (
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "value_loss", "critic"),
-    ("sampler", "advantages", "optimizers", "microbatch"),
+    ("sampler", "rollout_sampler", "advantages", "optimizers", "microbatch"),
     ("minibatch",),
     (
         "update",

@@ -13,8 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lacfast import ops
 from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic import build_critic
+from lacfast.graph import GraphRunner
 from lacfast.records import INITIAL_STEP, NoiseKey
-from lacfast.sampler import SamplerBuffers, begin, denoise_step, sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
+from lacfast.sampler import SamplerBuffers, begin, denoise_step
 
 STEPS = 4
 
@@ -30,9 +32,8 @@ def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
 
 def rollout_of(backbone, prompts: list[str], ids: range, *, critic=None, seed: int = 3, **settings):
     table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
-    return sample_rollout(
-        backbone, critic, table, prompts, [{}] * len(prompts), NoiseKey.create(seed, ids), **settings
-    )
+    sampler = RolloutSampler(backbone, critic, GraphRunner())
+    return sampler.sample(table, prompts, [{}] * len(prompts), NoiseKey.create(seed, ids), **settings)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,9 +15,10 @@ from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.taps import record_taps
 from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
 from lacfast.critic import Critic, build_critic
+from lacfast.graph import GraphRunner
 from lacfast.protocols import Features, Trunk
 from lacfast.records import Conditioning, NoiseKey
-from lacfast.sampler import sample_rollout
+from lacfast.rollout_sampler import RolloutSampler
 from lacfast.steering import planned_evaluations, trajectories_per_step
 
 SAMPLER = SamplerConfig(num_steps=8)
@@ -129,7 +130,8 @@ def test_one_trajectory_without_guidance_is_plain_sampling() -> None:
     backbone = backbone_with(LatentMean())
     images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=SAMPLER)
     table = backbone.transition_table(SAMPLER)
-    rollout = sample_rollout(backbone, None, table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)))
+    sampler = RolloutSampler(backbone, None, GraphRunner())
+    rollout = sampler.sample(table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)))
     assert torch.equal(images, backbone.decode(rollout.clean_latents))
     assert stats.evaluations.per_image == 8
 
@@ -139,8 +141,8 @@ def test_classifier_free_guidance_is_that_of_sampling() -> None:
     sampler = replace(SAMPLER, guidance_scale=4.0)
     images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=sampler)
     table = backbone.transition_table(sampler)
-    rollout = sample_rollout(
-        backbone, None, table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)), guidance_scale=4.0
+    rollout = RolloutSampler(backbone, None, GraphRunner()).sample(
+        table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)), guidance_scale=4.0
     )
     torch.testing.assert_close(images, backbone.decode(rollout.clean_latents), rtol=1e-5, atol=1e-5)
     assert stats.evaluations.per_image == 16

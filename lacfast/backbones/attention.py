@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
+
+
+def attention_signature(model: Any) -> Hashable:
+    """Which kernels the layers of a model attend with."""
+    return frozenset(
+        (type(processor).__name__, str(getattr(processor, "_attention_backend", None)))
+        for processor in model.attn_processors.values()
+    )
 
 
 def set_attention_backend(model: Any, name: str) -> None:

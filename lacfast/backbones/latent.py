@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
+from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.pixel_trunk import CleanEstimate, PixelTrunk
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
@@ -130,6 +131,15 @@ class LatentBackbone(ABC):
         with switch, running_in(dtype, sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
         return output.to(sample.dtype)
+
+    def forward_signature(self) -> Hashable:
+        return (
+            self.dtype,
+            self._without_adapter,
+            self.model.training,
+            attention_signature(self.model),
+            adapters.signature(self.model),
+        )
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
         trunk = self._trunk(config)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -125,6 +125,19 @@ def activated(model: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def signature(model: nn.Module) -> Hashable:
+    """The adapters that run and their scales: flags and numbers in Python, which a graph freezes."""
+    return frozenset(
+        (
+            tuple(layer._active_adapter),
+            layer._disable_adapters,
+            tuple(layer.merged_adapters),
+            tuple(sorted(layer.scaling.items())),
+        )
+        for layer in tuner_layers(model).values()
+    )
 
 
 def adapter_of(parameter_name: str) -> str | None:

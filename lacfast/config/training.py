@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lacfast.config.advantages import GROUP_ESTIMATORS, AdvantageConfig
 from lacfast.config.checks import require
 from lacfast.config.critic import CriticConfig
+from lacfast.config.graph import GraphConfig
 from lacfast.config.ppo import PPOConfig
 from lacfast.config.sampling import SamplerConfig
 
@@ -71,6 +72,8 @@ class TrainConfig:
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
     ema_decay: float = 0.0
     """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
+    graph: GraphConfig = field(default_factory=GraphConfig)
+    """Capture of the denoising step, see lacfast.graph."""
     gradient_checkpointing: bool = False
     """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
     eval_every: int = 0

@@ -72,6 +72,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def forced_backend() -> str | None:
+    """The backend that `backend` asks for here, None outside of it."""
+    return _forced.get()
+
+
 def available() -> dict[str, str]:
     """Each backend with "usable" or the reason why it is not."""
     return {name: unusable_reason(name) or "usable" for name in BACKENDS}

@@ -141,3 +141,30 @@ def test_a_slab_gets_its_slices_and_nothing_else(
         coefficients.double(), each,
     )  # fmt: skip
     torch.testing.assert_close(ours.log_probs[each, rows].double(), scored, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_elements", [513, 5001])
+def test_a_step_beyond_the_table_writes_nothing_into_memory_it_does_not_have(
+    num_elements: int, draw: Callable[..., Tensor], coefficients: Tensor, key: tuple[Tensor, Tensor]
+) -> None:
+    num_steps = len(coefficients)
+    # Slices before and behind the slab, where a wrong step would land.
+    buffers = [
+        torch.full((3 * num_steps, *shape), 7.0) for shape in ((BATCH, num_elements),) * 2 + ((BATCH,),)
+    ]
+    model_outputs, log_probs = (buffer[num_steps : 2 * num_steps] for buffer in buffers[1:])
+    steps = torch.tensor([num_steps, -1, num_steps + 1, 2])
+    latents = buffers[0][num_steps : 2 * num_steps + 1]
+    state, output = draw(BATCH, num_elements), draw(BATCH, num_elements)
+    gaussian_step(
+        state, output, None, None, coefficients, steps, None, *key, 1 / num_elements, state, None, None,
+        latents, model_outputs, log_probs,
+    )  # fmt: skip
+    for buffer, step in zip(buffers, (3, 2, 2), strict=True):
+        written = buffer.view(3 * num_steps, BATCH, -1) != 7
+        assert written[num_steps + step, 3].all()
+        written[num_steps + step, 3] = False
+        assert not written.any()
+    # The sample says so.
+    assert state[:3].isnan().all()
+    assert state[3].isfinite().all()
