@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,5 +190,12 @@ def policy_metrics(records: Sequence[PolicyRecord], steps: Tensor) -> dict[str, 
         "mean_kl_old": float(sums[:, 2].sum()) / pairs,
         "last_kl_old": records[-1].mean_kl_old,
         "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
+        # RMS of b dv / std before any step: how far the update's forward is from the rollout's.
+        "forward_mismatch": math.sqrt(2 * records[0].mean_kl_old),
         "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),
     }
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far, whoever asked; still after warm-up."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

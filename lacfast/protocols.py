@@ -93,6 +93,9 @@ class Backbone(Protocol):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the model's activations in the backward pass instead of keeping them."""
 
+    def compile_blocks(self) -> None:
+        """torch.compile the repeated blocks of model and critic, for sampling and training alike."""
+
     def save_pretrained(self, directory: Path) -> None:
         """Write what `load_backbone` and plain diffusers read."""
 

@@ -22,7 +22,7 @@ from lacfast.evaluation import evaluate
 from lacfast.experience import collect
 from lacfast.graph import GraphRunner
 from lacfast.learner import Learner
-from lacfast.metrics import MetricsLog, graph_metrics, rollout_metrics
+from lacfast.metrics import MetricsLog, compiled_graphs, graph_metrics, rollout_metrics
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet, PromptSource
 from lacfast.protocols import Backbone
@@ -83,6 +83,8 @@ class LatentActorCriticTrainer:
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = self._early_stopping()
         self._attach_critic()
+        if self.config.compile:
+            backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.learner = Learner(backbone, self.config)
@@ -245,6 +247,7 @@ class LatentActorCriticTrainer:
         `on_rollout` is called with the scored rollout before anything learns from it.
         """
         start = time.perf_counter()
+        graphs = compiled_graphs() if self.config.compile else 0
         rollout = self._training_rollout(self.iteration, 0)
         sampled = time.perf_counter()
         metrics: dict[str, Any] = {"skipped": True}
@@ -257,6 +260,8 @@ class LatentActorCriticTrainer:
                 rollout = update_statistics(self.critic, self.normalizer, rollout)
             metrics = self.update(rollout)
         self.iteration += 1
+        if self.config.compile:
+            metrics["recompiles"] = compiled_graphs() - graphs
         metrics |= {
             "iteration": self.iteration,
             "images": self.images,

@@ -37,6 +37,7 @@ class FluxBackbone(LatentBackbone):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    repeated_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def __init__(
         self, model: Any, *args: Any, grid: tuple[int, int], embedded_guidance: float, **kwargs: Any

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
+from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.pixel_trunk import CleanEstimate, PixelTrunk
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
@@ -42,6 +43,8 @@ class LatentBackbone(ABC):
 
     lora_targets: ClassVar[tuple[str, ...]]
     """Ends of the names of the modules that LoRA adapts by default: the attention's projections."""
+    repeated_blocks: ClassVar[tuple[str, ...]]
+    """Classes of the blocks that the model repeats, which `compile_blocks` compiles."""
 
     def __init__(
         self,
@@ -86,6 +89,7 @@ class LatentBackbone(ABC):
         self.scheduler = scheduler
         self.critic: Critic | None = None
         self._without_adapter = False
+        self._compilation: tuple[str, str | None] | None = None
         if lora is not None:
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
@@ -139,6 +143,7 @@ class LatentBackbone(ABC):
             self.model.training,
             attention_signature(self.model),
             adapters.signature(self.model),
+            self._compilation,
         )
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
@@ -258,6 +263,19 @@ class LatentBackbone(ABC):
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.enable_gradient_checkpointing()
+
+    def compile_blocks(self, *, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compile the repeated blocks of the model and of its critic's trunk, for sampling and training.
+
+        Args:
+            backend: of torch.compile.
+            mode: of torch.compile. None: "max-autotune-no-cudagraphs" on CUDA, else torch's default.
+        """
+        if mode is None and backend == "inductor" and self.device.type == "cuda":
+            mode = "max-autotune-no-cudagraphs"
+        roots = [self.model] if self.critic is None else [self.model, self.critic.trunk]
+        compile_blocks(roots, self.repeated_blocks, backend=backend, mode=mode)
+        self._compilation = (backend, mode)
 
     def plain_model(self) -> Any:
         """The model as diffusers knows it, on the same weights: without the critic's or any adapter."""

@@ -37,6 +37,7 @@ class SD3Backbone(LatentBackbone):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+    repeated_blocks = ("JointTransformerBlock",)
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens, "pooled_projections": pooled})

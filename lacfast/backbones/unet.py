@@ -27,6 +27,7 @@ class UNetBackbone(LatentBackbone):
     """A model on latents (C, H, W) with cross-attention to prompt tokens."""
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens})

@@ -76,6 +76,9 @@ class TrainConfig:
     """Capture of the denoising step, see lacfast.graph."""
     gradient_checkpointing: bool = False
     """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
+    compile: bool = False
+    """torch.compile the blocks that model and critic repeat. The first iteration and the first
+    evaluation then wait for the compiler, seconds to minutes per kind of block."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
     eval_samples: int = 1024
