@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lacfast.tasks.dual_encoder import DualEncoder
 from lacfast.tasks.scenes import BACKGROUND, PALETTE
 
 PALETTE_DISTANCE = 0.15
@@ -44,11 +43,3 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     # The product of two positive semi-definite matrices has real eigenvalues >= 0.
     roots = np.sqrt(np.maximum(np.linalg.eigvals(covariance[0] @ covariance[1]).real, 0))
     return float(mean + np.trace(covariance[0]) + np.trace(covariance[1]) - 2 * roots.sum())
-
-
-@torch.no_grad()
-def feature_distance(encoder: DualEncoder, images: Tensor, data: Tensor) -> float:
-    """Frechet distance of generated images (n, 3, 32, 32) to a task's pictures in an encoder's features."""
-    return frechet_distance(
-        encoder.embed_images(images.detach().cpu()), encoder.embed_images(data.detach().cpu())
-    )

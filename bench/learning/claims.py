@@ -1,0 +1,139 @@
+"""The claims: which arms, on which problem, for which budget, and which of them are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from bench.learning.arms import (
+    copied_trunk,
+    group_relative,
+    latent_critic,
+    running_prompt_statistics,
+    scalarized,
+    shuffled_critic,
+)
+from bench.learning.runs import Arm, Budget
+from lacfast.config import PPOConfig
+from lacfast.tasks.models import BackboneName
+
+LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
+"""Of the policy: the grid on which every arm is tuned alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One question about the algorithm, answered by paired runs."""
+
+    question: str
+    problem: str
+    """Key of problems.PROBLEMS."""
+    arms: Callable[[BackboneName], dict[str, Arm]]
+    """Backbone -> arms by name; the first is what is claimed for."""
+    budgets: dict[BackboneName, Budget]
+    metrics: tuple[str, ...]
+    """Scores that are compared, higher is better; the headline first."""
+    reward_costs: tuple[float, ...] = (0.0,)
+    """Seconds per image at which arms are compared at equal time."""
+    tuned: Callable[[PPOConfig, float], PPOConfig] = field(
+        default=lambda ppo, rate: replace(ppo, policy_learning_rate=rate)
+    )
+    """How a value of the grid enters an arm."""
+    grid: tuple[float, ...] = LEARNING_RATES
+    """Settings that every arm is tried with, once, on the tuning prompts; one value tunes nothing."""
+    seeds: int = 5
+    """Paired runs per arm."""
+
+
+def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return {
+        "latent critic": Arm(config=latent_critic(backbone)),
+        "GRPO": Arm(config=group_relative(backbone, "grpo")),
+        "DDPO": Arm(config=running_prompt_statistics(backbone)),
+    }
+
+
+def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return {
+        "latent critic": Arm(config=latent_critic(backbone)),
+        "shuffled critic": Arm(config=shuffled_critic(backbone)),
+        "copied trunk": Arm(config=copied_trunk(backbone)),
+        "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
+        "no value pretraining": Arm(config=latent_critic(backbone), value_pretraining=False),
+    }
+
+
+def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
+    checker, height = {"shapes": 1.0}, {"shapes_height": 1.0}
+    return {
+        "two heads": Arm(config=latent_critic(backbone), rewards=checker | height),
+        "one shared head": Arm(config=scalarized(backbone), rewards=checker | height),
+        "checker alone": Arm(config=latent_critic(backbone), rewards=checker),
+        "height alone": Arm(config=latent_critic(backbone), rewards=height),
+    }
+
+
+def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return {
+        "checker and JPEG": Arm(
+            config=latent_critic(backbone), rewards={"shapes": 1.0, "jpeg_compressibility": 1.0}
+        ),
+        "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
+    }
+
+
+CLAIMS = {
+    "baselines": Claim(
+        question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
+        problem="shapes",
+        arms=_baseline_arms,
+        budgets={
+            "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
+            "unet": Budget(images=14_000, seconds=300, judged_every=2_000),
+        },
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        reward_costs=(0.0, 0.05, 0.1),
+    ),
+    "controls": Claim(
+        question="Is it the critic? Values of other images, no pretraining, a full trunk, no critic.",
+        problem="shapes",
+        arms=_control_arms,
+        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold"),
+        grid=(3e-4,),
+    ),
+    "glyphs": Claim(
+        question="Does it hold on another task, words that a reader must read?",
+        problem="glyphs",
+        arms=_baseline_arms,
+        budgets={
+            "dit": Budget(images=14_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=14_000, seconds=0, judged_every=2_000),
+        },
+        metrics=("glyphs_strict", "glyphs_gold", "diversity"),
+    ),
+    "proxy": Claim(
+        question="With a learnt reward that can be fooled, what happens to what it stands for?",
+        problem="similarity",
+        arms=_baseline_arms,
+        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+    ),
+    "multi-reward": Claim(
+        question="Do two heads keep the first reward while a compatible second one rises?",
+        problem="layout",
+        arms=_multi_reward_arms,
+        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
+        grid=(3e-4,),
+    ),
+    "hacking": Claim(
+        question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
+        problem="jpeg",
+        arms=_hacking_arms,
+        budgets={"dit": Budget(images=10_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        grid=(3e-4,),
+        seeds=3,
+    ),
+}

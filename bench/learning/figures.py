@@ -1,0 +1,48 @@
+"""Curves of a claim as a picture: mean over the seeds, band of one standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+
+from bench.learning.analysis import Cost, along, common_budget, images, seconds
+from bench.learning.runs import Point
+
+Curves = Mapping[str, Sequence[Sequence[Point]]]
+"""Arm -> one curve per seed."""
+
+
+def draw(curves: Curves, metrics: Sequence[str], path: Path) -> None:
+    """Two metrics at most, along images and along seconds, as one PNG."""
+    axes_of: list[tuple[Cost, str]] = [(images, "images"), (seconds(0.0), "CPU seconds, free reward")]
+    figure, grid = plt.subplots(
+        len(metrics[:2]), len(axes_of), figsize=(9, 3.2 * len(metrics[:2])), squeeze=False, sharey="row"
+    )
+    for row, metric in zip(grid, metrics[:2], strict=True):
+        for axes, (cost, label) in zip(row, axes_of, strict=True):
+            for name, runs in curves.items():
+                _band(axes, name, runs, cost, metric)
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(metric)
+    grid[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No date in the file: the same results give the same picture.
+    figure.savefig(path, dpi=110, metadata={"Software": ""})
+    plt.close(figure)
+
+
+def _band(axes: plt.Axes, name: str, runs: Sequence[Sequence[Point]], cost: Cost, metric: str) -> None:
+    grid = np.linspace(0, common_budget(runs, cost), 60)
+    scores = np.stack([np.interp(grid, *along(points, cost, metric)) for points in runs])
+    mean = scores.mean(axis=0)
+    error = scores.std(axis=0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else np.zeros_like(mean)
+    (line,) = axes.plot(grid, mean, label=f"{name} ({len(runs)})")
+    axes.fill_between(grid, mean - error, mean + error, alpha=0.2, color=line.get_color())

@@ -1,0 +1,117 @@
+"""docs/results.md from what has been run: wins and losses alike, and what is still missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+
+from bench.learning import figures, runs
+from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
+from bench.learning.claims import CLAIMS, Claim
+from bench.learning.figures import Curves
+from bench.learning.runs import Point
+from lacfast.tasks.models import BackboneName
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE = DOCS / "results.md"
+HEAD = """# What learning shows
+
+Written by `python -m bench.learning`; every run is a file under `bench/results/learning/`. All arms run in
+the same trainer, start from the same base model, were tuned on the same grid with the same number of tuning
+runs on prompts that are neither trained on nor reported, and are judged on held-out prompts with common
+noise (1,024 images, standard error of one judgement near 0.016). Seeds are paired. Intervals are 95 %
+bootstrap intervals of the mean paired difference; "ahead" and "behind" mean that they exclude 0. Images
+count those of value pretraining. Seconds are CPU seconds of one thread without judging; a reward's cost is
+added per image.
+"""
+
+
+def write(results: Path, page: Path = PAGE) -> None:
+    """Write the page and its figures from the folder of runs."""
+    sections = [
+        section
+        for name, claim in CLAIMS.items()
+        for backbone in claim.budgets
+        if (section := _section(results, name, claim, backbone, page.parent))
+    ]
+    missing = list(_missing(results))
+    rest = ["## Not run to the end\n\n" + "\n".join(missing)] if missing else []
+    page.write_text("\n\n".join([HEAD.strip(), *sections, *rest]) + "\n", encoding="utf-8")
+
+
+def _missing(results: Path) -> Iterator[str]:
+    for name, claim in CLAIMS.items():
+        for backbone in claim.budgets:
+            wanted = claim.seeds * len(claim.arms(backbone))
+            found = _count(results / name / backbone)
+            if found < wanted:
+                yield f"- {name}, {backbone}: {found} of {wanted} runs"
+
+
+def _count(directory: Path) -> int:
+    return len(list(directory.glob("*-seed*.json")))
+
+
+def load(directory: Path, arms: Sequence[str]) -> dict[str, dict[int, list[Point]]]:
+    """Arm -> seed -> curve, of the arms that have one."""
+    curves: dict[str, dict[int, list[Point]]] = {}
+    for name in arms:
+        stem = name.lower().replace(" ", "-")
+        for path in sorted(directory.glob(f"{stem}-seed*.json")):
+            seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
+            curves.setdefault(name, {})[seed] = runs.read(path)
+    return curves
+
+
+def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, docs: Path) -> str:
+    arms = list(claim.arms(backbone))
+    by_seed = load(results / name / backbone, arms)
+    if len(by_seed) < len(arms):
+        return ""
+    # Only seeds that every arm has can be compared.
+    seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
+    if not seeds:
+        return ""
+    curves = {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms}
+    picture = docs / "results" / f"{name}-{backbone}.png"
+    figures.draw(curves, claim.metrics, picture)
+    lines = [
+        f"## {name}, {backbone}",
+        "",
+        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}.",
+        "",
+        f"![curves](results/{picture.name})",
+        "",
+        *_axis_table("equal images", images, curves, claim.metrics),
+    ]
+    for cost in claim.reward_costs if claim.budgets[backbone].seconds else ():
+        title = f"equal time, reward of {1000 * cost:.0f} ms per image"
+        lines += ["", *_axis_table(title, seconds(cost), curves, claim.metrics[:2])]
+    return "\n".join(lines)
+
+
+def _axis_table(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
+    """Scores at the end and over the budget, and the first arm's lead over each other one."""
+    budget = common_budget([points for runs in curves.values() for points in runs], cost)
+    first = next(iter(curves))
+    yield f"At {title} ({budget:,.0f}):"
+    yield ""
+    yield "| arm | " + " | ".join(metrics) + f" | area, {metrics[0]} | {first} minus arm, {metrics[0]} |"
+    yield "|" + "---|" * (len(metrics) + 3)
+    start = {metric: mean(points[0].scores[metric] for points in curves[first]) for metric in metrics}
+    yield "| base model | " + " | ".join(f"{start[metric]:.3f}" for metric in metrics) + " | | |"
+    for arm, found in curves.items():
+        scores = [mean(final(points, cost, metric, budget) for points in found) for metric in metrics]
+        areas = mean(area(points, cost, metrics[0], budget) for points in found)
+        cells = [f"{score:.3f}" for score in [*scores, areas]]
+        yield f"| {arm} | " + " | ".join([*cells, _lead(curves, first, arm, cost, metrics[0], budget)]) + " |"
+
+
+def _lead(curves: Curves, first: str, arm: str, cost: Cost, metric: str, budget: float) -> str:
+    if arm == first or len(curves[first]) < 2:
+        return ""
+    own, other = ([final(points, cost, metric, budget) for points in curves[name]] for name in (first, arm))
+    difference = paired(own, other)
+    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {difference.verdict}"

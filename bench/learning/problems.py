@@ -1,0 +1,127 @@
+"""What is learnt: a task, a base model, rewards that train and scores that only judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lacfast.backbones import adapt_pretrained
+from lacfast.checkpoint import whole_directory
+from lacfast.protocols import Backbone, Reward
+from lacfast.records import Evaluation
+from lacfast.tasks import glyphs, scenes
+from lacfast.tasks.dual_encoder import DualEncoder, SimilarityReward, train_dual_encoder
+from lacfast.tasks.gauges import frechet_distance, off_palette
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.storage import load_pretrained, save_pretrained
+from lacfast.tasks.task import Prompt, Task
+
+BASE_SEED = 0
+"""Of the base models; the seeds of a claim are those of post-training."""
+PROXY_SEED, GOLD_SEED = 0, 1
+"""Of the dual encoders."""
+TUNING_PROMPTS = 48
+"""Training prompts that choose settings; reported scores come from held-out prompts alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A task and how obedience to it is judged."""
+
+    task: Task
+    rewards: dict[str, float]
+    """Reward -> weight of what trains, unless an arm has its own."""
+    judges: tuple[str, ...]
+    """Scores that are reported and never trained on; the first is the headline."""
+
+
+PROBLEMS = {
+    "shapes": Problem(task=scenes.TASK, rewards={"shapes": 1.0}, judges=("shapes_strict", "shapes_gold")),
+    "glyphs": Problem(task=glyphs.TASK, rewards={"glyphs": 1.0}, judges=("glyphs_strict", "glyphs_gold")),
+    "similarity": Problem(
+        task=scenes.TASK,
+        rewards={"similarity": 1.0},
+        judges=("shapes_strict", "shapes_gold", "similarity_gold"),
+    ),
+    "jpeg": Problem(
+        task=scenes.TASK, rewards={"jpeg_compressibility": 1.0}, judges=("shapes_strict", "shapes_gold")
+    ),
+    "layout": Problem(
+        task=scenes.TASK,
+        rewards={"shapes": 1.0, "shapes_height": 1.0},
+        judges=("shapes_strict", "shapes_gold", "shapes_height"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What runs share and what is made once: base models and encoders in a folder."""
+
+    folder: Path
+
+    def backbone(self, task: Task, name: BackboneName) -> Backbone:
+        """A fresh copy of the base model."""
+        target = self.folder / f"{task.name}-{name}"
+        if not target.exists():
+            with whole_directory(target) as made:
+                save_pretrained(pretrain(name, task, seed=BASE_SEED), made)
+        return adapt_pretrained(load_pretrained(target))
+
+    def encoder(self, task: Task, seed: int) -> DualEncoder:
+        """A trained dual encoder of the task."""
+        target = self.folder / f"{task.name}-encoder-{seed}"
+        if not target.exists():
+            with whole_directory(target) as made:
+                train_dual_encoder(task, seed=seed).save_pretrained(made)
+        return DualEncoder.from_pretrained(target)
+
+    def reward(self, name: str, task: Task) -> str | Reward:
+        """A registered name as it is, or the dual encoder that bears it."""
+        seeds = {"similarity": PROXY_SEED, "similarity_gold": GOLD_SEED}
+        return SimilarityReward(self.encoder(task, seeds[name]), name) if name in seeds else name
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Three disjoint sets: trained on, chosen by, reported on."""
+
+    train: list[Prompt]
+    tuning: list[Prompt]
+    held_out: list[Prompt]
+
+    @staticmethod
+    def of(task: Task) -> Prompts:
+        train, held_out = task.split()
+        chosen = set(np.random.default_rng(5).permutation(len(train))[:TUNING_PROMPTS].tolist())
+        return Prompts(
+            [prompt for row, prompt in enumerate(train) if row not in chosen],
+            [train[row] for row in sorted(chosen)],
+            held_out,
+        )
+
+
+def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str, float]]:
+    """Evaluation -> gauges of hacking: diversity, features' distance to the data, pixels off the palette."""
+    prompts = task.prompts()
+    pictures = torch.from_numpy(task.draw(prompts * 4, np.random.default_rng(11)))
+    encoder = materials.encoder(task, GOLD_SEED)
+    data = encoder.embed_images(pictures)
+
+    def measure(evaluation: Evaluation) -> dict[str, float]:
+        images: Tensor = evaluation.images
+        found = {
+            "diversity": evaluation.diversity(),
+            "feature_distance": frechet_distance(encoder.embed_images(images), data),
+        }
+        if task is scenes.TASK:
+            found["off_palette"] = float(off_palette(images).mean())
+        return found
+
+    return measure

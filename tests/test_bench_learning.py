@@ -1,0 +1,170 @@
+"""The learning bench: paired statistics, resumable runs and the page of results."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.learning import __main__ as command
+from bench.learning import page, runs
+from bench.learning.analysis import area, common_budget, final, images, paired, seconds
+from bench.learning.arms import group_relative, latent_critic
+from bench.learning.claims import CLAIMS, Claim
+from bench.learning.problems import PROBLEMS, Materials, Prompts
+from bench.learning.runs import Arm, Budget, Point
+from lacfast.checkpoint import whole_directory
+from lacfast.tasks import scenes
+from lacfast.tasks.dual_encoder import train_dual_encoder
+from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.storage import save_pretrained
+
+
+def line(slope: float, *, rate: float = 1.0, start: float = 0.4) -> list[Point]:
+    """A curve whose score rises linearly: `rate` seconds per 100 images."""
+    scores = {"shapes_gold": 0.0, "diversity": 0.0}
+    return [
+        Point(count, 8 * count, rate * count / 100, scores | {"shapes_strict": start + slope * count})
+        for count in (0, 500, 1000)
+    ]
+
+
+def test_scores_are_interpolated_at_equal_cost() -> None:
+    curve = line(1e-4, rate=2.0)
+    assert final(curve, images, "shapes_strict", 750) == pytest.approx(0.475)
+    assert final(curve, seconds(0.0), "shapes_strict", 10) == pytest.approx(0.45)
+    # 0.01 s per image: 1,000 images take 20 + 10 s, so 15 s are 500 images.
+    assert final(curve, seconds(0.01), "shapes_strict", 15) == pytest.approx(0.45)
+    assert area(curve, images, "shapes_strict", 1000) == pytest.approx(0.45)
+
+
+def test_arms_are_compared_where_all_of_them_have_been() -> None:
+    assert common_budget([line(0.0, rate=1.0), line(0.0, rate=3.0)], seconds(0.0)) == 10
+
+
+def test_the_bootstrap_interval_covers_the_mean_of_its_pairs_95_times_in_100() -> None:
+    random, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        sample = random.normal(0.3, 1.0, size=30)
+        difference = paired(sample.tolist(), [0.0] * 30)
+        covered += difference.low <= 0.3 <= difference.high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("first", "verdict"), [([0.5, 0.6, 0.7], "ahead"), ([0.0, 0.1, 0.1], "behind"), ([0.1, 0.4], "undecided")]
+)
+def test_a_lead_is_claimed_only_when_the_interval_excludes_zero(first: list[float], verdict: str) -> None:
+    assert paired(first, [0.2, 0.3, 0.35][: len(first)]).verdict == verdict
+
+
+def test_one_pair_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="run more seeds"):
+        paired([1.0], [0.0])
+
+
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=list(PROBLEMS))
+def test_prompts_that_train_choose_and_report_are_disjoint(problem: Any) -> None:
+    prompts = Prompts.of(problem.task)
+    sets = [{prompt.text for prompt in part} for part in (prompts.train, prompts.tuning, prompts.held_out)]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == len(problem.task.prompts())
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_arms_of_a_claim_make_equal_images_per_iteration(name: str) -> None:
+    for backbone in CLAIMS[name].budgets:
+        arms = CLAIMS[name].arms(backbone)
+        assert len({arm.config.batch_size for arm in arms.values()}) == 1
+        assert set(CLAIMS[name].metrics[:1]) <= {*PROBLEMS[CLAIMS[name].problem].judges}
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    """Barely trained models: a run does not care."""
+    folder = tmp_path_factory.mktemp("materials")
+    with whole_directory(folder / "shapes-dit") as target:
+        save_pretrained(pretrain("dit", steps=2), target)
+    with whole_directory(folder / "shapes-encoder-1") as target:
+        train_dual_encoder(seed=1, steps=2).save_pretrained(target)
+    return Materials(folder)
+
+
+def small(arm: Arm) -> Arm:
+    config = replace(
+        arm.config, batch_size=16, pretrain=replace(arm.config.pretrain, iterations=1, held_out_samples=16)
+    )
+    return replace(arm, config=config)
+
+
+SMALL = Budget(images=48, seconds=0.01, judged_every=48, samples=64)
+
+
+def small_claim() -> Claim:
+    return replace(
+        CLAIMS["baselines"],
+        arms=lambda backbone: {
+            "latent critic": small(Arm(config=latent_critic(backbone))),
+            "GRPO": small(Arm(config=group_relative(backbone, "grpo"))),
+        },
+        budgets={"dit": SMALL},
+        grid=(1e-4, 3e-4),
+        seeds=2,
+    )
+
+
+def test_a_claim_is_tuned_run_resumed_and_reported(
+    tmp_path: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, results = small_claim(), tmp_path / "learning"
+    monkeypatch.setattr(command, "RESULTS", results)
+    monkeypatch.setitem(command.CLAIMS, "baselines", claim)
+    command.perform("baselines", "dit", materials, deadline=float("inf"))
+    found = sorted(path.name for path in (results / "baselines" / "dit").rglob("*.json"))
+    assert found == [
+        "grpo-0.0001.json", "grpo-0.0003.json", "grpo-seed0.json", "grpo-seed1.json",
+        "latent-critic-0.0001.json", "latent-critic-0.0003.json", "latent-critic-seed0.json",
+        "latent-critic-seed1.json",
+    ]  # fmt: skip
+    critic = runs.read(results / "baselines" / "dit" / "latent-critic-seed0.json")
+    grpo = runs.read(results / "baselines" / "dit" / "grpo-seed0.json")
+    assert critic[0].scores["shapes_strict"] == grpo[0].scores["shapes_strict"], "one base, common noise"
+    assert critic[1].images == 32, "value pretraining's images count: one rollout and the held-out one"
+    assert {"diversity", "off_palette", "feature_distance"} <= critic[0].scores.keys()
+    assert all(after.seconds > before.seconds for before, after in pairwise(critic))
+
+    ran = []
+    monkeypatch.setattr(runs, "run", lambda *arguments, **named: ran.append(arguments))
+    command.perform("baselines", "dit", materials, deadline=float("inf"))
+    assert ran == [], "what is there is not run again"
+
+    page.write(results, tmp_path / "docs" / "results.md")
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "| GRPO |" in text
+    assert "equal time, reward of 100 ms per image" in text
+    assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
+
+
+def test_a_run_begun_by_a_living_process_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    assert command._taken(path)
+    assert not command._taken(path)
+    path.with_suffix(".begun").write_text("999999999")
+    assert command._taken(path), "its process is gone"
+
+
+def test_a_curve_survives_its_file(tmp_path: Path) -> None:
+    runs.write(tmp_path / "a" / "run.json", line(1e-4), seed=3)
+    assert runs.read(tmp_path / "a" / "run.json") == line(1e-4)
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["seed"] == 3
+
+
+def test_every_problem_names_rewards_that_exist(materials: Materials) -> None:
+    for problem in PROBLEMS.values():
+        names = [*problem.rewards, *problem.judges]
+        assert all(name.startswith("similarity") or materials.reward(name, problem.task) for name in names)
+    assert scenes.TASK.name == "shapes"
