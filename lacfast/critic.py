@@ -86,7 +86,7 @@ class ValueHead(nn.Module):
             scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
             pooled = pooled * (1 + scale) + shift
         outputs: Tensor = self.output(nn.functional.gelu(self.hidden(pooled)))
-        return outputs.unflatten(-1, (self.num_rewards, -1))
+        return outputs.view(len(outputs), self.num_rewards, -1)
 
     def _embed(self, timestep: Tensor) -> Tensor | None:
         if self.time_embedding is None:

@@ -20,6 +20,7 @@ from lacfast.critic import Critic, build_critic
 from lacfast.early_stopping import EarlyStopping
 from lacfast.evaluation import evaluate
 from lacfast.experience import collect
+from lacfast.explained_variance import ValueBounds
 from lacfast.graph import GraphRunner
 from lacfast.learner import Learner
 from lacfast.metrics import MetricsLog, compiled_graphs, graph_metrics, rollout_metrics
@@ -30,12 +31,15 @@ from lacfast.records import Evaluation, NoiseKey, Rollout
 from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet, RewardSpec
 from lacfast.trackers import Tracker
-from lacfast.value_pretraining import PretrainResult, pretrain_values, update_statistics
+from lacfast.value_confidence import ValueConfidence, configured_bounds
+from lacfast.value_pretraining import PretrainResult, pretrain_values, rollout_variance, update_statistics
 
 PRETRAINING_IDS = 1 << 41
 """First sample id of value pretraining."""
 SELECTION_IDS = 1 << 42
 """First sample id of the rollout that chooses the pretrained critic; never the evaluation's."""
+BRANCH_IDS = 1 << 43
+"""First sample id of the completions that measure what a state tells of its reward."""
 
 
 class LatentActorCriticTrainer:
@@ -88,6 +92,7 @@ class LatentActorCriticTrainer:
         self.graphs = GraphRunner(self.config.graph, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.learner = Learner(backbone, self.config)
+        self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0
         self.images = 0
@@ -204,31 +209,58 @@ class LatentActorCriticTrainer:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
 
         def report(iteration: int, variance: Tensor) -> None:
-            self.log.write("value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1))
+            known = self.confidence.metrics(variance)
+            self.log.write(
+                "value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1), **known
+            )
             if on_iteration is not None:
                 on_iteration(iteration, variance)
 
-        prompts = self.held_out.cycle(self.config.pretrain.held_out_samples)
-        held_out = self.collect(prompts, SELECTION_IDS)
+        settings = self.config.pretrain
+        # The floor needs every prompt twice.
+        distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
+        prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
+        held_out = self.collect(prompts.cycle(settings.held_out_samples), SELECTION_IDS)
         if held_out is None:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
+        self.confidence = ValueConfidence()
+        if settings.completions:
+            self.confidence.bounds = self.measure_bounds(held_out)
         result = pretrain_values(
             self.critic,
             self.learner.critic_optimizer,
             self.normalizer,
             held_out,
             lambda iteration: self._training_rollout(iteration, PRETRAINING_IDS),
-            self.config.pretrain,
+            settings,
             self.config.ppo,
             seed=self.config.seed,
+            bounds=self.confidence.bounds,
             on_iteration=report,
         )
         self.learner.reset_critic_optimizer()
+        self.confidence.update(result.explained_variance)
         return result
+
+    def measure_bounds(self, rollout: Rollout) -> ValueBounds:
+        """Floor and ceiling of the explained variance of today's policy, by config.pretrain.
+
+        `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
+        """
+        bounds = configured_bounds(
+            self.backbone, rollout, self.rewards, self.normalizer, self.config, first_id=BRANCH_IDS
+        )
+        self.images += bounds.images
+        return bounds
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Advantages of a rollout with rewards, by config.advantages; taken into its statistics."""
-        return self.estimator(rollout)
+        ppo = self.config.ppo
+        if math.isinf(ppo.lambda_gate):
+            return self.estimator(rollout)
+        self.confidence.update(rollout_variance(rollout, self.normalizer))
+        lambdas = self.confidence.gated_lambda(ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
+        return self.estimator(rollout, lambdas)
 
     def update(self, rollout: Rollout) -> dict[str, Any]:
         """Learn from a rollout with rewards; returns the metrics of the iteration.
@@ -239,6 +271,8 @@ class LatentActorCriticTrainer:
         with span("advantages"):
             advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer) | self.estimator.metrics()
+        if self.critic is not None:
+            metrics |= self.confidence.metrics(rollout_variance(rollout, self.normalizer))
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
     def train_iteration(self, on_rollout: Callable[[Rollout], None] | None = None) -> dict[str, Any]:
@@ -340,6 +374,7 @@ class LatentActorCriticTrainer:
             "advantages": self.estimator.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
             "learner": self.learner.state_dict(),
+            "confidence": self.confidence.state_dict(),
         }
         checkpoint.save_run(self.backbone, state, Path(directory))
 
@@ -358,6 +393,9 @@ class LatentActorCriticTrainer:
         self.estimator.require_fit(state["advantages"])
         checkpoint.load_weights(self.backbone, Path(directory))
         self.learner.load_state_dict(state["learner"])
+        # Runs that were saved before there were bounds have none.
+        if "confidence" in state:
+            self.confidence.load_state_dict(state["confidence"])
         self.estimator.load_state_dict(state["advantages"])
         self.early_stopping.load_state_dict(state["early_stopping"])
         self.iteration, self.images = state["iteration"], state["images"]

@@ -16,6 +16,7 @@ from lacfast import reference
 from lacfast.advantages import RewardNormalizer, stack_rewards
 from lacfast.config import PPOConfig, ValuePretrainingConfig
 from lacfast.critic import Critic
+from lacfast.explained_variance import ValueBounds
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
 from lacfast.minibatch import all_states
@@ -34,11 +35,23 @@ class PretrainResult:
     """Mean held-out explained variance after every iteration."""
     images: int
     """Generated for training and selection; they count in every comparison."""
+    bounds: ValueBounds | None = None
+    """Floor and ceiling of the explained variance, whose images count too; None where not measured."""
+
+    @property
+    def score(self) -> Tensor | None:
+        """(T, M) place of the explained variance between floor and ceiling, None without them."""
+        return None if self.bounds is None else self.bounds.score(self.explained_variance)
 
 
 def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
-    values = rollout_values(critic, rollout)
+    return rollout_variance(replace(rollout, values=rollout_values(critic, rollout)), normalizer)
+
+
+def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
+    """Explained variance (T, M) of a rollout by the values that were sampled with it."""
+    values = rollout.values
     returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
     return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
 
@@ -70,9 +83,12 @@ def pretrain_values(
     ppo: PPOConfig,
     *,
     seed: int,
+    bounds: ValueBounds | None = None,
     on_iteration: Callable[[int, Tensor], None] = lambda iteration, variance: None,
 ) -> PretrainResult:
     """Fit the critic to rollouts of a frozen actor until its held-out explained variance stops rising.
+
+    With `bounds` it also stops where the mean score reaches config.stop_score.
 
     Args:
         critic: trained in place; ends as the best one seen on `held_out`.
@@ -81,6 +97,7 @@ def pretrain_values(
         held_out: rollout with rewards on prompts that are not trained on.
         make_rollout: iteration -> rollout with rewards, None when it was skipped.
         seed: of the order of the minibatches.
+        bounds: floor and ceiling of the explained variance on `held_out`. None: not measured.
         on_iteration: called with the iteration and the held-out explained variance (T, M).
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -106,12 +123,14 @@ def pretrain_values(
             best = (history[-1], variance, weights, copy.deepcopy(normalizer))
         if len(history) - history.index(best[0]) > config.patience:
             break
+        if bounds is not None and float(bounds.score(variance).nanmean()) >= config.stop_score:
+            break
     if best is None:
         raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
     _, variance, weights, kept = best
     critic.load_state_dict(weights)
     normalizer.restore(kept)
-    return PretrainResult(variance, history, images)
+    return PretrainResult(variance, history, images, bounds)
 
 
 def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:

@@ -24,6 +24,8 @@ LAYERS = (
         "early_stopping",
         "trackers",
         "metrics",
+        "explained_variance",
+        "value_confidence",
         "value_pretraining",
         "checkpoint",
         "averaging",

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from linear_chain import PROMPTS as CHAIN_PROMPTS
+from linear_chain import LinearChain, linear_reward
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
-from lacfast import LatentActorCriticTrainer, PPOConfig, ValuePretrainingConfig
+from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig, SamplerConfig, ValuePretrainingConfig
 from lacfast.prompts import PromptSet
 from lacfast.trainer import SELECTION_IDS
+from lacfast.value_confidence import ValueConfidence
 from lacfast.value_pretraining import held_out_variance, rollout_values, update_statistics
 
 
@@ -46,6 +51,97 @@ def test_it_stops_when_the_critic_gets_no_better() -> None:
     for group in stalled.learner.critic_optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
     assert len(stalled.pretrain_critic().history) == 2
+
+
+def chain_trainer(**pretrain: Any) -> LatentActorCriticTrainer:
+    settings = {"iterations": 4, "held_out_samples": 64, "passes": 2.0, "completions": 3, "bound_states": 16}
+    config = tiny_config(
+        batch_size=256,
+        sampler=SamplerConfig(num_steps=4, noise_level=0.4),
+        pretrain=ValuePretrainingConfig(**(settings | pretrain)),
+        ppo=PPOConfig(clip_range=1e-3, value_learning_rate=5e-3, gae_lambda=0.9, lambda_gate=0.3),
+    )
+    return LatentActorCriticTrainer(LinearChain(), linear_reward, list(CHAIN_PROMPTS), config)
+
+
+def test_it_stops_when_the_score_is_reached_and_counts_every_image() -> None:
+    """Floor and ceiling cost 3 steps x 16 states x 3 completions beside rollouts and the held-out one."""
+    trainer = chain_trainer(stop_score=0.2)
+    result = trainer.pretrain_critic()
+    assert len(result.history) < 4
+    assert result.score is not None
+    assert result.bounds is not None
+    assert float(result.score.nanmean()) >= 0.2
+    assert (result.bounds.images, result.images) == (3 * 16 * 3, 64 + 256 * len(result.history))
+    assert trainer.images == result.images + result.bounds.images
+
+
+def test_held_out_prompts_repeat_where_the_floor_is_measured() -> None:
+    trainer = chain_trainer(held_out_samples=4, bound_states=2)
+    assert trainer.pretrain_critic().bounds is not None
+    assert trainer.last_rollout is not None
+    measured = trainer.collect(trainer.held_out.take(range(2)).cycle(4), SELECTION_IDS)
+    assert measured is not None
+    assert measured.prompts == [CHAIN_PROMPTS[row] for row in (0, 1, 0, 1)]
+
+
+def test_a_gated_run_goes_on_with_what_it_knew_of_its_critic() -> None:
+    trainer = chain_trainer()
+    trainer.pretrain_critic()
+    trainer.train(1)
+    again = ValueConfidence()
+    again.load_state_dict(trainer.confidence.state_dict())
+    gated = again.gated_lambda(0.9, 0.3, 4)
+    assert torch.equal(gated, trainer.confidence.gated_lambda(0.9, 0.3, 4))
+    assert gated.min() < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"completions": 1}, r"completions=1 must be at least 2"),
+        ({"stop_score": 0.9}, r"stop_score=0.9 needs floor and ceiling; set completions"),
+        ({"completions": 2, "bound_states": 1}, r"bound_states=1 must be at least 2"),
+    ],
+)
+def test_bounds_that_cannot_be_measured_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ValuePretrainingConfig(**settings)
+
+
+@pytest.mark.parametrize("loss", ["bce", "hl_gauss"])
+def test_other_losses_keep_raw_values_from_the_first_statistics_on(loss: str) -> None:
+    """A probability has units before there are statistics; a class is anchored by the first ones."""
+    made = LatentActorCriticTrainer(
+        tiny_backbone("dit"),
+        brightness,
+        PROMPTS,
+        tiny_config(
+            critic=CriticConfig(hidden_dim=16, head_dim=8, num_heads=2, loss=loss),
+            ppo=PPOConfig(clip_range=1e-3, target_clip=math.inf),
+        ),
+    )
+    assert made.critic is not None
+    torch.nn.init.normal_(made.critic.head.output.weight, generator=torch.Generator().manual_seed(0))
+    for brighter in (0.0, 0.2):
+        rollout = made.collect(PromptSet.create(PROMPTS), 0)
+        assert rollout is not None
+        rollout = rollout.with_rewards({"brightness": (rollout.rewards["brightness"] + brighter) / 2})
+        moved = update_statistics(made.critic, made.normalizer, rollout)
+        torch.testing.assert_close(moved.values, rollout_values(made.critic, rollout), rtol=1e-3, atol=1e-4)
+    made.train(1)
+
+
+def test_a_reward_that_bce_cannot_express_changes_nothing() -> None:
+    config = tiny_config(
+        critic=CriticConfig(hidden_dim=16, loss="bce"), ppo=PPOConfig(clip_range=1e-3, target_clip=math.inf)
+    )
+    made = LatentActorCriticTrainer(
+        tiny_backbone("dit"), {lambda images, prompts, metadata: [3.0] * len(prompts): 1.0}, PROMPTS, config
+    )
+    with pytest.raises(ValueError, match=r"loss='bce' values rewards in \[0, 1\], got 3 to 3"):
+        made.train(1)
+    assert made.normalizer.count == 0
 
 
 def test_learning_rates_fall_from_the_initial_factor_towards_their_own(

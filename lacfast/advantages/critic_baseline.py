@@ -21,7 +21,7 @@ def critic_advantages(
     weights: Tensor,
     *,
     gamma: float,
-    gae_lambda: float,
+    gae_lambda: float | Tensor,
     advantage_clip: float,
     target_clip: float,
     combination: str = "sum_normalized",
@@ -33,7 +33,8 @@ def critic_advantages(
         normalizer: already updated with this rollout's rewards; it knows what the H heads predict.
         weights: (H,) of the heads.
         gamma: discount.
-        gae_lambda: of the policy's advantages; value targets use 1, so they are the rewards themselves.
+        gae_lambda: of the policy's advantages, one or (T,) of each step's value; value targets use 1, so they
+            are the rewards themselves.
         advantage_clip: bound of the result.
         target_clip: bound of the standardised value targets.
         combination: "sum_normalized" or "sum".
@@ -49,7 +50,7 @@ def critic_advantages(
         weights.to(rewards),
         combination=combination,
         gamma=gamma,
-        gae_lambda=gae_lambda,
+        gae_lambda=gae_lambda.to(values)[steps] if isinstance(gae_lambda, Tensor) else gae_lambda,
         advantage_clip=advantage_clip,
         target_clip=target_clip,
         all_reduce=all_reduce(),

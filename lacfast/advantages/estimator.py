@@ -59,9 +59,10 @@ class AdvantageEstimator:
         """(H,) of the heads' advantages, now."""
         return self._weights if self.multipliers is None else self.multipliers.weights
 
-    def __call__(self, rollout: Rollout) -> Advantages:
+    def __call__(self, rollout: Rollout, gae_lambda: float | Tensor | None = None) -> Advantages:
         """Advantages of a rollout with rewards.
 
+        `gae_lambda` is one, or (T,) of each step's value; None: the run's.
         Takes it into the multipliers and the statistics per prompt, so it is called once for each rollout;
         the normalizer must have seen it before.
         """
@@ -74,7 +75,7 @@ class AdvantageEstimator:
                 self.normalizer,
                 self.weights,
                 gamma=self.ppo.gamma,
-                gae_lambda=self.ppo.gae_lambda,
+                gae_lambda=self.ppo.gae_lambda if gae_lambda is None else gae_lambda,
                 advantage_clip=self.ppo.advantage_clip,
                 target_clip=self.ppo.target_clip,
                 combination="sum" if config.combination == "sum" else "sum_normalized",

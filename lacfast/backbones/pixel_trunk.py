@@ -47,7 +47,7 @@ class CleanEstimate(nn.Module):
         """
         super().__init__()
         config = {} if scheduler is None else scheduler.config
-        self.num_timesteps = config.get("num_train_timesteps", FLOW_TIMESTEPS)
+        self.num_timesteps: float = config.get("num_train_timesteps", FLOW_TIMESTEPS)
         is_flow = scheduler is None or "FlowMatch" in type(scheduler).__name__
         self.prediction_type = "flow" if is_flow else config["prediction_type"]
         if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
@@ -65,7 +65,7 @@ class CleanEstimate(nn.Module):
             return sample - scales / self.num_timesteps * model_output
         if self.prediction_type == "sample":
             return model_output
-        alpha = self.alphas_cumprod[scales.long()]
+        alpha: Tensor = self.alphas_cumprod[scales.long()]
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
         if self.prediction_type == "v_prediction":
             return signal * sample - noise * model_output

@@ -43,6 +43,10 @@ class PPOConfig:
     """Discount; the horizon is fixed, so 1."""
     gae_lambda: float = 1.0
     """Lambda of the policy's advantages. [paper] 1; lower only helps once the critic explains something."""
+    lambda_gate: float = -math.inf
+    """Score of the critic's explained variance from which on gae_lambda holds at a step; below it lambda is 1
+    there, which trusts no value. The score is the explained variance itself, or its place between floor and
+    ceiling where value pretraining measured them. -inf: no gate."""
     advantage_clip: float = 10.0
     """Bound of the normalised advantages. [paper]"""
     target_clip: float = 5.0
@@ -104,6 +108,10 @@ class PPOConfig:
             f"kl_weight={self.kl_weight}",
         )
         require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
+        require(
+            math.isinf(self.lambda_gate) or self.gae_lambda < 1,
+            f"lambda_gate={self.lambda_gate} would be ignored where gae_lambda is 1; use gae_lambda < 1",
+        )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
         require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
         for name in ("num_minibatches", "num_inner_epochs"):

@@ -31,6 +31,30 @@ class ValuePretrainingConfig:
     """The critic's learning rates start at this multiple and fall linearly to 1 over the iterations."""
     patience: int = 4
     """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
+    stop_score: float = math.inf
+    """Mean score over the steps at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
+    lacfast.explained_variance. inf: patience alone."""
+    completions: int = 0
+    """Branched completions of each state that measure the ceiling, at least 2; their images count. 0: neither
+    floor nor ceiling is measured."""
+    bound_states: int = 64
+    """States per measured step."""
+    bound_steps: tuple[int, ...] | None = None
+    """Steps whose ceiling is measured, linear between them. None: all up to the last stochastic one."""
+
+    def __post_init__(self) -> None:
+        if self.bound_steps is not None:
+            # A tuple also when it comes from a JSON file.
+            object.__setattr__(self, "bound_steps", tuple(self.bound_steps))
+        require(
+            self.completions == 0 or self.completions >= 2,
+            f"completions={self.completions} must be at least 2 to be compared (0: no bounds)",
+        )
+        require(
+            self.completions > 0 or math.isinf(self.stop_score),
+            f"stop_score={self.stop_score} needs floor and ceiling; set completions, for example 4",
+        )
+        require(self.bound_states >= 2, f"bound_states={self.bound_states} must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ def normalized_advantages(
     combination: str = "sum_normalized",
     conditions: Sequence[RewardCondition] = (),
     gamma: float = 1.0,
-    gae_lambda: float = 1.0,
+    gae_lambda: float | Tensor = 1.0,
     value_lambda: float = 1.0,
     advantage_clip: float = 10.0,
     target_clip: float = 5.0,
@@ -57,7 +57,8 @@ def normalized_advantages(
         combination: "sum_normalized", "sum" or "scalarized".
         conditions: easy rewards that count as 0 where a hard one fails; at most one for each reward.
         gamma: discount per step, 0 to 1.
-        gae_lambda: of the policy's advantages, 0 to 1.
+        gae_lambda: of the policy's advantages, 0 to 1, or (T,) of each step's value (see reference.gae). One
+            per step runs the reference on every device.
         value_lambda: of the value targets, 0 to 1.
         advantage_clip: bound of the advantages, > 0.
         target_clip: bound of the targets, > 0.
@@ -72,8 +73,9 @@ def normalized_advantages(
     """
     _check(rewards, values, reward_mean, reward_std, weights, mask, combination)
     conditions_on, thresholds = _condition_lists(rewards, conditions)
-    chosen = choose("normalized_advantages", values.device.type, values.dtype)
-    if chosen == "reference":
+    if isinstance(gae_lambda, Tensor) or (
+        choose("normalized_advantages", values.device.type, values.dtype) == "reference"
+    ):
         with torch.no_grad():
             return reference.normalized_advantages(
                 rewards,

@@ -15,20 +15,27 @@ ROUNDING = 1e-12
 
 
 def gae(
-    rewards: Tensor, values: Tensor, *, gamma: float = 1.0, gae_lambda: float = 1.0, value_lambda: float = 1.0
+    rewards: Tensor,
+    values: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float | Tensor = 1.0,
+    value_lambda: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), one chain per trajectory and reward.
 
         delta_k = r_k + gamma V_{k+1} - V_k,   V_T = 0
-        A_k = delta_k + gamma lambda A_{k+1};   returns_k = A_k at value_lambda + V_k
+        A_k = delta_k + gamma lambda_{k+1} A_{k+1};   returns_k = A_k at value_lambda + V_k
 
-    Chains have a fixed length, so there are no done flags. gae_lambda = 1 gives A_k = R - V_k.
+    Chains have a fixed length, so there are no done flags. gae_lambda = 1 gives A_k = R - V_k. One lambda per
+    step is the state-dependent lambda of Sutton and Barto (2018, section 12.8): where it is 1, nothing is
+    bootstrapped from that step's value.
 
     Args:
         rewards: (B, T, M) reward after each step.
         values: (B, T, M) value before each step.
         gamma: discount, 1 in the paper: the horizon is fixed.
-        gae_lambda: of the policy's advantages.
+        gae_lambda: of the policy's advantages, one for all steps or (T,).
         value_lambda: of the value targets.
 
     Returns:
@@ -41,12 +48,18 @@ def gae(
     return advantages, returns
 
 
-def _discounted_sum(terms: Tensor, discount: float) -> Tensor:
-    """(B, T, M): s_k = terms_k + discount s_{k+1}."""
-    total = torch.zeros_like(terms[:, 0])
+def _discounted_sum(terms: Tensor, discount: float | Tensor) -> Tensor:
+    """(B, T, M): s_k = terms_k + discount_{k+1} s_{k+1}."""
+    steps = terms.shape[1]
+    discounts: Sequence[float | Tensor] = [discount] * steps
+    if isinstance(discount, Tensor):
+        discounts = discount.to(terms).unbind()
+    # What comes before a step's own term has been discounted by the later step.
+    carried = torch.zeros_like(terms[:, 0])
     sums = []
-    for term in reversed(terms.unbind(dim=1)):
-        total = term + discount * total
+    for term, own_discount in zip(reversed(terms.unbind(dim=1)), reversed(discounts), strict=True):
+        total = term + carried
+        carried = own_discount * total
         sums.append(total)
     return torch.stack(sums[::-1], dim=1)
 
@@ -62,7 +75,7 @@ def normalized_advantages(
     combination: str = "sum_normalized",
     conditions: Sequence[RewardCondition] = (),
     gamma: float = 1.0,
-    gae_lambda: float = 1.0,
+    gae_lambda: float | Tensor = 1.0,
     value_lambda: float = 1.0,
     advantage_clip: float = 10.0,
     target_clip: float = 5.0,
