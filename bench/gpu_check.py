@@ -111,9 +111,10 @@ def left_in(path: Path) -> dict[str, Any]:
 def tests(setting: Setting) -> Part:
     """GPU tests, then the kernels among them under compute-sanitizer where it is installed."""
     if setting.device == "cpu":
-        return Part("skipped", "the tests of tests/test_gpu.py need a CUDA device")
+        return Part("skipped", "the tests of tests/test_gpu*.py need a CUDA device")
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+    command += ["tests/test_gpu.py", "tests/test_gpu_graph.py"]
     code, output = run(command, setting.seconds)
     summary = test_counts(output)
     part = judged(code, output, setting.seconds, summary, {"pytest": summary})
