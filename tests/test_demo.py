@@ -11,9 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lacfast import load_backbone
+from lacfast import load_backbone, presets
 from lacfast.demo import DemoScale, run_demo
 from lacfast.report.page import read_metrics
+from lacfast.steering_run import saved_model, trained_sampler
 from lacfast.terminal import PhaseLog, done_fraction, show_summary
 
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)
@@ -62,10 +63,16 @@ def test_summary_holds_what_the_readme_promises(run: tuple[Path, dict[str, Any],
 def test_all_files_are_there(run: tuple[Path, dict[str, Any], str]) -> None:
     out, _, _ = run
     assert {path.name for path in out.iterdir()} == {
-        "summary.json", "metrics.jsonl", "images", "report.html", "pretrained", "trained",
+        "summary.json", "metrics.jsonl", "run.json", "images", "report.html", "pretrained", "trained",
     }  # fmt: skip
     assert len(list((out / "images").glob("*.png"))) == 5
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 6
+
+
+def test_steering_finds_the_demos_model_and_its_sampler(run: tuple[Path, dict[str, Any], str]) -> None:
+    model = saved_model(str(run[0]))
+    assert load_backbone(model).critic is not None
+    assert trained_sampler(model) == presets.shapes("dit").sampler
 
 
 def test_metrics_start_at_ratio_one(run: tuple[Path, dict[str, Any], str]) -> None:
