@@ -163,7 +163,7 @@ def _rewards_agree(train: Sequence[Record]) -> Iterator[Finding]:
 
 def _groups_differ(train: Sequence[Record]) -> Iterator[Finding]:
     last = recent(train)
-    share = average(last, "zero_std_groups")
+    share = average(last, "zero_std_groups") / average(last, "groups")
     if share > USELESS_GROUPS:
         yield Finding(
             "Most groups teach nothing",

@@ -81,6 +81,9 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
     metrics["value_std"] = values.std(dim=1).mean(dim=-1)
     variance = reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
     metrics["explained_variance"] = variance.mean(dim=-1)
+    metrics["value_slope"] = _slope(returns, values).mean(dim=-1)
+    raw_errors = (returns - values) * normalizer.std.to(values)
+    metrics["value_loss_raw"] = float(raw_errors.square().mean())
     if heads > 1:
         names = list(rollout.rewards) if normalizer.heads is None else normalizer.heads.names
         losses = (values - advantages.targets).square().mean(dim=(0, 1))
@@ -89,6 +92,12 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
             metrics[f"explained_variance/{name}"] = variance[:, head]
             metrics[f"advantage_std/{name}"] = advantages.raw[..., head].std(dim=1)
     return metrics
+
+
+def _slope(returns: Tensor, values: Tensor) -> Tensor:
+    """Regression slope (K, M) of returns (K, B, M) on values: 1 is calibrated, below 1 overconfident."""
+    centred = values - values.mean(dim=1, keepdim=True)
+    return (centred * returns).sum(dim=1) / centred.square().sum(dim=1).clamp(min=1e-12)
 
 
 def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:

@@ -355,7 +355,9 @@ class LatentActorCriticTrainer:
             "evaluate",
             iteration=self.iteration,
             explained_variance=evaluation.explained_variance.mean(dim=-1),
+            diversity=evaluation.diversity(),
             **evaluation.means(),
+            **{f"standard_error/{name}": error for name, error in evaluation.standard_errors().items()},
         )
         return evaluation
 

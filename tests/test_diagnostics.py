@@ -73,7 +73,7 @@ def test_a_run_that_has_not_begun_shows_nothing() -> None:
         ({"clip_fraction_high": [0.7] * STEPS}, "Most pairs are clipped"),
         ({"advantage_correlation": [[1.0, -0.6], [-0.6, 1.0]]}, "Two rewards fight"),
         ({"advantage_std/size": [0.01] * STEPS}, "One reward dominates"),
-        ({"zero_std_groups": 0.8}, "Most groups teach nothing"),
+        ({"zero_std_groups": 20, "groups": 24}, "Most groups teach nothing"),
     ],
 )
 def test_a_signature_in_the_training_is_seen(changes: dict[str, Any], title: str) -> None:
@@ -100,7 +100,7 @@ def test_a_policy_that_draws_one_picture_has_collapsed() -> None:
 
 
 def test_every_finding_says_what_to_do() -> None:
-    for finding in findings(run(first_max_abs_log_ratio=1.0, zero_std_groups=1.0)):
+    for finding in findings(run(first_max_abs_log_ratio=1.0, zero_std_groups=24, groups=24)):
         assert len(finding.remedy) > 20
         assert not finding.remedy.endswith(".")
 

@@ -1,0 +1,35 @@
+"""What a rollout's metrics say about the critic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacfast.advantages import Advantages, RewardNormalizer
+from lacfast.metrics import rollout_metrics
+from tests.tiny_rollouts import made_rollout
+
+REWARDS = torch.tensor([3.0, 5.0, 1.0, 7.0])
+
+
+def metrics_of(scale: float) -> dict[str, object]:
+    """Of values that are `scale` times the standardised rewards, at all of three trained steps."""
+    normalizer = RewardNormalizer.create(1)
+    normalizer.update(REWARDS[:, None])
+    values = scale * normalizer.standardize(REWARDS[:, None]).float().expand(4, -1, -1)
+    steps = torch.arange(3)
+    raw = torch.zeros(3, 4, 1)
+    advantages = Advantages(steps, raw[..., 0], values[0], raw)
+    return rollout_metrics(made_rollout(values, {"score": REWARDS}), advantages, normalizer)
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_the_slope_tells_overconfident_values_from_timid_ones(scale: float) -> None:
+    slope = metrics_of(scale)["value_slope"]
+    assert isinstance(slope, torch.Tensor)
+    torch.testing.assert_close(slope, torch.full((3,), 1 / scale))
+
+
+def test_the_raw_value_loss_is_in_the_rewards_units() -> None:
+    # Half of the deviation is missed: a quarter of the variance, which is 5 here.
+    assert metrics_of(0.5)["value_loss_raw"] == pytest.approx(5 / 4)
