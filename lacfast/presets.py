@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lacfast.baseline_presets import BASELINE_RUNS
 from lacfast.config import (
     CriticConfig,
     LoRAConfig,
@@ -162,5 +163,6 @@ RUNS = {
     "sd35m-geneval": sd35m_geneval,
     "sd35m-ocr": sd35m_ocr,
     "flux-pickscore": flux_pickscore,
+    **BASELINE_RUNS,
 }
 """What `lacfast train` knows by name."""

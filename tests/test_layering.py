@@ -37,6 +37,7 @@ LAYERS = (
     ("backbones", "rewards", "compat", "tasks"),
     (
         "presets",
+        "baseline_presets",
         "run",
         "steering_run",
         "pictures",

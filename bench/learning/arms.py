@@ -6,9 +6,13 @@ from dataclasses import replace
 
 from lacfast import presets
 from lacfast.config import AdvantageConfig, TrainConfig
+from lacfast.tasks.codec import CHANNELS
+from lacfast.tasks.models import LATENT_SIZE
 
 GROUP_SIZE = 8
 """Images per prompt of group-relative methods; the rollout's size stays, so it has fewer prompts."""
+MEAN_STD = 0.47
+"""Of the trained steps of the tiny models' sampler."""
 
 
 def latent_critic(backbone: str) -> TrainConfig:
@@ -44,3 +48,60 @@ def group_relative(backbone: str, estimator: str) -> TrainConfig:
 def running_prompt_statistics(backbone: str) -> TrainConfig:
     """DDPO: every reward against the last ones of its prompt."""
     return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="ddpo"))
+
+
+def batch_mean(backbone: str) -> TrainConfig:
+    """REINFORCE: every reward against the rollout."""
+    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="batch_mean"))
+
+
+def group_std(backbone: str) -> TrainConfig:
+    """GRPO with the group's own deviation, as DanceGRPO has it."""
+    return replace(
+        group_relative(backbone, "grpo"), advantages=AdvantageConfig(estimator="grpo", group_std="group")
+    )
+
+
+def kl_mask(backbone: str) -> TrainConfig:
+    """Flow-DPPO: GRPO with a KL mask for the clip.
+
+    The threshold is the KL at which a move along one's own noise reaches the other arms' clip, N clip^2 / 2.
+    """
+    config = group_relative(backbone, "grpo")
+    threshold = CHANNELS * LATENT_SIZE**2 * _clip(config) ** 2 / 2
+    return replace(config, ppo=replace(config.ppo, clip_range=None, kl_threshold=threshold))
+
+
+def ratio_norm(backbone: str) -> TrainConfig:
+    """GRPO-Guard: GRPO with its ratio, which lacks a factor 1 / std and weighs the steps alike by itself."""
+    config = group_relative(backbone, "grpo")
+    clip = MEAN_STD * _clip(config)
+    return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip_range=clip, balance_steps=False))
+
+
+def combined(
+    backbone: str, *, hard: str, easy: str, threshold: float, floor: float
+) -> dict[str, TrainConfig]:
+    """The five rules for two rewards, by name.
+
+    Args:
+        backbone: "dit" or "unet".
+        hard: name of the reward that must not suffer.
+        easy: name of the reward that is easily raised.
+        threshold: raw value of `hard` from which on `easy` counts, for "conditional".
+        floor: raw mean that `hard` must keep, for "constrained".
+    """
+    rules = (
+        AdvantageConfig(),
+        AdvantageConfig(combination="sum"),
+        AdvantageConfig(combination="scalarized"),
+        AdvantageConfig(combination="conditional", conditions=((easy, hard, threshold),)),
+        AdvantageConfig(combination="constrained", floors=((hard, floor),)),
+    )
+    return {rule.combination: replace(latent_critic(backbone), advantages=rule) for rule in rules}
+
+
+def _clip(config: TrainConfig) -> float:
+    clip = config.ppo.clip_range
+    assert isinstance(clip, float), "the preset has one clip for both sides"
+    return clip

@@ -1,0 +1,80 @@
+"""The benchmark's arms differ in what they claim to differ in, and in nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from bench.learning import arms
+from lacfast.backbones import adapt_pretrained
+from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
+from lacfast.presets import RUNS, shapes
+from lacfast.schedule import flow_sde, uniform_sigmas
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import pretrain
+
+BACKBONES: tuple[BackboneName, ...] = ("dit", "unet")
+
+
+def without_critic(backbone: BackboneName) -> dict[str, TrainConfig]:
+    return {
+        "grpo": arms.group_relative(backbone, "grpo"),
+        "leave_one_out": arms.group_relative(backbone, "leave_one_out"),
+        "group_std": arms.group_std(backbone),
+        "ddpo": arms.running_prompt_statistics(backbone),
+        "batch_mean": arms.batch_mean(backbone),
+    }
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
+    backbone: BackboneName,
+) -> None:
+    critic = shapes(backbone)
+    for name, arm in without_critic(backbone).items():
+        assert arm.critic == CriticConfig(trunk="none"), name
+        same = replace(arm, advantages=AdvantageConfig(), critic=critic.critic, samples_per_prompt=1)
+        assert same == critic, name
+
+
+def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
+    grpo, mask, norm = arms.group_relative("dit", "grpo"), arms.kl_mask("dit"), arms.ratio_norm("dit")
+    assert mask.ppo.clip_range is None
+    # 16 channels of 8 x 8, clip 1e-3.
+    assert mask.ppo.kl_threshold == pytest.approx(1024 * 1e-6 / 2)
+    assert norm.ppo.ratio == "ratio_norm"
+    for arm in (mask, norm):
+        assert replace(arm, ppo=grpo.ppo) == grpo
+
+
+def test_the_clip_of_ratio_norm_is_in_the_sampler_s_own_std() -> None:
+    sampler = shapes("dit").sampler
+    assert sampler.window is not None
+    table = flow_sde(uniform_sigmas(sampler.num_steps), sampler.noise_level, window=sampler.window)
+    mean = table.std[table.trainable_steps].mean()
+    assert float(mean) == pytest.approx(arms.MEAN_STD, abs=0.005)
+
+
+def test_the_kl_mask_counts_the_elements_of_the_tiny_models() -> None:
+    backbone = adapt_pretrained(pretrain("dit", seed=0, steps=1))
+    channels, height, width = backbone.latent_shape
+    assert channels * height * width == 1024
+
+
+def test_the_rules_for_two_rewards_are_all_there() -> None:
+    made = arms.combined("dit", hard="shapes", easy="shapes_height", threshold=0.5, floor=0.6)
+    assert list(made) == ["sum_normalized", "sum", "scalarized", "conditional", "constrained"]
+    for name, config in made.items():
+        assert config.advantages.combination == name
+        assert replace(config, advantages=AdvantageConfig()) == shapes("dit")
+
+
+def test_published_baselines_are_presets() -> None:
+    names = ("flow-grpo-geneval", "dance-grpo-hpsv2", "ddpo-compressibility")
+    flow, dance, ddpo = (RUNS[name]().train for name in names)
+    assert (flow.batch_size, flow.samples_per_prompt, flow.ppo.kl_weight) == (1152, 24, 0.04)
+    assert (dance.batch_size, dance.samples_per_prompt, dance.advantages.group_std) == (192, 12, "group")
+    assert (ddpo.batch_size, ddpo.advantages.estimator) == (256, "ddpo")
+    assert ddpo.sampler.stochastic_window == (0, 50)
+    assert {flow.critic.trunk, dance.critic.trunk, ddpo.critic.trunk} == {"none"}
