@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,32 +14,38 @@ from lacfast.advantages import Advantages
 from lacfast.averaging import WeightAverage
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic
+from lacfast.graph import GraphRunner
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
 from lacfast.minibatch import Pairs, all_pairs, all_states, minibatches, policy_batch
 from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
-from lacfast.update import (
-    PolicyTotals,
-    StepTables,
-    critic_step,
-    policy_gradient,
-    policy_step,
-    probe_critic,
-    reference_outputs,
-    step_tables,
-)
+from lacfast.update import critic_step, policy_gradient, policy_step, probe_critic, reference_outputs
+from lacfast.update_runner import EAGER, GraphedUpdate, UpdateRunner
+from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables, step_tables
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """What lives on the device as long as the transition table stays the same."""
+
+    table: TransitionTable
+    tables: StepTables
+    policy: PolicyTotals
+    critic: CriticTotals
+    runner: UpdateRunner
 
 
 class Learner:
     """PPO on the actor and regression on the critic, over one rollout at a time."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig) -> None:
+    def __init__(self, backbone: Backbone, config: TrainConfig, graphs: GraphRunner | None = None) -> None:
         """
         Args:
             backbone: its model and its critic are trained in place.
             config: of the run.
+            graphs: captures the steps. None: they run eagerly.
         """
         self.backbone = backbone
         self.config = config
@@ -54,7 +60,8 @@ class Learner:
         target = config.ppo.kl_target
         self.adaptive_kl = None if target is None else AdaptiveKL(config.ppo.kl_weight, target)
         self.failed = torch.zeros((), device=parameters[0].device)
-        self._tables: tuple[TransitionTable, StepTables] | None = None
+        self._graphs = graphs if graphs is not None and graphs.captures else None
+        self._workspace: _Workspace | None = None
         if config.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
 
@@ -64,6 +71,7 @@ class Learner:
 
     def reset_critic_optimizer(self) -> None:
         """Forget the critic's moments and rates: joint training starts as if none had been."""
+        self._release()
         self.critic_optimizer = critic_optimizer(self.critic, self.config.ppo)
 
     def learn(self, rollout: Rollout, advantages: Advantages, iteration: int) -> dict[str, Any]:
@@ -76,9 +84,9 @@ class Learner:
                 nor a later one has changed anything.
         """
         records = UpdateRecords()
-        tables = self._step_tables(rollout)
-        self._find_microbatches(rollout, advantages, tables)
-        references = self._reference_outputs(rollout, advantages, tables)
+        workspace = self._workspace_for(rollout)
+        self._find_microbatches(rollout, advantages, workspace.tables)
+        references = self._reference_outputs(rollout, advantages, workspace.tables)
         self.failed.zero_()
         is_stopped = False
         try:
@@ -87,9 +95,9 @@ class Learner:
                 generator = torch.Generator().manual_seed(seed)
                 if not is_stopped:
                     is_stopped = self._update_policy(
-                        rollout, advantages, tables, references, generator, records
+                        rollout, advantages, workspace, references, generator, records
                     )
-                self._update_critic(rollout, advantages, tables, generator, records)
+                self._update_critic(rollout, advantages, workspace, generator, records)
             steps = records.read(advantages.steps)
         except FloatingPointError:
             take_back(self.policy_schedule, records.policy_steps - len(records.policy))
@@ -106,7 +114,7 @@ class Learner:
         self,
         rollout: Rollout,
         advantages: Advantages,
-        tables: StepTables,
+        workspace: _Workspace,
         references: Tensor | None,
         generator: torch.Generator,
         records: UpdateRecords,
@@ -130,10 +138,13 @@ class Learner:
                     minibatch,
                     ppo,
                     self.config.sampler.guidance_scale,
-                    tables=tables,
+                    tables=workspace.tables,
+                    totals=workspace.policy,
                     failed=self.failed,
                     microbatch_size=size,
                     reference_outputs=references,
+                    # A graph would freeze a weight that adapts.
+                    runner=workspace.runner if self.adaptive_kl is None else EAGER,
                 )
 
             numbers = self.policy_microbatch.run(step, len(minibatch))
@@ -147,7 +158,7 @@ class Learner:
         self,
         rollout: Rollout,
         advantages: Advantages,
-        tables: StepTables,
+        workspace: _Workspace,
         generator: torch.Generator,
         records: UpdateRecords,
     ) -> None:
@@ -164,20 +175,51 @@ class Learner:
                     advantages.targets,
                     minibatch,
                     self.config.ppo,
-                    tables=tables,
+                    tables=workspace.tables,
+                    totals=workspace.critic,
                     failed=self.failed,
                     microbatch_size=size,
                     old_values=rollout.values,
+                    runner=workspace.runner,
                 )
 
             numbers = self.critic_microbatch.run(step, len(minibatch))
             records.add("critic", numbers, len(minibatch))
 
-    def _step_tables(self, rollout: Rollout) -> StepTables:
+    def _workspace_for(self, rollout: Rollout) -> _Workspace:
         """Made once per transition table: a copy of host numbers waits for the device."""
-        if self._tables is None or self._tables[0] is not rollout.table:
-            self._tables = rollout.table, step_tables(rollout.table, self.config.ppo, rollout.latents)
-        return self._tables[1]
+        if self._workspace is not None and self._workspace.table is rollout.table:
+            if isinstance(self._workspace.runner, GraphedUpdate):
+                self._workspace.runner.check_addresses()
+            return self._workspace
+        self._release()
+        tables = step_tables(rollout.table, self.config.ppo, rollout.latents)
+        policy, critic = PolicyTotals.create(tables), CriticTotals.create(tables)
+        runner = EAGER
+        if self._graphs is not None:
+            sums = [*policy.tensors, *critic.tensors, self.failed]
+            runner = GraphedUpdate(self._graphs, self._parameters, sums, self.backbone.forward_signature)
+        self._workspace = _Workspace(rollout.table, tables, policy, critic, runner)
+        return self._workspace
+
+    def _release(self) -> None:
+        """Free captured graphs: what they read is about to be replaced."""
+        if self._workspace is not None and isinstance(self._workspace.runner, GraphedUpdate):
+            self._workspace.runner.release()
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """All weights and buffers that an update reads, by a name for messages."""
+        modules = {"model": self.backbone.model}
+        if self.critic is not None:
+            modules["critic"] = self.critic
+        if self.reference is not None:
+            modules["reference"] = self.reference.model
+        return {
+            f"{owner}.{name}": tensor
+            for owner, module in modules.items()
+            for tensors in (module.named_parameters(), module.named_buffers())
+            for name, tensor in tensors
+        }
 
     def _find_microbatches(self, rollout: Rollout, advantages: Advantages, tables: StepTables) -> None:
         """At the first rollout, when it, the weights and nothing else of size is in memory."""
@@ -194,7 +236,7 @@ class Learner:
             guidance_scale = self.config.sampler.guidance_scale
             policy_gradient(
                 *(self.backbone, self.reference, batch, tables, self.config.ppo, guidance_scale),
-                PolicyTotals.zeros(tables),
+                PolicyTotals.create(tables),
             )
             self.policy_optimizer.zero_grad(set_to_none=True)
 
@@ -236,6 +278,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`; the weights are loaded before."""
+        # torch makes new moments, not at the addresses of the old.
+        self._release()
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         if self.adaptive_kl is not None and state["kl_weight"] is not None:

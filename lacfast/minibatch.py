@@ -36,9 +36,10 @@ class Pairs:
         for start in range(0, len(self), size):
             yield self.select(slice(start, start + size))
 
-    def split_evenly(self, limit: int) -> Iterator[Pairs]:
-        """The fewest parts of at most `limit` pairs, of the same size but for the last."""
-        return self.split(even_size(len(self), limit))
+    def padded(self, size: int) -> tuple[Pairs, Tensor]:
+        """`size` pairs, of which those beyond these repeat the last, and the mask (size,) of these."""
+        index = torch.arange(size, device=self.rows.device)
+        return self.select(index.clamp(max=len(self) - 1)), index < len(self)
 
     def shuffled(self, generator: torch.Generator) -> Pairs:
         """In an order that depends on the generator alone, which lives on the host."""

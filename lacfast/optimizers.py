@@ -54,6 +54,15 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def make_capturable(optimizer: Optimizer) -> None:
+    """Let a graph hold the optimizer's step: rates become tensors, which a schedule fills in place."""
+    for group in optimizer.param_groups:
+        rate, device = group["lr"], group["params"][0].device
+        if not isinstance(rate, Tensor):
+            group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
+        group["capturable"] = device.type == "cuda"
+
+
 def missing_moments(optimizer: Optimizer) -> int:
     """Bytes that the optimizer's first step will allocate."""
     missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
@@ -61,8 +70,8 @@ def missing_moments(optimizer: Optimizer) -> int:
 
 
 @torch.no_grad()
-def guarded_step(optimizer: Optimizer, failed: Tensor, *, max_grad_norm: float) -> Tensor:
-    """Clip the gradients and step, unless a gradient is or was not finite; returns their norm ().
+def guarded_step(optimizer: Optimizer, failed: Tensor, norm: Tensor, *, max_grad_norm: float) -> None:
+    """Clip the gradients and step, unless a gradient is or was not finite.
 
     The host does not wait: fused optimizers read `failed` on the device and leave weights and moments alone
     where it is 1. `require_finite` tells the host later.
@@ -70,14 +79,14 @@ def guarded_step(optimizer: Optimizer, failed: Tensor, *, max_grad_norm: float) 
     Args:
         optimizer: fused.
         failed: () float32 on the device, 0; set to 1 by a norm that is not finite, and then it stays so.
-        max_grad_norm: of all gradients together.
+        norm: () filled with the norm of all gradients together, before they are clipped.
+        max_grad_norm: their bound.
     """
-    norm = nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm)
+    norm.copy_(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm))
     torch.maximum(failed, (~torch.isfinite(norm)).to(failed.dtype), out=failed)
     with span("optimizer"):
         optimizer.found_inf = failed  # type: ignore[attr-defined]
         optimizer.step()
-    return norm
 
 
 def require_finite(what: str, norm: float) -> None:

@@ -91,7 +91,7 @@ class LatentActorCriticTrainer:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
-        self.learner = Learner(backbone, self.config)
+        self.learner = Learner(backbone, self.config, self.graphs)
         self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
         self.iteration = 0

@@ -5,8 +5,6 @@ Nothing here waits for the device: what a step did is a record on the device, wh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,79 +23,13 @@ from lacfast.minibatch import (
     policy_batch,
     states_of,
 )
-from lacfast.ops.checks import arithmetic_dtype
 from lacfast.optimizers import guarded_step
 from lacfast.profiling import each
 from lacfast.protocols import Backbone, Features
-from lacfast.records import Conditioning, PPOStats, Rollout, TransitionTable
+from lacfast.records import Conditioning, Rollout
 from lacfast.sampler import policy_output
-from lacfast.schedule import kl_gains
-
-
-@dataclass(frozen=True)
-class StepTables:
-    """What the update reads of a transition table, on the device."""
-
-    coefficients: Tensor
-    """(T, 3)"""
-    timesteps: Tensor
-    """(T,)"""
-    weights: Tensor
-    """(T,) of the steps in the policy's loss."""
-    kl_gains: Tensor
-    """(T,) of the squared difference to the reference."""
-
-    @property
-    def one(self) -> Tensor:
-        """() the share of a minibatch that all of it is."""
-        return torch.ones_like(self.coefficients[0, 0])
-
-
-def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
-    """The tables for latents `like`, in the dtype of their maths."""
-    dtype = arithmetic_dtype(like)
-    return StepTables(
-        coefficients=table.coefficients(like.device, dtype),
-        timesteps=table.timesteps.to(like.device),
-        weights=step_weights(table, balanced=config.balance_steps).to(like.device, dtype),
-        kl_gains=kl_gains(table, config.kl, device=like.device, dtype=dtype),
-    )
-
-
-def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
-    """(T,) weight of each step in the policy loss, 1 on average over the trained ones; see balance_steps."""
-    if not balanced:
-        return torch.ones_like(table.std)
-    weights = table.std / table.b.abs()
-    return weights / weights[table.trainable_steps].mean()
-
-
-@dataclass(frozen=True)
-class PolicyTotals:
-    """Sums over the microbatches of one optimizer step of the policy, on the device."""
-
-    loss: Tensor
-    """()"""
-    max_abs_log_ratio: Tensor
-    """()"""
-    step_sums: Tensor
-    """(T, 6) as PPOStats.step_sums."""
-
-    @staticmethod
-    def zeros(tables: StepTables) -> PolicyTotals:
-        like = tables.coefficients
-        return PolicyTotals(like.new_zeros(()), like.new_zeros(()), like.new_zeros((len(like), 6)))
-
-    @torch.no_grad()
-    def add(self, loss: Tensor, stats: PPOStats) -> None:
-        self.loss.add_(loss)
-        torch.maximum(self.max_abs_log_ratio, stats.log_ratio.abs().amax(), out=self.max_abs_log_ratio)
-        self.step_sums.add_(stats.step_sums)
-
-    def record(self, norm: Tensor) -> Tensor:
-        """(3 + 6 T,) float64: loss, gradient norm, max |log_ratio|, step_sums; see metrics.PolicyRecord."""
-        numbers = torch.stack([part.double() for part in (self.loss, norm, self.max_abs_log_ratio)])
-        return torch.cat([numbers, self.step_sums.double().flatten()])
+from lacfast.update_runner import EAGER, UpdateRunner
+from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables
 
 
 def policy_step(
@@ -111,9 +43,11 @@ def policy_step(
     guidance_scale: float,
     *,
     tables: StepTables,
+    totals: PolicyTotals,
     failed: Tensor,
     microbatch_size: int,
     reference_outputs: Tensor | None = None,
+    runner: UpdateRunner = EAGER,
 ) -> Tensor:
     """One optimizer step of the actor on a minibatch; returns its record, see PolicyTotals.
 
@@ -127,24 +61,37 @@ def policy_step(
         config: loss and clipping.
         guidance_scale: that the rollout was made with.
         tables: of the rollout's transition table.
+        totals: memory for the step's sums.
         failed: see guarded_step.
-        microbatch_size: pairs at a time.
+        microbatch_size: pairs at a time, at most.
         reference_outputs: (K, B, ...) at the trained steps, see `reference_outputs`. None: they are computed
             with each microbatch.
+        runner: of the step's parts.
     """
-    optimizer.zero_grad(set_to_none=True)
-    totals = PolicyTotals.zeros(tables)
-    for part in each("update/microbatch", pairs.split_evenly(microbatch_size)):
+
+    def gradient(batch: PolicyBatch) -> None:
+        policy_gradient(backbone, reference, batch, tables, config, guidance_scale, totals)
+
+    def optimize() -> None:
+        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
+
+    optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
+    totals.zero_()
+    size = runner.size("policy", len(pairs), microbatch_size)
+    for part in each("update/microbatch", pairs.split(size)):
+        shaped, mask = runner.shaped(part, size)
         batch = policy_batch(
             rollout,
             advantages,
             tables.timesteps,
-            part,
+            shaped,
             share=_share(part, pairs, tables),
+            mask=mask,
             reference_outputs=reference_outputs,
         )
-        policy_gradient(backbone, reference, batch, tables, config, guidance_scale, totals)
-    return totals.record(guarded_step(optimizer, failed, max_grad_norm=config.max_grad_norm))
+        runner.gradient("policy", gradient, batch)
+    runner.optimize("policy", optimize, optimizer)
+    return totals.record()
 
 
 def _share(part: Pairs, pairs: Pairs, tables: StepTables) -> Tensor:
@@ -262,12 +209,12 @@ def critic_outputs(critic: Critic, states: States, features: Features) -> Tensor
     return critic.outputs(features, states.sample, states.timestep, states.conditioning)
 
 
-def critic_gradient(critic: Critic, batch: CriticBatch, total: Tensor) -> None:
-    """Forward and backward of one microbatch: adds to the critic's gradients and to the loss `total` ()."""
+def critic_gradient(critic: Critic, batch: CriticBatch, totals: CriticTotals) -> None:
+    """Forward and backward of one microbatch: adds to the critic's gradients and to `totals`."""
     outputs = critic_outputs(critic, batch.states, batch.features)
     loss = critic.loss(outputs, batch.targets, batch.old_values, batch.mask) * batch.share
     loss.backward()  # type: ignore[no-untyped-call]
-    total.add_(loss.detach())
+    totals.loss.add_(loss.detach())
 
 
 def critic_step(
@@ -279,30 +226,42 @@ def critic_step(
     config: PPOConfig,
     *,
     tables: StepTables,
+    totals: CriticTotals,
     failed: Tensor,
     microbatch_size: int,
     old_values: Tensor | None = None,
+    runner: UpdateRunner = EAGER,
 ) -> Tensor:
     """One critic optimizer step towards standardised targets (B, M); returns loss and gradient norm (2,).
 
     `old_values` (T, B, M) are those of the rollout in today's units, for CriticConfig.value_clip; the other
     arguments are policy_step's.
     """
-    optimizer.zero_grad(set_to_none=True)
-    total = tables.coefficients.new_zeros(())
-    for part in each("update/microbatch", pairs.split_evenly(microbatch_size)):
+
+    def gradient(batch: CriticBatch) -> None:
+        critic_gradient(critic, batch, totals)
+
+    def optimize() -> None:
+        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
+
+    optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
+    totals.zero_()
+    size = runner.size("critic", len(pairs), microbatch_size)
+    for part in each("update/microbatch", pairs.split(size)):
+        shaped, mask = runner.shaped(part, size)
         batch = critic_batch(
             rollout,
-            kept_features(rollout, part),
+            kept_features(rollout, shaped),
             targets,
             tables.timesteps,
-            part,
+            shaped,
             share=_share(part, pairs, tables),
+            mask=mask,
             old_values=old_values,
         )
-        critic_gradient(critic, batch, total)
-    norm = guarded_step(optimizer, failed, max_grad_norm=config.max_grad_norm)
-    return torch.stack([total.double(), norm.double()])
+        runner.gradient("critic", gradient, batch)
+    runner.optimize("critic", optimize, optimizer)
+    return totals.record()
 
 
 def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: StepTables, count: int) -> None:
@@ -311,5 +270,5 @@ def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: Step
     batch = critic_batch(
         *(rollout, kept_features(rollout, states), targets, tables.timesteps, states), share=tables.one
     )
-    critic_gradient(critic, batch, torch.zeros_like(tables.one))
+    critic_gradient(critic, batch, CriticTotals.create(tables))
     critic.zero_grad(set_to_none=True)

@@ -19,10 +19,11 @@ from lacfast.critic import Critic
 from lacfast.explained_variance import ValueBounds
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
-from lacfast.minibatch import all_states
+from lacfast.minibatch import Pairs, all_states
 from lacfast.optimizers import missing_moments
 from lacfast.records import Rollout
-from lacfast.update import critic_step, probe_critic, step_tables
+from lacfast.update import critic_step, probe_critic
+from lacfast.update_totals import CriticTotals, step_tables
 
 
 @dataclass(frozen=True)
@@ -176,27 +177,29 @@ def _learn_from(
     kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
     tables = step_tables(rollouts[0].table, ppo, rollouts[0].latents)
     microbatch = MicrobatchSize(ppo.microbatch_size)
+    totals = CriticTotals.create(tables)
     failed = torch.zeros((), device=rollouts[0].latents.device)
     records = UpdateRecords()
     for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
         rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
         targets = value_targets(rollout, normalizer, ppo.target_clip)
         states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
-        microbatch.find(
-            lambda count, rollout=rollout, targets=targets: probe_critic(
-                critic, rollout, targets, tables, count
-            ),
-            rollout.latents.device,
-            reserved=missing_moments(optimizer),
-        )
-        numbers = microbatch.run(
-            lambda size, rollout=rollout, targets=targets, states=states: critic_step(
+
+        def probe(count: int, rollout: Rollout = rollout, targets: Tensor = targets) -> None:
+            probe_critic(critic, rollout, targets, tables, count)
+
+        def step(
+            size: int, rollout: Rollout = rollout, targets: Tensor = targets, states: Pairs = states
+        ) -> Tensor:
+            return critic_step(
                 *(critic, optimizer, rollout, targets, states, ppo),
                 tables=tables,
+                totals=totals,
                 failed=failed,
                 microbatch_size=size,
-            ),
-            len(states),
-        )
+            )
+
+        microbatch.find(probe, rollout.latents.device, reserved=missing_moments(optimizer))
+        numbers = microbatch.run(step, len(states))
         records.add("critic", numbers, len(states))
     records.read()

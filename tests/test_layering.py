@@ -17,7 +17,7 @@ LAYERS = (
     ("ops",),
     ("protocols", "prompts", "scoring", "value_loss", "critic"),
     ("sampler", "rollout_sampler", "advantages", "optimizers", "microbatch"),
-    ("minibatch",),
+    ("minibatch", "update_totals", "update_runner"),
     (
         "update",
         "adaptive_kl",

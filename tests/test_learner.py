@@ -231,6 +231,7 @@ def first_step_alone(trainer: LatentActorCriticTrainer, rollout: Rollout, advant
         )
     )
     learner = trainer.learner
+    workspace = learner._workspace_for(rollout)
     policy_step(
         trainer.backbone,
         None,
@@ -240,7 +241,8 @@ def first_step_alone(trainer: LatentActorCriticTrainer, rollout: Rollout, advant
         minibatch,
         trainer.config.ppo,
         1.0,
-        tables=learner._step_tables(rollout),
+        tables=workspace.tables,
+        totals=workspace.policy,
         failed=learner.failed,
         microbatch_size=8,
     )

@@ -8,7 +8,7 @@ import torch
 from lacfast import ops
 from lacfast.minibatch import all_pairs, minibatches
 from lacfast.schedule import flow_sde, uniform_sigmas
-from lacfast.update import step_weights
+from lacfast.update_totals import step_weights
 
 
 def drawn(fraction: float, count: int = 3) -> list[tuple[int, int]]:

@@ -97,7 +97,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
     graph: GraphConfig = field(default_factory=GraphConfig)
-    """Capture of the denoising step, see lacfast.graph."""
+    """Capture of the steps of sampling and update, see lacfast.graph."""
     gradient_checkpointing: bool = False
     """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
     compile: bool = False

@@ -1,0 +1,106 @@
+"""An update on graphs is the eager one, whatever moves between its steps."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from torch import Tensor
+
+from lacfast import LatentActorCriticTrainer
+from lacfast.config import CriticConfig, GraphConfig, PPOConfig, SamplerConfig
+from lacfast.graph import GraphRunner
+from lacfast.learner import Learner
+
+# Minibatches of 12, 12 and 8 states, and of 8 pairs each: tails are padded. The rate changes at every step.
+PPO = PPOConfig(
+    clip_range=1e-3, num_minibatches=3, microbatch_size=5, warmup_steps=8, adam_eps=1e-4, kl_weight=0.1
+)
+GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
+
+
+def trainer_for(graphs: GraphRunner, ppo: PPOConfig = PPO, **changes: Any) -> LatentActorCriticTrainer:
+    """A trainer whose update, and nothing else, runs on `graphs`."""
+    config = tiny_config(ppo=ppo, sampler=GUIDED, **changes)
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
+    trainer.learner = Learner(trainer.backbone, config, graphs)
+    return trainer
+
+
+def fake_graphs() -> GraphRunner:
+    return GraphRunner(GraphConfig(mode="fake", strict=True, warmup_steps=1))
+
+
+def weights(trainer: LatentActorCriticTrainer) -> dict[str, Tensor]:
+    assert trainer.critic is not None
+    modules = {"model": trainer.backbone.model, "critic": trainer.critic}
+    return {
+        f"{owner}.{name}": tensor
+        for owner, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def assert_equal_weights(actual: LatentActorCriticTrainer, expected: LatentActorCriticTrainer) -> None:
+    # The critic's AdamW divides by gradients near 0, so rounding moves a weight by a part of a step of 1e-3.
+    for owner, atol in (("model.", 1e-6), ("critic.", 1e-4)):
+        for name, tensor in weights(expected).items():
+            if name.startswith(owner):
+                torch.testing.assert_close(weights(actual)[name], tensor, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("trunk", ["branch", "joint"])
+def test_replays_learn_what_eager_steps_learn(trunk: str, tmp_path: Path) -> None:
+    graphs, critic = fake_graphs(), CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8)
+    graphed, eager = trainer_for(graphs, critic=critic), trainer_for(GraphRunner(), critic=critic)
+    for _ in range(2):
+        ours, theirs = graphed.train_iteration(), eager.train_iteration()
+        for name in ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm", "mean_kl_old"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+    assert_equal_weights(graphed, eager)
+    # Gradient and optimizer of actor and critic, whatever the rate, the rollout and the size of a tail.
+    assert graphs.statistics.captures == 4
+    assert graphs.statistics.fallbacks == 0
+    assert graphs.statistics.replays > 12
+    # A checkpoint brings moments of its own, so what was captured is let go.
+    graphed.save(tmp_path / "run")
+    graphed.load(tmp_path / "run")
+    graphed.train_iteration()
+    eager.train_iteration()
+    assert_equal_weights(graphed, eager)
+    assert graphs.statistics.captures == 8
+
+
+def test_a_bad_gradient_turns_off_captured_steps_too() -> None:
+    graphed = trainer_for(fake_graphs())
+    graphed.train_iteration()
+    rollout = graphed.collect(graphed.prompts, 0)
+    assert rollout is not None
+    before = {name: tensor.clone() for name, tensor in weights(graphed).items()}
+    rollout.model_outputs.fill_(torch.inf)
+    with pytest.raises(FloatingPointError, match="no optimizer step was taken"):
+        graphed.update(rollout)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(graphed).items())
+
+
+def test_a_parameter_that_was_replaced_is_noticed_before_it_is_missed() -> None:
+    graphed = trainer_for(fake_graphs())
+    graphed.train_iteration()
+    model = graphed.backbone.model
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match=r"model\.\S+ is not where the graph of the policy's"):
+        graphed.train_iteration()
+
+
+def test_without_graphs_nothing_is_padded() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        off = trainer_for(GraphRunner())
+        off.train_iteration()
+    assert all(parameter.grad is not None for parameter in off.backbone.policy_parameters()[:1])
+    assert off.learner._workspace is not None
+    assert not off.learner._workspace.runner.keeps_gradients
