@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from lacfast.config import EarlyStoppingConfig
 
 
 @dataclass
 class EarlyStopping:
     """The best score so far and how many evaluations it is old."""
 
+    score: str
+    """What it watches."""
     patience: int
     """Evaluations without a better score before it stops; 0: never."""
     min_improvement: float = 0.0
     """By how much a better score must be better."""
     best: float = -math.inf
     evaluations_since_best: int = 0
+
+    @staticmethod
+    def create(config: EarlyStoppingConfig, known: Sequence[str]) -> EarlyStopping:
+        """Of the configured score, one of the `known` ones, whose first is the default.
+
+        Raises:
+            ValueError: for a score that no evaluation has.
+        """
+        score = config.score or known[0]
+        if score not in known:
+            raise ValueError(
+                f"early_stopping.score={score!r} is no score of an evaluation; known: {', '.join(known)}"
+            )
+        return EarlyStopping(score, config.patience, config.min_improvement)
 
     def update(self, score: float) -> None:
         """Take in the score of an evaluation; a score that is not finite is not better."""
@@ -31,7 +50,7 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
-        return asdict(self)
+        return {"best": self.best, "evaluations_since_best": self.evaluations_since_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`, with this run's own patience."""

@@ -124,7 +124,7 @@ def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | No
         # Before the trainer opens the log.
         directory.rewind_metrics(read_state(checkpoint)["iteration"])
     trainer = build_trainer(config, directory)
-    score = config.best or trainer.early_stopping_score
+    score = config.best or trainer.early_stopping.score
     if score not in trainer.score_names:
         raise ValueError(
             f"best={score!r} is no score of the evaluation; known: {', '.join(trainer.score_names)}"

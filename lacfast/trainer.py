@@ -85,7 +85,7 @@ class LatentActorCriticTrainer:
         self.table = backbone.transition_table(self.config.sampler)
         self._require_trainable()
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
-        self.early_stopping = self._early_stopping()
+        self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
         self._attach_critic()
         if self.config.compile:
             backbone.compile_blocks()
@@ -120,25 +120,11 @@ class LatentActorCriticTrainer:
                 "use noise_level > 0 (0.7 for 'flow_sde')"
             )
 
-    def _early_stopping(self) -> EarlyStopping:
-        settings = self.config.early_stopping
-        if self.early_stopping_score not in self.score_names:
-            raise ValueError(
-                f"early_stopping.score={settings.score!r} is no score of an evaluation; known: "
-                f"{', '.join(self.score_names)}"
-            )
-        return EarlyStopping(settings.patience, settings.min_improvement)
-
     @property
     def score_names(self) -> list[str]:
         """What an evaluation scores: the rewards, then those that are only reported."""
         reported = [] if self.evaluation_rewards is None else self.evaluation_rewards.names
         return [*self.rewards.names, *reported]
-
-    @property
-    def early_stopping_score(self) -> str:
-        """The score that early stopping watches."""
-        return self.config.early_stopping.score or self.rewards.names[0]
 
     def _attach_critic(self) -> None:
         config, heads, attached = self.config, len(self.estimator.head_names), self.backbone.critic
@@ -328,7 +314,7 @@ class LatentActorCriticTrainer:
             metrics = self.train_iteration()
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
                 evaluation = self.evaluate()
-                self.early_stopping.update(evaluation.means()[self.early_stopping_score])
+                self.early_stopping.update(evaluation.means()[self.early_stopping.score])
                 if on_evaluation is not None:
                     on_evaluation(evaluation)
             if on_iteration is not None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
+from lacfast.config import EarlyStoppingConfig
 from lacfast.early_stopping import EarlyStopping
 
 
 def test_it_counts_evaluations_since_the_best() -> None:
-    stopping = EarlyStopping(patience=2)
+    stopping = EarlyStopping("gold", patience=2)
     for score in (0.1, 0.3, 0.2):
         stopping.update(score)
         assert not stopping.is_exhausted
@@ -18,7 +21,7 @@ def test_it_counts_evaluations_since_the_best() -> None:
 
 
 def test_a_rise_below_the_margin_and_a_score_that_is_no_number_are_no_better() -> None:
-    stopping = EarlyStopping(patience=2, min_improvement=0.1)
+    stopping = EarlyStopping("gold", patience=2, min_improvement=0.1)
     for score in (0.5, 0.55, math.nan):
         stopping.update(score)
     assert stopping.is_exhausted
@@ -26,17 +29,25 @@ def test_a_rise_below_the_margin_and_a_score_that_is_no_number_are_no_better() -
 
 
 def test_without_patience_it_never_stops() -> None:
-    stopping = EarlyStopping(patience=0)
+    stopping = EarlyStopping("gold", patience=0)
     for _ in range(100):
         stopping.update(0.0)
     assert not stopping.is_exhausted
 
 
 def test_it_goes_on_from_its_state_with_its_own_patience() -> None:
-    stopping, longer = EarlyStopping(patience=1), EarlyStopping(patience=2)
+    stopping, longer = EarlyStopping("gold", patience=1), EarlyStopping("gold", patience=2)
     stopping.update(1.0)
     stopping.update(0.0)
     longer.load_state_dict(stopping.state_dict())
     assert stopping.is_exhausted
     assert not longer.is_exhausted
     assert longer.best == 1.0
+
+
+def test_it_watches_the_first_score_unless_another_is_named() -> None:
+    known = ["reward", "gold"]
+    assert EarlyStopping.create(EarlyStoppingConfig(), known).score == "reward"
+    assert EarlyStopping.create(EarlyStoppingConfig(score="gold"), known).score == "gold"
+    with pytest.raises(ValueError, match=r"score='beauty' .* known: reward, gold"):
+        EarlyStopping.create(EarlyStoppingConfig(score="beauty"), known)
