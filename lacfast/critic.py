@@ -8,6 +8,7 @@ with q(t) modulated by the timestep. Source: arXiv 2605.27736; the folding is ou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -182,3 +183,28 @@ def build_critic(
         torch.default_generator.manual_seed(seed)
         critic = Critic(backbone.build_trunk(config), num_rewards, config)
     return critic.to(next(backbone.model.parameters()).device)
+
+
+def attach_critic(backbone: Backbone, heads: Sequence[str], config: CriticConfig, *, seed: int = 0) -> None:
+    """Give a backbone the critic that `config` describes, if it has none yet.
+
+    Args:
+        backbone: its critic is set.
+        heads: names of what is valued, one head each.
+        config: of the critic; trunk "none" takes the backbone's critic away.
+        seed: of a new critic's weights.
+
+    Raises:
+        ValueError: when the backbone has another one.
+    """
+    attached = backbone.critic
+    if config.trunk == "none":
+        backbone.critic = None
+    elif attached is None:
+        backbone.critic = build_critic(backbone, len(heads), config, seed=seed)
+    elif (attached.num_rewards, attached.config) != (len(heads), config):
+        raise ValueError(
+            f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {len(heads)} "
+            f"rewards {list(heads)} and {config} do not fit it. Train with the critic's own, or set "
+            "backbone.critic = None for a new one"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lacfast import checkpoint
 from lacfast.advantages import AdvantageEstimator, Advantages, RewardNormalizer, stack_rewards
 from lacfast.config import TrainConfig
-from lacfast.critic import Critic, build_critic
+from lacfast.critic import Critic, attach_critic
 from lacfast.early_stopping import EarlyStopping
 from lacfast.evaluation import evaluate
 from lacfast.experience import collect
@@ -86,7 +86,7 @@ class LatentActorCriticTrainer:
         self._require_trainable()
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
-        self._attach_critic()
+        attach_critic(backbone, self.estimator.head_names, self.config.critic, seed=self.config.seed)
         if self.config.compile:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
@@ -125,19 +125,6 @@ class LatentActorCriticTrainer:
         """What an evaluation scores: the rewards, then those that are only reported."""
         reported = [] if self.evaluation_rewards is None else self.evaluation_rewards.names
         return [*self.rewards.names, *reported]
-
-    def _attach_critic(self) -> None:
-        config, heads, attached = self.config, len(self.estimator.head_names), self.backbone.critic
-        if config.critic.trunk == "none":
-            self.backbone.critic = None
-        elif attached is None:
-            self.backbone.critic = build_critic(self.backbone, heads, config.critic, seed=config.seed)
-        elif (attached.num_rewards, attached.config) != (heads, config.critic):
-            raise ValueError(
-                f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {heads} "
-                f"rewards {list(self.estimator.head_names)} and {config.critic} do not fit it. Train with "
-                "the critic's own, or set backbone.critic = None for a new one"
-            )
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
