@@ -34,7 +34,6 @@ from bench.random_models import Subject, match_of, subjects
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.trainer import LatentActorCriticTrainer
-from lacfast.update import reference_outputs
 
 FAMILIES = ("dit", "unet")
 RESULTS = Path(__file__).parent / "results"
@@ -83,16 +82,13 @@ def engine_phases(match: Match, trainer: LatentActorCriticTrainer, rollout: Roll
 
 
 def _engine_reference(trainer: LatentActorCriticTrainer, rollout: Rollout) -> None:
-    reference, config = trainer.learner.reference, trainer.config
-    assert reference is not None
-    device = rollout.latents.device
-    reference_outputs(
-        reference,
+    step, device = trainer.learner.reference_step, rollout.latents.device
+    assert step is not None
+    step.outputs(
         rollout,
         torch.tensor(rollout.table.trainable_steps, device=device),
         rollout.table.timesteps.to(device),
-        config.sampler.guidance_scale,
-        microbatch_size=config.ppo.microbatch_size or rollout.batch_size,
+        batch_size=trainer.config.ppo.microbatch_size or rollout.batch_size,
     )
 
 

@@ -21,7 +21,8 @@ from lacfast.minibatch import Pairs, all_pairs, all_states, minibatches, policy_
 from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
-from lacfast.update import critic_step, policy_gradient, policy_step, probe_critic, reference_outputs
+from lacfast.reference_step import ReferenceStep
+from lacfast.update import critic_step, policy_gradient, policy_step, probe_critic
 from lacfast.update_runner import EAGER, GraphedUpdate, UpdateRunner
 from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables, step_tables
 
@@ -50,6 +51,10 @@ class Learner:
         self.backbone = backbone
         self.config = config
         self.reference = backbone.frozen_reference() if config.ppo.kl_weight > 0 else None
+        self.reference_step = None
+        if self.reference is not None:
+            runner = GraphRunner() if graphs is None else graphs
+            self.reference_step = ReferenceStep(self.reference, runner, config.sampler.guidance_scale)
         parameters = backbone.policy_parameters()
         self.policy_optimizer = policy_optimizer(parameters, config.ppo)
         self.policy_schedule = warmup(self.policy_optimizer, config.ppo.warmup_steps)
@@ -254,15 +259,10 @@ class Learner:
     ) -> Tensor | None:
         """Kept where that saves forwards: several passes would compute each pair's more than once."""
         ppo = self.config.ppo
-        if self.reference is None or ppo.num_inner_epochs * ppo.timestep_fraction <= 1:
+        if self.reference_step is None or ppo.num_inner_epochs * ppo.timestep_fraction <= 1:
             return None
-        return reference_outputs(
-            self.reference,
-            rollout,
-            advantages.steps,
-            tables.timesteps,
-            self.config.sampler.guidance_scale,
-            microbatch_size=self.policy_microbatch.size,
+        return self.reference_step.outputs(
+            rollout, advantages.steps, tables.timesteps, batch_size=self.policy_microbatch.size
         )
 
     def state_dict(self) -> dict[str, Any]:

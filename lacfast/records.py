@@ -204,6 +204,11 @@ class Conditioning:
         names = parts[0].tensors
         return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
 
+    @property
+    def layout(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
+        """Name, shape of one sample and dtype of each tensor."""
+        return tuple((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.tensors.items())
+
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
 

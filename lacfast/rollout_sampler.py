@@ -196,8 +196,8 @@ class RolloutSampler:
             batch_size,
             self.backbone.latent_shape,
             keep_features,
-            _layout(inputs.conditioning),
-            None if inputs.uncond_conditioning is None else _layout(inputs.uncond_conditioning),
+            inputs.conditioning.layout,
+            None if inputs.uncond_conditioning is None else inputs.uncond_conditioning.layout,
             self.backbone.forward_signature(),
             forced_backend(),
         )
@@ -210,12 +210,6 @@ class RolloutSampler:
             for tensors in (module.named_parameters(), module.named_buffers())
             for name, tensor in tensors
         }
-
-
-def _layout(conditioning: Conditioning) -> Hashable:
-    return tuple(
-        (name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in conditioning.tensors.items()
-    )
 
 
 def _stored(buffers: SamplerBuffers) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from lacfast.minibatch import (
     all_states,
     critic_batch,
     policy_batch,
-    states_of,
 )
 from lacfast.optimizers import guarded_step
 from lacfast.profiling import each
@@ -64,7 +63,7 @@ def policy_step(
         totals: memory for the step's sums.
         failed: see guarded_step.
         microbatch_size: pairs at a time, at most.
-        reference_outputs: (K, B, ...) at the trained steps, see `reference_outputs`. None: they are computed
+        reference_outputs: (K, B, ...) at the trained steps, see ReferenceStep. None: they are computed
             with each microbatch.
         runner: of the step's parts.
     """
@@ -170,33 +169,6 @@ def guided_output(
     # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
     guided = cond if uncond is None else torch.add(uncond, cond - uncond, alpha=guidance_scale)
     return guided.contiguous(), forward.features
-
-
-@torch.no_grad()
-def reference_outputs(
-    reference: Backbone,
-    rollout: Rollout,
-    steps: Tensor,
-    timesteps: Tensor,
-    guidance_scale: float,
-    *,
-    microbatch_size: int,
-) -> Tensor:
-    """The reference model's outputs (K, B, ...) at the trained steps (K,), in the rollout's dtype.
-
-    For several passes over a rollout: they take the memory of `rollout.model_outputs` and are the same each
-    time, for the reference does not move.
-    """
-    outputs = torch.empty_like(rollout.model_outputs[: len(steps)])
-    for position in range(len(steps)):
-        for rows in torch.split(torch.arange(rollout.batch_size, device=steps.device), microbatch_size):
-            pairs = Pairs(steps[position].expand(len(rows)), rows, rows)
-            states = states_of(rollout, timesteps, pairs)
-            uncond = rollout.uncond_conditioning
-            outputs[position, rows], _ = guided_output(
-                reference, states, None if uncond is None else uncond.select(rows), guidance_scale, "cond"
-            )
-    return outputs
 
 
 def kept_features(rollout: Rollout, pairs: Pairs) -> Features:

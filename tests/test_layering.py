@@ -20,6 +20,7 @@ LAYERS = (
     ("minibatch", "update_totals", "update_runner"),
     (
         "update",
+        "reference_step",
         "adaptive_kl",
         "early_stopping",
         "trackers",
