@@ -17,7 +17,7 @@ from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
 from lacfast.graph import GraphStatistics
 from lacfast.optimizers import require_finite
 from lacfast.profiling import span
-from lacfast.records import Rollout
+from lacfast.records import Evaluation, Rollout
 from lacfast.trackers import Tracker, curve_points
 
 
@@ -98,6 +98,17 @@ def _slope(returns: Tensor, values: Tensor) -> Tensor:
     """Regression slope (K, M) of returns (K, B, M) on values: 1 is calibrated, below 1 overconfident."""
     centred = values - values.mean(dim=1, keepdim=True)
     return (centred * returns).sum(dim=1) / centred.square().sum(dim=1).clamp(min=1e-12)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """Means and their standard errors, explained variance per step, and diversity."""
+    errors = evaluation.standard_errors()
+    return {
+        "explained_variance": evaluation.explained_variance.mean(dim=-1),
+        "diversity": evaluation.diversity(),
+        **evaluation.means(),
+        **{f"standard_error/{name}": error for name, error in errors.items()},
+    }
 
 
 def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from lacfast.experience import collect
 from lacfast.explained_variance import ValueBounds
 from lacfast.graph import GraphRunner
 from lacfast.learner import Learner
-from lacfast.metrics import MetricsLog, compiled_graphs, graph_metrics, rollout_metrics
+from lacfast.metrics import MetricsLog, compiled_graphs, evaluation_metrics, graph_metrics, rollout_metrics
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet, PromptSource
 from lacfast.protocols import Backbone
@@ -324,14 +324,7 @@ class LatentActorCriticTrainer:
                 guidance_scale=sampler.guidance_scale,
                 batch_size=config.eval_batch_size,
             )
-        self.log.write(
-            "evaluate",
-            iteration=self.iteration,
-            explained_variance=evaluation.explained_variance.mean(dim=-1),
-            diversity=evaluation.diversity(),
-            **evaluation.means(),
-            **{f"standard_error/{name}": error for name, error in evaluation.standard_errors().items()},
-        )
+        self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
         return evaluation
 
     def close(self) -> None:
