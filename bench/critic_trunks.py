@@ -5,6 +5,12 @@ python -m bench.critic_trunks runs/demo/pretrained --backbone dit
 Every trunk is pretrained on the same rollouts of the same frozen actor: noise and prompts are functions of
 the seed. Then one training iteration of each is timed in turn, medians of several rounds.
 It writes bench/results/critic-trunks.json.
+
+python -m bench.critic_trunks runs/demo/pretrained --measures trunks iterations time --seeds 0 1 2
+
+measures explained variance by step between floor and ceiling instead: of every trunk, of 0 to 40 iterations
+of value pretraining, of heads with and without timestep or prompt, of every loss. It writes
+bench/results/critics-dit.json cell by cell and goes on where it stopped; --smoke takes a minute.
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ from typing import Any
 
 import torch
 
+from bench import critic_variance
+from bench.critic_variance import Scale
 from lacfast import presets
 from lacfast.backbones import adapt_pretrained
 from lacfast.tasks.shapes import held_out_prompts, train_prompts
@@ -30,6 +38,25 @@ from lacfast.trainer import LatentActorCriticTrainer
 RESULT = Path(__file__).parent / "results" / "critic-trunks.json"
 TRUNKS = ("branch", "shared", "copy")
 TIMED_ROUNDS = 5
+FULL = Scale(
+    batch_size=192,
+    iterations=16,
+    held_out_samples=480,
+    completions=4,
+    bound_states=96,
+    train_iterations=20,
+    eval_samples=1024,
+)
+SMOKE = Scale(
+    batch_size=16,
+    iterations=1,
+    held_out_samples=120,
+    completions=2,
+    bound_states=8,
+    train_iterations=1,
+    eval_samples=16,
+)
+"""120: the task holds 60 prompts out, and the floor needs each twice."""
 
 
 def trainer_for(directory: Path, backbone: str, trunk: str) -> LatentActorCriticTrainer:
@@ -76,8 +103,22 @@ def main() -> None:
     )
     parser.add_argument("pretrained", type=Path, help="the pretrained/ folder of a demo run")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
+    parser.add_argument("--measures", nargs="+", choices=critic_variance.MEASURES, default=[])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
+    parser.add_argument("--train-iterations", type=int, default=20, help="of PPO after value pretraining")
+    parser.add_argument(
+        "--out", type=Path, help="of --measures; default: bench/results/critics-BACKBONE.json"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.measures:
+        scale = replace(SMOKE if arguments.smoke else FULL, train_iterations=arguments.train_iterations)
+        out = arguments.out or RESULT.with_name(f"critics-{arguments.backbone}.json")
+        critic_variance.run(
+            arguments.pretrained, arguments.backbone, arguments.measures, arguments.seeds, scale, out
+        )
+        return
     trainers = {trunk: trainer_for(arguments.pretrained, arguments.backbone, trunk) for trunk in TRUNKS}
     actor_parameters = sum(parameter.numel() for parameter in trainers["branch"].backbone.model.parameters())
     initial = copy.deepcopy(trainers["branch"].backbone.model.state_dict())

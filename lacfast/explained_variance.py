@@ -113,6 +113,15 @@ class ValueBounds:
         score = (explained_variance.to(span) - self.floor) / span
         return torch.where(span > SMALLEST_SPAN, score, math.nan)
 
+    def overall_score(self, explained_variance: Tensor) -> float:
+        """Score of all steps and heads together, sum(EV - floor) / sum(ceiling - floor).
+
+        Steps where floor and ceiling are close weigh little here; in a mean of scores they would weigh most.
+        """
+        span = float((self.ceiling - self.floor).sum())
+        above = float((explained_variance.to(self.ceiling) - self.floor).sum())
+        return above / span if span > SMALLEST_SPAN * self.ceiling.numel() else math.nan
+
 
 def value_bounds(
     backbone: Backbone,

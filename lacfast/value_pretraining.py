@@ -89,7 +89,7 @@ def pretrain_values(
 ) -> PretrainResult:
     """Fit the critic to rollouts of a frozen actor until its held-out explained variance stops rising.
 
-    With `bounds` it also stops where the mean score reaches config.stop_score.
+    With `bounds` it also stops where the overall score reaches config.stop_score.
 
     Args:
         critic: trained in place; ends as the best one seen on `held_out`.
@@ -124,7 +124,7 @@ def pretrain_values(
             best = (history[-1], variance, weights, copy.deepcopy(normalizer))
         if len(history) - history.index(best[0]) > config.patience:
             break
-        if bounds is not None and float(bounds.score(variance).nanmean()) >= config.stop_score:
+        if bounds is not None and bounds.overall_score(variance) >= config.stop_score:
             break
     if best is None:
         raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -125,6 +126,8 @@ def test_the_score_is_zero_at_the_floor_one_at_the_ceiling_and_unknown_where_the
     bounds = ValueBounds(floor, ceiling, (0, 1, 2), 0)
     scores = bounds.score(torch.tensor([[0.2], [1.0], [0.2]]))[:, 0]
     torch.testing.assert_close(scores, torch.tensor([0.0, 1.0, torch.nan]), equal_nan=True)
+    assert bounds.overall_score(torch.tensor([[0.2], [0.6], [0.2]])) == pytest.approx(0.4 / 1.31)
+    assert math.isnan(replace(bounds, ceiling=torch.full((3, 1), 0.21)).overall_score(torch.zeros(3, 1)))
 
 
 def test_settings_that_measure_nothing_are_refused() -> None:

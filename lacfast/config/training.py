@@ -32,7 +32,7 @@ class ValuePretrainingConfig:
     patience: int = 4
     """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
     stop_score: float = math.inf
-    """Mean score over the steps at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
+    """Overall score at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
     lacfast.explained_variance. inf: patience alone."""
     completions: int = 0
     """Branched completions of each state that measure the ceiling, at least 2; their images count. 0: neither
