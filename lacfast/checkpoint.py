@@ -23,6 +23,8 @@ from lacfast.protocols import Backbone
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_DESCRIPTION = "lacfast_critic"
 """Key of the critic's settings in the metadata of its file."""
+EARLIER_DESCRIPTION = "critic.json"
+"""Where they were before they went into the file."""
 TRAINER_STATE = "trainer.pt"
 
 
@@ -81,7 +83,11 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            description = json.loads((opened.metadata() or {})[CRITIC_DESCRIPTION])
+            metadata = opened.metadata() or {}
+        earlier = file.with_name(EARLIER_DESCRIPTION)
+        if CRITIC_DESCRIPTION not in metadata and earlier.exists():
+            metadata[CRITIC_DESCRIPTION] = earlier.read_text(encoding="utf-8")
+        description = json.loads(metadata[CRITIC_DESCRIPTION])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
             f"{file} holds no critic; pass the {CRITIC_WEIGHTS} that trainer.save() or save_backbone() wrote"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
 from test_backbones_pipelines import backbone_of
 from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
 from tiny_pipelines import FAMILIES as PIPELINE_FAMILIES
@@ -21,7 +21,7 @@ from lacfast import CriticConfig, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.pixel_trunk import CleanEstimate
 from lacfast.backbones.prompt_trunks import pooled_prompt
-from lacfast.checkpoint import CRITIC_CONFIG, save_backbone
+from lacfast.checkpoint import CRITIC_WEIGHTS, EARLIER_DESCRIPTION, save_backbone
 from lacfast.critic import Critic, build_critic
 
 SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
@@ -176,15 +176,21 @@ def test_a_saved_critic_loads_as_it_was_configured(settings: dict[str, object], 
 
 
 def test_a_critic_saved_before_these_settings_existed_still_loads(tmp_path: Path) -> None:
+    """Its description lay beside its weights and knew fewer settings."""
     backbone = tiny_backbone("dit")
     backbone.critic = critic_of(backbone, trunk="shared")
     save_backbone(backbone, tmp_path / "saved")
-    path = tmp_path / "saved" / CRITIC_CONFIG
-    description = json.loads(path.read_text())
+    weights = tmp_path / "saved" / CRITIC_WEIGHTS
+    save_file(load_file(weights), weights)
+    with pytest.raises(ValueError, match="holds no critic"):
+        load_backbone(tmp_path / "saved")
     first = ("trunk", "num_blocks", "num_heads", "head_dim", "hidden_dim", "joint_weight", "lora_rank")
-    description["config"] = {name: description["config"][name] for name in first}
-    path.write_text(json.dumps(description))
+    config = asdict(backbone.critic.config)
+    description = {"config": {name: config[name] for name in first}, "num_rewards": 2}
+    (tmp_path / "saved" / EARLIER_DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
     loaded = load_backbone(tmp_path / "saved")
     assert loaded.critic is not None
-    assert asdict(loaded.critic.config) == asdict(backbone.critic.config)
-    assert math.isinf(loaded.critic.config.value_clip)
+    assert asdict(loaded.critic.config) == config
+    sample, timestep = state(backbone)
+    found = values(loaded, loaded.critic, sample, timestep, PROMPTS[:3])
+    assert torch.equal(found, values(backbone, backbone.critic, sample, timestep, PROMPTS[:3]))
