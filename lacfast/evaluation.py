@@ -12,6 +12,7 @@ from lacfast.advantages import RewardNormalizer
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation, NoiseKey, TransitionTable
+from lacfast.reward_queue import RewardQueue
 from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet
 
@@ -43,32 +44,41 @@ def evaluate(
         guidance_scale: 1 runs without the unconditional half.
         batch_size: images at a time; does not change the result.
     """
-    scores: dict[str, list[Tensor]] = {}
-    images, values, returns = [], [], []
     backbone = sampler.backbone
-    for start in range(0, len(prompts), batch_size):
-        part = prompts.take(range(start, min(start + batch_size, len(prompts))))
-        ids = range(EVALUATION_IDS + start, EVALUATION_IDS + start + len(part))
-        rollout = sampler.sample(
-            table,
-            part.texts,
-            part.metadata,
-            NoiseKey.create(seed, ids, next(backbone.model.parameters()).device),
-            guidance_scale=guidance_scale,
-            keep_features=False,
-            batch_size=min(batch_size, len(prompts)),
-        )
-        with span("decode"):
-            decoded = backbone.decode(rollout.clean_latents)
-        for scorer in scorers:
-            for name, score in scorer.score(decoded, part.texts, part.metadata).items():
-                scores.setdefault(name, []).append(score)
+    device = next(backbone.model.parameters()).device
+    rewards = RewardSet.union(scorers)
+    images: list[Tensor] = []
+    values: list[Tensor] = []
+    pending = []
+
+    def decode(latents: Tensor) -> Tensor:
+        decoded = backbone.decode(latents)
+        # Batches are decoded in their order; those of the GPU wait for themselves in the decoder's thread.
         images.append(decoded.cpu())
-        values.append(rollout.values.transpose(0, 1).cpu())
-        returns.append(torch.stack([scores[name][-1] for name in scorers[0].names], dim=1))
+        return decoded
+
+    with RewardQueue(rewards, decode=decode, decode_aside=device.type == "cuda") as queue:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts.take(range(start, min(start + batch_size, len(prompts))))
+            ids = range(EVALUATION_IDS + start, EVALUATION_IDS + start + len(part))
+            rollout = sampler.sample(
+                table,
+                part.texts,
+                part.metadata,
+                NoiseKey.create(seed, ids, device),
+                guidance_scale=guidance_scale,
+                keep_features=False,
+                batch_size=min(batch_size, len(prompts)),
+            )
+            pending.append(queue.submit(rollout.clean_latents, part.texts, part.metadata))
+            values.append(rollout.values.transpose(0, 1).cpu())
+        with span("reward/wait"):
+            parts = [future.result() for future in pending]
+    scores = {name: torch.cat([part[name] for part in parts]) for name in rewards.names}
+    returns = torch.stack([scores[name] for name in scorers[0].names], dim=1)
     return Evaluation(
-        {name: torch.cat(parts) for name, parts in scores.items()},
-        _explained_variance(torch.cat(values), torch.cat(returns), normalizer),
+        scores,
+        _explained_variance(torch.cat(values), returns, normalizer),
         torch.cat(images),
         prompts.texts,
     )

@@ -1,4 +1,4 @@
-"""Rollouts with their rewards: sampled in parts, each scored while the next one is sampled."""
+"""Rollouts with their rewards: sampled in parts, each decoded and scored while the next one is sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
-from lacfast.scoring import RewardError, RewardQueue, RewardSet
+from lacfast.reward_queue import RewardQueue
+from lacfast.scoring import RewardError, RewardSet
 
 
 def collect(
@@ -20,6 +21,7 @@ def collect(
     first_id: int,
     *,
     part_size: int,
+    decode_aside: bool = False,
 ) -> tuple[Rollout, RewardError | None]:
     """Trajectories for `prompts` and what they are worth.
 
@@ -32,20 +34,20 @@ def collect(
         prompts: one per trajectory.
         first_id: of the first trajectory.
         part_size: trajectories sampled at a time; 0: all.
+        decode_aside: see RewardQueue; for a model on CUDA.
 
     Returns:
-        The rollout and None; or, when a reward failed, the rollout without rewards and the error.
+        The rollout and None; or, when a reward or the decoder failed, the rollout without rewards and the
+        error.
     """
     size = part_size or len(prompts)
     parts: list[Rollout] = []
-    with RewardQueue(rewards) as queue:
+    with RewardQueue(rewards, decode=decode, decode_aside=decode_aside) as queue:
         pending = []
         for start in range(0, len(prompts), size):
             part = sample(prompts.take(range(start, min(start + size, len(prompts)))), first_id + start)
             parts.append(part)
-            with span("decode"):
-                images = decode(part.clean_latents)
-            pending.append(queue.submit(images, part.prompts, part.metadata))
+            pending.append(queue.submit(part.clean_latents, part.prompts, part.metadata))
         try:
             with span("reward/wait"):
                 scores = [future.result() for future in pending]

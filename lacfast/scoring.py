@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from typing import Any
 
 import torch
@@ -84,6 +81,17 @@ class RewardSet:
             )
         return RewardSet(functions, torch.tensor(list(weighted.values()), dtype=torch.float32))
 
+    @staticmethod
+    def union(sets: Sequence[RewardSet]) -> RewardSet:
+        """All rewards of several sets; of two that share a name the first counts."""
+        functions: dict[str, Reward] = {}
+        weights: list[Tensor] = []
+        for rewards in sets:
+            new = [index for index, name in enumerate(rewards.names) if name not in functions]
+            functions |= {rewards.names[index]: rewards.functions[rewards.names[index]] for index in new}
+            weights.append(rewards.weights[new])
+        return RewardSet(functions, torch.cat(weights))
+
     @property
     def names(self) -> list[str]:
         return list(self.functions)
@@ -99,89 +107,6 @@ class RewardSet:
                 name: _checked(name, function, images, prompts, metadata)
                 for name, function in self.functions.items()
             }
-
-
-class RewardQueue:
-    """Scores batches in a thread of its own, so that the next batch is sampled meanwhile.
-
-    Batches are scored one at a time, in the order in which they were submitted. A reward that fails does so
-    in the `result()` of its own batch; the others are not touched. On CUDA the images are awaited on a stream
-    of the queue, not on the host, and their memory is not reused before that stream has read them.
-    """
-
-    def __init__(self, rewards: RewardSet, *, max_pending: int = 2) -> None:
-        """
-        Args:
-            rewards: what scores; its rewards are then called from one other thread.
-            max_pending: batches that may be unfinished, >= 1. Each keeps its images in memory.
-        """
-        if max_pending < 1:
-            raise ValueError(f"max_pending={max_pending} lets no batch in; use 1 or more")
-        self.rewards = rewards
-        self._places = BoundedSemaphore(max_pending)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lacfast-rewards")
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._closed = False
-
-    def submit(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
-    ) -> Future[dict[str, Tensor]]:
-        """Scores that will come: `result()` waits and is what `RewardSet.score` returns or raises.
-
-        Blocks while `max_pending` batches are unfinished.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1]; must not be written to before the scores are there.
-            prompts: B of them.
-            metadata: B of them.
-
-        Raises:
-            ValueError: after `close`.
-        """
-        if self._closed:
-            raise ValueError("this reward queue is closed; make another one")
-        self._places.acquire()
-        images = images.detach()
-        ready = None
-        if images.is_cuda:
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record(torch.cuda.current_stream(images.device))
-        future = self._thread.submit(self._score, images, prompts, metadata, ready)
-        future.add_done_callback(lambda _: self._places.release())
-        return future
-
-    def close(self, *, cancel: bool = False) -> None:
-        """Wait for the batch in work, and for the others too unless `cancel`; then end the thread."""
-        self._closed = True
-        self._thread.shutdown(wait=True, cancel_futures=cancel)
-
-    def __enter__(self) -> RewardQueue:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Nobody will read the scores of batches that an error left behind.
-        self.close(cancel=kind is not None)
-
-    # Whether autograd is on belongs to a thread: the caller's no_grad does not reach this one.
-    @torch.no_grad()
-    def _score(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        metadata: list[dict[str, Any]],
-        ready: torch.cuda.Event | None,
-    ) -> dict[str, Tensor]:
-        stream = None
-        if ready is not None:
-            if images.device not in self._streams:
-                made = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]
-                self._streams[images.device] = made
-            stream = self._streams[images.device]
-            stream.wait_event(ready)
-            # The allocator must not hand the memory out again before this stream has read it.
-            images.record_stream(stream)
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            return self.rewards.score(images, prompts, metadata)
 
 
 def _named(entry: str | Reward) -> tuple[str, Reward]:

@@ -157,6 +157,7 @@ class LatentActorCriticTrainer:
             prompts,
             first_id,
             part_size=self.config.rollout_batch_size,
+            decode_aside=self.device.type == "cuda",
         )
         self.images += len(prompts)
         if error is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.prompts import PromptSet
+from lacfast.reward_queue import DecodeError
 from lacfast.scoring import RewardError
 
 
@@ -61,3 +63,46 @@ def test_a_reward_that_fails_on_one_part_keeps_the_whole_rollout() -> None:
     assert made.last_rollout is not None
     assert made.last_rollout.batch_size == 8
     assert made.last_rollout.rewards == {}
+
+
+def test_a_part_that_cannot_be_decoded_keeps_the_rollout_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(rollout_batch_size=4)
+
+    def decode(latents: Tensor) -> Tensor:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(made.backbone, "decode", decode)
+    with pytest.raises(DecodeError, match="MemoryError: no room for 4 latents"):
+        made.collect(PromptSet.create(PROMPTS).cycle(8), 0)
+    assert made.last_rollout is not None
+    assert made.last_rollout.batch_size == 8
+
+
+def test_evaluation_and_rollout_score_a_part_while_the_next_is_sampled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+    sampled = threading.Semaphore(0)
+
+    def reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        if "scored" not in events[-2:]:
+            # The first part is not scored before the second has been sampled: only overlap ends this wait.
+            assert sampled.acquire(timeout=60)
+            assert sampled.acquire(timeout=60)
+        events.append("scored")
+        return images.mean(dim=(1, 2, 3))
+
+    made = trainer(reward, rollout_batch_size=4, eval_batch_size=4)
+    sample = made.sampler.sample
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        rollout = sample(*args, **kwargs)
+        events.append("sampled")
+        sampled.release()
+        return rollout
+
+    monkeypatch.setattr(made.sampler, "sample", watched)
+    for work in (lambda: made.collect(PromptSet.create(PROMPTS).cycle(8), 0), lambda: made.evaluate()):
+        events.clear()
+        work()
+        assert events == ["sampled", "sampled", "scored", "scored"]

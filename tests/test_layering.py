@@ -15,7 +15,7 @@ LAYERS = (
     ("records", "config", "run_config", "precision", "profiling", "distributed"),
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
-    ("protocols", "prompts", "scoring", "value_loss", "critic"),
+    ("protocols", "prompts", "scoring", "reward_queue", "value_loss", "critic"),
     ("sampler", "rollout_sampler", "advantages", "optimizers", "microbatch"),
     ("minibatch", "update_totals", "update_runner"),
     (
