@@ -110,9 +110,13 @@ class ReferenceStep:
             states.sample.clone(), states.timestep.clone(), states.conditioning.padded(len(states.sample))
         )
         output = torch.empty_like(states.sample)
+
+        def run() -> None:
+            output.copy_(self._guided(own, uncond))
+
         step = StaticStep(
             name=f"the reference's step of {tuple(states.sample.shape)}",
-            run=lambda: output.copy_(self._guided(own, uncond)),
+            run=run,
             written=lambda: (output,),
             read=lambda: {f"reference.{name}": each for name, each in self._parameters()},
         )

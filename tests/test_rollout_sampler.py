@@ -349,9 +349,10 @@ def test_a_trainer_on_graphs_learns_what_an_eager_one_does() -> None:
         weights.append(backbone.policy_state())
         trainer.close()
     ours, eager = metrics
-    # Three trajectories at a time, of which the last part has two; evaluation has eight and no features.
-    assert [iteration["graph_captures"] for iteration in ours[:2]] == [1, 1]
-    assert ours[0]["graph_fallbacks"] == 0
+    # One denoising step although the last of the parts of three is smaller; forward with backward and
+    # optimizer step, each of policy and critic.
+    assert [iteration["graph_captures"] for iteration in ours[:2]] == [1 + 2 * 2] * 2
+    assert ours[1]["graph_fallbacks"] == 0
     assert "graph_captures" not in eager[0]
     for one, other in zip(ours, eager, strict=True):
         for name in {"reward/brightness", "policy_loss", "value_loss", "brightness"} & one.keys():
