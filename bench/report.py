@@ -1,7 +1,8 @@
 """Writes the README's tables from recorded results, so that none of its numbers is typed.
 
 The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json,
-the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`).
+the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`), what the published
+models cost from bench/results/costs.json (`python -m bench.costs`).
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import cost_table
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -24,6 +26,7 @@ RECORD = ROOT / "docs" / "demo"
 PICTURE = "comparison.png"
 RESULTS = ROOT / "bench" / "results"
 CRITICS = RESULTS / "critic-trunks.json"
+COSTS = RESULTS / "costs.json"
 
 
 def record(run: Path) -> None:
@@ -187,6 +190,7 @@ def blocks() -> dict[str, str]:
         "critics": (CRITICS, critics),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
+        "costs": (COSTS, cost_table.table),
     }
     return {
         block: write(json.loads(path.read_text(encoding="utf-8")))

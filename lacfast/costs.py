@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from lacfast.config import TrainConfig
+from lacfast.counters import counted, saved_bytes
 from lacfast.critic import Critic
 from lacfast.protocols import Backbone, Features
 from lacfast.records import Conditioning, TransitionTable
@@ -41,8 +36,16 @@ class Costs:
     update_pairs: int
     """(sample, step) pairs that the policy is trained on."""
     sampling_flops: int
-    update_flops: int
+    """The policy's forwards."""
+    value_flops: int
+    """The critic's values of the sampled states."""
+    decode_flops: int
+    reference_flops: int
+    """The reference model's forwards for the KL; 0 without one."""
+    update_forward_flops: int
+    update_backward_flops: int
     critic_flops: int
+    """The critic's own update."""
     weight_bytes: int
     """Model and critic."""
     training_bytes: int
@@ -53,8 +56,18 @@ class Costs:
     """Kept by the forward of the smallest possible microbatch, one pair."""
 
     @property
+    def rollout_flops(self) -> int:
+        """Trajectories, their values and their images."""
+        return self.sampling_flops + self.value_flops + self.decode_flops
+
+    @property
+    def update_flops(self) -> int:
+        """Of the policy."""
+        return self.reference_flops + self.update_forward_flops + self.update_backward_flops
+
+    @property
     def flops(self) -> int:
-        return self.sampling_flops + self.update_flops + self.critic_flops
+        return self.rollout_flops + self.update_flops + self.critic_flops
 
 
 def count(
@@ -95,18 +108,18 @@ def count(
         return result.output if result.uncond_output is None else result.output + result.uncond_output
 
     with torch.no_grad():
-        step_flops = _flops(forward)
+        step_flops = counted(forward).flops
         value_flops = (
-            0 if critic is None else _flops(lambda: critic(features, sample, timestep, conditioning))
+            0 if critic is None else counted(lambda: critic(features, sample, timestep, conditioning)).flops
         )
+        decode_flops = counted(lambda: backbone.decode(sample)).flops
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    pair_flops = _flops(lambda: forward().sum().backward())  # type: ignore[no-untyped-call]
-    activation_bytes = _saved_bytes(forward, backbone.model)
-    reference_flops = step_flops if ppo.kl_weight > 0 else 0
+    pair_flops = counted(lambda: _differentiated(forward())).flops
+    activation_bytes = saved_bytes(forward, backbone.model)
     state_flops = 0
     if critic is not None:
-        state_flops = _flops(lambda: critic(features, sample, timestep, conditioning).sum().backward())
+        state_flops = counted(lambda: _differentiated(critic(features, sample, timestep, conditioning))).flops
     pairs = math.ceil(ppo.timestep_fraction * len(table.trainable_steps) * batch) * ppo.num_inner_epochs
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
@@ -118,8 +131,13 @@ def count(
         images=batch,
         sampling_forwards=batch * steps * (2 if is_guided else 1),
         update_pairs=pairs,
-        sampling_flops=batch * steps * (step_flops + value_flops),
-        update_flops=pairs * (pair_flops + reference_flops),
+        sampling_flops=batch * steps * step_flops,
+        value_flops=batch * steps * value_flops,
+        decode_flops=batch * decode_flops,
+        reference_flops=pairs * step_flops if ppo.kl_weight > 0 else 0,
+        update_forward_flops=pairs * step_flops,
+        # What checkpointing recomputes is counted with the backward pass, where it runs.
+        update_backward_flops=pairs * (pair_flops - step_flops),
         critic_flops=batch * steps * ppo.num_inner_epochs * state_flops,
         weight_bytes=_bytes(backbone.model) + (0 if critic is None else _bytes(critic)),
         training_bytes=(trained + learned) * (4 + ADAM_BYTES) + (4 * trained if config.ema_decay else 0),
@@ -128,58 +146,8 @@ def count(
     )
 
 
-class _AttentionOutput(torch.autograd.Function):
-    """Keeps what fused attention keeps for its backward pass. The values do not matter."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise NotImplementedError("only the bytes that it keeps are counted")
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention without its (L, L) weights, which torch's meta device would keep and a GPU does not."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        named = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **named)
-        given = dict(zip(("query", "key", "value"), args, strict=False)) | named
-        return _AttentionOutput.apply(  # type: ignore[no-untyped-call]
-            given["query"], given["key"], given["value"]
-        )
-
-
-def _flops(body: Callable[[], Any]) -> int:
-    # The counter does not know every device's fused attention; written out, it has the same FLOPs.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        body()
-    return int(counter.get_total_flops())
-
-
-def _saved_bytes(body: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, each tensor once, the weights not counted."""
-    seen: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in seen:
-            seen[id(base)] = base
-            total += base.numel() * base.element_size()
-        return tensor
-
-    with _FusedAttention(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        body()
-    return total
+def _differentiated(output: Tensor) -> None:
+    output.sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _count(module: nn.Module) -> int:

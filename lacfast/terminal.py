@@ -149,6 +149,8 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
         ("images and rewards", f"{costs.images:,}"),
         ("sampling", f"{costs.sampling_forwards:,} forwards, {costs.sampling_flops / 1e12:,.2f} TFLOP"),
+        ("values of all steps", f"{costs.value_flops / 1e12:,.2f} TFLOP"),
+        ("decoder", f"{costs.decode_flops / 1e12:,.2f} TFLOP"),
         ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
         ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
         ("weights", _size(costs.weight_bytes)),
@@ -159,7 +161,7 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print("Counted, not timed. Text encoders, decoder and reward models come on top.")
+    console.print("Counted, not timed. Text encoders and reward models come on top.")
 
 
 def _size(count: int) -> str:

@@ -33,7 +33,7 @@ LAYERS = (
         "evaluation",
         "experience",
     ),
-    ("costs", "run_directory", "learner", "diagnostics"),
+    ("costs", "counters", "run_directory", "learner", "diagnostics"),
     ("trainer", "steering"),
     ("backbones", "rewards", "compat", "tasks"),
     (

@@ -1,0 +1,29 @@
+"""What the published models may cost at most; a test compares it with what `bench.costs` counts.
+
+Lower a number when a count falls. Raising one needs a reason in the commit.
+"""
+
+from __future__ import annotations
+
+ADDED_OPERATIONS = {
+    "sd15": {"none": 11, "shared": 293, "branch": 400},
+    "sdxl": {"none": 13, "shared": 246, "branch": 4036},
+    "sd35_medium": {"none": 12, "shared": 187, "branch": 296},
+    "flux_dev": {"none": 17, "shared": 191, "branch": 335},
+}
+"""Operations of a denoising step beyond its model's own: without critic, heads on taps, branch."""
+
+MICROBATCH_OPERATIONS = {"sd15": 10_745, "sdxl": 41_145, "sd35_medium": 27_096, "flux_dev": 23_472}
+"""Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""
+
+SYNCS = {"step": 0, "microbatch": 0}
+"""Waits of the host for the device."""
+
+VALUE_SHARE_OF_HEADS = 0.01
+"""FLOPs of the values of all steps over those of sampling, with heads on taps."""
+
+VALUE_SHARE_BEYOND_BRANCH = 0.02
+"""The same with a branch of k of L blocks, beyond k / L."""
+
+FLOW_GRPO_RATIO = 0.87
+"""FLOPs of an image of SD3.5-M's iteration over flow_grpo's loop, critic and prompts aside."""

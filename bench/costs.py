@@ -1,0 +1,229 @@
+"""What training the published models costs, counted in full size on the meta device: no number is a time.
+
+python -m bench.costs      counts and writes bench/results/costs.json, which the README shows
+
+Operations are what torch dispatches: kernels, views and casts. FLOPs are per image of one iteration.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.published import PUBLISHED, PublishedModel
+from lacfast.advantages import Advantages
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.counters import OperationCounter, counted, fused_attention
+from lacfast.critic import Critic, build_critic
+from lacfast.minibatch import all_pairs, policy_batch
+from lacfast.records import NoiseKey, Rollout
+from lacfast.sampler import SamplerBuffers, denoise_step, policy_output
+from lacfast.update import policy_gradient
+from lacfast.update_totals import PolicyTotals, step_tables
+
+RESULT = Path(__file__).parent / "results" / "costs.json"
+BATCH = 2
+TRUNKS = ("shared", "branch")
+"""Heads on the actor's taps, and a branch of its last block."""
+
+DDIM = TrainConfig(
+    batch_size=BATCH, sampler=SamplerConfig(kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0)
+)
+"""ddpo-pytorch's sampler."""
+FLOW = TrainConfig(
+    batch_size=BATCH,
+    sampler=SamplerConfig(num_steps=10, noise_level=0.7, guidance_scale=4.5),
+    ppo=PPOConfig(kl_weight=0.04, num_minibatches=2),
+)
+"""flow_grpo's for SD3.5-M."""
+FLUX = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=6, noise_level=0.9))
+"""flow_grpo's for FLUX; the guidance is the model's own."""
+CONFIGS = {"sd15": DDIM, "sdxl": DDIM, "sd35_medium": FLOW, "flux_dev": FLUX}
+
+
+class Workload:
+    """A published model with what a step and an update read, all without values."""
+
+    def __init__(self, name: str) -> None:
+        self.model: PublishedModel = PUBLISHED[name]
+        self.config = CONFIGS[name]
+        self.backbone: LatentBackbone = self.model.backbone()
+        self.table = self.backbone.transition_table(self.config.sampler)
+        self.conditioning = self.model.conditioning(self.backbone, BATCH)
+        guided = self.config.sampler.guidance_scale > 1
+        self.uncond_conditioning = self.model.conditioning(self.backbone, BATCH) if guided else None
+
+    def critic(self, trunk: str) -> Critic:
+        with torch.device("meta"):
+            critic = build_critic(self.backbone, 1, CriticConfig(trunk=trunk))
+        assert critic is not None
+        return critic
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def noise(self) -> NoiseKey:
+        return NoiseKey(self.empty(1, dtype=torch.int64), self.empty(BATCH, dtype=torch.int64))
+
+    def buffers(self, critic: Critic | None) -> SamplerBuffers:
+        return SamplerBuffers.allocate(
+            self.table,
+            self.backbone.latent_shape,
+            self.noise(),
+            self.conditioning,
+            uncond_conditioning=self.uncond_conditioning,
+            guidance_scale=self.config.sampler.guidance_scale,
+            num_rewards=0 if critic is None else 1,
+        )
+
+    def step(self, critic: Critic | None) -> tuple[OperationCounter, int]:
+        """A denoising step, and how many of its operations run within diffusers' model."""
+        counter = OperationCounter()
+        at_entry: list[int] = []
+        inside = 0
+
+        def enter(*_: Any) -> None:
+            at_entry.append(counter.operations)
+
+        def leave(*_: Any) -> None:
+            nonlocal inside
+            inside += counter.operations - at_entry.pop()
+
+        model = self.backbone.model
+        handles = (model.register_forward_pre_hook(enter), model.register_forward_hook(leave))
+        buffers = self.buffers(critic)
+        with fused_attention(), counter:
+            denoise_step(self.backbone, critic, buffers)
+        for handle in handles:
+            handle.remove()
+        return counter, inside
+
+    def rollout(self) -> Rollout:
+        buffers = self.buffers(None)
+        return Rollout(
+            table=self.table,
+            latents=buffers.latents,
+            model_outputs=buffers.model_outputs,
+            log_probs=buffers.log_probs,
+            values=buffers.values,
+            features={},
+            conditioning=self.conditioning,
+            uncond_conditioning=self.uncond_conditioning,
+            noise=buffers.noise,
+            prompts=[""] * BATCH,
+            metadata=[{}] * BATCH,
+        )
+
+    def microbatch(self) -> OperationCounter:
+        """Gathering, forward and backward of one microbatch of BATCH pairs in the policy's update."""
+        steps = len(self.table.trainable_steps)
+        advantages = Advantages(
+            steps=torch.arange(steps, device="meta"),
+            policy=self.empty(steps, BATCH),
+            targets=self.empty(BATCH, 1),
+            raw=self.empty(steps, BATCH, 1),
+        )
+        ppo, rollout = self.config.ppo, self.rollout()
+        reference = self.backbone.frozen_reference() if ppo.kl_weight > 0 else None
+        tables = step_tables(self.table, ppo, rollout.latents)
+        pairs = all_pairs(torch.zeros(1, dtype=torch.int64, device="meta"), BATCH)
+        share, totals = torch.ones_like(tables.one), PolicyTotals.create(tables)
+        scale = self.config.sampler.guidance_scale
+
+        def body() -> None:
+            batch = policy_batch(rollout, advantages, tables.timesteps, pairs, share=share)
+            policy_gradient(self.backbone, reference, batch, tables, ppo, scale, totals)
+
+        return counted(body)
+
+    def critic_update(self, critic: Critic) -> OperationCounter:
+        """Forward and backward of the critic on features of BATCH states."""
+        buffers = self.buffers(critic)
+        timestep = self.empty(BATCH)
+        with torch.no_grad():
+            result = policy_output(
+                self.backbone, buffers.sample, timestep, self.conditioning, None, critic=critic
+            )
+        return counted(
+            lambda: critic(result.features, buffers.sample, timestep, self.conditioning).sum().backward()
+        )
+
+    def flow_grpo_pair(self) -> tuple[int, int]:
+        """FLOPs of forward and backward of one pair in flow_grpo's loop: both halves go through both."""
+        sample = self.empty(2, *self.backbone.latent_shape)
+        timestep = self.empty(2)
+        conditioning = self.model.conditioning(self.backbone, 2)
+
+        def guided() -> Tensor:
+            uncond, cond = self.backbone.predict(sample, timestep, conditioning).chunk(2)
+            return uncond.detach() + self.config.sampler.guidance_scale * (cond - uncond.detach())
+
+        with torch.no_grad():
+            forward = counted(guided).flops
+        return forward, counted(lambda: guided().sum().backward()).flops - forward
+
+
+def measure(name: str) -> dict[str, Any]:
+    """All counts of a published model."""
+    work = Workload(name)
+    plain, inside = work.step(None)
+    critics = {trunk: work.critic(trunk) for trunk in TRUNKS}
+    steps = {"none": plain} | {trunk: work.step(critic)[0] for trunk, critic in critics.items()}
+    microbatch = work.microbatch()
+    num_steps, trained = work.table.num_steps, len(work.table.trainable_steps)
+    num_references = 1 if work.config.ppo.kl_weight > 0 else 0
+    backward = microbatch.flops - (1 + num_references) * plain.flops
+    flops = {
+        "prompt": counted(work.model.encode).flops,
+        "sampling": num_steps * plain.flops // BATCH,
+        "decode": counted(lambda: work.backbone.decode(work.empty(1, *work.backbone.latent_shape))).flops,
+        "reference": num_references * trained * plain.flops // BATCH,
+        "update_forward": trained * plain.flops // BATCH,
+        "update_backward": trained * backward // BATCH,
+    }
+    values = {trunk: num_steps * (steps[trunk].flops - plain.flops) // BATCH for trunk in TRUNKS}
+    learning = {
+        trunk: num_steps * work.critic_update(critic).flops // BATCH for trunk, critic in critics.items()
+    }
+    result: dict[str, Any] = {
+        "title": work.model.title,
+        "parameters": sum(
+            parameter.numel()
+            for key, parameter in work.backbone.model.named_parameters()
+            if "lora_" not in key
+        ),
+        "is_guided": work.uncond_conditioning is not None,
+        "operations": {
+            "model": inside,
+            "step": {trunk: counter.operations for trunk, counter in steps.items()},
+            "microbatch": microbatch.operations,
+        },
+        "kernels": {
+            "step": {trunk: counter.kernels for trunk, counter in steps.items()},
+            "microbatch": microbatch.kernels,
+        },
+        "syncs": {"step": max(counter.syncs for counter in steps.values()), "microbatch": microbatch.syncs},
+        "flops_per_image": flops | {"values": values, "critic_update": learning},
+    }
+    if name == "sd35_medium":
+        forward, backward = work.flow_grpo_pair()
+        result["flow_grpo_flops_per_image"] = flops | {
+            "reference": trained * forward,
+            "update_forward": trained * forward,
+            "update_backward": trained * backward,
+        }
+    return result
+
+
+def main() -> None:
+    result = {name: measure(name) for name in PUBLISHED}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
