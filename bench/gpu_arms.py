@@ -74,12 +74,11 @@ class Plan:
 
 def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
     """Of TrainConfig. Without a CUDA device the fake graph takes the graph's place."""
-    from lacfast.config import GraphConfig, TrainConfig
+    from lacfast.config import GraphConfig
 
     captured = "on" if device.type == "cuda" else "fake"
     graph = GraphConfig(mode=captured if arm.is_captured else "off", strict=arm.is_captured)
-    changes = {"graph": graph, "compile": arm.is_compiled}
-    return {name: value for name, value in changes.items() if name in TrainConfig.__dataclass_fields__}
+    return {"graph": graph, "compile": arm.is_compiled}
 
 
 def trainer_of(

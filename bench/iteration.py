@@ -76,7 +76,7 @@ def engine_phases(match: Match, trainer: LatentActorCriticTrainer, rollout: Roll
         "update": lambda: trainer.update(rollout),
         "iteration": trainer.train_iteration,
     }
-    if trainer.learner.reference is not None:
+    if trainer.learner.reference_step is not None:
         phases["reference"] = lambda: _engine_reference(trainer, rollout)
     return phases
 
@@ -225,11 +225,10 @@ def cpu_contest(family: Any, *, rounds: int, is_quick: bool) -> dict[str, Any]:
     match = replace(tiny_match(family, batches=8, num_steps=6), num_updates=2)
     device = torch.device("cpu")
     arms = {OURS: arm_changes(ARMS[EAGER], device)}
-    compiled = arm_changes(ARMS["compile"], device)
     if is_quick:
         match = tiny_match(family, batches=1, num_steps=3)
-    elif compiled != arms[OURS]:
-        arms[f"{OURS}, compiled"] = compiled
+    else:
+        arms[f"{OURS}, compiled"] = arm_changes(ARMS["compile"], device)
     return contest(
         match,
         arms=arms,
