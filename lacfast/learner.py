@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +24,14 @@ from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimiz
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
 from lacfast.reference_step import ReferenceStep
-from lacfast.update import critic_step, policy_gradient, policy_step, probe_critic
+from lacfast.update import (
+    MEASURED,
+    critic_step,
+    policy_gradient,
+    policy_step,
+    probe_critic,
+    recorded_critic_step,
+)
 from lacfast.update_runner import EAGER, GraphedUpdate, UpdateRunner
 from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables, step_tables
 
@@ -65,6 +74,8 @@ class Learner:
         target = config.ppo.kl_target
         self.adaptive_kl = None if target is None else AdaptiveKL(config.ppo.kl_weight, target)
         self.failed = torch.zeros((), device=parameters[0].device)
+        self.version = 0
+        """Changes with the weights of the policy."""
         self._graphs = graphs if graphs is not None and graphs.captures else None
         self._workspace: _Workspace | None = None
         if config.gradient_checkpointing:
@@ -133,7 +144,10 @@ class Learner:
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True
 
-            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+            is_first = self._is_first(rollout)
+
+            def step(size: int, minibatch: Pairs = minibatch, is_first: bool = is_first) -> Tensor:
+                self._clear_recorded(workspace)
                 return policy_step(
                     self.backbone,
                     self.reference,
@@ -148,13 +162,17 @@ class Learner:
                     failed=self.failed,
                     microbatch_size=size,
                     reference_outputs=references,
+                    is_first=is_first,
+                    critic_totals=workspace.critic if self._records_features else None,
                     # A graph would freeze a weight that adapts.
                     runner=workspace.runner if self.adaptive_kl is None else EAGER,
                 )
 
             numbers = self.policy_microbatch.run(step, len(minibatch))
+            self.version += 1
             self.policy_schedule.step()
-            records.add("policy", numbers, len(minibatch))
+            records.add("policy", numbers, len(minibatch), measured=MEASURED if is_first else math.inf)
+            self._step_recorded(workspace, records, len(minibatch))
             if ppo.kl_limit < math.inf:
                 records.read()
         return False
@@ -168,7 +186,7 @@ class Learner:
         records: UpdateRecords,
     ) -> None:
         critic, optimizer = self.critic, self.critic_optimizer
-        if critic is None or optimizer is None:
+        if critic is None or optimizer is None or self._records_features:
             return
         for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
 
@@ -190,6 +208,43 @@ class Learner:
 
             numbers = self.critic_microbatch.run(step, len(minibatch))
             records.add("critic", numbers, len(minibatch))
+
+    def _is_first(self, rollout: Rollout) -> bool:
+        """Whether the unconditional half of `rollout` is known: the weights are those that made it."""
+        ppo = self.config.ppo
+        is_detached = rollout.uncond_conditioning is not None and ppo.cfg_grad == "cond"
+        return is_detached and ppo.reuse_uncond and rollout.policy_version == self.version
+
+    @property
+    def _records_features(self) -> bool:
+        """Whether the critic learns on features of the actor's training forward."""
+        return self.critic is not None and not self.config.critic.keep_features
+
+    def _clear_recorded(self, workspace: _Workspace) -> None:
+        if self._records_features and self.critic_optimizer is not None:
+            self.critic_optimizer.zero_grad(set_to_none=not workspace.runner.keeps_gradients)
+            workspace.critic.zero_()
+
+    def _step_recorded(self, workspace: _Workspace, records: UpdateRecords, pairs: int) -> None:
+        if self._records_features and self.critic_optimizer is not None:
+            numbers = recorded_critic_step(
+                *(self.critic_optimizer, self.config.ppo, workspace.critic, self.failed, workspace.runner)
+            )
+            records.add("critic", numbers, pairs)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context the model has its averaged weights."""
+        if self.average is None:
+            yield
+            return
+        # What is sampled within is not of the weights that learn.
+        self.version += 1
+        try:
+            with self.average.applied():
+                yield
+        finally:
+            self.version += 1
 
     def _workspace_for(self, rollout: Rollout) -> _Workspace:
         """Made once per transition table: a copy of host numbers waits for the device."""
@@ -242,12 +297,15 @@ class Learner:
             policy_gradient(
                 *(self.backbone, self.reference, batch, tables, self.config.ppo, guidance_scale),
                 PolicyTotals.create(tables),
+                critic_totals=CriticTotals.create(tables) if self._records_features else None,
             )
-            self.policy_optimizer.zero_grad(set_to_none=True)
+            for optimizer in (self.policy_optimizer, self.critic_optimizer):
+                if optimizer is not None:
+                    optimizer.zero_grad(set_to_none=True)
 
         self.policy_microbatch.find(probe_policy, device, reserved=reserved)
         critic = self.critic
-        if critic is not None:
+        if critic is not None and not self._records_features:
             self.critic_microbatch.find(
                 lambda count: probe_critic(critic, rollout, advantages.targets, tables, count),
                 device,
@@ -280,6 +338,7 @@ class Learner:
         """Continue from a `state_dict`; the weights are loaded before."""
         # torch makes new moments, not at the addresses of the old.
         self._release()
+        self.version += 1
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         self.policy_schedule.load_state_dict(state["policy_schedule"])
         if self.adaptive_kl is not None and state["kl_weight"] is not None:

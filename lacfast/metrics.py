@@ -133,15 +133,18 @@ class PolicyRecord:
     """That counted."""
     mean_kl_old: float
     """KL per element from the rollout's policy, over the pairs."""
+    forward_mismatch: float
+    """RMS of b dv / std over the pairs whose whole forward ran; 0 before any step where forwards agree."""
 
     @staticmethod
-    def read(numbers: Tensor) -> PolicyRecord:
-        """From the step's record (3 + 6 T,) on the host."""
+    def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
+        """From the step's record (3 + 6 T,) on the host; `measured` pairs ran in full, at most all."""
         loss, grad_norm, max_abs_log_ratio = numbers[:3].tolist()
         step_sums = numbers[3:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
         mean_kl_old = float(step_sums[:, 2].sum()) / pairs
-        return PolicyRecord(loss, grad_norm, max_abs_log_ratio, step_sums, pairs, mean_kl_old)
+        mismatch = math.sqrt(2 * mean_kl_old * pairs / min(measured, pairs))
+        return PolicyRecord(loss, grad_norm, max_abs_log_ratio, step_sums, pairs, mean_kl_old, mismatch)
 
 
 class UpdateRecords:
@@ -153,11 +156,14 @@ class UpdateRecords:
         self.policy_steps = 0
         """Read or not."""
         self._critic: list[tuple[float, float, int]] = []
-        self._pending: list[tuple[str, Tensor, int]] = []
+        self._pending: list[tuple[str, Tensor, int, float]] = []
 
-    def add(self, what: str, numbers: Tensor, pairs: int) -> None:
-        """Take in the record of a step of the "policy" or the "critic" on `pairs` pairs."""
-        self._pending.append((what, numbers, pairs))
+    def add(self, what: str, numbers: Tensor, pairs: int, *, measured: float = math.inf) -> None:
+        """Take in the record of a step of the "policy" or the "critic" on `pairs` pairs.
+
+        Of the policy's, `measured` ran in full, at most all.
+        """
+        self._pending.append((what, numbers, pairs, measured))
         self.policy_steps += what == "policy"
 
     def read(self, steps: Tensor | None = None) -> Tensor:
@@ -167,15 +173,15 @@ class UpdateRecords:
             FloatingPointError: for the first step whose gradient norm is not finite. The steps before it
                 have been read.
         """
-        parts = [numbers for _, numbers, _ in self._pending]
+        parts = [numbers for _, numbers, *_ in self._pending]
         with span("sync"):
             flat = torch.cat(parts if steps is None else [*parts, steps.double()]).cpu()
         pending, self._pending = self._pending, []
-        for what, numbers, pairs in pending:
+        for what, numbers, pairs, measured in pending:
             record, flat = flat[: len(numbers)], flat[len(numbers) :]
             require_finite(what, float(record[1]))
             if what == "policy":
-                self.policy.append(PolicyRecord.read(record))
+                self.policy.append(PolicyRecord.read(record, measured))
             else:
                 self._critic.append((float(record[0]), float(record[1]), pairs))
         return flat.long()
@@ -211,7 +217,7 @@ def policy_metrics(records: Sequence[PolicyRecord], steps: Tensor) -> dict[str, 
         "last_kl_old": records[-1].mean_kl_old,
         "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
         # RMS of b dv / std before any step: how far the update's forward is from the rollout's.
-        "forward_mismatch": math.sqrt(2 * records[0].mean_kl_old),
+        "forward_mismatch": records[0].forward_mismatch,
         "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),
     }
 

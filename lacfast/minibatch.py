@@ -99,9 +99,14 @@ class PolicyBatch:
     """(P,)"""
     targets: Tensor
     """(P, M) of the value function."""
+    old_values: Tensor | None
+    """(P, M) of the rollout, for CriticConfig.value_clip."""
     noise: NoiseKey
     uncond_conditioning: Conditioning | None
-    """(P, ...) with guidance, else None; fewer rows where only those run without the prompt."""
+    """(P, ...) with guidance, else None."""
+    uncond_rows: int | None
+    """None: all pairs run without the prompt too. Else the weights are those that made the rollout, and so
+    many do: what the others would give is known from the rollout."""
     reference_output: Tensor | None
     """(P, ...) of the reference model, after guidance. None: there is none, or it has yet to run."""
     share: Tensor
@@ -154,7 +159,7 @@ def policy_batch(
         share: see PolicyBatch.
         mask: see PolicyBatch.
         reference_outputs: (K, B, ...) at the trained steps, where they were computed before.
-        uncond_rows: how many of the pairs run without the prompt too. None: all.
+        uncond_rows: see PolicyBatch.
     """
     uncond = rollout.uncond_conditioning
     return PolicyBatch(
@@ -163,8 +168,10 @@ def policy_batch(
         old_model_output=rollout.model_outputs[pairs.steps, pairs.rows],
         advantages=advantages.policy[pairs.position, pairs.rows],
         targets=advantages.targets[pairs.rows],
+        old_values=rollout.values[pairs.steps, pairs.rows],
         noise=rollout.noise.select(pairs.rows),
-        uncond_conditioning=None if uncond is None else uncond.select(pairs.rows[:uncond_rows]),
+        uncond_conditioning=None if uncond is None else uncond.select(pairs.rows),
+        uncond_rows=uncond_rows,
         reference_output=None if reference_outputs is None else reference_outputs[pairs.position, pairs.rows],
         share=share,
         mask=mask,

@@ -181,7 +181,7 @@ class Conditioning:
 
     tensors: dict[str, Tensor]
 
-    def select(self, rows: Tensor) -> Conditioning:
+    def select(self, rows: Tensor | slice) -> Conditioning:
         """The conditioning of the samples `rows` (int64)."""
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
@@ -237,6 +237,8 @@ class Rollout:
     metadata: list[dict[str, Any]]
     rewards: dict[str, Tensor] = field(default_factory=dict)
     """name -> (B,) float32; empty until the rewards are in."""
+    policy_version: int | None = None
+    """Learner.version of the weights that made it. None: unknown."""
 
     @property
     def batch_size(self) -> int:
@@ -276,6 +278,9 @@ class Rollout:
             prompts=[prompt for part in parts for prompt in part.prompts],
             metadata=[entry for part in parts for entry in part.metadata],
             rewards={name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
+            policy_version=first.policy_version
+            if all(part.policy_version == first.policy_version for part in parts)
+            else None,
         )
 
 

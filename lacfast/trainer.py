@@ -6,7 +6,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +130,12 @@ class LatentActorCriticTrainer:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
-        average = self.learner.average
-        return nullcontext() if average is None else average.applied()
+        return self.learner.averaged()
 
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
         ids = range(first_id, first_id + len(prompts))
-        return self.sampler.sample(
+        rollout = self.sampler.sample(
             self.table,
             prompts.texts,
             prompts.metadata,
@@ -143,15 +144,16 @@ class LatentActorCriticTrainer:
             keep_features=keep_features,
             batch_size=self.config.rollout_batch_size,
         )
+        return replace(rollout, policy_version=self.learner.version)
 
-    def collect(self, prompts: PromptSet, first_id: int) -> Rollout | None:
+    def collect(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout | None:
         """A rollout with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Raises:
             RewardError: under "raise"; the rollout stays in `last_rollout`.
         """
         self.last_rollout, error = collect(
-            self.rollout,
+            partial(self.rollout, keep_features=keep_features),
             self.backbone.decode,
             self.rewards,
             prompts,
@@ -175,7 +177,9 @@ class LatentActorCriticTrainer:
             iteration=iteration,
             repeats=config.samples_per_prompt,
         )
-        return self.collect(prompts, namespace + iteration * config.batch_size)
+        keep_features = config.critic.keep_features or namespace != 0
+        first_id = namespace + iteration * config.batch_size
+        return self.collect(prompts, first_id, keep_features=keep_features)
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""

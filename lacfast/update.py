@@ -5,6 +5,8 @@ Nothing here waits for the device: what a step did is a record on the device, wh
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +32,10 @@ from lacfast.sampler import policy_output
 from lacfast.update_runner import EAGER, UpdateRunner
 from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables
 
+MEASURED = 8
+"""Pairs of the first optimizer step whose unconditional half runs though it is known: what remains of the
+measure of how far the update's forward is from the rollout's."""
+
 
 def policy_step(
     backbone: Backbone,
@@ -46,6 +52,8 @@ def policy_step(
     failed: Tensor,
     microbatch_size: int,
     reference_outputs: Tensor | None = None,
+    is_first: bool = False,
+    critic_totals: CriticTotals | None = None,
     runner: UpdateRunner = EAGER,
 ) -> Tensor:
     """One optimizer step of the actor on a minibatch; returns its record, see PolicyTotals.
@@ -65,11 +73,16 @@ def policy_step(
         microbatch_size: pairs at a time, at most.
         reference_outputs: (K, B, ...) at the trained steps, see ReferenceStep. None: they are computed
             with each microbatch.
+        is_first: the weights are those that made the rollout, so but for MEASURED pairs the unconditional
+            half need not run.
+        critic_totals: also add the critic's gradients, on features of the actor's own forward. None: do not.
         runner: of the step's parts.
     """
 
     def gradient(batch: PolicyBatch) -> None:
-        policy_gradient(backbone, reference, batch, tables, config, guidance_scale, totals)
+        policy_gradient(
+            backbone, reference, batch, tables, config, guidance_scale, totals, critic_totals=critic_totals
+        )
 
     def optimize() -> None:
         guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
@@ -77,6 +90,7 @@ def policy_step(
     optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
     totals.zero_()
     size = runner.size("policy", len(pairs), microbatch_size)
+    measured = MEASURED
     for part in each("update/microbatch", pairs.split(size)):
         shaped, mask = runner.shaped(part, size)
         batch = policy_batch(
@@ -87,7 +101,9 @@ def policy_step(
             share=_share(part, pairs, tables),
             mask=mask,
             reference_outputs=reference_outputs,
+            uncond_rows=measured if is_first else None,
         )
+        measured = 0
         runner.gradient("policy", gradient, batch)
     runner.optimize("policy", optimize, optimizer)
     return totals.record()
@@ -106,14 +122,21 @@ def policy_gradient(
     config: PPOConfig,
     guidance_scale: float,
     totals: PolicyTotals,
+    *,
+    critic_totals: CriticTotals | None = None,
 ) -> None:
-    """Forward and backward of one microbatch: adds to the weights' gradients and to `totals`."""
+    """Forward and backward of one microbatch: adds to the weights' gradients and to the totals."""
     # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
     critic = backbone.critic
     joint = critic if critic is not None and critic.config.trunk == "joint" else None
-    output, features = guided_output(
-        backbone, batch.states, batch.uncond_conditioning, guidance_scale, config.cfg_grad, joint
-    )
+    recorded = critic if critic_totals is not None else None
+    read: dict[str, Any] = {"critic": joint or recorded, "detach": joint is None}
+    if batch.uncond_rows is None:
+        output, features = guided_output(
+            *(backbone, batch.states, batch.uncond_conditioning, guidance_scale, config.cfg_grad), **read
+        )
+    else:
+        output, features = known_output(backbone, batch, guidance_scale, **read)
     reference_output = batch.reference_output
     if reference is not None and reference_output is None:
         with torch.no_grad():
@@ -144,6 +167,12 @@ def policy_gradient(
     loss = loss * batch.share
     loss.backward()  # type: ignore[no-untyped-call]
     totals.add(loss.detach(), stats)
+    if recorded is not None and critic_totals is not None:
+        critic_gradient(
+            recorded,
+            CriticBatch(batch.states, features, batch.targets, batch.old_values, batch.share, batch.mask),
+            critic_totals,
+        )
 
 
 def guided_output(
@@ -152,7 +181,9 @@ def guided_output(
     uncond_conditioning: Conditioning | None,
     guidance_scale: float,
     cfg_grad: str,
+    *,
     critic: Critic | None = None,
+    detach: bool = False,
 ) -> tuple[Tensor, Features]:
     """The model's output (P, ...) after guidance, and what `critic` reads of its conditional forward."""
     forward = policy_output(
@@ -163,12 +194,42 @@ def guided_output(
         uncond_conditioning,
         cfg_grad=cfg_grad,
         critic=critic,
-        detach=False,
+        detach=detach,
     )
     cond, uncond = forward.output, forward.uncond_output
-    # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
-    guided = cond if uncond is None else torch.add(uncond, cond - uncond, alpha=guidance_scale)
+    guided = cond if uncond is None else _guided(cond, uncond, guidance_scale)
     return guided.contiguous(), forward.features
+
+
+def known_output(
+    backbone: Backbone, batch: PolicyBatch, guidance_scale: float, *, critic: Critic | None, detach: bool
+) -> tuple[Tensor, Features]:
+    """As guided_output, of the weights that made the rollout, whose detached unconditional half need not run.
+
+        v = v_old + scale (v_cond - stop(v_cond))
+
+    The value is the rollout's and the gradient is that of the conditional half. The first `uncond_rows` pairs
+    run in full all the same, so that the mismatch of the forwards stays measured.
+    """
+    states, rows = batch.states, slice(batch.uncond_rows)
+    forward = policy_output(
+        *(backbone, states.sample, states.timestep, states.conditioning, None), critic=critic, detach=detach
+    )
+    cond = forward.output
+    known = _guided(cond, cond.detach(), guidance_scale, base=batch.old_model_output)
+    if batch.uncond_rows and batch.uncond_conditioning is not None:
+        with torch.no_grad():
+            uncond = backbone.predict(
+                states.sample[rows], states.timestep[rows], batch.uncond_conditioning.select(rows)
+            )
+        measured = _guided(cond[rows], uncond, guidance_scale)
+        known = torch.cat([measured, known[len(measured) :]])
+    return known.contiguous(), forward.features
+
+
+def _guided(cond: Tensor, uncond: Tensor, scale: float, *, base: Tensor | None = None) -> Tensor:
+    # One rounding of scale * difference + uncond, as the kernel has: the first ratio is then exactly 1.
+    return torch.add(uncond if base is None else base, cond - uncond, alpha=scale)
 
 
 def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
@@ -213,9 +274,6 @@ def critic_step(
     def gradient(batch: CriticBatch) -> None:
         critic_gradient(critic, batch, totals)
 
-    def optimize() -> None:
-        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
-
     optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
     totals.zero_()
     size = runner.size("critic", len(pairs), microbatch_size)
@@ -232,8 +290,7 @@ def critic_step(
             old_values=old_values,
         )
         runner.gradient("critic", gradient, batch)
-    runner.optimize("critic", optimize, optimizer)
-    return totals.record()
+    return recorded_critic_step(optimizer, config, totals, failed, runner)
 
 
 def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: StepTables, count: int) -> None:
@@ -244,3 +301,15 @@ def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: Step
     )
     critic_gradient(critic, batch, CriticTotals.create(tables))
     critic.zero_grad(set_to_none=True)
+
+
+def recorded_critic_step(
+    optimizer: Optimizer, config: PPOConfig, totals: CriticTotals, failed: Tensor, runner: UpdateRunner
+) -> Tensor:
+    """The critic's optimizer step on gradients that a policy_step added; returns as critic_step does."""
+
+    def optimize() -> None:
+        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
+
+    runner.optimize("critic", optimize, optimizer)
+    return totals.record()

@@ -152,7 +152,7 @@ def _tensors(batch: Any) -> list[Tensor]:
         return [tensor for field in fields(batch) for tensor in _tensors(getattr(batch, field.name))]
     if isinstance(batch, dict):
         return [tensor for value in batch.values() for tensor in _tensors(value)]
-    assert batch is None, f"a graph would freeze this {type(batch).__name__}"
+    assert batch is None or isinstance(batch, int), f"no part of a capture's key: {type(batch).__name__}"
     return []
 
 
@@ -168,12 +168,12 @@ def _cloned(batch: Any) -> Any:
 
 
 def _signature(batch: Any) -> Hashable:
-    """What a capture depends on: which tensors there are, their shapes and dtypes."""
+    """What a capture depends on: which tensors there are, their shapes and dtypes; and plain numbers."""
     if isinstance(batch, Tensor):
         return tuple(batch.shape), batch.dtype
     if is_dataclass(batch):
         return tuple((field.name, _signature(getattr(batch, field.name))) for field in fields(batch))
     if isinstance(batch, dict):
         return tuple((name, _signature(value)) for name, value in batch.items())
-    assert batch is None
-    return None
+    assert batch is None or isinstance(batch, int)
+    return batch

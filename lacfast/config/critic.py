@@ -30,6 +30,11 @@ class CriticConfig:
     latent space read states; "none": no critic (group-relative baselines)."""
     num_blocks: int = 1
     """k, blocks of the branch; 1 of 3 in the demo, 2 to 6 of 24 for SD3.5-M."""
+    keep_features: bool = True
+    """Rollouts keep what the critic reads. False, for "branch" and "shared", where memory is short: the
+    critic learns on features of the actor's own training forward, in steps of its own beside each of the
+    actor's. Those are of the actor as it then is, and of the trained pairs alone: deterministic steps are
+    left out. Value pretraining, where the actor has no such forward, keeps them all the same."""
     taps: tuple[float, ...] | None = None
     """Depths of the tapped blocks as fractions of all, for "shared", "joint", "lora" and "copy". None: 1/3,
     2/3 and 1 of a transformer [paper], the mid and every up block of a UNet."""
@@ -80,6 +85,10 @@ class CriticConfig:
         require(self.num_bins >= 2, f"num_bins={self.num_bins} must be at least 2")
         require(self.bin_range > 0, f"bin_range={self.bin_range} must be > 0")
         self._check_taps()
+        require(
+            self.keep_features or self.trunk in ("branch", "shared"),
+            f"keep_features=False is for 'branch' and 'shared', which read the actor, not {self.trunk!r}",
+        )
         require(self.joint_weight > 0, f"joint_weight={self.joint_weight} must be > 0; or use 'shared'")
         for name in ("num_blocks", "num_heads", "head_dim", "hidden_dim", "lora_rank"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

@@ -82,6 +82,9 @@ class PPOConfig:
     """Of actor and critic, each on its own."""
     cfg_grad: str = "cond"
     """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
+    reuse_uncond: bool = True
+    """Under "cond", leave the unconditional half out of the first optimizer step on a rollout but for 8
+    pairs: the weights are still those that made it, so the guided output is known. False: run it."""
 
     def __post_init__(self) -> None:
         bounds = {
