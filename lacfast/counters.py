@@ -32,14 +32,14 @@ _UNCOUNTED = {
 """Allocations, which a static buffer or the caching allocator answers."""
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is dispatched, and the host's waits for a value of a device that is not the CPU.
 
     On the meta device a wait has no value to return: it gets 1 (a number) or zeros (a copy).
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations = 0
         """All that is dispatched but allocations; views too, since the host pays for them."""
         self.kernels = 0
@@ -110,7 +110,8 @@ def fused_attention() -> Iterator[None]:
 
 def counted(body: Callable[[], Any]) -> OperationCounter:
     """What `body` dispatches."""
-    with fused_attention(), OperationCounter() as counter:
+    counter = OperationCounter()
+    with fused_attention(), counter:
         body()
     return counter
 
@@ -146,11 +147,13 @@ def _value_pool_backward(grad: Tensor, features: Tensor, *rest: Any) -> int:
 
 
 def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    shapes = (query.shape, key.shape, value.shape)
+    return int(sdpa_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    shapes = (grad.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
 
 
 _LACFAST_FLOPS: dict[Any, Callable[..., int]] = {
