@@ -208,7 +208,9 @@ def update(setting: Setting) -> Part:
 
 def iteration(setting: Setting) -> Part:
     """Whole iterations beside the peers' loops."""
-    return engine(setting, "bench.iteration", ["--quick"] if setting.device == "cpu" else [])
+    return engine(
+        setting, "bench.iteration", ["--quick", "--models", "dit"] if setting.device == "cpu" else []
+    )
 
 
 def profile(setting: Setting) -> Part:

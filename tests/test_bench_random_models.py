@@ -1,0 +1,101 @@
+"""The GPU tables' models and arms, rehearsed on a CPU: equal results, errors that stay local."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import gpu_arms
+from bench.gpu_arms import ARMS, EAGER, Bench, Plan, arm_changes
+from bench.published import PublishedModel
+from bench.random_models import PPO, Subject, match_of, random_pipeline, subjects, tiny_subject
+from lacfast.config import SamplerConfig
+from tests import tiny_pipelines
+
+CPU = torch.device("cpu")
+PLAN = Plan(device=CPU, dtype=torch.float32, batches=(2,), rounds=1, arms=(EAGER, "graph"))
+SHAPES = {"sd15": (16, 0), "sd3": (32, 32), "flux": (32, 16)}
+"""Widths of token and pooled embeddings of the tiny pipelines."""
+
+
+def tiny_published(family: str) -> PublishedModel:
+    """A published model's description, of a tiny pipeline without its text encoders."""
+
+    def pipeline() -> Any:
+        built = tiny_pipelines.BUILDERS[family]()
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if hasattr(built, name):
+                setattr(built, name, None)
+        return built
+
+    return PublishedModel(family, 0, pipeline, (), 12, *SHAPES[family], (16, 16))
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_published_model_samples_and_learns_from_random_weights(family: str) -> None:
+    published = tiny_published(family)
+    kind, window = ("ddim", (0, 2)) if family == "sd15" else ("flow_sde", None)
+    subject = Subject(
+        title=family,
+        build=lambda dtype: random_pipeline(published, CPU, dtype),
+        ppo=PPO["flow_grpo" if family == "sd3" else None],
+        sampler=SamplerConfig(kind=kind, num_steps=2, noise_level=1.0, window=window),
+    )
+    bench = Bench(subject, Plan(device=CPU, dtype=torch.bfloat16, batches=(2,), rounds=1, arms=(EAGER,)))
+    assert bench.backbones[False].dtype == torch.bfloat16
+    rows = [*bench.sampling(), *bench.update()]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert {row["values"] for row in rows if "values" in row} == set(gpu_arms.TRUNKS)
+    assert all(row["milliseconds"] > 0 for row in rows)
+
+
+def test_a_graph_gives_what_the_eager_step_gives() -> None:
+    bench = Bench(tiny_subject("dit", CPU, 9), PLAN)
+    rows = [row for row in bench.sampling() if "values" not in row]
+    assert [(row["batch"], row["arm"]) for row in rows] == [(2, EAGER), (2, "graph")]
+    assert all(row["difference"] == 0 for row in rows)
+
+
+def test_an_arm_that_fails_leaves_its_reason_and_the_others_their_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(tiny_subject("unet", CPU, 8), PLAN)
+
+    def fails() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    rows = list(bench._rows("update", 1, {EAGER: lambda: {"policy_grad_norm": 1.0}, "graph": fails}, 1, None))
+    assert rows[0]["milliseconds"] >= 0
+    assert "not permitted" in rows[1]["error"]
+    assert "milliseconds" not in rows[1]
+    assert "not permitted" in gpu_arms.line(rows[1])
+
+
+def test_what_does_not_fit_the_time_or_the_memory_is_named() -> None:
+    def too_large(dtype: torch.dtype) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    subject = tiny_subject("dit", CPU, 9)
+    large = Subject(title="large", build=too_large, ppo=subject.ppo, sampler=subject.sampler)
+    rows: list[Any] = []
+    missing = gpu_arms.collect("sampling", [large], PLAN, seconds=60, on_rows=rows.extend)
+    assert missing == {"large": "OutOfMemoryError: CUDA out of memory"}
+    missing = gpu_arms.collect("sampling", [subject], PLAN, seconds=-1, on_rows=rows.extend)
+    assert "not started" in missing[subject.title]
+    assert not rows
+
+
+def test_every_arm_is_a_setting_of_the_engine() -> None:
+    for arm in ARMS.values():
+        changes = arm_changes(arm, CPU)
+        assert changes["compile"] == arm.is_compiled
+        assert changes["graph"].mode == ("fake" if arm.is_captured else "off")
+
+
+def test_subjects_of_the_iteration_have_a_peer() -> None:
+    for subject in subjects(CPU):
+        match = match_of(subject, torch.float32)
+        assert match.trajectories % 8 in (0, 1)
+        assert match.build(torch.float32).latent_shape[-1] > 0
