@@ -67,7 +67,8 @@ class PolicyTotals:
     @staticmethod
     def create(tables: StepTables) -> PolicyTotals:
         like = tables.coefficients
-        return PolicyTotals(*(torch.zeros_like(tables.one) for _ in range(3)), like.new_zeros((len(like), 6)))
+        loss, grad_norm, max_abs_log_ratio = like.new_zeros(3).unbind()
+        return PolicyTotals(loss, grad_norm, max_abs_log_ratio, like.new_zeros((len(like), 6)))
 
     @property
     def tensors(self) -> list[Tensor]:

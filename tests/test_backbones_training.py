@@ -166,12 +166,12 @@ def test_every_trunk_values_and_learns_beside_a_lora_policy(family: str, trunk: 
     backbone = backbone_of(tiny_pipeline(family), lora=LORA)
     trainer = trainer_of(backbone, trunk=trunk)
     assert trainer.critic is not None
-    before, policy = clones(trainer.critic.state_dict()), clones(backbone.policy_state())
+    before, policy = clones(dict(trainer.critic.named_parameters())), clones(backbone.policy_state())
     frozen = {id(parameter) for parameter in backbone.model.parameters() if not parameter.requires_grad}
     metrics = trainer.train_iteration()
     assert metrics["first_max_abs_log_ratio"] == 0
     # The head's last layer starts at zero, so what lies below it learns from the second step on.
-    changed = differing(before, trainer.critic.state_dict())
+    changed = differing(before, dict(trainer.critic.named_parameters()))
     own_trunk = [name for name in before if name.startswith("trunk.")]
     assert bool(own_trunk) == (trunk not in ("shared", "joint", "prompt_only"))
     assert set(changed) & set(own_trunk) == set(changed) - {name for name in changed if "head." in name}
