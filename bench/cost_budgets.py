@@ -25,5 +25,5 @@ VALUE_SHARE_OF_HEADS = 0.01
 VALUE_SHARE_BEYOND_BRANCH = 0.02
 """The same with a branch of k of L blocks, beyond k / L."""
 
-FLOW_GRPO_RATIO = 0.87
-"""FLOPs of an image of SD3.5-M's iteration over flow_grpo's loop, critic and prompts aside."""
+FLOW_GRPO_RATIO = 0.8
+"""FLOPs of an image of SD3.5-M's iteration over flow_grpo's loop, the critic aside."""

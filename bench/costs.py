@@ -43,6 +43,8 @@ FLOW = TrainConfig(
 """flow_grpo's for SD3.5-M."""
 FLUX = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=6, noise_level=0.9))
 """flow_grpo's for FLUX; the guidance is the model's own."""
+IMAGES_PER_PROMPT = {"sd35_medium": 24}
+"""Of a rollout; flow_grpo's group. It encodes the prompt for each of them, the engine once."""
 CONFIGS = {"sd15": DDIM, "sdxl": DDIM, "sd35_medium": FLOW, "flux_dev": FLUX}
 
 
@@ -119,8 +121,11 @@ class Workload:
             metadata=[{}] * BATCH,
         )
 
-    def microbatch(self) -> OperationCounter:
-        """Gathering, forward and backward of one microbatch of BATCH pairs in the policy's update."""
+    def microbatch(self, *, is_first: bool = False) -> OperationCounter:
+        """Gathering, forward and backward of one microbatch of BATCH pairs in the policy's update.
+
+        `is_first`: of the first optimizer step on a rollout, whose unconditional half is known.
+        """
         steps = len(self.table.trainable_steps)
         advantages = Advantages(
             steps=torch.arange(steps, device="meta"),
@@ -136,7 +141,8 @@ class Workload:
         scale = self.config.sampler.guidance_scale
 
         def body() -> None:
-            batch = policy_batch(rollout, advantages, tables.timesteps, pairs, share=share)
+            rows = 0 if is_first and self.uncond_conditioning is not None else None
+            batch = policy_batch(rollout, advantages, tables.timesteps, pairs, share=share, uncond_rows=rows)
             policy_gradient(self.backbone, reference, batch, tables, ppo, scale, totals)
 
         return counted(body)
@@ -178,12 +184,16 @@ def measure(name: str) -> dict[str, Any]:
     num_steps, trained = work.table.num_steps, len(work.table.trainable_steps)
     num_references = 1 if work.config.ppo.kl_weight > 0 else 0
     backward = microbatch.flops - (1 + num_references) * plain.flops
+    # The 8 pairs per rollout that run it all the same are none per image.
+    known = microbatch.flops - work.microbatch(is_first=True).flops
+    pairs, steps_per_rollout = trained * BATCH, work.config.ppo.num_minibatches
+    prompt = counted(work.model.encode).flops
     flops = {
-        "prompt": counted(work.model.encode).flops,
+        "prompt": prompt // IMAGES_PER_PROMPT.get(name, 1),
         "sampling": num_steps * plain.flops // BATCH,
         "decode": counted(lambda: work.backbone.decode(work.empty(1, *work.backbone.latent_shape))).flops,
         "reference": num_references * trained * plain.flops // BATCH,
-        "update_forward": trained * plain.flops // BATCH,
+        "update_forward": (pairs * plain.flops - pairs // steps_per_rollout * known) // BATCH**2,
         "update_backward": trained * backward // BATCH,
     }
     values = {trunk: num_steps * (steps[trunk].flops - plain.flops) // BATCH for trunk in TRUNKS}
@@ -213,6 +223,7 @@ def measure(name: str) -> dict[str, Any]:
     if name == "sd35_medium":
         forward, backward = work.flow_grpo_pair()
         result["flow_grpo_flops_per_image"] = flops | {
+            "prompt": prompt,
             "reference": trained * forward,
             "update_forward": trained * forward,
             "update_backward": trained * backward,

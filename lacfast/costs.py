@@ -116,11 +116,16 @@ def count(
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     pair_flops = counted(lambda: _differentiated(forward())).flops
+    uncond_flops = 0
+    if is_guided and ppo.cfg_grad == "cond" and ppo.reuse_uncond:
+        uncond_flops = counted(lambda: _unconditional(backbone, sample, timestep, conditioning)).flops
     activation_bytes = saved_bytes(forward, backbone.model)
     state_flops = 0
     if critic is not None:
         state_flops = counted(lambda: _differentiated(critic(features, sample, timestep, conditioning))).flops
     pairs = math.ceil(ppo.timestep_fraction * len(table.trainable_steps) * batch) * ppo.num_inner_epochs
+    # The first optimizer step knows its unconditional half, but for a handful of pairs that measure it.
+    known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs)
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
     kept = [*features.values(), sample, sample]
@@ -135,7 +140,7 @@ def count(
         value_flops=batch * steps * value_flops,
         decode_flops=batch * decode_flops,
         reference_flops=pairs * step_flops if ppo.kl_weight > 0 else 0,
-        update_forward_flops=pairs * step_flops,
+        update_forward_flops=pairs * step_flops - known * uncond_flops,
         # What checkpointing recomputes is counted with the backward pass, where it runs.
         update_backward_flops=pairs * (pair_flops - step_flops),
         critic_flops=batch * steps * ppo.num_inner_epochs * state_flops,
@@ -144,6 +149,13 @@ def count(
         rollout_bytes=batch * steps * sum(tensor.numel() * tensor.element_size() for tensor in kept),
         activation_bytes=activation_bytes,
     )
+
+
+@torch.no_grad()
+def _unconditional(
+    backbone: Backbone, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+) -> Tensor:
+    return backbone.predict(sample, timestep, conditioning)
 
 
 def _differentiated(output: Tensor) -> None:
