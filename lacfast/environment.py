@@ -16,6 +16,7 @@ PACKAGES = ("lacfast", "torch", "triton", "diffusers", "transformers", "peft", "
 EXTRAS = {
     "xformers": ("xformers",),
     "datasets": ("datasets",),
+    "fp8": ("torchao",),
     "rewards": ("rapidocr", "onnxruntime"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),

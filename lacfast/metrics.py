@@ -127,6 +127,8 @@ class PolicyRecord:
     loss: float
     grad_norm: float
     max_abs_log_ratio: float
+    mean_abs_log_ratio: float
+    """Over the pairs that counted."""
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
     pairs: float
@@ -138,13 +140,21 @@ class PolicyRecord:
 
     @staticmethod
     def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """From the step's record (3 + 6 T,) on the host; `measured` pairs ran in full, at most all."""
-        loss, grad_norm, max_abs_log_ratio = numbers[:3].tolist()
-        step_sums = numbers[3:].view(-1, 6)
+        """From the step's record (4 + 6 T,) on the host; `measured` pairs ran in full, at most all."""
+        loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
+        step_sums = numbers[4:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
         mean_kl_old = float(step_sums[:, 2].sum()) / pairs
-        mismatch = math.sqrt(2 * mean_kl_old * pairs / min(measured, pairs))
-        return PolicyRecord(loss, grad_norm, max_abs_log_ratio, step_sums, pairs, mean_kl_old, mismatch)
+        return PolicyRecord(
+            loss=loss,
+            grad_norm=grad_norm,
+            max_abs_log_ratio=max_abs_log_ratio,
+            mean_abs_log_ratio=abs_log_ratio / pairs,
+            step_sums=step_sums,
+            pairs=pairs,
+            mean_kl_old=mean_kl_old,
+            forward_mismatch=math.sqrt(2 * mean_kl_old * pairs / min(measured, pairs)),
+        )
 
 
 class UpdateRecords:
@@ -216,6 +226,8 @@ def policy_metrics(records: Sequence[PolicyRecord], steps: Tensor) -> dict[str, 
         "mean_kl_old": float(sums[:, 2].sum()) / pairs,
         "last_kl_old": records[-1].mean_kl_old,
         "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
+        "first_mean_abs_log_ratio": records[0].mean_abs_log_ratio,
+        "first_kl_old": records[0].mean_kl_old,
         # RMS of b dv / std before any step: how far the update's forward is from the rollout's.
         "forward_mismatch": records[0].forward_mismatch,
         "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),

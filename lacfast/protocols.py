@@ -96,6 +96,12 @@ class Backbone(Protocol):
     def compile_blocks(self) -> None:
         """torch.compile the repeated blocks of model and critic, for sampling and training alike."""
 
+    def quantized(self, precision: str) -> Backbone:
+        """The same policy with quantised weights, for rollouts; see TrainConfig.rollout_precision."""
+
+    def requantize(self) -> None:
+        """Make a quantised policy follow the weights that it was made of; any other has nothing to do."""
+
     def save_pretrained(self, directory: Path) -> None:
         """Write what `load_backbone` and plain diffusers read."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,11 +205,23 @@ class RolloutSampler:
     def _weights(self) -> dict[str, Tensor]:
         modules = {"model": self.backbone.model} | ({} if self.critic is None else {"critic": self.critic})
         return {
-            f"{owner}.{name}": tensor
+            name: tensor
             for owner, module in modules.items()
             for tensors in (module.named_parameters(), module.named_buffers())
-            for name, tensor in tensors
+            for own_name, whole in tensors
+            for name, tensor in stored_as(f"{owner}.{own_name}", whole)
         }
+
+
+def stored_as(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor; one of a quantised kind has no address itself, so those that it is made of."""
+    # torch's protocol of tensors that wrap others; it is in no type of theirs.
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for part in flatten()[0]:
+        yield from stored_as(f"{name}.{part}", getattr(tensor, part))
 
 
 def _stored(buffers: SamplerBuffers) -> dict[str, Any]:

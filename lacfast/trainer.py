@@ -93,6 +93,10 @@ class LatentActorCriticTrainer:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
+        self.behaviour, self.rollout_sampler = backbone, self.sampler
+        if self.config.rollout_precision != "model":
+            self.behaviour = backbone.quantized(self.config.rollout_precision)
+            self.rollout_sampler = RolloutSampler(self.behaviour, self.critic, self.graphs)
         self.learner = Learner(backbone, self.config, self.graphs)
         self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
@@ -135,7 +139,7 @@ class LatentActorCriticTrainer:
     def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
         ids = range(first_id, first_id + len(prompts))
-        rollout = self.sampler.sample(
+        rollout = self.rollout_sampler.sample(
             self.table,
             prompts.texts,
             prompts.metadata,
@@ -144,7 +148,9 @@ class LatentActorCriticTrainer:
             keep_features=keep_features,
             batch_size=self.config.rollout_batch_size,
         )
-        return replace(rollout, policy_version=self.learner.version)
+        # A quantised policy's outputs are not those of the learner's weights, of no version.
+        version = self.learner.version if self.behaviour is self.backbone else None
+        return replace(rollout, policy_version=version)
 
     def collect(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout | None:
         """A rollout with its rewards. None when one failed and config.on_reward_error is "skip".
@@ -152,6 +158,7 @@ class LatentActorCriticTrainer:
         Raises:
             RewardError: under "raise"; the rollout stays in `last_rollout`.
         """
+        self.behaviour.requantize()
         self.last_rollout, error = collect(
             partial(self.rollout, keep_features=keep_features),
             self.backbone.decode,
@@ -226,7 +233,7 @@ class LatentActorCriticTrainer:
         `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
         """
         bounds = configured_bounds(
-            self.backbone, rollout, self.rewards, self.normalizer, self.config, first_id=BRANCH_IDS
+            self.behaviour, rollout, self.rewards, self.normalizer, self.config, first_id=BRANCH_IDS
         )
         self.images += bounds.images
         return bounds
@@ -336,6 +343,7 @@ class LatentActorCriticTrainer:
         """Close the log and its trackers, and free captured graphs."""
         self.log.close()
         self.sampler.close()
+        self.rollout_sampler.close()
         self.graphs.close()
 
     def save(self, directory: str | Path) -> None:

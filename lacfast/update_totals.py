@@ -61,18 +61,21 @@ class PolicyTotals:
     """()"""
     max_abs_log_ratio: Tensor
     """()"""
+    abs_log_ratio: Tensor
+    """() sum over the pairs."""
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
 
     @staticmethod
     def create(tables: StepTables) -> PolicyTotals:
         like = tables.coefficients
-        loss, grad_norm, max_abs_log_ratio = like.new_zeros(3).unbind()
-        return PolicyTotals(loss, grad_norm, max_abs_log_ratio, like.new_zeros((len(like), 6)))
+        loss, grad_norm, max_abs_log_ratio, abs_log_ratio = like.new_zeros(4).unbind()
+        sums = like.new_zeros((len(like), 6))
+        return PolicyTotals(loss, grad_norm, max_abs_log_ratio, abs_log_ratio, sums)
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.loss, self.grad_norm, self.max_abs_log_ratio, self.step_sums]
+        return [self.loss, self.grad_norm, self.max_abs_log_ratio, self.abs_log_ratio, self.step_sums]
 
     def zero_(self) -> None:
         for tensor in self.tensors:
@@ -81,11 +84,13 @@ class PolicyTotals:
     @torch.no_grad()
     def add(self, loss: Tensor, stats: PPOStats) -> None:
         self.loss.add_(loss)
-        torch.maximum(self.max_abs_log_ratio, stats.log_ratio.abs().amax(), out=self.max_abs_log_ratio)
+        distance = stats.log_ratio.abs()
+        torch.maximum(self.max_abs_log_ratio, distance.amax(), out=self.max_abs_log_ratio)
+        self.abs_log_ratio.add_(distance.sum())
         self.step_sums.add_(stats.step_sums)
 
     def record(self) -> Tensor:
-        """(3 + 6 T,) float64: loss, gradient norm, max |log_ratio|, step_sums; see metrics.PolicyRecord."""
+        """(4 + 6 T,) float64: loss, gradient norm, max and sum of |log_ratio|, sums; see PolicyRecord."""
         return torch.cat([tensor.double().flatten() for tensor in self.tensors])
 
 

@@ -55,7 +55,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 DEPENDENCIES = {
     "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL",
     "matplotlib", "rich", "tyro", "nvtx", "xformers", "pybind11", "pytest", "hypothesis", "tensorboard",
-    "wandb", "accelerate",
+    "wandb", "accelerate", "torchao",
 }  # fmt: skip
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "kernels")
 

@@ -267,7 +267,8 @@ def test_metrics_are_over_all_optimizer_steps() -> None:
     def record(loss: float, norm: float, largest: float, count: float, kl: float) -> PolicyRecord:
         sums = torch.zeros(3, 6, dtype=torch.float64)
         sums[1] = torch.tensor([count, 0.0, kl * count, 0.0, count / 2, 0.0])
-        return PolicyRecord.read(torch.cat([torch.tensor([loss, norm, largest]).double(), sums.flatten()]))
+        scalars = torch.tensor([loss, norm, largest, 3.0]).double()
+        return PolicyRecord.read(torch.cat([scalars, sums.flatten()]))
 
     result = policy_metrics(
         [record(1.0, 2.0, 0.0, 6, 0.1), record(4.0, 4.0, 0.5, 3, 0.4)], torch.tensor([1, 2])
@@ -277,6 +278,7 @@ def test_metrics_are_over_all_optimizer_steps() -> None:
     assert result["mean_kl_old"] == pytest.approx(0.2)
     assert result["last_kl_old"] == pytest.approx(0.4)
     assert (result["first_max_abs_log_ratio"], result["max_abs_log_ratio"]) == (0.0, 0.5)
+    assert (result["first_mean_abs_log_ratio"], result["first_kl_old"]) == (0.5, pytest.approx(0.1))
     assert result["kl_old"].tolist()[0] == pytest.approx(0.2)
     assert result["kl_old"].isnan().tolist() == [False, True]
     assert float(result["clip_fraction_high"][0]) == pytest.approx(0.5)

@@ -80,5 +80,5 @@ def compile_blocks(
     blocks = [block for root in modules for block in root.modules() if type(block).__name__ in class_names]
     for block in blocks:
         if not isinstance(block.forward, CompiledForward):
-            block.forward = CompiledForward(block, backend, mode)  # type: ignore[method-assign,assignment]
+            block.forward = CompiledForward(block, backend, mode)
     return len(blocks)

@@ -24,6 +24,7 @@ from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.pixel_trunk import CleanEstimate, PixelTrunk
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
+from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
 from lacfast.config import TAPPED_TRUNKS, TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic import Critic
@@ -90,6 +91,8 @@ class LatentBackbone(ABC):
         self.critic: Critic | None = None
         self._without_adapter = False
         self._compilation: tuple[str, str | None] | None = None
+        self._precision = "model"
+        self._quantized: QuantizedLinears | None = None
         if lora is not None:
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
@@ -144,6 +147,7 @@ class LatentBackbone(ABC):
             attention_signature(self.model),
             adapters.signature(self.model),
             self._compilation,
+            self._precision,
         )
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
@@ -276,6 +280,27 @@ class LatentBackbone(ABC):
         roots = [self.model] if self.critic is None else [self.model, self.critic.trunk]
         compile_blocks(roots, self.repeated_blocks, backend=backend, mode=mode)
         self._compilation = (backend, mode)
+
+    def quantized(self, precision: str) -> LatentBackbone:
+        """This policy with quantised weights in the repeated blocks; see backbones.quantization.
+
+        Args:
+            precision: "fp8" or "fp8_weights".
+
+        Raises:
+            ValueError: where this machine or this model cannot.
+        """
+        behaviour = copy.copy(self)
+        behaviour.model, behaviour._quantized = quantized_copy(
+            self.model, self.repeated_blocks, QUANTIZERS[precision](self.device), self.dtype
+        )
+        behaviour._precision = precision
+        return behaviour
+
+    def requantize(self) -> None:
+        """Follow the policy that this is a quantised copy of; the base of a LoRA never moves."""
+        if self._quantized is not None and self.lora is None:
+            self._quantized.refresh()
 
     def plain_model(self) -> Any:
         """The model as diffusers knows it, on the same weights: without the critic's or any adapter."""

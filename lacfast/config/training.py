@@ -73,6 +73,10 @@ class EarlyStoppingConfig:
         require(self.min_improvement >= 0, f"min_improvement={self.min_improvement} must be >= 0")
 
 
+ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
+"""What a rollout's policy computes in; see TrainConfig.rollout_precision."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
@@ -103,6 +107,10 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the blocks that model and critic repeat. The first iteration and the first
     evaluation then wait for the compiler, seconds to minutes per kind of block."""
+    rollout_precision: str = "model"
+    """Of the policy that samples rollouts. "model": the policy itself; "fp8": its blocks in float8, on Ada,
+    Hopper and later; "fp8_weights": their weights alone, on any device, slower. The ratio is then the exact
+    one to the quantised policy, and the distance is logged. Needs lacfast[fp8]. Evaluation does without."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
     eval_samples: int = 1024
@@ -132,6 +140,12 @@ class TrainConfig:
             f"target_clip={self.ppo.target_clip} would cut a rare 1 out of the targets of loss='bce'; "
             "set PPOConfig(target_clip=math.inf)",
         )
+        require(
+            self.rollout_precision in ROLLOUT_PRECISIONS,
+            f"unknown rollout_precision {self.rollout_precision!r}; known: {', '.join(ROLLOUT_PRECISIONS)}",
+        )
+        if self.rollout_precision != "model":
+            self._require_exact_correction()
         require(self.eval_batch_size >= 1, f"eval_batch_size={self.eval_batch_size} must be at least 1")
         require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
         require(
@@ -170,4 +184,24 @@ class TrainConfig:
             estimator not in GROUP_ESTIMATORS or self.samples_per_prompt > 1,
             f"advantages.estimator={estimator!r} compares the trajectories of one prompt, and "
             f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator='ddpo'",
+        )
+
+    def _require_exact_correction(self) -> None:
+        """Refuse what a quantised rollout would make wrong without a word."""
+        precision = self.rollout_precision
+        require(
+            self.ppo.ratio == "innovation",
+            f"ratio={self.ppo.ratio!r} is no likelihood ratio, so it cannot correct for the quantised policy "
+            f"of rollout_precision={precision!r}; use ratio='innovation' or rollout_precision='model'",
+        )
+        require(
+            self.critic.trunk not in ("joint", "lora"),
+            f"trunk={self.critic.trunk!r} reads the policy's weights in the update and quantised ones in the "
+            f"rollout under rollout_precision={precision!r}; use 'branch' or 'shared', which learn on the "
+            "rollout's own features, 'copy', or rollout_precision='model'",
+        )
+        require(
+            self.critic.keep_features or self.critic.trunk == "none",
+            "keep_features=False lets the critic learn on features of the policy and value those of its "
+            f"quantised form under rollout_precision={precision!r}; use keep_features=True",
         )
