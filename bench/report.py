@@ -1,8 +1,9 @@
 """Writes the README's tables from recorded results, so that none of its numbers is typed.
 
 The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json,
-the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`), what the published
-models cost from bench/results/costs.json (`python -m bench.costs`).
+the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from
+the newest bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost
+from bench/results/costs.json (`python -m bench.costs`).
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -143,27 +144,35 @@ def _beside_baseline(row: dict[str, Any] | None, cells: dict[tuple[str, str, str
 PHASES = ("sampling", "reference", "update", "iteration")
 
 
+PEERS = {"flow_grpo": "flow_grpo", "ddpo": "ddpo-pytorch"}
+
+
 def iterations(record: dict[str, Any]) -> str:
     """How many times as fast as a peer's loop every phase is, as Markdown."""
-    lines = [f"| | {' | '.join(PHASES)} |", "|---|---|---|---|---|"]
+    lines = [f"| | peer's batches | {' | '.join(PHASES)} |", "|---|---|---|---|---|---|"]
     for contest in record["contests"]:
-        rows = [row for row in record["rows"] if row["model"] == contest["model"]]
-        peer = {"flow_grpo": "flow_grpo", "ddpo": "ddpo-pytorch"}[contest["peer"]]
+        rows = [row for row in record["rows"] if contest["model"].endswith(row["model"])]
+        batches = f"{contest['published_batch']}, {contest['tuned_batch']}"
         for name in (name for name in dict.fromkeys(row["contender"] for row in rows) if "peer" not in name):
-            for baseline, size in (("over_published", "published"), ("over_tuned", "tuned")):
-                ratios = {row["phase"]: row[baseline] for row in rows if row["contender"] == name}
-                cells = [f"{ratios[phase]:.2f}x" if phase in ratios else "" for phase in PHASES]
-                batch = contest[f"{size}_batch"]
-                label = f"{contest['model']}: {name}, over {peer}'s loop at its {size} batch, {batch}"
-                lines.append(f"| {label} | {' | '.join(cells)} |")
+            own = {row["phase"]: row for row in rows if row["contender"] == name}
+            cells = [
+                f"{own[phase]['over_published']:.2f}x, {own[phase]['over_tuned']:.2f}x"
+                if phase in own
+                else ""
+                for phase in PHASES
+            ]
+            label = f"{contest['model']} against {PEERS[contest['peer']]}: {name}"
+            lines.append(f"| {label} | {batches} | {' | '.join(cells)} |")
     largest = max(value for contest in record["contests"] for value in contest["differences"].values())
     first = record["contests"][0]
     note = (
-        f"One thread on {record['machine']['label']}, torch {record['machine']['versions']['torch']}, "
+        "Times as fast as the peer's loop at its published batch, and at the batch of its own that is "
+        f"fastest here. One thread on {record['machine']['label']}, torch {record['machine']['versions']['torch']}, "
         f"{record['date']}: medians of {record['rounds']} interleaved rounds of {first['num_steps']} steps "
-        f"and {first['num_updates']} optimizer steps; trajectories and float64 gradients of both differ by "
-        f"at most {largest:.0e}. No side has a critic; the reward costs nothing. `python -m bench.iteration` "
-        "measures it; [docs/performance.md](docs/performance.md) says where the time goes."
+        f"and {first['num_updates']} optimizer steps. Trajectories and float64 gradients of both sides "
+        f"differ by at most {largest:.0e}; no side has a critic, and the reward costs nothing. "
+        "`python -m bench.iteration` measures it; [docs/performance.md](docs/performance.md) says where the "
+        "time goes."
     )
     return "\n".join([*lines, "", note])
 
