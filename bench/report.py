@@ -168,7 +168,8 @@ def iterations(record: dict[str, Any]) -> str:
     note = (
         "Times as fast as the peer's loop at its published batch, and at the batch of its own that is "
         f"fastest here. One thread on {record['machine']['label']}, "
-        f"torch {record['machine']['versions']['torch']}, {record['date']}: medians of {record['rounds']} interleaved rounds of {first['num_steps']} steps "
+        f"torch {record['machine']['versions']['torch']}, {record['date']}: "
+        f"medians of {record['rounds']} interleaved rounds of {first['num_steps']} steps "
         f"and {first['num_updates']} optimizer steps. Trajectories and float64 gradients of both sides "
         f"differ by at most {largest:.0e}; no side has a critic, and the reward costs nothing. "
         "`python -m bench.iteration` measures it; [docs/performance.md](docs/performance.md) says where the "
