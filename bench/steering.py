@@ -28,11 +28,11 @@ from lacfast import presets
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
 from lacfast.run import prompts_of
 from lacfast.steering import steer
 from lacfast.steering_run import saved_model, trained_sampler
-from lacfast.tasks.gauges import diversity
 
 TUNING_SEED = 1_000_003
 """Far from the seeds that are reported."""

@@ -105,10 +105,24 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
     errors = evaluation.standard_errors()
     return {
         "explained_variance": evaluation.explained_variance.mean(dim=-1),
-        "diversity": evaluation.diversity(),
+        "diversity": diversity(evaluation.images, evaluation.prompts),
         **evaluation.means(),
         **{f"standard_error/{name}": error for name, error in errors.items()},
     }
+
+
+def diversity(images: Tensor, prompts: Sequence[str]) -> float:
+    """Mean root mean square distance of two images (B, 3, H, W) of one prompt; NaN where none has two."""
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    flat = images.flatten(1)
+    distances = [
+        torch.nn.functional.pdist(flat[members]) / flat.shape[1] ** 0.5
+        for members in rows.values()
+        if len(members) > 1
+    ]
+    return float(torch.cat(distances).mean()) if distances else math.nan
 
 
 def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:

@@ -6,7 +6,6 @@ L tokens, D features, M rewards, N elements of one latent.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -302,16 +301,3 @@ class Evaluation:
     def standard_errors(self) -> dict[str, float]:
         """Of the means, from the spread over the images; NaN for one image."""
         return {name: float(rewards.std()) / len(rewards) ** 0.5 for name, rewards in self.rewards.items()}
-
-    def diversity(self) -> float:
-        """Mean root mean square distance between two images of one prompt; NaN where none has two."""
-        rows: dict[str, list[int]] = {}
-        for row, prompt in enumerate(self.prompts):
-            rows.setdefault(prompt, []).append(row)
-        flat = self.images.flatten(1)
-        distances = [
-            torch.nn.functional.pdist(flat[members]) / flat.shape[1] ** 0.5
-            for members in rows.values()
-            if len(members) > 1
-        ]
-        return float(torch.cat(distances).mean()) if distances else math.nan

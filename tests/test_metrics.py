@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lacfast.advantages import Advantages, RewardNormalizer
-from lacfast.metrics import rollout_metrics
+from lacfast.metrics import diversity, evaluation_metrics, rollout_metrics
+from lacfast.records import Evaluation
 from tests.tiny_rollouts import made_rollout
 
 REWARDS = torch.tensor([3.0, 5.0, 1.0, 7.0])
@@ -33,3 +36,19 @@ def test_the_slope_tells_overconfident_values_from_timid_ones(scale: float) -> N
 def test_the_raw_value_loss_is_in_the_rewards_units() -> None:
     # Half of the deviation is missed: a quarter of the variance, which is 5 here.
     assert metrics_of(0.5)["value_loss_raw"] == pytest.approx(5 / 4)
+
+
+IMAGES = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 0.2, 0.6, 0.9)])
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
+    # One prompt has the pairs 0.2, 0.6 and 0.4; the other image stands alone.
+    assert diversity(IMAGES, ["a", "a", "a", "b"]) == pytest.approx(0.4)
+    assert math.isnan(diversity(IMAGES, ["a", "b", "c", "d"]))
+
+
+def test_an_evaluation_logs_means_with_the_standard_errors_of_means() -> None:
+    scores = {"score": torch.tensor([0.0, 1.0, 1.0, 0.0])}
+    logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 0), IMAGES, ["a"] * 4))
+    assert logged["score"] == 0.5
+    assert logged["standard_error/score"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(4))

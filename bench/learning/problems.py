@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lacfast.backbones import adapt_pretrained
 from lacfast.checkpoint import whole_directory
+from lacfast.metrics import diversity
 from lacfast.protocols import Backbone, Reward
 from lacfast.records import Evaluation
 from lacfast.tasks import glyphs, scenes
@@ -117,7 +118,7 @@ def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str,
     def measure(evaluation: Evaluation) -> dict[str, float]:
         images: Tensor = evaluation.images
         found = {
-            "diversity": evaluation.diversity(),
+            "diversity": diversity(images, evaluation.prompts),
             "feature_distance": frechet_distance(encoder.embed_images(images), data),
         }
         if task is scenes.TASK:
