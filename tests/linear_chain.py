@@ -62,6 +62,9 @@ class LinearChain:
     def build_trunk(self, config: CriticConfig) -> ChainTrunk:
         return ChainTrunk()
 
+    def requantize(self) -> None:
+        """Nothing: it is not quantised."""
+
     def policy_parameters(self) -> list[nn.Parameter]:
         return list(self.model.parameters())
 

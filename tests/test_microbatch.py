@@ -68,9 +68,9 @@ def test_running_out_of_memory_halves_the_size_and_leaves_the_result(
     plain.train_iteration()
     policy_gradient = update.policy_gradient
 
-    def limited(*args: Any) -> None:
+    def limited(*args: Any, **named: Any) -> None:
         # The error comes after the gradients of this microbatch are in.
-        policy_gradient(*args)
+        policy_gradient(*args, **named)
         if len(args[2].steps) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
