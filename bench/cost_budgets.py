@@ -5,13 +5,12 @@ Lower a number when a count falls. Raising one needs a reason in the commit.
 
 from __future__ import annotations
 
-ADDED_OPERATIONS = {
-    "sd15": {"none": 11, "shared": 293, "branch": 400},
-    "sdxl": {"none": 13, "shared": 246, "branch": 4036},
-    "sd35_medium": {"none": 12, "shared": 187, "branch": 296},
-    "flux_dev": {"none": 17, "shared": 191, "branch": 335},
-}
-"""Operations of a denoising step beyond its model's own: without critic, heads on taps, branch."""
+ADDED_KERNELS = 6
+"""Operations but views that a denoising step adds to its model's own: the model's input, the timestep, its
+scale in FLUX, the output as float32, guidance with transition and stores, the step's index."""
+
+KERNELS_PER_FEATURE = 1
+"""The same with a critic, per tensor that it reads of the model: the store."""
 
 MICROBATCH_OPERATIONS = {"sd15": 10_745, "sdxl": 41_145, "sd35_medium": 27_096, "flux_dev": 23_472}
 """Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""

@@ -2,12 +2,14 @@
 
 python -m bench.costs      counts and writes bench/results/costs.json, which the README shows
 
-Operations are what torch dispatches: kernels, views and casts. FLOPs are per image of one iteration.
+Operations are what torch dispatches, kernels those among them that are no views. FLOPs are per image of one
+iteration.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,18 @@ IMAGES_PER_PROMPT = {"sd35_medium": 24}
 CONFIGS = {"sd15": DDIM, "sdxl": DDIM, "sd35_medium": FLOW, "flux_dev": FLUX}
 
 
+@dataclass(frozen=True)
+class StepCount:
+    """What a denoising step dispatches."""
+
+    all: OperationCounter
+    model_operations: int
+    """Those within diffusers' model."""
+    model_kernels: int
+    features: int
+    """Tensors that are kept for the critic."""
+
+
 class Workload:
     """A published model with what a step and an update read, all without values."""
 
@@ -81,20 +95,19 @@ class Workload:
             uncond_conditioning=self.uncond_conditioning,
             guidance_scale=self.config.sampler.guidance_scale,
             num_rewards=0 if critic is None else 1,
+            model_dtype=self.backbone.dtype,
         )
 
-    def step(self, critic: Critic | None) -> tuple[OperationCounter, int]:
-        """A denoising step, and how many of its operations run within diffusers' model."""
+    def step(self, critic: Critic | None) -> StepCount:
+        """A denoising step of a training rollout."""
         counter = OperationCounter()
-        at_entry: list[int] = []
-        inside = 0
+        entry, inside = [0, 0], [0, 0]
 
         def enter(*_: Any) -> None:
-            at_entry.append(counter.operations)
+            entry[:] = counter.operations, counter.kernels
 
         def leave(*_: Any) -> None:
-            nonlocal inside
-            inside += counter.operations - at_entry.pop()
+            inside[:] = counter.operations - entry[0], counter.kernels - entry[1]
 
         model = self.backbone.model
         handles = (model.register_forward_pre_hook(enter), model.register_forward_hook(leave))
@@ -103,7 +116,7 @@ class Workload:
             denoise_step(self.backbone, critic, buffers)
         for handle in handles:
             handle.remove()
-        return counter, inside
+        return StepCount(counter, *inside, len(buffers.features))
 
     def rollout(self) -> Rollout:
         buffers = self.buffers(None)
@@ -147,17 +160,21 @@ class Workload:
 
         return counted(body)
 
-    def critic_update(self, critic: Critic) -> OperationCounter:
-        """Forward and backward of the critic on features of BATCH states."""
+    def critic_costs(self, critic: Critic) -> tuple[OperationCounter, OperationCounter]:
+        """Values of BATCH states on their features, and forward and backward of the update on them."""
         buffers = self.buffers(critic)
         timestep = self.empty(BATCH)
         with torch.no_grad():
             result = policy_output(
                 self.backbone, buffers.sample, timestep, self.conditioning, None, critic=critic
             )
-        return counted(
-            lambda: critic(result.features, buffers.sample, timestep, self.conditioning).sum().backward()
-        )
+
+        def values() -> Tensor:
+            return critic(result.features, buffers.sample, timestep, self.conditioning)
+
+        with torch.no_grad():
+            valued = counted(values)
+        return valued, counted(lambda: values().sum().backward())
 
     def flow_grpo_pair(self) -> tuple[int, int]:
         """FLOPs of forward and backward of one pair in flow_grpo's loop: both halves go through both."""
@@ -177,9 +194,10 @@ class Workload:
 def measure(name: str) -> dict[str, Any]:
     """All counts of a published model."""
     work = Workload(name)
-    plain, inside = work.step(None)
     critics = {trunk: work.critic(trunk) for trunk in TRUNKS}
-    steps = {"none": plain} | {trunk: work.step(critic)[0] for trunk, critic in critics.items()}
+    steps = {"none": work.step(None)} | {trunk: work.step(critic) for trunk, critic in critics.items()}
+    plain = steps["none"].all
+    critic_costs = {trunk: work.critic_costs(critic) for trunk, critic in critics.items()}
     microbatch = work.microbatch()
     num_steps, trained = work.table.num_steps, len(work.table.trainable_steps)
     num_references = 1 if work.config.ppo.kl_weight > 0 else 0
@@ -196,10 +214,10 @@ def measure(name: str) -> dict[str, Any]:
         "update_forward": (pairs * plain.flops - pairs // steps_per_rollout * known) // BATCH**2,
         "update_backward": trained * backward // BATCH,
     }
-    values = {trunk: num_steps * (steps[trunk].flops - plain.flops) // BATCH for trunk in TRUNKS}
-    learning = {
-        trunk: num_steps * work.critic_update(critic).flops // BATCH for trunk, critic in critics.items()
-    }
+    values, learning = (
+        {trunk: num_steps * costs[part].flops // BATCH for trunk, costs in critic_costs.items()}
+        for part in (0, 1)
+    )
     result: dict[str, Any] = {
         "title": work.model.title,
         "parameters": sum(
@@ -209,15 +227,19 @@ def measure(name: str) -> dict[str, Any]:
         ),
         "is_guided": work.uncond_conditioning is not None,
         "operations": {
-            "model": inside,
-            "step": {trunk: counter.operations for trunk, counter in steps.items()},
+            "model": steps["none"].model_operations,
+            "step": {trunk: step.all.operations for trunk, step in steps.items()},
+            "values": {trunk: valued.operations for trunk, (valued, _) in critic_costs.items()},
             "microbatch": microbatch.operations,
         },
         "kernels": {
-            "step": {trunk: counter.kernels for trunk, counter in steps.items()},
+            "model": steps["none"].model_kernels,
+            "step": {trunk: step.all.kernels for trunk, step in steps.items()},
+            "values": {trunk: valued.kernels for trunk, (valued, _) in critic_costs.items()},
             "microbatch": microbatch.kernels,
         },
-        "syncs": {"step": max(counter.syncs for counter in steps.values()), "microbatch": microbatch.syncs},
+        "features": {trunk: step.features for trunk, step in steps.items()},
+        "syncs": {"step": max(step.all.syncs for step in steps.values()), "microbatch": microbatch.syncs},
         "flops_per_image": flops | {"values": values, "critic_update": learning},
     }
     if name == "sd35_medium":

@@ -19,11 +19,13 @@ from lacfast import ops
 from lacfast.config import CriticConfig
 from lacfast.precision import running_in
 from lacfast.protocols import Backbone, Features, Trunk
-from lacfast.records import Conditioning
+from lacfast.records import Conditioning, Rollout
 from lacfast.reference.objective import masked_mean
 from lacfast.value_loss import SquaredError, build_value_loss
 
 TIME_CHANNELS = 64
+STATES_AT_ONCE = 32
+"""That rollout_values takes together: larger products than a step's, and less memory than an update's."""
 
 
 class TapPool(nn.Module):
@@ -171,6 +173,30 @@ class Critic(nn.Module):
     def rescale(self, old_mean: Tensor, old_std: Tensor, new_mean: Tensor, new_std: Tensor) -> None:
         """Keep raw predictions std V + mean when the statistics (M,) change (PopArt, arXiv 1602.07714)."""
         self.value_loss.rescale(self.head.output, old_mean, old_std, new_mean, new_std)
+
+
+@torch.no_grad()
+def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
+    """Values (T, B, M) float32 of all states of a rollout, on the features kept from it.
+
+    Whole steps are valued together as long as they have at most STATES_AT_ONCE states.
+    """
+    timesteps, batch = rollout.table.timesteps.to(rollout.latents.device), rollout.batch_size
+    steps_at_once = max(STATES_AT_ONCE // batch, 1)
+    values = []
+    for first in range(0, rollout.table.num_steps, steps_at_once):
+        part = timesteps[first : first + steps_at_once]
+        steps = slice(first, first + len(part))
+        rows = torch.arange(batch, device=part.device).repeat(len(part))
+        values.append(
+            critic(
+                {name: tensor[steps].flatten(0, 1) for name, tensor in rollout.features.items()},
+                rollout.latents[steps].flatten(0, 1),
+                part.repeat_interleave(batch),
+                rollout.conditioning.select(rows),
+            ).float()
+        )
+    return torch.cat(values).unflatten(0, (-1, batch))
 
 
 def build_critic(

@@ -230,6 +230,7 @@ def complete(
         rollout.conditioning.select(rows),
         uncond_conditioning=None if uncond is None else uncond.select(rows),
         guidance_scale=guidance_scale,
+        model_dtype=backbone.dtype,
     )
     buffers.sample.copy_(rollout.latents[step, rows])
     buffers.step.fill_(step)

@@ -20,6 +20,7 @@ import torch
 DOMAIN = "lacfast"
 SPANS = (
     "rollout/step",
+    "rollout/values",
     "decode",
     "reward",
     "reward/wait",

@@ -54,6 +54,8 @@ class Backbone(Protocol):
 
     model: nn.Module
     """What is trained, whole or by adapters in it."""
+    dtype: torch.dtype
+    """That the model runs in and takes its samples in."""
     latent_shape: tuple[int, ...]
     """(C, H, W), or (L, D) where the family packs its latents."""
     critic: Critic | None
@@ -66,7 +68,8 @@ class Backbone(Protocol):
         """Conditioning (B, ...) of `count` samples without a prompt, for classifier-free guidance."""
 
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Model output (B, ...) in the dtype of the noisy latents (B, ...), at timesteps (B,) float32."""
+        """Model output (B, ...) float32, or float64 where the noisy latents (B, ...) are, at timesteps (B,)
+        float32."""
 
     def forward_signature(self) -> Hashable:
         """What decides the operations of `predict` besides tensors: dtype, adapters, attention. A captured

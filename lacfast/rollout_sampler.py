@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lacfast.critic import Critic
+from lacfast.critic import Critic, rollout_values
 from lacfast.graph import GraphRunner, StaticStep
 from lacfast.ops.backend import forced_backend
 from lacfast.profiling import span
@@ -64,7 +64,8 @@ class RolloutSampler:
         """
         Args:
             backbone: the policy.
-            critic: values of every state are stored when it is given.
+            critic: values every state when it is given: of a rollout that keeps features after its last step,
+                else within each step.
             runner: captures the steps, or runs them eagerly.
         """
         self.backbone = backbone
@@ -112,7 +113,7 @@ class RolloutSampler:
             guidance_scale,
         )
         tensors = self._trajectories(inputs, max(batch_size, len(prompts)), keep_features)
-        return Rollout(
+        rollout = Rollout(
             table=table,
             conditioning=inputs.conditioning,
             uncond_conditioning=inputs.uncond_conditioning,
@@ -121,6 +122,10 @@ class RolloutSampler:
             metadata=list(metadata),
             **tensors,
         )
+        if self.critic is None or not keep_features:
+            return rollout
+        with span("rollout/values"):
+            return replace(rollout, values=rollout_values(self.critic, rollout))
 
     def close(self) -> None:
         """Free the buffers and graphs of all shapes."""
@@ -182,7 +187,8 @@ class RolloutSampler:
             inputs.conditioning,
             uncond_conditioning=inputs.uncond_conditioning,
             guidance_scale=inputs.guidance_scale,
-            num_rewards=0 if self.critic is None else self.critic.num_rewards,
+            num_rewards=0 if self.critic is None or keep_features else self.critic.num_rewards,
+            model_dtype=self.backbone.dtype,
             keep_features=keep_features,
             max_steps=max_steps,
         )

@@ -7,7 +7,7 @@ the transition table, the timesteps, the guidance, the prompts, the seed and the
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,15 +26,17 @@ class SamplerBuffers:
     """(1,) int64, advanced by the step itself."""
     sample: Tensor
     """(B, C, H, W) current latents."""
+    model_input: Tensor
+    """(G, B, C, H, W) the same in the model's dtype; G = 2 with guidance, else 1."""
     coefficients: Tensor
     """(T, 3) float32"""
     timesteps: Tensor
     """(T,) float32"""
     noise: NoiseKey
     conditioning: Conditioning
-    uncond_conditioning: Conditioning | None
+    """(G B, ...) the prompts', behind them what stands in their place where there is guidance."""
     guidance_scale: Tensor
-    """(1,) float32, read when uncond_conditioning is there."""
+    """(1,) float32, read with guidance."""
     latents: Tensor
     """(T + 1, B, C, H, W)"""
     model_outputs: Tensor
@@ -42,11 +44,11 @@ class SamplerBuffers:
     log_probs: Tensor
     """(T, B)"""
     values: Tensor
-    """(T, B, M)"""
+    """(T, B, M), written where features are not kept."""
     features: Features
     """name -> (T, B, ...), allocated by the first step."""
     keep_features: bool
-    """Whether they are kept at all."""
+    """Keep what the critic reads, for its values after the last step; else each step has its own valued."""
 
     @property
     def slab(self) -> TrajectorySlab:
@@ -63,6 +65,7 @@ class SamplerBuffers:
         guidance_scale: float = 1.0,
         num_rewards: int = 0,
         dtype: torch.dtype = torch.float32,
+        model_dtype: torch.dtype = torch.float32,
         keep_features: bool = True,
         max_steps: int = 0,
     ) -> SamplerBuffers:
@@ -71,26 +74,29 @@ class SamplerBuffers:
         Args:
             table: the sampler.
             latent_shape: (C, H, W) or (L, D).
-            noise: seed and B sample ids. Like both conditionings, it is not copied.
+            noise: seed and B sample ids, not copied.
             conditioning: (B, ...)
             uncond_conditioning: (B, ...) with guidance.
             guidance_scale: used with `uncond_conditioning`.
-            num_rewards: M, heads of the critic; 0 without one.
+            num_rewards: M, heads of the critic that values every step; 0 without one.
             dtype: of the latents.
-            keep_features: keep what the critic's trunk reads of every step.
+            model_dtype: that the model takes them in.
+            keep_features: keep what the critic's trunk reads of every step, and leave its values for later.
             max_steps: room for schedules longer than `table`.
         """
         device = noise.seed.device
         batch, steps = len(noise.sample_ids), max(table.num_steps, max_steps)
         latents = torch.empty((steps + 1, batch, *latent_shape), dtype=dtype, device=device)
+        joined = _joined(conditioning, uncond_conditioning)
+        halves = len(joined) // batch
         return SamplerBuffers(
             step=torch.zeros(1, dtype=torch.int64, device=device),
             sample=torch.empty_like(latents[0]),
+            model_input=torch.empty((halves, batch, *latent_shape), dtype=model_dtype, device=device),
             coefficients=_with_rows(table.coefficients(), steps).to(device),
             timesteps=_with_rows(table.timesteps, steps).to(device),
             noise=noise,
-            conditioning=conditioning,
-            uncond_conditioning=uncond_conditioning,
+            conditioning=joined,
             guidance_scale=torch.full((1,), guidance_scale, device=device),
             latents=latents,
             model_outputs=torch.empty_like(latents[1:]),
@@ -115,14 +121,18 @@ class SamplerBuffers:
         self.guidance_scale.fill_(guidance_scale)
         self.noise.seed.copy_(noise.seed)
         self.noise.sample_ids.copy_(noise.sample_ids)
-        self.conditioning.copy_(conditioning)
-        if self.uncond_conditioning is not None and uncond_conditioning is not None:
-            self.uncond_conditioning.copy_(uncond_conditioning)
+        self.conditioning.copy_(_joined(conditioning, uncond_conditioning))
 
     def written(self) -> list[Tensor]:
         """What a step writes."""
         outputs = [self.latents, self.model_outputs, self.log_probs, self.values]
-        return [self.step, self.sample, *outputs, *self.features.values()]
+        return [self.step, self.sample, self.model_input, *outputs, *self.features.values()]
+
+
+def _joined(conditioning: Conditioning, uncond_conditioning: Conditioning | None) -> Conditioning:
+    if uncond_conditioning is None:
+        return conditioning
+    return Conditioning.concatenate([conditioning, uncond_conditioning])
 
 
 def _with_rows(rows: Tensor, count: int) -> Tensor:
@@ -174,37 +184,62 @@ def policy_output(
         critic: whose features to record. They come from the conditional forward alone.
         detach: cut the features off the actor's graph.
     """
+    if uncond_conditioning is not None and (cfg_grad == "both" or not torch.is_grad_enabled()):
+        return _one_forward(
+            *(backbone, torch.cat([sample, sample]), torch.cat([timestep, timestep])),
+            _joined(conditioning, uncond_conditioning),
+            halves=2,
+            critic=critic,
+            detach=detach,
+        )
+    forward = _one_forward(backbone, sample, timestep, conditioning, halves=1, critic=critic, detach=detach)
+    if uncond_conditioning is None:
+        return forward
+    with torch.no_grad():
+        return replace(forward, uncond_output=backbone.predict(sample, timestep, uncond_conditioning))
+
+
+def _one_forward(
+    backbone: Backbone,
+    sample: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    *,
+    halves: int,
+    critic: Critic | None,
+    detach: bool,
+) -> PolicyOutput:
+    """Arguments (G B, ...); where G = `halves` is 2, those without a prompt lie behind those with one."""
     recording: AbstractContextManager[Features] = (
         nullcontext({}) if critic is None else critic.record(backbone.model, detach=detach)
     )
-    if uncond_conditioning is not None and (cfg_grad == "both" or not torch.is_grad_enabled()):
-        halves = Conditioning.concatenate([conditioning, uncond_conditioning])
-        with recording as features:
-            both = backbone.predict(torch.cat([sample, sample]), torch.cat([timestep, timestep]), halves)
-        batch = len(sample)
-        return PolicyOutput(
-            both[:batch], both[batch:], {name: tensor[:batch] for name, tensor in features.items()}
-        )
     with recording as features:
         output = backbone.predict(sample, timestep, conditioning)
-    if uncond_conditioning is None:
+    if halves == 1:
         return PolicyOutput(output, None, features)
-    with torch.no_grad():
-        return PolicyOutput(output, backbone.predict(sample, timestep, uncond_conditioning), features)
+    cond, uncond = output.chunk(2)
+    return PolicyOutput(cond, uncond, {name: tensor[: len(cond)] for name, tensor in features.items()})
 
 
 @torch.no_grad()
 def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuffers) -> None:
-    """One step of the whole batch: forward, guidance, transition, value, stores. No host synchronisation."""
-    timestep = buffers.timesteps.index_select(0, buffers.step).expand(buffers.sample.shape[0])
-    forward = policy_output(
-        backbone, buffers.sample, timestep, buffers.conditioning, buffers.uncond_conditioning, critic=critic
+    """One step of the whole batch: forward, guidance, transition, stores. No host synchronisation.
+
+    With a critic it stores the features or, where they are not kept, the values.
+    """
+    halves, batch = buffers.model_input.shape[:2]
+    buffers.model_input.copy_(buffers.sample)
+    timestep = buffers.timesteps.index_select(0, buffers.step).expand(halves * batch)
+    model_input = buffers.model_input.flatten(0, 1)
+    forward = _one_forward(
+        *(backbone, model_input, timestep, buffers.conditioning), halves=halves, critic=critic, detach=True
     )
-    if critic is not None:
-        values = critic(forward.features, buffers.sample, timestep, buffers.conditioning)
-        buffers.values.index_copy_(0, buffers.step, values.float()[None])
     if buffers.keep_features:
         _store_features(buffers, forward.features)
+    elif critic is not None:
+        prompts = buffers.conditioning.select(slice(batch))
+        values = critic(forward.features, buffers.sample, timestep[:batch], prompts)
+        buffers.values.index_copy_(0, buffers.step, values.float()[None])
     uncond_output = forward.uncond_output
     ops.gaussian_step_(
         buffers.sample,

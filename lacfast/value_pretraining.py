@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lacfast import reference
 from lacfast.advantages import RewardNormalizer, stack_rewards
 from lacfast.config import PPOConfig, ValuePretrainingConfig
-from lacfast.critic import Critic
+from lacfast.critic import Critic, rollout_values
 from lacfast.explained_variance import ValueBounds
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
@@ -55,18 +55,6 @@ def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     values = rollout.values
     returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
     return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
-
-
-@torch.no_grad()
-def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
-    """Values (T, B, M) of all states of a rollout on the features kept from it."""
-    values = []
-    for step, timestep in enumerate(rollout.table.timesteps.to(rollout.latents.device)):
-        features = {name: tensor[step] for name, tensor in rollout.features.items()}
-        values.append(
-            critic(features, rollout.latents[step], timestep.expand(rollout.batch_size), rollout.conditioning)
-        )
-    return torch.stack(values)
 
 
 def value_targets(rollout: Rollout, normalizer: RewardNormalizer, target_clip: float) -> Tensor:

@@ -40,6 +40,7 @@ class MixtureVelocity(nn.Module):
 class GaussianBackbone:
     """The protocol's part that steering needs; images are the latents themselves."""
 
+    dtype = torch.float32
     latent_shape = SHAPE
 
     def __init__(self, means: Sequence[tuple[float, float]] = ((1.0, -0.5),), spread: float = 0.7) -> None:

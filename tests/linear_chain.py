@@ -36,6 +36,7 @@ def coordinate(latents: Tensor) -> Tensor:
 class LinearChain:
     """A backbone of the trainer's protocol whose latents are its images."""
 
+    dtype = torch.float32
     latent_shape = SHAPE
 
     def __init__(self, slope: float = 0.5) -> None:

@@ -35,10 +35,10 @@ def test_what_is_recorded_is_what_is_counted(name: str) -> None:
 
 def test_the_step_of_sdxl_is_recorded() -> None:
     work, recorded = costs.Workload("sdxl"), RECORDED["sdxl"]
-    step, inside = work.step(None)
-    assert inside == recorded["operations"]["model"]
-    assert step.operations == recorded["operations"]["step"]["none"]
-    assert step.flops * work.table.num_steps == recorded["flops_per_image"]["sampling"] * costs.BATCH
+    step = work.step(None)
+    assert step.model_kernels == recorded["kernels"]["model"]
+    assert step.all.kernels == recorded["kernels"]["step"]["none"]
+    assert step.all.flops * work.table.num_steps == recorded["flops_per_image"]["sampling"] * costs.BATCH
 
 
 @each_model
@@ -47,10 +47,12 @@ def test_the_model_has_its_published_size(name: str) -> None:
 
 
 @each_model
-def test_a_step_adds_no_more_operations_than_budgeted(name: str) -> None:
-    operations = counted(name)["operations"]
-    for trunk, budget in budgets.ADDED_OPERATIONS[name].items():
-        assert operations["step"][trunk] - operations["model"] <= budget, trunk
+def test_a_step_adds_six_kernels_and_a_store_for_each_kept_feature(name: str) -> None:
+    kernels, features = counted(name)["kernels"], counted(name)["features"]
+    assert features["none"] == 0 < min(features["shared"], features["branch"])
+    for trunk, kept in features.items():
+        budget = budgets.ADDED_KERNELS + kept * budgets.KERNELS_PER_FEATURE
+        assert kernels["step"][trunk] - kernels["model"] <= budget, trunk
 
 
 @each_model

@@ -21,11 +21,10 @@ from lacfast import (
     reference,
 )
 from lacfast.config import ValuePretrainingConfig
-from lacfast.critic import build_critic
+from lacfast.critic import build_critic, rollout_values
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.sampler import policy_output
-from lacfast.value_pretraining import rollout_values
 
 CRITIC = CriticConfig(hidden_dim=32, head_dim=8, num_heads=2)
 

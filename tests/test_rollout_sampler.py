@@ -331,11 +331,35 @@ def test_a_step_that_cannot_be_captured_leaves_an_eager_sampler() -> None:
     critic.head.register_forward_hook(lambda module, inputs, values: values * (1 + 0 * values.sum().item()))
     both = Both(backbone, critic, replace(FAKE, strict=False))
     with pytest.warns(RuntimeWarning, match="the denoising step of .* cannot be captured") as caught:
-        both.agree()
-    both.agree(seed=4)
+        both.agree(keep_features=False)
+    both.agree(seed=4, keep_features=False)
     assert len(caught) == 1
     assert both.runner.statistics.fallbacks == 1
     assert not both.captured._captured
+
+
+@pytest.mark.parametrize(
+    ("trunk", "count"), [*((trunk, 3) for trunk in TRUNKS if trunk != "none"), ("shared", 40)]
+)
+def test_values_after_the_last_step_are_those_within_each(trunk: str, count: int) -> None:
+    backbone = tiny_backbone("dit")
+    critic = critic_of(backbone, trunk)
+    valued: list[int] = []
+    critic.head.register_forward_hook(lambda module, inputs, values: valued.append(len(values)))
+    sampler = RolloutSampler(backbone, critic, GraphRunner())
+    table = backbone.transition_table(replace(SAMPLER, num_steps=12, guidance_scale=2.0))
+    prompts = [PROMPTS[index % len(PROMPTS)] for index in range(count)]
+    after, within = (
+        sampler.sample(
+            *(table, prompts, [{}] * count, NoiseKey.create(0, range(count))),
+            guidance_scale=2.0,
+            keep_features=keep,
+        ).values
+        for keep in (True, False)
+    )
+    # As many whole steps as 32 states hold, at least one.
+    assert valued == ([30, 6] if count == 3 else [40] * 12) + [count] * 12
+    torch.testing.assert_close(after, within, rtol=1e-4, atol=1e-5)
 
 
 def test_a_trainer_on_graphs_learns_what_an_eager_one_does() -> None:

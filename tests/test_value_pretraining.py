@@ -13,10 +13,11 @@ from linear_chain import LinearChain, linear_reward
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig, SamplerConfig, ValuePretrainingConfig
+from lacfast.critic import rollout_values
 from lacfast.prompts import PromptSet
 from lacfast.trainer import SELECTION_IDS
 from lacfast.value_confidence import ValueConfidence
-from lacfast.value_pretraining import held_out_variance, rollout_values, update_statistics
+from lacfast.value_pretraining import held_out_variance, update_statistics
 
 
 def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:

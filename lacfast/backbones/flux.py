@@ -51,6 +51,9 @@ class FluxBackbone(LatentBackbone):
         super().__init__(model, *args, **kwargs)
         self.grid = grid
         self.embedded_guidance = embedded_guidance
+        # Made once: a step would spend ten operations on them.
+        self.image_ids = image_ids(grid).to(self.device)
+        self.text_id = torch.zeros(1, 3, device=self.device)
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         tensors = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
@@ -65,8 +68,8 @@ class FluxBackbone(LatentBackbone):
         output: Tensor = model(
             sample,
             timestep=timestep / 1000,
-            img_ids=image_ids(self.grid, sample),
-            txt_ids=sample.new_zeros((tokens.shape[1], 3)),
+            img_ids=self.image_ids,
+            txt_ids=self.text_id.expand(tokens.shape[1], -1),
             **conditioning.tensors,
             return_dict=False,
         )[0]
@@ -88,11 +91,10 @@ class FluxBackbone(LatentBackbone):
         return {"sigmas": sigmas} | dynamic_shift(self.scheduler, self.latent_shape[0], max_shift=1.15)
 
 
-def image_ids(grid: tuple[int, int], like: Tensor) -> Tensor:
-    """(L, 3): 0, row and column of every patch."""
-    rows = torch.arange(grid[0], device=like.device, dtype=like.dtype).repeat_interleave(grid[1])
-    columns = torch.arange(grid[1], device=like.device, dtype=like.dtype).repeat(grid[0])
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=1)
+def image_ids(grid: tuple[int, int]) -> Tensor:
+    """(L, 3) float32: 0, row and column of every patch."""
+    rows, columns = torch.meshgrid(*(torch.arange(float(count)) for count in grid), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
 def _block_output(name: str) -> Tap:
@@ -107,6 +109,8 @@ def _block_output(name: str) -> Tap:
 class BranchTrunk(Trunk):
     """The actor up to its last single blocks, then own copies of those, initialised from the actor."""
 
+    image_ids: Tensor
+
     def __init__(self, model: Any, num_blocks: int, grid: tuple[int, int]) -> None:
         super().__init__()
         depth = len(model.single_transformer_blocks)
@@ -120,7 +124,7 @@ class BranchTrunk(Trunk):
         )
         # Rotary embeddings have no weights.
         self.pos_embed = merged_copy(model.pos_embed)
-        self.grid = grid
+        self.register_buffer("image_ids", image_ids(grid), persistent=False)
         self.tap_dims = (model.inner_dim,) * (num_blocks + 1)
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
@@ -133,8 +137,9 @@ class BranchTrunk(Trunk):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> list[Tensor]:
         hidden, encoder_hidden = features["hidden_states"], features["encoder_hidden_states"]
-        ids = torch.cat([sample.new_zeros((encoder_hidden.shape[1], 3)), image_ids(self.grid, sample)])
-        rotary = self.pos_embed(ids)
+        # A prompt's tokens are all at 0.
+        text_ids = self.image_ids.new_zeros((encoder_hidden.shape[1], 3))
+        rotary = self.pos_embed(torch.cat([text_ids, self.image_ids]))
         taps = [hidden]
         for block in self.blocks:
             encoder_hidden, hidden = block(

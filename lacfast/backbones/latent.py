@@ -137,7 +137,8 @@ class LatentBackbone(ABC):
         dtype = self.dtype if self.lora is None else torch.float32
         with switch, running_in(dtype, sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
-        return output.to(sample.dtype)
+        # The update guides in float32 too: the first ratio is then exactly 1.
+        return output.to(torch.promote_types(sample.dtype, torch.float32))
 
     def forward_signature(self) -> Hashable:
         return (
