@@ -28,6 +28,7 @@ from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantiz
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
 from lacfast.config import TAPPED_TRUNKS, TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic import Critic
+from lacfast.ops.checks import arithmetic_dtype
 from lacfast.precision import running_in
 from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
 from lacfast.records import Conditioning, TransitionTable
@@ -138,7 +139,7 @@ class LatentBackbone(ABC):
         with switch, running_in(dtype, sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
         # The update guides in float32 too: the first ratio is then exactly 1.
-        return output.to(torch.promote_types(sample.dtype, torch.float32))
+        return output.to(arithmetic_dtype(sample))
 
     def forward_signature(self) -> Hashable:
         return (
