@@ -1,0 +1,43 @@
+"""The published models' denoising step runs whole and in full size without a tensor's value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sampler import make_fake
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from bench.costs import BATCH, Workload
+from bench.published import PUBLISHED
+from lacfast.records import Conditioning, NoiseKey
+from lacfast.sampler import SamplerBuffers, begin, denoise_step
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_step_of_a_published_model_looks_at_no_value(name: str) -> None:
+    """FakeTensorMode raises at .item(), nonzero and tensors in an if: what a graph capture cannot do."""
+    work = Workload(name)
+    sampler, backbone = work.config.sampler, work.backbone
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        make_fake(backbone.model, mode)
+        for key, value in vars(backbone).items():
+            if isinstance(value, Tensor):
+                setattr(backbone, key, mode.from_tensor(value))
+        prompts, unconditional = (
+            None
+            if each is None
+            else Conditioning({key: mode.from_tensor(tensor) for key, tensor in each.tensors.items()})
+            for each in (work.conditioning, work.uncond_conditioning)
+        )
+        assert prompts is not None
+        zeros = [torch.zeros(count, dtype=torch.int64, device="meta") for count in (1, BATCH)]
+        buffers = SamplerBuffers.allocate(
+            *(work.table, backbone.latent_shape, NoiseKey(*zeros), prompts),
+            uncond_conditioning=unconditional,
+            guidance_scale=sampler.guidance_scale,
+            model_dtype=backbone.dtype,
+        )
+        begin(buffers)
+        denoise_step(backbone, None, buffers)
+    assert isinstance(buffers.sample, FakeTensor)
