@@ -196,7 +196,8 @@ def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
                 rollout.conditioning.select(rows),
             ).float()
         )
-    return torch.cat(values).unflatten(0, (-1, batch))
+    stacked = torch.cat(values)
+    return stacked.view(-1, batch, stacked.shape[-1])
 
 
 def build_critic(
