@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lacfast import ops
 from lacfast.critic import Critic
+from lacfast.ops.checks import arithmetic_dtype
 from lacfast.protocols import Backbone, Features
 from lacfast.records import INITIAL_STEP, Conditioning, NoiseKey, TrajectorySlab, TransitionTable
 
@@ -240,14 +241,15 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
         prompts = buffers.conditioning.select(slice(batch))
         values = critic(forward.features, buffers.sample, timestep[:batch], prompts)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
-    uncond_output = forward.uncond_output
+    # A float64 model may move float32 latents; the maths is theirs.
+    dtype, uncond_output = arithmetic_dtype(buffers.sample), forward.uncond_output
     ops.gaussian_step_(
         buffers.sample,
-        forward.output.contiguous(),
+        forward.output.to(dtype).contiguous(),
         buffers.coefficients,
         buffers.step,
         noise=buffers.noise,
-        uncond_output=None if uncond_output is None else uncond_output.contiguous(),
+        uncond_output=None if uncond_output is None else uncond_output.to(dtype).contiguous(),
         guidance_scale=None if uncond_output is None else buffers.guidance_scale,
         slab=buffers.slab,
     )
