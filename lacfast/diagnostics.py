@@ -187,8 +187,8 @@ def _no_hacking(evaluations: Sequence[Record], train: Sequence[Record]) -> Itera
             "The reward is being hacked",
             f"{gold} has fallen by {_fall(evaluations, gold):.3g} from its best at iteration "
             f"{best['iteration']}, while {' and '.join(at_best)}, which trains, is at its best",
-            f"Go back to the checkpoint of iteration {best['iteration']} (early stopping keeps it), train a "
-            "second reward with it, or set kl_weight",
+            f"Go back to the checkpoint of iteration {best['iteration']}; let early_stopping.score or --best "
+            f"watch {gold}, train a second reward beside {' and '.join(at_best)}, or set kl_weight",
             int(last["iteration"]),
         )
 

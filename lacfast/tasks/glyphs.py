@@ -54,7 +54,7 @@ MAX_DISTANCE = 0.2
 
 
 def all_prompts() -> list[Prompt]:
-    """300 prompts: 100 random words of each length, without two equal letters side by side."""
+    """300 prompts: 100 random words of each length; those of three and more double no letter."""
     random = np.random.default_rng(WORD_SEED)
     prompts = []
     for length in range(2, GRID**2 + 1):
@@ -62,7 +62,7 @@ def all_prompts() -> list[Prompt]:
         # There are only 90 words of two different letters, so those may double one.
         while len(words) < NUM_WORDS:
             letters = random.choice(list(FONT), size=length)
-            if length == GRID or all(letters[1:] != letters[:-1]):
+            if length == 2 or all(letters[1:] != letters[:-1]):
                 words["".join(letters)] = None
         prompts += [_prompt(word) for word in words]
     return prompts
