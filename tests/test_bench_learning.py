@@ -145,6 +145,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     page.write(results, tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
+    assert "tuned over 0.0001, 0.0003" in text
     assert "equal time, reward of 100 ms per image" in text
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 

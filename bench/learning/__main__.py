@@ -39,9 +39,9 @@ def file_name(arm: str, rest: str) -> str:
     return f"{arm.lower().replace(' ', '-')}-{rest}.json"
 
 
-def at_value(claim: Claim, arm: Arm, value: float) -> Arm:
-    """The arm with one value of the claim's grid."""
-    return replace(arm, config=replace(arm.config, ppo=claim.tuned(arm.config.ppo, value)))
+def at_rate(arm: Arm, rate: float) -> Arm:
+    """The arm with another learning rate of the policy."""
+    return replace(arm, config=replace(arm.config, ppo=replace(arm.config.ppo, policy_learning_rate=rate)))
 
 
 def chosen(claim: Claim, directory: Path, name: str) -> float | None:
@@ -78,13 +78,13 @@ def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]
         for name, arm in arms.items():
             for value in claim.grid:
                 path = directory / "tuning" / file_name(name, f"{value:g}")
-                yield Job(path, at_value(claim, arm, value), short, TUNING_SEED, True)
+                yield Job(path, at_rate(arm, value), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
             value = chosen(claim, directory, name)
             if value is not None:
                 path = directory / file_name(name, f"seed{seed}")
-                yield Job(path, at_value(claim, arm, value), budget, seed, False)
+                yield Job(path, at_rate(arm, value), budget, seed, False)
 
 
 def perform(name: str, backbone: BackboneName, materials: Materials, deadline: float) -> None:

@@ -38,11 +38,11 @@ def scalarized(backbone: str) -> TrainConfig:
 
 def group_relative(backbone: str, estimator: str) -> TrainConfig:
     """Estimators that compare the images of one prompt: "grpo" or "leave_one_out"."""
-    return replace(
-        latent_critic(backbone),
-        advantages=AdvantageConfig(estimator=estimator),
-        samples_per_prompt=GROUP_SIZE,
+    # Leave-one-out as published divides by nothing; divided, it would be GRPO times a constant.
+    advantages = AdvantageConfig(
+        estimator=estimator, group_std="none" if estimator == "leave_one_out" else "global"
     )
+    return replace(latent_critic(backbone), advantages=advantages, samples_per_prompt=GROUP_SIZE)
 
 
 def running_prompt_statistics(backbone: str) -> TrainConfig:

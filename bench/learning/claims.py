@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from bench.learning.arms import (
     copied_trunk,
@@ -14,7 +14,6 @@ from bench.learning.arms import (
     shuffled_critic,
 )
 from bench.learning.runs import Arm, Budget
-from lacfast.config import PPOConfig
 from lacfast.tasks.models import BackboneName
 
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
@@ -35,12 +34,8 @@ class Claim:
     """Scores that are compared, higher is better; the headline first."""
     reward_costs: tuple[float, ...] = (0.0,)
     """Seconds per image at which arms are compared at equal time."""
-    tuned: Callable[[PPOConfig, float], PPOConfig] = field(
-        default=lambda ppo, rate: replace(ppo, policy_learning_rate=rate)
-    )
-    """How a value of the grid enters an arm."""
     grid: tuple[float, ...] = LEARNING_RATES
-    """Settings that every arm is tried with, once, on the tuning prompts; one value tunes nothing."""
+    """Policy learning rates that every arm is tried with, once, on the tuning prompts; one value tunes nothing."""
     seeds: int = 5
     """Paired runs per arm."""
 

@@ -19,12 +19,12 @@ PAGE = DOCS / "results.md"
 HEAD = """# What learning shows
 
 Written by `python -m bench.learning`; every run is a file under `bench/results/learning/`. All arms run in
-the same trainer, start from the same base model, were tuned on the same grid with the same number of tuning
-runs on prompts that are neither trained on nor reported, and are judged on held-out prompts with common
-noise (1,024 images, standard error of one judgement near 0.016). Seeds are paired. Intervals are 95 %
-bootstrap intervals of the mean paired difference; "ahead" and "behind" mean that they exclude 0. Images
-count those of value pretraining. Seconds are CPU seconds of one thread without judging; a reward's cost is
-added per image.
+the same trainer and start from the same base model. Where a section says that the learning rate was tuned,
+every arm had the same grid and number of tuning runs, on prompts that are neither trained on nor reported.
+Arms are judged on held-out prompts, with noise that the arms of a seed share (1,024 images, standard error
+of one judgement near 0.016). Intervals are 95 % bootstrap intervals of the mean difference of paired seeds;
+"ahead" and "behind" mean that they exclude 0. Images count those of value pretraining. Seconds are CPU
+seconds of one thread without judging; a reward's cost is added per image.
 """
 
 
@@ -80,7 +80,7 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, doc
     lines = [
         f"## {name}, {backbone}",
         "",
-        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}.",
+        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. {_tuning(claim)}",
         "",
         f"![curves](results/{picture.name})",
         "",
@@ -90,6 +90,11 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, doc
         title = f"equal time, reward of {1000 * cost:.0f} ms per image"
         lines += ["", *_axis_table(title, seconds(cost), curves, claim.metrics[:2])]
     return "\n".join(lines)
+
+
+def _tuning(claim: Claim) -> str:
+    rates = ", ".join(f"{value:g}" for value in claim.grid)
+    return f"Policy learning rate {'tuned over' if len(claim.grid) > 1 else 'fixed at'} {rates}."
 
 
 def _axis_table(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
