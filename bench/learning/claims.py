@@ -35,7 +35,7 @@ class Claim:
     reward_costs: tuple[float, ...] = (0.0,)
     """Seconds per image at which arms are compared at equal time."""
     grid: tuple[float, ...] = LEARNING_RATES
-    """Policy learning rates that every arm is tried with, once, on the tuning prompts; one value tunes nothing."""
+    """Policy learning rates that every arm is tried with, once, on the tuning prompts; one tunes nothing."""
     seeds: int = 5
     """Paired runs per arm."""
 
