@@ -6,11 +6,13 @@ Every trunk is pretrained on the same rollouts of the same frozen actor: noise a
 the seed. Then one training iteration of each is timed in turn, medians of several rounds.
 It writes bench/results/critic-trunks.json.
 
-python -m bench.critic_trunks runs/demo/pretrained --measures trunks iterations time --seeds 0 1 2
+python -m bench.critic_trunks --measures                       DiT: about 40 minutes of a quiet core
+python -m bench.critic_trunks --measures trunks --seeds 0 --minutes 10
 
 measures explained variance by step between floor and ceiling instead: of every trunk, of 0 to 40 iterations
-of value pretraining, of heads with and without timestep or prompt, of every loss. It writes
-bench/results/critics-dit.json cell by cell and goes on where it stopped; --smoke takes a minute.
+of value pretraining, of heads with and without timestep or prompt, and when asked for of every loss. Each
+cell is a file under bench/results/learning/critics, so the next call goes on; docs/results.md has the tables.
+--smoke takes a minute, and wants an --out of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ import torch
 
 from bench import critic_variance
 from bench.critic_variance import Scale
+from bench.learning import page
+from bench.learning.problems import Materials
 from lacfast import presets
 from lacfast.backbones import adapt_pretrained
 from lacfast.tasks.shapes import held_out_prompts, train_prompts
@@ -36,27 +40,30 @@ from lacfast.tasks.storage import load_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
 
 RESULT = Path(__file__).parent / "results" / "critic-trunks.json"
+LEARNING = RESULT.parent / "learning"
+DEFAULT_MEASURES = ("trunks", "iterations", "time", "text")
 TRUNKS = ("branch", "shared", "copy")
 TIMED_ROUNDS = 5
 FULL = Scale(
     batch_size=192,
     iterations=16,
-    held_out_samples=480,
+    held_out_samples=240,
+    reported_samples=480,
     completions=4,
     bound_states=96,
-    train_iterations=20,
+    train_iterations=15,
     eval_samples=1024,
 )
 SMOKE = Scale(
     batch_size=16,
     iterations=1,
-    held_out_samples=120,
+    held_out_samples=48,
+    reported_samples=120,
     completions=2,
     bound_states=8,
     train_iterations=1,
     eval_samples=16,
 )
-"""120: the task holds 60 prompts out, and the floor needs each twice."""
 
 
 def trainer_for(directory: Path, backbone: str, trunk: str) -> LatentActorCriticTrainer:
@@ -101,24 +108,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pretrained", type=Path, help="the pretrained/ folder of a demo run")
+    parser.add_argument("pretrained", type=Path, nargs="?", help="the pretrained/ folder of a demo run")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
-    parser.add_argument("--measures", nargs="+", choices=critic_variance.MEASURES, default=[])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
-    parser.add_argument("--train-iterations", type=int, default=20, help="of PPO after value pretraining")
     parser.add_argument(
-        "--out", type=Path, help="of --measures; default: bench/results/critics-BACKBONE.json"
+        "--measures",
+        nargs="*",
+        choices=[*critic_variance.MEASURES, []],
+        help="without a name: " + ", ".join(DEFAULT_MEASURES),
     )
+    parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
+    parser.add_argument("--train-iterations", type=int, default=15, help="of PPO after value pretraining")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after these")
+    parser.add_argument("--out", type=Path, help="folder of --measures; default: critics/BACKBONE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.measures:
+    if arguments.measures is not None:
         scale = replace(SMOKE if arguments.smoke else FULL, train_iterations=arguments.train_iterations)
-        out = arguments.out or RESULT.with_name(f"critics-{arguments.backbone}.json")
         critic_variance.run(
-            arguments.pretrained, arguments.backbone, arguments.measures, arguments.seeds, scale, out
+            Materials(arguments.materials),
+            arguments.backbone,
+            arguments.measures or DEFAULT_MEASURES,
+            arguments.seeds,
+            scale,
+            arguments.out or LEARNING / "critics" / arguments.backbone,
+            deadline=time.monotonic() + 60 * arguments.minutes,
         )
+        page.write(LEARNING)
         return
+    if arguments.pretrained is None:
+        parser.error("name the pretrained/ folder of a demo run, or ask for --measures")
     trainers = {trunk: trainer_for(arguments.pretrained, arguments.backbone, trunk) for trunk in TRUNKS}
     actor_parameters = sum(parameter.numel() for parameter in trainers["branch"].backbone.model.parameters())
     initial = copy.deepcopy(trainers["branch"].backbone.model.state_dict())

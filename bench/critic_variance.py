@@ -1,16 +1,15 @@
 """Explained variance by step of every critic between the prompts' floor and the states' ceiling.
 
 Called by bench.critic_trunks with --measures. One cell is one critic on one seed: value pretraining with the
-actor frozen, then the score of its held-out explained variance, for "iterations" with PPO after it.
-Cells are written as they finish and skipped when they are there, so a run that stopped goes on.
+actor frozen on prompts that train, the best state chosen on tuning prompts, then the explained variance on
+held-out ones; for "iterations" PPO comes after it. A cell is a file, so a run that stopped goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,29 +19,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.learning import units
+from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig, presets
-from lacfast.backbones import adapt_pretrained
 from lacfast.config import TrainConfig
 from lacfast.explained_variance import ValueBounds
-from lacfast.tasks.shapes import held_out_prompts, train_prompts
-from lacfast.tasks.storage import load_pretrained
-from lacfast.trainer import SELECTION_IDS, LatentActorCriticTrainer
+from lacfast.prompts import PromptSet
+from lacfast.records import Rollout
+from lacfast.tasks import scenes
+from lacfast.tasks.models import BackboneName
+from lacfast.trainer import LatentActorCriticTrainer
 from lacfast.value_pretraining import held_out_variance
 
 MEASURES = ("trunks", "iterations", "time", "text", "loss")
 TRUNKS = ("branch", "shared", "lora", "copy", "latent_net", "prompt_only", "pixel")
 ITERATIONS = (0, 5, 15, 40)
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "trunks": {trunk: {"trunk": trunk} for trunk in TRUNKS},
+    "time": {"with the timestep": {"time_conditioning": True}, "without": {"time_conditioning": False}},
+    "text": {name: {"text_conditioning": name} for name in ("none", "pooled", "tokens")},
+    "loss": {name: {"loss": name} for name in ("mse", "bce", "hl_gauss")},
+}
+"""Measure -> name in its table -> what differs from the preset's critic."""
+REPORT_IDS = 1 << 44
+"""First sample id of the states that are reported; never the trainer's."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is sampled; part of the result, cells of another scale are not taken over."""
+    """How much is sampled; a folder holds cells of one scale."""
 
     batch_size: int
     """Trajectories per rollout."""
     iterations: int
     """Of value pretraining, but for the measure "iterations"."""
     held_out_samples: int
+    """Of the rollout that chooses the best state of value pretraining."""
+    reported_samples: int
+    """Of the rollout that is reported; 120 give every held-out prompt twice, which the floor needs."""
     completions: int
     bound_states: int
     train_iterations: int
@@ -52,121 +66,132 @@ class Scale:
 
 @dataclass(frozen=True)
 class Cell:
-    """One critic on one seed."""
+    """One critic; the same one may stand in the tables of several measures."""
 
     measure: str
     name: str
-    seed: int
+    """In the measure's table."""
     critic: CriticConfig
     iterations: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.measure}/{self.name}/{self.seed}"
+    key: str
+    """What differs from the preset, the start of its file's name."""
 
 
-def cells(
-    measures: Sequence[str], seeds: Sequence[int], preset: CriticConfig, scale: Scale
-) -> Iterator[Cell]:
-    """Every critic of every measure, seed by seed, so that an early stop leaves whole comparisons."""
-    variants: dict[str, dict[str, dict[str, Any]]] = {
-        "trunks": {trunk: {"trunk": trunk} for trunk in TRUNKS},
-        "time": {"on": {}, "off": {"time_conditioning": False}},
-        "text": {name: {"text_conditioning": name} for name in ("none", "pooled", "tokens")},
-        "loss": {name: {"loss": name} for name in ("mse", "bce", "hl_gauss")},
-    }
-    for seed in seeds:
-        for measure in measures:
-            if measure == "iterations":
-                for count in ITERATIONS:
-                    yield Cell(measure, str(count), seed, preset, count)
-                continue
-            for name, changes in variants[measure].items():
-                yield Cell(measure, name, seed, replace(preset, **changes), scale.iterations)
+def cells(measures: Sequence[str], preset: CriticConfig, scale: Scale) -> Iterator[Cell]:
+    """Every critic of every measure."""
+    for measure in measures:
+        if measure == "iterations":
+            for count in ITERATIONS:
+                yield Cell(measure, str(count), preset, count, f"iterations-{count}")
+            continue
+        for name, changes in VARIANTS[measure].items():
+            different = {field: value for field, value in changes.items() if getattr(preset, field) != value}
+            key = "-".join(f"{field}-{value}".lower() for field, value in different.items()) or "preset"
+            yield Cell(measure, name, replace(preset, **changes), scale.iterations, key)
 
 
 def run(
-    pretrained: Path, backbone: str, measures: Sequence[str], seeds: Sequence[int], scale: Scale, result: Path
-) -> dict[str, Any]:
-    """Measure what `result` does not hold yet, write it after every cell, print a table at the end.
+    materials: Materials,
+    backbone: BackboneName,
+    measures: Sequence[str],
+    seeds: Sequence[int],
+    scale: Scale,
+    directory: Path,
+    *,
+    deadline: float = math.inf,
+) -> None:
+    """Measure what the folder does not hold yet, seed by seed; begin nothing after the deadline.
 
     Raises:
-        ValueError: when `result` holds cells of another backbone or scale.
+        ValueError: when the folder holds cells of another preset or scale.
     """
     preset = presets.shapes(backbone)
-    settings = {"backbone": backbone, "scale": asdict(scale), "torch": torch.__version__}
-    stored: dict[str, Any] = {"settings": settings, "bounds": {}, "cells": {}}
-    if result.exists():
-        stored = json.loads(result.read_text(encoding="utf-8"))
-        if stored["settings"] != settings:
-            raise ValueError(
-                f"{result} was measured with {stored['settings']}, not {settings}; name another file"
-            )
+    digest = hashlib.sha256(json.dumps(asdict(preset), sort_keys=True).encode()).hexdigest()[:10]
+    settings = {"backbone": backbone, "preset": digest, "scale": asdict(scale), "torch": torch.__version__}
+    units.require_settings(directory, settings)
     for seed in seeds:
-        if str(seed) not in stored["bounds"]:
-            stored["bounds"][str(seed)] = _bounds(_trainer(pretrained, preset, scale, preset.critic, seed, 1))
-            _write(result, stored)
-    for cell in cells(measures, seeds, preset.critic, scale):
-        if cell.key in stored["cells"]:
+        path = directory / f"bounds-seed{seed}.json"
+        if not path.exists() and time.monotonic() > deadline:
+            return
+
+        def measure_bounds(seed: int = seed) -> dict[str, Any]:
+            return _bounds(_trainer(materials, backbone, preset, scale, preset.critic, seed, 1), scale)
+
+        bounds = units.done(path, measure_bounds)
+        # Another process is measuring the bounds: it has this seed's cells too.
+        if bounds is None:
             continue
-        trainer = _trainer(pretrained, preset, scale, cell.critic, cell.seed, cell.iterations)
-        bounds = ValueBounds(
-            torch.tensor(stored["bounds"][str(cell.seed)]["floor"]),
-            torch.tensor(stored["bounds"][str(cell.seed)]["ceiling"]),
-            (),
-            0,
-        )
-        stored["cells"][cell.key] = _measure(trainer, cell, bounds, scale)
-        _write(result, stored)
-        print(cell.key, stored["cells"][cell.key], flush=True)
-    print("\n".join(table(stored)))
-    return stored
+        for cell in cells(measures, preset.critic, scale):
+            path = directory / f"{cell.key}-seed{seed}.json"
+            if not path.exists() and time.monotonic() > deadline:
+                return
+
+            def work(cell: Cell = cell, seed: int = seed, bounds: dict[str, Any] = bounds) -> dict[str, Any]:
+                trainer = _trainer(materials, backbone, preset, scale, cell.critic, seed, cell.iterations)
+                return {"seed": seed} | _measure(trainer, cell, value_bounds(bounds), scale)
+
+            fresh = not path.exists()
+            row = units.done(path, work)
+            if row is not None and fresh:
+                score, seconds = row["overall_score"], row["seconds_value_pretraining"]
+                print(f"{path.name}: score {score:.3f}, value pretraining {seconds:.0f} s", flush=True)
 
 
-def _write(result: Path, stored: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    result.parent.mkdir(parents=True, exist_ok=True)
-    temporary = result.with_suffix(".partial")
-    temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, result)
+def value_bounds(unit: dict[str, Any]) -> ValueBounds:
+    """Floor and ceiling that a file holds."""
+    return ValueBounds(torch.tensor(unit["floor"]), torch.tensor(unit["ceiling"]), (), unit["images"])
 
 
 def _trainer(
-    pretrained: Path, preset: TrainConfig, scale: Scale, critic: CriticConfig, seed: int, iterations: int
+    materials: Materials,
+    backbone: BackboneName,
+    preset: TrainConfig,
+    scale: Scale,
+    critic: CriticConfig,
+    seed: int,
+    iterations: int,
 ) -> LatentActorCriticTrainer:
     # A rare 1 must not be cut out of a probability's targets.
     ppo = replace(preset.ppo, target_clip=math.inf) if critic.loss == "bce" else preset.ppo
-    config = replace(
-        preset,
-        seed=seed,
-        batch_size=scale.batch_size,
-        critic=critic,
-        ppo=ppo,
-        eval_samples=scale.eval_samples,
-        pretrain=replace(
-            preset.pretrain,
-            iterations=max(iterations, 1),
-            patience=max(iterations, 1),
-            held_out_samples=scale.held_out_samples,
-            completions=scale.completions,
-            bound_states=scale.bound_states,
-        ),
+    pretrain = replace(
+        preset.pretrain,
+        iterations=max(iterations, 1),
+        patience=max(iterations, 1),
+        held_out_samples=scale.held_out_samples,
+        completions=scale.completions,
+        bound_states=scale.bound_states,
     )
+    prompts = Prompts.of(scenes.TASK)
     return LatentActorCriticTrainer(
-        adapt_pretrained(load_pretrained(pretrained)),
+        materials.backbone(scenes.TASK, backbone),
         "shapes",
-        train_prompts(),
-        config,
-        held_out=held_out_prompts(),
+        prompts.train,
+        replace(
+            preset,
+            seed=seed,
+            batch_size=scale.batch_size,
+            critic=critic,
+            ppo=ppo,
+            eval_samples=scale.eval_samples,
+            pretrain=pretrain,
+        ),
+        held_out=prompts.tuning,
         evaluation_rewards=["shapes_strict"],
     )
 
 
-def _bounds(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
-    """Floor and ceiling of the frozen actor; the same for every critic of a seed."""
-    rollout = trainer.collect(trainer.held_out.cycle(trainer.config.pretrain.held_out_samples), SELECTION_IDS)
+def _reported_states(trainer: LatentActorCriticTrainer, scale: Scale) -> Rollout:
+    """A rollout of held-out prompts that nothing was chosen by; its images count nowhere."""
+    prompts = PromptSet.create(Prompts.of(scenes.TASK).held_out)
+    rollout = trainer.collect(prompts.cycle(scale.reported_samples), REPORT_IDS)
     assert rollout is not None
-    bounds = trainer.measure_bounds(rollout)
+    trainer.images -= rollout.batch_size
+    return rollout
+
+
+def _bounds(trainer: LatentActorCriticTrainer, scale: Scale) -> dict[str, Any]:
+    """Floor and ceiling of the frozen actor; the same for every critic of a seed."""
+    bounds = trainer.measure_bounds(_reported_states(trainer, scale))
     return {"floor": bounds.floor.tolist(), "ceiling": bounds.ceiling.tolist(), "images": bounds.images}
 
 
@@ -174,12 +199,12 @@ def _measure(
     trainer: LatentActorCriticTrainer, cell: Cell, bounds: ValueBounds, scale: Scale
 ) -> dict[str, Any]:
     # The bounds are measured once for all critics of a seed.
-    config = replace(trainer.config, pretrain=replace(trainer.config.pretrain, completions=0))
-    trainer.config = config
+    trainer.config = replace(trainer.config, pretrain=replace(trainer.config.pretrain, completions=0))
     assert trainer.critic is not None
-    start = time.perf_counter()
-    variance, history, images = _pretrained(trainer, cell)
-    seconds = time.perf_counter() - start
+    start = time.process_time()
+    history = trainer.pretrain_critic().history if cell.iterations else []
+    seconds, images = time.process_time() - start, trainer.images
+    variance: Tensor = held_out_variance(trainer.critic, _reported_states(trainer, scale), trainer.normalizer)
     row: dict[str, Any] = {
         "explained_variance": variance.mean(dim=-1).tolist(),
         "score": bounds.score(variance).mean(dim=-1).tolist(),
@@ -195,43 +220,8 @@ def _measure(
             metrics = trainer.train_iteration()
             rewards.append(float(metrics["reward/shapes"]))
             explained.append(float(torch.as_tensor(metrics["explained_variance"]).nanmean()))
+        trainer.held_out = PromptSet.create(Prompts.of(scenes.TASK).held_out)
         row |= {"rewards": rewards, "explained_variance_training": explained}
         row["evaluation"] = trainer.evaluate().means()
         row["images_in_all"] = trainer.images
     return row
-
-
-def _pretrained(trainer: LatentActorCriticTrainer, cell: Cell) -> tuple[Tensor, list[float], int]:
-    """Held-out explained variance (T, M) after value pretraining, its history, and the images it took."""
-    assert trainer.critic is not None
-    if cell.iterations:
-        result = trainer.pretrain_critic()
-        return result.explained_variance, result.history, result.images
-    held_out = trainer.collect(
-        trainer.held_out.cycle(trainer.config.pretrain.held_out_samples), SELECTION_IDS
-    )
-    assert held_out is not None
-    return held_out_variance(trainer.critic, held_out, trainer.normalizer), [], 0
-
-
-def table(stored: dict[str, Any]) -> list[str]:
-    """Markdown: means over the seeds; explained variance of the early and of the late half of the steps."""
-    lines = [
-        "| critic | seeds | EV early | EV late | score | images | s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for key, cell in stored["cells"].items():
-        groups.setdefault(key.rsplit("/", 1)[0], []).append(cell)
-    for name, rows in groups.items():
-        variance = torch.tensor([row["explained_variance"] for row in rows])
-        middle = variance.shape[1] // 2
-        numbers = (
-            float(variance[:, :middle].mean()),
-            float(variance[:, middle:].mean()),
-            statistics.mean(row["overall_score"] for row in rows),
-        )
-        columns = " | ".join(f"{number:.3f}" for number in numbers)
-        seconds = statistics.mean(row["seconds_value_pretraining"] for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {columns} | {rows[0]['images']} | {seconds:.0f} |")
-    return lines

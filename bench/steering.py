@@ -1,11 +1,15 @@
 """Steering against best-of-n at equal NFE: settings chosen on tuning prompts, judged on held-out ones.
 
-python -m bench.steering runs/shapes --budget 40 --out bench/results/steering-shapes.json
+    python -m bench.steering                         DiT: about 35 minutes of a quiet core; unet: 85
+    python -m bench.steering --minutes 20            begins nothing after these; the next call goes on
+    python -m bench.steering runs/shapes --out bench/results/learning/steering/shapes
 
-Every method gets the same forwards per image (a backward counts two). Its settings are those of the highest
-reward on tuning prompts; then all methods meet the same held-out prompts and seeds, trajectory 0 of an image
-with the same noise. Differences from best-of-n with the same chooser are paired by image; their 95 % interval
-is a bootstrap over prompts. Cells that the JSON holds are not measured again: a run that was stopped goes on.
+Every seed has a critic of its own, pretrained on the base model with prompts that neither choose nor report
+(--train-iterations trains the policy with it besides). Every method gets the same forwards per image (a
+backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose seed
+is not reported. Then all methods meet the same held-out prompts and noise. With saved models instead, a run
+of `lacfast train` has trained on the tuning prompts too. Each unit is a file under
+bench/results/learning/steering; docs/results.md has the table.
 """
 
 from __future__ import annotations
@@ -13,122 +17,179 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.steering_arms import BASELINE, UNSTEERED, arms
+from bench.learning import page, units
+from bench.learning.problems import Materials, Prompts
+from bench.steering_arms import arms
 from lacfast import presets
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.checkpoint import save_backbone
+from lacfast.config import SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
-from lacfast.run import prompts_of
 from lacfast.steering import steer
 from lacfast.steering_run import saved_model, trained_sampler
+from lacfast.tasks import scenes
+from lacfast.tasks.models import BackboneName
+from lacfast.trainer import LatentActorCriticTrainer
 
+RESULTS = Path(__file__).parent / "results" / "learning"
 TUNING_SEED = 1_000_003
 """Far from the seeds that are reported."""
-RESAMPLES = 4000
+REWARD = "shapes"
+GOLD = ("shapes_strict", "shapes_gold")
+CHOOSERS = ("value", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What makes two cells comparable; a JSON of other settings is refused."""
+class Study:
+    """What is compared; a folder holds the units of one study."""
 
-    model: str
-    """Hash of the weights of policy and critic."""
-    sampler: dict[str, Any]
+    backbone: BackboneName
+    sampler: SamplerConfig
     budget: float
-    reward: str
-    gold: tuple[str, ...]
-    tuning_prompts: str
-    prompts: str
-    tuning_images: int
+    """Most NFE per image."""
     images: int
+    """Held-out, per seed."""
+    tuning_images: int
+    candidates: int
+    """Most settings that a method is tried with; 0: all."""
+    training: dict[str, Any]
+    """How the critics were made, or the saved models that have them."""
+
+    def settings(self) -> dict[str, Any]:
+        return asdict(self) | {"reward": REWARD, "gold": GOLD}
 
 
-class Record:
-    """Cells by key in a JSON that is replaced whole after each."""
+Models = Callable[[int], LatentBackbone]
+"""Seed -> a policy and its critic."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        self.path = path
-        wanted = json.loads(json.dumps(asdict(settings)))
-        self.content: dict[str, Any] = {"settings": wanted, "cells": {}}
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["settings"] != wanted:
-                different = [name for name in wanted if found["settings"].get(name) != wanted[name]]
-                raise ValueError(
-                    f"{path} is of other settings ({', '.join(different)}); choose another --out"
-                )
-            self.content = found
 
-    def cell(self, key: str, measure: Any) -> dict[str, Any]:
-        """The cell, measured if it is not there yet."""
-        cells = self.content["cells"]
-        if key not in cells:
-            cells[key] = measure()
-            self.write()
-        found: dict[str, Any] = cells[key]
-        return found
-
-    def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+def trained_critic(
+    materials: Materials, backbone: BackboneName, config: TrainConfig, *, iterations: int, seed: int
+) -> LatentBackbone:
+    """The base model with a critic of this seed, after `iterations` of training; made once."""
+    prompts = Prompts.of(scenes.TASK)
+    name = f"{scenes.TASK.name}-{backbone}-critic-{_digest(asdict(config) | {'trained': iterations})}-{seed}"
+    target = materials.folder / name
+    if not target.exists():
+        trainer = LatentActorCriticTrainer(
+            materials.backbone(scenes.TASK, backbone),
+            REWARD,
+            prompts.train,
+            replace(config, seed=seed),
+            held_out=prompts.tuning,
+        )
+        trainer.pretrain_critic()
+        for _ in range(iterations):
+            trainer.train_iteration()
+        with trainer.averaged():
+            save_backbone(trainer.backbone, target)
+    return load_backbone(str(target))
 
 
 def measure(
-    backbone: LatentBackbone,
-    sampler: SamplerConfig,
-    config: SteeringConfig,
-    prompts: PromptSet,
-    settings: Settings,
+    backbone: LatentBackbone, study: Study, config: SteeringConfig, prompts: PromptSet
 ) -> dict[str, Any]:
     """One call of steer: cost, scores per image, diversity per prompt."""
-    start = time.perf_counter()
-    images, stats = steer(
-        backbone, prompts, config, sampler=sampler, rewards=settings.reward, gold=list(settings.gold)
-    )
-    scores = {name: [round(score, 4) for score in found.tolist()] for name, found in stats.rewards.items()}
-    scores |= {name: [round(score, 4) for score in found.tolist()] for name, found in stats.gold.items()}
+    start = time.process_time()
+    images, stats = steer(backbone, prompts, config, sampler=study.sampler, rewards=REWARD, gold=list(GOLD))
+    scores = {
+        name: [round(score, 4) for score in found.tolist()]
+        for name, found in (stats.rewards | stats.gold).items()
+    }
     return {
+        "forwards_per_image": stats.evaluations.forwards / len(prompts),
+        "backwards_per_image": stats.evaluations.backwards / len(prompts),
         "evaluations_per_image": stats.evaluations.per_image,
         "reward_calls_per_image": stats.reward_calls / len(prompts),
         "value": float(stats.values[-1].mean()),
         "diversity": diversity(images, prompts.texts),
         "scores": scores,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(time.process_time() - start, 2),
     }
 
 
 def tuned(
-    record: Record,
-    backbone: LatentBackbone,
-    sampler: SamplerConfig,
+    directory: Path,
+    study: Study,
+    models: Models,
+    name: str,
     candidates: list[SteeringConfig],
-    settings: Settings,
-) -> SteeringConfig:
-    """The candidate of the highest mean reward on the tuning prompts."""
-    prompts = prompts_of(settings.tuning_prompts).draw(settings.tuning_images, seed=TUNING_SEED, iteration=0)
+    deadline: float,
+) -> SteeringConfig | None:
+    """The candidate of the highest mean reward on the tuning prompts; None: not all have been tried yet."""
+    tried = spread(candidates, study.candidates) if study.candidates else candidates
+    if len(tried) == 1:
+        return tried[0]
+    prompts = PromptSet.create(Prompts.of(scenes.TASK).tuning).cycle(study.tuning_images)
     means = []
-    for candidate in candidates:
-        config = SteeringConfig(**(asdict(candidate) | {"seed": TUNING_SEED}))
-        cell = record.cell(
-            f"tuning {_key(candidate)}",
-            lambda config=config: measure(backbone, sampler, config, prompts, settings),  # type: ignore[misc]
-        )
-        means.append(float(np.mean(cell["scores"][settings.reward])))
-    return candidates[int(np.argmax(means))]
+    for candidate in tried:
+
+        def work(candidate: SteeringConfig = candidate) -> dict[str, Any]:
+            config = replace(candidate, seed=TUNING_SEED)
+            return {"steering": changed(candidate)} | measure(models(TUNING_SEED), study, config, prompts)
+
+        path = directory / "tuning" / f"{name}-{_digest(changed(candidate))}.json"
+        if not path.exists() and time.monotonic() > deadline:
+            return None
+        unit = units.done(path, work)
+        if unit is None:
+            return None
+        means.append(float(np.mean(unit["scores"][REWARD])))
+    return tried[int(np.argmax(means))]
+
+
+def perform(
+    directory: Path, study: Study, models: Models, seeds: int, choosers: list[str], deadline: float
+) -> None:
+    """Tune every method, then measure them seed by seed; begin nothing after the deadline.
+
+    Raises:
+        ValueError: when the folder holds another study, or a unit with settings that are not chosen now.
+    """
+    units.require_settings(directory, study.settings())
+    table = models(TUNING_SEED).transition_table(study.sampler)
+    chosen: dict[tuple[str, str], SteeringConfig] = {}
+    for chooser in choosers:
+        for method, candidates in arms(table, study.sampler, study.budget, chooser).items():
+            best = tuned(directory, study, models, _file_name(chooser, method), candidates, deadline)
+            if best is not None:
+                chosen[chooser, method] = best
+    prompts = PromptSet.create(Prompts.of(scenes.TASK).held_out).cycle(study.images)
+    for seed in range(seeds):
+        for (chooser, method), best in chosen.items():
+
+            def work(
+                chooser: str = chooser, method: str = method, best: SteeringConfig = best, seed: int = seed
+            ) -> dict[str, Any]:
+                described = {"chooser": chooser, "method": method, "seed": seed, "steering": changed(best)}
+                return described | measure(models(seed), study, replace(best, seed=seed), prompts)
+
+            path = directory / f"{_file_name(chooser, method)}-seed{seed}.json"
+            if not path.exists() and time.monotonic() > deadline:
+                return
+            unit = units.done(path, work)
+            if unit is not None and unit["steering"] != changed(best):
+                raise ValueError(
+                    f"{path} was steered with {unit['steering']}, tuning now chooses {changed(best)}; "
+                    "choose another --out"
+                )
+            if unit is not None:
+                strict = np.mean(unit["scores"][GOLD[0]])
+                print(
+                    f"{path.name}: NFE {unit['evaluations_per_image']:.1f}, {GOLD[0]} {strict:.3f}",
+                    flush=True,
+                )
 
 
 def spread(candidates: list[SteeringConfig], count: int) -> list[SteeringConfig]:
@@ -137,55 +198,37 @@ def spread(candidates: list[SteeringConfig], count: int) -> list[SteeringConfig]
     return [candidates[row] for row in rows]
 
 
-def paired_interval(
-    scores: np.ndarray, baseline: np.ndarray, prompts: list[str], *, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
-    """Mean difference of scores (n,) of the same images, and its 95 % bootstrap interval over prompts."""
-    names = sorted(set(prompts))
-    rows = [[index for index, text in enumerate(prompts) if text == name] for name in names]
-    sums = np.array([(scores[row] - baseline[row]).sum() for row in rows])
-    counts = np.array([len(row) for row in rows], dtype=float)
-    chosen = np.random.default_rng(0).integers(len(names), size=(resamples, len(names)))
-    means = sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(sums.sum() / counts.sum()), float(low), float(high)
-
-
-def table(cells: dict[str, dict[str, list[dict[str, Any]]]], prompts: list[str], names: list[str]) -> str:
-    """Rows of methods, seeds together; differences from best-of-n with the same chooser.
-
-    Args:
-        cells: chooser -> method -> one cell per seed.
-        prompts: of every cell's images.
-        names: scores to show.
-    """
-    lines = []
-    for chooser, methods in cells.items():
-        lines.append(f"chosen by {chooser}")
-        for method, runs in methods.items():
-            first = runs[0]
-            row = f"  {method:<20} NFE {first['evaluations_per_image']:6.2f}  "
-            row += f"reward calls {first['reward_calls_per_image']:4.1f}  "
-            row += f"V {np.mean([run['value'] for run in runs]):6.3f}  "
-            for name in names:
-                scores, base = (
-                    np.concatenate([np.array(run["scores"][name]) for run in found])
-                    for found in (runs, methods[BASELINE])
-                )
-                difference, low, high = paired_interval(scores, base, prompts * len(runs))
-                row += f"{name} {scores.mean():.3f} ({difference:+.3f} [{low:+.3f}, {high:+.3f}])  "
-            row += f"diversity {np.mean([run['diversity'] for run in runs]):.4f}"
-            lines.append(row)
-    return "\n".join(lines)
-
-
-def _key(config: SteeringConfig) -> str:
-    """The settings that differ from the defaults."""
+def changed(config: SteeringConfig) -> dict[str, Any]:
+    """The settings that differ from the defaults, as JSON has them."""
     default = asdict(SteeringConfig())
-    return json.dumps({name: value for name, value in asdict(config).items() if value != default[name]})
+    found = {name: value for name, value in asdict(config).items() if value != default[name]}
+    settings: dict[str, Any] = json.loads(json.dumps(found))
+    return settings
 
 
-def weights_hash(backbone: LatentBackbone) -> str:
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _file_name(chooser: str, method: str) -> str:
+    return f"{chooser}-{method.replace(', ', '-').replace(' ', '-')}"
+
+
+def _saved(runs: list[str]) -> Models:
+    """Models of saved runs in turn; the first one tunes."""
+    found = [saved_model(run) for run in runs]
+
+    def load(seed: int) -> LatentBackbone:
+        backbone = load_backbone(found[0 if seed == TUNING_SEED else seed % len(found)])
+        if backbone.critic is None:
+            raise ValueError(f"{runs} has a model without a critic to steer with; train one first")
+        return backbone
+
+    return load
+
+
+def _weights(backbone: LatentBackbone) -> str:
+    """Hash of policy and critic."""
     digest = hashlib.sha256()
     assert backbone.critic is not None
     for state in (backbone.policy_state(), backbone.critic.state_dict()):
@@ -194,71 +237,80 @@ def weights_hash(backbone: LatentBackbone) -> str:
     return digest.hexdigest()[:16]
 
 
+def _kept(models: Models) -> Models:
+    """The last model again without loading it: units of one seed follow each other."""
+    last: dict[int, LatentBackbone] = {}
+
+    def model(seed: int) -> LatentBackbone:
+        if seed not in last:
+            last.clear()
+            last[seed] = models(seed)
+        return last[seed]
+
+    return model
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="a run, a demo's directory or a checkpoint: policy and critic")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "steering.json")
+    parser.add_argument(
+        "runs", nargs="*", help="saved policies with critics, one per seed; none: they are made"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the study; default: steering/BACKBONE of the results"
+    )
+    parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
+    parser.add_argument(
+        "--materials", type=Path, default=Path("runs/learning"), help="base models and critics"
+    )
+    parser.add_argument(
+        "--train-iterations", type=int, default=0, help="of the policy, after value pretraining"
+    )
     parser.add_argument("--budget", type=float, default=40.0, help="NFE per image")
-    parser.add_argument("--reward", default="shapes", help="that the critic was trained on")
-    parser.add_argument("--gold", nargs="+", default=["shapes_strict", "shapes_gold"])
-    parser.add_argument("--tuning-prompts", default="shapes")
-    parser.add_argument("--prompts", default="shapes-held-out")
-    parser.add_argument("--tuning-images", type=int, default=240)
-    parser.add_argument("--images", type=int, default=480)
+    parser.add_argument("--tuning-images", type=int, default=144)
+    parser.add_argument("--images", type=int, default=480, help="per seed")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--choosers", nargs="+", default=["value", "reward"], choices=["value", "reward"])
+    parser.add_argument("--choosers", nargs="+", default=list(CHOOSERS), choices=CHOOSERS)
     parser.add_argument("--candidates", type=int, default=0, help="most settings per method; 0: all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after these")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    saved = saved_model(options.run)
-    sampler = trained_sampler(saved) or presets.shapes("dit").sampler
-    backbone = load_backbone(saved)
-    if backbone.critic is None:
-        raise ValueError(f"{saved} has no critic to steer with; train one first")
-    settings = Settings(
-        model=weights_hash(backbone),
-        sampler=asdict(sampler),
+    deadline = time.monotonic() + 60 * options.minutes
+    config = presets.shapes(options.backbone)
+    if options.runs:
+        models = _kept(_saved(options.runs))
+        sampler = trained_sampler(saved_model(options.runs[0])) or config.sampler
+        count = len(options.runs)
+        training: dict[str, Any] = {"models": [_weights(models(seed)) for seed in range(count)]}
+    else:
+        sampler = config.sampler
+        training = {"config": _digest(asdict(config)), "iterations": options.train_iterations}
+        materials = Materials(options.materials)
+        models = _kept(
+            lambda seed: trained_critic(
+                materials, options.backbone, config, iterations=options.train_iterations, seed=seed
+            )
+        )
+    study = Study(
+        backbone=options.backbone,
+        sampler=sampler,
         budget=options.budget,
-        reward=options.reward,
-        gold=tuple(options.gold),
-        tuning_prompts=options.tuning_prompts,
-        prompts=options.prompts,
-        tuning_images=options.tuning_images,
         images=options.images,
+        tuning_images=options.tuning_images,
+        candidates=options.candidates,
+        training=training,
     )
-    record = Record(options.out, settings)
-    transitions = backbone.transition_table(sampler)
-    prompts = prompts_of(options.prompts).cycle(options.images)
-    cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    chosen: dict[str, dict[str, Any]] = {}
-    for chooser in options.choosers:
-        for method, candidates in arms(transitions, sampler, options.budget, chooser).items():
-            tried = spread(candidates, options.candidates) if options.candidates else candidates
-            best = tuned(record, backbone, sampler, tried, settings)
-            chosen.setdefault(chooser, {})[method] = json.loads(_key(best))
-            for seed in range(options.seeds):
-                config = SteeringConfig(**(asdict(best) | {"seed": seed}))
-                cell = record.cell(
-                    f"held out, seed {seed} {_key(best)}",
-                    lambda config=config: measure(backbone, sampler, config, prompts, settings),
-                )
-                cells.setdefault(chooser, {}).setdefault(method, []).append(cell)
-            print(f"{chooser}, {method}: {_key(best)}", flush=True)
-    names = [options.reward, *options.gold]
-    report = table(cells, prompts.texts, names)
-    record.content |= {
-        "chosen": chosen,
-        "table": report.splitlines(),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
-    record.write()
-    print(report)
+    perform(
+        options.out or RESULTS / "steering" / options.backbone,
+        study,
+        models,
+        options.seeds,
+        options.choosers,
+        deadline,
+    )
+    page.write(RESULTS)
 
-
-__all__ = ["UNSTEERED", "main", "measure", "paired_interval", "table"]
 
 if __name__ == "__main__":
     main()

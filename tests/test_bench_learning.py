@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench.learning import __main__ as command
-from bench.learning import page, runs
+from bench.learning import page, runs, units
 from bench.learning.analysis import area, common_budget, final, images, paired, seconds
 from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
@@ -152,10 +153,12 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
 
 def test_a_run_begun_by_a_living_process_is_left_to_it(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    assert command._taken(path)
-    assert not command._taken(path)
-    path.with_suffix(".begun").write_text("999999999")
-    assert command._taken(path), "its process is gone"
+    assert units.begin(path)
+    assert not units.begin(path)
+    units.mark(path).write_text("999999999")
+    assert units.begin(path), "its process is gone"
+    units.mark(path).write_text(f"{os.getpid()} another-start-of-the-machine/77")
+    assert units.begin(path), "its number belongs to another process now"
 
 
 def test_a_curve_survives_its_file(tmp_path: Path) -> None:

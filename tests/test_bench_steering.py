@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from bench import steering
+from bench.learning import steering_section, units
+from bench.learning.problems import Materials, Prompts
 from bench.steering_arms import BASELINE, UNSTEERED, arms
-from lacfast import schedule
-from lacfast.checkpoint import save_backbone
-from lacfast.config import SamplerConfig
-from lacfast.steering import planned_evaluations
+from lacfast import presets, schedule
+from lacfast.checkpoint import save_backbone, whole_directory
+from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.prompts import PromptSet
+from lacfast.steering import planned_evaluations, steer
+from lacfast.steering.stats import BACKWARD_COST
 from lacfast.tasks import scenes
+from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.storage import save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
 
 TABLE = schedule.flow_sde(schedule.uniform_sigmas(8), 0.7, window=(0, 5))
@@ -37,40 +43,124 @@ def test_a_budget_without_an_image_is_refused() -> None:
         arms(TABLE, SamplerConfig(num_steps=8), 7.0, "value")
 
 
-def test_the_interval_is_of_paired_differences_and_of_prompts() -> None:
-    random = np.random.default_rng(0)
-    prompts = [f"prompt {index % 40}" for index in range(400)]
-    baseline = random.normal(size=400)
-    mean, low, high = steering.paired_interval(baseline + 0.5, baseline, prompts)
-    assert low == pytest.approx(mean) == pytest.approx(high) == pytest.approx(0.5)
-    of_prompts = random.normal(size=40)
-    difference = of_prompts[[index % 40 for index in range(400)]]
-    _, low, high = steering.paired_interval(baseline + difference, baseline, prompts)
-    # 40 prompts, however many images each has.
-    assert high - low == pytest.approx(2 * 1.96 * of_prompts.std() / 40**0.5, rel=0.15)
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    """A barely trained model: steering does not care."""
+    folder = tmp_path_factory.mktemp("materials")
+    with whole_directory(folder / "shapes-dit") as target:
+        save_pretrained(pretrain("dit", steps=2), target)
+    return Materials(folder)
 
 
-def test_it_runs_is_resumed_and_refuses_other_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Tiny critics and four methods; the page is not written. Returns the prompts of every call of steer."""
+    preset = presets.shapes("dit")
+    pretraining = replace(preset.pretrain, iterations=1, held_out_samples=8)
+    monkeypatch.setattr(
+        "lacfast.presets.shapes", lambda backbone: replace(preset, batch_size=8, pretrain=pretraining)
+    )
+    seen: list[list[str]] = []
+
+    def recorded(backbone: Any, prompts: PromptSet, config: SteeringConfig, **named: Any) -> Any:
+        seen.append(list(prompts.texts))
+        return steer(backbone, prompts, config, **named)
+
+    def few(*arguments: Any) -> dict[str, list[SteeringConfig]]:
+        return {name: found for name, found in arms(*arguments).items() if name in METHODS}
+
+    monkeypatch.setattr(steering, "steer", recorded)
+    monkeypatch.setattr(steering, "arms", few)
+    monkeypatch.setattr(steering.page, "write", lambda results: None)
+    return seen
+
+
+METHODS = (UNSTEERED, BASELINE, "pruning", "guidance")
+
+
+def command(materials: Materials, out: Path, *more: str) -> list[str]:
+    sizes = ["--budget", "16", "--images", "4", "--tuning-images", "2", "--candidates", "2", "--seeds", "2"]
+    return ["--materials", str(materials.folder), "--out", str(out), *sizes, "--choosers", "value", *more]
+
+
+def test_settings_are_chosen_on_other_prompts_than_those_reported_and_the_run_is_resumed(
+    tmp_path: Path, materials: Materials, quick: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "steering" / "dit"
+    steering.main(command(materials, out, "--minutes", "0"))
+    assert quick == [], "nothing begins after the deadline"
+    steering.main(command(materials, out))
+    prompts = Prompts.of(scenes.TASK)
+    tuning, held_out = ({prompt.text for prompt in part} for part in (prompts.tuning, prompts.held_out))
+    tuned = [texts for texts in quick if len(texts) == 2]
+    reported = [texts for texts in quick if len(texts) == 4]
+    assert len(tuned) >= 2
+    assert all(set(texts) <= tuning for texts in tuned)
+    assert len(reported) == 2 * len(METHODS)
+    assert all(set(texts) <= held_out for texts in reported)
+    files = sorted(path.name for path in out.glob("*-seed*.json"))
+    assert files == [
+        f"value-{method}-seed{seed}.json"
+        for method in ("best-of-n", "guidance", "one-image", "pruning")
+        for seed in (0, 1)
+    ]
+    for path in out.glob("*-seed*.json"):
+        unit = units.read(path)
+        cost = unit["forwards_per_image"] + BACKWARD_COST * unit["backwards_per_image"]
+        assert unit["evaluations_per_image"] == pytest.approx(cost)
+        assert (unit["backwards_per_image"] > 0) == (unit["method"] == "guidance")
+        assert len(unit["scores"]["shapes_strict"]) == 4
+    calls = len(quick)
+    steering.main(command(materials, out))
+    assert len(quick) == calls, "what is there is not measured again"
+    with pytest.raises(ValueError, match=r"is of other settings \(budget\); choose another --out"):
+        steering.main(command(materials, out, "--budget", "20"))
+
+    docs = tmp_path / "docs"
+    (section,) = steering_section.sections(tmp_path, docs)
+    assert "paired seeds: 2" in section
+    assert "prompts that train, choose settings and report are disjoint" in section
+    assert (docs / "results" / "steering-dit.png").stat().st_size > 10_000
+
+
+def unit(method: str, seed: int, strict: float) -> dict[str, Any]:
+    scores = {"shapes": [strict], "shapes_strict": [strict], "shapes_gold": [0.5]}
+    costs = {"forwards_per_image": 40.0, "backwards_per_image": 0.0, "evaluations_per_image": 40.0}
+    return {
+        "chooser": "value",
+        "method": method,
+        "seed": seed,
+        "reward_calls_per_image": 0.0,
+        "value": 1.0,
+        **{"diversity": 0.1, "scores": scores} | costs,
+    }
+
+
+def test_the_page_compares_with_best_of_n_over_paired_seeds_and_shows_losses(tmp_path: Path) -> None:
+    directory = tmp_path / "steering" / "dit"
+    settings = {"reward": "shapes", "gold": ["shapes_strict", "shapes_gold"], "budget": 40.0, "images": 1}
+    units.require_settings(directory, settings | {"tuning_images": 1, "training": {"iterations": 0}})
+    for seed, best in enumerate((0.5, 0.6, 0.7)):
+        for method, gain in ((BASELINE, 0.0), ("pruning", 0.1), ("guidance", -0.2)):
+            path = directory / f"value-{method.replace(' ', '-')}-seed{seed}.json"
+            units.write(path, unit(method, seed, best + gain))
+    # A seed that one method lacks is not compared.
+    units.write(directory / "value-pruning-seed3.json", unit("pruning", 3, 0.0))
+    (section,) = steering_section.sections(tmp_path, tmp_path / "docs")
+    assert "+0.100 [+0.100, +0.100] ahead" in section
+    assert "-0.200 [-0.200, -0.200] behind" in section
+    assert "| pruning | 40.0 | 0.0 | 40.0 | 0 | 1.00 | 0.700 | 0.700 | 0.500 |" in section
+
+
+def test_saved_models_are_steered_and_one_without_a_critic_is_refused(
+    tmp_path: Path, materials: Materials, quick: list[list[str]]
 ) -> None:
     trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config())
     trainer.pretrain_critic()
     save_backbone(trainer.backbone, tmp_path / "model")
-    settings = {"train": {"sampler": {"num_steps": 4, "window": None}}}
-    (tmp_path / "run.json").write_text(json.dumps(settings), encoding="utf-8")
-    out = tmp_path / "steering.json"
-    arguments = [str(tmp_path / "model"), "--out", str(out), "--budget", "16", "--seeds", "1"]
-    arguments += ["--images", "4", "--tuning-images", "2", "--candidates", "1", "--choosers", "value"]
-    arguments += ["--prompts", "shapes", "--gold", "shapes_gold"]
-    monkeypatch.setattr("lacfast.run.PROMPT_SOURCES", {"shapes": lambda: scenes.TASK.split()[0][:2]})
-    steering.main(arguments)
-    first = json.loads(out.read_text(encoding="utf-8"))
-    assert "best of n" in capsys.readouterr().out
-    for cell in first["cells"].values():
-        assert cell["evaluations_per_image"] <= 16 + 16
-        assert len(cell["scores"]["shapes"]) in (2, 4)
-    monkeypatch.setattr(steering, "measure", lambda *_: pytest.fail("measured again"))
-    steering.main(arguments)
-    assert json.loads(out.read_text(encoding="utf-8")) == first
-    with pytest.raises(ValueError, match=r"is of other settings \(budget\); choose another --out"):
-        steering.main([*arguments, "--budget", "20"])
+    out = tmp_path / "study"
+    one = command(materials, out, "--seeds", "1", "--candidates", "1")
+    steering.main([str(tmp_path / "model"), *one])
+    assert len(list(out.glob("*-seed0.json"))) == len(METHODS)
+    with pytest.raises(ValueError, match="has a model without a critic"):
+        steering.main([str(materials.folder / "shapes-dit"), *command(materials, tmp_path / "other")])

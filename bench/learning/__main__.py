@@ -11,13 +11,12 @@ second process may run beside the first: each takes runs that no other has begun
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.learning import page, runs
+from bench.learning import page, runs, units
 from bench.learning.analysis import area, images
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.problems import PROBLEMS, Materials
@@ -93,7 +92,7 @@ def perform(name: str, backbone: BackboneName, materials: Materials, deadline: f
     for job in jobs(claim, folder(name, backbone), backbone):
         if time.monotonic() > deadline:
             return
-        if job.path.exists() or not _taken(job.path):
+        if job.path.exists() or not units.begin(job.path):
             continue
         try:
             points = runs.run(
@@ -105,30 +104,14 @@ def perform(name: str, backbone: BackboneName, materials: Materials, deadline: f
                 seed=job.seed,
                 tuning=job.tuning,
             )
+            rate = job.arm.config.ppo.policy_learning_rate
+            runs.write(
+                job.path, points, claim=name, backbone=backbone, seed=job.seed, policy_learning_rate=rate
+            )
         finally:
-            _begun(job.path).unlink()
-        rate = job.arm.config.ppo.policy_learning_rate
-        runs.write(job.path, points, claim=name, backbone=backbone, seed=job.seed, policy_learning_rate=rate)
+            units.mark(job.path).unlink()
         first, last = (point.scores[claim.metrics[0]] for point in (points[0], points[-1]))
         print(f"{job.path.relative_to(RESULTS)}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
-
-
-def _begun(path: Path) -> Path:
-    return path.with_suffix(".begun")
-
-
-def _taken(path: Path) -> bool:
-    """Whether this process is the first to begin the run; a mark of a process that has died is taken over."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mark = _begun(path)
-    if mark.exists() and not Path(f"/proc/{mark.read_text()}").exists():
-        mark.unlink()
-    try:
-        with mark.open("x", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        return False
-    return True
 
 
 def main() -> None:

@@ -65,6 +65,11 @@ class Difference:
             return "ahead"
         return "behind" if self.high < 0 else "undecided"
 
+    def text(self, digits: int = 3) -> str:
+        """As a cell of a table."""
+        numbers = f"{self.mean:+.{digits}f} [{self.low:+.{digits}f}, {self.high:+.{digits}f}]"
+        return f"{numbers} {self.verdict}"
+
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Mean difference with the percentile bootstrap's interval over the pairs.

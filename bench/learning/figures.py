@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from bench.learning.analysis import Cost, along, common_budget, images, seconds
 from bench.learning.runs import Point
@@ -33,6 +34,11 @@ def draw(curves: Curves, metrics: Sequence[str], path: Path) -> None:
         row[0].set_ylabel(metric)
     grid[0][0].legend(fontsize=8)
     figure.tight_layout()
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date in the file: the same results give the same picture.
     figure.savefig(path, dpi=110, metadata={"Software": ""})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
-from bench.learning import figures, runs
+from bench.learning import critics_section, figures, runs, steering_section
 from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
@@ -18,13 +18,14 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
 HEAD = """# What learning shows
 
-Written by `python -m bench.learning`; every run is a file under `bench/results/learning/`. All arms run in
-the same trainer and start from the same base model. Where a section says that the learning rate was tuned,
-every arm had the same grid and number of tuning runs, on prompts that are neither trained on nor reported.
-Arms are judged on held-out prompts, with noise that the arms of a seed share (1,024 images, standard error
-of one judgement near 0.016). Intervals are 95 % bootstrap intervals of the mean difference of paired seeds;
-"ahead" and "behind" mean that they exclude 0. Images count those of value pretraining. Seconds are CPU
-seconds of one thread without judging; a reward's cost is added per image.
+Written by `python -m bench.learning`, `bench.steering` and `bench.critic_trunks`; every run is a file under
+`bench/results/learning/`. All arms run in the same trainer and start from the same base model. Where a
+section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
+prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
+arms of a seed share (1,024 images, standard error of one judgement near 0.016). Intervals are 95 % bootstrap
+intervals of the mean difference of paired seeds; "ahead" and "behind" mean that they exclude 0. Images count
+those of value pretraining. Seconds are CPU seconds of one thread without judging; a reward's cost is added
+per image.
 """
 
 
@@ -36,6 +37,8 @@ def write(results: Path, page: Path = PAGE) -> None:
         for backbone in claim.budgets
         if (section := _section(results, name, claim, backbone, page.parent))
     ]
+    sections += steering_section.sections(results, page.parent)
+    sections += critics_section.sections(results, page.parent)
     missing = list(_missing(results))
     rest = ["## Not run to the end\n\n" + "\n".join(missing)] if missing else []
     page.write_text("\n\n".join([HEAD.strip(), *sections, *rest]) + "\n", encoding="utf-8")
@@ -48,6 +51,9 @@ def _missing(results: Path) -> Iterator[str]:
             found = _count(results / name / backbone)
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"
+    for study in ("steering", "critics"):
+        if not any((results / study).rglob("*-seed*.json")):
+            yield f"- {study}: nothing"
 
 
 def _count(directory: Path) -> int:
@@ -118,5 +124,4 @@ def _lead(curves: Curves, first: str, arm: str, cost: Cost, metric: str, budget:
     if arm == first or len(curves[first]) < 2:
         return ""
     own, other = ([final(points, cost, metric, budget) for points in curves[name]] for name in (first, arm))
-    difference = paired(own, other)
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}] {difference.verdict}"
+    return paired(own, other).text()

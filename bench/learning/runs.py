@@ -6,7 +6,6 @@ reward that would cost c seconds per image adds c times the images; see analysis
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bench.learning import units
 from bench.learning.problems import Materials, Problem, Prompts, gauges
 from lacfast.config import TrainConfig
 from lacfast.records import Evaluation
@@ -142,13 +142,9 @@ def _forwards(trainer: LatentActorCriticTrainer) -> int:
 
 def write(path: Path, points: list[Point], **description: Any) -> None:
     """Keep a curve; a file that exists is a run that need not be repeated."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**description, "points": [asdict(point) for point in points]}
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    units.write(path, {**description, "points": [asdict(point) for point in points]})
 
 
 def read(path: Path) -> list[Point]:
     """The curve of a finished run."""
-    return [Point(**point) for point in json.loads(path.read_text(encoding="utf-8"))["points"]]
+    return [Point(**point) for point in units.read(path)["points"]]
