@@ -12,7 +12,7 @@ scale in FLUX, the output as float32, guidance with transition and stores, the s
 KERNELS_PER_FEATURE = 1
 """The same with a critic, per tensor that it reads of the model: the store."""
 
-MICROBATCH_OPERATIONS = {"sd15": 10_747, "sdxl": 41_147, "sd35_medium": 27_097, "flux_dev": 23_465}
+MICROBATCH_OPERATIONS = {"sd15": 7_946, "sdxl": 28_982, "sd35_medium": 22_264, "flux_dev": 18_975}
 """Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""
 
 SYNCS = {"step": 0, "microbatch": 0}

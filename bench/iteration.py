@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from bench import machine
-from bench.equal_results import both_gradients, relative, sampling_differences, scored_rollout
+from bench.equal_results import both_gradients, both_trajectories, relative, scored_rollout
 from bench.gpu_arms import ARMS, EAGER, arm_changes
 from bench.interleaved import Provider, race, speed_ups
 from bench.matched_loops import PEER_BATCH, Match, PeerLoop, engine, peer_loop, plain_score, tiny_match
@@ -176,7 +176,7 @@ def contest(
         "published_batch": published_size,
         "tuned_batch": tuned,
         "microbatch_size": microbatch,
-        "differences": differences(match, rollout, microbatch) if is_compared else {},
+        "differences": differences(match, microbatch) if is_compared else {},
         "rows": rows,
     }
 
@@ -194,9 +194,9 @@ def _rows(seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     ]
 
 
-def differences(match: Match, rollout: Rollout, microbatch_size: int) -> dict[str, float]:
+def differences(match: Match, microbatch_size: int) -> dict[str, float]:
     """What the race compares is equal: relative differences of trajectories and gradients."""
-    loop = peer_loop(match, batch_size=PEER_BATCH[match.peer])
+    latents, their_latents = both_trajectories(match, batch_size=PEER_BATCH[match.peer])
     own, theirs = both_gradients(
         replace(match, num_updates=1),
         batch_size=PEER_BATCH[match.peer],
@@ -204,7 +204,7 @@ def differences(match: Match, rollout: Rollout, microbatch_size: int) -> dict[st
         dtype=torch.float64,
     )
     return {
-        "latents": sampling_differences(rollout, loop, match)["latents"],
+        "latents_float64": relative(latents, their_latents),
         "gradients_float64": relative(own, theirs),
     }
 

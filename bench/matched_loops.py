@@ -15,12 +15,15 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
+from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from bench.peer_loops import DDPOLoop, DDPOSettings, FlowGRPOLoop, FlowGRPOSettings, PeerModel
 from lacfast import ops
 from lacfast.backbones import adapt
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.lora import tuner_layers
+from lacfast.backbones.lora_linear import LoRALinear
 from lacfast.config import AdvantageConfig, LoRAConfig, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.records import INITIAL_STEP, NoiseKey
 from lacfast.tasks import models, scenes
@@ -113,7 +116,7 @@ def engine(
 
 def peer_loop(match: Match, *, batch_size: int, dtype: torch.dtype = torch.float32) -> PeerLoop:
     """The peer's loop at a batch size of its own, on weights of `dtype`."""
-    backbone = match.build(dtype)
+    backbone = with_peft_layers(match.build(dtype))
     table = backbone.transition_table(match.sampler)
     model = PeerModel(backbone, None if match.dtype == torch.float32 else match.dtype)
     if match.peer == "flow_grpo":
@@ -132,6 +135,14 @@ def peer_loop(match: Match, *, batch_size: int, dtype: torch.dtype = torch.float
         learning_rate=LEARNING_RATE,
     )
     return DDPOLoop(model, table.timesteps, alphas.to(_maths(dtype)), settings)
+
+
+def with_peft_layers(backbone: LatentBackbone) -> LatentBackbone:
+    """The same backbone on peft's own LoRA layers, as the peers run it."""
+    for layer in tuner_layers(backbone.model).values():
+        if type(layer) is LoRALinear:
+            layer.__class__ = PeftLinear
+    return backbone
 
 
 def _maths(dtype: torch.dtype) -> torch.dtype:

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lacfast.backbones.lora_linear import LoRALinear
 from lacfast.config import LoRAConfig
 
 POLICY = "policy"
@@ -83,6 +84,7 @@ def add_adapter(
     for layer in tuner_layers(model).values():
         if name in layer.lora_A:
             weights += _keep_float32(layer, name)
+            LoRALinear.install(layer)
     # peft froze the other weights and the other adapters.
     for parameter, needed in needs_gradient.items():
         parameter.requires_grad_(needed)
