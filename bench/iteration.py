@@ -234,7 +234,7 @@ def cpu_contest(family: Any, *, rounds: int, is_quick: bool) -> dict[str, Any]:
         arms=arms,
         published_size=PEER_BATCH[match.peer],
         tuned_sizes=[match.trajectories // part for part in ((1,) if is_quick else (4, 2, 1))],
-        microbatch_sizes=(128, 256, 512)[: 1 if is_quick else 3],
+        microbatch_sizes=(128,) if is_quick else (64, 128, 256),
         rounds=rounds,
         device=device,
     )
