@@ -263,7 +263,7 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
 
         def report(metrics: dict[str, Any]) -> None:
             rewards.append(metrics.get(f"reward/{REWARD}", math.nan))
-            variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).mean())
+            variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).nanmean())
             fraction = done_fraction(len(rewards), time.perf_counter() - start, seconds, scale.min_iterations)
             note = f"iteration {metrics['iteration']}, reward {rewards[-1]:.3f}"
             phase.update(fraction, f"{note}, EV {variance:.2f}")

@@ -38,7 +38,7 @@ from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables, step_t
 
 @dataclass(frozen=True)
 class _Workspace:
-    """What lives on the device as long as the transition table stays the same."""
+    """What lives on the device as long as transition tables have the same shape."""
 
     table: TransitionTable
     tables: StepTables
@@ -114,13 +114,13 @@ class Learner:
                         rollout, advantages, workspace, references, generator, records
                     )
                 self._update_critic(rollout, advantages, workspace, generator, records)
-            steps = records.read(advantages.steps)
+            records.read()
         except FloatingPointError:
             take_back(self.policy_schedule, records.policy_steps - len(records.policy))
             raise
         if self.average is not None:
             self.average.update()
-        metrics = records.metrics(steps) | ({"stopped_by_kl_limit": True} if is_stopped else {})
+        metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
         if self.adaptive_kl is not None:
             metrics["kl_weight"] = self.adaptive_kl.weight
             self.adaptive_kl.update(float(metrics["kl_ref"].nanmean()))
@@ -247,13 +247,22 @@ class Learner:
             self.version += 1
 
     def _workspace_for(self, rollout: Rollout) -> _Workspace:
-        """Made once per transition table: a copy of host numbers waits for the device."""
-        if self._workspace is not None and self._workspace.table is rollout.table:
-            if isinstance(self._workspace.runner, GraphedUpdate):
-                self._workspace.runner.check_addresses()
-            return self._workspace
+        """Made once; another transition table, as of a window that moves, is copied to where the last was.
+
+        Not for the same table again: a copy of host numbers waits for the device.
+        """
+        workspace = self._workspace
+        is_same = workspace is not None and workspace.table is rollout.table
+        tables = None if is_same else step_tables(rollout.table, self.config.ppo, rollout.latents)
+        if workspace is not None and (tables is None or workspace.tables.takes(tables)):
+            if tables is not None:
+                workspace.tables.copy_(tables)
+                self._workspace = workspace = replace(workspace, table=rollout.table)
+            if isinstance(workspace.runner, GraphedUpdate):
+                workspace.runner.check_addresses()
+            return workspace
         self._release()
-        tables = step_tables(rollout.table, self.config.ppo, rollout.latents)
+        assert tables is not None
         policy, critic = PolicyTotals.create(tables), CriticTotals.create(tables)
         runner = EAGER
         if self._graphs is not None:

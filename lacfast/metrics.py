@@ -63,35 +63,45 @@ def _plain(value: Any) -> Any:
 
 
 def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: RewardNormalizer) -> dict[str, Any]:
-    """Rewards per head, and values, explained variance and advantages per trained step."""
+    """Rewards per head; values and explained variance per denoising step (T,), advantages too where trained.
+
+    Row k is step k whichever steps an iteration trains: those of a window that moves, NaN elsewhere.
+    """
+    steps, num_steps = advantages.steps, rollout.table.num_steps
     metrics: dict[str, Any] = {
         f"reward/{name}": float(rewards.mean()) for name, rewards in rollout.rewards.items()
     } | {f"reward_std/{name}": float(rewards.std()) for name, rewards in rollout.rewards.items()}
     metrics |= advantages.metrics
-    metrics["advantage_mean"] = advantages.raw.mean(dim=(1, 2))
-    metrics["advantage_std"] = advantages.raw.std(dim=(1, 2))
+    metrics["advantage_mean"] = _at_steps(advantages.raw.mean(dim=(1, 2)), steps, num_steps)
+    metrics["advantage_std"] = _at_steps(advantages.raw.std(dim=(1, 2)), steps, num_steps)
     heads = advantages.raw.shape[-1]
     if heads > 1:
         metrics["advantage_correlation"] = torch.corrcoef(advantages.raw.flatten(0, 1).T)
     if rollout.values.shape[-1] == 0:
         return metrics
-    values = rollout.values[advantages.steps]
+    values = rollout.values
     returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
     metrics["value_mean"] = values.mean(dim=(1, 2))
     metrics["value_std"] = values.std(dim=1).mean(dim=-1)
     variance = reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
     metrics["explained_variance"] = variance.mean(dim=-1)
     metrics["value_slope"] = _slope(returns, values).mean(dim=-1)
-    raw_errors = (returns - values) * normalizer.std.to(values)
+    raw_errors = (returns - values)[steps] * normalizer.std.to(values)
     metrics["value_loss_raw"] = float(raw_errors.square().mean())
     if heads > 1:
         names = list(rollout.rewards) if normalizer.heads is None else normalizer.heads.names
-        losses = (values - advantages.targets).square().mean(dim=(0, 1))
+        losses = (values[steps] - advantages.targets).square().mean(dim=(0, 1))
         for head, name in enumerate(names):
             metrics[f"value_loss/{name}"] = float(losses[head])
             metrics[f"explained_variance/{name}"] = variance[:, head]
-            metrics[f"advantage_std/{name}"] = advantages.raw[..., head].std(dim=1)
+            deviations = advantages.raw[..., head].std(dim=1)
+            metrics[f"advantage_std/{name}"] = _at_steps(deviations, steps, num_steps)
     return metrics
+
+
+def _at_steps(trained: Tensor, steps: Tensor, num_steps: int) -> Tensor:
+    """(T,) of the numbers (K,) of the trained steps (K,), NaN at the others."""
+    return trained.new_full((num_steps,), math.nan).index_copy(0, steps, trained)
 
 
 def _slope(returns: Tensor, values: Tensor) -> Tensor:
@@ -190,16 +200,17 @@ class UpdateRecords:
         self._pending.append((what, numbers, pairs, measured))
         self.policy_steps += what == "policy"
 
-    def read(self, steps: Tensor | None = None) -> Tensor:
-        """Copy everything to the host, and the trained `steps` (K,) with it; returns those.
+    def read(self) -> None:
+        """Copy everything to the host.
 
         Raises:
             FloatingPointError: for the first step whose gradient norm is not finite. The steps before it
                 have been read.
         """
-        parts = [numbers for _, numbers, *_ in self._pending]
+        if not self._pending:
+            return
         with span("sync"):
-            flat = torch.cat(parts if steps is None else [*parts, steps.double()]).cpu()
+            flat = torch.cat([numbers for _, numbers, *_ in self._pending]).cpu()
         pending, self._pending = self._pending, []
         for what, numbers, pairs, measured in pending:
             record, flat = flat[: len(numbers)], flat[len(numbers) :]
@@ -208,11 +219,10 @@ class UpdateRecords:
                 self.policy.append(PolicyRecord.read(record, measured))
             else:
                 self._critic.append((float(record[0]), float(record[1]), pairs))
-        return flat.long()
 
-    def metrics(self, steps: Tensor) -> dict[str, Any]:
-        """Means over all optimizer steps; some per trained step `steps` (K,)."""
-        metrics = policy_metrics(self.policy, steps)
+    def metrics(self) -> dict[str, Any]:
+        """Means over all optimizer steps; some per denoising step."""
+        metrics = policy_metrics(self.policy)
         if self._critic:
             pairs = sum(count for _, _, count in self._critic)
             metrics["value_loss"] = sum(loss * count for loss, _, count in self._critic) / pairs
@@ -220,14 +230,14 @@ class UpdateRecords:
         return metrics
 
 
-def policy_metrics(records: Sequence[PolicyRecord], steps: Tensor) -> dict[str, Any]:
-    """Ratio, clip fractions, KL over all optimizer steps, some as means per trained step (K,); NaN if empty.
+def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
+    """Ratio, clip fractions, KL over all optimizer steps, some per denoising step (T,); NaN where untrained.
 
     The loss is the mean over pairs, the gradient norm that over optimizer steps. The first optimizer step's
     largest |log_ratio| is the mismatch of rollout and update; the last one's KL is what kl_limit compares.
     """
     sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
-    log_ratio, kl_old, kl_ref, high, low = (sums[steps, 1:] / sums[steps, :1]).unbind(dim=1)
+    log_ratio, kl_old, kl_ref, high, low = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
     pairs = sum(record.pairs for record in records)
     return {
         "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,

@@ -172,7 +172,7 @@ def plan(config: RunConfig) -> Costs:
         )
         conditioning = unconditional(backbone)
     critic = build_critic(backbone, len(config.rewards), config.train.critic)
-    table = backbone.transition_table(sampler)
+    table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
     return count(backbone, critic, table, conditioning, config.train)
 
 

@@ -52,8 +52,7 @@ def trained_sampler(saved: str) -> SamplerConfig | None:
         settings = directory / "run.json"
         if settings.is_file():
             fields = json.loads(settings.read_text(encoding="utf-8"))["train"]["sampler"]
-            window = fields["window"]
-            return SamplerConfig(**fields | {"window": None if window is None else tuple(window)})
+            return SamplerConfig(**fields)
     return None
 
 

@@ -29,10 +29,11 @@ from lacfast.metrics import MetricsLog, compiled_graphs, evaluation_metrics, gra
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet, PromptSource
 from lacfast.protocols import Backbone
-from lacfast.records import Evaluation, NoiseKey, Rollout
+from lacfast.records import Evaluation, NoiseKey, Rollout, TransitionTable
 from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet, RewardSpec
 from lacfast.trackers import Tracker
+from lacfast.training_tables import TrainingTables
 from lacfast.value_confidence import ValueConfidence, configured_bounds
 from lacfast.value_pretraining import PretrainResult, pretrain_values, rollout_variance, update_statistics
 
@@ -84,8 +85,8 @@ class LatentActorCriticTrainer:
         self.evaluation_rewards = None if evaluation_rewards is None else RewardSet.create(evaluation_rewards)
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
-        self.table = backbone.transition_table(self.config.sampler)
-        self._require_trainable()
+        self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
+        self.table = self.tables.whole
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
         attach_critic(backbone, self.estimator.head_names, self.config.critic, seed=self.config.seed)
@@ -117,15 +118,6 @@ class LatentActorCriticTrainer:
         """Units of the critic's values."""
         return self.estimator.normalizer
 
-    def _require_trainable(self) -> None:
-        sampler = self.config.sampler
-        if not self.table.trainable_steps:
-            raise ValueError(
-                f"kind={sampler.kind!r} with noise_level={sampler.noise_level} and window={sampler.window} "
-                "makes every step deterministic, so no step has a log-prob to train; "
-                "use noise_level > 0 (0.7 for 'flow_sde')"
-            )
-
     @property
     def score_names(self) -> list[str]:
         """What an evaluation scores: the rewards, then those that are only reported."""
@@ -136,11 +128,21 @@ class LatentActorCriticTrainer:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
         return self.learner.averaged()
 
-    def rollout(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout:
-        """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
+    def rollout(
+        self,
+        prompts: PromptSet,
+        first_id: int,
+        *,
+        keep_features: bool = True,
+        table: TransitionTable | None = None,
+    ) -> Rollout:
+        """Trajectories for `prompts`, without rewards; sample ids count from `first_id`.
+
+        `table` None: all of config.sampler.window is stochastic.
+        """
         ids = range(first_id, first_id + len(prompts))
         rollout = self.rollout_sampler.sample(
-            self.table,
+            self.table if table is None else table,
             prompts.texts,
             prompts.metadata,
             NoiseKey.create(self.config.seed, ids, self.device),
@@ -152,15 +154,22 @@ class LatentActorCriticTrainer:
         version = self.learner.version if self.behaviour is self.backbone else None
         return replace(rollout, policy_version=version)
 
-    def collect(self, prompts: PromptSet, first_id: int, *, keep_features: bool = True) -> Rollout | None:
-        """A rollout with its rewards. None when one failed and config.on_reward_error is "skip".
+    def collect(
+        self,
+        prompts: PromptSet,
+        first_id: int,
+        *,
+        keep_features: bool = True,
+        table: TransitionTable | None = None,
+    ) -> Rollout | None:
+        """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Raises:
             RewardError: under "raise"; the rollout stays in `last_rollout`.
         """
         self.behaviour.requantize()
         self.last_rollout, error = collect(
-            partial(self.rollout, keep_features=keep_features),
+            partial(self.rollout, keep_features=keep_features, table=table),
             self.backbone.decode,
             self.rewards,
             prompts,
@@ -186,7 +195,8 @@ class LatentActorCriticTrainer:
         )
         keep_features = config.critic.keep_features or namespace != 0
         first_id = namespace + iteration * config.batch_size
-        return self.collect(prompts, first_id, keep_features=keep_features)
+        table = self.tables.pretraining(iteration) if namespace else self.tables.at(iteration)
+        return self.collect(prompts, first_id, keep_features=keep_features, table=table)
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""

@@ -31,6 +31,20 @@ class StepTables:
         """() the share of a minibatch that all of it is."""
         return torch.ones_like(self.coefficients[0, 0])
 
+    def takes(self, other: StepTables) -> bool:
+        """Whether other tables fit into this memory."""
+        own, theirs = self.coefficients, other.coefficients
+        return (own.shape, own.dtype, own.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+    def copy_(self, other: StepTables) -> None:
+        """Take over other tables' numbers; what was captured reads them where it read the old ones."""
+        for own, theirs in zip(self._tensors, other._tensors, strict=True):
+            own.copy_(theirs)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.coefficients, self.timesteps, self.weights, self.kl_gains
+
 
 def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
     """The tables for latents `like`, in the dtype of their maths."""

@@ -16,7 +16,7 @@ LAYERS = (
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "reward_queue", "value_loss", "critic"),
-    ("sampler", "rollout_sampler", "advantages", "optimizers", "microbatch"),
+    ("sampler", "rollout_sampler", "training_tables", "advantages", "optimizers", "microbatch"),
     ("minibatch", "update_totals", "update_runner"),
     (
         "update",

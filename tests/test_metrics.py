@@ -30,7 +30,7 @@ def metrics_of(scale: float) -> dict[str, object]:
 def test_the_slope_tells_overconfident_values_from_timid_ones(scale: float) -> None:
     slope = metrics_of(scale)["value_slope"]
     assert isinstance(slope, torch.Tensor)
-    torch.testing.assert_close(slope, torch.full((3,), 1 / scale))
+    torch.testing.assert_close(slope, torch.full((4,), 1 / scale))
 
 
 def test_the_raw_value_loss_is_in_the_rewards_units() -> None:

@@ -133,7 +133,7 @@ def _explained(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _forwards(trainer: LatentActorCriticTrainer) -> int:
-    config, table = trainer.config, trainer.table
+    config, table = trainer.config, trainer.tables.at(0)
     halves = 2 if config.sampler.guidance_scale > 1 else 1
     pairs = config.ppo.timestep_fraction * len(table.trainable_steps) * config.batch_size
     updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl_weight > 0))

@@ -154,6 +154,10 @@ class TrainConfig:
         )
         self._require_fitting_advantages()
         require(
+            self.eval_sampler is None or not self.eval_sampler.moves,
+            "eval_sampler.window_schedule would be ignored: an evaluation has one window; use 'fixed'",
+        )
+        require(
             self.early_stopping.patience == 0 or self.eval_every > 0,
             f"early_stopping.patience={self.early_stopping.patience} counts evaluations, and eval_every=0 "
             "makes none; set eval_every",

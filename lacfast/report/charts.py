@@ -78,7 +78,7 @@ def explained_variance_per_step(pretrained: Sequence[float], trained: Sequence[f
 
 def explained_variance_per_iteration(rows: Records) -> str:
     """Mean explained variance over the logged steps, per iteration."""
-    values = np.array([np.mean(row.get("explained_variance", [math.nan])) for row in rows])
+    values = np.array([np.nanmean(row.get("explained_variance", [math.nan])) for row in rows])
     with mpl.rc_context(STYLE):
         drawing, axes = figure()
         axes.plot(np.arange(1, len(values) + 1), values, color=BLUE, alpha=0.4, linewidth=1)

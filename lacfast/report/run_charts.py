@@ -91,7 +91,7 @@ _MAPS = (
     ("KL, per step", "Per latent element, new from old policy.", "kl_old", "KL"),
     ("KL to the reference, per step", "Per latent element.", "kl_ref", "KL"),
 )
-"""Title, meaning, metric per trained step, unit."""
+"""Title, meaning, metric per denoising step, unit."""
 
 
 def _critic(train: Records, evaluations: Records, pretraining: Records) -> Iterator[Drawing]:
@@ -187,7 +187,7 @@ def _map(
             vmin=low,
             vmax=high,
         )
-        axes.set(xlabel="iteration", ylabel="trained step", yticks=_some(len(values)))
+        axes.set(xlabel="iteration", ylabel="denoising step", yticks=_some(len(values)))
         drawing.colorbar(picture, ax=axes, label=label)
         return svg(drawing)
 

@@ -1,0 +1,177 @@
+"""A stochastic window moves from iteration to iteration, and nothing but the trained steps follows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from torch import Tensor
+
+from lacfast import LatentActorCriticTrainer
+from lacfast.config import GraphConfig, PPOConfig, SamplerConfig, TrainConfig, ValuePretrainingConfig
+from lacfast.training_tables import TrainingTables
+
+SLIDING = SamplerConfig(num_steps=5, window_schedule="sliding", window_size=2)
+RANDOM = SamplerConfig(num_steps=5, window_schedule="random", window_size=2)
+# Balanced steps, KL to the reference and two passes: all that an update reads of a table is used.
+PPO = PPOConfig(
+    clip_range=1e-3, num_minibatches=2, microbatch_size=8, balance_steps=True, kl_weight=0.1, adam_eps=1e-4
+)
+
+
+def windows(sampler: SamplerConfig, iterations: int, seed: int = 0) -> list[tuple[int, int]]:
+    return [sampler.at(iteration, seed=seed).stochastic_window for iteration in range(iterations)]
+
+
+def trainer_for(sampler: SamplerConfig, **changes: Any) -> LatentActorCriticTrainer:
+    config = tiny_config(sampler=sampler, ppo=PPO, **changes)
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
+
+
+def trained_steps(metrics: dict[str, Any], name: str = "kl_old") -> list[int]:
+    return [step for step, number in enumerate(metrics[name].tolist()) if number == number]
+
+
+def weights(trainer: LatentActorCriticTrainer) -> list[Tensor]:
+    assert trainer.critic is not None
+    modules = (trainer.backbone.model, trainer.critic)
+    return [tensor for module in modules for tensor in module.state_dict().values()]
+
+
+def test_a_sliding_window_goes_from_noise_to_image_and_starts_over() -> None:
+    assert windows(SLIDING, 4) == [(0, 2), (1, 3), (2, 4), (0, 2)]
+    slow = SamplerConfig(
+        num_steps=9,
+        window=(1, 8),
+        window_schedule="sliding",
+        window_size=4,
+        window_stride=2,
+        window_interval=2,
+    )
+    # The last place ends where the range does, also where the stride would miss it.
+    assert windows(slow, 7) == [(1, 5), (1, 5), (3, 7), (3, 7), (4, 8), (4, 8), (1, 5)]
+
+
+def test_a_random_window_is_a_function_of_seed_and_iteration_and_takes_every_place() -> None:
+    drawn = windows(RANDOM, 60)
+    assert windows(RANDOM, 60) == drawn != windows(RANDOM, 60, seed=1)
+    counts = [drawn.count(place) for place in ((0, 2), (1, 3), (2, 4))]
+    assert sum(counts) == 60
+    assert min(counts) >= 10
+
+
+def test_a_fixed_window_stays() -> None:
+    fixed = SamplerConfig(num_steps=5, window=(1, 3))
+    assert fixed.at(7, seed=3) is fixed
+    tables = TrainingTables(tiny_backbone("dit"), fixed, seed=0)
+    assert tables.at(0) is tables.at(9) is tables.pretraining(4) is tables.whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window_schedule": "jumping"}, "unknown window_schedule 'jumping'; known: fixed, random, sliding"),
+        ({"window_size": 2}, "window_size=2 would be ignored: a fixed window is `window`"),
+        ({"window_schedule": "random"}, "window_size=0 .* must be between 1 and the 9 steps"),
+        ({"window_schedule": "sliding", "window_size": 4, "window": (2, 5)}, "the 3 steps of the window"),
+        (
+            {"window_schedule": "random", "window_size": 2, "window_stride": 2},
+            "window_stride=2 would be ignored with window_schedule='random'; use 'sliding'",
+        ),
+        (
+            {"window_schedule": "sliding", "window_size": 2, "window_interval": 0},
+            "window_interval=0 must be at least 1",
+        ),
+        (
+            {"window_schedule": "random", "window_size": 2, "kind": "ode"},
+            "kind='ode' has none; use 'flow_sde'",
+        ),
+    ],
+)
+def test_settings_that_cannot_move_a_window_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**settings)
+
+
+def test_a_place_without_noise_and_an_evaluation_that_would_move_are_refused() -> None:
+    last = SamplerConfig(num_steps=4, kind="cps", window=(0, 4), window_schedule="random", window_size=1)
+    with pytest.raises(ValueError, match=r"window=\(3, 4\) makes every step deterministic"):
+        trainer_for(last)
+    with pytest.raises(ValueError, match=r"eval_sampler\.window_schedule would be ignored"):
+        TrainConfig(eval_sampler=RANDOM)
+
+
+def test_each_iteration_trains_its_window_and_the_critic_values_every_state() -> None:
+    trainer = trainer_for(SLIDING)
+    for start in (0, 1, 2, 0):
+        metrics = trainer.train_iteration()
+        assert metrics["first_max_abs_log_ratio"] == 0
+        for name in ("kl_old", "kl_ref", "clip_fraction_high", "advantage_std"):
+            assert trained_steps(metrics, name) == [start, start + 1], name
+        assert trained_steps(metrics, "explained_variance") == [0, 1, 2, 3, 4]
+        rollout = trainer.last_rollout
+        assert rollout is not None
+        assert rollout.table.trainable_steps == [start, start + 1]
+        assert bool(rollout.values.isfinite().all())
+        deterministic = [step for step in range(5) if step not in (start, start + 1)]
+        assert bool((rollout.log_probs[deterministic] == 0).all())
+
+
+def test_evaluation_is_that_of_the_whole_range() -> None:
+    moving, fixed = trainer_for(RANDOM), trainer_for(SamplerConfig(num_steps=5))
+    assert torch.equal(moving.evaluate().images, fixed.evaluate().images)
+
+
+def test_value_pretraining_meets_every_place_and_is_judged_on_the_whole_range() -> None:
+    slow = SamplerConfig(num_steps=5, window_schedule="sliding", window_size=2, window_interval=10)
+    pretrain = ValuePretrainingConfig(iterations=3, patience=3, held_out_samples=8)
+    trainer = trainer_for(slow, pretrain=pretrain)
+    seen, collect = [], trainer.collect
+
+    def recorded(*arguments: Any, **named: Any) -> Any:
+        rollout = collect(*arguments, **named)
+        assert rollout is not None
+        seen.append(rollout.table.trainable_steps)
+        return rollout
+
+    trainer.collect = recorded  # type: ignore[method-assign]
+    result = trainer.pretrain_critic()
+    assert seen == [[0, 1, 2, 3], [0, 1], [1, 2], [2, 3]]
+    assert result.explained_variance.shape == (5, 1)
+    assert trained_steps({"all": result.explained_variance[:, 0]}, "all") == [0, 1, 2, 3, 4]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    whole, first, second = (trainer_for(RANDOM) for _ in range(3))
+    assert len(set(windows(RANDOM, 3))) > 1
+    for _ in range(3):
+        whole.train_iteration()
+    first.train_iteration()
+    first.save(tmp_path / "run")
+    second.load(tmp_path / "run")
+    for _ in range(2):
+        second.train_iteration()
+    assert all(
+        torch.equal(ours, theirs) for ours, theirs in zip(weights(second), weights(whole), strict=True)
+    )
+
+
+def test_a_window_that_moves_captures_nothing_again_and_learns_what_eager_steps_do() -> None:
+    graph = GraphConfig(mode="fake", strict=True, warmup_steps=1)
+    graphed, eager = trainer_for(SLIDING, graph=graph), trainer_for(SLIDING, graph=GraphConfig(mode="off"))
+    captures = []
+    for _ in range(4):
+        ours, theirs = graphed.train_iteration(), eager.train_iteration()
+        captures.append(graphed.graphs.statistics.captures)
+        assert trained_steps(ours) == trained_steps(theirs)
+        for name in ("policy_loss", "value_loss", "policy_grad_norm", "mean_kl_old"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+    # The second iteration is the first whose window has moved; what warms up is captured by then.
+    assert captures[1] == captures[2] == captures[3] > 0
+    assert graphed.graphs.statistics.fallbacks == 0
+    assert graphed.graphs.statistics.replays > 12
+    for ours, theirs in zip(weights(graphed), weights(eager), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
