@@ -56,8 +56,11 @@ def with_critic(backbone: LatentBackbone) -> LatentBackbone:
 
 
 @pytest.mark.slow
-def test_inductor_s_forward_is_near_eager_s_and_the_same_bits_with_and_without_gradient() -> None:
-    backbone = with_critic(one_block_backbone())
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)], ids=["all weights", "lora"])
+def test_inductor_s_forward_is_near_eager_s_and_the_same_bits_with_and_without_gradient(
+    lora: LoRAConfig | None,
+) -> None:
+    backbone = with_critic(one_block_backbone(lora=lora))
     eager, _ = output(backbone)
     backbone.compile_blocks()
     with torch.no_grad():
