@@ -16,7 +16,7 @@ from bench.learning.arms import (
 from bench.learning.runs import Arm, Budget
 from lacfast.tasks.models import BackboneName
 
-LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
+LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
 """Of the policy: the grid on which every arm is tuned alike."""
 
 
@@ -84,7 +84,7 @@ CLAIMS = {
         arms=_baseline_arms,
         budgets={
             "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
-            "unet": Budget(images=14_000, seconds=300, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
@@ -93,9 +93,10 @@ CLAIMS = {
         question="Is it the critic? Values of other images, no pretraining, a full trunk, no critic.",
         problem="shapes",
         arms=_control_arms,
-        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=2_000)},
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold"),
         grid=(3e-4,),
+        seeds=3,
     ),
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
@@ -118,15 +119,16 @@ CLAIMS = {
         question="Do two heads keep the first reward while a compatible second one rises?",
         problem="layout",
         arms=_multi_reward_arms,
-        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=2_000)},
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         grid=(3e-4,),
+        seeds=3,
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
         problem="jpeg",
         arms=_hacking_arms,
-        budgets={"dit": Budget(images=10_000, seconds=0, judged_every=1_000)},
+        budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(3e-4,),
         seeds=3,
