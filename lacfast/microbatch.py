@@ -15,8 +15,8 @@ Result = TypeVar("Result")
 Probe = Callable[[int], None]
 """Runs forward and backward of so many pairs and keeps nothing."""
 
-HOST_LIMIT = 512
-"""Pairs at a time on a CPU; beyond it only memory grows."""
+HOST_LIMIT = 256
+"""Pairs at a time on a CPU; beyond it only memory grows, see the race of `python -m bench.iteration`."""
 HOST_SHARE, DEVICE_SHARE = 0.5, 0.8
 """Of the free memory. The rest is for what the probe cannot see: fragments, other processes."""
 PROBES = (2, 4)

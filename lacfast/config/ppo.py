@@ -62,7 +62,7 @@ class PPOConfig:
     """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
     microbatch_size: int = 0
     """(sample, step) pairs per forward and backward; bounds memory, changes the result by the order of sums
-    alone. 0: found at the first update from the free memory, at most 512 on a CPU. Halved when memory runs
+    alone. 0: found at the first update from the free memory, at most 256 on a CPU. Halved when memory runs
     out."""
     policy_learning_rate: float = 1e-4
     """[paper]"""
