@@ -4,6 +4,7 @@
     python bench/gpu_check.py --only sampling,update,iteration
     python bench/gpu_check.py --only kernels --out PATH
     python bench/gpu_check.py --only tune              also changes kernels/launches.json
+    python bench/gpu_check.py --only learning          a slice of the learning runs; call it again to go on
     python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
 
 Each part is a process of its own with a time limit, so one that crashes costs the others nothing. The result
@@ -68,6 +69,10 @@ class Setting:
     """Limit of each part."""
     folder: Path
     """For the files that parts leave."""
+    learning: Path = ROOT / "runs" / "learning-gpu"
+    """Curves, base models and unfinished runs of the part "learning", which goes on from them."""
+    claims: tuple[str, ...] = ()
+    """Of bench.learning; empty: "baselines"."""
 
 
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
@@ -213,6 +218,29 @@ def iteration(setting: Setting) -> Part:
     )
 
 
+def learning(setting: Setting) -> Part:
+    """A slice of the learning runs at the scale of a GPU; the next call goes on where it stopped."""
+    if importlib.util.find_spec("diffusers") is None:
+        return Part("skipped", "bench.learning needs diffusers, transformers and peft; install them")
+    on_gpu, folder = setting.device != "cpu", setting.learning
+    claims = setting.claims or (("baselines",) if on_gpu else ("hacking",))
+    command = [sys.executable, "-m", "bench.learning", *claims, "--device", setting.device]
+    command += ["--scale", "gpu" if on_gpu else "rehearsal", "--out", str(folder)]
+    # An iteration, an evaluation or a base model that has begun is not cut short.
+    command += ["--materials", str(folder / "materials"), "--minutes", str(0.7 * setting.seconds / 60)]
+    code, output = run(command, setting.seconds)
+    print(output, end="")
+    curves = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*/**/*-seed*.json"))
+    curves = [curve for curve in curves if not curve.startswith("materials/")]
+    page = next(iter(folder.glob("results*.md")), None)
+    text = "" if page is None else page.read_text(encoding="utf-8")
+    open_claims = [
+        line[2:] for line in text.splitlines() if line.startswith(tuple(f"- {c}," for c in claims))
+    ]
+    summary = f"{len(curves)} runs in {folder}; " + ("; ".join(open_claims) or "all of them")
+    return judged(code, output, setting.seconds, summary, {"curves": curves, "missing": open_claims})
+
+
 def profile(setting: Setting) -> Part:
     """torch.profiler's table of one op, and of training where diffusers is installed."""
     out = str(setting.folder / "profile")
@@ -244,11 +272,12 @@ PARTS: dict[str, Callable[[Setting], Part]] = {
     "sampling": sampling,
     "update": update,
     "iteration": iteration,
+    "learning": learning,
     "profile": profile,
 }
 DEFAULT_PARTS = ("tests", "kernels", "profile")
-"""tune changes the source tree, and the models of sampling, update and iteration take minutes each, so these
-run only when they are asked for."""
+"""tune changes the source tree, the models of sampling, update and iteration take minutes each, and learning
+takes hours in slices, so these run only when they are asked for."""
 
 
 def check(
@@ -317,6 +346,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seconds", type=float, default=540.0, help="limit of each part")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options.add_argument("--out", type=Path, help="JSON; default bench/results/GPU-DATE.json")
+    options.add_argument(
+        "--learning",
+        type=Path,
+        default=Setting.learning,
+        help="folder that `learning` keeps and goes on from",
+    )
+    options.add_argument("--claims", nargs="+", default=(), help="of `learning`; default: baselines")
     return options
 
 
@@ -328,7 +364,8 @@ def main(arguments: list[str] | None = None) -> int:
     label = re.sub(r"[^a-z0-9]+", "-", machine.label(torch.device(options.device)).lower()).strip("-")
     out = options.out or ROOT / "bench" / "results" / f"{label}-{machine.today()}.json"
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(options.device, options.seconds, Path(folder))
+        learning_folder, claims = options.learning.resolve(), tuple(options.claims)
+        setting = Setting(options.device, options.seconds, Path(folder), learning_folder, claims)
         done = check(options.only, setting, out, PARTS)
     print(f"\n{out}\n{table(done)}")
     return 1 if any(part.is_failure for part in done.values()) else 0

@@ -70,7 +70,7 @@ def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     critic_variance.run(NOWHERE, "dit", ["trunks", "iterations", "time"], [0, 1], SMOKE, directory)
     # A third seed that stopped early is left out.
     units.write(directory / "bounds-seed2.json", BOUNDS)
-    (section,) = critics_section.sections(tmp_path, tmp_path / "docs")
+    (section,) = critics_section.sections(tmp_path, tmp_path / "docs" / "results")
     assert "| floor | 0.20 | 0.20 | 0 |" in section
     assert "| ceiling | 0.50 | 1.00 | 1 |" in section
     assert "| branch | 0.20 | 0.40 | 0.40 |  | 1,000 | 4 | 1 |" in section

@@ -107,7 +107,7 @@ def test_parts_with_models_are_skipped_without_diffusers(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
-    for name in ("sampling", "update", "iteration"):
+    for name in ("sampling", "update", "iteration", "learning"):
         part = gpu_check.PARTS[name](setting)
         assert part.status == "skipped"
         assert "needs diffusers" in part.summary
@@ -126,6 +126,19 @@ def test_models_are_rehearsed_on_a_cpu(tmp_path: Path) -> None:
         assert {row["values"] for row in rows if "values" in row} == {"none", "shared", "branch"}
     rows = parts["iteration"]["result"]["rows"]
     assert {row["phase"] for row in rows} == {"sampling", "reference", "update", "iteration"}
+
+
+def test_learning_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    folder, out = tmp_path / "learning", tmp_path / "cpu.json"
+    options = ["--device", "cpu", "--only", "learning", "--learning", str(folder), "--out", str(out)]
+    assert gpu_check.main([*options, "--seconds", "240"]) == 0
+    part = json.loads(out.read_text(encoding="utf-8"))["parts"]["learning"]
+    finished = ["hacking/dit/checker-and-jpeg-seed0.json", "hacking/dit/jpeg-alone-seed0.json"]
+    assert part["result"]["curves"] == finished
+    assert part["result"]["missing"] == []
+    assert part["status"] == "passed"
+    assert part["summary"].endswith("all of them")
+    assert "64x64" in (folder / "results-rehearsal.md").read_text(encoding="utf-8")
 
 
 def test_rehearsal_on_a_cpu_runs_as_a_script(tmp_path: Path) -> None:

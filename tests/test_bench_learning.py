@@ -19,6 +19,7 @@ from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.problems import PROBLEMS, Materials, Prompts
 from bench.learning.runs import Arm, Budget, Point
+from bench.learning.scales import SCALES
 from lacfast.checkpoint import whole_directory
 from lacfast.tasks import scenes
 from lacfast.tasks.dual_encoder import train_dual_encoder
@@ -122,9 +123,8 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     tmp_path: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim, results = small_claim(), tmp_path / "learning"
-    monkeypatch.setattr(command, "RESULTS", results)
     monkeypatch.setitem(command.CLAIMS, "baselines", claim)
-    command.perform("baselines", "dit", materials, deadline=float("inf"))
+    command.perform("baselines", "dit", materials, deadline=float("inf"), results=results)
     found = sorted(path.name for path in (results / "baselines" / "dit").rglob("*.json"))
     assert found == [
         "grpo-0.0001.json", "grpo-0.0003.json", "grpo-seed0.json", "grpo-seed1.json",
@@ -140,7 +140,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
 
     ran = []
     monkeypatch.setattr(runs, "run", lambda *arguments, **named: ran.append(arguments))
-    command.perform("baselines", "dit", materials, deadline=float("inf"))
+    command.perform("baselines", "dit", materials, deadline=float("inf"), results=results)
     assert ran == [], "what is there is not run again"
 
     page.write(results, tmp_path / "docs" / "results.md")
@@ -165,6 +165,42 @@ def test_a_curve_survives_its_file(tmp_path: Path) -> None:
     runs.write(tmp_path / "a" / "run.json", line(1e-4), seed=3)
     assert runs.read(tmp_path / "a" / "run.json") == line(1e-4)
     assert json.loads((tmp_path / "a" / "run.json").read_text())["seed"] == 3
+
+
+def test_a_run_that_its_deadline_stops_goes_on_where_it_was(
+    tmp_path: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arm, problem = small(Arm(config=latent_critic("dit"))), PROBLEMS["shapes"]
+    budget, kept = replace(SMALL, images=80, judged_every=16, seconds=0.0), tmp_path / "kept"
+    whole = runs.run(problem, "dit", arm, budget, materials, seed=0)
+    assert whole is not None
+    # Every call does one iteration: the clock stands at the deadline from the second look on.
+    calls, looks = 0, iter(())
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(looks, 2.0))
+    points = None
+    while points is None:
+        assert (calls == 0) or kept.exists()
+        calls, looks = calls + 1, iter((0.0,))
+        points = runs.run(problem, "dit", arm, budget, materials, seed=0, deadline=1.0, unfinished=kept)
+    assert calls == 3
+    assert not kept.exists()
+    assert [(point.images, point.scores) for point in points] == [
+        (point.images, point.scores) for point in whole
+    ]
+
+
+def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
+    scale, claim = SCALES["gpu"], CLAIMS["baselines"]
+    larger = scale.claim(claim)
+    assert (larger.grid, larger.metrics, larger.problem) == (claim.grid, claim.metrics, claim.problem)
+    assert larger.seeds == 2 * claim.seeds
+    arms = larger.arms("dit")
+    assert arms.keys() == claim.arms("dit").keys()
+    assert len({arm.config.batch_size for arm in arms.values()}) == 1
+    task = scale.problem(PROBLEMS["shapes"]).task
+    assert (task.name, task.image_size) == ("shapes-64", 64)
+    assert {prompt.text for prompt in task.prompts()} == {prompt.text for prompt in scenes.TASK.prompts()}
+    assert SCALES["cpu"].config(claim.arms("dit")["GRPO"].config) == claim.arms("dit")["GRPO"].config
 
 
 def test_every_problem_names_rewards_that_exist(materials: Materials) -> None:

@@ -116,11 +116,11 @@ def test_settings_are_chosen_on_other_prompts_than_those_reported_and_the_run_is
     with pytest.raises(ValueError, match=r"is of other settings \(budget\); choose another --out"):
         steering.main(command(materials, out, "--budget", "20"))
 
-    docs = tmp_path / "docs"
-    (section,) = steering_section.sections(tmp_path, docs)
+    pictures = tmp_path / "docs" / "results"
+    (section,) = steering_section.sections(tmp_path, pictures)
     assert "paired seeds: 2" in section
     assert "prompts that train, choose settings and report are disjoint" in section
-    assert (docs / "results" / "steering-dit.png").stat().st_size > 10_000
+    assert (pictures / "steering-dit.png").stat().st_size > 10_000
 
 
 def unit(method: str, seed: int, strict: float) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def test_the_page_compares_with_best_of_n_over_paired_seeds_and_shows_losses(tmp
             units.write(path, unit(method, seed, best + gain))
     # A seed that one method lacks is not compared.
     units.write(directory / "value-pruning-seed3.json", unit("pruning", 3, 0.0))
-    (section,) = steering_section.sections(tmp_path, tmp_path / "docs")
+    (section,) = steering_section.sections(tmp_path, tmp_path / "docs" / "results")
     assert "+0.100 [+0.100, +0.100] ahead" in section
     assert "-0.200 [-0.200, -0.200] behind" in section
     assert "| pruning | 40.0 | 0.0 | 40.0 | 0 | 1.00 | 0.700 | 0.700 | 0.500 |" in section

@@ -3,9 +3,11 @@
     python -m bench.learning baselines                     tune, run and judge all arms, DiT and UNet
     python -m bench.learning baselines --backbone dit --minutes 20
     python -m bench.learning --page                        docs/results.md from what has been run
+    python -m bench.learning --scale gpu --device cuda     64x64 pictures, larger models, twice the seeds
 
-Runs are kept one by one under bench/results/learning, so a command that is stopped goes on where it was. A
-second process may run beside the first: each takes runs that no other has begun.
+Runs are kept one by one under bench/results/learning (--out), so a command that is stopped goes on where it
+was; one that --minutes stops goes on in the middle of a run. A second process may run beside the first: each
+takes runs that no other has begun. The scale "gpu" has a folder and a page of its own.
 """
 
 from __future__ import annotations
@@ -21,17 +23,15 @@ from bench.learning.analysis import area, images
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.problems import PROBLEMS, Materials
 from bench.learning.runs import Arm, Budget
+from bench.learning.scales import SCALES, Scale
 from lacfast.tasks.models import BackboneName
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
+"""Of the scale "cpu"; the others append their name."""
 TUNING_SEED = 1_000
 """Of the runs that choose settings; no reported run has it."""
 TUNING_SHARE = 0.5
 """Of the budget in images that a tuning run gets."""
-
-
-def folder(claim: str, backbone: str) -> Path:
-    return RESULTS / claim / backbone
 
 
 def file_name(arm: str, rest: str) -> str:
@@ -86,51 +86,79 @@ def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]
                 yield Job(path, at_rate(arm, value), budget, seed, False)
 
 
-def perform(name: str, backbone: BackboneName, materials: Materials, deadline: float) -> None:
-    """Run what is missing of a claim, beginning nothing after the deadline."""
-    claim = CLAIMS[name]
-    for job in jobs(claim, folder(name, backbone), backbone):
+def perform(
+    name: str,
+    backbone: BackboneName,
+    materials: Materials,
+    deadline: float,
+    *,
+    results: Path,
+    scale: Scale = SCALES["cpu"],
+) -> None:
+    """Run what is missing of a claim, beginning nothing after the deadline; a run in the middle is kept.
+
+    Args:
+        name: of the claim.
+        backbone: base model.
+        materials: base models, and the states of runs that have not ended.
+        deadline: by time.monotonic().
+        results: folder of the curves.
+        scale: of the claim.
+    """
+    claim = scale.claim(CLAIMS[name])
+    for job in jobs(claim, results / name / backbone, backbone):
         if time.monotonic() > deadline:
             return
         if job.path.exists() or not units.begin(job.path):
             continue
         try:
             points = runs.run(
-                PROBLEMS[claim.problem],
+                scale.problem(PROBLEMS[claim.problem]),
                 backbone,
                 job.arm,
                 job.budget,
                 materials,
                 seed=job.seed,
                 tuning=job.tuning,
+                deadline=deadline,
+                unfinished=materials.folder / "unfinished" / job.path.relative_to(results).with_suffix(""),
             )
             rate = job.arm.config.ppo.policy_learning_rate
+            if points is None:
+                return
             runs.write(
                 job.path, points, claim=name, backbone=backbone, seed=job.seed, policy_learning_rate=rate
             )
         finally:
             units.mark(job.path).unlink()
         first, last = (point.scores[claim.metrics[0]] for point in (points[0], points[-1]))
-        print(f"{job.path.relative_to(RESULTS)}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
+        print(f"{job.path.relative_to(results)}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("claims", nargs="*", choices=[*CLAIMS, []], help="default: all")
     parser.add_argument("--backbone", choices=("dit", "unet"), help="default: those of the claim")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
     parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
-    parser.add_argument("--page", action="store_true", help="only write docs/results.md")
-    arguments = parser.parse_args()
-    deadline = time.monotonic() + 60 * arguments.minutes
-    if not arguments.page:
-        for name in arguments.claims or CLAIMS:
+    parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="sizes and budgets")
+    parser.add_argument("--device", default="cpu", help="of the models; times on a GPU are by the clock")
+    parser.add_argument("--out", type=Path, help="folder of curves and page; default: bench/results and docs")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    options = parser.parse_args(arguments)
+    deadline = time.monotonic() + 60 * options.minutes
+    scale, suffix = SCALES[options.scale], "" if options.scale == "cpu" else f"-{options.scale}"
+    results = options.out or RESULTS.with_name(RESULTS.name + suffix)
+    if not options.page:
+        materials = scale.materials(options.materials, options.device)
+        for name in options.claims or CLAIMS:
             for backbone in CLAIMS[name].budgets:
-                if arguments.backbone in (None, backbone):
-                    perform(name, backbone, Materials(arguments.materials), deadline)
-    page.write(RESULTS)
+                if options.backbone in (None, backbone):
+                    perform(name, backbone, materials, deadline, results=results, scale=scale)
+    docs = options.out or page.DOCS
+    page.write(results, docs / f"results{suffix}.md", scale)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ Rows = list[tuple[Cell, list[Row]]]
 """Cells and what each seed measured."""
 
 
-def sections(results: Path, docs: Path) -> list[str]:
+def sections(results: Path, pictures: Path) -> list[str]:
     """One section per folder that has the bounds and a whole measure of a seed."""
-    found = (_section(directory, docs) for directory in sorted((results / "critics").glob("*/")))
+    found = (_section(directory, pictures) for directory in sorted((results / "critics").glob("*/")))
     return [section for section in found if section]
 
 
-def _section(directory: Path, docs: Path) -> str:
+def _section(directory: Path, pictures: Path) -> str:
     if not (directory / "settings.json").exists():
         return ""
     settings = units.read(directory / "settings.json")
@@ -55,10 +55,10 @@ def _section(directory: Path, docs: Path) -> str:
 
         lines = ["", f"**{QUESTIONS[measure]}** Seeds: {len(seeds)}.", ""]
         if measure == "trunks":
-            picture = docs / "results" / f"critics-{directory.name}.png"
+            picture = pictures / f"critics-{directory.name}.png"
             bounds = [_read(directory, "bounds", seed) for seed in seeds]
             _draw(rows, bounds, picture)
-            lines += [f"![explained variance](results/{picture.name})", "", *_by_step(rows, bounds)]
+            lines += [f"![explained variance]({pictures.name}/{picture.name})", "", *_by_step(rows, bounds)]
         else:
             lines += list(_summary(rows))
         tables += lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -11,41 +11,46 @@ from bench.learning import critics_section, figures, runs, steering_section
 from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
-from bench.learning.runs import Point
+from bench.learning.runs import Budget, Point
+from bench.learning.scales import SCALES, Scale
 from lacfast.tasks.models import BackboneName
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
 HEAD = """# What learning shows
 
-Written by `python -m bench.learning`, `bench.steering` and `bench.critic_trunks`; every run is a file under
-`bench/results/learning/`. All arms run in the same trainer and start from the same base model. Where a
-section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
+Written by `python -m bench.learning`, `bench.steering` and `bench.critic_trunks`; every run is a file.
+Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
+a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
-arms of a seed share (1,024 images, standard error of one judgement near 0.016). Intervals are 95 % bootstrap
-intervals of the mean difference of paired seeds; "ahead" and "behind" mean that they exclude 0. Images count
-those of value pretraining. Seconds are CPU seconds of one thread without judging; a reward's cost is added
-per image.
+arms of a seed share ({samples:,} images, standard error of one judgement near {error:.3f}). Intervals are
+95 % bootstrap intervals of the mean difference of paired seeds; "ahead" and "behind" mean that they exclude
+0. Images count those of value pretraining. Seconds are without judging, CPU seconds of one thread where no
+GPU worked; a reward's cost is added per image.
 """
 
 
-def write(results: Path, page: Path = PAGE) -> None:
-    """Write the page and its figures from the folder of runs."""
+def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> None:
+    """Write the page, and its figures in a folder of its name, from the folder of runs."""
+    pictures, claims = page.with_suffix(""), {name: scale.claim(claim) for name, claim in CLAIMS.items()}
     sections = [
         section
-        for name, claim in CLAIMS.items()
+        for name, claim in claims.items()
         for backbone in claim.budgets
-        if (section := _section(results, name, claim, backbone, page.parent))
+        if (section := _section(results, name, claim, backbone, pictures))
     ]
-    sections += steering_section.sections(results, page.parent)
-    sections += critics_section.sections(results, page.parent)
-    missing = list(_missing(results))
+    sections += steering_section.sections(results, pictures)
+    sections += critics_section.sections(results, pictures)
+    missing = list(_missing(results, claims))
     rest = ["## Not run to the end\n\n" + "\n".join(missing)] if missing else []
-    page.write_text("\n\n".join([HEAD.strip(), *sections, *rest]) + "\n", encoding="utf-8")
+    samples = round(scale.samples * Budget.samples)
+    head = HEAD.format(samples=samples, error=0.5 / samples**0.5, size=scale.model.image_size)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join([head.strip(), *sections, *rest]) + "\n", encoding="utf-8")
 
 
-def _missing(results: Path) -> Iterator[str]:
-    for name, claim in CLAIMS.items():
+def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    for name, claim in claims.items():
         for backbone in claim.budgets:
             wanted = claim.seeds * len(claim.arms(backbone))
             found = _count(results / name / backbone)
@@ -71,7 +76,7 @@ def load(directory: Path, arms: Sequence[str]) -> dict[str, dict[int, list[Point
     return curves
 
 
-def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, docs: Path) -> str:
+def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
     arms = list(claim.arms(backbone))
     by_seed = load(results / name / backbone, arms)
     if len(by_seed) < len(arms):
@@ -81,14 +86,14 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, doc
     if not seeds:
         return ""
     curves = {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms}
-    picture = docs / "results" / f"{name}-{backbone}.png"
+    picture = pictures / f"{name}-{backbone}.png"
     figures.draw(curves, claim.metrics, picture)
     lines = [
         f"## {name}, {backbone}",
         "",
         f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. {_tuning(claim)}",
         "",
-        f"![curves](results/{picture.name})",
+        f"![curves]({pictures.name}/{picture.name})",
         "",
         *_axis_table("equal images", images, curves, claim.metrics),
     ]

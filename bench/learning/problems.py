@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ from lacfast.metrics import diversity
 from lacfast.protocols import Backbone, Reward
 from lacfast.records import Evaluation
 from lacfast.tasks import glyphs, scenes
-from lacfast.tasks.dual_encoder import DualEncoder, SimilarityReward, train_dual_encoder
+from lacfast.tasks.dual_encoder import STEPS, DualEncoder, SimilarityReward, train_dual_encoder
 from lacfast.tasks.gauges import frechet_distance, off_palette
-from lacfast.tasks.models import BackboneName
-from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.models import TINY, BackboneName, ModelSize
+from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.tasks.task import Prompt, Task
 
@@ -66,21 +66,37 @@ class Materials:
     """What runs share and what is made once: base models and encoders in a folder."""
 
     folder: Path
+    size: ModelSize = TINY
+    """Of the base models."""
+    recipes: Mapping[BackboneName, PretrainConfig] = field(default_factory=dict)
+    """Of their pretraining; a backbone that is not here has its own."""
+    device: str = "cpu"
+    """Where they are made and run."""
+    encoder_steps: int = STEPS
+    """Optimizer steps of the dual encoders, always on the CPU."""
 
     def backbone(self, task: Task, name: BackboneName) -> Backbone:
         """A fresh copy of the base model."""
         target = self.folder / f"{task.name}-{name}"
         if not target.exists():
             with whole_directory(target) as made:
-                save_pretrained(pretrain(name, task, seed=BASE_SEED), made)
-        return adapt_pretrained(load_pretrained(target))
+                pretrained = pretrain(
+                    name,
+                    task,
+                    seed=BASE_SEED,
+                    size=self.size,
+                    config=self.recipes.get(name),
+                    device=self.device,
+                )
+                save_pretrained(pretrained, made)
+        return adapt_pretrained(load_pretrained(target), device=self.device)
 
     def encoder(self, task: Task, seed: int) -> DualEncoder:
         """A trained dual encoder of the task."""
         target = self.folder / f"{task.name}-encoder-{seed}"
         if not target.exists():
             with whole_directory(target) as made:
-                train_dual_encoder(task, seed=seed).save_pretrained(made)
+                train_dual_encoder(task, seed=seed, steps=self.encoder_steps).save_pretrained(made)
         return DualEncoder.from_pretrained(target)
 
     def reward(self, name: str, task: Task) -> str | Reward:
@@ -116,12 +132,12 @@ def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str,
     data = encoder.embed_images(pictures)
 
     def measure(evaluation: Evaluation) -> dict[str, float]:
-        images: Tensor = evaluation.images
+        images: Tensor = evaluation.images.to("cpu", torch.float32)
         found = {
             "diversity": diversity(images, evaluation.prompts),
             "feature_distance": frechet_distance(encoder.embed_images(images), data),
         }
-        if task is scenes.TASK:
+        if task.prompts is scenes.TASK.prompts:
             found["off_palette"] = float(off_palette(images).mean())
         return found
 

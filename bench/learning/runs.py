@@ -1,12 +1,16 @@
 """One run of one arm: train for a budget, judge along the way, keep the curve as JSON.
 
-Time is the process's CPU time on one thread, without the judging, so that a busy machine changes no curve. A
-reward that would cost c seconds per image adds c times the images; see analysis.along.
+Time is the process's CPU time on one thread, without the judging, so that a busy machine changes no curve; on
+a GPU it is that of the clock. A reward that would cost c seconds per image adds c times the images; see
+analysis.along. A run that is stopped in the middle leaves its state and goes on from there.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 
 from bench.learning import units
 from bench.learning.problems import Materials, Problem, Prompts, gauges
+from lacfast.checkpoint import whole_directory
 from lacfast.config import TrainConfig
 from lacfast.records import Evaluation
 from lacfast.tasks.models import BackboneName
@@ -62,16 +67,23 @@ class Point:
 
 
 class _Stopwatch:
-    """CPU seconds of this process while it runs."""
+    """Seconds of this process while it runs: of the CPU, or by the clock where a GPU works."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
+        self._is_gpu = device.type == "cuda"
 
     def __enter__(self) -> None:
-        self._start = time.process_time()
+        self._start = self._now()
 
     def __exit__(self, *error: object) -> None:
-        self.seconds += time.process_time() - self._start
+        self.seconds += self._now() - self._start
+
+    def _now(self) -> float:
+        if self._is_gpu:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
 
 
 def run(
@@ -83,8 +95,10 @@ def run(
     *,
     seed: int,
     tuning: bool = False,
-) -> list[Point]:
-    """The curve of one arm.
+    deadline: float = math.inf,
+    unfinished: Path | None = None,
+) -> list[Point] | None:
+    """The curve of one arm, None when the deadline came first.
 
     Args:
         problem: task, rewards and judges.
@@ -94,8 +108,12 @@ def run(
         materials: where base models and encoders are kept.
         seed: of the run.
         tuning: judge on the prompts that choose settings, and not on those that are reported.
+        deadline: by time.monotonic(); looked at between iterations.
+        unfinished: folder that keeps the state at the deadline, and that a run goes on from. None: a run that
+            has begun runs to its end.
     """
-    torch.set_num_threads(1)
+    if materials.device == "cpu":
+        torch.set_num_threads(1)
     task, prompts = problem.task, Prompts.of(problem.task)
     weights = arm.rewards or problem.rewards
     trainer = LatentActorCriticTrainer(
@@ -106,25 +124,51 @@ def run(
         held_out=prompts.tuning if tuning else prompts.held_out,
         evaluation_rewards=[materials.reward(name, task) for name in problem.judges if name not in weights],
     )
-    measure, watch = gauges(materials, task), _Stopwatch()
+    measure, watch = gauges(materials, task), _Stopwatch(trainer.device)
 
     def judge() -> Point:
         evaluation = trainer.evaluate()
         scores = evaluation.means() | measure(evaluation) | _explained(evaluation)
         return Point(trainer.images, _forwards(trainer), watch.seconds, scores)
 
-    points = [judge()]
-    if trainer.critic is not None and arm.value_pretraining:
-        with watch:
-            trainer.pretrain_critic()
-        points.append(judge())
+    if unfinished is not None and unfinished.exists():
+        points, watch.seconds = _restored(trainer, unfinished)
+    else:
+        points = [judge()]
+        if trainer.critic is not None and arm.value_pretraining:
+            with watch:
+                trainer.pretrain_critic()
+            points.append(judge())
     while trainer.images < budget.images or watch.seconds < budget.seconds:
-        due = (trainer.images // budget.judged_every + 1) * budget.judged_every
+        due = _next_judgement(points, budget)
         while trainer.images < due:
+            if unfinished is not None and time.monotonic() > deadline:
+                _keep(trainer, points, watch.seconds, unfinished)
+                return None
             with watch:
                 trainer.train_iteration()
         points.append(judge())
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return points
+
+
+def _next_judgement(points: Sequence[Point], budget: Budget) -> int:
+    """Images at which the next judgement is due, whether or not the run has stopped since the last one."""
+    return (points[-1].images // budget.judged_every + 1) * budget.judged_every
+
+
+def _keep(trainer: LatentActorCriticTrainer, points: list[Point], seconds: float, target: Path) -> None:
+    """The state of a run between two iterations."""
+    with whole_directory(target) as made:
+        trainer.save(made / "trainer")
+        write(made / "curve.json", points, seconds=seconds)
+
+
+def _restored(trainer: LatentActorCriticTrainer, source: Path) -> tuple[list[Point], float]:
+    """Load what `_keep` kept; returns the curve so far and its seconds."""
+    trainer.load(source / "trainer")
+    return read(source / "curve.json"), float(units.read(source / "curve.json")["seconds"])
 
 
 def _explained(evaluation: Evaluation) -> dict[str, float]:

@@ -28,9 +28,9 @@ COSTS = ("forwards_per_image", "backwards_per_image", "evaluations_per_image")
 CHOSEN_BY = {"value": "V", "reward": "the true reward, which costs reward calls"}
 
 
-def sections(results: Path, docs: Path) -> list[str]:
+def sections(results: Path, pictures: Path) -> list[str]:
     """One section per study that has a seed of every method."""
-    found = (_section(directory, docs) for directory in sorted((results / "steering").glob("*/")))
+    found = (_section(directory, pictures) for directory in sorted((results / "steering").glob("*/")))
     return [section for section in found if section]
 
 
@@ -49,16 +49,16 @@ def load(directory: Path) -> dict[str, Methods]:
     return whole
 
 
-def _section(directory: Path, docs: Path) -> str:
+def _section(directory: Path, pictures: Path) -> str:
     choosers = load(directory)
     if not choosers:
         return ""
     settings = units.read(directory / "settings.json")
     gold = list(settings["gold"])
-    picture = docs / "results" / f"steering-{directory.name}.png"
+    picture = pictures / f"steering-{directory.name}.png"
     _draw(choosers, gold, picture)
     text = HEAD.format(source=_source(settings["training"]), **settings)
-    lines = [f"## steering, {directory.name}", "", text, "", f"![scores](results/{picture.name})"]
+    lines = [f"## steering, {directory.name}", "", text, "", f"![scores]({pictures.name}/{picture.name})"]
     for chooser, methods in choosers.items():
         lines += ["", *_table(chooser, methods, settings["reward"], gold)]
     return "\n".join(lines)

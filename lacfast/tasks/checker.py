@@ -11,13 +11,13 @@ from scipy import ndimage
 
 from lacfast.tasks.predicates import Detection, score
 from lacfast.tasks.prompts import COLOURS, SHAPES
-from lacfast.tasks.scenes import CELL_SIZE, IMAGE_SIZE, PALETTE, coverage
-from lacfast.tasks.task import FloatArray
+from lacfast.tasks.scenes import CELL_SIZE, PALETTE, coverage
+from lacfast.tasks.task import FloatArray, scale_of
 
 SATURATION_THRESHOLD = 0.3
 """max - min of the channels above which a pixel belongs to an object: about half of the palette's own."""
 MIN_AREA = 10
-"""Pixels below which a component is a speck and no object."""
+"""Pixels at scale 1 below which a component is a speck and no object."""
 MIN_OVERLAP = 0.7
 """Intersection over union with the best template below which the shape is unknown."""
 MIN_MAJORITY = 0.7
@@ -29,10 +29,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 @cache
-def _templates() -> FloatArray:
-    """Binary masks of every shape at nine alignments, (len(SHAPES), 9, CELL_SIZE * CELL_SIZE)."""
-    shifts = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-    masks = [[np.roll(coverage(shape) > 0.5, shift, (0, 1)) for shift in shifts] for shape in SHAPES]
+def _templates(scale: int) -> FloatArray:
+    """Binary masks of every shape at nine alignments, (len(SHAPES), 9, S * S) with S = scale CELL_SIZE."""
+    shifts = [(dy, dx) for dy in (-scale, 0, scale) for dx in (-scale, 0, scale)]
+    masks = [[np.roll(coverage(shape, scale) > 0.5, shift, (0, 1)) for shift in shifts] for shape in SHAPES]
     return np.asarray(masks, dtype=np.float32).reshape(len(SHAPES), len(shifts), -1)
 
 
@@ -43,22 +43,23 @@ def _chroma(rgb: FloatArray) -> FloatArray:
 
 
 def _component_shapes(
-    labels: IntArray, boxes: list[tuple[slice, slice, slice]], kept: IntArray
+    labels: IntArray, boxes: list[tuple[slice, slice, slice]], kept: IntArray, scale: int
 ) -> npt.NDArray[np.str_]:
     """The shape of every kept component by its best overlap with a template, "" below MIN_OVERLAP."""
-    crops = np.zeros((len(kept), CELL_SIZE, CELL_SIZE), dtype=np.float32)
+    size = scale * CELL_SIZE
+    crops = np.zeros((len(kept), size, size), dtype=np.float32)
     fits = np.zeros(len(kept), dtype=bool)
     for row, component in enumerate(kept):
         box = boxes[component]
         mask = labels[box][0] == component + 1
         height, width = mask.shape
-        if height > CELL_SIZE or width > CELL_SIZE:
+        if height > size or width > size:
             continue
-        top, left = (CELL_SIZE - height) // 2, (CELL_SIZE - width) // 2
+        top, left = (size - height) // 2, (size - width) // 2
         crops[row, top : top + height, left : left + width] = mask
         fits[row] = True
     flat = crops.reshape(len(kept), 1, 1, -1)
-    templates = _templates()
+    templates = _templates(scale)
     intersection = np.einsum("kd,sad->ksa", flat[:, 0, 0], templates, optimize=True)
     union = flat.sum(-1) + templates.sum(-1)[None] - intersection
     overlap = (intersection / union).max(axis=-1)
@@ -79,15 +80,16 @@ def _component_colours(images: FloatArray, labels: IntArray, number: int) -> npt
 
 def detect(images: FloatArray) -> list[list[Detection]]:
     """The objects of every image (B, 3, H, W), as connected components of saturated pixels."""
+    scale = scale_of(images)
     saturation = images.max(axis=1) - images.min(axis=1)
     labels, number = ndimage.label(saturation > SATURATION_THRESHOLD, structure=_IN_PLANE)
     found: list[list[Detection]] = [[] for _ in images]
     areas = np.bincount(labels.ravel(), minlength=number + 1)[1:]
-    kept = np.flatnonzero(areas >= MIN_AREA)
+    kept = np.flatnonzero(areas >= MIN_AREA * scale**2)
     if len(kept) == 0:
         return found
     boxes = ndimage.find_objects(labels)
-    shapes = _component_shapes(labels, boxes, kept)
+    shapes = _component_shapes(labels, boxes, kept, scale)
     colours = _component_colours(images, labels, number)[kept]
     for component, colour, shape in zip(kept, colours, shapes, strict=True):
         image, rows, columns = boxes[component]
@@ -100,13 +102,12 @@ def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArra
     """Strict (0 or 1) and partial ([0, 1]) score per image.
 
     Args:
-        images: (B, 3, IMAGE_SIZE, IMAGE_SIZE) in [0, 1].
+        images: (B, 3, H, W) in [0, 1], H = W a multiple of BASE_SIZE.
         metadata: B dictionaries as in `Prompt.metadata`.
     """
-    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(images) != len(metadata):
+    if len(images) != len(metadata):
         raise ValueError(
-            f"images of shape {images.shape} do not fit {len(metadata)} metadata: "
-            f"give one (3, {IMAGE_SIZE}, {IMAGE_SIZE}) image per prompt"
+            f"images of shape {images.shape} do not fit {len(metadata)} metadata: give one image per prompt"
         )
     scores = [score(seen, wanted) for seen, wanted in zip(detect(images), metadata, strict=True)]
     strict, partial = np.asarray(scores, dtype=np.float32).reshape(-1, 2).T

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lacfast.tasks import scenes
 from lacfast.tasks.folders import read_folder, write_folder
-from lacfast.tasks.task import Task
+from lacfast.tasks.task import BASE_SIZE, Task
 from lacfast.tasks.text import WIDTH, WordEncoder, word_encoder
 
 STEPS = 400
@@ -30,11 +30,11 @@ IMAGE_FOLDER, TEXT_FOLDER = "image", "text"
 
 
 class ImageEncoder(nn.Module):
-    """Images (B, 3, 32, 32) in [0, 1] to features (B, D)."""
+    """Images (B, 3, H, W) in [0, 1] to features (B, D); H = W = image_size."""
 
-    def __init__(self, *, width: int = WIDTH, channels: int = 32) -> None:
+    def __init__(self, *, width: int = WIDTH, channels: int = 32, image_size: int = BASE_SIZE) -> None:
         super().__init__()
-        self.width, self.channels = width, channels
+        self.width, self.channels, self.image_size = width, channels, image_size
         self.layers = nn.Sequential(
             nn.Conv2d(3, channels, 5, stride=2, padding=2), nn.GELU(),
             nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1), nn.GELU(),
@@ -42,7 +42,7 @@ class ImageEncoder(nn.Module):
             nn.Flatten(), nn.LazyLinear(width),
         )  # fmt: skip
         # The grid of features is flattened, not averaged: where a thing is matters to a prompt.
-        self.layers(torch.zeros(1, 3, 32, 32))
+        self.layers(torch.zeros(1, 3, image_size, image_size))
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.layers(images - 0.5)
@@ -73,12 +73,12 @@ class DualEncoder(nn.Module):
 
     def save_pretrained(self, directory: Path) -> None:
         """Writes what `from_pretrained` reads."""
-        config = {"width": self.image.width, "channels": self.image.channels}
+        config = {name: getattr(self.image, name) for name in ("width", "channels", "image_size")}
         write_folder(self.image, config, directory / IMAGE_FOLDER)
         self.text.save_pretrained(directory / TEXT_FOLDER)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors (B, D) of images (B, 3, 32, 32) in [0, 1]."""
+        """Unit vectors (B, D) of images (B, 3, H, W) in [0, 1]."""
         return nn.functional.normalize(self.image(images), dim=-1)
 
     def embed_words(self, indices: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class SimilarityReward:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """Cosine similarity (B,) in [-1, 1] of images (B, 3, 32, 32) and prompts, on the CPU."""
+        """Cosine similarity (B,) in [-1, 1] of images (B, 3, H, W) and prompts, on the CPU."""
         return self.encoder.score(images.to("cpu", torch.float32), prompts)
 
 
@@ -125,7 +125,9 @@ def train_dual_encoder(
     random = np.random.default_rng(1_000 + seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(1_000 + seed)
-        encoder = DualEncoder(ImageEncoder(), word_encoder(task, generator=generator))
+        encoder = DualEncoder(
+            ImageEncoder(image_size=task.image_size), word_encoder(task, generator=generator)
+        )
     prompts = task.prompts()
     words = encoder.text.indices([prompt.text for prompt in prompts])
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

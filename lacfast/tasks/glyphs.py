@@ -7,7 +7,7 @@ rendering) ask for the same, with real fonts and a real recogniser.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lacfast.rewards.ocr import edit_distance
-from lacfast.tasks.task import FloatArray, Prompt, Task
+from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task, scale_of
 
-IMAGE_SIZE = 32
+# Pixels at scale 1.
 CELL_SIZE = 16
-GRID = IMAGE_SIZE // CELL_SIZE
+GRID = BASE_SIZE // CELL_SIZE
 SCALE = 2
 """Pixels per pixel of the font."""
 JITTER = 1
@@ -73,59 +73,64 @@ def _prompt(word: str) -> Prompt:
 
 
 @cache
-def letter_mask(letter: str, shift_y: int = 0, shift_x: int = 0) -> FloatArray:
-    """Ink of one letter in its cell, (CELL_SIZE, CELL_SIZE) of 0 and 1, read-only."""
+def letter_mask(letter: str, shift_y: int = 0, shift_x: int = 0, scale: int = 1) -> FloatArray:
+    """Ink of one letter in its cell, (S, S) of 0 and 1, read-only; S = scale CELL_SIZE."""
     rows = np.asarray([[float(pixel == "#") for pixel in row] for row in FONT[letter]], dtype=np.float32)
     drawn = np.kron(rows, np.ones((SCALE, SCALE), dtype=np.float32))
     mask = np.zeros((CELL_SIZE, CELL_SIZE), dtype=np.float32)
     top, left = ((CELL_SIZE - size) // 2 for size in drawn.shape)
     mask[top + shift_y :, left + shift_x :][: drawn.shape[0], : drawn.shape[1]] = drawn
+    mask = np.kron(mask, np.ones((scale, scale), dtype=np.float32))
     mask.setflags(write=False)
     return mask
 
 
-def render(word: str, random: np.random.Generator) -> FloatArray:
-    """A picture of a word, (3, IMAGE_SIZE, IMAGE_SIZE) in [0, 1], each letter moved by up to JITTER."""
-    ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+def render(word: str, random: np.random.Generator, scale: int = 1) -> FloatArray:
+    """A picture of a word, (3, H, W) in [0, 1], letters moved by up to JITTER; H = W = scale BASE_SIZE."""
+    size = scale * CELL_SIZE
+    ink = np.zeros((GRID * size, GRID * size), dtype=np.float32)
     for position, letter in enumerate(word):
-        top, left = (CELL_SIZE * index for index in divmod(position, GRID))
+        top, left = (size * index for index in divmod(position, GRID))
         shift_y, shift_x = random.integers(-JITTER, JITTER + 1, size=2).tolist()
-        ink[top : top + CELL_SIZE, left : left + CELL_SIZE] = letter_mask(letter, shift_y, shift_x)
+        ink[top : top + size, left : left + size] = letter_mask(letter, shift_y, shift_x, scale)
     return np.repeat((BACKGROUND + ink * (INK - BACKGROUND))[None], 3, axis=0).astype(np.float32)
 
 
-def draw(prompts: Sequence[Prompt], random: np.random.Generator) -> FloatArray:
-    """One picture per prompt, (B, 3, IMAGE_SIZE, IMAGE_SIZE) in [0, 1]."""
-    return np.stack([render(prompt.metadata["word"], random) for prompt in prompts])
+def draw(prompts: Sequence[Prompt], random: np.random.Generator, scale: int = 1) -> FloatArray:
+    """One picture per prompt, (B, 3, H, W) in [0, 1]; H = W = scale BASE_SIZE."""
+    return np.stack([render(prompt.metadata["word"], random, scale) for prompt in prompts])
 
 
-TASK = Task(
-    name="glyphs",
-    prompts=all_prompts,
-    draw=draw,
-    background=BACKGROUND,
-    held_out_per_kind=20,
-    pretraining_share=0.4,
-)
+def task(scale: int = 1) -> Task:
+    """The glyphs task with pictures of H = W = scale BASE_SIZE; prompts are the same."""
+    return Task(
+        name="glyphs" if scale == 1 else f"glyphs-{scale * BASE_SIZE}",
+        prompts=all_prompts,
+        draw=partial(draw, scale=scale),
+        background=BACKGROUND,
+        image_size=scale * BASE_SIZE,
+        held_out_per_kind=20,
+        pretraining_share=0.4,
+    )
+
+
+TASK = task()
 
 
 @cache
-def _alignments() -> tuple[list[str], FloatArray]:
-    """The letter of every template, and masks (P, CELL_SIZE * CELL_SIZE) at nine places each."""
+def _alignments(scale: int) -> tuple[list[str], FloatArray]:
+    """The letter of every template, and masks (P, S * S) at nine places each; S = scale CELL_SIZE."""
     shifts = [(dy, dx) for dy in range(-JITTER, JITTER + 1) for dx in range(-JITTER, JITTER + 1)]
     names = [letter for letter in FONT for _ in shifts]
-    masks = np.stack([letter_mask(letter, *shift) for letter in FONT for shift in shifts])
+    masks = np.stack([letter_mask(letter, *shift, scale) for letter in FONT for shift in shifts])
     return names, masks.reshape(len(names), -1)
 
 
 def _cells(images: FloatArray) -> FloatArray:
-    """(B * GRID^2, CELL_SIZE^2) grey cells in reading order."""
-    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(
-            f"images of shape {images.shape} show no glyphs; give (B, 3, {IMAGE_SIZE}, {IMAGE_SIZE})"
-        )
-    grey = images.mean(axis=1).reshape(-1, GRID, CELL_SIZE, GRID, CELL_SIZE)
-    cells: FloatArray = grey.transpose(0, 1, 3, 2, 4).reshape(-1, CELL_SIZE**2)
+    """(B * GRID^2, S^2) grey cells in reading order; S = H / GRID."""
+    size = scale_of(images) * CELL_SIZE
+    grey = images.mean(axis=1).reshape(-1, GRID, size, GRID, size)
+    cells: FloatArray = grey.transpose(0, 1, 3, 2, 4).reshape(-1, size**2)
     return cells
 
 
@@ -138,14 +143,15 @@ def _words(characters: Sequence[str]) -> list[str]:
 def read(images: FloatArray) -> list[str]:
     """The word that each image (B, 3, H, W) shows: dark pixels of a cell against every template."""
     dark = (_cells(images) < (BACKGROUND + INK) / 2).astype(np.float32)
-    names, templates = _alignments()
+    scale = scale_of(images)
+    names, templates = _alignments(scale)
     intersection = dark @ templates.T
     union = dark.sum(axis=1)[:, None] + templates.sum(axis=1) - intersection
     overlap = intersection / union
     best = overlap.argmax(axis=1)
     return _words(
         [
-            " " if area < MIN_INK else names[index] if found >= MIN_OVERLAP else UNKNOWN
+            " " if area < MIN_INK * scale**2 else names[index] if found >= MIN_OVERLAP else UNKNOWN
             for area, index, found in zip(dark.sum(axis=1), best, overlap.max(axis=1), strict=True)
         ]
     )
@@ -153,11 +159,11 @@ def read(images: FloatArray) -> list[str]:
 
 def read_gold(images: FloatArray) -> list[str]:
     """As `read`, by the nearest of all pictures of a cell in brightness, the empty one among them."""
-    names, masks = _alignments()
+    names, masks = _alignments(scale_of(images))
     pictures = BACKGROUND + np.concatenate([np.zeros_like(masks[:1]), masks]) * (INK - BACKGROUND)
     cells = _cells(images)
     squared = (cells**2).sum(1)[:, None] + (pictures**2).sum(1) - 2 * cells @ pictures.T
-    distance = np.sqrt(np.maximum(squared.min(axis=1), 0) / CELL_SIZE**2)
+    distance = np.sqrt(np.maximum(squared.min(axis=1), 0) / cells.shape[1])
     shown = [" ", *names]
     return _words(
         [

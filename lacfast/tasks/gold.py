@@ -9,33 +9,35 @@ import numpy as np
 
 from lacfast.tasks.predicates import Detection, score
 from lacfast.tasks.prompts import COLOURS, SHAPES, Thing
-from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, IMAGE_SIZE, JITTER, draw_cell
-from lacfast.tasks.task import FloatArray
+from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, JITTER, draw_cell
+from lacfast.tasks.task import BASE_SIZE, FloatArray, scale_of
 
 MAX_DISTANCE = 0.12
 """Root mean square distance in colour to the nearest prototype above which a cell shows something unknown."""
 
 
 @cache
-def _prototypes() -> tuple[list[Thing | None], FloatArray]:
-    """What every prototype shows (None: empty) and its picture, (P, 3 * CELL_SIZE * CELL_SIZE)."""
+def _prototypes(scale: int) -> tuple[list[Thing | None], FloatArray]:
+    """What every prototype shows (None: empty) and its picture, (P, 3 * S * S) with S = scale CELL_SIZE."""
+    size = scale * CELL_SIZE
     shifts = range(-JITTER, JITTER + 1)
     names: list[Thing | None] = [None]
-    pictures = [np.full((3, CELL_SIZE, CELL_SIZE), BACKGROUND, dtype=np.float32)]
+    pictures = [np.full((3, size, size), BACKGROUND, dtype=np.float32)]
     for colour in COLOURS:
         for shape in SHAPES:
             for shift_y in shifts:
                 for shift_x in shifts:
                     names.append((colour, shape))
-                    pictures.append(draw_cell(colour, shape, shift_y, shift_x))
+                    pictures.append(draw_cell(colour, shape, shift_y, shift_x, scale))
     return names, np.stack(pictures).reshape(len(pictures), -1)
 
 
 def detect(images: FloatArray) -> list[list[Detection]]:
-    """The objects of every image (B, 3, IMAGE_SIZE, IMAGE_SIZE): the nearest prototype of each cell."""
-    names, prototypes = _prototypes()
-    grid = IMAGE_SIZE // CELL_SIZE
-    cells = images.reshape(-1, 3, grid, CELL_SIZE, grid, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
+    """The objects of every image (B, 3, H, W): the nearest prototype of each cell."""
+    scale = scale_of(images)
+    names, prototypes = _prototypes(scale)
+    grid, size = BASE_SIZE // CELL_SIZE, scale * CELL_SIZE
+    cells = images.reshape(-1, 3, grid, size, grid, size).transpose(0, 2, 4, 1, 3, 5)
     cells = cells.reshape(-1, prototypes.shape[1])
     squared = (cells**2).sum(1)[:, None] + (prototypes**2).sum(1) - 2 * cells @ prototypes.T
     nearest = squared.argmin(axis=1)
@@ -47,16 +49,15 @@ def detect(images: FloatArray) -> list[list[Detection]]:
         if name is None and not far:
             continue
         colour, shape = ("", "") if far or name is None else name
-        found[image].append(Detection(colour, shape, (row + 0.5) * CELL_SIZE, (column + 0.5) * CELL_SIZE))
+        found[image].append(Detection(colour, shape, (row + 0.5) * size, (column + 0.5) * size))
     return found
 
 
 def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArray, FloatArray]:
     """Strict (0 or 1) and partial ([0, 1]) score per image, as `lacfast.tasks.checker.check`."""
-    if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE) or len(images) != len(metadata):
+    if len(images) != len(metadata):
         raise ValueError(
-            f"images of shape {images.shape} do not fit {len(metadata)} metadata: "
-            f"give one (3, {IMAGE_SIZE}, {IMAGE_SIZE}) image per prompt"
+            f"images of shape {images.shape} do not fit {len(metadata)} metadata: give one image per prompt"
         )
     scores = [score(seen, wanted) for seen, wanted in zip(detect(images), metadata, strict=True)]
     strict, partial = np.asarray(scores, dtype=np.float32).reshape(-1, 2).T

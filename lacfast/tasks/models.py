@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,41 +11,65 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lacfast.tasks.codec import CHANNELS, PATCH_SIZE
-from lacfast.tasks.scenes import IMAGE_SIZE
+from lacfast.tasks.task import BASE_SIZE
 from lacfast.tasks.text import WIDTH
 
 BackboneName = Literal["dit", "unet"]
-LATENT_SIZE = IMAGE_SIZE // PATCH_SIZE
+LATENT_SIZE = BASE_SIZE // PATCH_SIZE
+HEAD_DIM = 24
 
 
-def tiny_dit() -> SD3Transformer2DModel:
-    """A DiT of 1.0 M parameters: 3 joint blocks of width 96 on 16 image tokens and the words."""
+@dataclass(frozen=True, kw_only=True)
+class ModelSize:
+    """How large the backbones are; the defaults are the tiny ones."""
+
+    image_size: int = BASE_SIZE
+    """H = W of their pictures."""
+    num_layers: int = 3
+    """Blocks of the DiT."""
+    num_heads: int = 4
+    """Of the DiT's attention; its width is HEAD_DIM times that."""
+    channels: tuple[int, int] = (32, 64)
+    """Of the UNet's two levels."""
+
+    @property
+    def latent_size(self) -> int:
+        return self.image_size // PATCH_SIZE
+
+
+TINY = ModelSize()
+SMALL = ModelSize(image_size=64, num_layers=6, num_heads=8, channels=(64, 128))
+"""For a GPU: 7.8 M parameters of the DiT on 64 image tokens, 4.0 M of the UNet on 16x16 and 8x8 maps."""
+
+
+def tiny_dit(size: ModelSize = TINY) -> SD3Transformer2DModel:
+    """A DiT; TINY: 1.0 M parameters, 3 joint blocks of width 96 on 16 image tokens and the words."""
     build: Any = SD3Transformer2DModel
     model: SD3Transformer2DModel = build(
-        sample_size=LATENT_SIZE,
+        sample_size=size.latent_size,
         patch_size=2,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        num_layers=3,
-        attention_head_dim=24,
-        num_attention_heads=4,
+        num_layers=size.num_layers,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=size.num_heads,
         joint_attention_dim=WIDTH,
-        caption_projection_dim=96,
+        caption_projection_dim=HEAD_DIM * size.num_heads,
         pooled_projection_dim=WIDTH,
-        pos_embed_max_size=LATENT_SIZE // 2,
+        pos_embed_max_size=size.latent_size // 2,
         qk_norm="rms_norm",
     )
     return model
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """A UNet of 1.0 M parameters on 8x8 and 4x4 maps, with cross attention to the words on the smaller."""
+def tiny_unet(size: ModelSize = TINY) -> UNet2DConditionModel:
+    """A UNet with cross attention to the words on its smaller maps; TINY: 1.0 M parameters, 8x8 and 4x4."""
     build: Any = UNet2DConditionModel
     model: UNet2DConditionModel = build(
-        sample_size=LATENT_SIZE,
+        sample_size=size.latent_size,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(32, 64),
+        block_out_channels=size.channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -77,10 +102,10 @@ def predict_velocity(
     return velocity
 
 
-def tiny_backbone(name: BackboneName, *, generator: torch.Generator) -> nn.Module:
+def tiny_backbone(name: BackboneName, *, generator: torch.Generator, size: ModelSize = TINY) -> nn.Module:
     """An untrained tiny backbone; every weight comes from `generator`, none from the global random state."""
     with torch.random.fork_rng(devices=[]):
-        model: Any = tiny_dit() if name == "dit" else tiny_unet()
+        model: Any = tiny_dit(size) if name == "dit" else tiny_unet(size)
     _draw_weights(model, generator)
     if name == "dit":
         _draw_positions(model.pos_embed.pos_embed, generator)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lacfast.tasks import scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
-from lacfast.tasks.models import BackboneName, predict_velocity, tiny_backbone
+from lacfast.tasks.models import TINY, BackboneName, ModelSize, predict_velocity, tiny_backbone
 from lacfast.tasks.task import Task
 from lacfast.tasks.text import WordEncoder, word_encoder
 
@@ -60,6 +60,9 @@ def pretrain(
     seed: int = 0,
     steps: int | None = None,
     progress: Progress | None = None,
+    size: ModelSize = TINY,
+    config: PretrainConfig | None = None,
+    device: str | torch.device = "cpu",
 ) -> Pretrained:
     """Trains a tiny backbone and its text encoder from scratch by flow matching, bit-identical for one seed.
 
@@ -72,29 +75,37 @@ def pretrain(
         seed: of weights, pictures and noise.
         steps: optimizer steps; the recipe's own number where None.
         progress: called after every step.
+        size: of the backbone, for the task's pictures.
+        config: the recipe. None: the tiny backbone's own.
+        device: where it is trained. What is random is drawn on the CPU, where the result is too.
 
     Raises:
-        ValueError: the backbone is unknown or steps is not positive.
+        ValueError: the backbone is unknown, steps is not positive, or the size is not the pictures'.
     """
     if backbone not in CONFIGS:
         raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(CONFIGS)}")
-    config = CONFIGS[backbone]
+    if size.image_size != task.image_size:
+        raise ValueError(
+            f"a model of {size.image_size} pixels cannot learn the task {task.name!r} of {task.image_size}; "
+            "give a size with its image_size"
+        )
+    config = CONFIGS[backbone] if config is None else config
     num_steps = round(task.pretraining_share * config.steps) if steps is None else steps
     if num_steps <= 0:
         raise ValueError(f"steps={num_steps} trains nothing; give at least 1")
     generator = torch.Generator().manual_seed(seed)
-    model = tiny_backbone(backbone, generator=generator)
-    text = word_encoder(task, generator=generator)
+    model = tiny_backbone(backbone, generator=generator, size=size).to(device)
+    text = word_encoder(task, generator=generator).to(device)
     codec = fit_codec(task)
     drawn_per_prompt = math.ceil(num_steps * config.batch_size / len(task.prompts()))
     drawn = min(config.pictures_per_prompt, drawn_per_prompt)
-    latents, words = _captioned_latents(task, codec, text, drawn, seed)
+    latents, words = (each.to(device) for each in _captioned_latents(task, codec, text, drawn, seed))
     parameters = [*model.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     history = []
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = _learning_rate(step, num_steps, config)
-        rows = torch.randint(len(latents), (config.batch_size,), generator=generator)
+        rows = torch.randint(len(latents), (config.batch_size,), generator=generator).to(device)
         loss = _flow_matching_loss(model, text, latents[rows], words[rows % len(words)], generator)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -103,7 +114,8 @@ def pretrain(
         history.append(loss.item())
         if progress is not None:
             progress(step, num_steps, history[-1])
-    return Pretrained(model.eval(), text.eval().requires_grad_(False), codec.eval(), tuple(history))
+    text = text.cpu().eval().requires_grad_(False)
+    return Pretrained(model.cpu().eval(), text, codec.eval(), tuple(history))
 
 
 def _captioned_latents(
@@ -118,8 +130,8 @@ def _captioned_latents(
 def _flow_matching_loss(
     model: nn.Module, text: WordEncoder, clean: Tensor, words: Tensor, generator: torch.Generator
 ) -> Tensor:
-    noise = torch.randn(clean.shape, generator=generator)
-    uniform = torch.rand(len(clean), generator=generator)
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    uniform = torch.rand(len(clean), generator=generator).to(clean.device)
     # Shifted towards noise, where layout and colours are decided and a sampler of few steps begins.
     sigma = 2 * uniform / (1 + uniform)
     weight = sigma.view(-1, 1, 1, 1)

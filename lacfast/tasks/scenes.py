@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
 from lacfast.tasks.prompts import SHAPES, Thing, all_prompts
-from lacfast.tasks.task import FloatArray, Prompt, Task
+from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task
 
-IMAGE_SIZE = 32
-CELL_SIZE = 16
+# Pixels at scale 1.
+CELL_SIZE = BASE_SIZE // 2
 OBJECT_SIZE = 12
 JITTER = 1
 BACKGROUND = 0.5
@@ -28,7 +28,7 @@ _SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """One object of a scene: what it is, its cell of the 2x2 grid and its offset in pixels."""
+    """One object of a scene: what it is, its cell of the 2x2 grid and its offset in pixels at scale 1."""
 
     colour: str
     shape: str
@@ -39,12 +39,12 @@ class PlacedObject:
 
 
 @cache
-def coverage(shape: str) -> FloatArray:
-    """Share of every pixel of a cell that a centred shape covers, (CELL_SIZE, CELL_SIZE), read-only."""
-    samples = CELL_SIZE * _SUPERSAMPLING
-    axis = (np.arange(samples) + 0.5) / _SUPERSAMPLING - CELL_SIZE / 2
+def coverage(shape: str, scale: int = 1) -> FloatArray:
+    """Share of every pixel of a cell that a centred shape covers, (S, S), read-only; S = scale CELL_SIZE."""
+    size = scale * CELL_SIZE
+    axis = (np.arange(size * _SUPERSAMPLING) + 0.5) / _SUPERSAMPLING - size / 2
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    half = OBJECT_SIZE / 2
+    half = scale * OBJECT_SIZE / 2
     if shape == "circle":
         inside = x**2 + y**2 <= half**2
     elif shape == "square":
@@ -53,16 +53,16 @@ def coverage(shape: str) -> FloatArray:
         inside = (np.abs(y) <= half) & (2 * np.abs(x) <= y + half)
     else:
         raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
-    blocks = inside.reshape(CELL_SIZE, _SUPERSAMPLING, CELL_SIZE, _SUPERSAMPLING)
+    blocks = inside.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
     result: FloatArray = blocks.mean(axis=(1, 3)).astype(np.float32)
     result.setflags(write=False)
     return result
 
 
 @cache
-def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int) -> FloatArray:
-    """One cell with one object on the background, (3, CELL_SIZE, CELL_SIZE) in [0, 1], read-only."""
-    alpha = np.roll(coverage(shape), (shift_y, shift_x), axis=(0, 1))
+def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int, scale: int = 1) -> FloatArray:
+    """One cell with one object on the background, (3, S, S) in [0, 1], read-only; S = scale CELL_SIZE."""
+    alpha = np.roll(coverage(shape, scale), (scale * shift_y, scale * shift_x), axis=(0, 1))
     paint = np.asarray(PALETTE[colour], dtype=np.float32)[:, None, None]
     background = np.float32(BACKGROUND)
     cell: FloatArray = background + alpha * (paint - background)
@@ -70,13 +70,14 @@ def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int) -> FloatArray
     return cell
 
 
-def render(scene: Sequence[PlacedObject]) -> FloatArray:
-    """The picture of a scene, (3, IMAGE_SIZE, IMAGE_SIZE) float32 in [0, 1]."""
-    image = np.full((3, IMAGE_SIZE, IMAGE_SIZE), BACKGROUND, dtype=np.float32)
+def render(scene: Sequence[PlacedObject], scale: int = 1) -> FloatArray:
+    """The picture of a scene, (3, H, W) float32 in [0, 1]; H = W = scale BASE_SIZE."""
+    size, cell = scale * BASE_SIZE, scale * CELL_SIZE
+    image = np.full((3, size, size), BACKGROUND, dtype=np.float32)
     for placed in scene:
-        top, left = placed.row * CELL_SIZE, placed.column * CELL_SIZE
-        image[:, top : top + CELL_SIZE, left : left + CELL_SIZE] = draw_cell(
-            placed.colour, placed.shape, placed.shift_y, placed.shift_x
+        top, left = placed.row * cell, placed.column * cell
+        image[:, top : top + cell, left : left + cell] = draw_cell(
+            placed.colour, placed.shape, placed.shift_y, placed.shift_x, scale
         )
     return image
 
@@ -101,11 +102,21 @@ def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObje
     return scene
 
 
-def sample_images(prompts: Sequence[Prompt], random: np.random.Generator) -> FloatArray:
-    """One ground-truth picture per prompt, (B, 3, IMAGE_SIZE, IMAGE_SIZE) float32 in [0, 1]."""
-    return np.stack([render(sample_scene(prompt, random)) for prompt in prompts])
+def sample_images(prompts: Sequence[Prompt], random: np.random.Generator, scale: int = 1) -> FloatArray:
+    """One ground-truth picture per prompt, (B, 3, H, W) float32 in [0, 1]; H = W = scale BASE_SIZE."""
+    return np.stack([render(sample_scene(prompt, random), scale) for prompt in prompts])
 
 
-TASK = Task(
-    name="shapes", prompts=all_prompts, draw=sample_images, background=BACKGROUND, held_out_per_kind=15
-)
+def task(scale: int = 1) -> Task:
+    """The shapes task with pictures of H = W = scale BASE_SIZE; prompts and scenes are the same."""
+    return Task(
+        name="shapes" if scale == 1 else f"shapes-{scale * BASE_SIZE}",
+        prompts=all_prompts,
+        draw=partial(sample_images, scale=scale),
+        background=BACKGROUND,
+        image_size=scale * BASE_SIZE,
+        held_out_per_kind=15,
+    )
+
+
+TASK = task()

@@ -11,6 +11,23 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 SPLIT_SEED = 20260527
+BASE_SIZE = 32
+"""H = W of a picture at scale 1; every length in pixels is a multiple of the scale."""
+
+
+def scale_of(images: FloatArray) -> int:
+    """How many times larger than BASE_SIZE images (B, 3, H, W) are.
+
+    Raises:
+        ValueError: for images that are not square, or no multiple of it.
+    """
+    scale = int(images.shape[-1]) // BASE_SIZE
+    if scale < 1 or images.shape[1:] != (3, scale * BASE_SIZE, scale * BASE_SIZE):
+        raise ValueError(
+            f"images of shape {images.shape} are no pictures of an embedded task: give "
+            f"(B, 3, {BASE_SIZE}, {BASE_SIZE}), or a multiple of that size"
+        )
+    return scale
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,8 @@ class Task:
     """One picture per prompt, (B, 3, H, W) in [0, 1]."""
     background: float
     """Grey of an empty patch."""
+    image_size: int
+    """H = W of the pictures."""
     held_out_per_kind: int
     """Prompts of every kind on which post-training is judged."""
     pretraining_share: float = 1.0

@@ -1,0 +1,125 @@
+"""How large the claims are run: on two cores within an hour each, or on a GPU with larger models.
+
+A scale changes sizes and budgets and nothing of what is compared. The GPU's recipes and budgets are
+estimates: none has been run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from bench.learning.claims import Claim
+from bench.learning.problems import Materials, Problem
+from bench.learning.runs import Arm
+from lacfast.config import TrainConfig
+from lacfast.tasks import glyphs, scenes
+from lacfast.tasks.dual_encoder import STEPS
+from lacfast.tasks.models import SMALL, TINY, BackboneName, ModelSize
+from lacfast.tasks.pretraining import PretrainConfig
+from lacfast.tasks.task import BASE_SIZE, Task
+
+SIZED: dict[str, Callable[[int], Task]] = {"shapes": scenes.task, "glyphs": glyphs.task}
+"""Tasks by their name at scale 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """Sizes and budgets of all claims."""
+
+    model: ModelSize = TINY
+    recipes: dict[BackboneName, PretrainConfig] = field(default_factory=dict)
+    """Of the base models; a backbone that is not here has the tiny one's."""
+    encoder_steps: int = STEPS
+    """Of the dual encoders."""
+    batch: float = 1.0
+    """Trajectories of a rollout, a multiple of the preset's."""
+    images: float = 1.0
+    """Of a run, a multiple of the claim's."""
+    seconds: float = 1.0
+    """The same for its time."""
+    samples: float = 1.0
+    """Images per judgement, a multiple of the claim's."""
+    seeds: float = 1.0
+    """Paired seeds, a multiple of the claim's."""
+    grid: int = 0
+    """Most learning rates that are tuned over, the middle ones; 0: the claim's."""
+    pretraining_iterations: int = 0
+    """Of values; 0: the preset's."""
+
+    def materials(self, folder: Path, device: str) -> Materials:
+        return Materials(folder, self.model, self.recipes, device, self.encoder_steps)
+
+    def task(self, task: Task) -> Task:
+        """The task with pictures of the model's size."""
+        return SIZED[task.name](self.model.image_size // BASE_SIZE)
+
+    def problem(self, problem: Problem) -> Problem:
+        return replace(problem, task=self.task(problem.task))
+
+    def claim(self, claim: Claim) -> Claim:
+        """The claim with this scale's arms, budgets, seeds and grid."""
+
+        def arms(backbone: BackboneName) -> dict[str, Arm]:
+            made = claim.arms(backbone)
+            return {name: replace(arm, config=self.config(arm.config)) for name, arm in made.items()}
+
+        budgets = {
+            backbone: replace(
+                budget,
+                images=round(self.images * budget.images),
+                seconds=self.seconds * budget.seconds,
+                judged_every=round(self.images * budget.judged_every),
+                samples=round(self.samples * budget.samples),
+            )
+            for backbone, budget in claim.budgets.items()
+        }
+        middle = len(claim.grid) // 2
+        grid = claim.grid[middle : middle + 1] if self.grid == 1 else claim.grid
+        return replace(
+            claim, arms=arms, budgets=budgets, seeds=max(round(self.seeds * claim.seeds), 1), grid=grid
+        )
+
+    def config(self, config: TrainConfig) -> TrainConfig:
+        """Rollouts of this scale, whole groups, and a clip at as many deviations of the log ratio."""
+        group = config.samples_per_prompt
+        batch = max(round(self.batch * config.batch_size / group), 1) * group
+        pretrain = config.pretrain
+        if self.pretraining_iterations:
+            count = self.pretraining_iterations
+            pretrain = replace(pretrain, iterations=count, patience=count, held_out_samples=2 * batch)
+        # A log ratio is a mean over N elements, so it deviates by 1 / sqrt(N): by that of the picture's side.
+        narrower = BASE_SIZE / self.model.image_size
+        clip = config.ppo.clip_range
+        ppo = replace(config.ppo, clip_range=clip * narrower) if isinstance(clip, float) else config.ppo
+        return replace(config, batch_size=batch, pretrain=pretrain, ppo=ppo)
+
+
+SCALES = {
+    "cpu": Scale(),
+    "gpu": Scale(
+        model=SMALL,
+        recipes={
+            "dit": PretrainConfig(steps=2_500, batch_size=256, learning_rate=2e-3, warmup_steps=100),
+            "unet": PretrainConfig(steps=2_000, batch_size=256, learning_rate=1e-3, warmup_steps=100),
+        },
+        batch=4.0,
+        images=6.0,
+        samples=2.0,
+        seeds=2.0,
+    ),
+    "rehearsal": Scale(
+        model=ModelSize(image_size=64, num_layers=2, num_heads=2, channels=(16, 32)),
+        recipes={"dit": PretrainConfig(steps=2, batch_size=8), "unet": PretrainConfig(steps=2, batch_size=8)},
+        encoder_steps=2,
+        batch=1 / 12,
+        images=1 / 150,
+        seconds=0.0,
+        samples=1 / 40,
+        seeds=0.0,
+        grid=1,
+        pretraining_iterations=1,
+    ),
+}
+"""By the name of --scale. "rehearsal" does all that "gpu" does, in seconds on a CPU, and learns nothing."""
