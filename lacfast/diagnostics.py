@@ -28,6 +28,8 @@ COLLAPSED = 0.5
 """Share of the first diversity below which a policy has collapsed."""
 USELESS_GROUPS = 0.5
 """Share of groups without any spread from which on most images teach nothing."""
+OVERCONFIDENT = 0.5
+"""Slope of returns over values below which a critic's differences are mostly invented."""
 SIGNIFICANT = 2.8
 """Standard errors, 2 sqrt(2): two of the difference between two evaluations."""
 
@@ -209,6 +211,38 @@ def _stays_diverse(evaluations: Sequence[Record], train: Sequence[Record]) -> It
         )
 
 
+def _values_are_calibrated(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+    last = evaluations[-1]
+    for name in (name for name in last if name.startswith("calibration/")):
+        slope, error = calibration_slope(last[name])
+        if slope + 2 * error < OVERCONFIDENT:
+            yield Finding(
+                "The critic is overconfident",
+                f"where its values for {name.removeprefix('calibration/')} differ by 1, the returns of "
+                f"evaluation prompts differ by {slope:.2f} ± {error:.2f}",
+                "It has learned its own prompts and images: lower value_learning_rate and "
+                "trunk_learning_rate, pretrain on more rollouts with fewer passes, or make its head smaller",
+                int(last["iteration"]),
+            )
+
+
+def calibration_slope(bins: Sequence[Sequence[float | None]]) -> tuple[float, float]:
+    """Least squares of returns over values from (3, K) bins, and its standard error; NaN without a spread.
+
+    slope = sum_j d_j return_j / sum_j d_j^2;   error = sqrt(sum_j d_j^2 error_j^2) / sum_j d_j^2
+    d_j = value_j - mean value
+    """
+    values, returns, errors = ([math.nan if number is None else number for number in row] for row in bins)
+    centre = fmean(values)
+    distances = [value - centre for value in values]
+    spread = sum(distance**2 for distance in distances)
+    if not spread > 0:
+        return math.nan, math.nan
+    slope = sum(distance * found for distance, found in zip(distances, returns, strict=True)) / spread
+    squares = sum((distance * error) ** 2 for distance, error in zip(distances, errors, strict=True))
+    return slope, math.sqrt(squares) / spread
+
+
 def _margin(record: Record, name: str) -> float:
     return SIGNIFICANT * float(record.get(f"standard_error/{name}", 0.0))
 
@@ -223,4 +257,5 @@ _TRAIN_CHECKS: tuple[Callable[[Sequence[Record]], Iterator[Finding]], ...] = (
 _EVALUATION_CHECKS: tuple[Callable[[Sequence[Record], Sequence[Record]], Iterator[Finding]], ...] = (
     _no_hacking,
     _stays_diverse,
+    _values_are_calibrated,
 )

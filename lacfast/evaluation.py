@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from lacfast.reward_queue import RewardQueue
 from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet
 
+RELIABILITY_BINS = 10
 EVALUATION_IDS = 1 << 40
 """First sample id of evaluations: the same noise for every evaluation, never seen in training."""
 
@@ -75,18 +77,40 @@ def evaluate(
         with span("reward/wait"):
             parts = [future.result() for future in pending]
     scores = {name: torch.cat([part[name] for part in parts]) for name in rewards.names}
-    returns = torch.stack([scores[name] for name in scorers[0].names], dim=1)
-    return Evaluation(
-        scores,
-        _explained_variance(torch.cat(values), returns, normalizer),
-        torch.cat(images),
-        prompts.texts,
-    )
+    predicted, variance, calibration = torch.cat(values), torch.zeros(table.num_steps, 0), {}
+    if predicted.shape[-1] > 0:
+        rewarded = torch.stack([scores[name] for name in scorers[0].names], dim=1)
+        returns = normalizer.standardize(rewarded).to(predicted)
+        variance = reference.explained_variance(predicted, returns[:, None].expand_as(predicted))
+        heads = scorers[0].names if normalizer.heads is None else normalizer.heads.names
+        calibration = {
+            name: reliability(predicted[..., head], returns[:, head]) for head, name in enumerate(heads)
+        }
+    return Evaluation(scores, variance, torch.cat(images), prompts.texts, calibration)
 
 
-def _explained_variance(values: Tensor, returns: Tensor, normalizer: RewardNormalizer) -> Tensor:
-    """(T, M) from values (n, T, M) and raw rewards (n, M)."""
-    if values.shape[-1] == 0:
-        return values.new_zeros(values.shape[1:])
-    targets = normalizer.standardize(returns)[:, None].expand_as(values)
-    return reference.explained_variance(values, targets)
+def reliability(values: Tensor, returns: Tensor, bins: int = RELIABILITY_BINS) -> Tensor:
+    """Predicted against mean return in bins of as many states, the points of a reliability diagram.
+
+        value_j = mean_{i in bin j} V_i;   return_j = mean_{i in bin j} R_i    (arXiv 1706.04599, section 2)
+
+    A calibrated critic has return_j = value_j. Bins are quantiles of V over all states; a standard error
+    counts the trajectories of a bin, not its states, which share their trajectory's return.
+
+    Args:
+        values: (n, T) of every state.
+        returns: (n,) of every trajectory, in the same units.
+        bins: K, or as many as there are states.
+
+    Returns:
+        (3, K) mean value, mean return, standard error of the mean return (NaN for one trajectory).
+    """
+    order = values.flatten().argsort()
+    rows = []
+    for members in torch.tensor_split(order, min(bins, len(order))):
+        trajectories = members // values.shape[1]
+        distinct = torch.unique(trajectories)
+        single = returns.new_tensor(math.nan)
+        error = returns[distinct].std() / len(distinct) ** 0.5 if len(distinct) > 1 else single
+        rows.append(torch.stack([values.flatten()[members].mean(), returns[trajectories].mean(), error]))
+    return torch.stack(rows, dim=1)

@@ -111,13 +111,14 @@ def _slope(returns: Tensor, values: Tensor) -> Tensor:
 
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """Means and their standard errors, explained variance per step, and diversity."""
+    """Means and their standard errors, explained variance per step, calibration per head, and diversity."""
     errors = evaluation.standard_errors()
     return {
         "explained_variance": evaluation.explained_variance.mean(dim=-1),
         "diversity": diversity(evaluation.images, evaluation.prompts),
         **evaluation.means(),
         **{f"standard_error/{name}": error for name, error in errors.items()},
+        **{f"calibration/{name}": bins for name, bins in evaluation.calibration.items()},
     }
 
 

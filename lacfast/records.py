@@ -294,6 +294,8 @@ class Evaluation:
     images: Tensor
     """(n, 3, H, W) float in [0, 1], on the CPU."""
     prompts: list[str]
+    calibration: dict[str, Tensor] = field(default_factory=dict)
+    """Head -> (3, K) mean value, mean return and its standard error in bins of the value; see evaluation."""
 
     def means(self) -> dict[str, float]:
         return {name: float(rewards.mean()) for name, rewards in self.rewards.items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lacfast.diagnostics import findings
+from lacfast.diagnostics import calibration_slope, findings
 
 STEPS = 4
 
@@ -113,3 +113,24 @@ def test_missing_numbers_are_not_taken_for_failure() -> None:
 def test_steps_without_pairs_do_not_count() -> None:
     gaps = {"clip_fraction_high": [float("nan"), 0.2, None, 0.1]}
     assert titles(run(**gaps)) == []
+
+
+def calibrated(slope: float) -> dict[str, Any]:
+    values = [-1.0, -0.5, 0.0, 0.5, 1.0]
+    return {"calibration/quality": [values, [slope * value for value in values], [0.05] * 5]}
+
+
+def test_a_critic_whose_differences_are_mostly_invented_is_named_with_its_slope() -> None:
+    found = findings(run(evaluation(0), evaluation(8, **calibrated(0.2))))
+    assert [finding.title for finding in found] == ["The critic is overconfident"]
+    assert "differ by 0.20 ± 0.03" in found[0].evidence
+    assert titles(run(evaluation(0), evaluation(8, **calibrated(0.8)))) == []
+
+
+def test_the_slope_of_bins_is_that_of_least_squares_with_its_error() -> None:
+    slope, error = calibration_slope(calibrated(0.7)["calibration/quality"])
+    assert slope == pytest.approx(0.7)
+    assert error == pytest.approx(0.05 / 2.5**0.5)
+    # A critic that predicts a constant has no slope, and is not called overconfident.
+    constant = {"calibration/quality": [[0.0] * 3, [0.1, 0.2, 0.3], [0.1, None, 0.1]]}
+    assert titles(run(evaluation(0), evaluation(8, **constant))) == []

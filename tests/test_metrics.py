@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lacfast.advantages import Advantages, RewardNormalizer
+from lacfast.evaluation import reliability
 from lacfast.metrics import diversity, evaluation_metrics, rollout_metrics
 from lacfast.records import Evaluation
 from tests.tiny_rollouts import made_rollout
@@ -52,3 +53,22 @@ def test_an_evaluation_logs_means_with_the_standard_errors_of_means() -> None:
     logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 0), IMAGES, ["a"] * 4))
     assert logged["score"] == 0.5
     assert logged["standard_error/score"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(4))
+
+
+def test_reliability_bins_hold_as_many_states_each_and_errors_count_trajectories() -> None:
+    # 40 trajectories of 5 states: values are known, returns are twice as far out.
+    returns = torch.arange(40.0)
+    values = (returns / 2)[:, None].expand(40, 5)
+    bins = reliability(values, returns, bins=4)
+    torch.testing.assert_close(bins[1], torch.tensor([4.5, 14.5, 24.5, 34.5]))
+    torch.testing.assert_close(bins[0], bins[1] / 2)
+    # Ten trajectories per bin, whatever the steps.
+    torch.testing.assert_close(bins[2], torch.full((4,), float(torch.arange(10.0).std()) / 10**0.5))
+    assert reliability(values[:2, :1], returns[:2]).shape == (3, 2)
+
+
+def test_an_evaluation_logs_the_calibration_of_every_head() -> None:
+    calibration = {"score": torch.tensor([[0.0, 1.0], [0.1, 0.8], [0.01, 0.01]])}
+    scores = {"score": torch.tensor([0.0, 1.0, 1.0, 0.0])}
+    logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 1), IMAGES, ["a"] * 4, calibration))
+    assert torch.equal(logged["calibration/score"], calibration["score"])

@@ -68,6 +68,21 @@ def test_a_run_without_critic_and_evaluations_has_a_page_too(tmp_path: Path) -> 
     assert "no evaluation compared them" in text
 
 
+def test_the_last_evaluation_s_calibration_is_a_diagram_with_a_line_per_head(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    bins = [[-1.0, 0.0, 1.0], [-0.9, 0.1, 0.8], [0.1, 0.1, None]]
+    record = evaluation(
+        9, explained_variance=[0.1] * 4, **{"calibration/quality": bins, "calibration/size": bins}
+    )
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    chart = text[text.index("Calibration on evaluation prompts") :]
+    chart = chart[: chart.index("</svg>")]
+    assert "Calibration over the run" in text
+    assert all(label in chart for label in ("quality", "size", "mean return"))
+
+
 def test_the_headline_says_which_way_it_went() -> None:
     train = [iteration(1), iteration(2)]
     assert headline([evaluation(0, quality=0.6), evaluation(2, quality=0.25)], train) == (

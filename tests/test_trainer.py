@@ -160,6 +160,10 @@ def test_metrics_are_json_lines(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines] == ["train", "evaluate"]
     assert [math.isnan(share) for share in lines[0]["clip_fraction_high"]] == [False, False, False, True]
+    (calibration,) = (lines[1][name] for name in lines[1] if name.startswith("calibration/"))
+    values, returns, errors = calibration
+    assert len(values) == len(returns) == len(errors) == 10
+    assert values == sorted(values)
 
 
 def test_evaluation_repeats_exactly_and_does_not_train() -> None:

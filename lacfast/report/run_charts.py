@@ -44,6 +44,13 @@ def scores(evaluations: Records) -> list[str]:
     return [name.removeprefix(prefix) for name in evaluations[-1] if name.startswith(prefix)]
 
 
+def calibration(evaluation: dict[str, Any]) -> dict[str, Values]:
+    """Head -> (3, K) mean value, mean return and its standard error per bin, where it was logged."""
+    prefix = "calibration/"
+    found = {name.removeprefix(prefix): _filled(bins) for name, bins in evaluation.items() if prefix in name}
+    return {name: np.asarray(bins, dtype=float) for name, bins in found.items()}
+
+
 def drawings(train: Records, evaluations: Records, pretraining: Records) -> Iterator[Drawing]:
     """All charts that the records have numbers for."""
     names = [name.removeprefix("reward/") for name in train[-1] if name.startswith("reward/")]
@@ -108,9 +115,16 @@ def _critic(train: Records, evaluations: Records, pretraining: Records) -> Itera
             "The last evaluation; dashed: what the prompt alone explains, and what no critic can pass.",
             _bounded_variance(evaluations[-1], [*pretraining, *evaluations]),
         )
+    if evaluations and (bins := calibration(evaluations[-1])):
+        yield Drawing(
+            "Calibration on evaluation prompts",
+            "Mean return over predicted value, ten bins of as many states, the last evaluation; dashed: "
+            "as predicted. Flatter is overconfident, steeper is timid.",
+            _reliability(bins),
+        )
     if _has(train, "value_slope"):
         yield Drawing(
-            "Calibration",
+            "Calibration over the run",
             "Slope of the rewards over the values: 1 is calibrated, less is overconfident.",
             _curves(train, {"": "value_slope"}, "slope", level=1.0),
         )
@@ -162,6 +176,30 @@ def _curves(
         axes.set(xlabel="iteration", ylabel=label)
         if any(names):
             legend_above(axes)
+        return svg(drawing)
+
+
+def _reliability(bins: dict[str, Values]) -> str:
+    """Reliability diagram, a line per head; bars are one standard error."""
+    with mpl.rc_context(STYLE):
+        drawing, axes = figure()
+        for (name, (values, returns, errors)), colour in zip(bins.items(), _cycle(len(bins)), strict=True):
+            axes.errorbar(
+                values,
+                returns,
+                yerr=np.nan_to_num(errors),
+                fmt="o-",
+                color=colour,
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=name,
+            )
+        reached = np.concatenate([found[0] for found in bins.values()])
+        ends = [float(reached.min()), float(reached.max())]
+        axes.plot(ends, ends, "--", color=GRID, linewidth=0.9)
+        axes.set(xlabel="value, deviations of the reward", ylabel="mean return")
+        legend_above(axes)
         return svg(drawing)
 
 
