@@ -92,7 +92,7 @@ def perform(
     materials: Materials,
     deadline: float,
     *,
-    results: Path,
+    results: Path = RESULTS,
     scale: Scale = SCALES["cpu"],
 ) -> None:
     """Run what is missing of a claim, beginning nothing after the deadline; a run in the middle is kept.
@@ -141,7 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("claims", nargs="*", choices=[*CLAIMS, []], help="default: all")
     parser.add_argument("--backbone", choices=("dit", "unet"), help="default: those of the claim")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after these, also within a run"
+    )
     parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
     parser.add_argument("--scale", choices=tuple(SCALES), default="cpu", help="sizes and budgets")
     parser.add_argument("--device", default="cpu", help="of the models; times on a GPU are by the clock")
