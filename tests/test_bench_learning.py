@@ -146,7 +146,12 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     page.write(results, tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
-    assert "tuned over 0.0001, 0.0003" in text
+    rate = units.read(results / "baselines" / "dit" / "grpo-seed0.json")["policy_learning_rate"]
+    assert "tuned over 0.0001, 0.0003; chosen: " in text
+    assert f"{rate:g} (GRPO)" in text
+    (lead,) = [line for line in text.splitlines() if line.startswith("| latent critic minus GRPO")][:1]
+    scored = len(claim.metrics) + 1
+    assert lead.count("[") == scored, "final scores and the area have intervals of their own"
     assert "equal time, reward of 100 ms per image" in text
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 

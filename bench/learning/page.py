@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-from bench.learning import critics_section, figures, runs, steering_section
+from bench.learning import critics_section, figures, runs, steering_section, units
 from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
@@ -15,6 +14,8 @@ from bench.learning.runs import Budget, Point
 from bench.learning.scales import SCALES, Scale
 from lacfast.tasks.models import BackboneName
 
+Measure = tuple[Callable[[Sequence[Point], Cost, str, float], float], str]
+"""What is compared: a function of a curve, and the metric that it reads."""
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
 HEAD = """# What learning shows
@@ -23,10 +24,11 @@ Written by `python -m bench.learning`, `bench.steering` and `bench.critic_trunks
 Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
-arms of a seed share ({samples:,} images, standard error of one judgement near {error:.3f}). Intervals are
-95 % bootstrap intervals of the mean difference of paired seeds; "ahead" and "behind" mean that they exclude
-0. Images count those of value pretraining. Seconds are without judging, CPU seconds of one thread where no
-GPU worked; a reward's cost is added per image.
+arms of a seed share ({samples:,} images, standard error of one judgement near {error:.3f}). Intervals are 95
+% bootstrap intervals of the mean difference of paired seeds; "ahead" and "behind" mean that they exclude 0,
+which with three seeds says little more than that all three differences have one sign. Images count those of
+value pretraining. Seconds are without judging, CPU seconds of one thread where no GPU worked; a reward's cost
+is added per image.
 """
 
 
@@ -69,11 +71,13 @@ def load(directory: Path, arms: Sequence[str]) -> dict[str, dict[int, list[Point
     """Arm -> seed -> curve, of the arms that have one."""
     curves: dict[str, dict[int, list[Point]]] = {}
     for name in arms:
-        stem = name.lower().replace(" ", "-")
-        for path in sorted(directory.glob(f"{stem}-seed*.json")):
-            seed = json.loads(path.read_text(encoding="utf-8"))["seed"]
-            curves.setdefault(name, {})[seed] = runs.read(path)
+        for path in _paths(directory, name):
+            curves.setdefault(name, {})[units.read(path)["seed"]] = runs.read(path)
     return curves
+
+
+def _paths(directory: Path, arm: str) -> list[Path]:
+    return sorted(directory.glob(f"{arm.lower().replace(' ', '-')}-seed*.json"))
 
 
 def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
@@ -91,7 +95,9 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     lines = [
         f"## {name}, {backbone}",
         "",
-        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. {_tuning(claim)}",
+        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. "
+        + _tuning(results / name / backbone, claim, arms),
+        *(["", claim.note] if claim.note else []),
         "",
         f"![curves]({pictures.name}/{picture.name})",
         "",
@@ -103,30 +109,40 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     return "\n".join(lines)
 
 
-def _tuning(claim: Claim) -> str:
+def _tuning(directory: Path, claim: Claim, arms: Sequence[str]) -> str:
     rates = ", ".join(f"{value:g}" for value in claim.grid)
-    return f"Policy learning rate {'tuned over' if len(claim.grid) > 1 else 'fixed at'} {rates}."
+    if len(claim.grid) == 1:
+        return f"Policy learning rate fixed at {rates}."
+    chosen = {arm: units.read(_paths(directory, arm)[0])["policy_learning_rate"] for arm in arms}
+    found = ", ".join(f"{rate:g} ({arm})" for arm, rate in chosen.items())
+    return f"Policy learning rate tuned over {rates}; chosen: {found}."
 
 
 def _axis_table(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
-    """Scores at the end and over the budget, and the first arm's lead over each other one."""
+    """Scores at the end and over the budget, and the first arm's leads over each other one."""
     budget = common_budget([points for runs in curves.values() for points in runs], cost)
-    first = next(iter(curves))
+    first, *others = curves
+    measures: dict[str, Measure] = {metric: (final, metric) for metric in metrics}
+    measures[f"area, {metrics[0]}"] = (area, metrics[0])
+
+    def scores(arm: str, measure: Measure) -> list[float]:
+        function, metric = measure
+        return [function(points, cost, metric, budget) for points in curves[arm]]
+
     yield f"At {title} ({budget:,.0f}):"
     yield ""
-    yield "| arm | " + " | ".join(metrics) + f" | area, {metrics[0]} | {first} minus arm, {metrics[0]} |"
-    yield "|" + "---|" * (len(metrics) + 3)
-    start = {metric: mean(points[0].scores[metric] for points in curves[first]) for metric in metrics}
-    yield "| base model | " + " | ".join(f"{start[metric]:.3f}" for metric in metrics) + " | | |"
-    for arm, found in curves.items():
-        scores = [mean(final(points, cost, metric, budget) for points in found) for metric in metrics]
-        areas = mean(area(points, cost, metrics[0], budget) for points in found)
-        cells = [f"{score:.3f}" for score in [*scores, areas]]
-        yield f"| {arm} | " + " | ".join([*cells, _lead(curves, first, arm, cost, metrics[0], budget)]) + " |"
+    yield from _row("arm", measures)
+    yield "|" + "---|" * (len(measures) + 1)
+    start = [mean(points[0].scores[metric] for points in curves[first]) for metric in metrics]
+    yield from _row("base model", [*(f"{score:.3f}" for score in start), ""])
+    for arm in curves:
+        yield from _row(arm, [f"{mean(scores(arm, measure)):.3f}" for measure in measures.values()])
+    if len(curves[first]) < 2:
+        return
+    for arm in others:
+        leads = [paired(scores(first, measure), scores(arm, measure)).text() for measure in measures.values()]
+        yield from _row(f"{first} minus {arm}", leads)
 
 
-def _lead(curves: Curves, first: str, arm: str, cost: Cost, metric: str, budget: float) -> str:
-    if arm == first or len(curves[first]) < 2:
-        return ""
-    own, other = ([final(points, cost, metric, budget) for points in curves[name]] for name in (first, arm))
-    return paired(own, other).text()
+def _row(head: str, cells: Iterable[str]) -> Iterator[str]:
+    yield "| " + " | ".join([head, *cells]) + " |"
