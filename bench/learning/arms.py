@@ -44,6 +44,12 @@ def scalarized(backbone: str) -> TrainConfig:
     return replace(latent_critic(backbone), advantages=AdvantageConfig(combination="scalarized"))
 
 
+def constrained(backbone: str, reward: str, floor: float) -> TrainConfig:
+    """A head per reward; the weight of `reward` rises while its raw mean lies below `floor`."""
+    rule = AdvantageConfig(combination="constrained", floors=((reward, floor),))
+    return replace(latent_critic(backbone), advantages=rule)
+
+
 def group_relative(backbone: str, estimator: str) -> TrainConfig:
     """Estimators that compare the images of one prompt: "grpo" or "leave_one_out"."""
     # Leave-one-out as published divides by nothing; divided, it would be GRPO times a constant.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.learning.arms import (
+    constrained,
     copied_trunk,
     group_relative,
     latent_critic,
@@ -18,6 +19,8 @@ from lacfast.tasks.models import BackboneName
 
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
 """Of the policy: the grid on which every arm is tuned alike."""
+BASE_REWARD = 0.57
+"""Mean of the checker's reward on the base model's images of training prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,10 @@ def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
             config=latent_critic(backbone), rewards={"shapes": 1.0, "jpeg_compressibility": 1.0}
         ),
         "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
+        "JPEG, checker constrained": Arm(
+            config=constrained(backbone, "shapes", BASE_REWARD),
+            rewards={"shapes": 1.0, "jpeg_compressibility": 1.0},
+        ),
     }
 
 
