@@ -20,7 +20,7 @@ EXTRAS = {
     "rewards": ("rapidocr", "onnxruntime"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
-    "test": ("pytest", "pytest-benchmark", "hypothesis"),
+    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
     "dev": ("ruff", "mypy", "pre-commit"),
 }
 """Optional extra -> the packages that it brings."""

@@ -31,7 +31,7 @@ def without_critic(backbone: BackboneName) -> dict[str, TrainConfig]:
 def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
     backbone: BackboneName,
 ) -> None:
-    critic = shapes(backbone)
+    critic = arms.latent_critic(backbone)
     for name, arm in without_critic(backbone).items():
         assert arm.critic == CriticConfig(trunk="none"), name
         same = replace(arm, advantages=AdvantageConfig(), critic=critic.critic, samples_per_prompt=1)
@@ -67,7 +67,7 @@ def test_the_rules_for_two_rewards_are_all_there() -> None:
     assert list(made) == ["sum_normalized", "sum", "scalarized", "conditional", "constrained"]
     for name, config in made.items():
         assert config.advantages.combination == name
-        assert replace(config, advantages=AdvantageConfig()) == shapes("dit")
+        assert replace(config, advantages=AdvantageConfig()) == arms.latent_critic("dit")
 
 
 def test_published_baselines_are_presets() -> None:
