@@ -79,7 +79,7 @@ def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
             config=latent_critic(backbone), rewards={"shapes": 1.0, "jpeg_compressibility": 1.0}
         ),
         "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
-        "JPEG, checker constrained": Arm(
+        "checker constrained": Arm(
             config=constrained(backbone, "shapes", BASE_REWARD),
             rewards={"shapes": 1.0, "jpeg_compressibility": 1.0},
         ),
@@ -134,6 +134,8 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         grid=(3e-4,),
         seeds=3,
+        note="Two heads weigh both rewards alike after normalising each; the shared head learns their plain "
+        "sum, in which the one with the larger deviation counts more.",
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
@@ -143,5 +145,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(3e-4,),
         seeds=3,
+        note="A flat picture has the smallest file, so this second reward fights the first one. The "
+        f"constrained arm raises the checker's weight while its reward is below the base model's {BASE_REWARD}.",
     ),
 }
