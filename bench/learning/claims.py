@@ -145,7 +145,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(3e-4,),
         seeds=3,
-        note="A flat picture has the smallest file, so this second reward fights the first one. The "
-        f"constrained arm raises the checker's weight while its reward is below the base model's {BASE_REWARD}.",
+        note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
+        f"arm raises the checker's weight while its reward is below the base model's {BASE_REWARD}.",
     ),
 }
