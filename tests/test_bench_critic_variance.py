@@ -67,9 +67,9 @@ def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     measured: list[str], tmp_path: Path
 ) -> None:
     directory = tmp_path / "critics" / "dit"
-    critic_variance.run(NOWHERE, "dit", ["trunks", "iterations", "time"], [0, 1], SMOKE, directory)
-    # A third seed that stopped early is left out.
-    units.write(directory / "bounds-seed2.json", BOUNDS)
+    critic_variance.run(NOWHERE, "dit", ["trunks", "iterations", "time"], [0, 1, 2], SMOKE, directory)
+    # A fourth seed that stopped early is left out.
+    units.write(directory / "bounds-seed3.json", BOUNDS)
     (section,) = critics_section.sections(tmp_path, tmp_path / "docs" / "results")
     assert "| floor | 0.20 | 0.20 | 0 |" in section
     assert "| ceiling | 0.50 | 1.00 | 1 |" in section
@@ -78,7 +78,7 @@ def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     assert "| without | 0.200 | 0.300 | 0.300 | -0.100 [-0.100, -0.100] behind | 4 |" in section
     assert "| 40 | 0.200 | 0.300 | 0.300 | +0.000 [+0.000, +0.000] undecided | 4 | 0.100 | 0.200 |" in section
     assert "value loss" not in section
-    assert section.count("Seeds: 2.") == 3
+    assert section.count("Seeds: 3.") == 3
     assert (tmp_path / "docs" / "results" / "critics-dit.png").stat().st_size > 10_000
 
 

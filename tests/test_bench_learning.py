@@ -59,7 +59,13 @@ def test_the_bootstrap_interval_covers_the_mean_of_its_pairs_95_times_in_100() -
 
 
 @pytest.mark.parametrize(
-    ("first", "verdict"), [([0.5, 0.6, 0.7], "ahead"), ([0.0, 0.1, 0.1], "behind"), ([0.1, 0.4], "undecided")]
+    ("first", "verdict"),
+    [
+        ([0.5, 0.6, 0.7], "ahead"),
+        ([0.0, 0.1, 0.1], "behind"),
+        ([0.1, 0.4, 0.35], "undecided"),
+        ([0.5, 0.6], "too few seeds"),
+    ],
 )
 def test_a_lead_is_claimed_only_when_the_interval_excludes_zero(first: list[float], verdict: str) -> None:
     assert paired(first, [0.2, 0.3, 0.35][: len(first)]).verdict == verdict

@@ -11,6 +11,8 @@ from bench.learning.runs import Point
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+JUDGED_PAIRS = 3
+"""Below it a bootstrap has next to nothing to draw from."""
 Cost = Callable[[Point], float]
 
 
@@ -61,6 +63,8 @@ class Difference:
     @property
     def verdict(self) -> str:
         """What the interval allows to say."""
+        if self.pairs < JUDGED_PAIRS:
+            return "too few seeds"
         if self.low > 0:
             return "ahead"
         return "behind" if self.high < 0 else "undecided"
