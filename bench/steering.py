@@ -1,12 +1,12 @@
 """Steering against best-of-n at equal NFE: settings chosen on tuning prompts, judged on held-out ones.
 
-    python -m bench.steering                         DiT: about 35 minutes of a quiet core; unet: 85
+    python -m bench.steering                         DiT: 30 to 60 minutes of a core
     python -m bench.steering --minutes 20            begins nothing after these; the next call goes on
     python -m bench.steering runs/shapes --out bench/results/learning/steering/shapes
 
-Every seed has a critic of its own, pretrained on the base model with prompts that neither choose nor report
-(--train-iterations trains the policy with it besides). Every method gets the same forwards per image (a
-backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose seed
+Every seed has a critic of its own, pretrained on the base model and trained with the policy for
+--train-iterations, on prompts that neither choose nor report. Every method gets the same forwards per image
+(a backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose seed
 is not reported. Then all methods meet the same held-out prompts and noise. With saved models instead, a run
 of `lacfast train` has trained on the tuning prompts too. Each unit is a file under
 bench/results/learning/steering; docs/results.md has the table.
@@ -265,14 +265,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--materials", type=Path, default=Path("runs/learning"), help="base models and critics"
     )
     parser.add_argument(
-        "--train-iterations", type=int, default=0, help="of the policy, after value pretraining"
+        "--train-iterations", type=int, default=30, help="of the policy, after value pretraining"
     )
     parser.add_argument("--budget", type=float, default=40.0, help="NFE per image")
     parser.add_argument("--tuning-images", type=int, default=144)
     parser.add_argument("--images", type=int, default=480, help="per seed")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--choosers", nargs="+", default=list(CHOOSERS), choices=CHOOSERS)
-    parser.add_argument("--candidates", type=int, default=0, help="most settings per method; 0: all")
+    parser.add_argument("--candidates", type=int, default=6, help="most settings per method; 0: all")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no unit after these")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
