@@ -4,11 +4,11 @@
     python -m bench.steering --minutes 20            begins nothing after these; the next call goes on
     python -m bench.steering runs/shapes --out bench/results/learning/steering/shapes
 
-Every seed has a critic of its own, pretrained on the base model and trained with the policy for
---train-iterations, on prompts that neither choose nor report. Every method gets the same forwards per image
-(a backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose seed
-is not reported. Then all methods meet the same held-out prompts and noise. With saved models instead, a run
-of `lacfast train` has trained on the tuning prompts too. Each unit is a file under
+Every seed has a critic of its own, pretrained on the base model and trained with the policy for --train-
+iterations, on prompts that neither choose nor report. Every method gets the same forwards per image (a
+backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose
+seed is not reported. Then all methods meet the same held-out prompts and noise. With saved models instead,
+a run of `lacfast train` has trained on the tuning prompts too. Each unit is a file under
 bench/results/learning/steering; docs/results.md has the table.
 """
 
