@@ -10,10 +10,10 @@ from typing import Any
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Keep a result, whole or not at all."""
+    """Keep a result, whole or not at all, in one line: scores per image would make a thousand."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
