@@ -114,16 +114,17 @@ CLAIMS = {
         problem="glyphs",
         arms=_baseline_arms,
         budgets={
-            "dit": Budget(images=14_000, seconds=0, judged_every=2_000),
-            "unet": Budget(images=14_000, seconds=0, judged_every=2_000),
+            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
         },
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
+        seeds=3,
     ),
     "proxy": Claim(
         question="With a learnt reward that can be fooled, what happens to what it stands for?",
         problem="similarity",
         arms=_baseline_arms,
-        budgets={"dit": Budget(images=14_000, seconds=0, judged_every=1_000)},
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
     ),
     "multi-reward": Claim(

@@ -1,4 +1,4 @@
-"""How large the claims are run: on two cores within an hour each, or on a GPU with larger models.
+"""How large the claims are run: on two cores in about an hour per backbone, or on a GPU with larger models.
 
 A scale changes sizes and budgets and nothing of what is compared. The GPU's recipes and budgets are
 estimates: none has been run.
@@ -43,8 +43,8 @@ class Scale:
     """Images per judgement, a multiple of the claim's."""
     seeds: float = 1.0
     """Paired seeds, a multiple of the claim's."""
-    grid: int = 0
-    """Most learning rates that are tuned over, the middle ones; 0: the claim's."""
+    tunes: bool = True
+    """Whether learning rates are tuned over the claim's grid; False takes the middle one."""
     pretraining_iterations: int = 0
     """Of values; 0: the preset's."""
 
@@ -76,7 +76,7 @@ class Scale:
             for backbone, budget in claim.budgets.items()
         }
         middle = len(claim.grid) // 2
-        grid = claim.grid[middle : middle + 1] if self.grid == 1 else claim.grid
+        grid = claim.grid if self.tunes else claim.grid[middle : middle + 1]
         return replace(
             claim, arms=arms, budgets=budgets, seeds=max(round(self.seeds * claim.seeds), 1), grid=grid
         )
@@ -118,7 +118,7 @@ SCALES = {
         seconds=0.0,
         samples=1 / 40,
         seeds=0.0,
-        grid=1,
+        tunes=False,
         pretraining_iterations=1,
     ),
 }
