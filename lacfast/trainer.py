@@ -86,7 +86,6 @@ class LatentActorCriticTrainer:
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
-        self.table = self.tables.whole
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
         attach_critic(backbone, self.estimator.head_names, self.config.critic, seed=self.config.seed)
@@ -104,6 +103,11 @@ class LatentActorCriticTrainer:
         self.iteration = 0
         self.images = 0
         self.last_rollout: Rollout | None = None
+
+    @property
+    def table(self) -> TransitionTable:
+        """With all of the window stochastic."""
+        return self.tables.whole
 
     @property
     def critic(self) -> Critic | None:

@@ -35,7 +35,7 @@ class TrainingTables:
                 )
 
     def at(self, iteration: int) -> TransitionTable:
-        """The sampler of an iteration's rollout."""
+        """That of an iteration's rollout."""
         return self._places[self.sampler.at(iteration, seed=self.seed)]
 
     def pretraining(self, iteration: int) -> TransitionTable:

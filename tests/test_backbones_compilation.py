@@ -23,6 +23,7 @@ from lacfast.critic import build_critic
 from lacfast.metrics import compiled_graphs
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.text import WIDTH
+from lacfast.training_tables import TrainingTables
 
 
 def one_block_backbone(*, lora: LoRAConfig | None = None) -> LatentBackbone:
@@ -88,8 +89,10 @@ def test_a_compiled_run_starts_at_ratio_one_and_compiles_in_its_first_iteration_
     assert before > 0
     # Other batch sizes, an evaluation, other steps.
     trainer.evaluate(samples=7)
-    trainer.table = backbone.transition_table(SamplerConfig(num_steps=3))
-    assert trainer.train_iteration()["first_max_abs_log_ratio"] == 0
+    trainer.tables = TrainingTables(backbone, SamplerConfig(num_steps=3), seed=0)
+    shorter = trainer.train_iteration()
+    assert shorter["first_max_abs_log_ratio"] == 0
+    assert len(shorter["explained_variance"]) == 3
     assert compiled_graphs() == before
 
 
