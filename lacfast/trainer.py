@@ -216,14 +216,9 @@ class LatentActorCriticTrainer:
                 on_iteration(iteration, variance)
 
         settings = self.config.pretrain
-        # The floor needs every prompt twice.
-        distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
-        prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
-        held_out = self.collect(prompts.cycle(settings.held_out_samples), SELECTION_IDS)
-        if held_out is None:
-            raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
+        held_out = self._selection_rollout() if settings.held_out_samples else None
         self.confidence = ValueConfidence()
-        if settings.completions:
+        if held_out is not None and settings.completions:
             self.confidence.bounds = self.measure_bounds(held_out)
         result = pretrain_values(
             self.critic,
@@ -240,6 +235,17 @@ class LatentActorCriticTrainer:
         self.learner.reset_critic_optimizer()
         self.confidence.update(result.explained_variance)
         return result
+
+    def _selection_rollout(self) -> Rollout:
+        """Held-out states that measure value pretraining."""
+        settings = self.config.pretrain
+        # The floor needs every prompt twice.
+        distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
+        prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
+        held_out = self.collect(prompts.cycle(settings.held_out_samples), SELECTION_IDS)
+        if held_out is None:
+            raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
+        return held_out
 
     def measure_bounds(self, rollout: Rollout) -> ValueBounds:
         """Floor and ceiling of the explained variance of today's policy, by config.pretrain.

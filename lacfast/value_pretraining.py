@@ -31,9 +31,10 @@ class PretrainResult:
     """What value pretraining reached."""
 
     explained_variance: Tensor
-    """(T, M) on held-out states, of the critic that was kept."""
+    """(T, M) of the critic that was kept, on held-out states; without any, of the last critic but one on the
+    rollout that it then learned from."""
     history: list[float]
-    """Mean held-out explained variance after every iteration."""
+    """Mean explained variance of every iteration: held out after it, or else on its rollout before it."""
     images: int
     """Generated for training and selection; they count in every comparison."""
     bounds: ValueBounds | None = None
@@ -62,11 +63,32 @@ def value_targets(rollout: Rollout, normalizer: RewardNormalizer, target_clip: f
     return normalizer.standardize(stack_rewards(rollout)).clamp(-target_clip, target_clip)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A critic as it was when it was measured."""
+
+    weights: dict[str, Tensor]
+    normalizer: RewardNormalizer
+    explained_variance: Tensor
+    """(T, M)"""
+
+    @staticmethod
+    def of(critic: Critic, normalizer: RewardNormalizer, explained_variance: Tensor) -> _Kept:
+        weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+        return _Kept(weights, copy.deepcopy(normalizer), explained_variance)
+
+    def restore(self, critic: Critic, normalizer: RewardNormalizer) -> Tensor:
+        """Put both back; returns the explained variance (T, M)."""
+        critic.load_state_dict(self.weights)
+        normalizer.restore(self.normalizer)
+        return self.explained_variance
+
+
 def pretrain_values(
     critic: Critic,
     optimizer: Optimizer,
     normalizer: RewardNormalizer,
-    held_out: Rollout,
+    held_out: Rollout | None,
     make_rollout: Callable[[int], Rollout | None],
     config: ValuePretrainingConfig,
     ppo: PPOConfig,
@@ -75,50 +97,56 @@ def pretrain_values(
     bounds: ValueBounds | None = None,
     on_iteration: Callable[[int, Tensor], None] = lambda iteration, variance: None,
 ) -> PretrainResult:
-    """Fit the critic to rollouts of a frozen actor until its held-out explained variance stops rising.
+    """Fit the critic to rollouts of a frozen actor until its explained variance stops rising.
 
-    With `bounds` it also stops where the overall score reaches config.stop_score.
+    With `bounds` it also stops where the overall score reaches config.stop_score. Without `held_out` every
+    rollout measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which
+    costs no images.
 
     Args:
-        critic: trained in place; ends as the best one seen on `held_out`.
+        critic: trained in place; ends as the best one seen on `held_out`, without it as the last one.
         optimizer: of the critic; its state and rates are the caller's to reset before joint training.
         normalizer: reward statistics, updated with every rollout.
-        held_out: rollout with rewards on prompts that are not trained on.
+        held_out: rollout with rewards on prompts that are not trained on, or None.
         make_rollout: iteration -> rollout with rewards, None when it was skipped.
         seed: of the order of the minibatches.
         bounds: floor and ceiling of the explained variance on `held_out`. None: not measured.
-        on_iteration: called with the iteration and the held-out explained variance (T, M).
+        on_iteration: called with the iteration and its explained variance (T, M).
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
     history: list[float] = []
-    best: tuple[float, Tensor, dict[str, Tensor], RewardNormalizer] | None = None
-    images = held_out.batch_size
+    best: _Kept | None = None
+    best_iteration = 0
+    variance: Tensor | None = None
+    images = 0 if held_out is None else held_out.batch_size
     for iteration in range(config.iterations):
         rollout = make_rollout(iteration)
         if rollout is None:
             continue
         images += rollout.batch_size
         recent.append(rollout)
-        update_statistics(critic, normalizer, rollout)
+        rollout = update_statistics(critic, normalizer, rollout)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
         _set_rates(optimizer, rates, config.initial_rate_factor, iteration / config.iterations)
         _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
-        variance = held_out_variance(critic, held_out, normalizer)
+        if held_out is None:
+            variance = rollout_variance(rollout, normalizer)
+        else:
+            variance = held_out_variance(critic, held_out, normalizer)
         history.append(float(variance.mean()))
         on_iteration(iteration, variance)
-        if best is None or history[-1] > best[0]:
-            weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
-            best = (history[-1], variance, weights, copy.deepcopy(normalizer))
-        if len(history) - history.index(best[0]) > config.patience:
+        if history[-1] > max(history[:-1], default=-math.inf):
+            best_iteration = len(history)
+            best = None if held_out is None else _Kept.of(critic, normalizer, variance)
+        if len(history) - best_iteration >= config.patience:
             break
         if bounds is not None and bounds.overall_score(variance) >= config.stop_score:
             break
-    if best is None:
+    if variance is None:
         raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
-    _, variance, weights, kept = best
-    critic.load_state_dict(weights)
-    normalizer.restore(kept)
+    if best is not None:
+        variance = best.restore(critic, normalizer)
     return PretrainResult(variance, history, images, bounds)
 
 

@@ -12,7 +12,14 @@ from linear_chain import PROMPTS as CHAIN_PROMPTS
 from linear_chain import LinearChain, linear_reward
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
-from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig, SamplerConfig, ValuePretrainingConfig
+from lacfast import (
+    CriticConfig,
+    LatentActorCriticTrainer,
+    PPOConfig,
+    SamplerConfig,
+    ValuePretrainingConfig,
+    value_pretraining,
+)
 from lacfast.critic import rollout_values
 from lacfast.prompts import PromptSet
 from lacfast.trainer import SELECTION_IDS
@@ -52,6 +59,31 @@ def test_it_stops_when_the_critic_gets_no_better() -> None:
     for group in stalled.learner.critic_optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
     assert len(stalled.pretrain_critic().history) == 2
+
+
+def test_without_held_out_states_each_rollout_measures_the_critic_that_has_not_seen_it() -> None:
+    made = trainer(64, iterations=4, passes=4.0, held_out_samples=0)
+    values = []
+    result = made.pretrain_critic(lambda iteration, variance: values.append(float(variance.mean())))
+    assert (result.images, made.images) == (4 * 64, 4 * 64)
+    assert result.history == values
+    assert result.history[0] == 0, "V = 0 before anything is learned"
+    assert max(result.history) > 0
+    assert made.critic is not None
+    rollout = made.collect(PromptSet.create(PROMPTS).cycle(64), SELECTION_IDS)
+    assert rollout is not None
+    learned = held_out_variance(made.critic, rollout, made.normalizer)
+    assert float(learned.mean()) > 0, "the last critic is kept, which no iteration has measured"
+
+
+def test_without_held_out_states_it_stops_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = iter([0.1, 0.3, 0.2, 0.1, 0.4])
+    monkeypatch.setattr(
+        value_pretraining, "rollout_variance", lambda rollout, normalizer: torch.tensor([[next(scripted)]])
+    )
+    result = trainer(iterations=6, patience=2, held_out_samples=0).pretrain_critic()
+    assert result.history == pytest.approx([0.1, 0.3, 0.2, 0.1])
+    assert float(result.explained_variance) == pytest.approx(0.1), "of the last critic, not of the best"
 
 
 def chain_trainer(**pretrain: Any) -> LatentActorCriticTrainer:
@@ -101,6 +133,8 @@ def test_a_gated_run_goes_on_with_what_it_knew_of_its_critic() -> None:
     [
         ({"completions": 1}, r"completions=1 must be at least 2"),
         ({"stop_score": 0.9}, r"stop_score=0.9 needs floor and ceiling; set completions"),
+        ({"completions": 2, "held_out_samples": 0}, r"completions=2 are those of held-out states"),
+        ({"held_out_samples": -1}, r"held_out_samples=-1 must be >= 0"),
         ({"completions": 2, "bound_states": 1}, r"bound_states=1 must be at least 2"),
     ],
 )

@@ -26,11 +26,12 @@ class ValuePretrainingConfig:
     minibatch_size: int = 256
     """(sample, step) pairs per optimizer step."""
     held_out_samples: int = 512
-    """Trajectories on held-out prompts that choose when to stop."""
+    """Trajectories on held-out prompts that choose when to stop and which critic is kept. 0: every rollout
+    measures the critic before it learns from it, and the last critic is kept; no image is spent."""
     initial_rate_factor: float = 3.0
     """The critic's learning rates start at this multiple and fall linearly to 1 over the iterations."""
     patience: int = 4
-    """Iterations without a better held-out explained variance before it stops; the best critic is kept."""
+    """Iterations without a better explained variance before it stops."""
     stop_score: float = math.inf
     """Overall score at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
     lacfast.explained_variance. inf: patience alone."""
@@ -49,6 +50,11 @@ class ValuePretrainingConfig:
         require(
             self.completions == 0 or self.completions >= 2,
             f"completions={self.completions} must be at least 2 to be compared (0: no bounds)",
+        )
+        require(self.held_out_samples >= 0, f"held_out_samples={self.held_out_samples} must be >= 0")
+        require(
+            self.completions == 0 or self.held_out_samples > 0,
+            f"completions={self.completions} are those of held-out states; set held_out_samples",
         )
         require(
             self.completions > 0 or math.isinf(self.stop_score),
