@@ -14,6 +14,8 @@ GROUP_SIZE = 8
 PRETRAINING_ITERATIONS = 4
 """Of the latent critic. Chosen on tuning prompts from 0, 4 and the preset's 16 at one learning rate: images
 of value pretraining count, and a short run does not earn back many."""
+TAUGHT_ITERATIONS = 80
+"""Of a critic whose value pretraining costs nothing."""
 MEAN_STD = 0.47
 """Of the trained steps of the tiny models' sampler."""
 
@@ -24,8 +26,14 @@ def latent_critic(backbone: str) -> TrainConfig:
 
 
 def pretrained_for(config: TrainConfig, iterations: int) -> TrainConfig:
-    """The configuration with so many rollouts of value pretraining, none of which is stopped early."""
-    return replace(config, pretrain=replace(config.pretrain, iterations=iterations, patience=iterations))
+    """The configuration with so many rollouts of value pretraining, and no other images for it."""
+    pretrain = replace(config.pretrain, iterations=iterations, patience=iterations, held_out_samples=0)
+    return replace(config, pretrain=pretrain)
+
+
+def taught_critic(backbone: str) -> TrainConfig:
+    """A control: a critic that has seen the base model often; see Arm.counts_pretraining."""
+    return pretrained_for(latent_critic(backbone), TAUGHT_ITERATIONS)
 
 
 def copied_trunk(backbone: str) -> TrainConfig:

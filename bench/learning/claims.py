@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.learning.arms import (
+    TAUGHT_ITERATIONS,
     constrained,
     copied_trunk,
     group_relative,
@@ -13,6 +14,7 @@ from bench.learning.arms import (
     running_prompt_statistics,
     scalarized,
     shuffled_critic,
+    taught_critic,
 )
 from bench.learning.runs import Arm, Budget
 from lacfast.tasks.models import BackboneName
@@ -60,6 +62,7 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
         "copied trunk": Arm(config=copied_trunk(backbone)),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
         "no value pretraining": Arm(config=latent_critic(backbone), value_pretraining=False),
+        "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
     }
 
 
@@ -97,17 +100,20 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
-        note="On the DiT, the latent critic had one choice more than the others: 4 iterations of value "
-        "pretraining, after single runs with 0, 4 and 16 at the learning rate 3e-4 on tuning prompts.",
+        note="The latent critic had two choices more than the others, both on the DiT: 4 iterations of value "
+        "pretraining, after single runs with 0, 4 and 16 at the learning rate 3e-4, and the prompt's tokens "
+        "and a wider head, for what they explain of the base model's rewards on prompts that train.",
     ),
     "controls": Claim(
-        question="Is it the critic? Values of other images, no pretraining, a full trunk, no critic.",
+        question="Is it the critic? Others' values, no pretraining, a full trunk, none, a better one.",
         problem="shapes",
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold"),
         grid=(3e-4,),
         seeds=3,
+        note=f"The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
+        "it tells what a critic would be worth that knows this much when training begins.",
     ),
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",

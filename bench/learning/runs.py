@@ -35,7 +35,9 @@ class Arm:
     rewards: dict[str, float] | None = None
     """Reward -> weight. None: the problem's."""
     value_pretraining: bool = True
-    """Whether a critic is pretrained before the first update; its images and its time count."""
+    """Whether a critic is pretrained before the first update."""
+    counts_pretraining: bool = True
+    """Whether that costs images and time; False only for a control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,8 @@ def run(
         if trainer.critic is not None and arm.value_pretraining:
             with watch:
                 trainer.pretrain_critic()
+            if not arm.counts_pretraining:
+                trainer.images, watch.seconds = 0, 0.0
             points.append(judge())
     while trainer.images < budget.images or watch.seconds < budget.seconds:
         due = _next_judgement(points, budget)
