@@ -35,7 +35,9 @@ MEASURES = ("trunks", "iterations", "time", "text", "loss")
 TRUNKS = ("branch", "shared", "lora", "copy", "latent_net", "prompt_only", "pixel")
 ITERATIONS = (0, 5, 15, 40)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "trunks": {trunk: {"trunk": trunk} for trunk in TRUNKS},
+    # prompt_only reads the prompt already and refuses it twice.
+    "trunks": {trunk: {"trunk": trunk} for trunk in TRUNKS}
+    | {"prompt_only": {"trunk": "prompt_only", "text_conditioning": "none"}},
     "time": {"with the timestep": {"time_conditioning": True}, "without": {"time_conditioning": False}},
     "text": {name: {"text_conditioning": name} for name in ("none", "pooled", "tokens")},
     "loss": {name: {"loss": name} for name in ("mse", "bce", "hl_gauss")},

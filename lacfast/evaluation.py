@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lacfast import reference
+from lacfast import reference, sample_ids
 from lacfast.advantages import RewardNormalizer
 from lacfast.profiling import span
 from lacfast.prompts import PromptSet
@@ -18,8 +18,6 @@ from lacfast.rollout_sampler import RolloutSampler
 from lacfast.scoring import RewardSet
 
 RELIABILITY_BINS = 10
-EVALUATION_IDS = 1 << 40
-"""First sample id of evaluations: the same noise for every evaluation, never seen in training."""
 
 
 def evaluate(
@@ -62,7 +60,7 @@ def evaluate(
     with RewardQueue(rewards, decode=decode, decode_aside=device.type == "cuda") as queue:
         for start in range(0, len(prompts), batch_size):
             part = prompts.take(range(start, min(start + batch_size, len(prompts))))
-            ids = range(EVALUATION_IDS + start, EVALUATION_IDS + start + len(part))
+            ids = range(sample_ids.EVALUATION + start, sample_ids.EVALUATION + start + len(part))
             rollout = sampler.sample(
                 table,
                 part.texts,

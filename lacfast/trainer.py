@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast import checkpoint
+from lacfast import checkpoint, sample_ids
 from lacfast.advantages import AdvantageEstimator, Advantages, RewardNormalizer, stack_rewards
 from lacfast.config import TrainConfig
 from lacfast.critic import Critic, attach_critic
@@ -36,13 +36,6 @@ from lacfast.trackers import Tracker
 from lacfast.training_tables import TrainingTables
 from lacfast.value_confidence import ValueConfidence, configured_bounds
 from lacfast.value_pretraining import PretrainResult, pretrain_values, rollout_variance, update_statistics
-
-PRETRAINING_IDS = 1 << 41
-"""First sample id of value pretraining."""
-SELECTION_IDS = 1 << 42
-"""First sample id of the rollout that chooses the pretrained critic; never the evaluation's."""
-BRANCH_IDS = 1 << 43
-"""First sample id of the completions that measure what a state tells of its reward."""
 
 
 class LatentActorCriticTrainer:
@@ -225,7 +218,7 @@ class LatentActorCriticTrainer:
             self.learner.critic_optimizer,
             self.normalizer,
             held_out,
-            lambda iteration: self._training_rollout(iteration, PRETRAINING_IDS),
+            lambda iteration: self._training_rollout(iteration, sample_ids.VALUE_PRETRAINING),
             settings,
             self.config.ppo,
             seed=self.config.seed,
@@ -242,7 +235,7 @@ class LatentActorCriticTrainer:
         # The floor needs every prompt twice.
         distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
         prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
-        held_out = self.collect(prompts.cycle(settings.held_out_samples), SELECTION_IDS)
+        held_out = self.collect(prompts.cycle(settings.held_out_samples), sample_ids.SELECTION)
         if held_out is None:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         return held_out
@@ -253,7 +246,8 @@ class LatentActorCriticTrainer:
         `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
         """
         bounds = configured_bounds(
-            self.behaviour, rollout, self.rewards, self.normalizer, self.config, first_id=BRANCH_IDS
+            *(self.behaviour, rollout, self.rewards, self.normalizer, self.config),
+            first_id=sample_ids.COMPLETIONS,
         )
         self.images += bounds.images
         return bounds

@@ -14,13 +14,12 @@ from bench.critic_trunks import SMOKE
 from bench.critic_variance import ITERATIONS, MEASURES, Cell, cells
 from bench.learning import critics_section, units
 from bench.learning.problems import Materials, Prompts
-from lacfast import CriticConfig
+from lacfast import CriticConfig, presets, sample_ids
 from lacfast.checkpoint import whole_directory
 from lacfast.config import TRUNKS
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
-from lacfast.trainer import SELECTION_IDS
 
 BOUNDS = {"floor": [0.2], "ceiling": [[0.5], [1.0]], "images": 8}
 NOWHERE = Materials(Path("nowhere"))
@@ -82,8 +81,11 @@ def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     assert (tmp_path / "docs" / "results" / "critics-dit.png").stat().st_size > 10_000
 
 
-def test_every_measure_has_cells_of_its_own_and_every_trunk_with_a_critic_is_compared() -> None:
-    made = list(cells(MEASURES, CriticConfig(), SMOKE))
+@pytest.mark.parametrize("preset", [CriticConfig(), presets.shapes("dit").critic])
+def test_every_measure_has_cells_of_its_own_and_every_trunk_with_a_critic_is_compared(
+    preset: CriticConfig,
+) -> None:
+    made = list(cells(MEASURES, preset, SMOKE))
     configurations = {cell.key: (cell.critic, cell.iterations) for cell in made}
     assert all(configurations[cell.key] == (cell.critic, cell.iterations) for cell in made)
     # The preset's critic stands in four tables and is trained once.
@@ -112,7 +114,7 @@ def test_a_critic_is_chosen_on_tuning_prompts_and_reported_on_held_out_ones(
     prompts = Prompts.of(scenes.TASK)
     held_out, tuning = ({prompt.text for prompt in part} for part in (prompts.held_out, prompts.tuning))
     assert seen.pop(critic_variance.REPORT_IDS) == held_out
-    assert seen.pop(SELECTION_IDS) == tuning
+    assert seen.pop(sample_ids.SELECTION) == tuning
     assert all(not texts & (held_out | tuning) for texts in seen.values())
     none, some = (units.read(directory / f"iterations-{count}-seed0.json") for count in (0, 1))
     assert none["images"] == 0

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 LAYERS = (
     ("_C", "kernels"),
-    ("records", "config", "run_config", "precision", "profiling", "distributed"),
+    ("records", "sample_ids", "config", "run_config", "precision", "profiling", "distributed"),
     ("schedule", "reference", "graph", "cuda_graph", "fake_graph"),
     ("ops",),
     ("protocols", "prompts", "scoring", "reward_queue", "value_loss", "critic"),
