@@ -12,8 +12,7 @@ from lacfast.tasks.models import LATENT_SIZE
 GROUP_SIZE = 8
 """Images per prompt of group-relative methods; the rollout's size stays, so it has fewer prompts."""
 PRETRAINING_ITERATIONS = 4
-"""Of the latent critic. Chosen on tuning prompts from 0, 4 and the preset's 16 at one learning rate: images
-of value pretraining count, and a short run does not earn back many."""
+"""Of a latent critic that has value pretraining; a short run does not earn back the preset's 16."""
 TAUGHT_ITERATIONS = 80
 """Of a critic whose value pretraining costs nothing."""
 MEAN_STD = 0.47
@@ -21,7 +20,7 @@ MEAN_STD = 0.47
 
 
 def latent_critic(backbone: str) -> TrainConfig:
-    """The method: a branch critic, one sample per prompt, value pretraining."""
+    """The method: a branch critic, one sample per prompt; whether values are pretrained is the Arm's."""
     return pretrained_for(presets.shapes(backbone), PRETRAINING_ITERATIONS)
 
 

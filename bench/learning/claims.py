@@ -17,12 +17,16 @@ from bench.learning.arms import (
     taught_critic,
 )
 from bench.learning.runs import Arm, Budget
+from lacfast.config import TrainConfig
 from lacfast.tasks.models import BackboneName
 
 LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
 """Of the policy: the grid on which every arm is tuned alike."""
-BASE_REWARD = 0.57
-"""Mean of the checker's reward on the base model's images of training prompts."""
+CHECKER_FLOOR = 0.57
+"""Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
+HEIGHT_SHARE = 0.42
+"""Deviation of the reward for height over the checker's on the base model's images, rounded: what a plain sum
+of both amounts to once each is normalised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +51,13 @@ class Claim:
     """What a reader of the results must know besides."""
 
 
+def _unpretrained(config: TrainConfig) -> Arm:
+    return Arm(config=config, value_pretraining=False)
+
+
 def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
-        "latent critic": Arm(config=latent_critic(backbone)),
+        "latent critic": _unpretrained(latent_critic(backbone)),
         "GRPO": Arm(config=group_relative(backbone, "grpo")),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
     }
@@ -57,11 +65,11 @@ def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
 
 def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
-        "latent critic": Arm(config=latent_critic(backbone)),
-        "shuffled critic": Arm(config=shuffled_critic(backbone)),
-        "copied trunk": Arm(config=copied_trunk(backbone)),
+        "latent critic": _unpretrained(latent_critic(backbone)),
+        "shuffled critic": _unpretrained(shuffled_critic(backbone)),
+        "copied trunk": _unpretrained(copied_trunk(backbone)),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
-        "no value pretraining": Arm(config=latent_critic(backbone), value_pretraining=False),
+        "value pretraining": Arm(config=latent_critic(backbone)),
         "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
     }
 
@@ -69,8 +77,9 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
 def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
     checker, height = {"shapes": 1.0}, {"shapes_height": 1.0}
     return {
-        "two heads": Arm(config=latent_critic(backbone), rewards=checker | height),
+        "two heads": Arm(config=latent_critic(backbone), rewards=checker | {"shapes_height": HEIGHT_SHARE}),
         "one shared head": Arm(config=scalarized(backbone), rewards=checker | height),
+        "two heads alike": Arm(config=latent_critic(backbone), rewards=checker | height),
         "checker alone": Arm(config=latent_critic(backbone), rewards=checker),
         "height alone": Arm(config=latent_critic(backbone), rewards=height),
     }
@@ -83,7 +92,7 @@ def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
         ),
         "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
         "checker constrained": Arm(
-            config=constrained(backbone, "shapes", BASE_REWARD),
+            config=constrained(backbone, "shapes", CHECKER_FLOOR),
             rewards={"shapes": 1.0, "jpeg_compressibility": 1.0},
         ),
     }
@@ -100,12 +109,12 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
-        note="The latent critic had two choices more than the others, both on the DiT: 4 iterations of value "
-        "pretraining, after single runs with 0, 4 and 16 at the learning rate 3e-4, and the prompt's tokens "
-        "and a wider head, for what they explain of the base model's rewards on prompts that train.",
+        note="The latent critic had two choices more than the others, both on the DiT: no value pretraining, "
+        "for the larger area on tuning prompts than with 4 iterations of it, and the prompt's tokens and a "
+        "wider head, for what they explain of the base model's rewards on prompts that train.",
     ),
     "controls": Claim(
-        question="Is it the critic? Others' values, no pretraining, a full trunk, none, a better one.",
+        question="Is it the critic? Others' values, a full trunk, no critic, pretraining, a better one.",
         problem="shapes",
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
@@ -141,8 +150,9 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         grid=(3e-4,),
         seeds=3,
-        note="Two heads weigh both rewards alike after normalising each; the shared head learns their plain "
-        "sum, in which the one with the larger deviation counts more.",
+        note="The shared head learns the plain sum of both rewards, in which the one with the larger "
+        f"deviation counts more. Two heads normalise each: with the weight {HEIGHT_SHARE} for height they "
+        "weigh both as that sum does; with equal weights (alike) height counts for more than twice as much.",
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
@@ -153,6 +163,6 @@ CLAIMS = {
         grid=(3e-4,),
         seeds=3,
         note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
-        f"arm raises the checker's weight while its reward is below the base model's {BASE_REWARD}.",
+        f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}.",
     ),
 }
