@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bench.learning import __main__ as command
 from bench.learning import page, runs, units
 from bench.learning.analysis import area, common_budget, final, images, paired, seconds
 from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
-from bench.learning.problems import PROBLEMS, Materials, Prompts
+from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Materials, Prompts
 from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
 from lacfast.checkpoint import whole_directory
+from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.tasks import scenes
 from lacfast.tasks.dual_encoder import train_dual_encoder
 from lacfast.tasks.pretraining import pretrain
@@ -212,6 +214,18 @@ def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
     assert (task.name, task.image_size) == ("shapes-64", 64)
     assert {prompt.text for prompt in task.prompts()} == {prompt.text for prompt in scenes.TASK.prompts()}
     assert SCALES["cpu"].config(claim.arms("dit")["GRPO"].config) == claim.arms("dit")["GRPO"].config
+
+
+def test_a_budget_for_the_file_asks_for_no_smaller_one() -> None:
+    reward = JpegBudget.of(scenes.TASK)
+    flat, noise = torch.full((1, 3, 32, 32), 0.5), torch.rand(1, 3, 32, 32, generator=torch.Generator())
+    images = torch.cat([flat, noise])
+    sizes = jpeg_incompressibility(images, [], [])
+    assert sizes[0] < reward.kilobytes < sizes[1]
+    assert reward(images, [], []).tolist() == [0.0, pytest.approx(float(reward.kilobytes - sizes[1]))]
+    pictures = torch.from_numpy(scenes.TASK.draw(scenes.TASK.prompts() * 4, np.random.default_rng(3)))
+    kept = reward(pictures, [], []) == 0
+    assert float(kept.float().mean()) == pytest.approx(BUDGET_QUANTILE, abs=0.05)
 
 
 def test_every_problem_names_rewards_that_exist(materials: Materials) -> None:

@@ -80,10 +80,10 @@ def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]
                 yield Job(path, at_rate(arm, value), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
-            value = chosen(claim, directory, name)
-            if value is not None:
+            tuned = chosen(claim, directory, name)
+            if tuned is not None:
                 path = directory / file_name(name, f"seed{seed}")
-                yield Job(path, at_rate(arm, value), budget, seed, False)
+                yield Job(path, at_rate(arm, tuned), budget, seed, False)
 
 
 def perform(

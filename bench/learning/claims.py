@@ -98,6 +98,15 @@ def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+def _budget_arms(backbone: BackboneName) -> dict[str, Arm]:
+    checker, budget = {"shapes": 1.0}, {"jpeg_budget": 1.0}
+    return {
+        "checker and budget": Arm(config=latent_critic(backbone), rewards=checker | budget),
+        "checker alone": Arm(config=latent_critic(backbone), rewards=checker),
+        "budget alone": Arm(config=latent_critic(backbone), rewards=budget),
+    }
+
+
 CLAIMS = {
     "baselines": Claim(
         question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
@@ -164,5 +173,16 @@ CLAIMS = {
         seeds=3,
         note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
         f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}.",
+    ),
+    "budget": Claim(
+        question="Does the checker survive a budget for the file that a quarter of real pictures keep?",
+        problem="budget",
+        arms=_budget_arms,
+        budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
+        grid=(3e-4,),
+        seeds=3,
+        note="The second reward is minus the kB beyond the budget, so a flat picture gains nothing more than "
+        "a plain one of the data; both rewards weigh alike after normalising each.",
     ),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from lacfast.checkpoint import whole_directory
 from lacfast.metrics import diversity
 from lacfast.protocols import Backbone, Reward
 from lacfast.records import Evaluation
+from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.dual_encoder import STEPS, DualEncoder, SimilarityReward, train_dual_encoder
 from lacfast.tasks.gauges import frechet_distance, off_palette
@@ -23,6 +25,8 @@ from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.tasks.task import Prompt, Task
 
+BUDGET_QUANTILE = 0.25
+"""Share of the task's own pictures that keep the budget of their size as a file."""
 BASE_SEED = 0
 """Of the base models; the seeds of a claim are those of post-training."""
 PROXY_SEED, GOLD_SEED = 0, 1
@@ -53,12 +57,35 @@ PROBLEMS = {
     "jpeg": Problem(
         task=scenes.TASK, rewards={"jpeg_compressibility": 1.0}, judges=("shapes_strict", "shapes_gold")
     ),
+    "budget": Problem(
+        task=scenes.TASK,
+        rewards={"jpeg_budget": 1.0},
+        judges=("shapes_strict", "shapes_gold", "jpeg_budget"),
+    ),
     "layout": Problem(
         task=scenes.TASK,
         rewards={"shapes": 1.0, "shapes_height": 1.0},
         judges=("shapes_strict", "shapes_gold", "shapes_height"),
     ),
 }
+
+
+@dataclass(frozen=True)
+class JpegBudget:
+    """A reward that asks for small files, but for none smaller than the budget."""
+
+    kilobytes: float
+    name: str = "jpeg_budget"
+
+    @staticmethod
+    def of(task: Task) -> JpegBudget:
+        """A budget inside the range of the task's own pictures."""
+        sizes = jpeg_incompressibility(_pictures(task), [], [])
+        return JpegBudget(float(sizes.quantile(BUDGET_QUANTILE)))
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        """Minus the kB (B,) that images (B, 3, H, W) in [0, 1] have too many."""
+        return (self.kilobytes - jpeg_incompressibility(images, prompts, metadata)).clamp(max=0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +127,9 @@ class Materials:
         return DualEncoder.from_pretrained(target)
 
     def reward(self, name: str, task: Task) -> str | Reward:
-        """A registered name as it is, or the dual encoder that bears it."""
+        """A registered name as it is, or the reward of the task that bears it."""
+        if name == "jpeg_budget":
+            return JpegBudget.of(task)
         seeds = {"similarity": PROXY_SEED, "similarity_gold": GOLD_SEED}
         return SimilarityReward(self.encoder(task, seeds[name]), name) if name in seeds else name
 
@@ -124,12 +153,15 @@ class Prompts:
         )
 
 
+def _pictures(task: Task) -> Tensor:
+    """Four of every prompt, (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(task.draw(task.prompts() * 4, np.random.default_rng(11)))
+
+
 def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str, float]]:
     """Evaluation -> gauges of hacking: diversity, features' distance to the data, pixels off the palette."""
-    prompts = task.prompts()
-    pictures = torch.from_numpy(task.draw(prompts * 4, np.random.default_rng(11)))
     encoder = materials.encoder(task, GOLD_SEED)
-    data = encoder.embed_images(pictures)
+    data = encoder.embed_images(_pictures(task))
 
     def measure(evaluation: Evaluation) -> dict[str, float]:
         images: Tensor = evaluation.images.to("cpu", torch.float32)
