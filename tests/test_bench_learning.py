@@ -122,7 +122,7 @@ def small_claim() -> Claim:
             "GRPO": small(Arm(config=group_relative(backbone, "grpo"))),
         },
         budgets={"dit": SMALL},
-        grid=(1e-4, 3e-4),
+        grid=(0.3, 1.0),
         seeds=2,
     )
 

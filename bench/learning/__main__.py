@@ -43,18 +43,19 @@ def at_rate(arm: Arm, rate: float) -> Arm:
     return replace(arm, config=replace(arm.config, ppo=replace(arm.config.ppo, policy_learning_rate=rate)))
 
 
-def chosen(claim: Claim, directory: Path, name: str) -> float | None:
-    """The value of the grid with the largest area under the headline's curve; None: not tuned yet."""
-    if len(claim.grid) == 1:
-        return claim.grid[0]
+def chosen(claim: Claim, directory: Path, name: str, arm: Arm) -> float | None:
+    """The rate of the grid with the largest area under the headline's curve; None: not tuned yet."""
+    rates = claim.rates(arm)
+    if len(rates) == 1:
+        return rates[0]
     areas = {}
-    for value in claim.grid:
-        path = directory / "tuning" / file_name(name, f"{value:g}")
+    for rate in rates:
+        path = directory / "tuning" / file_name(name, f"{rate:g}")
         if not path.exists():
             return None
         points = runs.read(path)
-        areas[value] = area(points, images, claim.metrics[0], images(points[-1]))
-    return max(areas, key=lambda value: areas[value])
+        areas[rate] = area(points, images, claim.metrics[0], images(points[-1]))
+    return max(areas, key=lambda rate: areas[rate])
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,15 @@ def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]
     if len(claim.grid) > 1:
         short = replace(budget, images=round(TUNING_SHARE * budget.images), seconds=0.0)
         for name, arm in arms.items():
-            for value in claim.grid:
-                path = directory / "tuning" / file_name(name, f"{value:g}")
-                yield Job(path, at_rate(arm, value), short, TUNING_SEED, True)
+            for rate in claim.rates(arm):
+                path = directory / "tuning" / file_name(name, f"{rate:g}")
+                yield Job(path, at_rate(arm, rate), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
-            tuned = chosen(claim, directory, name)
-            if tuned is not None:
+            rate = chosen(claim, directory, name, arm)
+            if rate is not None:
                 path = directory / file_name(name, f"seed{seed}")
-                yield Job(path, at_rate(arm, tuned), budget, seed, False)
+                yield Job(path, at_rate(arm, rate), budget, seed, False)
 
 
 def perform(

@@ -20,8 +20,8 @@ from bench.learning.runs import Arm, Budget
 from lacfast.config import TrainConfig
 from lacfast.tasks.models import BackboneName
 
-LEARNING_RATES = (7.5e-5, 1.5e-4, 3e-4, 6e-4)
-"""Of the policy: the grid on which every arm is tuned alike."""
+LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
+"""Of the policy, in units of the preset's: the grid on which every arm is tuned alike."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 HEIGHT_SHARE = 0.42
@@ -44,11 +44,16 @@ class Claim:
     reward_costs: tuple[float, ...] = (0.0,)
     """Seconds per image at which arms are compared at equal time."""
     grid: tuple[float, ...] = LEARNING_RATES
-    """Policy learning rates that every arm is tried with, once, on the tuning prompts; one tunes nothing."""
+    """Policy learning rates, in units of the arm's own, that every arm is tried with, once, on the tuning
+    prompts; one tunes nothing."""
     seeds: int = 5
     """Paired runs per arm."""
     note: str = ""
     """What a reader of the results must know besides."""
+
+    def rates(self, arm: Arm) -> tuple[float, ...]:
+        """The policy learning rates of the grid."""
+        return tuple(factor * arm.config.ppo.policy_learning_rate for factor in self.grid)
 
 
 def _unpretrained(config: TrainConfig) -> Arm:
@@ -128,7 +133,7 @@ CLAIMS = {
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold"),
-        grid=(3e-4,),
+        grid=(1.0,),
         seeds=3,
         note=f"The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
         "it tells what a critic would be worth that knows this much when training begins.",
@@ -157,7 +162,7 @@ CLAIMS = {
         arms=_multi_reward_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
-        grid=(3e-4,),
+        grid=(1.0,),
         seeds=3,
         note="The shared head learns the plain sum of both rewards, in which the one with the larger "
         f"deviation counts more. Two heads normalise each: with the weight {HEIGHT_SHARE} for height they "
@@ -169,7 +174,7 @@ CLAIMS = {
         arms=_hacking_arms,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
-        grid=(3e-4,),
+        grid=(1.0,),
         seeds=3,
         note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
         f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}.",
@@ -180,7 +185,7 @@ CLAIMS = {
         arms=_budget_arms,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
-        grid=(3e-4,),
+        grid=(1.0,),
         seeds=3,
         note="The second reward is minus the kB beyond the budget, so a flat picture gains nothing more than "
         "a plain one of the data; both rewards weigh alike after normalising each.",

@@ -96,7 +96,7 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
         f"## {name}, {backbone}",
         "",
         f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. "
-        + _tuning(results / name / backbone, claim, arms),
+        + _tuning(results / name / backbone, claim, backbone),
         *(["", claim.note] if claim.note else []),
         "",
         f"![curves]({pictures.name}/{picture.name})",
@@ -109,8 +109,10 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     return "\n".join(lines)
 
 
-def _tuning(directory: Path, claim: Claim, arms: Sequence[str]) -> str:
-    rates = ", ".join(f"{value:g}" for value in claim.grid)
+def _tuning(directory: Path, claim: Claim, backbone: BackboneName) -> str:
+    arms = claim.arms(backbone)
+    grids = {claim.rates(arm) for arm in arms.values()}
+    rates = " or ".join(", ".join(f"{rate:g}" for rate in grid) for grid in sorted(grids))
     if len(claim.grid) == 1:
         return f"Policy learning rate fixed at {rates}."
     chosen = {arm: units.read(_paths(directory, arm)[0])["policy_learning_rate"] for arm in arms}
