@@ -122,7 +122,7 @@ def small_claim() -> Claim:
             "GRPO": small(Arm(config=group_relative(backbone, "grpo"))),
         },
         budgets={"dit": SMALL},
-        grid=(0.3, 1.0),
+        grid=(0.5, 1.0),
         seeds=2,
     )
 
@@ -135,8 +135,8 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     command.perform("baselines", "dit", materials, deadline=float("inf"), results=results)
     found = sorted(path.name for path in (results / "baselines" / "dit").rglob("*.json"))
     assert found == [
-        "grpo-0.0001.json", "grpo-0.0003.json", "grpo-seed0.json", "grpo-seed1.json",
-        "latent-critic-0.0001.json", "latent-critic-0.0003.json", "latent-critic-seed0.json",
+        "grpo-0.00015.json", "grpo-0.0003.json", "grpo-seed0.json", "grpo-seed1.json",
+        "latent-critic-0.00015.json", "latent-critic-0.0003.json", "latent-critic-seed0.json",
         "latent-critic-seed1.json",
     ]  # fmt: skip
     critic = runs.read(results / "baselines" / "dit" / "latent-critic-seed0.json")
@@ -155,7 +155,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
     rate = units.read(results / "baselines" / "dit" / "grpo-seed0.json")["policy_learning_rate"]
-    assert "tuned over 0.0001, 0.0003; chosen: " in text
+    assert "tuned over 0.00015, 0.0003; chosen: " in text
     assert f"{rate:g} (GRPO)" in text
     (lead,) = [line for line in text.splitlines() if line.startswith("| latent critic minus GRPO")][:1]
     scored = len(claim.metrics) + 1
