@@ -57,6 +57,12 @@ def constrained(backbone: str, reward: str, floor: float) -> TrainConfig:
     return replace(latent_critic(backbone), advantages=rule)
 
 
+def conditional(backbone: str, easy: str, hard: str, threshold: float) -> TrainConfig:
+    """A head per reward; `easy` counts only for images whose raw `hard` reaches `threshold`."""
+    rule = AdvantageConfig(combination="conditional", conditions=((easy, hard, threshold),))
+    return replace(latent_critic(backbone), advantages=rule)
+
+
 def group_relative(backbone: str, estimator: str) -> TrainConfig:
     """Estimators that compare the images of one prompt: "grpo" or "leave_one_out"."""
     # Leave-one-out as published divides by nothing; divided, it would be GRPO times a constant.
@@ -98,28 +104,6 @@ def ratio_norm(backbone: str) -> TrainConfig:
     config = group_relative(backbone, "grpo")
     clip = MEAN_STD * _clip(config)
     return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip_range=clip, balance_steps=False))
-
-
-def combined(
-    backbone: str, *, hard: str, easy: str, threshold: float, floor: float
-) -> dict[str, TrainConfig]:
-    """The five rules for two rewards, by name.
-
-    Args:
-        backbone: "dit" or "unet".
-        hard: name of the reward that must not suffer.
-        easy: name of the reward that is easily raised.
-        threshold: raw value of `hard` from which on `easy` counts, for "conditional".
-        floor: raw mean that `hard` must keep, for "constrained".
-    """
-    rules = (
-        AdvantageConfig(),
-        AdvantageConfig(combination="sum"),
-        AdvantageConfig(combination="scalarized"),
-        AdvantageConfig(combination="conditional", conditions=((easy, hard, threshold),)),
-        AdvantageConfig(combination="constrained", floors=((hard, floor),)),
-    )
-    return {rule.combination: replace(latent_critic(backbone), advantages=rule) for rule in rules}
 
 
 def _clip(config: TrainConfig) -> float:

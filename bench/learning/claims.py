@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 from bench.learning.arms import (
     TAUGHT_ITERATIONS,
+    batch_mean,
+    conditional,
     constrained,
     copied_trunk,
     group_relative,
+    group_std,
+    kl_mask,
     latent_critic,
+    ratio_norm,
     running_prompt_statistics,
     scalarized,
     shuffled_critic,
@@ -24,6 +29,8 @@ LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
 """Of the policy, in units of the preset's: the grid on which every arm is tuned alike."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
+CHECKER_PASSED = 0.99
+"""The checker's reward of images that obey the whole prompt is 1."""
 HEIGHT_SHARE = 0.42
 """Deviation of the reward for height over the checker's on the base model's images, rounded: what a plain sum
 of both amounts to once each is normalised."""
@@ -79,6 +86,17 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+def _estimator_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return {
+        "latent critic": _unpretrained(latent_critic(backbone)),
+        "GRPO": Arm(config=group_relative(backbone, "grpo")),
+        "group std": Arm(config=group_std(backbone)),
+        "KL mask": Arm(config=kl_mask(backbone)),
+        "ratio norm": Arm(config=ratio_norm(backbone)),
+        "batch mean": Arm(config=batch_mean(backbone)),
+    }
+
+
 def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
     checker, height = {"shapes": 1.0}, {"shapes_height": 1.0}
     return {
@@ -91,14 +109,13 @@ def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
 
 
 def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
+    both = {"shapes": 1.0, "jpeg_compressibility": 1.0}
     return {
-        "checker and JPEG": Arm(
-            config=latent_critic(backbone), rewards={"shapes": 1.0, "jpeg_compressibility": 1.0}
-        ),
+        "checker and JPEG": Arm(config=latent_critic(backbone), rewards=both),
         "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
-        "checker constrained": Arm(
-            config=constrained(backbone, "shapes", CHECKER_FLOOR),
-            rewards={"shapes": 1.0, "jpeg_compressibility": 1.0},
+        "checker constrained": Arm(config=constrained(backbone, "shapes", CHECKER_FLOOR), rewards=both),
+        "checker first": Arm(
+            config=conditional(backbone, "jpeg_compressibility", "shapes", CHECKER_PASSED), rewards=both
         ),
     }
 
@@ -137,6 +154,17 @@ CLAIMS = {
         seeds=3,
         note=f"The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
         "it tells what a critic would be worth that knows this much when training begins.",
+    ),
+    "estimators": Claim(
+        question="What do the switches of the methods without a critic change?",
+        problem="shapes",
+        arms=_estimator_arms,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        grid=(1.0,),
+        seeds=3,
+        note="GRPO divides by the rollout's deviation as Flow-GRPO does, group std by the group's as "
+        "DanceGRPO; KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; the batch mean compares with all prompts.",
     ),
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
@@ -177,7 +205,8 @@ CLAIMS = {
         grid=(1.0,),
         seeds=3,
         note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
-        f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}.",
+        f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}; where the checker comes "
+        "first, JPEG counts only for images that obey the prompt.",
     ),
     "budget": Claim(
         question="Does the checker survive a budget for the file that a quarter of real pictures keep?",
