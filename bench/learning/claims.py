@@ -164,7 +164,7 @@ CLAIMS = {
         grid=(1.0,),
         seeds=3,
         note="GRPO divides by the rollout's deviation as Flow-GRPO does, group std by the group's as "
-        "DanceGRPO; KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; the batch mean compares with all prompts.",
+        "DanceGRPO; KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; batch mean compares with the rollout.",
     ),
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
