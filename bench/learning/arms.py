@@ -35,10 +35,10 @@ def taught_critic(backbone: str) -> TrainConfig:
     return pretrained_for(latent_critic(backbone), TAUGHT_ITERATIONS)
 
 
-def copied_trunk(backbone: str) -> TrainConfig:
-    """The critic with a trunk of its own, initialised from the actor."""
+def with_trunk(backbone: str, trunk: str) -> TrainConfig:
+    """The critic on other features; "copy" has a trunk of its own, "shared" a head alone."""
     config = latent_critic(backbone)
-    return replace(config, critic=replace(config.critic, trunk="copy"))
+    return replace(config, critic=replace(config.critic, trunk=trunk))
 
 
 def shuffled_critic(backbone: str) -> TrainConfig:

@@ -10,7 +10,6 @@ from bench.learning.arms import (
     batch_mean,
     conditional,
     constrained,
-    copied_trunk,
     group_relative,
     group_std,
     kl_mask,
@@ -20,6 +19,7 @@ from bench.learning.arms import (
     scalarized,
     shuffled_critic,
     taught_critic,
+    with_trunk,
 )
 from bench.learning.runs import Arm, Budget
 from lacfast.config import TrainConfig
@@ -48,8 +48,8 @@ class Claim:
     budgets: dict[BackboneName, Budget]
     metrics: tuple[str, ...]
     """Scores that are compared, higher is better; the headline first."""
-    reward_costs: tuple[float, ...] = (0.0,)
-    """Seconds per image at which arms are compared at equal time."""
+    reward_costs: tuple[float, ...] = ()
+    """Seconds per image at which arms are compared at equal time; none: at equal images alone."""
     grid: tuple[float, ...] = LEARNING_RATES
     """Policy learning rates, in units of the arm's own, that every arm is tried with, once, on the tuning
     prompts; one tunes nothing."""
@@ -79,7 +79,8 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
         "latent critic": _unpretrained(latent_critic(backbone)),
         "shuffled critic": _unpretrained(shuffled_critic(backbone)),
-        "copied trunk": _unpretrained(copied_trunk(backbone)),
+        "head alone": _unpretrained(with_trunk(backbone, "shared")),
+        "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
         "value pretraining": Arm(config=latent_critic(backbone)),
         "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
@@ -145,11 +146,12 @@ CLAIMS = {
         "wider head, for what they explain of the base model's rewards on prompts that train.",
     ),
     "controls": Claim(
-        question="Is it the critic? Others' values, a full trunk, no critic, pretraining, a better one.",
+        question="Is it the critic? Others' values, a smaller and a full trunk, none, pretraining, a better one.",
         problem="shapes",
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold"),
+        reward_costs=(0.0, 0.05),
         grid=(1.0,),
         seeds=3,
         note=f"The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
