@@ -146,7 +146,7 @@ CLAIMS = {
         "wider head, for what they explain of the base model's rewards on prompts that train.",
     ),
     "controls": Claim(
-        question="Is it the critic? Others' values, a smaller and a full trunk, none, pretraining, a better one.",
+        question="Is it the critic? Others' values, a head alone, a full trunk, none, a pretrained one.",
         problem="shapes",
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
