@@ -223,7 +223,7 @@ def learning(setting: Setting) -> Part:
     if importlib.util.find_spec("diffusers") is None:
         return Part("skipped", "bench.learning needs diffusers, transformers and peft; install them")
     on_gpu, folder = setting.device != "cpu", setting.learning
-    claims = setting.claims or (("baselines",) if on_gpu else ("hacking",))
+    claims = setting.claims or (("baselines",) if on_gpu else ("budget",))
     command = [sys.executable, "-m", "bench.learning", *claims, "--device", setting.device]
     command += ["--scale", "gpu" if on_gpu else "rehearsal", "--out", str(folder)]
     # An iteration, an evaluation or a base model that has begun is not cut short.

@@ -133,8 +133,8 @@ def test_learning_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--only", "learning", "--learning", str(folder), "--out", str(out)]
     assert gpu_check.main([*options, "--seconds", "240"]) == 0
     part = json.loads(out.read_text(encoding="utf-8"))["parts"]["learning"]
-    arms = ("checker-and-jpeg", "checker-constrained", "checker-first", "jpeg-alone")
-    finished = [f"hacking/dit/{arm}-seed0.json" for arm in arms]
+    arms = ("budget-alone", "checker-alone", "checker-and-budget")
+    finished = [f"budget/dit/{arm}-seed0.json" for arm in arms]
     assert part["result"]["curves"] == finished
     assert part["result"]["missing"] == []
     assert part["status"] == "passed"
