@@ -158,6 +158,8 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert "tuned over 0.00015, 0.0003; chosen: " in text
     assert f"{rate:g} (GRPO)" in text
     (lead,) = [line for line in text.splitlines() if line.startswith("| latent critic minus GRPO")][:1]
+    (short,) = [line for line in text.splitlines() if "| shapes_strict | latent critic minus GRPO" in line]
+    assert short.split(" | ")[3] == lead.split(" | ")[1], "the summary repeats the section's lead"
     scored = len(claim.metrics) + 1
     assert lead.count("[") == scored, "final scores and the area have intervals of their own"
     assert "equal time, reward of 100 ms per image" in text

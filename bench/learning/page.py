@@ -43,12 +43,57 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     ]
     sections += steering_section.sections(results, pictures)
     sections += critics_section.sections(results, pictures)
+    summary = list(_summary(results, claims))
     missing = list(_missing(results, claims))
     rest = ["## Not run to the end\n\n" + "\n".join(missing)] if missing else []
     samples = round(scale.samples * Budget.samples)
     head = HEAD.format(samples=samples, error=0.5 / samples**0.5, size=scale.model.image_size)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join([head.strip(), *sections, *rest]) + "\n", encoding="utf-8")
+    page.write_text("\n\n".join([head.strip(), *summary, *sections, *rest]) + "\n", encoding="utf-8")
+
+
+def _summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    """Of all claims: leads of the first arm in the headline's metric."""
+    rows = []
+    for name, claim in claims.items():
+        for backbone in claim.budgets:
+            curves = _paired_curves(results / name / backbone, claim, backbone)
+            if curves and len(next(iter(curves.values()))) > 1:
+                rows += [[f"{name}, {backbone}", *row] for row in _leads(curves, claim)]
+    if rows:
+        columns = ["claim", "metric", "lead", "at the end, equal images", "area, equal images"]
+        columns += ["area, equal time, free reward"]
+        table = [*_row(columns[0], columns[1:]), "|" + "---|" * len(columns)]
+        for first, *cells in rows:
+            table += _row(first, cells)
+        yield "## In short\n\n" + "\n".join(table)
+
+
+def _leads(curves: Curves, claim: Claim) -> Iterator[list[str]]:
+    """Cells of every other arm."""
+    first, *others = curves
+    metric = claim.metrics[0]
+    compared: list[tuple[Measure, Cost]] = [((final, metric), images), ((area, metric), images)]
+    if 0.0 in claim.reward_costs:
+        compared.append(((area, metric), seconds(0.0)))
+    for arm in others:
+        leads = [_lead(curves, first, arm, measure, cost) for measure, cost in compared]
+        yield [metric, f"{first} minus {arm}", *leads, *[""] * (3 - len(leads))]
+
+
+def _lead(curves: Curves, first: str, other: str, measure: Measure, cost: Cost) -> str:
+    return paired(*(_scores(curves, arm, measure, cost) for arm in (first, other))).text()
+
+
+def _scores(curves: Curves, arm: str, measure: Measure, cost: Cost) -> list[float]:
+    """Of every seed, at the largest cost that all curves reach."""
+    budget = _common(curves, cost)
+    function, metric = measure
+    return [function(points, cost, metric, budget) for points in curves[arm]]
+
+
+def _common(curves: Curves, cost: Cost) -> float:
+    return common_budget([points for runs in curves.values() for points in runs], cost)
 
 
 def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
@@ -80,22 +125,27 @@ def _paths(directory: Path, arm: str) -> list[Path]:
     return sorted(directory.glob(f"{arm.lower().replace(' ', '-')}-seed*.json"))
 
 
-def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
+def _paired_curves(directory: Path, claim: Claim, backbone: BackboneName) -> Curves:
+    """Arm -> curves of the seeds that every arm has, which alone can be compared; empty without one."""
     arms = list(claim.arms(backbone))
-    by_seed = load(results / name / backbone, arms)
+    by_seed = load(directory, arms)
     if len(by_seed) < len(arms):
-        return ""
-    # Only seeds that every arm has can be compared.
+        return {}
     seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
-    if not seeds:
+    return {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms} if seeds else {}
+
+
+def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
+    curves = _paired_curves(results / name / backbone, claim, backbone)
+    if not curves:
         return ""
-    curves = {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms}
+    seeds = len(next(iter(curves.values())))
     picture = pictures / f"{name}-{backbone}.png"
     figures.draw(curves, claim.metrics, picture)
     lines = [
         f"## {name}, {backbone}",
         "",
-        f"{claim.question} Problem `{claim.problem}`, paired seeds: {len(seeds)}. "
+        f"{claim.question} Problem `{claim.problem}`, paired seeds: {seeds}. "
         + _tuning(results / name / backbone, claim, backbone),
         *(["", claim.note] if claim.note else []),
         "",
@@ -122,27 +172,22 @@ def _tuning(directory: Path, claim: Claim, backbone: BackboneName) -> str:
 
 def _axis_table(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
     """Scores at the end and over the budget, and the first arm's leads over each other one."""
-    budget = common_budget([points for runs in curves.values() for points in runs], cost)
     first, *others = curves
     measures: dict[str, Measure] = {metric: (final, metric) for metric in metrics}
     measures[f"area, {metrics[0]}"] = (area, metrics[0])
-
-    def scores(arm: str, measure: Measure) -> list[float]:
-        function, metric = measure
-        return [function(points, cost, metric, budget) for points in curves[arm]]
-
-    yield f"At {title} ({budget:,.0f}):"
+    yield f"At {title} ({_common(curves, cost):,.0f}):"
     yield ""
     yield from _row("arm", measures)
     yield "|" + "---|" * (len(measures) + 1)
     start = [mean(points[0].scores[metric] for points in curves[first]) for metric in metrics]
     yield from _row("base model", [*(f"{score:.3f}" for score in start), ""])
     for arm in curves:
-        yield from _row(arm, [f"{mean(scores(arm, measure)):.3f}" for measure in measures.values()])
+        means = [mean(_scores(curves, arm, measure, cost)) for measure in measures.values()]
+        yield from _row(arm, [f"{score:.3f}" for score in means])
     if len(curves[first]) < 2:
         return
     for arm in others:
-        leads = [paired(scores(first, measure), scores(arm, measure)).text() for measure in measures.values()]
+        leads = [_lead(curves, first, arm, measure, cost) for measure in measures.values()]
         yield from _row(f"{first} minus {arm}", leads)
 
 
