@@ -69,7 +69,7 @@ def _unpretrained(config: TrainConfig) -> Arm:
 
 def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
-        "latent critic": _unpretrained(latent_critic(backbone)),
+        "latent critic": _unpretrained(with_trunk(backbone, "branch" if backbone == "dit" else "shared")),
         "GRPO": Arm(config=group_relative(backbone, "grpo")),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
     }
@@ -141,9 +141,10 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
-        note="The latent critic had two choices more than the others, both on the DiT: no value pretraining, "
-        "for the larger area on tuning prompts than with 4 iterations of it, and the prompt's tokens and a "
-        "wider head, for what they explain of the base model's rewards on prompts that train.",
+        note="The latent critic had more choices than the others. On the DiT: no value pretraining, for the "
+        "larger area on tuning prompts than with 4 iterations of it, and the prompt's tokens and a wider head, "
+        "for what they explain of the base model's rewards on prompts that train. On the UNet: a head alone on "
+        "the actor's features, as good on tuning prompts as a branch, which there takes twice the time.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, a head alone, a full trunk, none, a pretrained one.",
