@@ -1,9 +1,9 @@
 """Writes the README's tables from recorded results, so that none of its numbers is typed.
 
-The proof comes from docs/demo/summary.json, the comparison of critics from bench/results/critic-trunks.json,
-the kernels from the newest bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from
-the newest bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost
-from bench/results/costs.json (`python -m bench.costs`).
+The proof comes from docs/demo/summary.json, the kernels from the newest bench/results/kernels-cpu-*.json
+(`python -m bench.kernels`), iterations from the newest bench/results/iteration-cpu-*.json
+(`python -m bench.iteration`), what the published models cost from bench/results/costs.json
+(`python -m bench.costs`), methods from bench/results/learning (`python -m bench.learning baselines`).
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import cost_table
+from bench.learning import tables
+from bench.learning.claims import CLAIMS
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -26,8 +28,8 @@ README = ROOT / "README.md"
 RECORD = ROOT / "docs" / "demo"
 PICTURE = "comparison.png"
 RESULTS = ROOT / "bench" / "results"
-CRITICS = RESULTS / "critic-trunks.json"
 COSTS = RESULTS / "costs.json"
+LEARNING = RESULTS / "learning"
 
 
 def record(run: Path) -> None:
@@ -79,26 +81,6 @@ def proof(summary: dict[str, Any]) -> str:
     picture = f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})"
     lines += ["", picture, "", note]
     return "\n".join(lines)
-
-
-def critics(result: dict[str, Any]) -> str:
-    """What each critic trunk explains and costs, as Markdown."""
-    lines = [
-        "| `trunk` | own parameters | explained variance, second half | time per training iteration |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| `{name}` | {row['parameters'] / 1e3:.0f} k | {row['explained_variance_second_half']:.2f} "
-        f"| {row['iteration_time_over_shared']:.2f} |"
-        for name, row in result["trunks"].items()
-    ]
-    images = next(iter(result["trunks"].values()))["images"]
-    note = (
-        f"Held-out states of the demo's {result['backbone']} ({result['actor_parameters'] / 1e3:.0f} k "
-        f"parameters) after value pretraining on the same {images:,} images; time relative to `shared`, "
-        f"in turn, median of {result['timed_rounds']}; one seed. `python -m bench.critic_trunks` measures it."
-    )
-    return "\n".join([*lines, "", note])
 
 
 def kernels(result: dict[str, Any]) -> str:
@@ -197,16 +179,17 @@ def blocks() -> dict[str, str]:
     """Marker -> Markdown, of everything that is recorded."""
     sources = {
         "proof": (RECORD / "summary.json", proof),
-        "critics": (CRITICS, critics),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, cost_table.table),
     }
-    return {
+    found = {
         block: write(json.loads(path.read_text(encoding="utf-8")))
         for block, (path, write) in sources.items()
         if path.exists()
     }
+    learnt = "\n".join(tables.summary(LEARNING, {"baselines": CLAIMS["baselines"]}))
+    return found | ({"learning": learnt} if learnt else {})
 
 
 def main(arguments: list[str]) -> int:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from bench import critic_variance
-from bench.critic_trunks import SMOKE
 from bench.critic_variance import ITERATIONS, MEASURES, Cell, cells
+from bench.critics import SMOKE
 from bench.learning import critics_section, units
 from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig, presets, sample_ids

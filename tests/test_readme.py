@@ -88,7 +88,7 @@ def test_readme_fits_its_length() -> None:
 
 def test_figures_are_those_of_the_recorded_results() -> None:
     blocks = report.blocks()
-    assert set(blocks) == {"proof", "critics", "kernels", "iteration", "costs"}
+    assert set(blocks) == {"proof", "learning", "kernels", "iteration", "costs"}
     for block, text in blocks.items():
         assert report.updated(README, block, text) == README
     assert not json.loads(SUMMARY.read_text(encoding="utf-8"))["quick"]

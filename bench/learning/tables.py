@@ -1,0 +1,108 @@
+"""Tables of docs/results.md: the arms' scores at equal cost, and the first one's leads over paired seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+
+from bench.learning import runs, units
+from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
+from bench.learning.claims import Claim
+from bench.learning.figures import Curves
+from bench.learning.runs import Point
+from lacfast.tasks.models import BackboneName
+
+Measure = tuple[Callable[[Sequence[Point], Cost, str, float], float], str]
+"""What is compared: a function of a curve, and the metric that it reads."""
+
+
+def _load(directory: Path, arms: Sequence[str]) -> dict[str, dict[int, list[Point]]]:
+    """Arm -> seed -> curve, of the arms that have one."""
+    curves: dict[str, dict[int, list[Point]]] = {}
+    for name in arms:
+        for path in paths(directory, name):
+            curves.setdefault(name, {})[units.read(path)["seed"]] = runs.read(path)
+    return curves
+
+
+def paths(directory: Path, arm: str) -> list[Path]:
+    return sorted(directory.glob(f"{arm.lower().replace(' ', '-')}-seed*.json"))
+
+
+def paired_curves(directory: Path, claim: Claim, backbone: BackboneName) -> Curves:
+    """Arm -> curves of the seeds that every arm has, which alone can be compared; empty without one."""
+    arms = list(claim.arms(backbone))
+    by_seed = _load(directory, arms)
+    if len(by_seed) < len(arms):
+        return {}
+    seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
+    return {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms} if seeds else {}
+
+
+def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    """Lines of a table: leads of the claims' first arms in the headline's metric; none without pairs."""
+    rows = []
+    for name, claim in claims.items():
+        for backbone in claim.budgets:
+            curves = paired_curves(results / name / backbone, claim, backbone)
+            if curves and len(next(iter(curves.values()))) > 1:
+                rows += [[f"{name}, {backbone}", *row] for row in _leads(curves, claim)]
+    if rows:
+        columns = ["metric", "lead", "at the end, equal images", "area, equal images"]
+        columns.append("area, equal time, free reward")
+        yield _row("claim", columns)
+        yield "|" + "---|" * (len(columns) + 1)
+        yield from (_row(first, cells) for first, *cells in rows)
+
+
+def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
+    """Scores at the end and over the budget, and the first arm's leads over each other one."""
+    first, *others = curves
+    measures: dict[str, Measure] = {metric: (final, metric) for metric in metrics}
+    measures[f"area, {metrics[0]}"] = (area, metrics[0])
+    yield f"At {title} ({_common(curves, cost):,.0f}):"
+    yield ""
+    yield _row("arm", measures)
+    yield "|" + "---|" * (len(measures) + 1)
+    start = [mean(points[0].scores[metric] for points in curves[first]) for metric in metrics]
+    yield _row("base model", [*(f"{score:.3f}" for score in start), ""])
+    for arm in curves:
+        means = [mean(_scores(curves, arm, measure, cost)) for measure in measures.values()]
+        yield _row(arm, [f"{score:.3f}" for score in means])
+    if len(curves[first]) < 2:
+        return
+    for arm in others:
+        leads = [_lead(curves, first, arm, measure, cost) for measure in measures.values()]
+        yield _row(f"{first} minus {arm}", leads)
+
+
+def _row(head: str, cells: Iterable[str]) -> str:
+    return "| " + " | ".join([head, *cells]) + " |"
+
+
+def _leads(curves: Curves, claim: Claim) -> Iterator[list[str]]:
+    """Cells of every other arm."""
+    first, *others = curves
+    metric = claim.metrics[0]
+    compared: list[tuple[Measure, Cost]] = [((final, metric), images), ((area, metric), images)]
+    if 0.0 in claim.reward_costs:
+        compared.append(((area, metric), seconds(0.0)))
+    for arm in others:
+        leads = [_lead(curves, first, arm, measure, cost) for measure, cost in compared]
+        yield [metric, f"{first} minus {arm}", *leads, *[""] * (3 - len(leads))]
+
+
+def _lead(curves: Curves, first: str, other: str, measure: Measure, cost: Cost) -> str:
+    return paired(*(_scores(curves, arm, measure, cost) for arm in (first, other))).text()
+
+
+def _scores(curves: Curves, arm: str, measure: Measure, cost: Cost) -> list[float]:
+    """Of every seed, at the largest cost that all curves reach."""
+    budget = _common(curves, cost)
+    function, metric = measure
+    return [function(points, cost, metric, budget) for points in curves[arm]]
+
+
+def _common(curves: Curves, cost: Cost) -> float:
+    return common_budget([points for runs in curves.values() for points in runs], cost)
