@@ -166,6 +166,21 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 
 
+def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
+    directory = tmp_path / "learning" / "hacking" / "dit"
+    arms = list(CLAIMS["hacking"].arms("dit"))
+    point = Point(0, 0, 0.0, dict.fromkeys(CLAIMS["hacking"].metrics, 0.5))
+    points = [point, replace(point, images=6_000, seconds=60.0)]
+    docs = tmp_path / "docs" / "results.md"
+    for arm in arms[:2]:
+        for seed in (0, 1):
+            path = directory / command.file_name(arm, f"seed{seed}")
+            runs.write(path, points, seed=seed, policy_learning_rate=3e-4)
+        page.write(tmp_path / "learning", docs)
+        assert ("## hacking, dit" in docs.read_text()) == (arm == arms[1]), "one arm compares with nothing"
+    assert f"Not run yet: {', '.join(arms[2:])}." in docs.read_text()
+
+
 def test_a_run_begun_by_a_living_process_is_left_to_it(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     assert units.begin(path)

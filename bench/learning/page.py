@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from bench.learning import critics_section, figures, steering_section, tables, units
 from bench.learning.analysis import images, seconds
 from bench.learning.claims import CLAIMS, Claim
+from bench.learning.figures import Curves
 from bench.learning.runs import Budget
 from bench.learning.scales import SCALES, Scale
 from lacfast.tasks.models import BackboneName
@@ -76,7 +77,8 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
         f"## {name}, {backbone}",
         "",
         f"{claim.question} Problem `{claim.problem}`, paired seeds: {seeds}. "
-        + _tuning(results / name / backbone, claim, backbone),
+        + _tuning(results / name / backbone, claim, backbone, curves)
+        + _not_run(claim.arms(backbone), curves),
         *(["", claim.note] if claim.note else []),
         "",
         f"![curves]({pictures.name}/{picture.name})",
@@ -89,12 +91,16 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     return "\n".join(lines)
 
 
-def _tuning(directory: Path, claim: Claim, backbone: BackboneName) -> str:
-    arms = claim.arms(backbone)
-    grids = {claim.rates(arm) for arm in arms.values()}
+def _not_run(arms: Iterable[str], curves: Curves) -> str:
+    missing = [arm for arm in arms if arm not in curves]
+    return f" Not run yet: {', '.join(missing)}." if missing else ""
+
+
+def _tuning(directory: Path, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
+    grids = {claim.rates(arm) for arm in claim.arms(backbone).values()}
     rates = " or ".join(", ".join(f"{rate:g}" for rate in grid) for grid in sorted(grids))
     if len(claim.grid) == 1:
         return f"Policy learning rate fixed at {rates}."
-    chosen = {arm: units.read(tables.paths(directory, arm)[0])["policy_learning_rate"] for arm in arms}
+    chosen = {arm: units.read(tables.paths(directory, arm)[0])["policy_learning_rate"] for arm in curves}
     found = ", ".join(f"{rate:g} ({arm})" for arm, rate in chosen.items())
     return f"Policy learning rate tuned over {rates}; chosen: {found}."

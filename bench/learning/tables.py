@@ -31,13 +31,16 @@ def paths(directory: Path, arm: str) -> list[Path]:
 
 
 def paired_curves(directory: Path, claim: Claim, backbone: BackboneName) -> Curves:
-    """Arm -> curves of the seeds that every arm has, which alone can be compared; empty without one."""
+    """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
+
+    Empty without such a seed, without the claim's first arm, and without another one.
+    """
     arms = list(claim.arms(backbone))
     by_seed = _load(directory, arms)
-    if len(by_seed) < len(arms):
+    if len(by_seed) < 2 or arms[0] not in by_seed:
         return {}
     seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
-    return {arm: [by_seed[arm][seed] for seed in seeds] for arm in arms} if seeds else {}
+    return {arm: [found[seed] for seed in seeds] for arm, found in by_seed.items()} if seeds else {}
 
 
 def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
