@@ -1,6 +1,6 @@
 """Explained variance by step of every critic on the shapes task, between floor and ceiling.
 
-python -m bench.critics                                    DiT: about 40 minutes of a quiet core
+python -m bench.critics                                    DiT: about half an hour of a core per seed
 python -m bench.critics trunks --seeds 0 --minutes 10      every trunk, beginning nothing after 10 minutes
 
 Measures: every trunk, 0 to 40 iterations of value pretraining, heads with and without timestep or prompt, and

@@ -29,7 +29,7 @@ def shapes(backbone: str) -> TrainConfig:
         batch_size=batch_size,
         # The early steps decide what is where; the late ones would learn to please the checker's edges.
         sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=(0, 5)),
-        # With the prompt and a wider head it explains half as much again of a reward that compares the two.
+        # The reward compares the picture with the prompt, so the head reads the prompt too.
         critic=CriticConfig(
             trunk="branch", num_blocks=1, text_conditioning="tokens", num_heads=8, hidden_dim=256
         ),

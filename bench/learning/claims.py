@@ -144,7 +144,8 @@ CLAIMS = {
         note="The latent critic had more choices than the others. On the DiT: no value pretraining, for the "
         "larger area on tuning prompts than with 4 iterations of it, and the prompt's tokens and a wider "
         "head, for what they explain of the base model's rewards on prompts that train. On the UNet: a head "
-        "alone on the actor's features, as good on tuning prompts as a branch, which takes twice the time.",
+        "alone on the actor's features, as good on tuning prompts as a branch, which takes twice the time. "
+        "The curves behind both are in bench/results/learning/baselines/BACKBONE/tuning.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, a head alone, a full trunk, none, a pretrained one.",
