@@ -27,7 +27,7 @@ from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
 
 LORA = LoRAConfig(rank=4, alpha=8)
-TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net", "prompt_only", "pixel")
+TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net", "latent_net", "prompt_only", "pixel")
 
 
 def config_for(

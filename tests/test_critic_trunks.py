@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from tiny_pipelines import tiny_pipeline
 from torch import Tensor, nn
 
 from lacfast import CriticConfig, load_backbone
+from lacfast.backbones.estimate_trunks import CLEAN_CHANNELS, MAP_SIDE, CleanEstimate, CleanNetTrunk
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.pixel_trunk import CleanEstimate
 from lacfast.backbones.prompt_trunks import pooled_prompt
 from lacfast.checkpoint import CRITIC_WEIGHTS, EARLIER_DESCRIPTION, save_backbone
 from lacfast.critic import Critic, build_critic
+from lacfast.records import Conditioning
 
 SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
 
@@ -86,9 +88,12 @@ def test_the_clean_estimate_of_a_flow_undoes_its_noise() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pixel_critic_sees_the_decoded_estimate_and_the_prompt_alone(family: str) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"trunk": "pixel"}, {"trunk": "clean_net", "text_conditioning": "tokens"}]
+)
+def test_a_critic_on_the_estimate_sees_it_and_the_prompt_alone(family: str, settings: dict[str, str]) -> None:
     backbone = tiny_backbone(family)
-    critic = critic_of(backbone, trunk="pixel")
+    critic = critic_of(backbone, **settings)
     sample, timestep = state(backbone)
     conditioning = backbone.encode_prompts(PROMPTS[:3])
     output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2))
@@ -106,9 +111,10 @@ def test_a_pixel_critic_sees_the_decoded_estimate_and_the_prompt_alone(family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pixel_critic_s_gradient_reaches_the_latent_through_the_decoder(family: str) -> None:
+@pytest.mark.parametrize("trunk", ["pixel", "clean_net"])
+def test_the_gradient_of_a_critic_on_the_estimate_reaches_the_latent(family: str, trunk: str) -> None:
     backbone = tiny_backbone(family)
-    critic = critic_of(backbone, trunk="pixel")
+    critic = critic_of(backbone, trunk=trunk)
     sample, timestep = state(backbone)
     # Small latents: the codec's clamp to [0, 1] has no gradient outside.
     sample = (0.1 * sample).requires_grad_()
@@ -117,6 +123,27 @@ def test_a_pixel_critic_s_gradient_reaches_the_latent_through_the_decoder(family
         backbone.predict(sample, timestep, conditioning)
     (gradient,) = torch.autograd.grad(critic(features, sample, timestep, conditioning).sum(), sample)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(4, 16), (8, 64), (12, 36), (64, 64), (128, 64)])
+def test_a_clean_net_halves_large_latents_until_their_sides_are_short(side: int, tokens: int) -> None:
+    trunk = CleanNetTrunk(CleanEstimate(None), lambda latents: latents, (5, side, side))
+    sample = torch.zeros(2, 5, side, side)
+    (tap,) = trunk({"model_output": sample}, sample, torch.full((2,), 500.0), Conditioning({}))
+    assert tap.shape == (2, tokens, CLEAN_CHANNELS)
+    assert math.sqrt(tokens) <= MAP_SIDE
+
+
+def test_a_clean_net_reads_packed_latents_as_the_map_that_is_decoded() -> None:
+    """Tokens of one patch lie together on the map: a net that saw them as rows would mix other neighbours."""
+    backbone = backbone_of(tiny_pipeline("flux"))
+    length, dim = backbone.latent_shape
+    rows, columns = backbone.grid
+    latents = torch.arange(float(length * dim)).view(1, length, dim)
+    (latent_map,) = backbone.latent_maps(latents)
+    assert latent_map.shape == (dim // 4, 2 * rows, 2 * columns)
+    # Token 1 is the second patch of the first row.
+    assert torch.equal(latent_map[:, :2, 2:4].flatten(), latents[0, 1])
 
 
 @pytest.mark.parametrize("text_conditioning", ["none", "pooled", "tokens"])
@@ -155,6 +182,7 @@ def test_taps_lie_where_the_fractions_say(family: str, trunk: str) -> None:
     "settings",
     [
         {"trunk": "pixel", "loss": "hl_gauss", "num_bins": 11},
+        {"trunk": "clean_net", "text_conditioning": "pooled"},
         {"trunk": "copy", "taps": (0.5, 1.0), "text_conditioning": "tokens", "time_conditioning": False},
         {"trunk": "prompt_only", "loss": "bce"},
         {"trunk": "branch", "value_clip": 0.2},

@@ -112,7 +112,7 @@ def test_a_forward_that_is_not_the_rollout_s_is_still_seen() -> None:
     assert metrics["forward_mismatch"] > 1e-4
 
 
-@pytest.mark.parametrize("trunk", ["branch", "shared"])
+@pytest.mark.parametrize("trunk", ["branch", "shared", "clean_net"])
 def test_a_critic_without_kept_features_learns_on_the_actor_s_own_forward(trunk: str) -> None:
     critic = CriticConfig(trunk=trunk, hidden_dim=16, head_dim=8, keep_features=False)
     # One step, whose weights made the rollout: the features are those that it would have kept.

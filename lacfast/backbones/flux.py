@@ -86,9 +86,19 @@ class FluxBackbone(LatentBackbone):
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks, self.grid)
 
+    def latent_maps(self, latents: Tensor) -> Tensor:
+        return unpacked(latents, self.grid)
+
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         sigmas = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
         return {"sigmas": sigmas} | dynamic_shift(self.scheduler, self.latent_shape[0], max_shift=1.15)
+
+
+def unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, L, 4 C) to (B, C, 2 rows, 2 columns): every token holds a 2x2 patch, channel first."""
+    rows, columns = grid
+    patches = latents.view(len(latents), rows, columns, -1, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
 
 
 def image_ids(grid: tuple[int, int]) -> Tensor:
@@ -187,7 +197,5 @@ class FluxPipelines(PipelineFamily):
         )
 
     def unpack(self, latents: Tensor, map_shape: tuple[int, ...]) -> Tensor:
-        """(B, L, 4 C) to (B, C, H, W): every token holds a 2x2 patch, channel first."""
-        channels, height, width = map_shape
-        patches = latents.view(len(latents), height // 2, width // 2, channels, 2, 2)
-        return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), channels, height, width)
+        _, height, width = map_shape
+        return unpacked(latents, (height // 2, width // 2))

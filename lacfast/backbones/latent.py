@@ -21,7 +21,7 @@ from lacfast import schedule
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.compilation import compile_blocks
-from lacfast.backbones.pixel_trunk import CleanEstimate, PixelTrunk
+from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk, PixelTrunk
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
@@ -126,6 +126,10 @@ class LatentBackbone(ABC):
     def branch_trunk(self, num_blocks: int) -> Trunk:
         """Own copies of the last `num_blocks` blocks on the actor's lower features."""
 
+    def latent_maps(self, latents: Tensor) -> Tensor:
+        """Maps (B, C, H, W) of latents (B, ...) as the model takes them."""
+        return latents
+
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         """What the family's pipeline gives its scheduler besides the number of steps."""
         return {}
@@ -168,6 +172,8 @@ class LatentBackbone(ABC):
             return LatentNetTrunk(
                 self.latent_shape, prompt_tokens(self._any_prompt()).shape[-1], config.hidden_dim
             )
+        if config.trunk == "clean_net":
+            return CleanNetTrunk(CleanEstimate(self.scheduler), self.latent_maps, self.latent_shape)
         if config.trunk == "prompt_only":
             return PromptTrunk(self._any_prompt())
         if config.trunk == "pixel":

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 
 from lacfast.config.checks import require
 
-TRUNKS = ("branch", "shared", "joint", "lora", "copy", "latent_net", "prompt_only", "pixel", "none")
+TRUNKS = (
+    "branch",
+    "shared",
+    "joint",
+    "lora",
+    "copy",
+    "clean_net",
+    "latent_net",
+    "prompt_only",
+    "pixel",
+    "none",
+)
 """What the value head reads; see CriticConfig.trunk."""
 TAPPED_TRUNKS = ("shared", "joint", "lora", "copy")
 """Trunks that read a whole model at some of its blocks."""
+ACTOR_TRUNKS = ("branch", "shared", "clean_net")
+"""Trunks that can learn on what the actor's own training forward gives them."""
 VALUE_LOSSES = ("mse", "bce", "hl_gauss")
 """What values are trained with; see CriticConfig.loss."""
 TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
@@ -24,17 +37,19 @@ class CriticConfig:
     trunk: str = "branch"
     """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
     detached taps; "joint": the same, and the value's gradient trains the actor too; "lora": own LoRA on the
-    actor's frozen or trained base; "copy": own full trunk; "latent_net": a small net on the latents (a
-    control); "prompt_only": prompt and timestep alone (the control that knows a prompt's difficulty and no
-    state); "pixel": a convolutional net on the decoded estimate of the clean latent, as critics outside the
-    latent space read states; "none": no critic (group-relative baselines)."""
+    actor's frozen or trained base; "copy": own full trunk; "clean_net": a small net on the actor's estimate
+    of the clean latent; "latent_net": a small net on the latents (a control); "prompt_only": prompt and
+    timestep alone (the control that knows a prompt's difficulty and no state); "pixel": a convolutional net
+    on the decoded estimate of the clean latent, as critics outside the latent space read states; "none": no
+    critic (group-relative baselines)."""
     num_blocks: int = 1
     """k, blocks of the branch; 1 of 3 in the demo, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
-    """Rollouts keep what the critic reads. False, for "branch" and "shared", where memory is short: the
-    critic learns on features of the actor's own training forward, in steps of its own beside each of the
-    actor's. Those are of the actor as it then is, and of the trained pairs alone: deterministic steps are
-    left out. Value pretraining, where the actor has no such forward, keeps them all the same."""
+    """Rollouts keep what the critic reads. False, for trunks that read the actor's forward ("branch",
+    "shared", "clean_net"), where memory is short: the critic learns on features of the actor's own training
+    forward, in steps of its own beside each of the actor's. Those are of the actor as it then is, and of the
+    trained pairs alone: deterministic steps are left out. Value pretraining, where the actor has no such
+    forward, keeps them all the same."""
     taps: tuple[float, ...] | None = None
     """Depths of the tapped blocks as fractions of all, for "shared", "joint", "lora" and "copy". None: 1/3,
     2/3 and 1 of a transformer [paper], the mid and every up block of a UNet."""
@@ -86,8 +101,8 @@ class CriticConfig:
         require(self.bin_range > 0, f"bin_range={self.bin_range} must be > 0")
         self._check_taps()
         require(
-            self.keep_features or self.trunk in ("branch", "shared"),
-            f"keep_features=False is for 'branch' and 'shared', which read the actor, not {self.trunk!r}",
+            self.keep_features or self.trunk in ACTOR_TRUNKS,
+            f"keep_features=False is for {', '.join(ACTOR_TRUNKS)}, which read the actor, not {self.trunk!r}",
         )
         require(self.joint_weight > 0, f"joint_weight={self.joint_weight} must be > 0; or use 'shared'")
         for name in ("num_blocks", "num_heads", "head_dim", "hidden_dim", "lora_rank"):

@@ -1,8 +1,8 @@
-"""A critic trunk in pixel space: a convolutional net on the decoded estimate of the clean latent.
+"""Critic trunks that read the actor's own estimate of the clean latent, which every sampling forward gives.
 
-Reward models of images read noisy states like this, at the price of the decoder in every value; "Diffusion
-Model as a Noise-Aware Latent Reward Model" (arXiv 2502.01051) describes the practice and its weakness at high
-noise. It is a baseline for the critics on the model's own features.
+"clean_net" is a small convolutional net on it. "pixel" decodes it first, as reward models of images read
+noisy states, at the price of the decoder in every value; "Diffusion Model as a Noise-Aware Latent Reward
+Model" (arXiv 2502.01051) describes the practice and its weakness at high noise.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from lacfast.records import Conditioning
 FLOW_TIMESTEPS = 1000
 """timestep = 1000 sigma, where no scheduler says otherwise."""
 MAP_SIDE = 8
-"""The net halves the picture until its sides are at most this long."""
+"""A net halves what it reads until its sides are at most this long."""
 FIRST_CHANNELS = 16
+"""Of "pixel", doubled with every halving."""
+CLEAN_CHANNELS = 32
+"""Of "clean_net", everywhere."""
 
 
 class CleanEstimate(nn.Module):
@@ -72,7 +75,68 @@ class CleanEstimate(nn.Module):
         return (sample - noise * model_output) / signal
 
 
-class PixelTrunk(Trunk):
+class EstimateTrunk(Trunk):
+    """What both trunks share: the model's output is all that they read of its forward."""
+
+    def __init__(self, estimate: CleanEstimate) -> None:
+        super().__init__()
+        self.estimate = estimate
+
+    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
+        def read(arguments: dict[str, Any], output: Any) -> Features:
+            return {"model_output": output[0]}
+
+        return record_taps(model, [Tap("", read)], detach=detach)
+
+    def clean(self, features: Features, sample: Tensor, timestep: Tensor) -> Tensor:
+        """Estimates (B, ...) in the sample's dtype."""
+        estimate: Tensor = self.estimate(sample, features["model_output"].to(sample.dtype), timestep)
+        return estimate
+
+
+def _halvings(side: int) -> int:
+    """How often `side` must be halved until it is at most MAP_SIDE."""
+    return max(math.ceil(math.log2(side / MAP_SIDE)), 0)
+
+
+class CleanNetTrunk(EstimateTrunk):
+    """Convolutions on the estimate itself: halvings down to MAP_SIDE, then two that keep the size."""
+
+    def __init__(
+        self,
+        estimate: CleanEstimate,
+        latent_maps: Callable[[Tensor], Tensor],
+        latent_shape: tuple[int, ...],
+    ) -> None:
+        """
+        Args:
+            estimate: state and model output to clean latents.
+            latent_maps: latents as the model takes them (B, ...) to maps (B, C, H, W).
+            latent_shape: of one latent.
+        """
+        super().__init__(estimate)
+        self.latent_maps = latent_maps
+        channels, *sides = latent_maps(torch.zeros(1, *latent_shape)).shape[1:]
+        strides = [2] * _halvings(max(sides)) + [1, 1]
+        widths = [channels] + [CLEAN_CHANNELS] * len(strides)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+            for (before, after), stride in zip(pairwise(widths), strides, strict=True)
+        )
+        # At high noise an epsilon model's estimate is large: normalised behind the first convolution.
+        self.norm = nn.GroupNorm(1, CLEAN_CHANNELS, affine=False)
+        self.tap_dims = (CLEAN_CHANNELS,)
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        hidden = self.latent_maps(self.clean(features, sample, timestep))
+        for convolution in self.convolutions:
+            hidden = nn.functional.silu(self.norm(convolution(hidden)))
+        return [feature_map_tokens(hidden)]
+
+
+class PixelTrunk(EstimateTrunk):
     """Strided convolutions on the decoded estimate, each modulated by the prompt's embedding."""
 
     def __init__(
@@ -94,13 +158,12 @@ class PixelTrunk(Trunk):
             dim: channels of the last map.
             device: of the decoder.
         """
-        super().__init__()
-        self.estimate = estimate
+        super().__init__(estimate)
         # In a tuple, so that the decoder is no part of the critic's own weights.
         self.decoder = (decode,)
         with torch.no_grad():
             side = max(decode(torch.zeros(1, *latent_shape, device=device)).shape[2:])
-        depth = max(math.ceil(math.log2(side / MAP_SIDE)), 1)
+        depth = max(_halvings(side), 1)
         widths = [3] + [min(FIRST_CHANNELS * 2**stage, dim) for stage in range(depth - 1)] + [dim]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1) for narrow, wide in pairwise(widths)
@@ -109,19 +172,13 @@ class PixelTrunk(Trunk):
         self.modulations = nn.ModuleList(nn.Linear(prompt_dim, 2 * width) for width in widths[1:])
         self.tap_dims = (dim,)
 
-    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
-        def read(arguments: dict[str, Any], output: Any) -> Features:
-            return {"model_output": output[0]}
-
-        return record_taps(model, [Tap("", read)], detach=detach)
-
     def forward(
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> list[Tensor]:
         (decode,) = self.decoder
         # A decoder has a dtype of its own: SDXL's overflows in float16.
         with torch.autocast(sample.device.type, enabled=False):
-            images = decode(self.estimate(sample, features["model_output"].to(sample.dtype), timestep))
+            images = decode(self.clean(features, sample, timestep))
         prompt = pooled_prompt(conditioning).to(sample.dtype)
         hidden = 2 * images - 1
         for convolution, norm, modulation in zip(
