@@ -128,7 +128,9 @@ def count(
     known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs)
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
-    kept = [*features.values(), sample, sample]
+    states = [*features.values(), sample]
+    # Of older rollouts only what the critic reads is kept.
+    kept = [*states * ppo.critic_rollouts, sample]
     return Costs(
         parameters=_count(backbone.model),
         trained_parameters=trained,

@@ -19,7 +19,7 @@ from lacfast.critic import Critic
 from lacfast.graph import GraphRunner
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
-from lacfast.minibatch import Pairs, all_pairs, all_states, minibatches, policy_batch
+from lacfast.minibatch import Pairs, all_pairs, minibatches, policy_batch
 from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
@@ -34,6 +34,7 @@ from lacfast.update import (
 )
 from lacfast.update_runner import EAGER, GraphedUpdate, UpdateRunner
 from lacfast.update_totals import CriticTotals, PolicyTotals, StepTables, step_tables
+from lacfast.value_replay import Experience, ValueReplay
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Learner:
         self.policy_optimizer = policy_optimizer(parameters, config.ppo)
         self.policy_schedule = warmup(self.policy_optimizer, config.ppo.warmup_steps)
         self.critic_optimizer = critic_optimizer(backbone.critic, config.ppo)
+        self.replay = ValueReplay(config.ppo.critic_rollouts)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
         self.policy_microbatch = MicrobatchSize(config.ppo.microbatch_size)
         self.critic_microbatch = MicrobatchSize(config.ppo.microbatch_size)
@@ -103,6 +105,7 @@ class Learner:
         workspace = self._workspace_for(rollout)
         self._find_microbatches(rollout, advantages, workspace.tables)
         references = self._reference_outputs(rollout, advantages, workspace.tables)
+        experience = None if self.critic is None else Experience.of(rollout, advantages.targets, self.critic)
         self.failed.zero_()
         is_stopped = False
         try:
@@ -113,11 +116,14 @@ class Learner:
                     is_stopped = self._update_policy(
                         rollout, advantages, workspace, references, generator, records
                     )
-                self._update_critic(rollout, advantages, workspace, generator, records)
+                if experience is not None:
+                    self._update_critic(experience, rollout.values, workspace, generator, records)
             records.read()
         except FloatingPointError:
             take_back(self.policy_schedule, records.policy_steps - len(records.policy))
             raise
+        if experience is not None:
+            self.replay.add(experience)
         if self.average is not None:
             self.average.update()
         metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
@@ -179,30 +185,32 @@ class Learner:
 
     def _update_critic(
         self,
-        rollout: Rollout,
-        advantages: Advantages,
+        today: Experience,
+        old_values: Tensor,
         workspace: _Workspace,
         generator: torch.Generator,
         records: UpdateRecords,
     ) -> None:
-        critic, optimizer = self.critic, self.critic_optimizer
+        """One pass of the critic: as many states as a rollout has, of the last rollouts."""
+        ppo, critic, optimizer = self.config.ppo, self.critic, self.critic_optimizer
         if critic is None or optimizer is None or self._records_features:
             return
-        for minibatch in minibatches(all_states(rollout), self.config.ppo.num_minibatches, generator):
+        count = ppo.critic_minibatches or ppo.num_minibatches
+        for experience, minibatch in self.replay.minibatches(today, count, generator):
 
-            def step(size: int, minibatch: Pairs = minibatch) -> Tensor:
+            def step(size: int, experience: Experience = experience, minibatch: Pairs = minibatch) -> Tensor:
                 return critic_step(
                     critic,
                     optimizer,
-                    rollout,
-                    advantages.targets,
+                    experience,
+                    experience.targets_for(critic),
                     minibatch,
-                    self.config.ppo,
+                    ppo,
                     tables=workspace.tables,
                     totals=workspace.critic,
                     failed=self.failed,
                     microbatch_size=size,
-                    old_values=rollout.values,
+                    old_values=old_values if experience is today else None,
                     runner=workspace.runner,
                 )
 
@@ -297,6 +305,7 @@ class Learner:
         reserved = missing_moments(self.policy_optimizer)
         if self.critic_optimizer is not None:
             reserved += missing_moments(self.critic_optimizer)
+            reserved += (self.config.ppo.critic_rollouts - 1) * _state_bytes(rollout)
 
         def probe_policy(count: int) -> None:
             batch = policy_batch(
@@ -340,6 +349,7 @@ class Learner:
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "policy_schedule": self.policy_schedule.state_dict(),
             "critic_optimizer": None if self.critic_optimizer is None else self.critic_optimizer.state_dict(),
+            "replay": self.replay.state_dict(),
             "microbatch_sizes": (self.policy_microbatch.size, self.critic_microbatch.size),
         }
 
@@ -354,8 +364,15 @@ class Learner:
             self.adaptive_kl.weight = state["kl_weight"]
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        # Runs that were saved before rollouts were kept have none.
+        self.replay.load_state_dict(state.get("replay", []))
         # What was found by the free memory is kept: another size would round sums in another order.
         if not self.config.ppo.microbatch_size:
             self.policy_microbatch.size, self.critic_microbatch.size = state["microbatch_sizes"]
         if self.average is not None:
             self.average.load(state["average"] or self.backbone.policy_state())
+
+
+def _state_bytes(rollout: Rollout) -> int:
+    """What the replay will keep of a rollout like this one."""
+    return sum(tensor.nbytes for tensor in (rollout.latents, *rollout.features.values()))

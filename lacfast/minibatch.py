@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +13,28 @@ from torch import Tensor
 from lacfast.advantages import Advantages
 from lacfast.protocols import Features
 from lacfast.records import Conditioning, NoiseKey, Rollout
+
+
+class StateSource(Protocol):
+    """What states are gathered from: a rollout, or what is kept of one."""
+
+    @property
+    def latents(self) -> Tensor:
+        """(T or T + 1, B, ...)"""
+
+    @property
+    def features(self) -> Features:
+        """name -> (T, B, ...), what the critic reads."""
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """(B, ...)"""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -62,9 +85,9 @@ def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
     return Pairs(steps[position], rows, position)
 
 
-def all_states(rollout: Rollout) -> Pairs:
+def all_states(source: StateSource) -> Pairs:
     """The pairs that the critic learns from: every state, also those whose step is deterministic."""
-    return all_pairs(torch.arange(rollout.table.num_steps, device=rollout.latents.device), rollout.batch_size)
+    return all_pairs(torch.arange(source.num_steps, device=source.latents.device), source.batch_size)
 
 
 def minibatches(
@@ -132,12 +155,12 @@ class CriticBatch:
     """(P,) as in PolicyBatch."""
 
 
-def states_of(rollout: Rollout, timesteps: Tensor, pairs: Pairs) -> States:
+def states_of(source: StateSource, timesteps: Tensor, pairs: Pairs) -> States:
     """The states of `pairs`; `timesteps` (T,) is the table's on the rollout's device."""
     return States(
-        rollout.latents[pairs.steps, pairs.rows],
+        source.latents[pairs.steps, pairs.rows],
         timesteps[pairs.steps],
-        rollout.conditioning.select(pairs.rows),
+        source.conditioning.select(pairs.rows),
     )
 
 
@@ -179,7 +202,7 @@ def policy_batch(
 
 
 def critic_batch(
-    rollout: Rollout,
+    source: StateSource,
     features: Features,
     targets: Tensor,
     timesteps: Tensor,
@@ -191,7 +214,7 @@ def critic_batch(
 ) -> CriticBatch:
     """Gather what the critic reads of `pairs` besides their `features` (P, ...); old_values (T, B, M)."""
     return CriticBatch(
-        states=states_of(rollout, timesteps, pairs),
+        states=states_of(source, timesteps, pairs),
         features=features,
         targets=targets[pairs.rows],
         old_values=None if old_values is None else old_values[pairs.steps, pairs.rows],

@@ -240,6 +240,10 @@ class Rollout:
     """Learner.version of the weights that made it. None: unknown."""
 
     @property
+    def num_steps(self) -> int:
+        return self.table.num_steps
+
+    @property
     def batch_size(self) -> int:
         return self.latents.shape[1]
 

@@ -20,6 +20,7 @@ from lacfast.minibatch import (
     Pairs,
     PolicyBatch,
     States,
+    StateSource,
     all_states,
     critic_batch,
     policy_batch,
@@ -232,9 +233,9 @@ def _guided(cond: Tensor, uncond: Tensor, scale: float, *, base: Tensor | None =
     return torch.add(uncond if base is None else base, cond - uncond, alpha=scale)
 
 
-def kept_features(rollout: Rollout, pairs: Pairs) -> Features:
-    """What the rollout kept for the critic of these pairs, name -> (P, ...)."""
-    return {name: tensor[pairs.steps, pairs.rows] for name, tensor in rollout.features.items()}
+def kept_features(source: StateSource, pairs: Pairs) -> Features:
+    """What was kept for the critic of these pairs, name -> (P, ...)."""
+    return {name: tensor[pairs.steps, pairs.rows] for name, tensor in source.features.items()}
 
 
 def critic_outputs(critic: Critic, states: States, features: Features) -> Tensor:
@@ -253,7 +254,7 @@ def critic_gradient(critic: Critic, batch: CriticBatch, totals: CriticTotals) ->
 def critic_step(
     critic: Critic,
     optimizer: Optimizer,
-    rollout: Rollout,
+    source: StateSource,
     targets: Tensor,
     pairs: Pairs,
     config: PPOConfig,
@@ -267,8 +268,8 @@ def critic_step(
 ) -> Tensor:
     """One critic optimizer step towards standardised targets (B, M); returns loss and gradient norm (2,).
 
-    `old_values` (T, B, M) are those of the rollout in today's units, for CriticConfig.value_clip; the other
-    arguments are policy_step's.
+    `pairs` point into `source`. `old_values` (T, B, M) are those of the rollout in today's units, for
+    CriticConfig.value_clip; the other arguments are policy_step's.
     """
 
     def gradient(batch: CriticBatch) -> None:
@@ -280,8 +281,8 @@ def critic_step(
     for part in each("update/microbatch", pairs.split(size)):
         shaped, mask = runner.shaped(part, size)
         batch = critic_batch(
-            rollout,
-            kept_features(rollout, shaped),
+            source,
+            kept_features(source, shaped),
             targets,
             tables.timesteps,
             shaped,

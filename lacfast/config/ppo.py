@@ -56,6 +56,12 @@ class PPOConfig:
     times as far and drowns the early steps' gradient; GRPO-Guard's RatioNorm has the same aim."""
     num_minibatches: int = 4
     """Optimizer steps per pass over a rollout. [paper] 4."""
+    critic_minibatches: int = 0
+    """Optimizer steps of the critic per pass, which together see as many states as a rollout has; 0:
+    num_minibatches."""
+    critic_rollouts: int = 1
+    """Last rollouts whose states a pass of the critic draws from; 1: today's alone. The latents and features
+    of the others stay in memory and go into checkpoints."""
     num_inner_epochs: int = 1
     """Passes over a rollout."""
     timestep_fraction: float = 1.0
@@ -117,5 +123,9 @@ class PPOConfig:
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
         require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
-        for name in ("num_minibatches", "num_inner_epochs"):
+        require(
+            self.critic_minibatches >= 0,
+            f"critic_minibatches={self.critic_minibatches} must be >= 0 (0: num_minibatches)",
+        )
+        for name in ("num_minibatches", "num_inner_epochs", "critic_rollouts"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

@@ -159,6 +159,7 @@ class TrainConfig:
             f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",
         )
         self._require_fitting_advantages()
+        self._require_fitting_replay()
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
             "eval_sampler.window_schedule would be ignored: an evaluation has one window; use 'fixed'",
@@ -194,6 +195,19 @@ class TrainConfig:
             estimator not in GROUP_ESTIMATORS or self.samples_per_prompt > 1,
             f"advantages.estimator={estimator!r} compares the trajectories of one prompt, and "
             f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator='ddpo'",
+        )
+
+    def _require_fitting_replay(self) -> None:
+        rollouts, count = self.ppo.critic_rollouts, self.ppo.critic_minibatches
+        require(
+            self.critic.keep_features or (rollouts == 1 and count == 0),
+            f"critic_rollouts={rollouts} and critic_minibatches={count} would be ignored: with "
+            "keep_features=False the critic learns in the policy's steps; use keep_features=True",
+        )
+        require(
+            rollouts == 1 or math.isinf(self.critic.value_clip),
+            f"value_clip={self.critic.value_clip} bounds a value's move from that of its own rollout, and "
+            f"critic_rollouts={rollouts} draws from older ones; use value_clip=math.inf",
         )
 
     def _require_exact_correction(self) -> None:
