@@ -32,7 +32,7 @@ from lacfast.trainer import LatentActorCriticTrainer
 from lacfast.value_pretraining import held_out_variance
 
 MEASURES = ("trunks", "iterations", "time", "text", "loss")
-TRUNKS = ("branch", "shared", "lora", "copy", "latent_net", "prompt_only", "pixel")
+TRUNKS = ("branch", "shared", "lora", "copy", "clean_net", "latent_net", "prompt_only", "pixel")
 ITERATIONS = (0, 5, 15, 40)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     # prompt_only reads the prompt already and refuses it twice.

@@ -15,6 +15,8 @@ PRETRAINING_ITERATIONS = 4
 """Of a latent critic that has value pretraining; a short run does not earn back the preset's 16."""
 TAUGHT_ITERATIONS = 80
 """Of a critic whose value pretraining costs nothing."""
+REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
+"""That a critic with a replay draws from, and takes optimizer steps on."""
 MEAN_STD = 0.47
 """Of the trained steps of the tiny models' sampler."""
 
@@ -39,6 +41,12 @@ def with_trunk(backbone: str, trunk: str) -> TrainConfig:
     """The critic on other features; "copy" has a trunk of its own, "shared" a head alone."""
     config = latent_critic(backbone)
     return replace(config, critic=replace(config.critic, trunk=trunk))
+
+
+def replayed(config: TrainConfig) -> TrainConfig:
+    """The critic's passes draw from the last rollouts, in smaller minibatches."""
+    ppo = replace(config.ppo, critic_rollouts=REPLAYED_ROLLOUTS, critic_minibatches=REPLAYED_MINIBATCHES)
+    return replace(config, ppo=ppo)
 
 
 def shuffled_critic(backbone: str) -> TrainConfig:
