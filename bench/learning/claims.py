@@ -83,7 +83,7 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
         "head alone": _unpretrained(with_trunk(backbone, "shared")),
         "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
         "clean net": _unpretrained(with_trunk(backbone, "clean_net")),
-        "clean net, replay": _unpretrained(replayed(with_trunk(backbone, "clean_net"))),
+        "clean net with replay": _unpretrained(replayed(with_trunk(backbone, "clean_net"))),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
         "value pretraining": Arm(config=latent_critic(backbone)),
         "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
