@@ -7,8 +7,6 @@ prompts that train, the best state chosen on tuning prompts, then the explained 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +106,7 @@ def run(
         ValueError: when the folder holds cells of another preset or scale.
     """
     preset = presets.shapes(backbone)
-    digest = hashlib.sha256(json.dumps(asdict(preset), sort_keys=True).encode()).hexdigest()[:10]
+    digest = units.digest(units.changed(preset))
     settings = {"backbone": backbone, "preset": digest, "scale": asdict(scale), "torch": torch.__version__}
     units.require_settings(directory, settings)
     for seed in seeds:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.critic_variance import TRUNKS
 from bench.learning import page, units
 from bench.learning.problems import Materials, Prompts
 from bench.steering_arms import arms
@@ -79,7 +79,8 @@ def trained_critic(
 ) -> LatentBackbone:
     """The base model with a critic of this seed, after `iterations` of training; made once."""
     prompts = Prompts.of(scenes.TASK)
-    name = f"{scenes.TASK.name}-{backbone}-critic-{_digest(asdict(config) | {'trained': iterations})}-{seed}"
+    made = units.digest(units.changed(config) | {"trained": iterations})
+    name = f"{scenes.TASK.name}-{backbone}-critic-{made}-{seed}"
     target = materials.folder / name
     if not target.exists():
         trainer = LatentActorCriticTrainer(
@@ -137,9 +138,11 @@ def tuned(
 
         def work(candidate: SteeringConfig = candidate) -> dict[str, Any]:
             config = replace(candidate, seed=TUNING_SEED)
-            return {"steering": changed(candidate)} | measure(models(TUNING_SEED), study, config, prompts)
+            return {"steering": units.changed(candidate)} | measure(
+                models(TUNING_SEED), study, config, prompts
+            )
 
-        path = directory / "tuning" / f"{name}-{_digest(changed(candidate))}.json"
+        path = directory / "tuning" / f"{name}-{units.digest(units.changed(candidate))}.json"
         if not path.exists() and time.monotonic() > deadline:
             return None
         unit = units.done(path, work)
@@ -172,16 +175,21 @@ def perform(
             def work(
                 chooser: str = chooser, method: str = method, best: SteeringConfig = best, seed: int = seed
             ) -> dict[str, Any]:
-                described = {"chooser": chooser, "method": method, "seed": seed, "steering": changed(best)}
+                described = {
+                    "chooser": chooser,
+                    "method": method,
+                    "seed": seed,
+                    "steering": units.changed(best),
+                }
                 return described | measure(models(seed), study, replace(best, seed=seed), prompts)
 
             path = directory / f"{_file_name(chooser, method)}-seed{seed}.json"
             if not path.exists() and time.monotonic() > deadline:
                 return
             unit = units.done(path, work)
-            if unit is not None and unit["steering"] != changed(best):
+            if unit is not None and unit["steering"] != units.changed(best):
                 raise ValueError(
-                    f"{path} was steered with {unit['steering']}, tuning now chooses {changed(best)}; "
+                    f"{path} was steered with {unit['steering']}, tuning now chooses {units.changed(best)}; "
                     "choose another --out"
                 )
             if unit is not None:
@@ -196,18 +204,6 @@ def spread(candidates: list[SteeringConfig], count: int) -> list[SteeringConfig]
     """At most `count` of them, evenly spaced."""
     rows = np.linspace(0, len(candidates) - 1, min(count, len(candidates))).round().astype(int)
     return [candidates[row] for row in rows]
-
-
-def changed(config: SteeringConfig) -> dict[str, Any]:
-    """The settings that differ from the defaults, as JSON has them."""
-    default = asdict(SteeringConfig())
-    found = {name: value for name, value in asdict(config).items() if value != default[name]}
-    settings: dict[str, Any] = json.loads(json.dumps(found))
-    return settings
-
-
-def _digest(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _file_name(chooser: str, method: str) -> str:
@@ -257,9 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "runs", nargs="*", help="saved policies with critics, one per seed; none: they are made"
     )
-    parser.add_argument(
-        "--out", type=Path, help="folder of the study; default: steering/BACKBONE of the results"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the study; default: steering/BACKBONE[-TRUNK]")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
     parser.add_argument(
         "--materials", type=Path, default=Path("runs/learning"), help="base models and critics"
@@ -267,6 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--train-iterations", type=int, default=30, help="of the policy, after value pretraining"
     )
+    parser.add_argument("--trunk", choices=TRUNKS, help="of the critics that are made; default: the preset's")
     parser.add_argument("--budget", type=float, default=40.0, help="NFE per image")
     parser.add_argument("--tuning-images", type=int, default=144)
     parser.add_argument("--images", type=int, default=480, help="per seed")
@@ -277,7 +272,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * options.minutes
-    config = presets.shapes(options.backbone)
+    config, study_name = presets.shapes(options.backbone), options.backbone
+    if options.trunk is not None and options.trunk != config.critic.trunk:
+        config = replace(config, critic=replace(config.critic, trunk=options.trunk))
+        study_name = f"{options.backbone}-{options.trunk}"
     if options.runs:
         models = _kept(_saved(options.runs))
         sampler = trained_sampler(saved_model(options.runs[0])) or config.sampler
@@ -285,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
         training: dict[str, Any] = {"models": [_weights(models(seed)) for seed in range(count)]}
     else:
         sampler = config.sampler
-        training = {"config": _digest(asdict(config)), "iterations": options.train_iterations}
+        training = {"config": units.digest(units.changed(config)), "iterations": options.train_iterations}
         materials = Materials(options.materials)
         models = _kept(
             lambda seed: trained_critic(
@@ -302,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
         training=training,
     )
     perform(
-        options.out or RESULTS / "steering" / options.backbone,
+        options.out or RESULTS / "steering" / study_name,
         study,
         models,
         options.seeds,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,31 @@ def _birth(process: int) -> str:
     """Of which start of which machine the process is, in clock ticks."""
     ticks = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + "/" + ticks
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass that differ from its defaults, as JSON has them.
+
+    An option that is new, at its default, changes nothing of what was measured before there was one.
+    """
+    found = _different(asdict(config), asdict(type(config)()))
+    settings: dict[str, Any] = json.loads(json.dumps(found))
+    return settings
+
+
+def _different(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _different(value, defaults[name])
+        if isinstance(value, dict) and isinstance(defaults[name], dict)
+        else value
+        for name, value in settings.items()
+        if value != defaults[name]
+    }
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """A short name for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def require_settings(directory: Path, settings: dict[str, Any]) -> None:
