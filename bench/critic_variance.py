@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "text": {name: {"text_conditioning": name} for name in ("none", "pooled", "tokens")},
     "loss": {name: {"loss": name} for name in ("mse", "bce", "hl_gauss")},
 }
-"""Measure -> name in its table -> what differs from the preset's critic."""
+"""Measure -> name in its table -> what differs from `branch_preset`."""
 REPORT_IDS = 1 << 44
 """First sample id of the states that are reported; never the trainer's."""
 
@@ -105,7 +105,7 @@ def run(
     Raises:
         ValueError: when the folder holds cells of another preset or scale.
     """
-    preset = presets.shapes(backbone)
+    preset = branch_preset(backbone)
     digest = units.digest(units.changed(preset))
     settings = {"backbone": backbone, "preset": digest, "scale": asdict(scale), "torch": torch.__version__}
     units.require_settings(directory, settings)
@@ -135,6 +135,12 @@ def run(
             if row is not None and fresh:
                 score, seconds = row["overall_score"], row["seconds_value_pretraining"]
                 print(f"{path.name}: score {score:.3f}, value pretraining {seconds:.0f} s", flush=True)
+
+
+def branch_preset(backbone: BackboneName) -> TrainConfig:
+    """What variants differ from: the demo's settings with a branch."""
+    preset = presets.shapes(backbone)
+    return replace(preset, critic=replace(preset.critic, trunk="branch"))
 
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:

@@ -31,7 +31,10 @@ def shapes(backbone: str) -> TrainConfig:
         sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=(0, 5)),
         # The reward compares the picture with the prompt, so the head reads the prompt too.
         critic=CriticConfig(
-            trunk="branch", num_blocks=1, text_conditioning="tokens", num_heads=8, hidden_dim=256
+            trunk="clean_net" if backbone == "dit" else "branch",
+            text_conditioning="tokens",
+            num_heads=8,
+            hidden_dim=256,
         ),
         ppo=PPOConfig(
             clip_range=1e-3,

@@ -70,7 +70,7 @@ def test_the_rules_for_two_rewards_differ_in_the_rule_alone() -> None:
     }
     for name, config in rules.items():
         assert config.advantages.combination == name
-        assert replace(config, advantages=AdvantageConfig()) == arms.latent_critic("dit")
+        assert replace(config, advantages=AdvantageConfig()) == arms.with_trunk("dit", "branch")
 
 
 def test_published_baselines_are_presets() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lacfast import presets
-from lacfast.config import AdvantageConfig, TrainConfig
+from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
 
@@ -22,7 +22,7 @@ MEAN_STD = 0.47
 
 
 def latent_critic(backbone: str) -> TrainConfig:
-    """The method: a branch critic, one sample per prompt; whether values are pretrained is the Arm's."""
+    """The method as the preset has it, one sample per prompt; whether values are pretrained is the Arm's."""
     return pretrained_for(presets.shapes(backbone), PRETRAINING_ITERATIONS)
 
 
@@ -38,7 +38,7 @@ def taught_critic(backbone: str) -> TrainConfig:
 
 
 def with_trunk(backbone: str, trunk: str) -> TrainConfig:
-    """The critic on other features; "copy" has a trunk of its own, "shared" a head alone."""
+    """The critic on other features: "branch" copies blocks, "copy" all of them, "shared" is a head alone."""
     config = latent_critic(backbone)
     return replace(config, critic=replace(config.critic, trunk=trunk))
 
@@ -54,21 +54,30 @@ def shuffled_critic(backbone: str) -> TrainConfig:
     return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="shuffled_critic"))
 
 
+def without_critic(backbone: str) -> TrainConfig:
+    """All but the method: what the baselines start from."""
+    return replace(
+        latent_critic(backbone),
+        critic=CriticConfig(trunk="none"),
+        advantages=AdvantageConfig(estimator="batch_mean"),
+    )
+
+
 def scalarized(backbone: str) -> TrainConfig:
     """One head on the weighted sum of the rewards."""
-    return replace(latent_critic(backbone), advantages=AdvantageConfig(combination="scalarized"))
+    return replace(with_trunk(backbone, "branch"), advantages=AdvantageConfig(combination="scalarized"))
 
 
 def constrained(backbone: str, reward: str, floor: float) -> TrainConfig:
     """A head per reward; the weight of `reward` rises while its raw mean lies below `floor`."""
     rule = AdvantageConfig(combination="constrained", floors=((reward, floor),))
-    return replace(latent_critic(backbone), advantages=rule)
+    return replace(with_trunk(backbone, "branch"), advantages=rule)
 
 
 def conditional(backbone: str, easy: str, hard: str, threshold: float) -> TrainConfig:
     """A head per reward; `easy` counts only for images whose raw `hard` reaches `threshold`."""
     rule = AdvantageConfig(combination="conditional", conditions=((easy, hard, threshold),))
-    return replace(latent_critic(backbone), advantages=rule)
+    return replace(with_trunk(backbone, "branch"), advantages=rule)
 
 
 def group_relative(backbone: str, estimator: str) -> TrainConfig:
@@ -77,17 +86,17 @@ def group_relative(backbone: str, estimator: str) -> TrainConfig:
     advantages = AdvantageConfig(
         estimator=estimator, group_std="none" if estimator == "leave_one_out" else "global"
     )
-    return replace(latent_critic(backbone), advantages=advantages, samples_per_prompt=GROUP_SIZE)
+    return replace(without_critic(backbone), advantages=advantages, samples_per_prompt=GROUP_SIZE)
 
 
 def running_prompt_statistics(backbone: str) -> TrainConfig:
     """DDPO: every reward against the last ones of its prompt."""
-    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="ddpo"))
+    return replace(without_critic(backbone), advantages=AdvantageConfig(estimator="ddpo"))
 
 
 def batch_mean(backbone: str) -> TrainConfig:
     """REINFORCE: every reward against the rollout."""
-    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="batch_mean"))
+    return without_critic(backbone)
 
 
 def group_std(backbone: str) -> TrainConfig:

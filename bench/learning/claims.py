@@ -70,7 +70,9 @@ def _unpretrained(config: TrainConfig) -> Arm:
 
 def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
-        "latent critic": _unpretrained(with_trunk(backbone, "branch" if backbone == "dit" else "shared")),
+        "latent critic": _unpretrained(
+            latent_critic(backbone) if backbone == "dit" else with_trunk(backbone, "shared")
+        ),
         "GRPO": Arm(config=group_relative(backbone, "grpo")),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
     }
@@ -81,9 +83,9 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
         "latent critic": _unpretrained(latent_critic(backbone)),
         "shuffled critic": _unpretrained(shuffled_critic(backbone)),
         "head alone": _unpretrained(with_trunk(backbone, "shared")),
+        "branch": _unpretrained(with_trunk(backbone, "branch")),
         "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
-        "clean net": _unpretrained(with_trunk(backbone, "clean_net")),
-        "clean net with replay": _unpretrained(replayed(with_trunk(backbone, "clean_net"))),
+        "replay": _unpretrained(replayed(latent_critic(backbone))),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
         "value pretraining": Arm(config=latent_critic(backbone)),
         "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
@@ -103,20 +105,22 @@ def _estimator_arms(backbone: BackboneName) -> dict[str, Arm]:
 
 def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
     checker, height = {"shapes": 1.0}, {"shapes_height": 1.0}
+    branch = with_trunk(backbone, "branch")
     return {
-        "two heads": Arm(config=latent_critic(backbone), rewards=checker | {"shapes_height": HEIGHT_SHARE}),
+        "two heads": Arm(config=branch, rewards=checker | {"shapes_height": HEIGHT_SHARE}),
         "one shared head": Arm(config=scalarized(backbone), rewards=checker | height),
-        "two heads alike": Arm(config=latent_critic(backbone), rewards=checker | height),
-        "checker alone": Arm(config=latent_critic(backbone), rewards=checker),
-        "height alone": Arm(config=latent_critic(backbone), rewards=height),
+        "two heads alike": Arm(config=branch, rewards=checker | height),
+        "checker alone": Arm(config=branch, rewards=checker),
+        "height alone": Arm(config=branch, rewards=height),
     }
 
 
 def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
     both = {"shapes": 1.0, "jpeg_compressibility": 1.0}
+    branch = with_trunk(backbone, "branch")
     return {
-        "checker and JPEG": Arm(config=latent_critic(backbone), rewards=both),
-        "JPEG alone": Arm(config=latent_critic(backbone), rewards={"jpeg_compressibility": 1.0}),
+        "checker and JPEG": Arm(config=branch, rewards=both),
+        "JPEG alone": Arm(config=branch, rewards={"jpeg_compressibility": 1.0}),
         "checker constrained": Arm(config=constrained(backbone, "shapes", CHECKER_FLOOR), rewards=both),
         "checker first": Arm(
             config=conditional(backbone, "jpeg_compressibility", "shapes", CHECKER_PASSED), rewards=both
@@ -126,10 +130,11 @@ def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
 
 def _budget_arms(backbone: BackboneName) -> dict[str, Arm]:
     checker, budget = {"shapes": 1.0}, {"jpeg_budget": 1.0}
+    branch = with_trunk(backbone, "branch")
     return {
-        "checker and budget": Arm(config=latent_critic(backbone), rewards=checker | budget),
-        "checker alone": Arm(config=latent_critic(backbone), rewards=checker),
-        "budget alone": Arm(config=latent_critic(backbone), rewards=budget),
+        "checker and budget": Arm(config=branch, rewards=checker | budget),
+        "checker alone": Arm(config=branch, rewards=checker),
+        "budget alone": Arm(config=branch, rewards=budget),
     }
 
 
@@ -151,7 +156,7 @@ CLAIMS = {
         "The curves behind both are in bench/results/learning/baselines/BACKBONE/tuning.",
     ),
     "controls": Claim(
-        question="Is it the critic? Others' values, a head alone, a full trunk, none, a pretrained one.",
+        question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
         problem="shapes",
         arms=_control_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},

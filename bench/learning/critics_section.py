@@ -12,11 +12,10 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from bench.critic_variance import MEASURES, Cell, Scale, cells
+from bench.critic_variance import MEASURES, Cell, Scale, branch_preset, cells
 from bench.learning import units
 from bench.learning.analysis import paired
 from bench.learning.figures import save
-from lacfast import presets
 
 QUESTIONS = {
     "trunks": "What does each trunk explain?",
@@ -44,7 +43,7 @@ def _section(directory: Path, pictures: Path) -> str:
     if not (directory / "settings.json").exists():
         return ""
     settings = units.read(directory / "settings.json")
-    preset, scale = presets.shapes(settings["backbone"]), Scale(**settings["scale"])
+    preset, scale = branch_preset(settings["backbone"]), Scale(**settings["scale"])
     tables: list[str] = []
     for measure in MEASURES:
         made = list(cells([measure], preset.critic, scale))
