@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.learning.arms import (
+    REPLAYED_MINIBATCHES,
+    REPLAYED_ROLLOUTS,
     TAUGHT_ITERATIONS,
     batch_mean,
     conditional,
@@ -149,11 +151,13 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
-        note="The latent critic had more choices than the others. On the DiT: no value pretraining, for the "
-        "larger area on tuning prompts than with 4 iterations of it, and the prompt's tokens and a wider "
-        "head, for what they explain of the base model's rewards on prompts that train. On the UNet: a head "
-        "alone on the actor's features, as good on tuning prompts as a branch, which takes twice the time. "
-        "The curves behind both are in bench/results/learning/baselines/BACKBONE/tuning.",
+        note="The latent critic had more choices than the others. On the DiT: a small net on the estimate of "
+        "the clean latent for a branch, after section controls had shown both on the prompts that are reported "
+        "here; no value pretraining, for the larger area on tuning prompts than with 4 iterations of it before "
+        "a branch; the prompt's tokens and a wider head, for what they explain of the base model's rewards on "
+        "prompts that train. On the UNet: a head alone on the actor's features, as good on tuning prompts as a "
+        "branch, which takes twice the time. Curves behind the choices on tuning prompts are in "
+        "bench/results/learning/baselines/BACKBONE/tuning.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
@@ -164,7 +168,9 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         grid=(1.0,),
         seeds=3,
-        note=f"The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
+        note=f"The latent critic reads the estimate of the clean latent; branch, copied trunk and head alone are "
+        f"other trunks. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} "
+        f"rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not counted: "
         "it tells what a critic would be worth that knows this much when training begins.",
     ),
     "estimators": Claim(
@@ -204,7 +210,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The shared head learns the plain sum of both rewards, in which the one with the larger "
+        note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the one with the larger "
         f"deviation counts more. Two heads normalise each: with the weight {HEIGHT_SHARE} for height they "
         "weigh both as that sum does; with equal weights (alike) height counts for more than twice as much.",
     ),
@@ -216,7 +222,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The smallest file is a flat picture: this second reward fights the first one. The constrained "
+        note="The critic is a branch. The smallest file is a flat picture: this second reward fights the first one. The constrained "
         f"arm raises the checker's weight while its reward is below {CHECKER_FLOOR}; where the checker comes "
         "first, JPEG counts only for images that obey the prompt.",
     ),
@@ -228,7 +234,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The second reward is minus the kB beyond the budget, so a flat picture gains nothing more than "
+        note="The critic is a branch. The second reward is minus the kB beyond the budget, so a flat picture gains nothing more than "
         "a plain one of the data; both rewards weigh alike after normalising each.",
     ),
 }
