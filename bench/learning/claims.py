@@ -151,13 +151,13 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
-        note="The latent critic had more choices than the others. On the DiT: a small net on the estimate of "
-        "the clean latent for a branch, after section controls had shown both on the prompts that are "
-        "reported here; no value pretraining, for the larger area on tuning prompts than with 4 iterations "
-        "of it before a branch; the prompt's tokens and a wider head, for what they explain of the base "
-        "model's rewards on prompts that train. On the UNet: a head alone on the actor's features, as good "
-        "on tuning prompts as a branch, which takes twice the time. Curves behind the choices on tuning "
-        "prompts are in bench/results/learning/baselines/BACKBONE/tuning.",
+        note="The latent critic had more choices than the others. On the DiT: a small net on the estimate "
+        "of the clean latent for a branch, after section controls had shown both on the prompts that "
+        "are reported here; no value pretraining, for the larger area on tuning prompts than with 4 "
+        "iterations of it, on a branch; the prompt's tokens and a wider head, for what they explain "
+        "of the base model's rewards on prompts that train. On the UNet: a head alone on the actor's "
+        "features, as good on tuning prompts as a branch, which takes twice the time. Curves behind "
+        "the choices on tuning prompts are in bench/results/learning/baselines/BACKBONE/tuning.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
@@ -168,11 +168,11 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         grid=(1.0,),
         seeds=3,
-        note="The latent critic reads the estimate of the clean latent; branch, copied trunk and head alone are "
-        f"other trunks. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last "
+        note="The latent critic reads the estimate of the clean latent; branch, copied trunk and head "
+        f"alone are other trunks. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last "
         f"{REPLAYED_ROLLOUTS} rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value "
-        "pretraining that are not counted: it tells what a critic would be worth that knows this much when "
-        "training begins.",
+        "pretraining that are not counted: it tells what a critic would be worth that knows this much "
+        "when training begins.",
     ),
     "estimators": Claim(
         question="What do the switches of the methods without a critic change?",
@@ -182,8 +182,9 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="GRPO divides by the rollout's deviation as Flow-GRPO does, group std by the group's as DanceGRPO; "
-        "KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; batch mean compares with the rollout.",
+        note="GRPO divides by the rollout's deviation as Flow-GRPO does, group std by the group's as "
+        "DanceGRPO; KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; batch mean compares with the "
+        "rollout.",
     ),
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
@@ -211,10 +212,10 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the one "
-        f"with the larger deviation counts more. Two heads normalise each: with the weight {HEIGHT_SHARE} "
-        "for height they weigh both as that sum does; with equal weights (alike) height counts for more "
-        "than twice as much.",
+        note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the "
+        "one with the larger deviation counts more. Two heads normalise each: with the weight "
+        f"{HEIGHT_SHARE} for height they weigh both as that sum does; with equal weights (alike) "
+        "height counts for more than twice as much.",
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
@@ -224,9 +225,10 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The critic is a branch. The smallest file is a flat picture: this second reward fights the first "
-        f"one. The constrained arm raises the checker's weight while its reward is below {CHECKER_FLOOR}; "
-        "where the checker comes first, JPEG counts only for images that obey the prompt.",
+        note="The critic is a branch. The smallest file is a flat picture: this second reward fights the "
+        "first one. The constrained arm raises the checker's weight while its reward is below "
+        f"{CHECKER_FLOOR}; where the checker comes first, JPEG counts only for images that obey the "
+        "prompt.",
     ),
     "budget": Claim(
         question="Does the checker survive a budget for the file that a quarter of real pictures keep?",
@@ -236,7 +238,8 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="The critic is a branch. The second reward is minus the kB beyond the budget, so a flat picture "
-        "gains nothing more than a plain one of the data; both rewards weigh alike after normalising each.",
+        note="The critic is a branch. The second reward is minus the kB beyond the budget, so a flat "
+        "picture gains nothing more than a plain one of the data; both rewards weigh alike after "
+        "normalising each.",
     ),
 }
