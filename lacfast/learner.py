@@ -196,6 +196,8 @@ class Learner:
         if critic is None or optimizer is None or self._records_features:
             return
         count = ppo.critic_minibatches or ppo.num_minibatches
+        # The same arguments for every rollout, so that a graph fits all.
+        bounds = old_values if ppo.critic_rollouts == 1 else None
         for experience, minibatch in self.replay.minibatches(today, count, generator):
 
             def step(size: int, experience: Experience = experience, minibatch: Pairs = minibatch) -> Tensor:
@@ -210,7 +212,7 @@ class Learner:
                     totals=workspace.critic,
                     failed=self.failed,
                     microbatch_size=size,
-                    old_values=old_values if experience is today else None,
+                    old_values=bounds,
                     runner=workspace.runner,
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,21 @@ def test_replays_learn_what_eager_steps_learn(trunk: str, tmp_path: Path) -> Non
     assert_equal_weights(graphed, eager)
     # The first step of a single rollout is the warm-up of its gradients.
     assert graphs.statistics.captures == 6 + 4
+
+
+def test_a_critic_s_replay_needs_no_graph_of_its_own() -> None:
+    graphs = fake_graphs()
+    ppo = replace(PPO, critic_rollouts=2, critic_minibatches=6)
+    graphed, eager = trainer_for(graphs, ppo), trainer_for(GraphRunner(), ppo)
+    for _ in range(2):
+        graphed.train_iteration()
+        eager.train_iteration()
+    captures = graphs.statistics.captures
+    for _ in range(2):
+        graphed.train_iteration()
+        eager.train_iteration()
+    assert_equal_weights(graphed, eager)
+    assert graphs.statistics.captures == captures == 6
 
 
 def test_a_bad_gradient_turns_off_captured_steps_too() -> None:
