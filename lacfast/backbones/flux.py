@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class FluxBackbone(LatentBackbone):
         """
         super().__init__(model, *args, **kwargs)
         self.grid = grid
+        self.latent_maps = partial(unpacked, grid=grid)
         self.embedded_guidance = embedded_guidance
         # Made once: a step would spend ten operations on them.
         self.image_ids = image_ids(grid).to(self.device)
@@ -85,9 +87,6 @@ class FluxBackbone(LatentBackbone):
 
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks, self.grid)
-
-    def latent_maps(self, latents: Tensor) -> Tensor:
-        return unpacked(latents, self.grid)
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         sigmas = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -35,6 +35,10 @@ from lacfast.records import Conditioning, TransitionTable
 
 if TYPE_CHECKING:
     from lacfast.backbones.storage import Storage
+
+
+def _unchanged(latents: Tensor) -> Tensor:
+    return latents
 
 
 class LatentBackbone(ABC):
@@ -87,6 +91,8 @@ class LatentBackbone(ABC):
         self.prompts = PromptCache(prompt_encoder)
         self.codec = codec
         self.latent_shape = latent_shape
+        self.latent_maps: Callable[[Tensor], Tensor] = _unchanged
+        """Maps (B, C, H, W) of latents (B, ...) as the model takes them; a family that packs them unpacks."""
         self.storage = storage
         self.scheduler = scheduler
         self.critic: Critic | None = None
@@ -125,10 +131,6 @@ class LatentBackbone(ABC):
     @abstractmethod
     def branch_trunk(self, num_blocks: int) -> Trunk:
         """Own copies of the last `num_blocks` blocks on the actor's lower features."""
-
-    def latent_maps(self, latents: Tensor) -> Tensor:
-        """Maps (B, C, H, W) of latents (B, ...) as the model takes them."""
-        return latents
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         """What the family's pipeline gives its scheduler besides the number of steps."""
