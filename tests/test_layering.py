@@ -28,6 +28,7 @@ LAYERS = (
         "explained_variance",
         "value_confidence",
         "value_pretraining",
+        "value_replay",
         "checkpoint",
         "averaging",
         "evaluation",
