@@ -367,7 +367,7 @@ class Learner:
         if self.critic_optimizer is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         # Runs that were saved before rollouts were kept have none.
-        self.replay.load_state_dict(state.get("replay", []))
+        self.replay.load_state_dict(state.get("replay", []), self.failed.device)
         # What was found by the free memory is kept: another size would round sums in another order.
         if not self.config.ppo.microbatch_size:
             self.policy_microbatch.size, self.critic_microbatch.size = state["microbatch_sizes"]

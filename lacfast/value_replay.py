@@ -94,8 +94,15 @@ class ValueReplay:
             vars(experience) | {"conditioning": experience.conditioning.tensors} for experience in self._kept
         ]
 
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue from a `state_dict`."""
+    def load_state_dict(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
+        """Continue from a `state_dict`, on the device of the model."""
         self._kept.clear()
         for state in states:
-            self._kept.append(Experience(**state | {"conditioning": Conditioning(state["conditioning"])}))
+            maps = {name: _moved(state[name], device) for name in ("features", "conditioning")}
+            tensors = {name: tensor.to(device) for name, tensor in state.items() if name not in maps}
+            conditioning = Conditioning(maps["conditioning"])
+            self._kept.append(Experience(**tensors, features=maps["features"], conditioning=conditioning))
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

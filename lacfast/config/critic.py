@@ -43,7 +43,7 @@ class CriticConfig:
     on the decoded estimate of the clean latent, as critics outside the latent space read states; "none": no
     critic (group-relative baselines)."""
     num_blocks: int = 1
-    """k, blocks of the branch; 1 of 3 in the demo, 2 to 6 of 24 for SD3.5-M."""
+    """k, blocks of the branch; 1 of 3 in the tiny DiT, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
     """Rollouts keep what the critic reads. False, for trunks that read the actor's forward ("branch",
     "shared", "clean_net"), where memory is short: the critic learns on features of the actor's own training
