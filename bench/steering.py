@@ -283,7 +283,11 @@ def main(arguments: list[str] | None = None) -> None:
         training: dict[str, Any] = {"models": [_weights(models(seed)) for seed in range(count)]}
     else:
         sampler = config.sampler
-        training = {"config": units.digest(units.changed(config)), "iterations": options.train_iterations}
+        training = {
+            "config": units.digest(units.changed(config)),
+            "trunk": config.critic.trunk,
+            "iterations": options.train_iterations,
+        }
         materials = Materials(options.materials)
         models = _kept(
             lambda seed: trained_critic(

@@ -139,7 +139,9 @@ def unit(method: str, seed: int, strict: float) -> dict[str, Any]:
 def test_the_page_compares_with_best_of_n_over_paired_seeds_and_shows_losses(tmp_path: Path) -> None:
     directory = tmp_path / "steering" / "dit"
     settings = {"reward": "shapes", "gold": ["shapes_strict", "shapes_gold"], "budget": 40.0, "images": 1}
-    units.require_settings(directory, settings | {"tuning_images": 1, "training": {"iterations": 0}})
+    units.require_settings(
+        directory, settings | {"tuning_images": 1, "training": {"iterations": 0, "trunk": "branch"}}
+    )
     for seed, best in enumerate((0.5, 0.6, 0.7)):
         for method, gain in ((BASELINE, 0.0), ("pruning", 0.1), ("guidance", -0.2)):
             path = directory / f"value-{method.replace(' ', '-')}-seed{seed}.json"

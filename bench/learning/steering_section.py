@@ -68,8 +68,8 @@ def _source(training: dict[str, Any]) -> str:
     if "iterations" not in training:
         return "Saved models, whose training may have had the prompts that choose settings."
     return (
-        f"A critic of its own per seed, {training['iterations']} iterations of training after value "
-        "pretraining; prompts that train, choose settings and report are disjoint."
+        f"A critic of its own per seed (trunk {training['trunk']}), {training['iterations']} iterations of "
+        "training after value pretraining; prompts that train, choose settings and report are disjoint."
     )
 
 
