@@ -20,6 +20,7 @@ from pathlib import Path
 
 from bench.learning import page, runs, units
 from bench.learning.analysis import area, images
+from bench.learning.arms import at_rate
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.problems import PROBLEMS, Materials
 from bench.learning.runs import Arm, Budget
@@ -38,9 +39,8 @@ def file_name(arm: str, rest: str) -> str:
     return f"{arm.lower().replace(' ', '-')}-{rest}.json"
 
 
-def at_rate(arm: Arm, rate: float) -> Arm:
-    """The arm with another learning rate of the policy."""
-    return replace(arm, config=replace(arm.config, ppo=replace(arm.config.ppo, policy_learning_rate=rate)))
+def _tuned(arm: Arm, rate: float) -> Arm:
+    return replace(arm, config=at_rate(arm.config, rate))
 
 
 def chosen(claim: Claim, directory: Path, name: str, arm: Arm) -> float | None:
@@ -78,13 +78,13 @@ def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]
         for name, arm in arms.items():
             for rate in claim.rates(arm):
                 path = directory / "tuning" / file_name(name, f"{rate:g}")
-                yield Job(path, at_rate(arm, rate), short, TUNING_SEED, True)
+                yield Job(path, _tuned(arm, rate), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
             rate = chosen(claim, directory, name, arm)
             if rate is not None:
                 path = directory / file_name(name, f"seed{seed}")
-                yield Job(path, at_rate(arm, rate), budget, seed, False)
+                yield Job(path, _tuned(arm, rate), budget, seed, False)
 
 
 def perform(

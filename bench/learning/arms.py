@@ -17,6 +17,8 @@ TAUGHT_ITERATIONS = 80
 """Of a critic whose value pretraining costs nothing."""
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """That a critic with a replay draws from, and takes optimizer steps on."""
+UNET_RATE = 7.5e-5
+"""Policy learning rate that tuning chose for the latent critic on the UNet."""
 MEAN_STD = 0.47
 """Of the trained steps of the tiny models' sampler."""
 
@@ -52,6 +54,11 @@ def replayed(config: TrainConfig) -> TrainConfig:
 def shuffled_critic(backbone: str) -> TrainConfig:
     """A control: the baseline is the value of another trajectory at the same step."""
     return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="shuffled_critic"))
+
+
+def at_rate(config: TrainConfig, rate: float) -> TrainConfig:
+    """The configuration with another learning rate of the policy."""
+    return replace(config, ppo=replace(config.ppo, policy_learning_rate=rate))
 
 
 def without_critic(backbone: str) -> TrainConfig:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bench.learning.arms import (
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
     TAUGHT_ITERATIONS,
+    UNET_RATE,
+    at_rate,
     batch_mean,
     conditional,
     constrained,
@@ -72,24 +74,27 @@ def _unpretrained(config: TrainConfig) -> Arm:
 
 def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
-        "latent critic": _unpretrained(
-            latent_critic(backbone) if backbone == "dit" else with_trunk(backbone, "shared")
-        ),
+        "latent critic": _unpretrained(latent_critic(backbone)),
         "GRPO": Arm(config=group_relative(backbone, "grpo")),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
     }
 
 
 def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
-    return {
-        "latent critic": _unpretrained(latent_critic(backbone)),
+    critic = latent_critic(backbone)
+    arms = {
+        "latent critic": _unpretrained(critic),
         "shuffled critic": _unpretrained(shuffled_critic(backbone)),
-        "head alone": _unpretrained(with_trunk(backbone, "shared")),
         "branch": _unpretrained(with_trunk(backbone, "branch")),
-        "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
-        "replay": _unpretrained(replayed(latent_critic(backbone))),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
-        "value pretraining": Arm(config=latent_critic(backbone)),
+    }
+    if backbone == "unet":
+        return {name: replace(arm, config=at_rate(arm.config, UNET_RATE)) for name, arm in arms.items()}
+    return arms | {
+        "head alone": _unpretrained(with_trunk(backbone, "shared")),
+        "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
+        "replay": _unpretrained(replayed(critic)),
+        "value pretraining": Arm(config=critic),
         "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
     }
 
@@ -163,16 +168,20 @@ CLAIMS = {
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
         problem="shapes",
         arms=_control_arms,
-        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        budgets={
+            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
+        },
         metrics=("shapes_strict", "shapes_gold"),
         reward_costs=(0.0, 0.05),
         grid=(1.0,),
         seeds=3,
-        note="The latent critic reads the estimate of the clean latent; branch, copied trunk and head "
-        f"alone are other trunks. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last "
-        f"{REPLAYED_ROLLOUTS} rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value "
-        "pretraining that are not counted: it tells what a critic would be worth that knows this much "
-        "when training begins.",
+        note="On the DiT the latent critic reads the estimate of the clean latent, on the UNet it is a head "
+        "alone; branch, copied trunk and head alone are other trunks. The UNet's rate is the one that "
+        f"section baselines chose for its latent critic. Replay: {REPLAYED_MINIBATCHES} critic steps per "
+        f"pass, on the last {REPLAYED_ROLLOUTS} rollouts. The taught critic had {TAUGHT_ITERATIONS} "
+        "rollouts of value pretraining that are not counted: it tells what a critic would be worth that "
+        "knows this much when training begins.",
     ),
     "estimators": Claim(
         question="What do the switches of the methods without a critic change?",
