@@ -154,7 +154,10 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     page.write(results, tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
-    rate = units.read(results / "baselines" / "dit" / "grpo-seed0.json")["policy_learning_rate"]
+    kept = units.read(results / "baselines" / "dit" / "grpo-seed0.json")
+    assert kept["settings"]["advantages"] == {"estimator": "grpo"}, "a curve says what its arm was told"
+    assert kept["rewards"] == {"shapes": 1.0}
+    rate = kept["policy_learning_rate"]
     assert "tuned over 0.00015, 0.0003; chosen: " in text
     assert f"{rate:g} (GRPO)" in text
     (lead,) = [line for line in text.splitlines() if line.startswith("| latent critic minus GRPO")][:1]

@@ -128,7 +128,14 @@ def perform(
             if points is None:
                 return
             runs.write(
-                job.path, points, claim=name, backbone=backbone, seed=job.seed, policy_learning_rate=rate
+                job.path,
+                points,
+                claim=name,
+                backbone=backbone,
+                seed=job.seed,
+                policy_learning_rate=rate,
+                rewards=job.arm.rewards or PROBLEMS[claim.problem].rewards,
+                settings=units.changed(job.arm.config),
             )
         finally:
             units.mark(job.path).unlink()

@@ -92,6 +92,7 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
         return {name: replace(arm, config=at_rate(arm.config, UNET_RATE)) for name, arm in arms.items()}
     return arms | {
         "head alone": _unpretrained(with_trunk(backbone, "shared")),
+        "joint head": _unpretrained(with_trunk(backbone, "joint")),
         "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
         "replay": _unpretrained(replayed(critic)),
         "value pretraining": Arm(config=critic),
@@ -116,6 +117,7 @@ def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
         "two heads": Arm(config=branch, rewards=checker | {"shapes_height": HEIGHT_SHARE}),
         "one shared head": Arm(config=scalarized(backbone), rewards=checker | height),
+        "two heads lighter": Arm(config=branch, rewards=checker | {"shapes_height": HEIGHT_SHARE / 2}),
         "two heads alike": Arm(config=branch, rewards=checker | height),
         "checker alone": Arm(config=branch, rewards=checker),
         "height alone": Arm(config=branch, rewards=height),
@@ -177,11 +179,11 @@ CLAIMS = {
         grid=(1.0,),
         seeds=3,
         note="On the DiT the latent critic reads the estimate of the clean latent, on the UNet it is a head "
-        "alone; branch, copied trunk and head alone are other trunks. The UNet's rate is the one that "
-        f"section baselines chose for its latent critic. Replay: {REPLAYED_MINIBATCHES} critic steps per "
-        f"pass, on the last {REPLAYED_ROLLOUTS} rollouts. The taught critic had {TAUGHT_ITERATIONS} "
-        "rollouts of value pretraining that are not counted: it tells what a critic would be worth that "
-        "knows this much when training begins.",
+        "alone; branch, copied trunk, head alone and joint head, whose error trains the actor's features "
+        "too, are other trunks. The UNet's rate is the one that section baselines chose for its latent "
+        f"critic. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} "
+        f"rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not "
+        "counted: it tells what a critic would be worth that knows this much when training begins.",
     ),
     "estimators": Claim(
         question="What do the switches of the methods without a critic change?",
@@ -223,8 +225,8 @@ CLAIMS = {
         seeds=3,
         note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the "
         "one with the larger deviation counts more. Two heads normalise each: with the weight "
-        f"{HEIGHT_SHARE} for height they weigh both as that sum does; with equal weights (alike) "
-        "height counts for more than twice as much.",
+        f"{HEIGHT_SHARE} for height they weigh both as that sum does, with half of it (lighter) height "
+        "counts less, with equal weights (alike) more than twice as much.",
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
