@@ -85,12 +85,13 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     arms = {
         "latent critic": _unpretrained(critic),
         "shuffled critic": _unpretrained(shuffled_critic(backbone)),
-        "branch": _unpretrained(with_trunk(backbone, "branch")),
         "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
     }
     if backbone == "unet":
+        arms["clean estimate"] = _unpretrained(with_trunk(backbone, "clean_net"))
         return {name: replace(arm, config=at_rate(arm.config, UNET_RATE)) for name, arm in arms.items()}
     return arms | {
+        "branch": _unpretrained(with_trunk(backbone, "branch")),
         "head alone": _unpretrained(with_trunk(backbone, "shared")),
         "joint head": _unpretrained(with_trunk(backbone, "joint")),
         "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
@@ -179,8 +180,8 @@ CLAIMS = {
         grid=(1.0,),
         seeds=3,
         note="On the DiT the latent critic reads the estimate of the clean latent, on the UNet it is a head "
-        "alone; branch, copied trunk, head alone and joint head, whose error trains the actor's features "
-        "too, are other trunks. The UNet's rate is the one that section baselines chose for its latent "
+        "alone; branch, copied trunk, clean estimate, head alone and joint head, whose error trains the "
+        "actor's features too, are other trunks. The UNet's rate is the one that section baselines chose for its latent "
         f"critic. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} "
         f"rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not "
         "counted: it tells what a critic would be worth that knows this much when training begins.",

@@ -56,7 +56,7 @@ class CleanEstimate(nn.Module):
         if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
             raise ValueError(
                 f"no estimate of the clean latent for prediction_type {self.prediction_type!r}; "
-                "use another critic trunk than 'pixel'"
+                "use another critic trunk than 'clean_net' and 'pixel'"
             )
         alphas = torch.ones(1) if is_flow else scheduler.alphas_cumprod.float()
         self.register_buffer("alphas_cumprod", alphas, persistent=False)
