@@ -181,10 +181,11 @@ CLAIMS = {
         seeds=3,
         note="On the DiT the latent critic reads the estimate of the clean latent, on the UNet it is a head "
         "alone; branch, copied trunk, clean estimate, head alone and joint head, whose error trains the "
-        "actor's features too, are other trunks. The UNet's rate is the one that section baselines chose for its latent "
-        f"critic. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} "
-        f"rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value pretraining that are not "
-        "counted: it tells what a critic would be worth that knows this much when training begins.",
+        "actor's features too, are other trunks. The UNet's rate is the one that section baselines chose "
+        f"for its latent critic. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on the last "
+        f"{REPLAYED_ROLLOUTS} rollouts. The taught critic had {TAUGHT_ITERATIONS} rollouts of value "
+        "pretraining that are not counted: it tells what a critic would be worth that knows this much "
+        "when training begins.",
     ),
     "estimators": Claim(
         question="What do the switches of the methods without a critic change?",
