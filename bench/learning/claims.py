@@ -145,6 +145,9 @@ def _budget_arms(backbone: BackboneName) -> dict[str, Arm]:
         "checker and budget": Arm(config=branch, rewards=checker | budget),
         "checker alone": Arm(config=branch, rewards=checker),
         "budget alone": Arm(config=branch, rewards=budget),
+        "checker first": Arm(
+            config=conditional(backbone, "jpeg_budget", "shapes", CHECKER_PASSED), rewards=checker | budget
+        ),
     }
 
 
@@ -253,6 +256,7 @@ CLAIMS = {
         seeds=3,
         note="The critic is a branch. The second reward is minus the kB beyond the budget, so a flat "
         "picture gains nothing more than a plain one of the data; both rewards weigh alike after "
-        "normalising each.",
+        "normalising each. Where the checker comes first, the budget counts only for images that obey the "
+        "prompt.",
     ),
 }
