@@ -199,7 +199,7 @@ def _require_writable(out: Path) -> None:
 
 
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
-    preset: TrainConfig = presets.shapes(backbone)
+    preset = presets.falling(presets.shapes(backbone))
     config = replace(preset, seed=seed, eval_samples=scale.evaluation_samples)
     if scale.batch_size is not None:
         config = replace(config, batch_size=scale.batch_size)

@@ -20,7 +20,13 @@ from lacfast.graph import GraphRunner
 from lacfast.metrics import UpdateRecords
 from lacfast.microbatch import MicrobatchSize
 from lacfast.minibatch import Pairs, all_pairs, minibatches, policy_batch
-from lacfast.optimizers import critic_optimizer, missing_moments, policy_optimizer, take_back, warmup
+from lacfast.optimizers import (
+    critic_optimizer,
+    missing_moments,
+    policy_optimizer,
+    policy_schedule,
+    take_back,
+)
 from lacfast.protocols import Backbone
 from lacfast.records import Rollout, TransitionTable
 from lacfast.reference_step import ReferenceStep
@@ -67,7 +73,9 @@ class Learner:
             self.reference_step = ReferenceStep(self.reference, runner, config.sampler.guidance_scale)
         parameters = backbone.policy_parameters()
         self.policy_optimizer = policy_optimizer(parameters, config.ppo)
-        self.policy_schedule = warmup(self.policy_optimizer, config.ppo.warmup_steps)
+        self.progress = 0.0
+        """Share of the run that is behind, for PPOConfig.final_learning_rate."""
+        self.policy_schedule = policy_schedule(self.policy_optimizer, config.ppo, lambda: self.progress)
         self.critic_optimizer = critic_optimizer(backbone.critic, config.ppo)
         self.replay = ValueReplay(config.ppo.critic_rollouts)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None

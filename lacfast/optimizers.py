@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,21 @@ def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> t
     )
 
 
-def warmup(optimizer: Optimizer, steps: int) -> LambdaLR:
-    """A schedule whose learning rate rises linearly to the optimizer's over its first `steps` steps."""
-    return LambdaLR(optimizer, lambda step: min((step + 1) / (steps + 1), 1.0))
+def policy_schedule(optimizer: Optimizer, config: PPOConfig, progress: Callable[[], float]) -> LambdaLR:
+    """The policy's rate: a linear rise over warmup_steps times a linear fall to final_learning_rate.
+
+    Args:
+        optimizer: at policy_learning_rate.
+        config: of the run.
+        progress: share of the run that is behind, from 0 to 1; asked after every optimizer step.
+    """
+    final = config.final_learning_rate
+    fall = 0.0 if final is None else 1 - final / config.policy_learning_rate
+
+    def factor(step: int) -> float:
+        return min((step + 1) / (config.warmup_steps + 1), 1.0) * (1 - fall * progress())
+
+    return LambdaLR(optimizer, factor)
 
 
 def take_back(schedule: LambdaLR, steps: int) -> None:

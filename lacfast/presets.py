@@ -53,6 +53,11 @@ def shapes(backbone: str) -> TrainConfig:
     )
 
 
+def falling(config: TrainConfig) -> TrainConfig:
+    """The configuration with a rate that falls to 0, for a run whose last policy is its result."""
+    return replace(config, ppo=replace(config.ppo, final_learning_rate=0.0))
+
+
 def shapes_steering() -> SteeringConfig:
     """Four particles pruned to one: 25 forwards per image over 8 steps."""
     return SteeringConfig(particles=4)
@@ -68,7 +73,7 @@ def shapes_run() -> RunConfig:
         rewards=(("shapes", 1.0),),
         evaluation_rewards=("shapes_strict", "shapes_gold"),
         best="shapes_strict",
-        train=replace(shapes("dit"), iterations=60, eval_every=20),
+        train=replace(falling(shapes("dit")), iterations=60, eval_every=20),
     )
 
 

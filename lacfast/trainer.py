@@ -321,9 +321,12 @@ class LatentActorCriticTrainer:
         """
         start = time.perf_counter()
         planned = self.config.iterations - self.iteration if iterations is None else iterations
+        last = self.iteration + planned
         for done in range(planned):
-            if self.early_stopping.is_exhausted or time.perf_counter() - start >= seconds:
+            elapsed = time.perf_counter() - start
+            if self.early_stopping.is_exhausted or elapsed >= seconds:
                 return done
+            self.learner.progress = max(self.iteration / last, elapsed / seconds)
             metrics = self.train_iteration()
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
                 evaluation = self.evaluate()

@@ -53,7 +53,9 @@ def run_config(model: Path, out: Path, **changes: Any) -> RunConfig:
             iterations=4,
             sampler=SamplerConfig(num_steps=3),
             critic=CriticConfig(trunk="branch", hidden_dim=16, num_heads=2, head_dim=8),
-            ppo=PPOConfig(num_minibatches=2, warmup_steps=3, policy_learning_rate=1e-3),
+            ppo=PPOConfig(
+                num_minibatches=2, warmup_steps=3, policy_learning_rate=1e-3, final_learning_rate=1e-4
+            ),
             pretrain=ValuePretrainingConfig(iterations=1, held_out_samples=4, minibatch_size=8),
             ema_decay=0.5,
             eval_every=2,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,37 @@ def test_training_raises_an_easy_reward() -> None:
     for _ in range(6):
         trainer.train_iteration()
     assert trainer.evaluate(samples=32).means()["brightness"] > before + 0.01
+
+
+def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
+    ppo = PPOConfig(
+        clip_range=1e-3,
+        num_minibatches=2,
+        warmup_steps=3,
+        policy_learning_rate=1e-3,
+        final_learning_rate=2e-4,
+    )
+    trainer = trainer_for(iterations=4, ppo=ppo)
+    optimizer, rates = trainer.learner.policy_optimizer, []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(float(optimizer.param_groups[0]["lr"])))
+    trainer.train()
+    # A step has the rate that was set behind the one before it, by the iteration of that one.
+    behind = [0, 0, 0, 1 / 4, 1 / 4, 2 / 4, 2 / 4, 3 / 4]
+    warm = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]
+    expected = [1e-3 * rise * (1 - 0.8 * share) for rise, share in zip(warm, behind, strict=True)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_rate_follows_the_clock_where_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr("lacfast.trainer.time.perf_counter", lambda: float(next(ticks)))
+    ppo = PPOConfig(clip_range=1e-3, num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
+    trainer = trainer_for(ppo=ppo)
+    assert trainer.train(10**9, seconds=20) > 1
+    rate = float(trainer.learner.policy_optimizer.param_groups[0]["lr"])
+    assert 0 < trainer.learner.progress < 1
+    assert rate == pytest.approx(1e-3 * (1 - trainer.learner.progress))
+    assert rate < 0.5e-3
 
 
 def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> None:

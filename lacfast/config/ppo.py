@@ -74,6 +74,9 @@ class PPOConfig:
     """[paper]"""
     warmup_steps: int = 0
     """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
+    final_learning_rate: float | None = None
+    """Towards which the policy's rate falls linearly until the run ends, with TrainConfig.iterations or with
+    the seconds that `train` was given. None: it stays."""
     value_learning_rate: float = 1e-3
     """Of the value head. [paper]"""
     trunk_learning_rate: float = 3e-4
@@ -122,6 +125,12 @@ class PPOConfig:
             f"lambda_gate={self.lambda_gate} would be ignored where gae_lambda is 1; use gae_lambda < 1",
         )
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
+        final = self.final_learning_rate
+        require(
+            final is None or 0 <= final < self.policy_learning_rate,
+            f"final_learning_rate={final} must be >= 0 and less than policy_learning_rate="
+            f"{self.policy_learning_rate}, or None: the rate stays",
+        )
         require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
         require(
             self.critic_minibatches >= 0,
