@@ -211,6 +211,7 @@ CLAIMS = {
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
         },
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
+        reward_costs=(0.0, 0.05),
         seeds=3,
     ),
     "proxy": Claim(
