@@ -45,6 +45,11 @@ def with_trunk(backbone: str, trunk: str) -> TrainConfig:
     return replace(config, critic=replace(config.critic, trunk=trunk))
 
 
+def distributional(config: TrainConfig) -> TrainConfig:
+    """Values as the mean of a softmax over bins, see docs/critic.md."""
+    return replace(config, critic=replace(config.critic, loss="hl_gauss"))
+
+
 def replayed(config: TrainConfig) -> TrainConfig:
     """The critic's passes draw from the last rollouts, in smaller minibatches."""
     ppo = replace(config.ppo, critic_rollouts=REPLAYED_ROLLOUTS, critic_minibatches=REPLAYED_MINIBATCHES)
