@@ -27,7 +27,8 @@ QUESTIONS = {
 HEAD = """Explained variance of held-out states with the actor frozen, mean over the seeds; the best state of
 value pretraining is chosen on other prompts. Floor: what the prompt alone explains. Ceiling: what the state
 tells, by branched completions. Score: place of all steps together between floor (0) and ceiling (1). Images:
-of value pretraining, those that choose included. Where no trunk is named, the critic is a branch."""
+of value pretraining, those that choose included. Where no trunk is named, the critic is a branch.
+With the actor frozen the trunk `joint` is `shared`."""
 Row = dict[str, Any]
 Rows = list[tuple[Cell, list[Row]]]
 """Cells and what each seed measured."""
