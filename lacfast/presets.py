@@ -31,7 +31,7 @@ def shapes(backbone: str) -> TrainConfig:
         sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=(0, 5)),
         # The reward compares the picture with the prompt, so the head reads the prompt too.
         critic=CriticConfig(
-            # What explains most of the base model's rewards there, see docs/results.md.
+            # Of those that run no block of their own, the one that explains more there: docs/results.md.
             trunk="clean_net" if backbone == "dit" else "shared",
             text_conditioning="tokens",
             num_heads=8,

@@ -118,8 +118,7 @@ class LatentActorCriticTrainer:
     @property
     def score_names(self) -> list[str]:
         """What an evaluation scores: the rewards, then those that are only reported."""
-        reported = [] if self.evaluation_rewards is None else self.evaluation_rewards.names
-        return [*self.rewards.names, *reported]
+        return self.rewards.names + ([] if self.evaluation_rewards is None else self.evaluation_rewards.names)
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
@@ -274,11 +273,15 @@ class LatentActorCriticTrainer:
             metrics |= self.confidence.metrics(rollout_variance(rollout, self.normalizer))
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
-    def train_iteration(self, on_rollout: Callable[[Rollout], None] | None = None) -> dict[str, Any]:
+    def train_iteration(
+        self, on_rollout: Callable[[Rollout], None] | None = None, *, progress: float | None = None
+    ) -> dict[str, Any]:
         """One rollout and its update; returns its metrics, which are logged too.
 
-        `on_rollout` is called with the scored rollout before anything learns from it.
+        `on_rollout` gets the scored rollout first. `progress` of the run, 0 to 1; None: by config.iterations.
         """
+        planned = max(self.config.iterations, 1)
+        self.learner.progress = min(self.iteration / planned, 1.0) if progress is None else progress
         start = time.perf_counter()
         graphs = compiled_graphs() if self.config.compile else 0
         rollout = self._training_rollout(self.iteration, 0)
@@ -321,13 +324,12 @@ class LatentActorCriticTrainer:
         """
         start = time.perf_counter()
         planned = self.config.iterations - self.iteration if iterations is None else iterations
-        last = self.iteration + planned
         for done in range(planned):
             elapsed = time.perf_counter() - start
             if self.early_stopping.is_exhausted or elapsed >= seconds:
                 return done
-            self.learner.progress = max(self.iteration / last, elapsed / seconds)
-            metrics = self.train_iteration()
+            behind = self.iteration / (self.iteration + planned - done)
+            metrics = self.train_iteration(progress=max(behind, elapsed / seconds))
             if self.config.eval_every and self.iteration % self.config.eval_every == 0:
                 evaluation = self.evaluate()
                 self.early_stopping.update(evaluation.means()[self.early_stopping.score])
@@ -391,8 +393,7 @@ class LatentActorCriticTrainer:
         self.estimator.require_fit(state["advantages"])
         checkpoint.load_weights(self.backbone, Path(directory))
         self.learner.load_state_dict(state["learner"])
-        # Runs that were saved before there were bounds have none.
-        if "confidence" in state:
+        if "confidence" in state:  # not in runs from before there were bounds
             self.confidence.load_state_dict(state["confidence"])
         self.estimator.load_state_dict(state["advantages"])
         self.early_stopping.load_state_dict(state["early_stopping"])

@@ -77,6 +77,16 @@ def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_the_rate_falls_in_a_loop_of_ones_own_too() -> None:
+    ppo = PPOConfig(clip_range=1e-3, num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
+    trainer = trainer_for(iterations=2, ppo=ppo)
+    rates = []
+    for _ in range(4):
+        trainer.train_iteration()
+        rates.append(float(trainer.learner.policy_optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.0, 0.0])
+
+
 def test_the_rate_follows_the_clock_where_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr("lacfast.trainer.time.perf_counter", lambda: float(next(ticks)))

@@ -75,8 +75,8 @@ class PPOConfig:
     warmup_steps: int = 0
     """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
     final_learning_rate: float | None = None
-    """Towards which the policy's rate falls linearly until the run ends, with TrainConfig.iterations or with
-    the seconds that `train` was given. None: it stays."""
+    """Towards which the policy's rate falls linearly until the run ends: with TrainConfig.iterations, or with
+    the iterations or seconds that `train` was given. None: it stays."""
     value_learning_rate: float = 1e-3
     """Of the value head. [paper]"""
     trunk_learning_rate: float = 3e-4
