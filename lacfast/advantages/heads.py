@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lacfast.config import AdvantageConfig
+from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import RewardCondition, Rollout
 
 SCALARIZED = "scalarized"
@@ -17,7 +18,7 @@ SCALARIZED = "scalarized"
 
 def stack_rewards(rollout: Rollout) -> Tensor:
     """(B, M) rewards in the order of rollout.rewards, on the rollout's device; float64 for such latents."""
-    dtype = torch.promote_types(rollout.latents.dtype, torch.float32)
+    dtype = arithmetic_dtype(rollout.latents)
     return torch.stack(list(rollout.rewards.values()), dim=1).to(rollout.latents.device, dtype)
 
 

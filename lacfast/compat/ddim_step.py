@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lacfast import ops, schedule
 from lacfast.compat.tables import ScheduleCache, per_sample, require_known, with_unknown_row
+from lacfast.ops.checks import arithmetic_dtype
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -94,7 +95,7 @@ def ddim_step_with_logprob(
         state, output, coefficients = sample, model_output, tables.transition
     if noise is not None:
         state, output = _kernel_inputs(state, output, state.dtype)
-        drawn = ops.gaussian_step(state, output, coefficients, steps, noise=noise.to(_arithmetic(state)))
+        drawn = ops.gaussian_step(state, output, coefficients, steps, noise=noise.to(arithmetic_dtype(state)))
         if drawn.prev_sample.dtype == sample.dtype:
             return drawn.prev_sample, drawn.log_prob
         prev_sample = drawn.prev_sample.to(sample.dtype)
@@ -105,15 +106,11 @@ def ddim_step_with_logprob(
     return prev_sample.to(sample.dtype), log_prob
 
 
-def _arithmetic(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _kernel_inputs(state: Tensor, output: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Contiguous, the state in `dtype`; half-precision outputs stay unless the maths is in float64."""
     state = state.to(dtype).contiguous()
     if torch.float64 in (state.dtype, output.dtype):
-        output = output.to(_arithmetic(state))
+        output = output.to(arithmetic_dtype(state))
     return state, output.contiguous()
 
 
@@ -161,7 +158,7 @@ def _look_up(
         float(eta),
         scheduler.config.prediction_type,
     )
-    alphas, place = scheduler.alphas_cumprod, (sample.device, _arithmetic(sample))
+    alphas, place = scheduler.alphas_cumprod, (sample.device, arithmetic_dtype(sample))
     host = _tables.get(alphas, settings, lambda: _build(alphas, *settings))
     tables = _tables.get(alphas, (*settings, *place), lambda: host.to(*place))
     given, count = torch.as_tensor(timestep).reshape(-1), len(tables.signals) - 1

@@ -12,13 +12,9 @@ import torch
 from torch import Tensor
 
 from lacfast.records import NoiseKey
+from lacfast.reference.transition import arithmetic_dtype as arithmetic_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32: the type in which the maths is done."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def check_latents(name: str, tensor: Tensor) -> None:

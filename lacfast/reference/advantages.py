@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lacfast.records import NormalizedAdvantages, RewardCondition
-from lacfast.reference.transition import compute_dtype
+from lacfast.reference.transition import arithmetic_dtype
 
 ROUNDING = 1e-12
 """A variance below this part of the mean square is rounding: the quantity does not vary."""
@@ -87,7 +87,7 @@ def normalized_advantages(
     A = sum_m w_m A_m / std(A_m)                                    "sum_normalized"
     advantages = clip( (A - mean(A)) / std(A) )      over all trajectories, steps and ranks
     """
-    dtype = compute_dtype(values)
+    dtype = arithmetic_dtype(values)
     standardized = _standardized_rewards(rewards, values, reward_mean, reward_std, conditions)
     if combination == "scalarized":
         standardized = (weights * standardized).sum(dim=-1, keepdim=True)

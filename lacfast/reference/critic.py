@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lacfast.reference.transition import arithmetic_dtype
+
 
 def value_pool(
     features: Tensor, query: Tensor, norm_weight: Tensor | None = None, *, eps: float = 1e-6
@@ -24,7 +26,7 @@ def value_pool(
     Returns:
         (B, H, D) in the query's dtype; computed in float32 at least.
     """
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = arithmetic_dtype(query)
     tokens = features.to(dtype)
     tokens = tokens * (tokens.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     if norm_weight is not None:

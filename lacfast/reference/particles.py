@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lacfast.records import NoiseKey
 from lacfast.reference.noise import philox
-from lacfast.reference.transition import compute_dtype
+from lacfast.reference.transition import arithmetic_dtype
 
 WEIGHT_BITS = 36
 """Resampling counts a group's weights in units of 2^-36 of the largest."""
@@ -35,7 +35,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
     weights = below_max.exp()
     squares = weights.square().sum(dim=1)
     size = weights.sum(dim=1).square() / torch.where(squares > 0, squares, 1.0)
-    return size.to(compute_dtype(log_weights))
+    return size.to(arithmetic_dtype(log_weights))
 
 
 def systematic_resample(log_weights: Tensor, steps: Tensor, key: NoiseKey) -> Tensor:

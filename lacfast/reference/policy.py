@@ -11,7 +11,7 @@ from lacfast.config import RATIOS
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
 from lacfast.reference.noise import noise_for
 from lacfast.reference.objective import Clip, bounds, masked_mean, sums_per_step, surrogate_gain
-from lacfast.reference.transition import compute_dtype, reduce, rows_of
+from lacfast.reference.transition import arithmetic_dtype, reduce, rows_of
 
 
 def log_ratio(
@@ -42,7 +42,7 @@ def log_ratio(
         reference_output: (B, ...) of the reference model.
         reduction: "mean" over elements or "sum".
     """
-    dtype = compute_dtype(model_output)
+    dtype = arithmetic_dtype(model_output)
     _, b, std = rows_of(coefficients, steps, model_output)
     stochastic = std > 0
     gain = torch.where(stochastic, b / torch.where(stochastic, std, 1.0), 0.0)
@@ -57,7 +57,7 @@ def log_ratio(
 
 
 def _difference(model_output: Tensor, fixed_output: Tensor) -> Tensor:
-    dtype = compute_dtype(model_output)
+    dtype = arithmetic_dtype(model_output)
     return model_output.to(dtype) - fixed_output.detach().to(dtype)
 
 
@@ -143,7 +143,7 @@ def ppo_loss(
         raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")
     nats_per_unit = model_output[0].numel() if reduction == "mean" else 1
     limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=nats_per_unit)
-    dtype = compute_dtype(model_output)
+    dtype = arithmetic_dtype(model_output)
     counts = coefficients[steps, 2] > 0
     if mask is not None:
         counts = counts & mask

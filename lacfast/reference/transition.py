@@ -11,13 +11,14 @@ from lacfast.records import NoiseKey, StepOutput, TrajectorySlab
 from lacfast.reference.noise import noise_for
 
 
-def compute_dtype(sample: Tensor) -> torch.dtype:
-    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32: the type in which the maths is done."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def rows_of(coefficients: Tensor, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a, b, std of every sample, shaped to multiply `like` (B, ...)."""
-    rows = coefficients.to(compute_dtype(like))[steps]
+    rows = coefficients.to(arithmetic_dtype(like))[steps]
     shape = (-1,) + (1,) * (like.ndim - 1)
     a, b, std = rows.unbind(dim=1)
     return a.view(shape), b.view(shape), std.view(shape)
@@ -60,7 +61,7 @@ def gaussian_step(
         guidance_scale: (1,) float, needed with `uncond_output`.
         reduction: "mean" over elements (the field's convention) or "sum".
     """
-    dtype = compute_dtype(sample)
+    dtype = arithmetic_dtype(sample)
     a, b, std = rows_of(coefficients, steps, sample)
     if uncond_output is not None and guidance_scale is not None:
         model_output = _guided(model_output, uncond_output, guidance_scale, dtype)
@@ -97,7 +98,7 @@ def gaussian_step_(
     of the stored latent under the stored output, and `sample` becomes the stored latent.
     """
     if uncond_output is not None and guidance_scale is not None:
-        model_output = _guided(model_output, uncond_output, guidance_scale, compute_dtype(sample))
+        model_output = _guided(model_output, uncond_output, guidance_scale, arithmetic_dtype(sample))
     model_output = model_output.to(slab.model_outputs.dtype)
     prev_sample = gaussian_step(sample, model_output, coefficients, steps, noise=noise).prev_sample
     prev_sample = prev_sample.to(slab.latents.dtype)
@@ -129,7 +130,7 @@ def step_log_prob(
 
     Gradients flow to all three: with r = (x' - mu) / std^2 they are a r, b r and -r, 0 where std = 0.
     """
-    dtype = compute_dtype(sample)
+    dtype = arithmetic_dtype(sample)
     a, b, std = rows_of(coefficients, steps, sample)
     mean = a * sample.to(dtype) + b * model_output.to(dtype)
     return _log_prob(prev_sample.to(dtype), mean, std, reduction)
