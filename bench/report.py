@@ -1,9 +1,11 @@
-"""Writes the README's tables from recorded results, so that none of its numbers is typed.
+"""Writes the tables of README and docs from recorded results, so that none of their numbers is typed.
+
+A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`, in one of PAGES.
 
 The proof comes from docs/demo/summary.json, the kernels from the newest bench/results/kernels-cpu-*.json
 (`python -m bench.kernels`), iterations from the newest bench/results/iteration-cpu-*.json
 (`python -m bench.iteration`), what the published models cost from bench/results/costs.json
-(`python -m bench.costs`), methods from bench/results/learning (`python -m bench.learning baselines`).
+(`python -m bench.costs`). Methods are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -18,18 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from bench import cost_table
-from bench.learning import tables
-from bench.learning.claims import CLAIMS
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
+"""Where markers may stand, each table's in exactly one of them."""
 RECORD = ROOT / "docs" / "demo"
 PICTURE = "comparison.png"
 RESULTS = ROOT / "bench" / "results"
 COSTS = RESULTS / "costs.json"
-LEARNING = RESULTS / "learning"
 
 
 def record(run: Path) -> None:
@@ -154,8 +154,7 @@ def iterations(record: dict[str, Any]) -> str:
         f"medians of {record['rounds']} interleaved rounds of {first['num_steps']} steps "
         f"and {first['num_updates']} optimizer steps. Trajectories and float64 gradients of both sides "
         f"differ by at most {largest:.0e}; no side has a critic, and the reward costs nothing. "
-        "`python -m bench.iteration` measures it; [docs/performance.md](docs/performance.md) says where the "
-        "time goes."
+        "`python -m bench.iteration` measures it."
     )
     return "\n".join([*lines, "", note])
 
@@ -165,14 +164,43 @@ def newest(pattern: str) -> Path:
     return max(RESULTS.glob(pattern), default=RESULTS / pattern)
 
 
-def updated(readme: str, block: str, text: str) -> str:
-    """The README with `text` between the markers of `block`."""
-    begin, end = f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
-    head, _, rest = readme.partition(begin)
-    _, _, tail = rest.partition(end)
-    if not tail:
-        raise ValueError(f"README.md lacks {begin} or {end}; put both where the figures belong")
+def markers(block: str) -> tuple[str, str]:
+    """What stands before and after a table."""
+    return f"<!-- {block}:begin -->", f"<!-- {block}:end -->"
+
+
+def updated(page: str, block: str, text: str) -> str:
+    """The page with `text` between the markers of `block`."""
+    begin, end = markers(block)
+    head, _, rest = page.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        raise ValueError(f"{begin} is not followed by {end}; put both where the table belongs")
     return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def pages(tables: dict[str, str], homes: dict[Path, str]) -> dict[Path, str]:
+    """The pages with every table in its home.
+
+    Args:
+        tables: marker -> Markdown whose links start at the root.
+        homes: path -> text of the pages that may have markers.
+
+    Raises:
+        ValueError: a table has no home, or several.
+    """
+    written = dict(homes)
+    for block, text in tables.items():
+        having = [path for path, page in homes.items() if markers(block)[0] in page]
+        if len(having) != 1:
+            names = ", ".join(path.name for path in homes)
+            raise ValueError(
+                f"{markers(block)[0]} stands in {len(having)} of {names}; put it into one of them"
+            )
+        (home,) = having
+        relative = text.replace("](docs/", "](") if home.parent.name == "docs" else text
+        written[home] = updated(written[home], block, relative)
+    return written
 
 
 def blocks() -> dict[str, str]:
@@ -183,23 +211,20 @@ def blocks() -> dict[str, str]:
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, cost_table.table),
     }
-    found = {
+    return {
         block: write(json.loads(path.read_text(encoding="utf-8")))
         for block, (path, write) in sources.items()
         if path.exists()
     }
-    learnt = "\n".join(tables.summary(LEARNING, {"baselines": CLAIMS["baselines"]}))
-    return found | ({"learning": learnt} if learnt else {})
 
 
 def main(arguments: list[str]) -> int:
     try:
         if arguments:
             record(Path(arguments[0]))
-        readme = README.read_text(encoding="utf-8")
-        for block, text in blocks().items():
-            readme = updated(readme, block, text)
-        README.write_text(readme, encoding="utf-8")
+        homes = {path: path.read_text(encoding="utf-8") for path in PAGES}
+        for path, text in pages(blocks(), homes).items():
+            path.write_text(text, encoding="utf-8")
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

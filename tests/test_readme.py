@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import report
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 STRUCTURE = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
-SUMMARY = ROOT / "docs" / "demo" / "summary.json"
 
 
 def fenced(language: str) -> list[str]:
@@ -84,27 +79,3 @@ def test_commands_are_two_and_use_the_pinned_set() -> None:
 
 def test_readme_fits_its_length() -> None:
     assert len(README.splitlines()) <= 170
-
-
-def test_figures_are_those_of_the_recorded_results() -> None:
-    blocks = report.blocks()
-    assert set(blocks) == {"proof", "learning", "kernels", "iteration", "costs"}
-    for block, text in blocks.items():
-        assert report.updated(README, block, text) == README
-    assert not json.loads(SUMMARY.read_text(encoding="utf-8"))["quick"]
-    assert (SUMMARY.parent / "comparison.png").exists()
-
-
-def test_a_quick_run_is_not_taken_for_proof(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text('{"quick": true}', encoding="utf-8")
-    with pytest.raises(ValueError, match="without --quick"):
-        report.record(tmp_path)
-    with pytest.raises(ValueError, match="finished `lacfast demo`"):
-        report.record(tmp_path / "nothing")
-
-
-def test_figures_script_fails_cleanly() -> None:
-    command = [sys.executable, "-m", "bench.report", str(ROOT / "nowhere")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("report: ")
