@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from bench.published import PUBLISHED, PublishedModel
-from lacfast.advantages import Advantages
+from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
-from lacfast.counters import OperationCounter, counted, fused_attention
-from lacfast.critic import Critic, build_critic
-from lacfast.minibatch import all_pairs, policy_batch
-from lacfast.records import NoiseKey, Rollout
-from lacfast.sampler import SamplerBuffers, denoise_step, policy_output
-from lacfast.update import policy_gradient
-from lacfast.update_totals import PolicyTotals, step_tables
+from lacfast.critic.critic import Critic
+from lacfast.learning.pairs import all_pairs, policy_batch
+from lacfast.learning.step_tables import step_tables
+from lacfast.learning.totals import PolicyTotals
+from lacfast.learning.update import policy_gradient
+from lacfast.policy import policy_output
+from lacfast.records import Advantages, NoiseKey, Rollout
+from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.step import denoise_step
+from lacfast.runs.costs import OperationCounter, counted, fused_attention
 
 RESULT = Path(__file__).parent / "results" / "costs.json"
 BATCH = 2

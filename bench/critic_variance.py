@@ -19,15 +19,16 @@ from torch import Tensor
 
 from bench.learning import units
 from bench.learning.problems import Materials, Prompts
-from lacfast import CriticConfig, presets
+from lacfast import CriticConfig
 from lacfast.config import TrainConfig
-from lacfast.explained_variance import ValueBounds
+from lacfast.critic.values import held_out_variance
+from lacfast.learning.value_bounds import ValueBounds
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
+from lacfast.runs import presets
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
-from lacfast.value_pretraining import held_out_variance
 
 MEASURES = ("trunks", "iterations", "time", "text", "loss")
 TRUNKS = ("branch", "shared", "lora", "copy", "clean_net", "latent_net", "prompt_only", "pixel")

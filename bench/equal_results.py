@@ -17,10 +17,9 @@ from torch import Tensor
 from bench.matched_loops import Match, PeerLoop, counted_noise, engine, peer_loop
 from bench.peer_loops import samples_of
 from lacfast import reference
-from lacfast.advantages import Advantages
+from lacfast.policy import policy_output
 from lacfast.prompts import PromptSet
-from lacfast.records import Rollout
-from lacfast.sampler import policy_output
+from lacfast.records import Advantages, Rollout
 from lacfast.trainer import LatentActorCriticTrainer
 
 

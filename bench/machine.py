@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lacfast import environment
+from lacfast.runs import environment
 
 
 def describe(device: torch.device) -> dict[str, Any]:

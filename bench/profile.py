@@ -20,15 +20,16 @@ import torch
 from bench import shapes
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS
-from lacfast.profiling import DOMAIN, recorded_by_torch
+from lacfast.runtime.profiling import DOMAIN, recorded_by_torch
 
 TRACE = "trace.json"
 
 
 def training(device: torch.device, backbone: str) -> Callable[[], object]:
     """One training iteration of a tiny untrained model at the demo's settings."""
-    from lacfast import LatentActorCriticTrainer, presets
+    from lacfast import LatentActorCriticTrainer
     from lacfast.backbones import adapt_pretrained
+    from lacfast.runs import presets
     from lacfast.tasks.pretraining import pretrain
     from lacfast.tasks.shapes import train_prompts
 

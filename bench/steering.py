@@ -29,15 +29,15 @@ from bench.critic_variance import TRUNKS
 from bench.learning import page, units
 from bench.learning.problems import Materials, Prompts
 from bench.steering_arms import arms
-from lacfast import presets
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
 from lacfast.config import SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
+from lacfast.runs import presets
+from lacfast.runs.steer import saved_model, trained_sampler
 from lacfast.steering import steer
-from lacfast.steering_run import saved_model, trained_sampler
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer

@@ -7,24 +7,7 @@ transformers.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lacfast.backbones import PipelineSettings, load_backbone
-    from lacfast.config import (
-        AdvantageConfig,
-        CriticConfig,
-        EarlyStoppingConfig,
-        LoRAConfig,
-        PPOConfig,
-        SamplerConfig,
-        SteeringConfig,
-        TrainConfig,
-        ValuePretrainingConfig,
-    )
-    from lacfast.prompts import load_prompts
-    from lacfast.steering import steer
-    from lacfast.trainer import LatentActorCriticTrainer
+from typing import Any
 
 _HOMES = {
     "AdvantageConfig": "config",
@@ -34,34 +17,24 @@ _HOMES = {
     "LoRAConfig": "config",
     "PPOConfig": "config",
     "PipelineSettings": "backbones",
-    "ValuePretrainingConfig": "config",
     "SamplerConfig": "config",
     "SteeringConfig": "config",
     "TrainConfig": "config",
+    "ValuePretrainingConfig": "config",
     "load_backbone": "backbones",
     "load_prompts": "prompts",
     "steer": "steering",
 }
+"""Public name -> the room that it comes from; __init__.pyi says the same to type checkers."""
 
-__all__ = [
-    "AdvantageConfig",
-    "CriticConfig",
-    "EarlyStoppingConfig",
-    "LatentActorCriticTrainer",
-    "LoRAConfig",
-    "PPOConfig",
-    "PipelineSettings",
-    "SamplerConfig",
-    "SteeringConfig",
-    "TrainConfig",
-    "ValuePretrainingConfig",
-    "load_backbone",
-    "load_prompts",
-    "steer",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"lacfast.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'lacfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

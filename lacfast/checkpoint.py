@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig
-from lacfast.critic import Critic, build_critic
-from lacfast.protocols import Backbone
+from lacfast.critic.critic import Critic
 
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_DESCRIPTION = "lacfast_critic"

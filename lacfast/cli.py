@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from lacfast.config import SamplerConfig, SteeringConfig
-from lacfast.presets import RUNS
-from lacfast.run_config import RunConfig
+from lacfast.runs.config import RunConfig
+from lacfast.runs.presets import RUNS
 
 USAGE_ERROR = 2
 
@@ -35,8 +35,8 @@ class Demo:
     """Cut every phase short: shows that it runs, not that it learns. Stops long before the budget."""
 
     def run(self) -> None:
-        from lacfast.demo import FULL, QUICK, QUICK_BUDGET, run_demo
-        from lacfast.terminal import show_summary
+        from lacfast.runs.demo import FULL, QUICK, QUICK_BUDGET, run_demo
+        from lacfast.runs.terminal import show_summary
 
         budget = min(self.budget, QUICK_BUDGET) if self.quick else self.budget
         scale = QUICK if self.quick else FULL
@@ -56,7 +56,7 @@ class Info:
     def run(self) -> None:
         from rich.console import Console
 
-        from lacfast import environment
+        from lacfast.runs import environment
 
         if self.json:
             print(json.dumps(environment.describe(), indent=2))
@@ -93,8 +93,8 @@ class Evaluate:
     """Write scores.json and samples.png here. None: only print."""
 
     def run(self) -> None:
-        from lacfast.run import evaluate_model
-        from lacfast.terminal import show_scores
+        from lacfast.runs.terminal import show_scores
+        from lacfast.runs.train import evaluate_model
 
         evaluation = evaluate_model(
             self.model,
@@ -138,8 +138,8 @@ class Steer:
     """That the model runs in."""
 
     def run(self) -> None:
-        from lacfast.steering_run import steer_model
-        from lacfast.terminal import show_steering
+        from lacfast.runs.steer import steer_model
+        from lacfast.runs.terminal import show_steering
 
         stats = steer_model(
             self.source,
@@ -186,8 +186,8 @@ class Train:
     settings: Annotated[Preset, tyro.conf.arg(name="")]
 
     def run(self) -> None:
-        from lacfast.run import plan, train
-        from lacfast.terminal import show_iteration, show_plan
+        from lacfast.runs.terminal import show_iteration, show_plan
+        from lacfast.runs.train import plan, train
 
         if self.settings.dry_run:
             show_plan(self.settings, plan(self.settings))

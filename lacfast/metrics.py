@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.advantages import Advantages, RewardNormalizer, stack_rewards
-from lacfast.graph import GraphStatistics
-from lacfast.optimizers import require_finite
-from lacfast.profiling import span
-from lacfast.records import Evaluation, Rollout
-from lacfast.trackers import Tracker, curve_points
+from lacfast.records import Advantages, Evaluation, Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.runtime.graph import GraphStatistics
 
 
 class MetricsLog:
@@ -145,120 +145,84 @@ def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class PolicyRecord:
-    """What one optimizer step of the policy did, on the host; see update.PolicyTotals.record."""
-
-    loss: float
-    grad_norm: float
-    max_abs_log_ratio: float
-    mean_abs_log_ratio: float
-    """Over the pairs that counted."""
-    step_sums: Tensor
-    """(T, 6) as PPOStats.step_sums."""
-    pairs: float
-    """That counted."""
-    mean_kl_old: float
-    """KL per element from the rollout's policy, over the pairs."""
-    forward_mismatch: float
-    """RMS of b dv / std over the pairs whose whole forward ran; 0 before any step where forwards agree."""
-
-    @staticmethod
-    def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """From the step's record (4 + 6 T,) on the host; `measured` pairs ran in full, at most all."""
-        loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
-        step_sums = numbers[4:].view(-1, 6)
-        pairs = max(float(step_sums[:, 0].sum()), 1.0)
-        mean_kl_old = float(step_sums[:, 2].sum()) / pairs
-        return PolicyRecord(
-            loss=loss,
-            grad_norm=grad_norm,
-            max_abs_log_ratio=max_abs_log_ratio,
-            mean_abs_log_ratio=abs_log_ratio / pairs,
-            step_sums=step_sums,
-            pairs=pairs,
-            mean_kl_old=mean_kl_old,
-            forward_mismatch=math.sqrt(2 * mean_kl_old * pairs / min(measured, pairs)),
-        )
-
-
-class UpdateRecords:
-    """What the optimizer steps on one rollout did: on the device until it is read, all at once."""
-
-    def __init__(self) -> None:
-        self.policy: list[PolicyRecord] = []
-        """Of the steps that were read, in their order."""
-        self.policy_steps = 0
-        """Read or not."""
-        self._critic: list[tuple[float, float, int]] = []
-        self._pending: list[tuple[str, Tensor, int, float]] = []
-
-    def add(self, what: str, numbers: Tensor, pairs: int, *, measured: float = math.inf) -> None:
-        """Take in the record of a step of the "policy" or the "critic" on `pairs` pairs.
-
-        Of the policy's, `measured` ran in full, at most all.
-        """
-        self._pending.append((what, numbers, pairs, measured))
-        self.policy_steps += what == "policy"
-
-    def read(self) -> None:
-        """Copy everything to the host.
-
-        Raises:
-            FloatingPointError: for the first step whose gradient norm is not finite. The steps before it
-                have been read.
-        """
-        if not self._pending:
-            return
-        with span("sync"):
-            flat = torch.cat([numbers for _, numbers, *_ in self._pending]).cpu()
-        pending, self._pending = self._pending, []
-        for what, numbers, pairs, measured in pending:
-            record, flat = flat[: len(numbers)], flat[len(numbers) :]
-            require_finite(what, float(record[1]))
-            if what == "policy":
-                self.policy.append(PolicyRecord.read(record, measured))
-            else:
-                self._critic.append((float(record[0]), float(record[1]), pairs))
-
-    def metrics(self) -> dict[str, Any]:
-        """Means over all optimizer steps; some per denoising step."""
-        metrics = policy_metrics(self.policy)
-        if self._critic:
-            pairs = sum(count for _, _, count in self._critic)
-            metrics["value_loss"] = sum(loss * count for loss, _, count in self._critic) / pairs
-            metrics["critic_grad_norm"] = sum(norm for _, norm, _ in self._critic) / len(self._critic)
-        return metrics
-
-
-def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
-    """Ratio, clip fractions, KL over all optimizer steps, some per denoising step (T,); NaN where untrained.
-
-    The loss is the mean over pairs, the gradient norm that over optimizer steps. The first optimizer step's
-    largest |log_ratio| is the mismatch of rollout and update; the last one's KL is what kl_limit compares.
-    """
-    sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
-    log_ratio, kl_old, kl_ref, high, low = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
-    pairs = sum(record.pairs for record in records)
-    return {
-        "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,
-        "policy_grad_norm": sum(record.grad_norm for record in records) / len(records),
-        "log_ratio": log_ratio,
-        "clip_fraction_high": high,
-        "clip_fraction_low": low,
-        "kl_old": kl_old,
-        "kl_ref": kl_ref,
-        "mean_kl_old": float(sums[:, 2].sum()) / pairs,
-        "last_kl_old": records[-1].mean_kl_old,
-        "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
-        "first_mean_abs_log_ratio": records[0].mean_abs_log_ratio,
-        "first_kl_old": records[0].mean_kl_old,
-        # RMS of b dv / std before any step: how far the update's forward is from the rollout's.
-        "forward_mismatch": records[0].forward_mismatch,
-        "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),
-    }
-
-
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process so far, whoever asked; still after warm-up."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class Tracker(Protocol):
+    """One service that plots runs."""
+
+    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Curves' next points, by name."""
+
+    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+        """A grid of samples."""
+
+    def close(self) -> None:
+        """Flush what is pending."""
+
+
+class TensorBoardTracker:
+    """Event files in a directory, for `tensorboard --logdir`."""
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            ValueError: when TensorBoard is not installed.
+        """
+        _require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory))
+
+    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, iteration)
+        self._writer.flush()
+
+    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+        self._writer.add_image(name, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of Weights & Biases; offline when its own settings say so."""
+
+    def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
+        """`config` is shown beside the run.
+
+        Raises:
+            ValueError: when wandb is not installed.
+        """
+        self._wandb = _require("wandb")
+        self._run: Any = self._wandb.init(project=project, dir=str(directory), config=dict(config))
+
+    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=iteration)
+
+    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=iteration)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def curve_points(phase: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of one log line, "phase/name"; a vector over the steps: "phase/name/03"."""
+    points: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.ndim == 1:
+            points |= {f"{phase}/{name}/{step:02d}": number for step, number in enumerate(value.tolist())}
+        elif isinstance(value, bool | int | float) and name != "iteration":
+            points[f"{phase}/{name}"] = float(value)
+    return points
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{package} is not installed: pip install 'lacfast[{package}]'") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -15,6 +16,21 @@ from torch import Tensor
 
 INITIAL_STEP = -1
 """Step counter of the noise that starts a trajectory; denoising steps count from 0."""
+
+
+class FirstSampleId(IntEnum):
+    """Where the sample ids of each kind of rollout begin, so that no two share noise.
+
+    Noise is a function of (seed, sample id). Training counts its ids from 0.
+    """
+
+    EVALUATION = 1 << 40
+    """The same noise for every evaluation."""
+    VALUE_PRETRAINING = 1 << 41
+    SELECTION = 1 << 42
+    """The held-out rollout that measures value pretraining and chooses its critic."""
+    COMPLETIONS = 1 << 43
+    """Branched completions, which measure what a state tells of its reward."""
 
 
 @dataclass(frozen=True)
@@ -307,3 +323,20 @@ class Evaluation:
     def standard_errors(self) -> dict[str, float]:
         """Of the means, from the spread over the images; NaN for one image."""
         return {name: float(rewards.std()) / len(rewards) ** 0.5 for name, rewards in self.rewards.items()}
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What the update learns from, over the trained steps K = len(steps)."""
+
+    steps: Tensor
+    """(K,) int64 rows of the transition table."""
+    policy: Tensor
+    """(K, B) combined and clipped."""
+    targets: Tensor
+    """(B, H) standardised value targets, clipped: the Monte-Carlo return, the same all along a trajectory;
+    H = 0 without a critic."""
+    raw: Tensor
+    """(K, B, H) per head, before combination."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What the estimator counted."""

@@ -15,27 +15,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast import checkpoint, sample_ids
-from lacfast.advantages import AdvantageEstimator, Advantages, RewardNormalizer, stack_rewards
+from lacfast import checkpoint
+from lacfast.advantages import AdvantageEstimator
+from lacfast.backbone import Backbone, attach_critic
 from lacfast.config import TrainConfig
-from lacfast.critic import Critic, attach_critic
-from lacfast.early_stopping import EarlyStopping
-from lacfast.evaluation import evaluate
-from lacfast.experience import collect
-from lacfast.explained_variance import ValueBounds
-from lacfast.graph import GraphRunner
-from lacfast.learner import Learner
-from lacfast.metrics import MetricsLog, compiled_graphs, evaluation_metrics, graph_metrics, rollout_metrics
-from lacfast.profiling import span
+from lacfast.critic.critic import Critic
+from lacfast.critic.values import rollout_variance, update_statistics
+from lacfast.learning.early_stopping import EarlyStopping
+from lacfast.learning.learner import Learner
+from lacfast.learning.value_bounds import ValueBounds
+from lacfast.learning.value_confidence import ValueConfidence, configured_bounds
+from lacfast.learning.value_pretraining import PretrainResult, pretrain_values
+from lacfast.metrics import (
+    MetricsLog,
+    Tracker,
+    compiled_graphs,
+    evaluation_metrics,
+    graph_metrics,
+    rollout_metrics,
+)
 from lacfast.prompts import PromptSet, PromptSource
-from lacfast.protocols import Backbone
-from lacfast.records import Evaluation, NoiseKey, Rollout, TransitionTable
-from lacfast.rollout_sampler import RolloutSampler
-from lacfast.scoring import RewardSet, RewardSpec
-from lacfast.trackers import Tracker
-from lacfast.training_tables import TrainingTables
-from lacfast.value_confidence import ValueConfidence, configured_bounds
-from lacfast.value_pretraining import PretrainResult, pretrain_values, rollout_variance, update_statistics
+from lacfast.records import Advantages, Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.rollout.scored import collect, evaluate
+from lacfast.rollout.tables import TrainingTables
+from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.profiling import span
 
 
 class LatentActorCriticTrainer:
@@ -217,7 +225,7 @@ class LatentActorCriticTrainer:
             self.learner.critic_optimizer,
             self.normalizer,
             held_out,
-            lambda iteration: self._training_rollout(iteration, sample_ids.VALUE_PRETRAINING),
+            lambda iteration: self._training_rollout(iteration, FirstSampleId.VALUE_PRETRAINING),
             settings,
             self.config.ppo,
             seed=self.config.seed,
@@ -234,7 +242,7 @@ class LatentActorCriticTrainer:
         # The floor needs every prompt twice.
         distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
         prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
-        held_out = self.collect(prompts.cycle(settings.held_out_samples), sample_ids.SELECTION)
+        held_out = self.collect(prompts.cycle(settings.held_out_samples), FirstSampleId.SELECTION)
         if held_out is None:
             raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
         return held_out
@@ -246,7 +254,7 @@ class LatentActorCriticTrainer:
         """
         bounds = configured_bounds(
             *(self.behaviour, rollout, self.rewards, self.normalizer, self.config),
-            first_id=sample_ids.COMPLETIONS,
+            first_id=FirstSampleId.COMPLETIONS,
         )
         self.images += bounds.images
         return bounds

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lacfast import schedule
 from lacfast.backbones.taps import record_taps
 from lacfast.config import SamplerConfig
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning, TransitionTable
 
 SHAPE = (2, 1, 1)

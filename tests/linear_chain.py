@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lacfast import SamplerConfig, schedule
 from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.config import CriticConfig
-from lacfast.critic import Critic
-from lacfast.protocols import Features
+from lacfast.critic.critic import Critic
+from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning, TransitionTable
 
 SHAPE = (3, 2, 2)

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lacfast.adaptive_kl import AdaptiveKL
 from lacfast.config import PPOConfig
+from lacfast.learning.adaptive_kl import AdaptiveKL
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lacfast.advantages import (
     AdvantageEstimator,
-    Advantages,
     PromptStatistics,
     batch_advantages,
     combined,
@@ -23,6 +22,7 @@ from lacfast.advantages import (
 )
 from lacfast.compat.flow_grpo import PerPromptStatTracker
 from lacfast.config import AdvantageConfig, CriticConfig, PPOConfig, TrainConfig
+from lacfast.records import Advantages
 from lacfast.reference import gae
 
 STEPS, BATCH = 4, 6

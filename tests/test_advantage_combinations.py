@@ -10,9 +10,11 @@ import torch
 from tiny_rollouts import made_rollout
 from torch import Tensor
 
-from lacfast.advantages import AdvantageEstimator, LagrangeMultipliers, RewardHeads, RewardNormalizer
+from lacfast.advantages import AdvantageEstimator, LagrangeMultipliers
 from lacfast.config import AdvantageConfig, TrainConfig
 from lacfast.records import RewardCondition
+from lacfast.rewards.heads import RewardHeads
+from lacfast.rewards.normalizer import RewardNormalizer
 
 STEPS, BATCH = 3, 6
 HARD = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 1.0])

@@ -7,11 +7,9 @@ import torch
 from tiny_rollouts import made_rollout
 from torch import Tensor
 
-from lacfast.advantages import (
-    Advantages,
-    RewardNormalizer,
-    critic_advantages,
-)
+from lacfast.advantages import critic_advantages
+from lacfast.records import Advantages
+from lacfast.rewards.normalizer import RewardNormalizer
 
 STEPS, BATCH = 4, 6
 

@@ -11,11 +11,11 @@ from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
 from torch import nn
 
 from lacfast import load_backbone
+from lacfast.backbone import build_critic
 from lacfast.backbones import adapt
 from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.checkpoint import save_backbone
 from lacfast.config import CriticConfig, SamplerConfig
-from lacfast.critic import build_critic
 
 
 @pytest.fixture(params=FAMILIES)

@@ -15,15 +15,15 @@ from tiny_backbones import tiny_backbone as tiny_backbone_of
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, SamplerConfig
+from lacfast.backbone import build_critic
 from lacfast.backbones import adapt, load_backbone
 from lacfast.backbones.compilation import CompiledForward
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import LoRAConfig
-from lacfast.critic import build_critic
 from lacfast.metrics import compiled_graphs
+from lacfast.rollout.tables import TrainingTables
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.text import WIDTH
-from lacfast.training_tables import TrainingTables
 
 
 def one_block_backbone(*, lora: LoRAConfig | None = None) -> LatentBackbone:

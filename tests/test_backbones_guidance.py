@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lacfast import LoRAConfig, ops
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.policy import policy_output
 from lacfast.records import Conditioning
-from lacfast.sampler import policy_output
 from lacfast.schedule import flow_sde, uniform_sigmas
 
 BATCH = 4

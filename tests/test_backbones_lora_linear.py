@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.lora_linear import DENSE_GRADIENT_SIZE, LoRALinear
 from lacfast.config import LoRAConfig
-from lacfast.counters import counted
+from lacfast.runs.costs import counted
 
 SMALL, LARGE = (24, 40), (200, 232)
 """(in, out) below and above DENSE_GRADIENT_SIZE."""

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lacfast import PipelineSettings, SamplerConfig, load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.graph import GraphRunner
 from lacfast.records import NoiseKey
-from lacfast.rollout_sampler import RolloutSampler
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runtime.graph import GraphRunner
 
 SETTINGS = PipelineSettings(resolution=RESOLUTION)
 STEPS = 4

@@ -12,8 +12,8 @@ import torch
 from bench import cost_budgets as budgets
 from bench import cost_table, costs
 from bench.published import PUBLISHED
-from lacfast import counters
-from lacfast.costs import count
+from lacfast.runs import costs as counters
+from lacfast.runs.costs import count
 
 RECORDED = json.loads(costs.RESULT.read_text(encoding="utf-8"))
 BLOCKS = {"sd15": (2, 9), "sdxl": (2, 7), "sd35_medium": (1, 24), "flux_dev": (1, 57)}

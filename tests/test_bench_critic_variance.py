@@ -14,9 +14,11 @@ from bench.critic_variance import ITERATIONS, MEASURES, Cell, cells
 from bench.critics import SMOKE
 from bench.learning import critics_section, units
 from bench.learning.problems import Materials, Prompts
-from lacfast import CriticConfig, presets, sample_ids
+from lacfast import CriticConfig
 from lacfast.checkpoint import whole_directory
 from lacfast.config import TRUNKS
+from lacfast.records import FirstSampleId
+from lacfast.runs import presets
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
@@ -114,7 +116,7 @@ def test_a_critic_is_chosen_on_tuning_prompts_and_reported_on_held_out_ones(
     prompts = Prompts.of(scenes.TASK)
     held_out, tuning = ({prompt.text for prompt in part} for part in (prompts.held_out, prompts.tuning))
     assert seen.pop(critic_variance.REPORT_IDS) == held_out
-    assert seen.pop(sample_ids.SELECTION) == tuning
+    assert seen.pop(FirstSampleId.SELECTION) == tuning
     assert all(not texts & (held_out | tuning) for texts in seen.values())
     none, some = (units.read(directory / f"iterations-{count}-seed0.json") for count in (0, 1))
     assert none["images"] == 0

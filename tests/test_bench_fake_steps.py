@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from bench.costs import BATCH, Workload
 from bench.published import PUBLISHED
 from lacfast.records import Conditioning, NoiseKey
-from lacfast.sampler import SamplerBuffers, begin, denoise_step
+from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.step import begin, denoise_step
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,7 +9,7 @@ import pytest
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
 from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
-from lacfast.presets import RUNS, shapes
+from lacfast.runs.presets import RUNS, shapes
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import pretrain

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import profile
-from lacfast.profiling import recorded_by_torch, span
+from lacfast.runtime.profiling import recorded_by_torch, span
 
 
 def test_trace_of_an_op_holds_its_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

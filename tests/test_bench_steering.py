@@ -13,12 +13,13 @@ from bench import steering
 from bench.learning import steering_section, units
 from bench.learning.problems import Materials, Prompts
 from bench.steering_arms import BASELINE, UNSTEERED, arms
-from lacfast import presets, schedule
+from lacfast import schedule
 from lacfast.checkpoint import save_backbone, whole_directory
 from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.prompts import PromptSet
+from lacfast.runs import presets
 from lacfast.steering import planned_evaluations, steer
-from lacfast.steering.stats import BACKWARD_COST
+from lacfast.steering.cost import BACKWARD_COST
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
@@ -58,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     preset = presets.shapes("dit")
     pretraining = replace(preset.pretrain, iterations=1, held_out_samples=8)
     monkeypatch.setattr(
-        "lacfast.presets.shapes", lambda backbone: replace(preset, batch_size=8, pretrain=pretraining)
+        "lacfast.runs.presets.shapes", lambda backbone: replace(preset, batch_size=8, pretrain=pretraining)
     )
     seen: list[list[str]] = []
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from bench.learning import units
-from lacfast import presets
 from lacfast.config import CriticConfig, TrainConfig
+from lacfast.runs import presets
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[s
 def test_info_lists_the_extras_of_the_project() -> None:
     """The names and packages that `info` reports are those of pyproject.toml."""
     tomllib = pytest.importorskip("tomllib")
-    from lacfast.environment import EXTRAS
+    from lacfast.runs.environment import EXTRAS
 
     project = Path(__file__).resolve().parents[1] / "pyproject.toml"
     declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from tiny_pipelines import FAMILIES, tiny_pipeline
 
+from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.config import LoRAConfig, SamplerConfig, TrainConfig
-from lacfast.costs import Costs, count
-from lacfast.critic import build_critic
+from lacfast.runs.costs import Costs, count
 
 LORA = LoRAConfig(rank=2)
 SETTINGS = PipelineSettings(resolution=(16, 16))

@@ -6,8 +6,9 @@ import torch
 from tiny_backbones import PROMPTS, tiny_backbone
 from torch import nn
 
+from lacfast.backbone import build_critic
 from lacfast.config import CriticConfig
-from lacfast.critic import TapPool, ValueHead, build_critic
+from lacfast.critic.head import TapPool, ValueHead
 
 TIMESTEPS = torch.tensor([900.0, 500.0, 100.0])
 

@@ -20,11 +20,12 @@ from lacfast import (
     ops,
     reference,
 )
+from lacfast.backbone import build_critic
 from lacfast.config import ValuePretrainingConfig
-from lacfast.critic import build_critic, rollout_values
+from lacfast.critic.values import rollout_values
+from lacfast.policy import policy_output
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
-from lacfast.sampler import policy_output
 
 CRITIC = CriticConfig(hidden_dim=32, head_dim=8, num_heads=2)
 

@@ -19,11 +19,12 @@ from tiny_pipelines import tiny_pipeline
 from torch import Tensor, nn
 
 from lacfast import CriticConfig, load_backbone
+from lacfast.backbone import build_critic
 from lacfast.backbones.estimate_trunks import CLEAN_CHANNELS, MAP_SIDE, CleanEstimate, CleanNetTrunk
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_trunks import pooled_prompt
 from lacfast.checkpoint import CRITIC_WEIGHTS, EARLIER_DESCRIPTION, save_backbone
-from lacfast.critic import Critic, build_critic
+from lacfast.critic.critic import Critic
 from lacfast.records import Conditioning
 
 SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}

@@ -11,11 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from lacfast import load_backbone, presets
-from lacfast.demo import DemoScale, run_demo
+from lacfast import load_backbone
 from lacfast.report.page import read_metrics
-from lacfast.steering_run import saved_model, trained_sampler
-from lacfast.terminal import PhaseLog, done_fraction, show_summary
+from lacfast.runs import presets
+from lacfast.runs.demo import DemoScale, run_demo
+from lacfast.runs.steer import saved_model, trained_sampler
+from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
 
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)
 PROMISED_KEYS = {

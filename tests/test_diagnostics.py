@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lacfast.diagnostics import calibration_slope, findings
+from lacfast.report.diagnostics import calibration_slope, findings
 
 STEPS = 4
 

@@ -13,7 +13,7 @@ from torch import distributed
 
 from lacfast.advantages import AdvantageEstimator
 from lacfast.config import AdvantageConfig, TrainConfig
-from lacfast.distributed import all_reduce, gathered, moments
+from lacfast.distributed.world import all_reduce, gathered, moments
 
 STEPS, BATCH = 3, 8
 PROMPTS = ["a", "a", "b", "b", "a", "a", "c", "c"]

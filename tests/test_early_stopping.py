@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lacfast.config import EarlyStoppingConfig
-from lacfast.early_stopping import EarlyStopping
+from lacfast.learning.early_stopping import EarlyStopping
 
 
 def test_it_counts_evaluations_since_the_best() -> None:

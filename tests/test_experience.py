@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.prompts import PromptSet
-from lacfast.reward_queue import DecodeError
-from lacfast.scoring import RewardError
+from lacfast.rewards.queue import DecodeError
+from lacfast.rewards.reward import RewardError
 
 
 def trainer(reward: Any = brightness, **changes: Any) -> LatentActorCriticTrainer:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, SamplerConfig, TrainConfig
 from lacfast.config import ValuePretrainingConfig
-from lacfast.explained_variance import ValueBounds, complete, prompt_floor, value_bounds, variance_components
+from lacfast.learning.value_bounds import (
+    ValueBounds,
+    complete,
+    prompt_floor,
+    value_bounds,
+    variance_components,
+)
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lacfast import ops
 from lacfast.config import GraphConfig, SamplerConfig
-from lacfast.graph import GraphRunner, StaticStep
 from lacfast.records import NoiseKey, TrajectorySlab
+from lacfast.runtime.graph import GraphRunner, StaticStep
 
 pytestmark = pytest.mark.gpu
 
@@ -228,7 +228,7 @@ def test_captured_rollouts_are_the_eager_ones(
     # A lent GPU machine may lack diffusers.
     tiny = pytest.importorskip("tiny_backbones")
     build_critic = pytest.importorskip("lacfast.critic").build_critic
-    sampler_of = pytest.importorskip("lacfast.rollout_sampler").RolloutSampler
+    sampler_of = pytest.importorskip("lacfast.rollout.sampler").RolloutSampler
     backbone = tiny.tiny_backbone(family)
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lacfast import ops
 from lacfast.config import GraphConfig
-from lacfast.fake_graph import CaptureError, FakeGraph
-from lacfast.graph import GraphRunner, StaticStep
 from lacfast.records import NoiseKey, TrajectorySlab
+from lacfast.runtime.fake_graph import CaptureError, FakeGraph
+from lacfast.runtime.graph import GraphRunner, StaticStep
 
 FAKE = GraphConfig(mode="fake", strict=True)
 

@@ -12,12 +12,12 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lacfast import LatentActorCriticTrainer, metrics, reference
-from lacfast.advantages import Advantages
+from lacfast import LatentActorCriticTrainer, reference
 from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
-from lacfast.metrics import PolicyRecord, policy_metrics
-from lacfast.minibatch import all_pairs, all_states, minibatches
-from lacfast.records import Rollout
+from lacfast.learning import totals
+from lacfast.learning.pairs import all_pairs, all_states, minibatches
+from lacfast.learning.totals import PolicyRecord, policy_metrics
+from lacfast.records import Advantages, Rollout
 
 GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
 
@@ -179,16 +179,16 @@ def test_the_host_waits_only_where_it_reads_the_records(
     trainer = trainer_for(ppo=ppo, sampler=GUIDED, critic=CriticConfig(trunk=trunk, hidden_dim=16))
     rollout, advantages = rollout_of(trainer)
     seen = []
-    read = metrics.UpdateRecords.read
+    read = totals.UpdateRecords.read
 
     def counted(self: Any, *args: Any) -> Tensor:
         seen.append(len(self._pending))
         with torch.utils._python_dispatch._disable_current_modes():
             return read(self, *args)
 
-    monkeypatch.setattr(metrics.UpdateRecords, "read", counted)
+    monkeypatch.setattr(totals.UpdateRecords, "read", counted)
     # Statistics of the records are host tensors.
-    monkeypatch.setattr(metrics.UpdateRecords, "metrics", lambda self: {})
+    monkeypatch.setattr(totals.UpdateRecords, "metrics", lambda self: {})
     with NoHostSync():
         trainer.learner.learn(rollout, advantages, 0)
     assert len(seen) == reads
@@ -223,7 +223,7 @@ def test_a_bad_gradient_turns_off_its_step_and_all_later_ones() -> None:
 
 
 def first_step_alone(trainer: LatentActorCriticTrainer, rollout: Rollout, advantages: Advantages) -> None:
-    from lacfast.update import policy_step
+    from lacfast.learning.update import policy_step
 
     minibatch = next(
         iter(

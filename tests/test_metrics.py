@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from lacfast.advantages import Advantages, RewardNormalizer
-from lacfast.evaluation import reliability
 from lacfast.metrics import diversity, evaluation_metrics, rollout_metrics
-from lacfast.records import Evaluation
+from lacfast.records import Advantages, Evaluation
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rollout.scored import reliability
 from tests.tiny_rollouts import made_rollout
 
 REWARDS = torch.tensor([3.0, 5.0, 1.0, 7.0])

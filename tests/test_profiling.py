@@ -11,7 +11,7 @@ import tiny_backbones
 import torch
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.profiling import DOMAIN, SPANS, each, nvtx_spans, recorded_by_torch, span
+from lacfast.runtime.profiling import DOMAIN, SPANS, each, nvtx_spans, recorded_by_torch, span
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lacfast"
 

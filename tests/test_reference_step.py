@@ -8,12 +8,12 @@ from test_backbones_pipelines import backbone_of
 from tiny_pipelines import PROMPTS, tiny_pipeline
 from torch import Tensor
 
+from lacfast.backbone import Backbone
 from lacfast.config import GraphConfig, LoRAConfig, SamplerConfig
-from lacfast.graph import GraphRunner
-from lacfast.protocols import Backbone
+from lacfast.learning.kl_anchor import ReferenceStep
 from lacfast.records import NoiseKey, Rollout
-from lacfast.reference_step import ReferenceStep
-from lacfast.rollout_sampler import RolloutSampler
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runtime.graph import GraphRunner
 
 FAKE = GraphConfig(mode="fake", strict=True, warmup_steps=1)
 LORA = LoRAConfig(rank=2)

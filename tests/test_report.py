@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lacfast.pictures import Gallery, save_pictures
 from lacfast.report.demo import headline, write_report
+from lacfast.report.pictures import Gallery, save_pictures
 
 STEPS = 4
 

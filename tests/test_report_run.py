@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lacfast.cli import main
-from lacfast.pictures import grid
+from lacfast.report.pictures import grid
 from lacfast.report.run import headline, write_run_report
 from tests.test_diagnostics import evaluation, iteration
 

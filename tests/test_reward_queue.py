@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_backbones import brightness
 
-from lacfast.reward_queue import DecodeError, RewardQueue
-from lacfast.scoring import RewardError, RewardSet
+from lacfast.rewards.queue import DecodeError, RewardQueue
+from lacfast.rewards.registry import RewardSet
+from lacfast.rewards.reward import RewardError
 
 PROMPTS = ["one red circle", "one blue square"]
 

@@ -13,10 +13,9 @@ from tiny_clip import IMAGE_SIZE, PilProcessor, save_tiny_clip
 from torch import Tensor
 
 from lacfast.rewards.aesthetic import AestheticScore
-from lacfast.rewards.clip_score import CLIPScore
+from lacfast.rewards.clip import CLIPScore, PickScore
 from lacfast.rewards.image_files import to_uint8
 from lacfast.rewards.model import load_exactly
-from lacfast.rewards.pickscore import PickScore
 from lacfast.rewards.predictor import LinearStack
 
 PROMPTS = ["a cat", "two dogs", "a cat", "a longer prompt than the model reads 12"]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lacfast.rewards.image_files import encode_images, to_uint8
 from lacfast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
-from lacfast.scoring import RewardSet
+from lacfast.rewards.registry import RewardSet
 
 GENERATOR = torch.Generator().manual_seed(0)
 FLAT, NOISE = torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64, generator=GENERATOR)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.remote import RemoteReward, RetryConfig
-from lacfast.scoring import RewardError, RewardSet
+from lacfast.rewards.reward import RewardError
 
 IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = [str(number) for number in range(5)]

@@ -15,16 +15,18 @@ from tiny_pipelines import FAMILIES, tiny_pipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lacfast import LatentActorCriticTrainer, ops, rollout_sampler
-from lacfast.averaging import WeightAverage
+from lacfast import LatentActorCriticTrainer, ops
+from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import load_weights, save_run
 from lacfast.config import TRUNKS, CriticConfig, GraphConfig, LoRAConfig, SamplerConfig
-from lacfast.critic import Critic, build_critic
-from lacfast.graph import GraphRunner
+from lacfast.critic.critic import Critic
+from lacfast.learning.averaging import WeightAverage
 from lacfast.records import NoiseKey, Rollout
-from lacfast.rollout_sampler import RolloutSampler
+from lacfast.rollout import sampler as rollout_sampler
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runtime.graph import GraphRunner
 
 FAKE = GraphConfig(mode="fake", strict=True, warmup_steps=1, max_steps=6)
 SAMPLER = SamplerConfig(num_steps=3)

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, tiny_pipeline
 
-from lacfast import run
 from lacfast.config import (
     CriticConfig,
     LoRAConfig,
@@ -22,8 +21,9 @@ from lacfast.config import (
     TrainConfig,
     ValuePretrainingConfig,
 )
-from lacfast.run_config import RunConfig
-from lacfast.trackers import curve_points
+from lacfast.metrics import curve_points
+from lacfast.runs import train as run
+from lacfast.runs.config import RunConfig
 
 
 class StoppedError(Exception):

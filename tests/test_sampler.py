@@ -11,12 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import ops
+from lacfast.backbone import build_critic
 from lacfast.config import CriticConfig, SamplerConfig
-from lacfast.critic import build_critic
-from lacfast.graph import GraphRunner
 from lacfast.records import INITIAL_STEP, NoiseKey
-from lacfast.rollout_sampler import RolloutSampler
-from lacfast.sampler import SamplerBuffers, begin, denoise_step
+from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.rollout.step import begin, denoise_step
+from lacfast.runtime.graph import GraphRunner
 
 STEPS = 4
 

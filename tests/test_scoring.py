@@ -14,7 +14,8 @@ import pytest
 import torch
 from tiny_backbones import brightness
 
-from lacfast.scoring import REGISTERED, RewardError, RewardSet
+from lacfast.rewards.registry import RewardSet, registered_rewards
+from lacfast.rewards.reward import RewardError
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["one red circle", "one blue square"]
@@ -92,7 +93,7 @@ def test_every_registered_name_is_made_without_loading_a_model(monkeypatch: pyte
     package = ModuleType("rapidocr")
     package.__spec__ = ModuleSpec("rapidocr", None)
     monkeypatch.setitem(sys.modules, "rapidocr", package)
-    for name in REGISTERED:
+    for name in registered_rewards():
         rewards = RewardSet.create({name: 0.5})
         assert rewards.names == [name]
         assert callable(rewards.functions[name])
@@ -101,7 +102,7 @@ def test_every_registered_name_is_made_without_loading_a_model(monkeypatch: pyte
 def test_the_documentation_lists_every_registered_name() -> None:
     table = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
     rows = "\n".join(line for line in table.splitlines() if line.startswith("| `"))
-    assert [name for name in REGISTERED if f"`{name}`" not in rows] == []
+    assert [name for name in registered_rewards() if f"`{name}`" not in rows] == []
 
 
 def test_a_callable_of_ones_own_may_be_named_by_its_module() -> None:

@@ -11,14 +11,15 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone
 from torch import Tensor, nn
 
 from lacfast import steer
+from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.taps import record_taps
 from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
-from lacfast.critic import Critic, build_critic
-from lacfast.graph import GraphRunner
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.critic import Critic
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning, NoiseKey
-from lacfast.rollout_sampler import RolloutSampler
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import planned_evaluations, trajectories_per_step
 
 SAMPLER = SamplerConfig(num_steps=8)

@@ -17,7 +17,7 @@ import lacfast
 from lacfast.checkpoint import CRITIC_WEIGHTS, save_backbone
 from lacfast.cli import USAGE_ERROR, main
 from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
-from lacfast.steering_run import prompts_to_steer, saved_model, trained_sampler
+from lacfast.runs.steer import prompts_to_steer, saved_model, trained_sampler
 from lacfast.trainer import LatentActorCriticTrainer
 
 SAMPLER = {"kind": "flow_sde", "num_steps": 4, "noise_level": 0.5, "shift": 1.0, "window": [0, 3]}

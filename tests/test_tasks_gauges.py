@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lacfast.scoring import RewardSet
+from lacfast.rewards.registry import RewardSet
 from lacfast.tasks import scenes
 from lacfast.tasks.dual_encoder import DualEncoder, SimilarityReward, train_dual_encoder
 from lacfast.tasks.gauges import frechet_distance, off_palette

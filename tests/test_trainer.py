@@ -15,7 +15,7 @@ from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_co
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
-from lacfast.scoring import RewardError
+from lacfast.rewards.reward import RewardError
 
 
 def trainer_for(

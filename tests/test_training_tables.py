@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import GraphConfig, PPOConfig, SamplerConfig, TrainConfig, ValuePretrainingConfig
-from lacfast.training_tables import TrainingTables
+from lacfast.rollout.tables import TrainingTables
 
 SLIDING = SamplerConfig(num_steps=5, window_schedule="sliding", window_size=2)
 RANDOM = SamplerConfig(num_steps=5, window_schedule="random", window_size=2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lacfast import ops
-from lacfast.minibatch import all_pairs, minibatches
+from lacfast.learning.pairs import all_pairs, minibatches
+from lacfast.learning.step_tables import step_weights
 from lacfast.schedule import flow_sde, uniform_sigmas
-from lacfast.update_totals import step_weights
 
 
 def drawn(fraction: float, count: int = 3) -> list[tuple[int, int]]:

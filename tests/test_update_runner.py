@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, GraphConfig, PPOConfig, SamplerConfig
-from lacfast.graph import GraphRunner
-from lacfast.learner import Learner
+from lacfast.learning.learner import Learner
+from lacfast.runtime.graph import GraphRunner
 
 # Minibatches of 12, 12 and 8 states, and of 8 pairs each: tails are padded. The rate changes at every step.
 PPO = PPOConfig(

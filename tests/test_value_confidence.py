@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lacfast.config import PPOConfig
-from lacfast.explained_variance import ValueBounds
-from lacfast.value_confidence import ValueConfidence
+from lacfast.learning.value_bounds import ValueBounds
+from lacfast.learning.value_confidence import ValueConfidence
 
 VARIANCE = torch.tensor([[0.1, 0.3], [0.5, 0.5], [0.9, 0.7]]).double()
 BOUNDS = ValueBounds(torch.tensor([0.1, 0.3]), torch.tensor([[0.1, 0.3], [0.9, 0.7], [1.0, 1.0]]), (0, 1), 12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.config import CriticConfig, PPOConfig, TrainConfig
-from lacfast.value_loss import BinaryCrossEntropy, HLGauss, SquaredError, ValueLoss, build_value_loss
+from lacfast.critic.value_loss import BinaryCrossEntropy, HLGauss, SquaredError, ValueLoss, build_value_loss
 
 LOSSES = ("mse", "bce", "hl_gauss")
 MEAN, STD = torch.tensor([0.3, 0.6]), torch.tensor([0.4, 0.2])

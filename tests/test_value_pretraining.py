@@ -18,13 +18,12 @@ from lacfast import (
     PPOConfig,
     SamplerConfig,
     ValuePretrainingConfig,
-    sample_ids,
-    value_pretraining,
 )
-from lacfast.critic import rollout_values
+from lacfast.critic.values import held_out_variance, rollout_values, update_statistics
+from lacfast.learning import value_pretraining
+from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.prompts import PromptSet
-from lacfast.value_confidence import ValueConfidence
-from lacfast.value_pretraining import held_out_variance, update_statistics
+from lacfast.records import FirstSampleId
 
 
 def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:
@@ -41,7 +40,7 @@ def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None
     made = trainer(passes=4.0)
     result = made.pretrain_critic()
     assert float(result.explained_variance.mean()) == pytest.approx(max(result.history))
-    held_out = made.collect(PromptSet.create(PROMPTS).cycle(16), sample_ids.SELECTION)
+    held_out = made.collect(PromptSet.create(PROMPTS).cycle(16), FirstSampleId.SELECTION)
     assert held_out is not None
     assert made.critic is not None
     again = held_out_variance(made.critic, held_out, made.normalizer)
@@ -70,7 +69,7 @@ def test_without_held_out_states_each_rollout_measures_the_critic_that_has_not_s
     assert result.history[0] == 0, "V = 0 before anything is learned"
     assert max(result.history) > 0
     assert made.critic is not None
-    rollout = made.collect(PromptSet.create(PROMPTS).cycle(64), sample_ids.SELECTION)
+    rollout = made.collect(PromptSet.create(PROMPTS).cycle(64), FirstSampleId.SELECTION)
     assert rollout is not None
     learned = held_out_variance(made.critic, rollout, made.normalizer)
     assert float(learned.mean()) > 0, "the last critic is kept, which no iteration has measured"
@@ -112,7 +111,7 @@ def test_held_out_prompts_repeat_where_the_floor_is_measured() -> None:
     trainer = chain_trainer(held_out_samples=4, bound_states=2)
     assert trainer.pretrain_critic().bounds is not None
     assert trainer.last_rollout is not None
-    measured = trainer.collect(trainer.held_out.take(range(2)).cycle(4), sample_ids.SELECTION)
+    measured = trainer.collect(trainer.held_out.take(range(2)).cycle(4), FirstSampleId.SELECTION)
     assert measured is not None
     assert measured.prompts == [CHAIN_PROMPTS[row] for row in (0, 1, 0, 1)]
 

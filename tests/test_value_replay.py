@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig
 from lacfast.config import TrainConfig
-from lacfast.update import critic_step
-from lacfast.value_pretraining import value_targets
-from lacfast.value_replay import Experience, ValueReplay
+from lacfast.critic.values import value_targets
+from lacfast.learning.replay import Experience, ValueReplay
+from lacfast.learning.update import critic_step
 
 
 def trainer_for(rollouts: int, minibatches: int = 0) -> LatentActorCriticTrainer:
@@ -103,7 +103,7 @@ def test_the_critic_learns_from_the_rollout_before_todays_too(monkeypatch: pytes
         learned.append(source.latents.data_ptr())
         return critic_step(critic, optimizer, source, *others, **settings)
 
-    monkeypatch.setattr("lacfast.learner.critic_step", spied)
+    monkeypatch.setattr("lacfast.learning.learner.critic_step", spied)
     rollouts = []
     for _ in range(3):
         learned.clear()

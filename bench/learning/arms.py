@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lacfast import presets
 from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
+from lacfast.runs import presets
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
 

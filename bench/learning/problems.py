@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained
 from lacfast.checkpoint import whole_directory
 from lacfast.metrics import diversity
-from lacfast.protocols import Backbone, Reward
 from lacfast.records import Evaluation
 from lacfast.rewards.jpeg import jpeg_incompressibility
+from lacfast.rewards.reward import Reward
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.dual_encoder import STEPS, DualEncoder, SimilarityReward, train_dual_encoder
 from lacfast.tasks.gauges import frechet_distance, off_palette

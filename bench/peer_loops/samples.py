@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lacfast.advantages import Advantages
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.records import Conditioning, Rollout
+from lacfast.records import Advantages, Conditioning, Rollout
 
 Samples = dict[str, Tensor]
 """One batch of trajectories, batch first: "latents" and "next_latents" (B, T, ...), "timesteps" and

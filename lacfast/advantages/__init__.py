@@ -2,11 +2,8 @@
 
 from lacfast.advantages.critic_baseline import critic_advantages, with_values_of_others
 from lacfast.advantages.estimator import AdvantageEstimator
-from lacfast.advantages.heads import RewardHeads, stack_rewards
 from lacfast.advantages.multipliers import LagrangeMultipliers
-from lacfast.advantages.normalizer import RewardNormalizer
 from lacfast.advantages.prompt_statistics import PromptStatistics
-from lacfast.advantages.result import Advantages
 from lacfast.advantages.reward_baselines import (
     batch_advantages,
     combined,
@@ -14,6 +11,9 @@ from lacfast.advantages.reward_baselines import (
     prompt_advantages,
     zero_std_groups,
 )
+from lacfast.records import Advantages
+from lacfast.rewards.heads import RewardHeads, stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
 
 __all__ = [
     "AdvantageEstimator",

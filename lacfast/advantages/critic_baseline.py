@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from lacfast import ops
-from lacfast.advantages.heads import stack_rewards
-from lacfast.advantages.normalizer import RewardNormalizer
-from lacfast.advantages.result import Advantages
-from lacfast.distributed import all_reduce
-from lacfast.records import Rollout
+from lacfast.distributed.world import all_reduce
+from lacfast.records import Advantages, Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
 
 
 def critic_advantages(

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from lacfast.advantages.critic_baseline import critic_advantages, with_values_of_others
-from lacfast.advantages.heads import RewardHeads, stack_rewards
 from lacfast.advantages.multipliers import LagrangeMultipliers
-from lacfast.advantages.normalizer import RewardNormalizer
 from lacfast.advantages.prompt_statistics import PromptStatistics
-from lacfast.advantages.result import Advantages
 from lacfast.advantages.reward_baselines import (
     batch_advantages,
     combined,
@@ -22,7 +19,9 @@ from lacfast.advantages.reward_baselines import (
     zero_std_groups,
 )
 from lacfast.config import GROUP_ESTIMATORS, TrainConfig
-from lacfast.records import Rollout
+from lacfast.records import Advantages, Rollout
+from lacfast.rewards.heads import RewardHeads, stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
 
 
 class AdvantageEstimator:

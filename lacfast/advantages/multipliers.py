@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lacfast.advantages.heads import reward_index
 from lacfast.config import AdvantageConfig
-from lacfast.distributed import moments
+from lacfast.distributed.world import moments
+from lacfast.rewards.heads import reward_index
 
 
 @dataclass

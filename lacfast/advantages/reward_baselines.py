@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lacfast.advantages.prompt_statistics import PromptStatistics
-from lacfast.distributed import gathered, moments
+from lacfast.distributed.world import gathered, moments
 
 GROUP_EPSILON = 1e-4
 """Added to a group's deviation, as flow_grpo does: rewards that differ by rounding are no signal."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lacfast.backbones.prompt_trunks import pooled_prompt
 from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
 FLOW_TIMESTEPS = 1000

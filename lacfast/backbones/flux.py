@@ -21,7 +21,7 @@ from lacfast.backbones.pipelines import (
 )
 from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.backbones.trunks import SharedTrunk
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
 

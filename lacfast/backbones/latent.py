@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,31 @@ from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk, PixelTrunk
+from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
 from lacfast.config import TAPPED_TRUNKS, TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
-from lacfast.critic import Critic
+from lacfast.critic.critic import Critic
+from lacfast.critic.trunk import Trunk
 from lacfast.ops.checks import arithmetic_dtype
-from lacfast.precision import running_in
-from lacfast.protocols import LatentCodec, PromptEncoder, Trunk
 from lacfast.records import Conditioning, TransitionTable
-
-if TYPE_CHECKING:
-    from lacfast.backbones.storage import Storage
+from lacfast.runtime.precision import running_in
 
 
 def _unchanged(latents: Tensor) -> Tensor:
     return latents
+
+
+class Storage(Protocol):
+    """A format: what is written beside the critic and the trainer's state."""
+
+    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+        """Write the backbone into an existing directory."""
+
+    def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
+        """The `policy_state` that `write` left there."""
 
 
 class LatentBackbone(ABC):

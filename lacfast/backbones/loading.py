@@ -12,9 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from lacfast.backbone import build_critic
 from lacfast.backbones.attention import set_attention_backend
 from lacfast.backbones.flux import FluxPipelines
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.pipelines import (
     PipelineEncoder,
     PipelineFamily,
@@ -28,8 +30,6 @@ from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_descri
 from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig
-from lacfast.critic import build_critic
-from lacfast.protocols import LatentCodec, PromptEncoder
 from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder

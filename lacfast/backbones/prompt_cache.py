@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lacfast.protocols import PromptEncoder
+from lacfast.backbones.parts import PromptEncoder
 
 ENCODE_BATCH = 8
 """Prompts per call of the encoder, always: a matrix product of another height may round differently, and a

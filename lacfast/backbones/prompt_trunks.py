@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from torch import Tensor, nn
 
 from lacfast.backbones.trunks import OwnForwardTrunk
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
 POOLED_NAMES = ("pooled_projections", "text_embeds")

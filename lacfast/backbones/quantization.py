@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lacfast.rollout_sampler import stored_as
+from lacfast.runtime.graph import stored_as
 
 Quantizer = Callable[[nn.Linear], None]
 """Replaces the frozen weight of a Linear by a quantised one."""

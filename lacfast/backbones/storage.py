@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -13,24 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lacfast.backbones import lora as adapters
+from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
 from lacfast.config import LoRAConfig
 
-if TYPE_CHECKING:
-    from lacfast.backbones.latent import LatentBackbone
-
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
-
-
-class Storage(Protocol):
-    """A format: what is written beside the critic and the trainer's state."""
-
-    def write(self, backbone: LatentBackbone, directory: Path) -> None:
-        """Write the backbone into an existing directory."""
-
-    def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
-        """The `policy_state` that `write` left there."""
 
 
 class PartsStorage:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lacfast.protocols import Features
+from lacfast.critic.trunk import Features
 
 ReadTap = Callable[[dict[str, Any], Any], Features]
 """(arguments by name, output) of a module's forward -> named tensors (B, ...)."""

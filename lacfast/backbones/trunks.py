@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
-from lacfast.protocols import Features, Trunk
+from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]

@@ -24,8 +24,8 @@ from lacfast.checkpoint import TRAINER_STATE, save_backbone, whole_directory
 from lacfast.compat.trl_config import DDPOConfig, train_config
 from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFunction
 from lacfast.config import CriticConfig, LoRAConfig
+from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.records import Rollout
-from lacfast.trackers import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.trainer import LatentActorCriticTrainer
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]

@@ -34,7 +34,7 @@ class ValuePretrainingConfig:
     """Iterations without a better explained variance before it stops."""
     stop_score: float = math.inf
     """Overall score at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
-    lacfast.explained_variance. inf: patience alone."""
+    lacfast.learning.value_bounds. inf: patience alone."""
     completions: int = 0
     """Branched completions of each state that measure the ceiling, at least 2; their images count. 0: neither
     floor nor ceiling is measured."""
@@ -107,7 +107,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
     graph: GraphConfig = field(default_factory=GraphConfig)
-    """Capture of the steps of sampling and update, see lacfast.graph."""
+    """Capture of the steps of sampling and update, see lacfast.runtime.graph."""
     gradient_checkpointing: bool = False
     """Recompute activations of the update instead of keeping them; bounds memory, costs a forward."""
     compile: bool = False

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lacfast.pictures import Gallery, png_data_uri, to_image
 from lacfast.report import charts
 from lacfast.report.page import card, fill, percent, read_metrics, settings_tables
+from lacfast.report.pictures import Gallery, png_data_uri, to_image
 
 PHASES = {
     "pretraining": "Pretraining the base model",

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from lacfast.diagnostics import Finding, average, findings, recent
-from lacfast.pictures import png_data_uri
 from lacfast.report import run_charts
+from lacfast.report.diagnostics import Finding, average, findings, recent
 from lacfast.report.page import card, fill, read_metrics, settings_tables
+from lacfast.report.pictures import png_data_uri
 
 PAGE = "report.html"
 SHOWN_PICTURES = 6

@@ -96,3 +96,33 @@ def loaded_completely(network_class: Any, path: str | Path) -> nn.Module:
 
 def _unit(embeddings: Tensor) -> Tensor:
     return F.normalize(embeddings.float(), dim=-1)
+
+
+_WEIGHT = 2.5
+
+
+@dataclass(kw_only=True, eq=False)
+class CLIPScore(CLIPReward):
+    """2.5 max(cos(image, text), 0), in [0, 2.5] (arXiv 2104.08718, without its "A photo depicts")."""
+
+    name: str = "clip_score"
+    model: str | Path = "openai/clip-vit-large-patch14"
+
+    def score(
+        self, network: nn.Module, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor:
+        return _WEIGHT * self.similarity(network, images, prompts).clamp(min=0)
+
+
+@dataclass(kw_only=True, eq=False)
+class PickScore(CLIPReward):
+    """exp(logit_scale) cos(image, text), about 17 to 24 (arXiv 2305.01569); flow_grpo divides it by 26."""
+
+    name: str = "pickscore"
+    model: str | Path = "yuvalkirstain/PickScore_v1"
+    processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def score(
+        self, network: nn.Module, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    ) -> Tensor:
+        return self._logit_scale * self.similarity(network, images, prompts)

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from lacfast.rewards.reward import RewardError
 from lacfast.rewards.wire import BadAnswerError, JSONFormat, WireFormat
-from lacfast.scoring import RewardError
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,13 @@
 """Steering at inference by the trained critic: guidance by its gradient, and selection by its value."""
 
-from lacfast.steering.cost import planned_evaluations, trajectories_per_step
-from lacfast.steering.entry import steer
-from lacfast.steering.stats import FunctionEvaluations, ParticleStats, SteeringStats
+from lacfast.steering.cost import (
+    FunctionEvaluations,
+    ParticleStats,
+    SteeringStats,
+    planned_evaluations,
+    trajectories_per_step,
+)
+from lacfast.steering.steer import steer
 
 __all__ = [
     "FunctionEvaluations",

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
 from lacfast.config import SteeringConfig
 from lacfast.records import TransitionTable
 from lacfast.steering.guidance import guided_steps
-from lacfast.steering.stats import BACKWARD_COST
 
 
 def prune_steps(config: SteeringConfig, table: TransitionTable) -> list[int]:
@@ -67,3 +73,92 @@ def planned_evaluations(
             for count, is_guided in zip(counts, guided, strict=True)
         )
     )
+
+
+BACKWARD_COST = 2
+"""Forwards that a backward counts as: gradients of activations and the recomputed products."""
+
+
+@dataclass(frozen=True)
+class FunctionEvaluations:
+    """NFE of a whole call: latents that went through the model, and gradients that came back."""
+
+    forwards: int
+    """Latents through the model, through its unconditional half and through a critic's copy of it."""
+    backwards: int
+    """Latents whose value gradient was taken."""
+    images: int
+    """Images that came of it."""
+
+    @property
+    def per_image(self) -> float:
+        """(forwards + 2 backwards) / images"""
+        return (self.forwards + BACKWARD_COST * self.backwards) / self.images
+
+
+@dataclass(frozen=True)
+class ParticleStats:
+    """What sequential Monte Carlo did."""
+
+    effective_sample_sizes: Tensor
+    """(T, n) float64 effective particles at every state, before resampling; at most N."""
+    resampled: Tensor
+    """(T, n) bool"""
+    log_weights: Tensor
+    """(n, N) float64 of the particles at the end, after the final correction."""
+    log_evidence: Tensor
+    """(n,) float64 estimate of log E[exp(R / tau)] (of V without the final correction)."""
+
+
+@dataclass(frozen=True)
+class SteeringStats:
+    """What steering cost, what the critic made of it and what the rewards did."""
+
+    evaluations: FunctionEvaluations
+    values: Tensor
+    """(T, n) V of the chosen trajectory at every state; (0, n) without a critic."""
+    rewards: dict[str, Tensor]
+    """name -> (n,) raw reward of the chosen image; empty without rewards."""
+    gold: dict[str, Tensor]
+    """name -> (n,) of rewards that steering never saw."""
+    reward_calls: int
+    """Images that the rewards judged before the choice; 0 where V alone chose."""
+    gradient_gain: float
+    """Mean rise of V after a small move along its gradient, the sign test. NaN without guidance."""
+    particles: ParticleStats | None = None
+    """Of method "smc"."""
+
+
+class EvaluationCounter:
+    """Latents that went through a model and gradients that came back to them."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.backwards = 0
+
+    @contextmanager
+    def counting(self, model: nn.Module, others: Iterable[nn.Module]) -> Iterator[None]:
+        """Within the context, every forward of `model`, or of its like inside `others`, counts its batch."""
+        found = {id(model): model}
+        for other in others:
+            found |= {id(part): part for part in other.modules() if type(part) is type(model)}
+        handles = [
+            part.register_forward_pre_hook(self._count_forward, with_kwargs=True) for part in found.values()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _count_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else next(iter(kwargs.values()))
+        self.forwards += len(sample)
+
+    def watch(self, sample: Tensor) -> Tensor:
+        """`sample` (B, ...), which requires grad; its gradient's arrival counts B backwards."""
+        sample.register_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        return sample
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)

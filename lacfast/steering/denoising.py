@@ -12,7 +12,7 @@ from lacfast import ops
 from lacfast.config import SteeringConfig
 from lacfast.records import Conditioning, NoiseKey, TransitionTable
 from lacfast.steering import guidance
-from lacfast.steering.model import StateForward, SteeredModel
+from lacfast.steering.forward import StateForward, SteeredModel
 from lacfast.steering.particles import Particles
 from lacfast.steering.selection import Selection
 

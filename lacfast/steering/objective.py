@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lacfast.config import SteeringConfig
-from lacfast.critic import Critic
+from lacfast.critic.critic import Critic
 
 
 @dataclass(frozen=True)

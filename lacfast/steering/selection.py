@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lacfast.config import SteeringConfig
 from lacfast.records import TransitionTable
-from lacfast.steering.cost import children, prune_steps
+from lacfast.steering.cost import ParticleStats, children, prune_steps
 from lacfast.steering.particles import Particles, best_positions, gumbel_noise, slot_ids
-from lacfast.steering.stats import ParticleStats
 
 
 class Selection(Protocol):

@@ -18,8 +18,8 @@ from torch import Tensor
 from lacfast import ops
 from lacfast.config import SteeringConfig
 from lacfast.records import NoiseKey, TransitionTable
+from lacfast.steering.cost import ParticleStats
 from lacfast.steering.particles import Particles, best_positions, gumbel_noise, slot_ids
-from lacfast.steering.stats import ParticleStats
 
 
 class SequentialMonteCarlo:

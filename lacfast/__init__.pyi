@@ -1,0 +1,14 @@
+from lacfast.backbones import PipelineSettings as PipelineSettings
+from lacfast.backbones import load_backbone as load_backbone
+from lacfast.config import AdvantageConfig as AdvantageConfig
+from lacfast.config import CriticConfig as CriticConfig
+from lacfast.config import EarlyStoppingConfig as EarlyStoppingConfig
+from lacfast.config import LoRAConfig as LoRAConfig
+from lacfast.config import PPOConfig as PPOConfig
+from lacfast.config import SamplerConfig as SamplerConfig
+from lacfast.config import SteeringConfig as SteeringConfig
+from lacfast.config import TrainConfig as TrainConfig
+from lacfast.config import ValuePretrainingConfig as ValuePretrainingConfig
+from lacfast.prompts import load_prompts as load_prompts
+from lacfast.steering import steer as steer
+from lacfast.trainer import LatentActorCriticTrainer as LatentActorCriticTrainer

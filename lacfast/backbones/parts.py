@@ -1,0 +1,31 @@
+"""The parts of a backbone beside its model: text to embeddings, and latents to images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+class PromptEncoder(Protocol):
+    """Text to embeddings."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token embeddings (B, L, D) and a pooled embedding (B, P); P = 0 where the family has none."""
+
+    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+        """The same, with B = 1, of what classifier-free guidance puts in a prompt's place."""
+
+    def free(self) -> None:
+        """Give back the memory of the weights; nothing is encoded afterwards."""
+
+
+class LatentCodec(Protocol):
+    """Latents to images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) float in [0, 1]."""

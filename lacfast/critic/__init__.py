@@ -1,0 +1,1 @@
+"""The critic: trunk, head, value loss, and the values of a rollout."""

@@ -1,0 +1,83 @@
+"""The values of a rollout, how much they explain, and the units that they are in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lacfast import reference
+from lacfast.critic.critic import Critic
+from lacfast.records import Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
+
+STATES_AT_ONCE = 32
+"""That rollout_values takes together: larger products than a step's, and less memory than an update's."""
+
+
+@torch.no_grad()
+def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
+    """Values (T, B, M) float32 of all states of a rollout, on the features kept from it.
+
+    Whole steps are valued together as long as they have at most STATES_AT_ONCE states.
+    """
+    timesteps, batch = rollout.table.timesteps.to(rollout.latents.device), rollout.batch_size
+    steps_at_once = max(STATES_AT_ONCE // batch, 1)
+    values = []
+    for first in range(0, rollout.table.num_steps, steps_at_once):
+        part = timesteps[first : first + steps_at_once]
+        steps = slice(first, first + len(part))
+        rows = torch.arange(batch, device=part.device).repeat(len(part))
+        values.append(
+            critic(
+                {name: tensor[steps].flatten(0, 1) for name, tensor in rollout.features.items()},
+                rollout.latents[steps].flatten(0, 1),
+                part.repeat_interleave(batch),
+                rollout.conditioning.select(rows),
+            ).float()
+        )
+    stacked = torch.cat(values)
+    return stacked.view(-1, batch, stacked.shape[-1])
+
+
+def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
+    """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
+    return rollout_variance(replace(rollout, values=rollout_values(critic, rollout)), normalizer)
+
+
+def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
+    """Explained variance (T, M) of a rollout by the values that were sampled with it."""
+    values = rollout.values
+    returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
+    return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
+
+
+def value_targets(rollout: Rollout, normalizer: RewardNormalizer, target_clip: float) -> Tensor:
+    """(B, M) standardised Monte-Carlo returns, the same for every step of a trajectory."""
+    return normalizer.standardize(stack_rewards(rollout)).clamp(-target_clip, target_clip)
+
+
+def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:
+    """Take the rollout's rewards into the running statistics; raw predictions stay what they are.
+
+    The critic and the rollout's values are rescaled alike. Returns the rollout with values in the new units.
+
+    Raises:
+        ValueError: for rewards that the critic's loss cannot express; nothing is changed then.
+    """
+    rewards = stack_rewards(rollout)
+    critic.value_loss.require_representable(normalizer.head_rewards(rewards))
+    seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
+    normalizer.update(rewards)
+    new = normalizer.mean, normalizer.std
+    critic.reward_mean.copy_(normalizer.mean)
+    critic.reward_std.copy_(normalizer.std)
+    # Before the first reward a squared error predicts nothing in raw units: V = 0 means "the mean".
+    old_mean, old_std = (
+        statistic.to(rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
+    )
+    new_mean, new_std = (statistic.to(rollout.values) for statistic in new)
+    critic.rescale(old_mean, old_std, new_mean, new_std)
+    return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)

@@ -1,0 +1,1 @@
+"""What moves the weights: pairs, minibatches, the updates of policy and critic, value pretraining."""

@@ -1,0 +1,113 @@
+"""The optimizers of actor and critic, and a step that a bad gradient turns off on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lacfast.config import PPOConfig
+from lacfast.critic.critic import Critic
+from lacfast.runtime.profiling import span
+
+
+def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW over the actor's trained weights, see Backbone.policy_parameters."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.policy_learning_rate,
+        betas=config.betas,
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def policy_schedule(optimizer: Optimizer, config: PPOConfig, progress: Callable[[], float]) -> LambdaLR:
+    """The policy's rate: a linear rise over warmup_steps times a linear fall to final_learning_rate.
+
+    Args:
+        optimizer: at policy_learning_rate.
+        config: of the run.
+        progress: share of the run that is behind, from 0 to 1; asked after every optimizer step.
+    """
+    final = config.final_learning_rate
+    fall = 0.0 if final is None else 1 - final / config.policy_learning_rate
+
+    def factor(step: int) -> float:
+        return min((step + 1) / (config.warmup_steps + 1), 1.0) * (1 - fall * progress())
+
+    return LambdaLR(optimizer, factor)
+
+
+def take_back(schedule: LambdaLR, steps: int) -> None:
+    """Set a schedule back by optimizer steps that were turned off."""
+    schedule.last_epoch -= steps + 1
+    schedule.step()
+
+
+def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:
+    """AdamW over the critic's head and own trunk, each at its rate; None without a critic."""
+    if critic is None:
+        return None
+    groups = [
+        {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
+        {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def make_capturable(optimizer: Optimizer) -> None:
+    """Let a graph hold the optimizer's step: rates become tensors, which a schedule fills in place."""
+    for group in optimizer.param_groups:
+        rate, device = group["lr"], group["params"][0].device
+        if not isinstance(rate, Tensor):
+            group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
+        group["capturable"] = device.type == "cuda"
+
+
+def missing_moments(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer's first step will allocate."""
+    missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
+    return sum(2 * parameter.numel() * parameter.element_size() for parameter in missing)
+
+
+@torch.no_grad()
+def guarded_step(optimizer: Optimizer, failed: Tensor, norm: Tensor, *, max_grad_norm: float) -> None:
+    """Clip the gradients and step, unless a gradient is or was not finite.
+
+    The host does not wait: fused optimizers read `failed` on the device and leave weights and moments alone
+    where it is 1. `require_finite` tells the host later.
+
+    Args:
+        optimizer: fused.
+        failed: () float32 on the device, 0; set to 1 by a norm that is not finite, and then it stays so.
+        norm: () filled with the norm of all gradients together, before they are clipped.
+        max_grad_norm: their bound.
+    """
+    norm.copy_(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm))
+    torch.maximum(failed, (~torch.isfinite(norm)).to(failed.dtype), out=failed)
+    with span("optimizer"):
+        optimizer.found_inf = failed  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+def require_finite(what: str, norm: float) -> None:
+    """
+    Raises:
+        FloatingPointError: for a gradient norm that is not finite.
+    """
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"the gradient norm of the {what} is {norm}; no optimizer step was taken from there on and the "
+            "weights are as before it. Lower the learning rate or the clip range, and check the rewards"
+        )

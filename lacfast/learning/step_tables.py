@@ -1,0 +1,65 @@
+"""What an update reads of a transition table, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lacfast.config import PPOConfig
+from lacfast.ops.checks import arithmetic_dtype
+from lacfast.records import TransitionTable
+from lacfast.schedule import kl_gains
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """What the update reads of a transition table, on the device."""
+
+    coefficients: Tensor
+    """(T, 3)"""
+    timesteps: Tensor
+    """(T,)"""
+    weights: Tensor
+    """(T,) of the steps in the policy's loss."""
+    kl_gains: Tensor
+    """(T,) of the squared difference to the reference."""
+
+    @property
+    def one(self) -> Tensor:
+        """() the share of a minibatch that all of it is."""
+        return torch.ones_like(self.coefficients[0, 0])
+
+    def takes(self, other: StepTables) -> bool:
+        """Whether other tables fit into this memory."""
+        own, theirs = self.coefficients, other.coefficients
+        return (own.shape, own.dtype, own.device) == (theirs.shape, theirs.dtype, theirs.device)
+
+    def copy_(self, other: StepTables) -> None:
+        """Take over other tables' numbers; what was captured reads them where it read the old ones."""
+        for own, theirs in zip(self._tensors, other._tensors, strict=True):
+            own.copy_(theirs)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.coefficients, self.timesteps, self.weights, self.kl_gains
+
+
+def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
+    """The tables for latents `like`, in the dtype of their maths."""
+    dtype = arithmetic_dtype(like)
+    return StepTables(
+        coefficients=table.coefficients(like.device, dtype),
+        timesteps=table.timesteps.to(like.device),
+        weights=step_weights(table, balanced=config.balance_steps).to(like.device, dtype),
+        kl_gains=kl_gains(table, config.kl, device=like.device, dtype=dtype),
+    )
+
+
+def step_weights(table: TransitionTable, *, balanced: bool) -> Tensor:
+    """(T,) weight of each step in the policy loss, 1 on average over the trained ones; see balance_steps."""
+    if not balanced:
+        return torch.ones_like(table.std)
+    weights = table.std / table.b.abs()
+    return weights / weights[table.trainable_steps].mean()

@@ -1,0 +1,255 @@
+"""What a critic can explain of a reward: no less than its prompts tell, no more than its states do.
+
+    EV_k = 1 - Var(R - V_k) / Var(R)
+    floor = Var(E[R | prompt]) / Var(R);   ceiling_k = Var(E[R | x_k, prompt]) / Var(R)
+    score_k = (EV_k - floor) / (ceiling_k - floor)
+
+A critic at the floor has learned only which prompts are hard; at the ceiling what is left is the noise of the
+steps to come, which no critic knows. Both are shares of variance between groups, so they come from a one-way
+analysis of variance, whose components have no bias at any group size: the plain variance of the groups' means
+would count a share 1/n of the noise within them as explained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.backbone import Backbone
+from lacfast.records import NoiseKey, Rollout
+from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.step import denoise_step
+
+SMALLEST_SPAN = 0.02
+"""Below this distance of ceiling and floor there is no score: their errors are as large."""
+
+Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
+"""(images (B, 3, H, W), prompts, metadata) -> raw rewards (B, M)."""
+
+
+@dataclass(frozen=True)
+class VarianceComponents:
+    """Variance of a quantity with groups: that of the groups' means, and the mean of that within them."""
+
+    between: Tensor
+    """(M,) without bias, so below 0 now and then."""
+    within: Tensor
+    """(M,)"""
+
+    @property
+    def share(self) -> Tensor:
+        """(M,) between / (between + within); 0 where nothing varies."""
+        total = self.between + self.within
+        return torch.where(total > 0, self.between / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def variance_components(samples: Tensor, groups: Tensor) -> VarianceComponents:
+    """One-way analysis of variance with groups of any sizes (Searle, Casella, McCulloch, 1992, section 3.6).
+
+        within = SS_within / (N - G);   between = (SS_between / (G - 1) - within) / n_0
+        n_0 = (N - sum_g n_g^2 / N) / (G - 1)
+
+    Args:
+        samples: (N, M).
+        groups: (N,) int64, the group of each sample.
+
+    Returns:
+        float64 components (M,).
+
+    Raises:
+        ValueError: for fewer than two groups, or when no group has two samples.
+    """
+    _, members, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    count, num_groups = len(samples), len(sizes)
+    if num_groups < 2 or count == num_groups:
+        raise ValueError(
+            f"{count} samples in {num_groups} groups cannot tell variance between groups from variance "
+            "within them; give at least two groups, and some group at least two samples"
+        )
+    wide, sizes = samples.double(), sizes.to(samples.device, torch.float64)
+    sums = wide.new_zeros((num_groups, wide.shape[1])).index_add_(0, members, wide)
+    means = sums / sizes[:, None]
+    within = (wide - means[members]).square().sum(dim=0) / (count - num_groups)
+    spread = (sizes[:, None] * (means - wide.mean(dim=0)).square()).sum(dim=0) / (num_groups - 1)
+    mean_size = (count - sizes.square().sum() / count) / (num_groups - 1)
+    return VarianceComponents((spread - within) / mean_size, within)
+
+
+def prompt_floor(rewards: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(M,) share of the variance of rewards (B, M) that their prompts explain.
+
+    The G prompts are all that the explained variance is measured on and not a sample of others, so the
+    variance between them counts (G - 1) / G.
+
+    Raises:
+        ValueError: when no prompt occurs twice.
+    """
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = torch.tensor([numbers[prompt] for prompt in prompts], device=rewards.device)
+    components = variance_components(rewards, groups)
+    return replace(components, between=components.between * (len(numbers) - 1) / len(numbers)).share
+
+
+@dataclass(frozen=True)
+class ValueBounds:
+    """Between what a critic's explained variance lies."""
+
+    floor: Tensor
+    """(M,) what the prompt alone explains."""
+    ceiling: Tensor
+    """(T, M) what the state explains; 1 behind the last stochastic step, linear between measured steps."""
+    steps: tuple[int, ...]
+    """Where the ceiling was measured."""
+    images: int
+    """Generated and scored for it."""
+
+    def score(self, explained_variance: Tensor) -> Tensor:
+        """(T, M) of an explained variance (T, M): 0 at the floor, 1 at the ceiling, NaN where they meet."""
+        span = self.ceiling - self.floor
+        score = (explained_variance.to(span) - self.floor) / span
+        return torch.where(span > SMALLEST_SPAN, score, math.nan)
+
+    def overall_score(self, explained_variance: Tensor) -> float:
+        """Score of all steps and heads together, sum(EV - floor) / sum(ceiling - floor).
+
+        Steps where floor and ceiling are close weigh little here; in a mean of scores they would weigh most.
+        """
+        span = float((self.ceiling - self.floor).sum())
+        above = float((explained_variance.to(self.ceiling) - self.floor).sum())
+        return above / span if span > SMALLEST_SPAN * self.ceiling.numel() else math.nan
+
+
+def value_bounds(
+    backbone: Backbone,
+    rollout: Rollout,
+    rewards: Tensor,
+    score: Score,
+    *,
+    completions: int,
+    states: int,
+    first_id: int,
+    steps: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
+    batch_size: int = 256,
+) -> ValueBounds:
+    """Floor and ceiling of the explained variance, the ceiling by branched completions.
+
+    `states` trajectories of the rollout are taken back to a step and completed `completions` times with fresh
+    noise; what differs between completions of one state is what the state does not tell.
+
+    Args:
+        backbone: the policy that made the rollout, unchanged since.
+        rollout: on held-out prompts, some of them twice or more.
+        rewards: (B, M) raw, of the rollout.
+        score: raw rewards of images.
+        completions: n per state, at least 2; bias-free at any n, so rather more states than completions.
+        states: of each step, taken evenly from the rollout.
+        first_id: of the completions' noise, unused elsewhere with the rollout's seed.
+        steps: where to measure. None: every step up to the last stochastic one.
+        guidance_scale: of the rollout.
+        batch_size: completions sampled at a time.
+
+    Raises:
+        ValueError: for fewer than two completions or states, a step outside the schedule, or prompts that all
+            differ.
+    """
+    if completions < 2 or states < 2:
+        raise ValueError(
+            f"completions={completions} and states={states} must be at least 2: the ceiling compares the "
+            "completions of one state with those of others"
+        )
+    table = rollout.table
+    last = max(table.trainable_steps, default=-1)
+    measured = sorted(set(range(last + 1) if steps is None else steps))
+    if measured and not 0 <= measured[0] <= measured[-1] < table.num_steps:
+        raise ValueError(f"steps={measured} must lie within the {table.num_steps} steps of the sampler")
+    # A deterministic completion needs no measuring.
+    measured = [step for step in measured if step <= last]
+    floor = prompt_floor(rewards, rollout.prompts)
+    rows = torch.linspace(0, rollout.batch_size - 1, min(states, rollout.batch_size)).round().long()
+    branches = torch.unique(rows).repeat_interleave(completions).to(rollout.latents.device)
+    ceilings = []
+    for number, step in enumerate(measured):
+        ids = torch.arange(len(branches)) + first_id + number * len(branches)
+        outcomes = _outcomes(
+            backbone, rollout, score, step, branches, ids, guidance_scale=guidance_scale, size=batch_size
+        )
+        ceilings.append(variance_components(outcomes, branches.to(outcomes.device)).share)
+    return ValueBounds(
+        floor.cpu(),
+        _interpolated(measured, ceilings, last, table.num_steps, floor.cpu()),
+        tuple(measured),
+        len(measured) * len(branches),
+    )
+
+
+def _outcomes(
+    backbone: Backbone,
+    rollout: Rollout,
+    score: Score,
+    step: int,
+    rows: Tensor,
+    ids: Tensor,
+    *,
+    guidance_scale: float,
+    size: int,
+) -> Tensor:
+    """Rewards (P, M) of completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on."""
+    outcomes = []
+    for part, part_ids in zip(torch.split(rows, size), torch.split(ids, size), strict=True):
+        latents = complete(backbone, rollout, step, part, part_ids, guidance_scale=guidance_scale)
+        numbers = part.tolist()
+        prompts = [rollout.prompts[row] for row in numbers]
+        outcomes.append(score(backbone.decode(latents), prompts, [rollout.metadata[row] for row in numbers]))
+    return torch.cat(outcomes)
+
+
+@torch.no_grad()
+def complete(
+    backbone: Backbone, rollout: Rollout, step: int, rows: Tensor, ids: Tensor, *, guidance_scale: float = 1.0
+) -> Tensor:
+    """Clean latents (P, ...) sampled from the states of trajectories `rows` (P,) before `step`.
+
+    Args:
+        backbone: the policy.
+        rollout: whose states, sampler and seed are used.
+        step: row of the transition table.
+        rows: (P,) int64, repeats allowed.
+        ids: (P,) int64 of the noise.
+        guidance_scale: above 1 the unconditional half runs too.
+    """
+    uncond = rollout.uncond_conditioning
+    buffers = SamplerBuffers.allocate(
+        rollout.table,
+        backbone.latent_shape,
+        NoiseKey(rollout.noise.seed, ids.to(rollout.noise.seed)),
+        rollout.conditioning.select(rows),
+        uncond_conditioning=None if uncond is None else uncond.select(rows),
+        guidance_scale=guidance_scale,
+        model_dtype=backbone.dtype,
+    )
+    buffers.sample.copy_(rollout.latents[step, rows])
+    buffers.step.fill_(step)
+    for _ in range(step, rollout.table.num_steps):
+        denoise_step(backbone, None, buffers)
+    return buffers.sample
+
+
+def _interpolated(
+    measured: list[int], ceilings: list[Tensor], last: int, num_steps: int, floor: Tensor
+) -> Tensor:
+    """(T, M): as measured, linear between, constant before the first, 1 behind the `last` stochastic step."""
+    known = dict(zip(measured, [ceiling.cpu() for ceiling in ceilings], strict=True))
+    known[last + 1] = torch.ones_like(floor)
+    rows = []
+    for step in range(num_steps):
+        before = max((at for at in known if at <= step), default=min(known))
+        after = min((at for at in known if at >= step), default=last + 1)
+        share = (step - before) / (after - before) if after > before else 0.0
+        rows.append(torch.lerp(known[before], known[after], share) if share else known[before])
+    return torch.stack(rows)

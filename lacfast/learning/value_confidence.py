@@ -1,0 +1,109 @@
+"""Where a critic explains enough for its values to be bootstrapped from: the gate of lambda."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.backbone import Backbone
+from lacfast.config import TrainConfig
+from lacfast.learning.value_bounds import ValueBounds, value_bounds
+from lacfast.records import Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rewards.registry import RewardSet
+
+
+def configured_bounds(
+    backbone: Backbone,
+    rollout: Rollout,
+    rewards: RewardSet,
+    normalizer: RewardNormalizer,
+    config: TrainConfig,
+    *,
+    first_id: int,
+) -> ValueBounds:
+    """`value_bounds` of what each head predicts, by config.pretrain; `first_id` is of the completions."""
+
+    def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        scores = rewards.score(images, prompts, metadata)
+        return normalizer.head_rewards(torch.stack(list(scores.values()), dim=1))
+
+    return value_bounds(
+        backbone,
+        rollout,
+        normalizer.head_rewards(stack_rewards(rollout)),
+        score,
+        completions=config.pretrain.completions,
+        states=config.pretrain.bound_states,
+        first_id=first_id,
+        steps=config.pretrain.bound_steps,
+        guidance_scale=config.sampler.guidance_scale,
+        batch_size=config.eval_batch_size,
+    )
+
+
+@dataclass
+class ValueConfidence:
+    """The critic's score per step, a running average over rollouts taken before it learned from them."""
+
+    bounds: ValueBounds | None = None
+    """None: floor 0 and ceiling 1, so the score is the explained variance."""
+    explained_variance: Tensor | None = None
+    """(T, M) running average, None before the first rollout."""
+    decay: float = 0.8
+    """Of the average, per rollout: one rollout's figure is noisy."""
+
+    def update(self, explained_variance: Tensor) -> None:
+        """Take in (T, M) of a rollout that the critic has not learned from."""
+        fresh = explained_variance.detach().double().cpu()
+        old = self.explained_variance
+        self.explained_variance = fresh if old is None else torch.lerp(fresh, old.double(), self.decay)
+
+    def scores(self, num_steps: int) -> Tensor:
+        """(T,) mean over the rewards, -inf where nothing is known."""
+        if self.explained_variance is None:
+            return torch.full((num_steps,), -math.inf).double()
+        variance = self.explained_variance
+        score = variance if self.bounds is None else self.bounds.score(variance)
+        return score.mean(dim=-1).nan_to_num(-math.inf)
+
+    def gated_lambda(self, gae_lambda: float, gate: float, num_steps: int) -> Tensor:
+        """(T,) float32: gae_lambda where a step's score reaches the gate, else 1, which trusts no value."""
+        passed = self.scores(num_steps) >= gate
+        return torch.where(passed, gae_lambda, 1.0).float()
+
+    def metrics(self, explained_variance: Tensor) -> dict[str, Any]:
+        """Floor, ceiling and score of an explained variance (T, H), means over heads; {} without bounds."""
+        if self.bounds is None:
+            return {}
+        return {
+            "explained_variance_floor": float(self.bounds.floor.mean()),
+            "explained_variance_ceiling": self.bounds.ceiling.mean(dim=-1),
+            "explained_variance_score": self.bounds.score(explained_variance).mean(dim=-1),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        bounds = self.bounds
+        return {
+            "explained_variance": self.explained_variance,
+            "bounds": None
+            if bounds is None
+            else {
+                "floor": bounds.floor,
+                "ceiling": bounds.ceiling,
+                "steps": list(bounds.steps),
+                "images": bounds.images,
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a `state_dict`."""
+        bounds = state["bounds"]
+        self.explained_variance = state["explained_variance"]
+        self.bounds = None if bounds is None else ValueBounds(**{**bounds, "steps": tuple(bounds["steps"])})

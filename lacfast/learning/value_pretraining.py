@@ -1,0 +1,185 @@
+"""Value pretraining: with the actor frozen, the critic learns what its own rollouts were worth."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lacfast.config import PPOConfig, ValuePretrainingConfig
+from lacfast.critic.critic import Critic
+from lacfast.critic.values import (
+    held_out_variance,
+    rollout_variance,
+    update_statistics,
+    value_targets,
+)
+from lacfast.learning.optimizers import missing_moments
+from lacfast.learning.pairs import Pairs, all_states
+from lacfast.learning.step_tables import step_tables
+from lacfast.learning.totals import CriticTotals, UpdateRecords
+from lacfast.learning.update import critic_step, probe_critic
+from lacfast.learning.value_bounds import ValueBounds
+from lacfast.records import Rollout
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.runtime.memory import MicrobatchSize
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What value pretraining reached."""
+
+    explained_variance: Tensor
+    """(T, M) of the critic that was kept, on held-out states; without any, of the last critic but one on the
+    rollout that it then learned from."""
+    history: list[float]
+    """Mean explained variance of every iteration: held out after it, or else on its rollout before it."""
+    images: int
+    """Generated for training and selection; they count in every comparison."""
+    bounds: ValueBounds | None = None
+    """Floor and ceiling of the explained variance, whose images count too; None where not measured."""
+
+    @property
+    def score(self) -> Tensor | None:
+        """(T, M) place of the explained variance between floor and ceiling, None without them."""
+        return None if self.bounds is None else self.bounds.score(self.explained_variance)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A critic as it was when it was measured."""
+
+    weights: dict[str, Tensor]
+    normalizer: RewardNormalizer
+    explained_variance: Tensor
+    """(T, M)"""
+
+    @staticmethod
+    def of(critic: Critic, normalizer: RewardNormalizer, explained_variance: Tensor) -> _Kept:
+        weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+        return _Kept(weights, copy.deepcopy(normalizer), explained_variance)
+
+    def restore(self, critic: Critic, normalizer: RewardNormalizer) -> Tensor:
+        """Put both back; returns the explained variance (T, M)."""
+        critic.load_state_dict(self.weights)
+        normalizer.restore(self.normalizer)
+        return self.explained_variance
+
+
+def pretrain_values(
+    critic: Critic,
+    optimizer: Optimizer,
+    normalizer: RewardNormalizer,
+    held_out: Rollout | None,
+    make_rollout: Callable[[int], Rollout | None],
+    config: ValuePretrainingConfig,
+    ppo: PPOConfig,
+    *,
+    seed: int,
+    bounds: ValueBounds | None = None,
+    on_iteration: Callable[[int, Tensor], None] = lambda iteration, variance: None,
+) -> PretrainResult:
+    """Fit the critic to rollouts of a frozen actor until its explained variance stops rising.
+
+    With `bounds` it also stops where the overall score reaches config.stop_score. Without `held_out` every
+    rollout measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which
+    costs no images.
+
+    Args:
+        critic: trained in place; ends as the best one seen on `held_out`, without it as the last one.
+        optimizer: of the critic; its state and rates are the caller's to reset before joint training.
+        normalizer: reward statistics, updated with every rollout.
+        held_out: rollout with rewards on prompts that are not trained on, or None.
+        make_rollout: iteration -> rollout with rewards, None when it was skipped.
+        seed: of the order of the minibatches.
+        bounds: floor and ceiling of the explained variance on `held_out`. None: not measured.
+        on_iteration: called with the iteration and its explained variance (T, M).
+    """
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
+    history: list[float] = []
+    best: _Kept | None = None
+    best_iteration = 0
+    variance: Tensor | None = None
+    images = 0 if held_out is None else held_out.batch_size
+    for iteration in range(config.iterations):
+        rollout = make_rollout(iteration)
+        if rollout is None:
+            continue
+        images += rollout.batch_size
+        recent.append(rollout)
+        rollout = update_statistics(critic, normalizer, rollout)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        _set_rates(optimizer, rates, config.initial_rate_factor, iteration / config.iterations)
+        _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
+        if held_out is None:
+            variance = rollout_variance(rollout, normalizer)
+        else:
+            variance = held_out_variance(critic, held_out, normalizer)
+        history.append(float(variance.mean()))
+        on_iteration(iteration, variance)
+        if history[-1] > max(history[:-1], default=-math.inf):
+            best_iteration = len(history)
+            best = None if held_out is None else _Kept.of(critic, normalizer, variance)
+        if len(history) - best_iteration >= config.patience:
+            break
+        if bounds is not None and bounds.overall_score(variance) >= config.stop_score:
+            break
+    if variance is None:
+        raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
+    if best is not None:
+        variance = best.restore(critic, normalizer)
+    return PretrainResult(variance, history, images, bounds)
+
+
+def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, done: float) -> None:
+    """Learning rates between `initial_factor` and 1 times their own, linear in the share that is done."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * (initial_factor + (1 - initial_factor) * done)
+
+
+def _learn_from(
+    rollouts: Sequence[Rollout],
+    critic: Critic,
+    optimizer: Optimizer,
+    normalizer: RewardNormalizer,
+    config: ValuePretrainingConfig,
+    ppo: PPOConfig,
+    generator: torch.Generator,
+) -> None:
+    """Minibatches of random states, each from one kept rollout, until they make up `config.passes`."""
+    kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
+    tables = step_tables(rollouts[0].table, ppo, rollouts[0].latents)
+    microbatch = MicrobatchSize(ppo.microbatch_size)
+    totals = CriticTotals.create(tables)
+    failed = torch.zeros((), device=rollouts[0].latents.device)
+    records = UpdateRecords()
+    for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
+        rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
+        targets = value_targets(rollout, normalizer, ppo.target_clip)
+        states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
+
+        def probe(count: int, rollout: Rollout = rollout, targets: Tensor = targets) -> None:
+            probe_critic(critic, rollout, targets, tables, count)
+
+        def step(
+            size: int, rollout: Rollout = rollout, targets: Tensor = targets, states: Pairs = states
+        ) -> Tensor:
+            return critic_step(
+                *(critic, optimizer, rollout, targets, states, ppo),
+                tables=tables,
+                totals=totals,
+                failed=failed,
+                microbatch_size=size,
+            )
+
+        microbatch.find(probe, rollout.latents.device, reserved=missing_moments(optimizer))
+        numbers = microbatch.run(step, len(states))
+        records.add("critic", numbers, len(states))
+    records.read()

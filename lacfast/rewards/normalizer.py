@@ -1,0 +1,71 @@
+"""Running mean and deviation of what the heads predict: the units of values and advantages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.distributed.world import moments
+from lacfast.rewards.heads import RewardHeads
+
+_TINY = 1e-8
+
+
+@dataclass
+class RewardNormalizer:
+    """Running mean and standard deviation per head over all samples and ranks (Chan et al.'s update)."""
+
+    mean: Tensor
+    """(H,) float64"""
+    variance: Tensor
+    """(H,) float64, of the population."""
+    count: float = 0.0
+    """Samples seen, bounded by `window`."""
+    window: float = 5000.0
+    """Older samples are forgotten at this scale, so that the statistics follow the policy."""
+    heads: RewardHeads | None = None
+    """What the heads predict; None: each reward as it is."""
+
+    @staticmethod
+    def create(
+        num_heads: int, *, window: float = 5000.0, heads: RewardHeads | None = None
+    ) -> RewardNormalizer:
+        zeros = torch.zeros(num_heads).double()
+        return RewardNormalizer(zeros, zeros.clone(), 0.0, window, heads)
+
+    @property
+    def std(self) -> Tensor:
+        """(H,) float64; 1 for a head whose reward has not varied."""
+        std = self.variance.sqrt()
+        return torch.where(std > _TINY, std, torch.ones_like(std))
+
+    def head_rewards(self, rewards: Tensor) -> Tensor:
+        """(B, H) raw, of rewards (B, M)."""
+        return rewards if self.heads is None else self.heads(rewards)
+
+    def update(self, rewards: Tensor) -> None:
+        """Take in rewards (B, M); with several ranks each calls this with its own."""
+        batch_count, batch_mean, batch_variance = moments(self.head_rewards(rewards))
+        total = self.count + batch_count
+        shift = batch_mean.cpu() - self.mean
+        within = self.count * self.variance + batch_count * batch_variance.cpu()
+        self.variance = (within + shift**2 * self.count * batch_count / total) / total
+        self.mean = self.mean + shift * batch_count / total
+        self.count = min(total, self.window)
+
+    def restore(self, other: RewardNormalizer) -> None:
+        """Take over another normalizer's statistics."""
+        self.mean, self.variance, self.count = other.mean, other.variance, other.count
+
+    def standardize(self, rewards: Tensor) -> Tensor:
+        """(B, H) of rewards (B, M), in units of their standard deviation."""
+        return (self.head_rewards(rewards) - self.mean.to(rewards)) / self.std.to(rewards)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "variance": self.variance, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mean, self.variance, self.count = state["mean"], state["variance"], state["count"]

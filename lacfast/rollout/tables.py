@@ -1,0 +1,43 @@
+"""The transition tables of a run: one for every place of a stochastic window that may move."""
+
+from __future__ import annotations
+
+from lacfast.backbone import Backbone
+from lacfast.config import SamplerConfig
+from lacfast.records import TransitionTable
+
+
+class TrainingTables:
+    """Which steps are stochastic in which iteration, as a function of seed and iteration.
+
+    The tables are made once, so that a place that comes back has the same record as before.
+    """
+
+    def __init__(self, backbone: Backbone, sampler: SamplerConfig, *, seed: int) -> None:
+        """
+        Raises:
+            ValueError: for a place of the window without a stochastic step, which has nothing to train.
+        """
+        self.sampler = sampler
+        self.seed = seed
+        self.whole = backbone.transition_table(sampler)
+        """With all of the window stochastic: evaluation and steering."""
+        self._places = {
+            place: backbone.transition_table(place) if sampler.moves else self.whole
+            for place in sampler.places
+        }
+        for place, table in self._places.items():
+            if not table.trainable_steps:
+                raise ValueError(
+                    f"kind={place.kind!r} with noise_level={place.noise_level} and window={place.window} "
+                    "makes every step deterministic, so no step has a log-prob to train; use noise_level > 0 "
+                    "(0.7 for 'flow_sde') and a window that ends before a last step without noise"
+                )
+
+    def at(self, iteration: int) -> TransitionTable:
+        """That of an iteration's rollout."""
+        return self._places[self.sampler.at(iteration, seed=self.seed)]
+
+    def pretraining(self, iteration: int) -> TransitionTable:
+        """The same for value pretraining, which is short and meets every place of a sliding window."""
+        return self.at(iteration * self.sampler.window_interval)

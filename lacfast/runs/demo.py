@@ -1,0 +1,327 @@
+"""The demo: a tiny diffusion model learns by latent actor-critic PPO to obey its prompts, and shows it.
+
+Pretrain (or load) -> evaluate -> value pretraining -> steer -> PPO for the rest of the budget -> evaluate ->
+steer -> save and load again -> report. Trainer, adapters, ops and files are those of large models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.backbone import Backbone
+from lacfast.backbones import adapt_pretrained, load_backbone
+from lacfast.checkpoint import save_backbone, whole_directory
+from lacfast.config import SteeringConfig, TrainConfig
+from lacfast.records import Evaluation, NoiseKey
+from lacfast.report.demo import write_report
+from lacfast.report.pictures import Gallery, save_pictures
+from lacfast.rewards.registry import RewardSet
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runs import presets
+from lacfast.runs.terminal import PhaseLog, done_fraction
+from lacfast.runtime.graph import GraphRunner
+from lacfast.steering import steer
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import CONFIGS, Pretrained, pretrain
+from lacfast.tasks.shapes import held_out_prompts, train_prompts
+from lacfast.tasks.storage import load_pretrained, save_pretrained
+from lacfast.trainer import LatentActorCriticTrainer
+
+REWARD = "shapes"
+STRICT = "shapes_strict"
+GOLD = "shapes_gold"
+RELOAD_SAMPLES = 16
+REPORT_SECONDS = 8.0
+"""Set aside for saving, pictures and the report."""
+GALLERY_STRIDE = 5
+"""Every fifth held-out prompt is pictured: chosen by position, not by outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoScale:
+    """How much work the phases of fixed length do; reinforcement learning takes what the budget leaves."""
+
+    pretrain_steps: int | None = None
+    """Optimizer steps of the base model. None: the task's recipe."""
+    evaluation_samples: int = 1024
+    """Images per evaluation, steered ones too; the standard error of an accuracy near 0.5 is 0.016."""
+    value_iterations: int | None = None
+    """Most iterations of value pretraining. None: the preset's."""
+    batch_size: int | None = None
+    """Trajectories per rollout. None: the preset's."""
+    min_iterations: int = 3
+    """Iterations of reinforcement learning that run even when the budget is spent."""
+
+
+FULL = DemoScale()
+QUICK = DemoScale(pretrain_steps=120, evaluation_samples=240, value_iterations=3, batch_size=64)
+"""Shows that everything runs; too short to show that it learns."""
+QUICK_BUDGET = 60.0
+"""Most seconds of a quick demo, however slow the machine's other phases leave room."""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Scores of steered images."""
+
+    rewards: dict[str, float]
+    strict: Tensor
+    """(n,) 0 or 1."""
+    images: Tensor
+    """(n, 3, H, W)"""
+    forwards_per_image: float
+
+
+def run_demo(
+    out: Path,
+    *,
+    budget: float = 450.0,
+    seed: int = 0,
+    backbone: BackboneName = "dit",
+    threads: int = 1,
+    scale: DemoScale = FULL,
+    log: PhaseLog | None = None,
+) -> dict[str, Any]:
+    """Write summary.json, metrics.jsonl, run.json, images/, report.html, pretrained/ and trained/ to `out`.
+
+    Args:
+        out: made when it does not exist; a base model of the same recipe that lies there is used again.
+        budget: seconds in all; reinforcement learning gets what the other phases leave, or a few iterations.
+        seed: of everything.
+        backbone: "dit" (SD3's transformer) or "unet" (Stable Diffusion's), both tiny.
+        threads: of torch on the CPU. Two threads on busy cores ran up to ten times slower than one.
+        scale: how much work the other phases do.
+        log: where to show progress. None: the terminal.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        ValueError: for an `out` that cannot be written or settings out of range, before any work.
+    """
+    _require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
+    _require(threads >= 1, f"--threads {threads} must be at least 1")
+    _require_writable(out)
+    torch.set_num_threads(threads)
+    log = log or PhaseLog()
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    config = _config(backbone, seed, scale)
+    steering = replace(presets.shapes_steering(), seed=seed)
+    # As of a run of lacfast train: later commands find the sampler here.
+    (out / "run.json").write_text(json.dumps({"train": asdict(config)}, indent=2) + "\n", encoding="utf-8")
+
+    base = adapt_pretrained(_base_model(out / "pretrained", backbone, seed, scale, log))
+    trainer = LatentActorCriticTrainer(
+        base,
+        REWARD,
+        train_prompts(),
+        config,
+        held_out=held_out_prompts(),
+        evaluation_rewards=[STRICT, GOLD],
+        metrics_path=out / "metrics.jsonl",
+    )
+    before = _evaluate(trainer, "Base model, held-out prompts", log)
+    pretraining_variance = _pretrain_values(trainer, log)
+    steered_before = _steer(trainer, steering, "Base model, steered", log)
+    _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
+    after = _evaluate(trainer, "Trained model, held-out prompts", log)
+    with trainer.averaged():
+        steered_after = _steer(trainer, steering, "Trained model, steered", log)
+        with log.phase("saving", "Save and load again") as phase:
+            save_backbone(trainer.backbone, out / "trained")
+            _require_identical_samples(trainer, load_backbone(out / "trained"))
+            phase.note = "the loaded model samples bit for bit the same"
+    trainer.log.close()
+
+    summary: dict[str, Any] = {
+        "reward_before": before.means()[REWARD],
+        "reward_after": after.means()[REWARD],
+        "strict_before": before.means()[STRICT],
+        "strict_after": after.means()[STRICT],
+        "gold_before": before.means()[GOLD],
+        "gold_after": after.means()[GOLD],
+        "steered": {
+            "strict": steered_before.rewards[STRICT],
+            "gold": steered_before.rewards[GOLD],
+            "forwards_per_image": steered_before.forwards_per_image,
+            "strict_after": steered_after.rewards[STRICT],
+            "gold_after": steered_after.rewards[GOLD],
+            "forwards_per_image_after": steered_after.forwards_per_image,
+        },
+        "explained_variance": after.explained_variance.mean(dim=-1).tolist(),
+        "explained_variance_pretrained": pretraining_variance.mean(dim=-1).tolist(),
+        "images": trainer.images,
+        "iterations": trainer.iteration,
+        "evaluation_samples": scale.evaluation_samples,
+        "seconds": {},
+        "seed": seed,
+        "backbone": backbone,
+        "budget": budget,
+        "quick": scale != FULL,
+        "versions": _versions(),
+    }
+    with log.phase("report", "Pictures and report"):
+        gallery = _gallery(before, after, steered_before, steered_after)
+        save_pictures(gallery, out / "images")
+        summary["seconds"] = {name: round(seconds, 2) for name, seconds in log.seconds.items()}
+        settings = {"training": asdict(config), "steering": asdict(steering)}
+        write_report(out, summary, gallery, settings)
+    summary["seconds"] |= {"report": round(log.seconds["report"], 2), "total": round(log.elapsed, 2)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        remedy = "choose a directory that you may write to"
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}; {remedy}") from error
+
+
+def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
+    preset = presets.falling(presets.shapes(backbone))
+    config = replace(preset, seed=seed, eval_samples=scale.evaluation_samples)
+    if scale.batch_size is not None:
+        config = replace(config, batch_size=scale.batch_size)
+    if scale.value_iterations is not None:
+        held_out = min(config.pretrain.held_out_samples, scale.evaluation_samples)
+        short = replace(config.pretrain, iterations=scale.value_iterations, held_out_samples=held_out)
+        config = replace(config, pretrain=short)
+    return config
+
+
+def _base_model(
+    directory: Path, backbone: BackboneName, seed: int, scale: DemoScale, log: PhaseLog
+) -> Pretrained:
+    """The pretrained model of this recipe, from `directory` or else made and left there."""
+    steps = scale.pretrain_steps or CONFIGS[backbone].steps
+    recipe = {**asdict(CONFIGS[backbone]), "backbone": backbone, "seed": seed, "steps": steps}
+    description = directory / "recipe.json"
+    with log.phase("pretraining", f"Pretrain a tiny {backbone}") as phase:
+        if description.exists() and json.loads(description.read_text(encoding="utf-8")) == recipe:
+            phase.note = f"loaded from {directory}"
+            return load_pretrained(directory)
+
+        def report(step: int, total: int, loss: float) -> None:
+            phase.update((step + 1) / total, f"step {step + 1}/{total}, loss {loss:.3f}")
+
+        model = pretrain(backbone, seed=seed, steps=steps, progress=report)
+        with whole_directory(directory) as target:
+            save_pretrained(model, target)
+            (target / description.name).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    return model
+
+
+def _evaluate(trainer: LatentActorCriticTrainer, title: str, log: PhaseLog) -> Evaluation:
+    with log.phase("evaluation", title) as phase:
+        evaluation = trainer.evaluate()
+        means = evaluation.means()
+        phase.note = f"obeys {means[STRICT]:.1%} of {len(evaluation.prompts)} (gold {means[GOLD]:.1%})"
+    return evaluation
+
+
+def _pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> Tensor:
+    planned = trainer.config.pretrain.iterations
+    trained = trainer.table.trainable_steps
+
+    def mean(variance: Tensor) -> str:
+        return f"explained variance {float(variance[trained].mean()):.2f} on held-out states"
+
+    with log.phase("value_pretraining", "Value pretraining, actor frozen") as phase:
+        result = trainer.pretrain_critic(
+            lambda iteration, variance: phase.update((iteration + 1) / planned, mean(variance))
+        )
+        phase.note = mean(result.explained_variance)
+    return result.explained_variance
+
+
+def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, log: PhaseLog) -> None:
+    """PPO for `seconds`, and for the floor of iterations whatever the clock says."""
+    start = time.perf_counter()
+    rewards: list[float] = []
+    with log.phase("training", "Latent actor-critic PPO") as phase:
+
+        def report(metrics: dict[str, Any]) -> None:
+            rewards.append(metrics.get(f"reward/{REWARD}", math.nan))
+            variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).nanmean())
+            fraction = done_fraction(len(rewards), time.perf_counter() - start, seconds, scale.min_iterations)
+            note = f"iteration {metrics['iteration']}, reward {rewards[-1]:.3f}"
+            phase.update(fraction, f"{note}, EV {variance:.2f}")
+
+        done = trainer.train(sys.maxsize, seconds=seconds, on_iteration=report)
+        trainer.train(max(scale.min_iterations - done, 0), on_iteration=report)
+        phase.note = f"{trainer.iteration} iterations, training reward {rewards[0]:.3f} -> {rewards[-1]:.3f}"
+
+
+def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: str, log: PhaseLog) -> Steered:
+    prompts = trainer.held_out.cycle(trainer.config.eval_samples)
+    with log.phase("steering", title) as phase:
+        images, stats = steer(trainer.backbone, prompts.texts, steering, sampler=trainer.config.sampler)
+        scores = RewardSet.create([REWARD, STRICT, GOLD]).score(images, prompts.texts, prompts.metadata)
+        means = {name: float(values.mean()) for name, values in scores.items()}
+        verdict = f"obeys {means[STRICT]:.1%} (gold {means[GOLD]:.1%})"
+        phase.note = f"{verdict} at {stats.evaluations.per_image:.1f} forwards per image"
+    return Steered(means, scores[STRICT], images.cpu(), stats.evaluations.per_image)
+
+
+def _remaining_cost(log: PhaseLog) -> float:
+    """Seconds that the phases after training take: those before it once more, a margin, and the report."""
+    return 1.15 * (log.seconds["evaluation"] + log.seconds["steering"]) + REPORT_SECONDS
+
+
+def _require_identical_samples(trainer: LatentActorCriticTrainer, loaded: Backbone) -> None:
+    prompts = trainer.held_out.cycle(RELOAD_SAMPLES)
+    rollouts = [
+        RolloutSampler(backbone, backbone.critic, GraphRunner()).sample(
+            trainer.table,
+            prompts.texts,
+            prompts.metadata,
+            NoiseKey.create(trainer.config.seed, range(RELOAD_SAMPLES), trainer.device),
+            guidance_scale=trainer.config.sampler.guidance_scale,
+            keep_features=False,
+        )
+        for backbone in (trainer.backbone, loaded)
+    ]
+    trained, again = rollouts
+    same = torch.equal(trained.latents, again.latents) and torch.equal(trained.values, again.values)
+    assert same, "the saved model does not sample what the trained one does"
+
+
+def _gallery(
+    before: Evaluation, after: Evaluation, steered_before: Steered, steered_after: Steered
+) -> Gallery:
+    return Gallery(
+        prompts=before.prompts,
+        columns={
+            "before": (before.images, before.rewards[STRICT]),
+            "after": (after.images, after.rewards[STRICT]),
+            "before, steered": (steered_before.images, steered_before.strict),
+            "after, steered": (steered_after.images, steered_after.strict),
+        },
+        stride=GALLERY_STRIDE,
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("lacfast", "torch", "diffusers", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

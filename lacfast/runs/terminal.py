@@ -1,0 +1,207 @@
+"""What the terminal shows of a run: a line per phase, live where there is a terminal, and a closing table."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from lacfast.records import Evaluation
+from lacfast.runs.config import RunConfig
+from lacfast.runs.costs import Costs
+from lacfast.steering import SteeringStats
+
+QUIET_INTERVAL = 15.0
+"""Seconds between lines of one phase where the output is no terminal."""
+
+
+class Phase:
+    """One phase in progress."""
+
+    def __init__(self, title: str, console: Console, bar: Progress | None, task: TaskID | None) -> None:
+        self.note = ""
+        self._title = title
+        self._console = console
+        self._bar = bar
+        self._task = task
+        self._last_line = time.perf_counter()
+
+    def update(self, fraction: float, note: str) -> None:
+        """Show how much is done, 0 to 1, and what came of it."""
+        self.note = note
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=min(max(fraction, 0.0), 1.0), note=note)
+        elif time.perf_counter() - self._last_line >= QUIET_INTERVAL:
+            self._last_line = time.perf_counter()
+            self._console.print(f"  {self._title}: {note} ({fraction:.0%})", highlight=False, soft_wrap=True)
+
+
+class PhaseLog:
+    """Runs phases, shows them, and keeps the seconds that each kind of work took."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the log was made."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def phase(self, name: str, title: str) -> Iterator[Phase]:
+        """A phase whose seconds are added to `seconds[name]`; phases of one kind share a name."""
+        start = time.perf_counter()
+        bar = self._bar() if self.console.is_terminal else None
+        if bar is None:
+            phase = Phase(title, self.console, None, None)
+            yield phase
+        else:
+            with bar:
+                phase = Phase(title, self.console, bar, bar.add_task(title, total=1.0, note=""))
+                yield phase
+        seconds = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.console.print(
+            f"[green]✓[/] {title:<32} {seconds:6.1f} s  {phase.note}", highlight=False, soft_wrap=True
+        )
+
+    def _bar(self) -> Progress:
+        return Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            TextColumn(
+                "{task.fields[note]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("left"),
+            console=self.console,
+            transient=True,
+            expand=True,
+        )
+
+
+def show_iteration(metrics: dict[str, Any]) -> None:
+    """One line per iteration of `lacfast train`."""
+    rewards = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("reward/")]
+    seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
+    print(f"{metrics['iteration']:>5}  {'  '.join(rewards) or 'skipped'}  {seconds:.1f} s", flush=True)
+
+
+def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Mean and standard error of every score."""
+    table = Table()
+    for column in ("reward", "mean", "standard error", "images"):
+        table.add_column(column, justify="left" if column == "reward" else "right")
+    for name, scores in evaluation.rewards.items():
+        error = float(scores.float().std()) / math.sqrt(len(scores))
+        table.add_row(name, f"{float(scores.mean()):.4f}", f"{error:.4f}", str(len(scores)))
+    (console or Console()).print(table)
+
+
+def show_steering(stats: SteeringStats, out: Path, console: Console | None = None) -> None:
+    """What steering cost and reached, and where the images are."""
+    evaluations = stats.evaluations
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("forwards per image, a backward is two", f"{evaluations.per_image:.1f}")
+    table.add_row("forwards and backwards", f"{evaluations.forwards:,} and {evaluations.backwards:,}")
+    table.add_row("reward calls for the choice", f"{stats.reward_calls:,}")
+    if len(stats.values):
+        table.add_row("V of the last noisy state", f"{float(stats.values[-1].mean()):.4f}")
+    for name, scores in (stats.rewards | stats.gold).items():
+        table.add_row(name, f"{float(scores.mean()):.4f}")
+    console = console or Console()
+    console.print(table)
+    console.print(f"{evaluations.images} images in {out / 'images'}", highlight=False, soft_wrap=True)
+
+
+def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
+    """The resolved settings, and what an iteration of them costs."""
+    console = console or Console()
+    console.print_json(json.dumps(asdict(config)))
+    table = Table(title="One iteration", title_justify="left", title_style="bold", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    microbatch = config.train.ppo.microbatch_size
+    together = f"at most, {microbatch} pairs" if microbatch else "per pair"
+    rows = (
+        ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
+        ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
+        ("images and rewards", f"{costs.images:,}"),
+        ("sampling", f"{costs.sampling_forwards:,} forwards, {costs.sampling_flops / 1e12:,.2f} TFLOP"),
+        ("values of all steps", f"{costs.value_flops / 1e12:,.2f} TFLOP"),
+        ("decoder", f"{costs.decode_flops / 1e12:,.2f} TFLOP"),
+        ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
+        ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
+        ("weights", _size(costs.weight_bytes)),
+        ("gradients, moments, average", _size(costs.training_bytes)),
+        ("rollout", _size(costs.rollout_bytes)),
+        (f"activations, {together}", _size(costs.activation_bytes * max(microbatch, 1))),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print("Counted, not timed. Text encoders and reward models come on top.")
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
+
+
+def done_fraction(iteration: int, seconds: float, budget: float, minimum: int) -> float:
+    """Share of a phase that ends at `budget` seconds, and not before `minimum` iterations."""
+    by_time = seconds / budget if budget > 0 else math.inf
+    return min(by_time, iteration / max(minimum, 1)) if iteration < minimum else min(by_time, 1.0)
+
+
+def show_summary(summary: dict[str, Any], out: Path, console: Console | None = None) -> None:
+    """The scores before, after and steered as a table, and where the files are."""
+    steered = summary["steered"]
+    table = Table(
+        title=f"Held-out prompts, n = {summary['evaluation_samples']}",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("")
+    for column in ("strict", "gold", "reward", "forwards per image"):
+        table.add_column(column, justify="right")
+    steps = float(len(summary["explained_variance"]))
+    rows = (
+        ("before", summary["strict_before"], summary["gold_before"], summary["reward_before"], steps),
+        ("before, steered", steered["strict"], steered["gold"], None, steered["forwards_per_image"]),
+        ("after", summary["strict_after"], summary["gold_after"], summary["reward_after"], steps),
+        (
+            "after, steered",
+            steered["strict_after"],
+            steered["gold_after"],
+            None,
+            steered["forwards_per_image_after"],
+        ),
+    )
+    for name, strict, gold, reward, forwards in rows:
+        table.add_row(
+            name, f"{strict:.1%}", f"{gold:.1%}", "" if reward is None else f"{reward:.3f}", f"{forwards:.1f}"
+        )
+    console = console or Console()
+    console.print(table)
+    console.print(f"Look at {out / 'report.html'}", highlight=False, soft_wrap=True)

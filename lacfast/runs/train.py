@@ -1,0 +1,243 @@
+"""A training run: model, prompts, rewards and trainer put together, kept, and resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lacfast.backbone import build_critic
+from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
+from lacfast.backbones.blueprint import load_blueprint, unconditional
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.checkpoint import read_state, save_backbone, whole_directory
+from lacfast.config import GraphConfig, SamplerConfig
+from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
+from lacfast.prompts import PromptSet, load_prompts
+from lacfast.records import Evaluation
+from lacfast.report.pictures import grid
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rewards.registry import RewardSet
+from lacfast.rollout.sampler import RolloutSampler
+from lacfast.rollout.scored import evaluate
+from lacfast.runs.config import RunConfig
+from lacfast.runs.costs import Costs, count
+from lacfast.runs.directory import RunDirectory
+from lacfast.runtime.graph import GraphRunner
+from lacfast.tasks import glyphs, scenes
+from lacfast.tasks.animals import animal_prompts
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import Pretrained, pretrain
+from lacfast.tasks.storage import load_pretrained, save_pretrained
+from lacfast.tasks.task import Task
+from lacfast.trainer import LatentActorCriticTrainer
+
+PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
+    "animals": animal_prompts,
+    "glyphs": lambda: glyphs.TASK.split()[0],
+    "glyphs-held-out": lambda: glyphs.TASK.split()[1],
+    "shapes": lambda: scenes.TASK.split()[0],
+    "shapes-held-out": lambda: scenes.TASK.split()[1],
+}
+"""Prompts that need no file."""
+TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
+    "glyphs-dit": (glyphs.TASK, "dit"),
+    "glyphs-unet": (glyphs.TASK, "unet"),
+    "shapes-dit": (scenes.TASK, "dit"),
+    "shapes-unet": (scenes.TASK, "unet"),
+}
+"""Models that are pretrained on the spot."""
+SAMPLE_IMAGES = 60
+"""Images of an evaluation that are kept as a picture."""
+
+
+def prompts_of(source: str) -> PromptSet:
+    """The prompts of a built-in source, a file or a directory."""
+    return load_prompts(PROMPT_SOURCES.get(source, source))
+
+
+def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone:
+    """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.model in TINY_MODELS:
+        return _tiny_backbone(config, directory.path / "base", device)
+    return load_backbone(
+        config.model,
+        device=device,
+        dtype=None if config.dtype == "float32" else getattr(torch, config.dtype),
+        lora=config.adapter,
+        attention_backend=config.attention_backend or None,
+        settings=PipelineSettings(resolution=config.resolution),
+    )
+
+
+def _tiny_backbone(config: RunConfig, base: Path, device: str) -> LatentBackbone:
+    if not base.exists():
+        with whole_directory(base) as target:
+            save_pretrained(_pretrained(config), target)
+    return adapt_pretrained(load_pretrained(base), device=device, lora=config.adapter)
+
+
+def _pretrained(config: RunConfig, *, steps: int | None = None) -> Pretrained:
+    task, backbone = TINY_MODELS[config.model]
+    return pretrain(backbone, task, seed=config.train.seed, steps=steps)
+
+
+def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCriticTrainer:
+    """The trainer of a run, before any checkpoint is loaded."""
+    prompts = prompts_of(config.prompts)
+    held_out = prompts_of(config.held_out) if config.held_out else prompts
+    backbone = build_backbone(config, directory)
+    if not config.keep_text_encoders:
+        backbone.free_text_encoders(sorted({*prompts.texts, *held_out.texts}))
+    trackers: list[Tracker] = []
+    if config.tensorboard:
+        trackers.append(TensorBoardTracker(directory.path / "tensorboard"))
+    if config.wandb_project:
+        trackers.append(WandbTracker(config.wandb_project, directory.path, asdict(config)))
+    return LatentActorCriticTrainer(
+        backbone,
+        dict(config.rewards),
+        prompts,
+        config.train,
+        held_out=held_out,
+        evaluation_rewards=list(config.evaluation_rewards) or None,
+        metrics_path=directory.metrics,
+        trackers=trackers,
+    )
+
+
+def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | None = None) -> Path:
+    """Run `config` to its end, or go on with it; returns the last checkpoint.
+
+    Raises:
+        ValueError: for settings that cannot work, before any training.
+    """
+    directory = RunDirectory(Path(config.out), keep_last=config.keep_last)
+    checkpoint = directory.resumed(config.resume)
+    if checkpoint is not None:
+        # Before the trainer opens the log.
+        directory.rewind_metrics(read_state(checkpoint)["iteration"])
+    trainer = build_trainer(config, directory)
+    score = config.best or trainer.early_stopping.score
+    if score not in trainer.score_names:
+        raise ValueError(
+            f"best={score!r} is no score of the evaluation; known: {', '.join(trainer.score_names)}"
+        )
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    else:
+        directory.write_settings(asdict(config))
+        if config.value_pretraining and trainer.critic is not None:
+            trainer.pretrain_critic()
+        _save(trainer, directory)
+
+    def after_iteration(metrics: dict[str, Any]) -> None:
+        if config.save_every and trainer.iteration % config.save_every == 0:
+            _save(trainer, directory)
+        if on_iteration is not None:
+            on_iteration(metrics)
+
+    trainer.train(
+        on_iteration=after_iteration,
+        on_evaluation=lambda evaluation: _keep(trainer, directory, evaluation, score),
+    )
+    last = _save(trainer, directory)
+    trainer.close()
+    return last
+
+
+def plan(config: RunConfig) -> Costs:
+    """What an iteration of `config` costs; of a pipeline only the configs are read.
+
+    Raises:
+        ValueError: when they cannot be read.
+    """
+    sampler = config.train.sampler
+    if config.model in TINY_MODELS:
+        # The weights do not matter, so one step of pretraining does.
+        backbone = adapt_pretrained(_pretrained(config, steps=1), lora=config.adapter)
+        conditioning = backbone.encode_unconditional(1)
+    else:
+        backbone = load_blueprint(
+            config.model,
+            dtype=None if config.dtype == "float32" else getattr(torch, config.dtype),
+            lora=config.adapter,
+            settings=PipelineSettings(resolution=config.resolution),
+        )
+        conditioning = unconditional(backbone)
+    critic = build_critic(backbone, len(config.rewards), config.train.critic)
+    table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
+    return count(backbone, critic, table, conditioning, config.train)
+
+
+def evaluate_model(
+    model: str,
+    *,
+    prompts: str,
+    rewards: list[str],
+    sampler: SamplerConfig,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    out: Path | None,
+) -> Evaluation:
+    """Scores of a saved model; arguments as those of `lacfast evaluate`."""
+    backbone = load_backbone(
+        model,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=None if dtype == "float32" else getattr(torch, dtype),
+    )
+    scorers = [RewardSet.create(rewards)]
+    evaluation = evaluate(
+        RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
+        backbone.transition_table(sampler),
+        prompts_of(prompts).cycle(samples),
+        scorers,
+        RewardNormalizer.create(len(scorers[0].names)),
+        seed=seed,
+        guidance_scale=sampler.guidance_scale,
+        batch_size=batch_size,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        scores = {"model": model, "samples": samples, "seed": seed, "sampler": asdict(sampler)}
+        scores |= {"means": evaluation.means()}
+        (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        _picture(evaluation).save(out / "samples.png")
+    return evaluation
+
+
+def _picture(evaluation: Evaluation) -> Image.Image:
+    """The first images, small ones enlarged."""
+    return grid(evaluation.images[:SAMPLE_IMAGES], scale=max(1, 96 // evaluation.images.shape[-1]))
+
+
+def _save(trainer: LatentActorCriticTrainer, directory: RunDirectory) -> Path:
+    target = directory.checkpoint(trainer.iteration)
+    if target not in directory.checkpoints():
+        trainer.save(target)
+        directory.prune()
+    return target
+
+
+def _keep(
+    trainer: LatentActorCriticTrainer, directory: RunDirectory, evaluation: Evaluation, score: str
+) -> None:
+    """A picture of the evaluation, and the weights it judged if they are the best so far."""
+    picture = _picture(evaluation)
+    picture.save(directory.samples(trainer.iteration))
+    for tracker in trainer.log.trackers:
+        tracker.picture(trainer.iteration, "samples", picture)
+    best, found = directory.best_score(), evaluation.means()[score]
+    if best is None or found > best:
+        with trainer.averaged():
+            save_backbone(trainer.backbone, directory.best)
+        directory.write_best_score(found, trainer.iteration)

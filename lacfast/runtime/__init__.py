@@ -1,0 +1,1 @@
+"""How work runs on a device: captured graphs, precision, memory, profiling."""

@@ -1,0 +1,224 @@
+"""lacfast.steer: settings checked, images steered batch by batch, choices made and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lacfast.backbone import Backbone
+from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.critic.critic import Critic
+from lacfast.prompts import PromptEntry, PromptSet
+from lacfast.records import TransitionTable
+from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.steering.cost import (
+    EvaluationCounter,
+    FunctionEvaluations,
+    ParticleStats,
+    SteeringStats,
+    prune_steps,
+)
+from lacfast.steering.denoising import SignTest, denoise
+from lacfast.steering.forward import SteeredModel
+from lacfast.steering.guidance import guided_steps
+from lacfast.steering.objective import Objective
+from lacfast.steering.particles import Particles
+from lacfast.steering.selection import Beam, Halving, Selection
+from lacfast.steering.smc import SequentialMonteCarlo
+
+
+def steer(
+    backbone: Backbone,
+    prompts: PromptSet | Sequence[PromptEntry],
+    config: SteeringConfig | None = None,
+    *,
+    sampler: SamplerConfig | None = None,
+    rewards: RewardSet | RewardSpec | None = None,
+    gold: RewardSet | RewardSpec | None = None,
+    head_weights: Tensor | None = None,
+    more_critics: Sequence[Critic] = (),
+) -> tuple[Tensor, SteeringStats]:
+    """Images of `prompts`, one each, sampled with the critic's help.
+
+    Args:
+        backbone: with a trained critic; without one only best_of_n by reward works.
+        prompts: n of them, with metadata where the rewards need some.
+        config: method and strength.
+        sampler: as in training, guidance_scale included; the critic knows the states of that sampler.
+        rewards: the critic's rewards in its order, for selection="reward" and for the report.
+        gold: rewards that are only reported.
+        head_weights: (M,) weight of each value head. None: the rewards' weights, or equal ones.
+        more_critics: an ensemble beside the backbone's own, see SteeringConfig.critic_combination.
+
+    Returns:
+        images (n, 3, H, W) float in [0, 1], and what they cost and scored.
+
+    Raises:
+        ValueError: for settings that cannot work or would be ignored, before any image is made; when V does
+            not rise along its own gradient; when a reward fails.
+    """
+    config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
+    prompts = PromptSet.create(prompts)
+    critics = (() if backbone.critic is None else (backbone.critic,)) + tuple(more_critics)
+    scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
+    table = backbone.transition_table(sampler)
+    _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
+    device = next(backbone.model.parameters()).device
+    if head_weights is None and scorer is not None:
+        head_weights = scorer.weights
+    num_rewards = 0 if scorer is None else len(scorer.names)
+    model = SteeredModel(
+        backbone,
+        critics,
+        Objective.create(critics, head_weights, num_rewards, config, device),
+        EvaluationCounter(),
+        backbone.encode_unconditional(1) if sampler.guidance_scale > 1 else None,
+        config.batch_size,
+    )
+    sign_test = SignTest()
+    batches: list[_Batch] = []
+    with model.counter.counting(backbone.model, critics):
+        images_at_once = max(config.batch_size // config.width, 1)
+        for start in range(0, len(prompts), images_at_once):
+            part = prompts.take(range(start, min(start + images_at_once, len(prompts))))
+            numbers = torch.arange(start, start + len(part), device=device)
+            selection = _selection(config, table, numbers)
+            particles = denoise(
+                model,
+                table,
+                config,
+                selection,
+                Particles.start(backbone.latent_shape, numbers, config.particles, config.seed),
+                backbone.encode_prompts(part.texts),
+                sampler.guidance_scale,
+                sign_test,
+            )
+            by_reward = scorer if config.selection == "reward" else None
+            batches.append(_finished(model, selection, particles, part, by_reward, scorer, gold_scorer))
+    stats = SteeringStats(
+        FunctionEvaluations(model.counter.forwards, model.counter.backwards, len(prompts)),
+        torch.cat([batch.values for batch in batches], dim=1),
+        _joined([batch.rewards for batch in batches]),
+        _joined([batch.gold for batch in batches]),
+        sum(batch.reward_calls for batch in batches),
+        sign_test.gain,
+        _particle_stats([batch.particle_stats for batch in batches]),
+    )
+    return torch.cat([batch.images for batch in batches]), stats
+
+
+def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
+    return rewards if rewards is None or isinstance(rewards, RewardSet) else RewardSet.create(rewards)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The chosen images of a batch and their scores; the trajectories themselves are let go."""
+
+    images: Tensor
+    values: Tensor
+    rewards: dict[str, Tensor]
+    gold: dict[str, Tensor]
+    reward_calls: int
+    particle_stats: ParticleStats | None
+
+
+def _finished(
+    model: SteeredModel,
+    selection: Selection,
+    particles: Particles,
+    prompts: PromptSet,
+    by_reward: RewardSet | None,
+    scorer: RewardSet | None,
+    gold: RewardSet | None,
+) -> _Batch:
+    """Choose by the rewards `by_reward` of all that reached the end, or else by their last values."""
+    if by_reward is not None:
+        candidates = prompts.take(particles.rows.tolist())
+        decoded = _decoded(model, particles.sample)
+        scores = by_reward.score(decoded, candidates.texts, candidates.metadata)
+        chosen = selection.finish(particles, model.objective.of_rewards(scores).to(decoded.device))
+        images = decoded[chosen]
+        rewards = {name: tensor[chosen.cpu()] for name, tensor in scores.items()}
+    else:
+        # Without a critic there is one trajectory per image.
+        only = particles.sample.new_zeros(len(particles.ids))
+        chosen = selection.finish(particles, particles.values[-1] if len(particles.values) else only)
+        images = _decoded(model, particles.sample[chosen])
+        rewards = _scores(scorer, images, prompts)
+    return _Batch(
+        images,
+        particles.values[:, chosen],
+        rewards,
+        _scores(gold, images, prompts),
+        0 if by_reward is None else len(particles.ids),
+        selection.stats(),
+    )
+
+
+def _decoded(model: SteeredModel, latents: Tensor) -> Tensor:
+    return torch.cat([model.backbone.decode(part) for part in torch.split(latents, model.batch_size)])
+
+
+def _scores(scorer: RewardSet | None, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
+    return {} if scorer is None else scorer.score(images, prompts.texts, prompts.metadata)
+
+
+def _selection(config: SteeringConfig, table: TransitionTable, images: Tensor) -> Selection:
+    kinds: dict[str, Any] = {
+        "best_of_n": Halving,
+        "pruning": Halving,
+        "beam": Beam,
+        "smc": SequentialMonteCarlo,
+    }
+    selection: Selection = kinds[config.method](config, table, images)
+    return selection
+
+
+def _require_usable(
+    config: SteeringConfig, table: TransitionTable, *, has_critic: bool, has_rewards: bool
+) -> None:
+    """
+    Raises:
+        ValueError: for settings that this sampler, critic or reward cannot serve.
+    """
+    by_value = config.selection == "value" and config.width > 1
+    if not has_critic and (by_value or config.guided or config.method != "best_of_n"):
+        raise ValueError(
+            "steering needs a critic; load a backbone that was saved with one, pass load_backbone a "
+            "critic_file, or use method='best_of_n' with selection='reward'"
+        )
+    if config.selection == "reward" and not has_rewards:
+        raise ValueError("selection='reward' has no reward to select by; pass rewards, or use 'value'")
+    if config.method in ("smc", "beam") and not table.trainable_steps:
+        raise ValueError(
+            f"every step of the {table.kind!r} sampler is deterministic, so {config.method} would only copy; "
+            "use noise_level > 0 (0.7 for 'flow_sde'), or method='pruning'"
+        )
+    if config.guided and not any(guided_steps(config, table)):
+        raise ValueError(
+            f"guidance_weight={config.guidance_weight} would be ignored: no step's noise level lies within "
+            f"{config.guidance_window} where {config.guidance_form!r} with {config.method!r} can move it; "
+            f"the levels are {[round(level, 3) for level in table.sigmas.tolist()]}"
+        )
+    prune_steps(config, table)
+
+
+def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
+
+
+def _particle_stats(parts: list[ParticleStats | None]) -> ParticleStats | None:
+    present = [part for part in parts if part is not None]
+    if not present:
+        return None
+    return ParticleStats(
+        torch.cat([part.effective_sample_sizes for part in present], dim=1),
+        torch.cat([part.resampled for part in present], dim=1),
+        torch.cat([part.log_weights for part in present]),
+        torch.cat([part.log_evidence for part in present]),
+    )
