@@ -2,10 +2,11 @@
 
 A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`, in one of PAGES.
 
-The proof comes from docs/demo/summary.json, the kernels from the newest bench/results/kernels-cpu-*.json
-(`python -m bench.kernels`), iterations from the newest bench/results/iteration-cpu-*.json
-(`python -m bench.iteration`), what the published models cost from bench/results/costs.json
-(`python -m bench.costs`). Methods are in docs/results.md, which `python -m bench.learning` writes.
+The proof and the demo's table come from docs/demo/summary.json, the kernels from the newest
+bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from the newest
+bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
+bench/results/costs.json (`python -m bench.costs`), the README's figures from the last two and from
+bench/results/learning. Methods are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -19,17 +20,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import cost_table
+from bench import cost_table, headline
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "results.md")
-"""Where markers may stand, each table's in exactly one of them."""
 RECORD = ROOT / "docs" / "demo"
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "results.md",
+    RECORD / "README.md",
+)
+"""Where markers may stand, each table's in exactly one of them."""
 PICTURE = "comparison.png"
 RESULTS = ROOT / "bench" / "results"
 COSTS = RESULTS / "costs.json"
+LEARNING = RESULTS / "learning"
 
 
 def record(run: Path) -> None:
@@ -47,12 +54,9 @@ def record(run: Path) -> None:
     shutil.copyfile(run / "images" / PICTURE, RECORD / PICTURE)
 
 
-def proof(summary: dict[str, Any]) -> str:
-    """The table and the picture as Markdown."""
-    steered = summary["steered"]
-    variance = summary["explained_variance"]
-    later = variance[len(variance) // 2 :]
-    steps = len(variance)
+def demo(summary: dict[str, Any]) -> str:
+    """What both checkers say of the recorded demo, as Markdown."""
+    steered, steps = summary["steered"], len(summary["explained_variance"])
     rows = [
         ("base model", summary["strict_before"], summary["gold_before"], steps),
         ("after PPO", summary["strict_after"], summary["gold_after"], steps),
@@ -69,18 +73,27 @@ def proof(summary: dict[str, Any]) -> str:
         f"| {name} | {100 * strict:.1f} % | {100 * gold:.1f} % | {forwards:g} |"
         for name, strict, gold, forwards in rows
     ]
+    variance = summary["explained_variance"]
+    later = variance[len(variance) // 2 :]
     seconds, versions = summary["seconds"], summary["versions"]
-    explained = 100 * sum(later) / len(later)
     note = (
-        f"n = {summary['evaluation_samples']} images of held-out prompts per row; "
-        f"{seconds['training']:.0f} s of PPO in a demo of {seconds['total']:.0f} s on the CPU, "
-        f"{summary['images']:,} images in all; the critic explains {explained:.0f} % of the reward's "
-        "variance in the second half of the steps "
-        f"({summary['backbone']}, seed {summary['seed']}, torch {versions['torch']})."
+        f"{summary['evaluation_samples']:,} images of held-out prompts per row; {seconds['training']:.0f} s "
+        f"of PPO in a demo of {seconds['total']:.0f} s on the CPU, {summary['images']:,} images in all; the "
+        f"critic explains {100 * sum(later) / len(later):.0f} % of the reward's variance in the second "
+        f"half of the steps ({summary['backbone']}, seed {summary['seed']}, torch {versions['torch']})."
     )
-    picture = f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})"
-    lines += ["", picture, "", note]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", note])
+
+
+def proof(summary: dict[str, Any]) -> str:
+    """The recorded demo's picture, and what it shows in a sentence, as Markdown."""
+    before, after = 100 * summary["strict_before"], 100 * summary["strict_after"]
+    note = (
+        f"Held-out prompts are obeyed by {before:.1f} % of {summary['evaluation_samples']:,} images before, "
+        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of PPO on a CPU, and by "
+        f"{100 * summary['steered']['strict_after']:.1f} % when the critic then steers."
+    )
+    return f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})\n\n{note}"
 
 
 def kernels(result: dict[str, Any]) -> str:
@@ -207,15 +220,20 @@ def blocks() -> dict[str, str]:
     """Marker -> Markdown, of everything that is recorded."""
     sources = {
         "proof": (RECORD / "summary.json", proof),
+        "demo": (RECORD / "summary.json", demo),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, cost_table.table),
     }
-    return {
-        block: write(json.loads(path.read_text(encoding="utf-8")))
-        for block, (path, write) in sources.items()
+    read = {
+        block: json.loads(path.read_text(encoding="utf-8"))
+        for block, (path, _) in sources.items()
         if path.exists()
     }
+    found = {block: sources[block][1](record) for block, record in read.items()}
+    if read.keys() >= {"iteration", "costs"} and LEARNING.exists():
+        found["figures"] = headline.table(LEARNING, read["iteration"], read["costs"])
+    return found
 
 
 def main(arguments: list[str]) -> int:

@@ -50,7 +50,7 @@ def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
         for backbone in claim.budgets:
             curves = paired_curves(results / name / backbone, claim, backbone)
             if curves and len(next(iter(curves.values()))) > 1:
-                rows += [[f"{name}, {backbone}", *row] for row in _leads(curves, claim)]
+                rows += [[f"{name}, {backbone}", *row] for row in leads(curves, claim)]
     if rows:
         columns = ["metric", "lead", "at the end, equal images", "area, equal images"]
         columns.append("area, equal time, free reward")
@@ -84,8 +84,8 @@ def _row(head: str, cells: Iterable[str]) -> str:
     return "| " + " | ".join([head, *cells]) + " |"
 
 
-def _leads(curves: Curves, claim: Claim) -> Iterator[list[str]]:
-    """Cells of every other arm."""
+def leads(curves: Curves, claim: Claim) -> Iterator[list[str]]:
+    """Cells of every other arm: metric, lead, at the end and area at equal images, area at equal time."""
     first, *others = curves
     metric = claim.metrics[0]
     compared: list[tuple[Measure, Cost]] = [((final, metric), images), ((area, metric), images)]

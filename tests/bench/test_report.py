@@ -17,7 +17,7 @@ HOMES = {path: path.read_text(encoding="utf-8") for path in report.PAGES}
 
 def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
     blocks = report.blocks()
-    assert set(blocks) == {"proof", "kernels", "iteration", "costs"}
+    assert set(blocks) == {"proof", "demo", "figures", "kernels", "iteration", "costs"}
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
     assert not json.loads((report.RECORD / "summary.json").read_text(encoding="utf-8"))["quick"]
     assert (report.RECORD / report.PICTURE).exists()

@@ -1,0 +1,54 @@
+"""The README's four figures: what a reader asks first, answered by what was recorded, undecided or not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.learning import tables
+from bench.learning.claims import CLAIMS
+
+
+def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> str:
+    """One row per question, as Markdown.
+
+    Args:
+        learning: the folder of learning curves.
+        iterations: the record of `python -m bench.iteration`.
+        costs: the record of `python -m bench.costs`.
+    """
+    claim = CLAIMS["baselines"]
+    curves = tables.paired_curves(learning / "baselines" / "dit", claim, "dit")
+    peers, *leads = zip(*(lead[1:] for lead in tables.leads(curves, claim)), strict=True)
+    beaten = " and ".join(peer.rpartition(" minus ")[2] for peer in peers)
+    at_end, _, equal_time = ("; ".join(cells) for cells in leads)
+    seeds = f"tiny DiT, {len(next(iter(curves.values())))} paired seeds"
+    rows = [
+        (f"accuracy over {beaten} at the end of as many images, {seeds}", at_end),
+        ("the same over the run in as much time, where the reward costs nothing", equal_time),
+        ("an iteration of equal maths beside a peer's loop at its fastest batch", _iteration(iterations)),
+        ("FLOPs that values add to sampling with SD3.5-M", _values(costs)),
+    ]
+    lines = ["| asked first | measured, all without a GPU |", "|---|---|"]
+    return "\n".join(lines + [f"| {question} | {answer} |" for question, answer in rows])
+
+
+def _iteration(record: dict[str, Any]) -> str:
+    """Times as fast with compiled blocks, peer by peer."""
+    parts = []
+    for contest in record["contests"]:
+        (own,) = (
+            row["over_tuned"]
+            for row in record["rows"]
+            if contest["model"].endswith(row["model"])
+            and (row["contender"], row["phase"]) == ("lacfast, compiled", "iteration")
+        )
+        peer = {"ddpo": "ddpo-pytorch"}.get(contest["peer"], contest["peer"])
+        parts.append(f"{own:.2f}x ({peer}, {contest['model']})")
+    return "; ".join(parts)
+
+
+def _values(record: dict[str, Any]) -> str:
+    flops = record["sd35_medium"]["flops_per_image"]
+    heads, branch = (100 * flops["values"][trunk] / flops["sampling"] for trunk in ("shared", "branch"))
+    return f"+{heads:.2g} % by heads; +{branch:.2g} % by a branch"
