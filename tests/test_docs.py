@@ -1,0 +1,254 @@
+"""What a page names exists: files, modules, attributes, fields, commands and their options."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
+import io
+import re
+import runpy
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lacfast.config
+from lacfast import cli
+from lacfast.presets import RUNS
+from lacfast.run_config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("docs/**/*.md")],
+    key=lambda page: page.relative_to(ROOT).as_posix(),
+)
+ROOMS = (ROOT, ROOT / "lacfast")
+"""Where a path on a page may start, besides the page's own folder."""
+CONFIGS = {name: value for name, value in vars(lacfast.config).items() if is_dataclass(value)} | {
+    "RunConfig": RunConfig
+}
+"""Settings that pages name without their module."""
+
+
+def links(text: str, folder: Path) -> Iterator[str]:
+    """Relative links that lead nowhere."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, _ = target.partition("#")
+        if path and not re.match(r"\w+:", path) and not (folder / path).exists():
+            yield f"link {target}"
+
+
+def paths(text: str, folder: Path) -> Iterator[str]:
+    """Paths in code that start in a folder of ours or end like a source file; NAME stands for any name."""
+    for token in _tokens(text):
+        if not re.fullmatch(r"[\w.][\w./-]*", token) or "/" not in token or "..." in token:
+            continue
+        ours = (ROOT / token.partition("/")[0]).is_dir() and not token.startswith(("runs/", "build/"))
+        if not ours and not re.search(r"\.(py|md|cpp|cu|h|inc)$", token):
+            continue
+        pattern = re.sub(r"\b[A-Z]{4,}\b(?!\.md)", "*", token.rstrip("/"))
+        if not any(next(room.glob(pattern), None) for room in (*ROOMS, folder)):
+            yield f"path {token}"
+
+
+def names(text: str, folder: Path) -> Iterator[str]:
+    """Dotted names of lacfast, and Config.field."""
+    for name in re.findall(r"(?<![\w./-])lacfast(?:\.[A-Za-z_]\w*)+(?![\w/])", text):
+        if not (ROOT / name).exists() and not _resolves(name):
+            yield f"name {name}"
+    for owner, field in re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)", " ".join(_tokens(text))):
+        if owner in CONFIGS and not _has(CONFIGS[owner], field):
+            yield f"field {owner}.{field}"
+
+
+def code(text: str, folder: Path) -> Iterator[str]:
+    """Imports of Python blocks, and keywords of what they call from lacfast; of configs in the text too."""
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        yield from _calls(ast.parse(block), {"lacfast": lacfast})
+    for line in re.findall(r"(?:^\+?|`)(from lacfast[\w.]* import [^`\n(]+)", text, re.MULTILINE):
+        yield from _calls(ast.parse(line), {})
+    for token in re.findall(r"`([^`\n]+)`", text):
+        with contextlib.suppress(SyntaxError):
+            yield from _calls(ast.parse(token, mode="eval"), dict(CONFIGS))
+
+
+def commands(text: str, folder: Path) -> Iterator[str]:
+    """Modules and scripts that Python runs, subcommands and presets of lacfast, and the options of both."""
+    text = re.sub(r"\s*\\\n\s*", " ", text)
+    lines = [
+        line
+        for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
+    for line in lines + re.findall(r"`([^`\n]+)`", text):
+        for command in line.partition(" #")[0].split(" && "):
+            yield from _command(command)
+    # Those that another program takes stand in one of the page's own commands.
+    elsewhere = {option for line in lines for option in _given(line.split())}
+    for option in re.findall(r"`(--[a-z][\w.-]+)", text):
+        if option not in _all_options() | elsewhere:
+            yield f"option {option}"
+
+
+CHECKS = (links, paths, names, code, commands)
+
+
+def _tokens(text: str) -> Iterator[str]:
+    """Words of inline and fenced code."""
+    for fenced, inline in re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL):
+        yield from re.split(r"[\s,;:=()\"']+", fenced or inline)
+
+
+def _has(owner: Any, name: str) -> bool:
+    return hasattr(owner, name) or (is_dataclass(owner) and name in {field.name for field in fields(owner)})
+
+
+def _resolves(name: str) -> bool:
+    """Whether `name` is a module or what one holds."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[count:]:
+            if not _has(found, attribute):
+                return False
+            found = getattr(found, attribute, None)
+        return True
+    return False
+
+
+def _calls(tree: ast.AST, known: dict[str, Any]) -> Iterator[str]:
+    """What does not exist of a block's imports from lacfast and the keywords of its calls."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lacfast"):
+            for alias in node.names:
+                if not _resolves(f"{node.module}.{alias.name}"):
+                    yield f"import {node.module}.{alias.name}"
+                else:
+                    home = importlib.import_module(str(node.module))
+                    known[alias.asname or alias.name] = getattr(home, alias.name, None)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and callable(function := _value(node.func, known)):
+            accepted = inspect.signature(function).parameters
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+                continue
+            for keyword in node.keywords:
+                if keyword.arg is not None and keyword.arg not in accepted:
+                    yield f"argument {keyword.arg} of {ast.unparse(node.func)}"
+
+
+def _value(node: ast.expr, known: dict[str, Any]) -> Any:
+    """What a dotted name stands for, None where it is not ours."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute) and (owner := _value(node.value, known)) is not None:
+        return getattr(owner, node.attr, None)
+    return None
+
+
+def _command(command: str) -> Iterator[str]:
+    words = [word for word in command.split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    program = words[0].rpartition("/")[2] if words else ""
+    if program.startswith("python") and len(words) > 2 and words[1] == "-m":
+        path = ROOT / words[2].replace(".", "/")
+        if not words[2].startswith(("bench", "lacfast")):
+            return
+        yield from _script(path.with_suffix(".py") if not path.is_dir() else path / "__main__.py", words[3:])
+    elif program.startswith("python") and len(words) > 1 and words[1].endswith(".py"):
+        yield from _script(ROOT / words[1], words[2:])
+    elif program == "lacfast" and len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):
+        if words[1] not in SUBCOMMANDS:
+            yield f"subcommand {words[1]}"
+            return
+        preset = words[2] if words[1] == "train" and len(words) > 2 else ""
+        if re.fullmatch(r"[a-z][a-z0-9-]+", preset) and preset not in RUNS:
+            yield f"preset {preset}"
+        for option in _given(words):
+            if option not in _options(words[1]):
+                yield f"option {option} of lacfast {words[1]}"
+
+
+def _script(path: Path, arguments: list[str]) -> Iterator[str]:
+    if not path.exists():
+        yield f"script {path.relative_to(ROOT)}"
+        return
+    source = path.read_text(encoding="utf-8")
+    for option in _given(arguments):
+        if f'"{option}"' not in source:
+            yield f"option {option} of {path.relative_to(ROOT)}"
+
+
+def _given(words: list[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
+
+
+SUBCOMMANDS = ("demo", "train", "evaluate", "steer", "report", "info")
+
+
+@functools.cache
+def _options(subcommand: str) -> set[str]:
+    """Options that the command line's own help names."""
+    printed = io.StringIO()
+    preset = ["shapes"] if subcommand == "train" else []
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
+        cli.main([subcommand, *preset, "--help"])
+    assert stopped.value.code == 0
+    return set(re.findall(r"--[a-z][\w.-]*", printed.getvalue()))
+
+
+@functools.cache
+def _all_options() -> set[str]:
+    """Of lacfast's subcommands and of all benches, for options that the text names alone."""
+    found = {option for subcommand in SUBCOMMANDS for option in _options(subcommand)}
+    for path in (ROOT / "bench").rglob("*.py"):
+        found |= set(re.findall(r'"(--[a-z][\w-]*)"', path.read_text(encoding="utf-8")))
+    return found
+
+
+def problems(text: str, folder: Path = ROOT) -> list[str]:
+    """What a page names and the repository does not have."""
+    return [problem for check in CHECKS for problem in check(text, folder)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_names_exists(page: Path) -> None:
+    assert problems(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[here](docs/nowhere.md)", "link docs/nowhere.md"),
+        ("`lacfast/nowhere.py`", "path lacfast/nowhere.py"),
+        ("`backbones/nowhere.py`", "path backbones/nowhere.py"),
+        ("`csrc/nowhere/NAME.h`", "path csrc/nowhere/NAME.h"),
+        ("the logger lacfast.nowhere", "name lacfast.nowhere"),
+        ("`lacfast.config.PPOConfig.nothing`", "name lacfast.config.PPOConfig.nothing"),
+        ("`PPOConfig.nothing`", "field PPOConfig.nothing"),
+        ("`PPOConfig(nothing=1)`", "argument nothing of PPOConfig"),
+        ("```python\nlacfast.TrainConfig(nothing=1)\n```", "argument nothing of lacfast.TrainConfig"),
+        ("```python\nfrom lacfast.ops import nothing\n```", "import lacfast.ops.nothing"),
+        ("`from lacfast.ops import nothing`", "import lacfast.ops.nothing"),
+        ("`python -m bench.nowhere`", "script bench/nowhere.py"),
+        ("`python bench/nowhere.py`", "script bench/nowhere.py"),
+        ("`python -m bench.kernels --nothing`", "option --nothing of bench/kernels.py"),
+        ("```bash\nlacfast dream\n```", "subcommand dream"),
+        ("`lacfast train nothing`", "preset nothing"),
+        ("`lacfast train shapes --train.nothing 1`", "option --train.nothing of lacfast train"),
+        ("`--train.nothing`", "option --train.nothing"),
+    ],
+)
+def test_a_wrong_name_is_found(text: str, problem: str) -> None:
+    assert problem in problems(text)
+
+
+def test_structure_is_what_the_modules_say() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "structure.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run `python docs/structure.py`"
