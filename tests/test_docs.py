@@ -19,8 +19,8 @@ import pytest
 
 import lacfast.config
 from lacfast import cli
-from lacfast.presets import RUNS
-from lacfast.run_config import RunConfig
+from lacfast.runs.config import RunConfig
+from lacfast.runs.presets import RUNS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -57,9 +57,12 @@ def paths(text: str, folder: Path) -> Iterator[str]:
 
 
 def names(text: str, folder: Path) -> Iterator[str]:
-    """Dotted names of lacfast, and Config.field."""
+    """Dotted names of lacfast and bench, and Config.field."""
     for name in re.findall(r"(?<![\w./-])lacfast(?:\.[A-Za-z_]\w*)+(?![\w/])", text):
         if not (ROOT / name).exists() and not _resolves(name):
+            yield f"name {name}"
+    for name in re.findall(r"\bbench(?:\.[a-z_]\w*)+", "\n".join(_tokens(text))):
+        if not (path := ROOT / name.replace(".", "/")).is_dir() and not path.with_suffix(".py").exists():
             yield f"name {name}"
     for owner, field in re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)", " ".join(_tokens(text))):
         if owner in CONFIGS and not _has(CONFIGS[owner], field):
@@ -231,6 +234,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         ("`csrc/nowhere/NAME.h`", "path csrc/nowhere/NAME.h"),
         ("the logger lacfast.nowhere", "name lacfast.nowhere"),
         ("`lacfast.config.PPOConfig.nothing`", "name lacfast.config.PPOConfig.nothing"),
+        ("`bench.nowhere` writes it", "name bench.nowhere"),
         ("`PPOConfig.nothing`", "field PPOConfig.nothing"),
         ("`PPOConfig(nothing=1)`", "argument nothing of PPOConfig"),
         ("```python\nlacfast.TrainConfig(nothing=1)\n```", "argument nothing of lacfast.TrainConfig"),
