@@ -114,6 +114,19 @@ def test_no_module_imports_itself_in_a_circle() -> None:
         walk(path, ())
 
 
+def test_tests_mirror_the_rooms() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()} | {
+        "bench",
+        "interpreter",
+        "cuda_emulation",
+    }
+    tests = Path(__file__).parent
+    folders = {path.parent.relative_to(tests).parts[0] for path in tests.glob("*/**/*.py")}
+    assert folders <= rooms
+    lone = {path.stem.removeprefix("test_") for path in tests.glob("test_*.py")}
+    assert {name for name in lone if (PACKAGE / name).is_dir()} == set()
+
+
 def test_an_upward_import_would_be_seen(tmp_path: Path) -> None:
     low = tmp_path / "low.py"
     low.write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.latent import LatentBackbone
@@ -44,3 +45,12 @@ def tiny_config(**changes: object) -> TrainConfig:
 def brightness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
     """A reward that needs no checker."""
     return images.mean(dim=(1, 2, 3))
+
+
+def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every parameter and buffer by one without storage."""
+    for owner in module.modules():
+        for tensors in (owner._parameters, owner._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = mode.from_tensor(tensor)

@@ -12,8 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
-from test_backbones_pipelines import backbone_of
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import backbone_of, tiny_pipeline
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint

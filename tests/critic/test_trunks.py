@@ -11,11 +11,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
-from test_backbones_pipelines import backbone_of
 from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
 from tiny_pipelines import FAMILIES as PIPELINE_FAMILIES
 from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
-from tiny_pipelines import tiny_pipeline
+from tiny_pipelines import backbone_of, tiny_pipeline
 from torch import Tensor, nn
 
 from lacfast import CriticConfig, load_backbone

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
+from tiny_backbones import FAMILIES, PROMPTS, make_fake, tiny_backbone
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,15 +20,6 @@ from lacfast.rollout.step import begin, denoise_step
 from lacfast.runtime.graph import GraphRunner
 
 STEPS = 4
-
-
-def make_fake(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every parameter and buffer by one without storage."""
-    for owner in module.modules():
-        for tensors in (owner._parameters, owner._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = mode.from_tensor(tensor)
 
 
 def rollout_of(backbone, prompts: list[str], ids: range, *, critic=None, seed: int = 3, **settings):

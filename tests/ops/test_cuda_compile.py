@@ -11,7 +11,7 @@ import pytest
 
 from lacfast import _C, ops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = [80, 90, 100]
 MAX_REGISTERS = 128

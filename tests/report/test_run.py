@@ -13,7 +13,7 @@ import torch
 from lacfast.cli import main
 from lacfast.report.pictures import grid
 from lacfast.report.run import headline, write_run_report
-from tests.test_diagnostics import evaluation, iteration
+from tests.report.test_diagnostics import evaluation, iteration
 
 
 def write_run(directory: Path, *, evaluations: int = 3, **changes: Any) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_backbones_pipelines import backbone_of
-from tiny_pipelines import FAMILIES, PROMPTS, tiny_pipeline
+from tiny_pipelines import FAMILIES, PROMPTS, backbone_of, tiny_pipeline
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_backbones_pipelines import backbone_of
-from tiny_pipelines import PROMPTS, tiny_pipeline
+from tiny_pipelines import PROMPTS, backbone_of, tiny_pipeline
 from torch import Tensor
 
 from lacfast.backbone import Backbone

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_backbones_pipelines import backbone_of
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
-from tiny_pipelines import FAMILIES, tiny_pipeline
+from tiny_pipelines import FAMILIES, backbone_of, tiny_pipeline
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

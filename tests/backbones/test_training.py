@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_backbones_pipelines import SETTINGS, backbone_of, ode_images, own_call
 from tiny_backbones import brightness
-from tiny_pipelines import FAMILIES, PROMPTS, load_pipeline, saved_pipeline, tiny_pipeline, use_ddim
+from tiny_pipelines import (
+    FAMILIES,
+    PROMPTS,
+    SETTINGS,
+    backbone_of,
+    load_pipeline,
+    ode_images,
+    own_call,
+    saved_pipeline,
+    tiny_pipeline,
+    use_ddim,
+)
 from torch import Tensor
 
 from lacfast import (
@@ -287,7 +297,7 @@ def test_a_lora_that_fits_no_module_or_no_checkpoint_is_refused(tmp_path: Path) 
 def test_the_example_of_twenty_lines_trains_and_its_lora_loads_in_plain_diffusers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = Path(__file__).resolve().parents[1] / "examples" / "sd15_jpeg.py"
+    script = Path(__file__).resolve().parents[2] / "examples" / "sd15_jpeg.py"
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 20
     base = saved_pipeline("sd15", tmp_path / "base")
     monkeypatch.setattr("sys.argv", [str(script), str(base), str(tmp_path / "out"), "1"])

@@ -100,7 +100,7 @@ def test_every_registered_name_is_made_without_loading_a_model(monkeypatch: pyte
 
 
 def test_the_documentation_lists_every_registered_name() -> None:
-    table = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     rows = "\n".join(line for line in table.splitlines() if line.startswith("| `"))
     assert [name for name in registered_rewards() if f"`{name}`" not in rows] == []
 

@@ -13,7 +13,7 @@ import torch
 from lacfast import LatentActorCriticTrainer
 from lacfast.runtime.profiling import DOMAIN, SPANS, each, nvtx_spans, recorded_by_torch, span
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lacfast"
+PACKAGE = Path(__file__).resolve().parents[2] / "lacfast"
 
 
 class Domain:

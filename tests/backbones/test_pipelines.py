@@ -11,56 +11,17 @@ from tiny_pipelines import (
     FAMILIES,
     PROMPTS,
     RESOLUTION,
+    SETTINGS,
+    backbone_of,
     load_pipeline,
+    ode_images,
+    own_call,
     saved_pipeline,
     tiny_pipeline,
     use_ddim,
 )
-from torch import Tensor
 
 from lacfast import PipelineSettings, SamplerConfig, load_backbone
-from lacfast.backbones.latent import LatentBackbone
-from lacfast.records import NoiseKey
-from lacfast.rollout.sampler import RolloutSampler
-from lacfast.runtime.graph import GraphRunner
-
-SETTINGS = PipelineSettings(resolution=RESOLUTION)
-STEPS = 4
-
-
-def backbone_of(pipeline: Any, **arguments: Any) -> LatentBackbone:
-    return load_backbone(pipeline, settings=SETTINGS, **arguments)
-
-
-def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: float) -> tuple[Tensor, Tensor]:
-    """First latents and images of our sampler without noise."""
-    config = SamplerConfig(kind="ode", noise_level=0.0, num_steps=STEPS, guidance_scale=guidance_scale)
-    rollout = RolloutSampler(backbone, None, GraphRunner()).sample(
-        backbone.transition_table(config),
-        prompts,
-        [{}] * len(prompts),
-        NoiseKey.create(0, range(len(prompts))),
-        guidance_scale=guidance_scale,
-    )
-    return rollout.latents[0], backbone.decode(rollout.clean_latents)
-
-
-def own_call(pipeline: Any, prompts: list[str], latents: Tensor, guidance_scale: float) -> Tensor:
-    """Images of the pipeline's own __call__."""
-    arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-    if type(pipeline).__name__ == "FluxPipeline":
-        # FLUX tells a distilled model its guidance; true_cfg_scale is the classifier-free one.
-        arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(prompts)}
-    images: Tensor = pipeline(
-        prompts,
-        height=RESOLUTION[0],
-        width=RESOLUTION[1],
-        num_inference_steps=STEPS,
-        latents=latents,
-        output_type="pt",
-        **arguments,
-    ).images
-    return images
 
 
 @pytest.mark.parametrize("family", FAMILIES)

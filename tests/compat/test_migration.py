@@ -13,7 +13,7 @@ from bench.compat_steps import BEGIN, END, table
 from lacfast.compat.trl import DDPOConfig
 from lacfast.config import PPOConfig, SamplerConfig, TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 IMPORTS = re.findall(r"(?:^|`)(from lacfast[^`\n]*)", PAGE, re.MULTILINE)
 
