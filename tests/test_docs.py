@@ -10,7 +10,7 @@ import inspect
 import io
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ import pytest
 
 import lacfast.config
 from lacfast import cli
+from lacfast.config.advantages import COMBINATIONS, ESTIMATORS
+from lacfast.config.critic import TRUNKS, VALUE_LOSSES
+from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS
+from lacfast.rewards.registry import registered_rewards
 from lacfast.runs.config import RunConfig
 from lacfast.runs.presets import RUNS
 
@@ -69,6 +73,14 @@ def names(text: str, folder: Path) -> Iterator[str]:
             yield f"field {owner}.{field}"
 
 
+def constants(text: str, folder: Path) -> Iterator[str]:
+    """Names that a page says are in a file, and are not."""
+    for name, path in re.findall(r"`(\w+)` (?:in|of)\s`([\w/]+\.py)`", text):
+        home = next((room / path for room in (*ROOMS, folder) if (room / path).exists()), None)
+        if home is not None and not re.search(rf"\b{name}\b", home.read_text(encoding="utf-8")):
+            yield f"{name} in {path}"
+
+
 def code(text: str, folder: Path) -> Iterator[str]:
     """Imports of Python blocks, and keywords of what they call from lacfast; of configs in the text too."""
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
@@ -98,7 +110,7 @@ def commands(text: str, folder: Path) -> Iterator[str]:
             yield f"option {option}"
 
 
-CHECKS = (links, paths, names, code, commands)
+CHECKS = (links, paths, names, constants, code, commands)
 
 
 def _tokens(text: str) -> Iterator[str]:
@@ -235,6 +247,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         ("the logger lacfast.nowhere", "name lacfast.nowhere"),
         ("`lacfast.config.PPOConfig.nothing`", "name lacfast.config.PPOConfig.nothing"),
         ("`bench.nowhere` writes it", "name bench.nowhere"),
+        ("`NOTHING` in `lacfast/schedule.py`", "NOTHING in lacfast/schedule.py"),
         ("`PPOConfig.nothing`", "field PPOConfig.nothing"),
         ("`PPOConfig(nothing=1)`", "argument nothing of PPOConfig"),
         ("```python\nlacfast.TrainConfig(nothing=1)\n```", "argument nothing of lacfast.TrainConfig"),
@@ -251,6 +264,28 @@ def test_what_a_page_names_exists(page: Path) -> None:
 )
 def test_a_wrong_name_is_found(text: str, problem: str) -> None:
     assert problem in problems(text)
+
+
+@pytest.mark.parametrize(
+    ("page", "column", "known"),
+    [
+        ("critic", "`trunk`", set(TRUNKS) - {"none"}),
+        ("critic", "`loss`", VALUE_LOSSES),
+        ("advantages", "`estimator`", ESTIMATORS),
+        ("advantages", "`combination`", COMBINATIONS),
+        ("steering", "`method`", STEERING_METHODS),
+        ("steering", "`guidance_form`", GUIDANCE_FORMS),
+        ("training", "preset", RUNS),
+        ("rewards", "name", registered_rewards()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_table_of_choices_has_all_of_them(page: str, column: str, known: Collection[str]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    table = re.search(rf"^\| {re.escape(column)} \|.*\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert table is not None
+    named = [name for row in table[1].splitlines() for name in re.findall(r"`(\w[\w-]*)`", row.split("|")[1])]
+    assert set(named) - {"RemoteReward"} == set(known)
 
 
 def test_structure_is_what_the_modules_say() -> None:
