@@ -39,8 +39,6 @@ BATCHES = (1, 4, 16)
 TRUNKS = ("none", "shared", "branch")
 VALUE_BATCH = 4
 EAGER = "eager"
-PROMPT = "one red circle"
-"""Known to the tiny models; the full-size ones read no text here."""
 Row = dict[str, Any]
 
 
@@ -90,6 +88,7 @@ def trainer_of(
 ) -> LatentActorCriticTrainer:
     """A trainer on a backbone that others may share: the critic is its own."""
     from bench.matched_loops import brightness
+    from bench.random_models import PROMPT
     from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
     from lacfast.trainer import LatentActorCriticTrainer
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bench import matched_loops
-from bench.gpu_arms import PROMPT
 from bench.matched_loops import LEARNING_RATE, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
@@ -24,6 +23,8 @@ from lacfast.config import LoRAConfig, PPOConfig, SamplerConfig
 if TYPE_CHECKING:
     from bench.published import PublishedModel
 
+PROMPT = "one red circle"
+"""Known to the tiny models; the full-size ones read no text here."""
 PPO: dict[Peer | None, PPOConfig] = {
     "flow_grpo": PPOConfig(kl_weight=0.04, kl="flow_grpo", policy_learning_rate=LEARNING_RATE),
     "ddpo": PPOConfig(cfg_grad="both", policy_learning_rate=LEARNING_RATE),

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import cost_table, headline
+from bench import costs as published_costs
+from bench import headline
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -223,7 +224,7 @@ def blocks() -> dict[str, str]:
         "demo": (RECORD / "summary.json", demo),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
-        "costs": (COSTS, cost_table.table),
+        "costs": (COSTS, published_costs.table),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from bench.critic_variance import MEASURES, Cell, Scale, branch_preset, cells
 from bench.learning import units
 from bench.learning.analysis import paired
+from bench.learning.critic_variance import MEASURES, Cell, Scale, branch_preset, cells
 from bench.learning.figures import save
 
 QUESTIONS = {

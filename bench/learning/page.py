@@ -17,7 +17,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
 HEAD = """# What learning shows
 
-Written by `python -m bench.learning`, `bench.steering` and `bench.critics`; every run is a file.
+Written by `python -m bench.learning`, `bench.learning.steering` and `.critics`; every run is a file.
 Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.learning.dual_encoder import STEPS, DualEncoder, SimilarityReward, train_dual_encoder
+from bench.learning.gauges import frechet_distance, off_palette
 from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained
 from lacfast.checkpoint import whole_directory
@@ -19,8 +21,6 @@ from lacfast.records import Evaluation
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.rewards.reward import Reward
 from lacfast.tasks import glyphs, scenes
-from lacfast.tasks.dual_encoder import STEPS, DualEncoder, SimilarityReward, train_dual_encoder
-from lacfast.tasks.gauges import frechet_distance, off_palette
 from lacfast.tasks.models import TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained

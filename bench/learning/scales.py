@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench.learning.claims import Claim
+from bench.learning.dual_encoder import STEPS
 from bench.learning.problems import Materials, Problem
 from bench.learning.runs import Arm
 from lacfast.config import TrainConfig
 from lacfast.tasks import glyphs, scenes
-from lacfast.tasks.dual_encoder import STEPS
 from lacfast.tasks.models import SMALL, TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig
 from lacfast.tasks.task import BASE_SIZE, Task

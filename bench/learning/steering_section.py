@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from bench.learning import units
 from bench.learning.analysis import Difference, paired
 from bench.learning.figures import save
-from bench.steering_arms import BASELINE
+from bench.learning.steering_arms import BASELINE
 
 Unit = dict[str, Any]
 Methods = dict[str, dict[int, Unit]]

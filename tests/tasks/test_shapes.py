@@ -12,12 +12,13 @@ import torch
 from lacfast.tasks import checker, gold
 from lacfast.tasks.predicates import Detection, score
 from lacfast.tasks.prompts import KINDS
-from lacfast.tasks.scenes import PALETTE, PlacedObject, render, sample_images, sample_scene
+from lacfast.tasks.scenes import BACKGROUND, PALETTE, PlacedObject, render, sample_images, sample_scene
 from lacfast.tasks.shapes import (
     all_prompts,
     ground_truth,
     held_out_prompts,
     shapes_gold,
+    shapes_height,
     shapes_partial,
     shapes_reward,
     shapes_strict,
@@ -199,3 +200,11 @@ def test_pictures_hold_the_background_and_the_palette() -> None:
     image = render([PlacedObject("yellow", "square", 1, 1)])
     assert image[:, 24, 24].tolist() == pytest.approx(PALETTE["yellow"])
     assert image[:, 4, 4].tolist() == [0.5, 0.5, 0.5]
+
+
+def test_height_is_that_of_the_ink() -> None:
+    top, bottom = (torch.from_numpy(render([PlacedObject("red", "square", row, 0)])) for row in (0, 1))
+    images = torch.stack([top, bottom, torch.full((3, 32, 32), BACKGROUND)])
+    scores = shapes_height(images, [], [])
+    # The centres of the cells' objects lie at 7.5 and 23.5 of 31 pixels.
+    assert scores.tolist() == pytest.approx([1 - 7.5 / 31, 1 - 23.5 / 31, 0.0], abs=1e-3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from lacfast.backbones import adapt_pretrained
 from lacfast.config import SamplerConfig
 from lacfast.tasks import glyphs, scenes
-from lacfast.tasks.dual_encoder import DualEncoder, train_dual_encoder
 from lacfast.tasks.models import SMALL, TINY, BackboneName, ModelSize, tiny_backbone
 from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.shapes import shapes_gold, shapes_strict
@@ -75,11 +73,3 @@ def test_a_model_of_another_size_is_pretrained_and_sampled() -> None:
     assert backbone.decode(torch.zeros(1, 16, 16, 16)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="a model of 32 pixels cannot learn the task 'shapes-64' of 64"):
         pretrain("dit", scenes.task(2))
-
-
-def test_an_encoder_of_larger_pictures_survives_its_files(tmp_path: Path) -> None:
-    encoder = train_dual_encoder(scenes.task(2), steps=1)
-    encoder.save_pretrained(tmp_path)
-    images = torch.rand(2, 3, 64, 64)
-    loaded = DualEncoder.from_pretrained(tmp_path)
-    assert torch.equal(loaded.embed_images(images), encoder.embed_images(images))

@@ -1,8 +1,8 @@
 """Explained variance by step of every critic between the prompts' floor and the states' ceiling.
 
-Called by bench.critics. One cell is one critic on one seed: value pretraining with the actor frozen on
-prompts that train, the best state chosen on tuning prompts, then the explained variance on held-out ones; for
-"iterations" PPO comes after it. A cell is a file, so a run that stopped goes on.
+One cell is one critic on one seed: value pretraining with the actor frozen on prompts that train, the best
+state chosen on tuning prompts, then the explained variance on held-out ones; for "iterations" PPO comes after
+it. A cell is a file, so a run that stopped goes on.
 """
 
 from __future__ import annotations

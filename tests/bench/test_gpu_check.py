@@ -12,7 +12,7 @@ import pytest
 from bench import gpu_check
 from bench.gpu_check import Part, Setting
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from bench import roofline
 from bench.shapes import CLAIM_LATENT, SELECTIONS, LatentCase, PoolCase, select
 from bench.workloads import WORKLOADS
 
-KERNELS_PAGE = Path(__file__).resolve().parents[1] / "kernels" / "README.md"
+KERNELS_PAGE = Path(__file__).resolve().parents[2] / "kernels" / "README.md"
 
 
 def test_gaussian_step_moves_what_it_reads_and_writes() -> None:

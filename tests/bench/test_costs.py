@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cost_budgets as budgets
-from bench import cost_table, costs
+from bench import costs
 from bench.published import PUBLISHED
 from lacfast.runs import costs as counters
 from lacfast.runs.costs import count
@@ -51,30 +50,30 @@ def test_a_step_adds_six_kernels_and_a_store_for_each_kept_feature(name: str) ->
     kernels, features = counted(name)["kernels"], counted(name)["features"]
     assert features["none"] == 0 < min(features["shared"], features["branch"])
     for trunk, kept in features.items():
-        budget = budgets.ADDED_KERNELS + kept * budgets.KERNELS_PER_FEATURE
+        budget = costs.ADDED_KERNELS + kept * costs.KERNELS_PER_FEATURE
         assert kernels["step"][trunk] - kernels["model"] <= budget, trunk
 
 
 @each_model
 def test_a_microbatch_stays_within_its_budget_and_the_host_never_waits(name: str) -> None:
     found = counted(name)
-    assert found["operations"]["microbatch"] <= budgets.MICROBATCH_OPERATIONS[name]
-    assert found["syncs"] == budgets.SYNCS
+    assert found["operations"]["microbatch"] <= costs.MICROBATCH_OPERATIONS[name]
+    assert found["syncs"] == costs.SYNCS
 
 
 @each_model
 def test_values_of_all_steps_cost_a_share_of_sampling(name: str) -> None:
     flops = counted(name)["flops_per_image"]
     part, whole = BLOCKS[name]
-    assert 0 < flops["values"]["shared"] <= budgets.VALUE_SHARE_OF_HEADS * flops["sampling"]
-    bound = part / whole + budgets.VALUE_SHARE_BEYOND_BRANCH
+    assert 0 < flops["values"]["shared"] <= costs.VALUE_SHARE_OF_HEADS * flops["sampling"]
+    bound = part / whole + costs.VALUE_SHARE_BEYOND_BRANCH
     assert flops["values"]["shared"] < flops["values"]["branch"] <= bound * flops["sampling"]
 
 
 def test_an_image_takes_fewer_flops_than_in_flow_grpo_s_loop() -> None:
     found = counted("sd35_medium")
-    ours = cost_table.same_maths(found["flops_per_image"])
-    assert ours <= budgets.FLOW_GRPO_RATIO * cost_table.same_maths(found["flow_grpo_flops_per_image"])
+    ours = costs.same_maths(found["flops_per_image"])
+    assert ours <= costs.FLOW_GRPO_RATIO * costs.same_maths(found["flow_grpo_flops_per_image"])
 
 
 def test_the_plan_of_a_run_counts_what_its_steps_dispatch() -> None:

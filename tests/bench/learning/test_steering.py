@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
-from bench import steering
-from bench.learning import steering_section, units
+from bench.learning import steering, steering_section, units
 from bench.learning.problems import Materials, Prompts
-from bench.steering_arms import BASELINE, UNSTEERED, arms
+from bench.learning.steering_arms import BASELINE, UNSTEERED, arms
 from lacfast import schedule
 from lacfast.checkpoint import save_backbone, whole_directory
 from lacfast.config import SamplerConfig, SteeringConfig

@@ -1,8 +1,8 @@
 """Steering against best-of-n at equal NFE: settings chosen on tuning prompts, judged on held-out ones.
 
-    python -m bench.steering                         DiT: 30 to 60 minutes of a core
-    python -m bench.steering --minutes 20            begins nothing after these; the next call goes on
-    python -m bench.steering runs/shapes --out bench/results/learning/steering/shapes
+    python -m bench.learning.steering                  DiT: 30 to 60 minutes of a core
+    python -m bench.learning.steering --minutes 20     begins nothing after these; the next call goes on
+    python -m bench.learning.steering runs/shapes --out bench/results/learning/steering/shapes
 
 Every seed has a critic of its own, pretrained on the base model and trained with the policy for --train-
 iterations, on prompts that neither choose nor report. Every method gets the same forwards per image (a
@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.critic_variance import TRUNKS
 from bench.learning import page, units
+from bench.learning.critic_variance import TRUNKS
 from bench.learning.problems import Materials, Prompts
-from bench.steering_arms import arms
+from bench.learning.steering_arms import arms
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
@@ -42,7 +42,7 @@ from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
 
-RESULTS = Path(__file__).parent / "results" / "learning"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
 TUNING_SEED = 1_000_003
 """Far from the seeds that are reported."""
 REWARD = "shapes"

@@ -18,13 +18,13 @@ from bench.learning import page, runs, units
 from bench.learning.analysis import area, common_budget, final, images, paired, seconds
 from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
+from bench.learning.dual_encoder import train_dual_encoder
 from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Materials, Prompts
 from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
 from lacfast.checkpoint import whole_directory
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.tasks import scenes
-from lacfast.tasks.dual_encoder import train_dual_encoder
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from bench import critic_variance
-from bench.critic_variance import ITERATIONS, MEASURES, Cell, cells
-from bench.critics import SMOKE
-from bench.learning import critics_section, units
+from bench.learning import critic_variance, critics_section, units
+from bench.learning.critic_variance import ITERATIONS, MEASURES, Cell, cells
+from bench.learning.critics import SMOKE
 from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig
 from lacfast.checkpoint import whole_directory

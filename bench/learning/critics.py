@@ -1,7 +1,7 @@
 """Explained variance by step of every critic on the shapes task, between floor and ceiling.
 
-python -m bench.critics                                    DiT: about half an hour of a core per seed
-python -m bench.critics trunks --seeds 0 --minutes 10      every trunk, beginning nothing after 10 minutes
+python -m bench.learning.critics                                DiT: about half an hour of a core per seed
+python -m bench.learning.critics trunks --seeds 0 --minutes 10  every trunk, begins nothing after 10 minutes
 
 Measures: every trunk, 0 to 40 iterations of value pretraining, heads with and without timestep or prompt, and
 when asked for every loss. All train on the same rollouts of the same frozen actor: noise and prompts are
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import torch
 
-from bench import critic_variance
-from bench.critic_variance import Scale
-from bench.learning import page
+from bench.learning import critic_variance, page
+from bench.learning.critic_variance import Scale
 from bench.learning.problems import Materials
 
-LEARNING = Path(__file__).parent / "results" / "learning"
+LEARNING = Path(__file__).resolve().parents[1] / "results" / "learning"
 DEFAULT_MEASURES = ("trunks", "iterations", "time", "text")
 FULL = Scale(
     batch_size=192,
