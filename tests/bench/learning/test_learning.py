@@ -154,6 +154,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     page.write(results, tmp_path / "docs" / "results.md")
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
+    assert "Against GRPO and DDPO the latent critic ends ahead in 0" in text, "two seeds decide nothing"
     kept = units.read(results / "baselines" / "dit" / "grpo-seed0.json")
     assert kept["settings"]["advantages"] == {"estimator": "grpo"}, "a curve says what its arm was told"
     assert kept["rewards"] == {"shapes": 1.0}
@@ -167,6 +168,17 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert lead.count("[") == scored, "final scores and the area have intervals of their own"
     assert "equal time, reward of 100 ms per image" in text
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
+
+
+def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
+    cells = [
+        "+0.1 [+0.0, +0.2] ahead",
+        "-0.1 [-0.2, +0.1] undecided",
+        "+0.1 too few seeds",
+        "",
+        "-0.1 [-0.2, -0.1] behind",
+    ]
+    assert page.counted([*cells, cells[0]]) == "ahead in 2, undecided in 1, behind in 1 of 4"
 
 
 def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
