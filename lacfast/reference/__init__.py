@@ -1,11 +1,20 @@
-"""The algorithm in eager PyTorch, in reading order: noise, transition, policy, advantages, particles, critic.
-
-Every fast path is one of these functions with the same name and signature. Source of the method:
-"Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736).
+"""The algorithm in eager PyTorch.
 
 A denoising trajectory is an episode: the state is (x_k, t_k, prompt), the action x_{k+1}, the policy
-N(a x + b v, std^2 I) with the model's output v, the reward comes after the last step.
-Half-precision inputs are computed in float32, float64 stays float64.
+N(a x + b v, std^2 I) with the model's output v, and the reward comes after the last step. Source of the
+method: "Explicit Critic Guidance for Aligning Diffusion Models" (arXiv 2605.27736).
+
+Read `iteration` first, which is all of training on one page; then what it is made of, as it comes to it:
+
+    noise        1. a counter-based generator, so that noise need not be kept
+    transition   2. one step of a sampler and its log-probability
+    advantages   3. GAE, and one number per step from several rewards
+    policy       4. ratio, KL and loss, on `objective`, which has PPO's bounds
+    critic       5. what a value head reads, and what it explains
+    particles    6. resampling, for steering at inference; training does without
+
+Every op is one of these functions, with the same arguments. Half-precision inputs are computed in float32,
+float64 stays float64.
 """
 
 from lacfast.reference.advantages import gae, normalized_advantages

@@ -1,4 +1,4 @@
-"""4. Advantages: GAE per reward, then one number per step from all rewards."""
+"""3. Advantages: GAE per reward, then one number per step from all rewards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gae(
     gae_lambda: float | Tensor = 1.0,
     value_lambda: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), one chain per trajectory and reward.
+    """Generalised advantages (arXiv 1506.02438, eq. 16) of one chain per trajectory and reward.
 
         delta_k = r_k + gamma V_{k+1} - V_k,   V_T = 0
         A_k = delta_k + gamma lambda_{k+1} A_{k+1};   returns_k = A_k at value_lambda + V_k
@@ -35,8 +35,8 @@ def gae(
         rewards: (B, T, M) reward after each step.
         values: (B, T, M) value before each step.
         gamma: discount, 1 in the paper: the horizon is fixed.
-        gae_lambda: of the policy's advantages, one for all steps or (T,).
-        value_lambda: of the value targets.
+        gae_lambda: lambda of the policy's advantages, one for all steps or (T,).
+        value_lambda: lambda of the value targets.
 
     Returns:
         advantages (B, T, M) and returns (B, T, M).
@@ -81,11 +81,28 @@ def normalized_advantages(
     target_clip: float = 5.0,
     all_reduce: Callable[[Tensor], object] | None = None,
 ) -> NormalizedAdvantages:
-    """From raw rewards and values to what the update learns from; arguments as `ops.normalized_advantages`.
+    """Advantages of all rewards together, and value targets, from raw rewards and values.
 
-    r = (R - mean_R) / std_R;   A_m, targets_m = gae(r_m, V_m)
-    A = sum_m w_m A_m / std(A_m)                                    "sum_normalized"
-    advantages = clip( (A - mean(A)) / std(A) )      over all trajectories, steps and ranks
+        r = (R - mean_R) / std_R;   A_m, targets_m = gae(r_m, V_m)
+        A = sum_m w_m A_m / std(A_m)                                 "sum_normalized"
+        advantages = clip( (A - mean(A)) / std(A) )                  over all trajectories, steps and ranks
+
+    Args:
+        rewards: (B, M) raw rewards of the trajectories, or (B, T, M) after each step.
+        values: (B, T, M) of the critic before each step, in units of the standardised rewards; under
+            "scalarized" (B, T, 1).
+        reward_mean: (M,) of the raw rewards.
+        reward_std: (M,) of the raw rewards.
+        weights: (M,) of the rewards.
+        mask: (B,) bool, trajectories that count. None: all.
+        combination: "sum_normalized", "sum" (A = sum_m w_m A_m) or "scalarized" (r = sum_m w_m r_m).
+        conditions: rewards that count as 0 where another one is below a threshold.
+        gamma: discount.
+        gae_lambda: lambda of the policy's advantages, one for all steps or (T,).
+        value_lambda: lambda of the value targets.
+        advantage_clip: bound of the normalised advantages.
+        target_clip: bound of the value targets.
+        all_reduce: sums a tensor over all ranks, in place. None: there is one rank.
     """
     dtype = arithmetic_dtype(values)
     standardized = _standardized_rewards(rewards, values, reward_mean, reward_std, conditions)
@@ -121,9 +138,9 @@ def _standardized_rewards(
 
 
 def advantage_sums(raw: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What normalisation needs of advantages (B, T, M): n, sum_m A_m, sum A_i A_j, as (1 + M + M^2,) float64.
+    """Sums (1 + M + M^2,) float64 that normalisation needs of advantages (B, T, M): n, sum A_m, sum A_i A_j.
 
-    Sums of parts and of ranks add up to those of the whole.
+    Those of parts and of ranks add up to those of the whole. `mask` is (B,) bool; None: all count.
     """
     wide = raw.double()
     if mask is not None:
@@ -134,7 +151,7 @@ def advantage_sums(raw: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def combination_of(sums: Tensor, weights: Tensor, *, normalize_heads: bool) -> tuple[Tensor, Tensor]:
-    """center (M,) and scale (M,) such that sum_m scale_m (A_m - center_m) has mean 0 and deviation 1.
+    """Center (M,) and scale (M,) with which sum_m scale_m (A_m - center_m) has mean 0 and deviation 1.
 
         scale_m = k_m / std(sum_m k_m A_m),   k_m = w_m / std(A_m)  or  w_m
 

@@ -1,4 +1,4 @@
-"""6. Critic: what it reads and what it explains."""
+"""5. Critic: what it reads, and what it explains."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from lacfast.reference.transition import arithmetic_dtype
 def value_pool(
     features: Tensor, query: Tensor, norm_weight: Tensor | None = None, *, eps: float = 1e-6
 ) -> Tensor:
-    """Attention of single queries over normalised tokens.
+    """Tokens pooled by attention, with one query per head.
 
-    The key projection is folded into the query, the value projection into the caller.
+        n_l = norm_weight features_l / sqrt( mean(features_l^2) + eps )
+        out = sum_l softmax_l(query . n_l) n_l
 
-        n_l = RMSNorm(features_l) norm_weight;   out_h = sum_l softmax_l(query_h . n_l) n_l
+    The key projection is folded into the query, and the value projection is left to the caller, so that one
+    read of the features is enough (arXiv 2605.27736; the folding is ours).
 
     Args:
         features: (B, L, D) tokens.
-        query: (B, H, D), the caller's scale folded in.
-        norm_weight: (D,), or None for 1.
-        eps: of the RMSNorm.
+        query: (B, heads, D) with the scale of the attention in it.
+        norm_weight: (D,) gain of the norm. None: 1.
+        eps: added to the mean square.
 
     Returns:
-        (B, H, D) in the query's dtype; computed in float32 at least.
+        (B, heads, D) in the query's dtype.
     """
     dtype = arithmetic_dtype(query)
     tokens = features.to(dtype)
@@ -36,14 +38,14 @@ def value_pool(
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """EV = 1 - Var(R - V) / Var(R) over the first dimension; 0 where the returns do not vary.
+    """Explained variance 1 - Var(returns - values) / Var(returns) over the first dimension.
 
     Args:
         values: (B, ...) predictions.
         returns: (B, ...) what they predict.
 
     Returns:
-        (...) at most 1; below 0 when the prediction is worse than the mean.
+        (...) at most 1, and below 0 where the mean would predict better; 0 where the returns do not vary.
     """
     variance = returns.var(dim=0, correction=0)
     residual = (returns - values).var(dim=0, correction=0)

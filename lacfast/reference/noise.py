@@ -11,7 +11,7 @@ from lacfast.records import NoiseKey
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al., SC 2011): four random words for every counter.
+    """Four random words for every counter, by Philox4x32-10 (Salmon et al., SC 2011).
 
     Args:
         counter: (..., 4) int64 holding 32-bit words.
@@ -39,13 +39,13 @@ def _multiply_32(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor:
-    """Standard normals that depend on (seed, sample id, step, element) only, never on the batch layout.
+    """Standard normal noise as a function of (seed, sample id, step, element), whatever the batch.
 
         words = philox(counter = (element / 4, step, sample id low, sample id high), key = seed)
         u_i = (words_i >> 8) 2^-24 + 2^-25;   pairs (u_0, u_1), (u_2, u_3) by Box-Muller
 
     Args:
-        shape: (B, ...) of the result.
+        shape: (B, ...), the result's.
         steps: (B,) int64; INITIAL_STEP for the latent that starts a trajectory.
         key: seed (1,) and sample ids (B,).
 
@@ -68,7 +68,7 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
 
 
 def noise_for(sample: Tensor, steps: Tensor, noise: Tensor | NoiseKey) -> Tensor:
+    """The noise (B, ...) of `sample` at `steps`, (B,) or (1,): as it is given, or drawn from its key."""
     if isinstance(noise, Tensor):
         return noise
-    # One step that all samples share is (1,).
     return normal_noise(tuple(sample.shape), steps.expand(sample.shape[0]), noise)

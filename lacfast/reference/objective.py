@@ -1,4 +1,4 @@
-"""PPO's objective on per-sample numbers (B,): bounds on the policy's move, the surrogate's gain, means.
+"""4. Objective of PPO on per-sample numbers (B,): bounds on the policy's move, the surrogate's gain, means.
 
 `ppo_loss` composes these; the fused kernels do the same for each row.
 """
@@ -42,12 +42,12 @@ def bounds(
     Args:
         clip_range: clip of the ratio, or (low, high), in the units of the reduction.
         clip_nats: the same on the joint ratio, in nats.
-        kl_threshold: of the KL mask, in the units of the reduction.
+        kl_threshold: KL at which the mask begins, in the units of the reduction.
         dual_clip: above 1; inf is off.
         nats_per_unit: N under the mean over N elements, 1 under the sum.
 
     Raises:
-        ValueError: none or several of the three, or a number out of its range.
+        ValueError: for none or several of the three, or a number out of its range.
     """
     given = {"clip_range": clip_range, "clip_nats": clip_nats, "kl_threshold": kl_threshold}
     if sum(value is not None for value in given.values()) != 1:
@@ -81,7 +81,7 @@ def _clip_pair(name: str, clip: Clip, usual: str) -> tuple[float, float]:
 def surrogate_gain(
     log_ratio: Tensor, kl_old: Tensor, advantages: Tensor, limits: Bounds
 ) -> tuple[Tensor, Tensor]:
-    """What PPO maximises for each pair, and the side on which a bound stops it.
+    """The gain that PPO maximises for each pair, and the side on which a bound stops it.
 
         gain = min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),   rho = exp(log_ratio)
         gain = max(gain, dual_clip A)                                  where A < 0
@@ -90,9 +90,15 @@ def surrogate_gain(
     Sources: clip: PPO (arXiv 1707.06347, eq. 7); dual clip: arXiv 1912.09729; KL mask: Flow-DPPO
     (arXiv 2606.11025).
 
+    Args:
+        log_ratio: (B,) of new over old probability.
+        kl_old: (B,) from the old policy.
+        advantages: (B,)
+        limits: in the units of the two.
+
     Returns:
         gain (B,), with gradients, and side (B,): +1 where a bound holds the ratio from above, -1 from
-        below, else 0. Where it is not 0, the gradient is.
+        below, else 0. Where it is not 0, the gradient is 0.
     """
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
@@ -113,7 +119,7 @@ def surrogate_gain(
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean () of (B,) over the rows where mask (B,) is True, 0 when there are none; None: all rows."""
+    """Mean () of values (B,) over the rows where mask (B,) is True, 0 when there are none; None: all rows."""
     if mask is None:
         return values.mean()
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)

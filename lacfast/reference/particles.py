@@ -1,4 +1,4 @@
-"""5. Particles: how many of them still count, and which survive."""
+"""6. Particles: how many of them still count, and which survive."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXP_TAYLOR = tuple(1 / math.factorial(n) for n in range(12, -1, -1))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """ESS = (sum w)^2 / sum w^2 of groups of particles (Kong et al., JASA 1994).
+    """Effective sample size (sum w)^2 / sum w^2 of groups of particles (Kong et al., JASA 1994).
 
     Args:
         log_weights: (G, N) unnormalised. -inf and NaN weigh nothing.

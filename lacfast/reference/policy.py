@@ -1,4 +1,4 @@
-"""3. Ratio and loss: PPO in innovation form."""
+"""4. Ratio and loss: PPO in innovation form."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def log_ratio(
     where the difference of two log-probs has none. All three are 0 where std = 0.
 
     Args:
-        model_output: (B, ...) of the policy that is trained; gradients flow to it alone.
-        old_model_output: (B, ...) of the policy that made the rollout.
+        model_output: (B, ...) v, of the policy that is trained; gradients flow to it alone.
+        old_model_output: (B, ...) v_old, of the policy that made the rollout.
         coefficients: (T, 3) columns a, b, std.
         steps: (B,) int64 row of `coefficients`.
-        noise: (B, ...) the eps of the rollout, or the key that regenerates it.
-        reference_output: (B, ...) of the reference model.
+        noise: (B, ...) eps of the rollout, or the key that it was drawn from.
+        reference_output: (B, ...) v_ref, of the anchor. None: kl_ref is 0.
         reduction: "mean" over elements or "sum".
     """
     dtype = arithmetic_dtype(model_output)
@@ -105,7 +105,7 @@ def ppo_loss(
     kl_gains: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, PPOStats]:
-    """PPO's surrogate over transitions (arXiv 1707.06347, eq. 7), with a KL to the reference.
+    """PPO's clipped loss over transitions (arXiv 1707.06347, eq. 7), with a KL to the anchor.
 
         rho  = exp(log_ratio),   log_ratio of "innovation": see log_ratio; of "ratio_norm": reduce( eps b dv )
         loss = mean_i w_i step_weights[step_i] [ -gain(rho, A) + kl_weight kl_ref ]
@@ -116,28 +116,31 @@ def ppo_loss(
     `mask`. Where std = 0 there is no ratio: the row's loss, statistics and gradient are 0.
 
     Args:
-        model_output: (B, ...) of the policy that is trained.
+        model_output: (B, ...) of the policy that is trained; gradients flow to it alone.
         old_model_output: (B, ...) of the policy that made the rollout.
         advantages: (B,)
         coefficients: (T, 3) columns a, b, std.
         steps: (B,) int64 row of `coefficients`.
-        noise: (B, ...) the eps of the rollout, or the key that regenerates it.
-        clip_range: of the ratio, both sides or (low, high), in the units of `reduction` ("mean": nats per
-            element).
+        noise: (B, ...) eps of the rollout, or the key that it was drawn from.
+        clip_range: bound of the ratio, both sides or (low, high), in the units of `reduction` ("mean": nats
+            per element).
         clip_nats: the same on the joint ratio; under "mean", clip_range = clip_nats / N.
         kl_threshold: no clip; drops a pair whose kl_old reaches it and whose ratio moves with A.
         dual_clip: c > 1: gain >= c A where A < 0.
         ratio: "innovation" or "ratio_norm".
-        weights: (B,) of the pairs. None: 1.
-        step_weights: (T,) of the steps. None: 1.
+        weights: (B,) w of the pairs. None: 1.
+        step_weights: (T,) weights of the steps. None: 1.
         mask: (B,) bool. False: the row's latents count nothing, whatever they hold. None: all True.
-        reference_output: (B, ...) of the reference model.
-        kl_weight: beta, needs `reference_output`.
+        reference_output: (B, ...) of the anchor, the frozen policy of the KL. None: no KL.
+        kl_weight: weight of that KL, which needs `reference_output`.
         kl_gains: (T,) of lacfast.schedule.kl_gains. None: "exact", b^2 / (2 std^2).
         reduction: "mean" over elements or "sum".
 
     Returns:
         The loss () and detached statistics.
+
+    Raises:
+        ValueError: for an unknown ratio, or for none or several of the three bounds.
     """
     if ratio not in RATIOS:
         raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")

@@ -1,4 +1,4 @@
-"""2. Transition: one affine step."""
+"""2. Transition: one affine step of a sampler, and its log-probability."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def arithmetic_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def rows_of(coefficients: Tensor, steps: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a, b, std of every sample, shaped to multiply `like` (B, ...)."""
+    """a, b and std of every sample's step, each shaped to multiply `like` (B, ...)."""
     rows = coefficients.to(arithmetic_dtype(like))[steps]
     shape = (-1,) + (1,) * (like.ndim - 1)
     a, b, std = rows.unbind(dim=1)
@@ -25,6 +25,11 @@ def rows_of(coefficients: Tensor, steps: Tensor, like: Tensor) -> tuple[Tensor, 
 
 
 def reduce(terms: Tensor, reduction: str) -> Tensor:
+    """Mean or sum (B,) of terms (B, ...) over the elements of each sample.
+
+    Raises:
+        ValueError: for a reduction other than "mean" and "sum".
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}; known: 'mean' (per element), 'sum' (joint)")
     flat = terms.flatten(1)
@@ -56,8 +61,8 @@ def gaussian_step(
         model_output: (B, ...) prediction of the model, conditional half when guided.
         coefficients: (T, 3) columns a, b, std.
         steps: (B,) int64 row of `coefficients` for each sample, or (1,) when all share it.
-        noise: (B, ...) eps, or the key that regenerates it.
-        uncond_output: (B, ...) unconditional prediction.
+        noise: (B, ...) eps, or the key that it is drawn from.
+        uncond_output: (B, ...) unconditional prediction. None: no guidance.
         guidance_scale: (1,) float, needed with `uncond_output`.
         reduction: "mean" over elements (the field's convention) or "sum".
     """
@@ -92,10 +97,14 @@ def gaussian_step_(
     guidance_scale: Tensor | None = None,
     reduction: str = "mean",
 ) -> None:
-    """`gaussian_step` that moves `sample` in place and keeps the transition in slices of `slab`.
+    """`gaussian_step` in place: moves `sample`, and keeps the transition of step k in slice k of `slab`.
 
     Model output and latent are rounded as the slab stores them before they are used: the log-prob is that
     of the stored latent under the stored output, and `sample` becomes the stored latent.
+
+    Args:
+        sample: (B, ...) latents, overwritten.
+        slab: of T steps, see TrajectorySlab; the other arguments are those of `gaussian_step`.
     """
     if uncond_output is not None and guidance_scale is not None:
         model_output = _guided(model_output, uncond_output, guidance_scale, arithmetic_dtype(sample))
