@@ -19,6 +19,7 @@ float64 stays float64.
 
 from lacfast.reference.advantages import gae, normalized_advantages
 from lacfast.reference.critic import explained_variance, value_pool
+from lacfast.reference.iteration import train_iteration
 from lacfast.reference.noise import normal_noise, philox
 from lacfast.reference.particles import effective_sample_size, systematic_resample
 from lacfast.reference.policy import log_ratio, ppo_loss
@@ -37,5 +38,6 @@ __all__ = [
     "ppo_loss",
     "step_log_prob",
     "systematic_resample",
+    "train_iteration",
     "value_pool",
 ]

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lacfast import LatentActorCriticTrainer, PPOConfig, SamplerConfig, TrainConfig
-from lacfast.advantages import Advantages
 from lacfast.backbones.taps import Tap
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.config import CriticConfig
-from lacfast.protocols import Trunk
-from lacfast.records import Conditioning, NoiseKey, Rollout
+from lacfast.critic.trunk import Trunk
+from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout
 from lacfast.reference import iteration as page
 
 SEED, BATCH_SIZE = 3, 8
