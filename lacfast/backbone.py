@@ -19,9 +19,9 @@ class Backbone(Protocol):
     """A diffusion model with its prompt encoder and image codec, implemented in lacfast.backbones."""
 
     model: nn.Module
-    """What is trained, whole or by adapters in it."""
+    """The network that is trained, whole or by adapters in it."""
     dtype: torch.dtype
-    """That the model runs in and takes its samples in."""
+    """Dtype that the model runs in and takes its samples in."""
     latent_shape: tuple[int, ...]
     """(C, H, W), or (L, D) where the family packs its latents."""
     critic: Critic | None
@@ -45,7 +45,7 @@ class Backbone(Protocol):
         """Images (B, 3, H, W) float in [0, 1] of clean latents."""
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
-        """The sampler that `config` describes, for this model's prediction type and scheduler."""
+        """The schedule that `config` describes, for this model's prediction type and scheduler."""
 
     def build_trunk(self, config: CriticConfig) -> Trunk:
         """A new trunk for a critic of this model."""

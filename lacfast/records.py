@@ -35,7 +35,7 @@ class FirstSampleId(IntEnum):
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """Where a trajectory's noise comes from: a counter-based generator needs nothing else.
+    """Key of the noise of B trajectories: a counter-based generator needs nothing else.
 
     The tensors live on the device, so that a captured graph reads new values at every replay.
     """
@@ -98,7 +98,7 @@ class TransitionTable:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one transition returns."""
+    """The next sample of one transition, with its log-probability."""
 
     prev_sample: Tensor
     """(B, ...) in the sample's dtype."""
@@ -110,7 +110,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class TrajectorySlab:
-    """Where a batch of trajectories is kept while it is sampled; step k fills slice k.
+    """Memory of a batch of trajectories while it is sampled; step k fills slice k.
 
     A dtype narrower than that of the maths saves memory. The step then uses the model output as it is stored
     here, and the sampled state is the latent as it is stored here: training sees what was acted on.
@@ -180,7 +180,7 @@ class RewardCondition:
 
 @dataclass(frozen=True)
 class NormalizedAdvantages:
-    """What a policy and a critic learn from, detached; M heads of the critic."""
+    """Advantages and value targets of a rollout, detached, for M heads of the critic."""
 
     advantages: Tensor
     """(B, T) combined over the heads, normalised and clipped; 0 for masked trajectories."""
@@ -192,7 +192,7 @@ class NormalizedAdvantages:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a model is conditioned on besides sample and timestep: batch-first tensors by name."""
+    """Inputs of a model besides sample and timestep: batch-first tensors by name."""
 
     tensors: dict[str, Tensor]
 
@@ -315,19 +315,19 @@ class Evaluation:
     """(n, 3, H, W) float in [0, 1], on the CPU."""
     prompts: list[str]
     calibration: dict[str, Tensor] = field(default_factory=dict)
-    """Head -> (3, K) mean value, mean return and its standard error in bins of the value; see evaluation."""
+    """Head -> (3, K) mean value, mean return, its standard error in bins of the value; see rollout.scored."""
 
     def means(self) -> dict[str, float]:
         return {name: float(rewards.mean()) for name, rewards in self.rewards.items()}
 
     def standard_errors(self) -> dict[str, float]:
-        """Of the means, from the spread over the images; NaN for one image."""
+        """Standard error of each mean, from the spread over the images; NaN for one image."""
         return {name: float(rewards.std()) / len(rewards) ** 0.5 for name, rewards in self.rewards.items()}
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the update learns from, over the trained steps K = len(steps)."""
+    """Advantages and targets of an update, over the trained steps K = len(steps)."""
 
     steps: Tensor
     """(K,) int64 rows of the transition table."""
@@ -339,4 +339,4 @@ class Advantages:
     raw: Tensor
     """(K, B, H) per head, before combination."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """What the estimator counted."""
+    """Counts of the estimator, by metric name."""

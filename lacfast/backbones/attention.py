@@ -7,7 +7,7 @@ from typing import Any
 
 
 def attention_signature(model: Any) -> Hashable:
-    """Which kernels the layers of a model attend with."""
+    """The attention kernels of a model's layers, as a key of captured graphs."""
     return frozenset(
         (type(processor).__name__, str(getattr(processor, "_attention_backend", None)))
         for processor in model.attn_processors.values()

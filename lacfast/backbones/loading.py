@@ -94,7 +94,7 @@ def adapt_pretrained(
 
 @dataclass(frozen=True)
 class _Request:
-    """What load_backbone was asked for."""
+    """The arguments of a call of load_backbone."""
 
     device: str | torch.device | None
     dtype: torch.dtype | None

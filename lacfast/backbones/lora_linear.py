@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 
 MERGED_DTYPES = (torch.float32, torch.float64)
-"""Of layers whose adapter is added to the weight."""
+"""Dtypes of the layers whose adapter is added to the weight."""
 DENSE_GRADIENT_SIZE = 192 * 192
 """Elements of a weight up to which its whole gradient takes less time than four products of rank r."""
 

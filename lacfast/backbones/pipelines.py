@@ -21,7 +21,7 @@ class PipelineSettings:
     resolution: tuple[int, int] | None = None
     """(height, width) in pixels. None: the pipeline's own."""
     negative_prompt: str | None = None
-    """In the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
+    """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
     max_sequence_length: int | None = None
     """Tokens of the T5 encoder of SD3 and FLUX. None: the pipeline's own, 256 and 512."""
     embedded_guidance: float = 3.5
@@ -44,7 +44,7 @@ class PipelineSettings:
 
     @property
     def negative_prompts(self) -> list[str] | None:
-        """As encode_prompt takes it beside one prompt."""
+        """Negative prompts in the form that encode_prompt takes beside one prompt."""
         return None if self.negative_prompt is None else [self.negative_prompt]
 
 

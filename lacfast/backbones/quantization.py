@@ -89,7 +89,7 @@ class QuantizedLinears:
     """(of the policy, of the copy)"""
     quantize: Quantizer
     dtype: torch.dtype
-    """That the model runs in."""
+    """Dtype that the model runs in."""
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -136,7 +136,7 @@ def quantized_copy(
 
 
 def _linears(model: nn.Module, class_names: tuple[str, ...]) -> Iterator[nn.Linear]:
-    """In the order of the modules, each once; not the projections of adapters, which have their own class."""
+    """Linear layers in the order of the modules, each once, without the projections of adapters."""
     seen: set[nn.Module] = set()
     for block in model.modules():
         if type(block).__name__ not in class_names:

@@ -172,7 +172,7 @@ def _look_up(
 
 
 def _build(alphas_cumprod: Tensor, spacing: int, eta: float, prediction_type: str) -> _StepTables:
-    """In float64 on the host."""
+    """The tables in float64 on the host."""
     alphas = alphas_cumprod.detach().to("cpu", torch.float64)
     timesteps = torch.arange(len(alphas)).flip(0)
     previous = (timesteps - spacing).clamp(min=0)

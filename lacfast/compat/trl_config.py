@@ -36,7 +36,7 @@ class DDPOConfig:
     project_kwargs: dict[str, Any] = field(default_factory=dict)
     """project_dir and logging_dir take logdir's place, total_limit num_checkpoint_limit's."""
     tracker_project_name: str = "trl"
-    """Of wandb."""
+    """Project of Weights & Biases."""
     logdir: str = "logs"
     """Where metrics.jsonl, checkpoints/ and samples/ go."""
     num_epochs: int = 100
@@ -115,12 +115,12 @@ class DDPOConfig:
 
     @property
     def project_directory(self) -> Path:
-        """Of the checkpoints and samples."""
+        """Directory of the checkpoints and samples."""
         return Path(self.project_kwargs.get("project_dir", self.logdir))
 
     @property
     def logging_directory(self) -> Path:
-        """Of metrics.jsonl."""
+        """Directory of metrics.jsonl."""
         return Path(self.project_kwargs.get("logging_dir", self.logdir))
 
     @property
@@ -129,7 +129,7 @@ class DDPOConfig:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the model runs in."""
+        """Dtype that the model runs in."""
         return torch.float32 if self.mixed_precision == "no" else torch.bfloat16
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Features = dict[str, Tensor]
-"""name -> (B, ...): what a trunk needs of the actor's forward."""
+"""Name -> (B, ...): tensors of the actor's forward that a trunk reads."""
 
 
 class Trunk(nn.Module):

@@ -14,7 +14,7 @@ from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 
 STATES_AT_ONCE = 32
-"""That rollout_values takes together: larger products than a step's, and less memory than an update's."""
+"""States that rollout_values takes together: larger products than a step's, less memory than an update's."""
 
 
 @torch.no_grad()

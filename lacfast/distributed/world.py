@@ -12,7 +12,7 @@ Entry = TypeVar("Entry")
 
 
 def all_reduce() -> Callable[[Tensor], object] | None:
-    """What adds a tensor over all ranks in place; None where there is only one."""
+    """A function that adds a tensor over all ranks in place; None where there is only one."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     return distributed.all_reduce if distributed.get_world_size() > 1 else None

@@ -24,7 +24,7 @@ def stack_rewards(rollout: Rollout) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardHeads:
-    """What is learned of M rewards by H heads."""
+    """H heads of the critic over M rewards: one each, gated by one another, or one on their weighted sum."""
 
     names: tuple[str, ...]
     """(H,)"""

@@ -90,13 +90,13 @@ class HPSv2(CLIPReward):
 
     name: str = "hpsv2"
     model: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """Gives the configuration and the tokenizer; its weights are not read."""
+    """Directory or hub id of the configuration and the tokenizer; its weights are not read."""
     checkpoint: str | Path = "xswu/HPSv2"
     """A file, or a directory or hub id that holds `filename`."""
     filename: str = "HPS_v2.1_compressed.pt"
     """"HPS_v2_compressed.pt" is version 2.0."""
     preprocessing: ImagePreprocessing | str = PREPROCESSING
-    """That of the authors' inference code; "own" would be the image processor's of `model`."""
+    """The authors' inference code's; "own" would be the image processor's of `model`."""
 
     def load_clip(self) -> nn.Module:
         from transformers import CLIPConfig, CLIPModel

@@ -17,7 +17,7 @@ from lacfast.rewards.predictor import EncoderAndHead, LinearStack, PredictedScor
 from lacfast.rewards.preprocessing import ImagePreprocessing
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw score on the authors' data; what they report is (raw - mean) / std."""
+"""Mean and deviation of the raw score on the authors' data, who report (raw - mean) / std."""
 _MAX_TOKENS = 35
 _HEAD_DIM = 64
 """Features per attention head, of ViT-L and of BERT alike."""

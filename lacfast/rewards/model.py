@@ -19,12 +19,12 @@ class ModelReward(ABC):
     """A reward whose network is loaded at the first call and then stays."""
 
     name: str = "model"
-    """Under which the scores are reported."""
+    """Name under which the scores are reported."""
     device: str = "auto"
     """"auto": the device of the images; otherwise a torch device such as "cuda:1" or "cpu"."""
     dtype: torch.dtype | str = "auto"
-    """Of the network: "auto" is bfloat16 on CUDA and float32 elsewhere. Scores are computed in float32 from
-    its embeddings."""
+    """Dtype of the network: "auto" is bfloat16 on CUDA and float32 elsewhere. Scores are computed in
+    float32 from its embeddings."""
     batch_size: int = 32
     """Images per forward of the network, >= 1."""
     offload: bool = False

@@ -21,9 +21,9 @@ class ImagePreprocessing:
     size: int
     """Side of the square that the model takes, in pixels."""
     mean: tuple[float, ...]
-    """Per channel, of images in [0, 1]."""
+    """Mean per channel of images in [0, 1]."""
     std: tuple[float, ...]
-    """Per channel, of images in [0, 1]."""
+    """Deviation per channel of images in [0, 1]."""
     fit: str = "crop"
     """"crop": the shortest edge becomes `size`, the centre is cut out, as CLIP does; "pad": the longest edge
     becomes `size`, black is added on both sides, as HPSv2 does; "stretch": both edges become `size`, as

@@ -67,7 +67,7 @@ class RemoteReward:
     urls: Sequence[str]
     """One or more servers that give the same scores, "http(s)://host:port/path"."""
     name: str = "remote"
-    """Under which the scores are reported."""
+    """Name under which the scores are reported."""
     wire: WireFormat = field(default_factory=JSONFormat)
     """JSONFormat() or FlowGRPOFormat()."""
     batch_size: int = 64

@@ -24,7 +24,7 @@ class WireFormat(Protocol):
 
     @property
     def content_type(self) -> str:
-        """Of the request."""
+        """Content type of the request."""
 
     def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
         """The body of the POST request."""
@@ -100,7 +100,7 @@ class FlowGRPOFormat:
     only_strict: bool = True
     """GenEval only: leave the looser count out, which saves the server time."""
     quality: int = 75
-    """Of the JPEG files; 75 is what flow_grpo sends."""
+    """Quality of the JPEG files, 1 to 95; flow_grpo sends 75."""
 
     @property
     def content_type(self) -> str:

@@ -12,7 +12,7 @@ class CudaGraph(torch.cuda.CUDAGraph):
     """A captured graph that knows its memory."""
 
     num_bytes = 0
-    """That it added to its pool."""
+    """Bytes that the capture added to its pool."""
 
 
 class CudaCapture:

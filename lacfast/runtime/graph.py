@@ -33,7 +33,7 @@ class StaticStep:
     """A pure step with the tensors it is made of. The object itself is the key of its graphs."""
 
     name: str
-    """For messages: what runs, and for which shapes."""
+    """What runs, and for which shapes; read in messages."""
     run: Callable[[], None]
     """One step, eagerly."""
     written: Callable[[], Sequence[Tensor]]
@@ -47,7 +47,7 @@ class StaticStep:
 
 @dataclass
 class GraphStatistics:
-    """What a runner did since it was made."""
+    """Counts of a runner's work since it was made."""
 
     captures: int = 0
     """Graphs captured."""
@@ -71,12 +71,12 @@ class _Graph(Protocol):
 
 @dataclass
 class _Program:
-    """What a runner knows of a step."""
+    """A step's state within a runner: its warm-up, its graphs, its fall-back."""
 
     warmup_left: int
     is_eager: bool = False
     graphs: dict[int, _Graph] = field(default_factory=dict)
-    """By the number of steps in it."""
+    """Number of steps in a graph -> the graph."""
     addresses: dict[str, int] = field(default_factory=dict)
 
 

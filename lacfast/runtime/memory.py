@@ -18,7 +18,7 @@ Probe = Callable[[int], None]
 HOST_LIMIT = 256
 """Pairs at a time on a CPU; beyond it only memory grows, see the race of `python -m bench.iteration`."""
 HOST_SHARE, DEVICE_SHARE = 0.5, 0.8
-"""Of the free memory. The rest is for what the probe cannot see: fragments, other processes."""
+"""Shares of the free memory to fill. The rest is for what no probe sees: fragments, other processes."""
 PROBES = (2, 4)
 """Pairs of the two probes; a single pair may run through other kernels."""
 

@@ -26,7 +26,7 @@ JITTER = 1
 BACKGROUND = 0.8
 INK = 0.1
 NUM_WORDS = 100
-"""Of every length."""
+"""Number of words of every length."""
 WORD_SEED = 7
 UNKNOWN = "?"
 """A cell that shows ink but no letter."""
@@ -158,7 +158,7 @@ def read(images: FloatArray) -> list[str]:
 
 
 def read_gold(images: FloatArray) -> list[str]:
-    """As `read`, by the nearest of all pictures of a cell in brightness, the empty one among them."""
+    """Words like `read`, by the nearest of all pictures of a cell, the empty one among them."""
     names, masks = _alignments(scale_of(images))
     pictures = BACKGROUND + np.concatenate([np.zeros_like(masks[:1]), masks]) * (INK - BACKGROUND)
     cells = _cells(images)
@@ -189,7 +189,7 @@ def glyphs_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, A
 
 
 def glyphs_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """As `glyphs_strict`, by the second reader: never trained on."""
+    """Accuracy like `glyphs_strict`, by the second reader, which is never trained on."""
     words = [entry["word"] for entry in metadata]
     seen = read_gold(_pixels(images))
     return _scores([float(text == word) for text, word in zip(seen, words, strict=True)])

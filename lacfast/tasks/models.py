@@ -28,9 +28,9 @@ class ModelSize:
     num_layers: int = 3
     """Blocks of the DiT."""
     num_heads: int = 4
-    """Of the DiT's attention; its width is HEAD_DIM times that."""
+    """Attention heads of the DiT; its width is HEAD_DIM times that."""
     channels: tuple[int, int] = (32, 64)
-    """Of the UNet's two levels."""
+    """Channels of the UNet's two levels."""
 
     @property
     def latent_size(self) -> int:
@@ -39,7 +39,7 @@ class ModelSize:
 
 TINY = ModelSize()
 SMALL = ModelSize(image_size=64, num_layers=6, num_heads=8, channels=(64, 128))
-"""For a GPU: 7.8 M parameters of the DiT on 64 image tokens, 4.0 M of the UNet on 16x16 and 8x8 maps."""
+"""Sizes for a GPU: a DiT of 7.8 M parameters on 64 tokens, a UNet of 4.0 M on 16x16 and 8x8 maps."""
 
 
 def tiny_dit(size: ModelSize = TINY) -> SD3Transformer2DModel:

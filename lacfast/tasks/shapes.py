@@ -66,7 +66,7 @@ def shapes_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, A
 
 
 def shapes_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    """As `shapes_strict`, by the second checker: never trained on, it tells obedience from an exploit."""
+    """Strict accuracy by the second checker, never trained on: it tells obedience from an exploit."""
     return torch.from_numpy(gold.check(_pixels(images), metadata)[0])
 
 

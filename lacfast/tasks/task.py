@@ -55,7 +55,7 @@ class Task:
     held_out_per_kind: int
     """Prompts of every kind on which post-training is judged."""
     pretraining_share: float = 1.0
-    """Of the recipe's optimizer steps: an easy task needs fewer to leave something to mend."""
+    """Share of the recipe's optimizer steps to take: an easy task needs fewer to leave something to mend."""
 
     def split(self) -> tuple[list[Prompt], list[Prompt]]:
         """The fixed split: prompts to train on, and those held out of post-training."""
