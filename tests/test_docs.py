@@ -39,6 +39,16 @@ CONFIGS = {name: value for name, value in vars(lacfast.config).items() if is_dat
 """Settings that pages name without their module."""
 
 
+FOREIGN = {
+    "true_cfg_scale", "force_zeros_for_empty_prompt", "pytorch_lora_weights", "channels_last", "dram__bytes",
+    "nvtx_gpu_proj_sum", "group_rewards", "group_strict_rewards",
+    "flow_grpo", "sd3_sde_with_logprob", "stat_tracking", "ode_step_with_logprob", "ddpo_pytorch",
+    "diffusers_patch", "ddim_with_logprob", "mean_ref", "std_dev_t", "train_adam_", "num_image_per_prompt",
+    "num_batches_per_epoch", "gradient_accumulation_steps", "adv_clip_max", "reward_fn", "prompt_fn",
+}  # fmt: skip
+"""What pages say of diffusers, Nsight, reward servers and the peers' scripts."""
+
+
 def links(text: str, folder: Path) -> Iterator[str]:
     """Relative links that lead nowhere."""
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -71,6 +81,14 @@ def names(text: str, folder: Path) -> Iterator[str]:
     for owner, field in re.findall(r"\b([A-Z]\w+)\.([a-z]\w*)", " ".join(_tokens(text))):
         if owner in CONFIGS and not _has(CONFIGS[owner], field):
             yield f"field {owner}.{field}"
+
+
+def words(text: str, folder: Path) -> Iterator[str]:
+    """Names with an underscore in inline code that our sources never say."""
+    for code_text in re.findall(r"`([^`\n]+)`", text):
+        for word in re.findall(r"\b[a-z]\w*_\w+\b", code_text):
+            if word not in _said() | FOREIGN:
+                yield f"word {word}"
 
 
 def constants(text: str, folder: Path) -> Iterator[str]:
@@ -110,13 +128,26 @@ def commands(text: str, folder: Path) -> Iterator[str]:
             yield f"option {option}"
 
 
-CHECKS = (links, paths, names, constants, code, commands)
+CHECKS = (links, paths, names, words, constants, code, commands)
 
 
 def _tokens(text: str) -> Iterator[str]:
     """Words of inline and fenced code."""
     for fenced, inline in re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL):
         yield from re.split(r"[\s,;:=()\"']+", fenced or inline)
+
+
+@functools.cache
+def _said() -> frozenset[str]:
+    """Words of our sources, and names of tracked files."""
+    sources = [
+        path
+        for folder in ("lacfast", "kernels", "bench", "csrc", "tests", "examples")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".pyi", ".cpp", ".cu", ".h", ".inc"} and path != Path(__file__).resolve()
+    ]
+    text = " ".join(path.read_text(encoding="utf-8") for path in sources if "tests" not in path.parts)
+    return frozenset(re.findall(r"\w+", text)) | {path.stem for path in sources}
 
 
 def _has(owner: Any, name: str) -> bool:
@@ -248,6 +279,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         ("`lacfast.config.PPOConfig.nothing`", "name lacfast.config.PPOConfig.nothing"),
         ("`bench.nowhere` writes it", "name bench.nowhere"),
         ("`NOTHING` in `lacfast/schedule.py`", "NOTHING in lacfast/schedule.py"),
+        ("`no_such_option` does it", "word no_such_option"),
         ("`PPOConfig.nothing`", "field PPOConfig.nothing"),
         ("`PPOConfig(nothing=1)`", "argument nothing of PPOConfig"),
         ("```python\nlacfast.TrainConfig(nothing=1)\n```", "argument nothing of lacfast.TrainConfig"),
