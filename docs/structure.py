@@ -22,8 +22,8 @@ BESIDES = {
 }
 """Folders beside lacfast/, which have no first line that says as much."""
 TAIL = """
-If you know PPO, read in this order: `lacfast/reference/`, `lacfast/records.py`, `lacfast/schedule.py`,
-`lacfast/trainer.py`, `lacfast/backbones/sd3.py`; then one op through the stack:
+If you know PPO, read in this order: `lacfast/reference/iteration.py` and what it calls, `lacfast/records.py`,
+`lacfast/schedule.py`, `lacfast/trainer.py`, `lacfast/backbones/sd3.py`; then one op through the stack:
 `lacfast/ops/gaussian_step.py`, `csrc/cpu/gaussian_step.inc`, `kernels/gaussian_step.py`.
 """
 
