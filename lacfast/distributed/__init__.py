@@ -1,1 +1,1 @@
-"""The only place that knows of ranks."""
+"""Sums and moments over the ranks of torch.distributed: the only room that knows of ranks."""

@@ -1,1 +1,1 @@
-"""What moves the weights: pairs, minibatches, the updates of policy and critic, value pretraining."""
+"""What moves the weights: updates of policy and critic, optimizers, the KL's anchor, value pretraining."""

@@ -1,1 +1,1 @@
-"""Rewards by name: what images are judged by, from a file's size to a learned preference; one file each."""
+"""Rewards: the registry that finds them by name, the queue that scores aside, and a file for each reward."""

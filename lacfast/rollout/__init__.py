@@ -1,1 +1,1 @@
-"""Trajectories: the denoising step on static buffers, the loop around it, and their scores."""
+"""Trajectories: the denoising step on static buffers, the loop around it, decoding and scoring."""
