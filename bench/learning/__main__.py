@@ -5,9 +5,10 @@
     python -m bench.learning --page                        docs/results.md from what has been run
     python -m bench.learning --scale gpu --device cuda     64x64 pictures, larger models, twice the seeds
 
-Runs are kept one by one under bench/results/learning (--out), so a command that is stopped goes on where it
-was; one that --minutes stops goes on in the middle of a run. A second process may run beside the first: each
-takes runs that no other has begun. The scale "gpu" has a folder and a page of its own.
+Runs are kept under bench/results/learning (--out), a file per claim and backbone, so a command that is
+stopped goes on where it was; one that --minutes stops goes on in the middle of a run. A second process may
+run beside the first: each takes runs that no other has begun. The scale "gpu" has a folder and a page of its
+own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.learning import page, runs, units
+from bench.learning import page, runs, tables, units
 from bench.learning.analysis import area, images
 from bench.learning.arms import at_rate
 from bench.learning.claims import CLAIMS, Claim
@@ -35,25 +36,25 @@ TUNING_SHARE = 0.5
 """Of the budget in images that a tuning run gets."""
 
 
-def file_name(arm: str, rest: str) -> str:
-    return f"{arm.lower().replace(' ', '-')}-{rest}.json"
-
-
 def _tuned(arm: Arm, rate: float) -> Arm:
     return replace(arm, config=at_rate(arm.config, rate))
 
 
-def chosen(claim: Claim, directory: Path, name: str, arm: Arm) -> float | None:
+def _tuning_key(arm: str, rate: float) -> str:
+    return f"tuning/{tables.key_start(arm)}{rate:g}"
+
+
+def chosen(claim: Claim, study: Path, name: str, arm: Arm) -> float | None:
     """The rate of the grid with the largest area under the headline's curve; None: not tuned yet."""
     rates = claim.rates(arm)
     if len(rates) == 1:
         return rates[0]
-    areas = {}
+    areas, found = {}, units.load(study)
     for rate in rates:
-        path = directory / "tuning" / file_name(name, f"{rate:g}")
-        if not path.exists():
+        unit = found.get(_tuning_key(name, rate))
+        if unit is None:
             return None
-        points = runs.read(path)
+        points = runs.curve(unit)
         areas[rate] = area(points, images, claim.metrics[0], images(points[-1]))
     return max(areas, key=lambda rate: areas[rate])
 
@@ -62,29 +63,28 @@ def chosen(claim: Claim, directory: Path, name: str, arm: Arm) -> float | None:
 class Job:
     """One run that is wanted."""
 
-    path: Path
-    """Of its curve."""
+    key: str
+    """Of its curve in the study."""
     arm: Arm
     budget: Budget
     seed: int
     tuning: bool
 
 
-def jobs(claim: Claim, directory: Path, backbone: BackboneName) -> Iterator[Job]:
+def jobs(claim: Claim, study: Path, backbone: BackboneName) -> Iterator[Job]:
     """Every run of a claim: first those that tune, then seed by seed those whose arm is tuned."""
     arms, budget = claim.arms(backbone), claim.budgets[backbone]
     if len(claim.grid) > 1:
         short = replace(budget, images=round(TUNING_SHARE * budget.images), seconds=0.0)
         for name, arm in arms.items():
             for rate in claim.rates(arm):
-                path = directory / "tuning" / file_name(name, f"{rate:g}")
-                yield Job(path, _tuned(arm, rate), short, TUNING_SEED, True)
+                yield Job(_tuning_key(name, rate), _tuned(arm, rate), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
-            rate = chosen(claim, directory, name, arm)
+            rate = chosen(claim, study, name, arm)
             if rate is not None:
-                path = directory / file_name(name, f"seed{seed}")
-                yield Job(path, _tuned(arm, rate), budget, seed, False)
+                key = f"{tables.key_start(name)}seed{seed}"
+                yield Job(key, _tuned(arm, rate), budget, seed, False)
 
 
 def perform(
@@ -106,13 +106,13 @@ def perform(
         results: folder of the curves.
         scale: of the claim.
     """
-    claim = scale.claim(CLAIMS[name])
-    for job in jobs(claim, results / name / backbone, backbone):
+    claim, study = scale.claim(CLAIMS[name]), results / name / backbone
+    for job in jobs(claim, study, backbone):
         if time.monotonic() > deadline:
             return
-        if job.path.exists() or not units.begin(job.path):
-            continue
-        try:
+        with units.begun(study, job.key) as is_ours:
+            if not is_ours or job.key in units.load(study):
+                continue
             points = runs.run(
                 scale.problem(PROBLEMS[claim.problem]),
                 backbone,
@@ -122,25 +122,22 @@ def perform(
                 seed=job.seed,
                 tuning=job.tuning,
                 deadline=deadline,
-                unfinished=materials.folder / "unfinished" / job.path.relative_to(results).with_suffix(""),
+                unfinished=materials.folder / "unfinished" / name / backbone / job.key,
             )
-            rate = job.arm.config.ppo.policy_learning_rate
             if points is None:
                 return
-            runs.write(
-                job.path,
+            unit = runs.described(
                 points,
                 claim=name,
                 backbone=backbone,
                 seed=job.seed,
-                policy_learning_rate=rate,
+                policy_learning_rate=job.arm.config.ppo.policy_learning_rate,
                 rewards=job.arm.rewards or PROBLEMS[claim.problem].rewards,
                 settings=units.changed(job.arm.config),
             )
-        finally:
-            units.mark(job.path).unlink()
+            units.write(study, job.key, unit)
         first, last = (point.scores[claim.metrics[0]] for point in (points[0], points[-1]))
-        print(f"{job.path.relative_to(results)}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
+        print(f"{name}/{backbone}/{job.key}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -170,7 +170,7 @@ CLAIMS = {
         "iterations of it, on a branch; the prompt's tokens and a wider head, for what they explain "
         "of the base model's rewards on prompts that train. On the UNet: a head alone on the actor's "
         "features, as good on tuning prompts as a branch, which takes twice the time. Curves behind "
-        "the choices on tuning prompts are in bench/results/learning/baselines/BACKBONE/tuning.",
+        "the choices on tuning prompts are in bench/results/learning/baselines/BACKBONE.json.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",

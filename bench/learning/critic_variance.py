@@ -2,7 +2,7 @@
 
 One cell is one critic on one seed: value pretraining with the actor frozen on prompts that train, the best
 state chosen on tuning prompts, then the explained variance on held-out ones; for "iterations" PPO comes after
-it. A cell is a file, so a run that stopped goes on.
+it. A cell is a unit of the study, so a run that stopped goes on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REPORT_IDS = 1 << 44
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is sampled; a folder holds cells of one scale."""
+    """How much is sampled; a study holds cells of one scale."""
 
     batch_size: int
     """Trajectories per rollout."""
@@ -75,7 +75,7 @@ class Cell:
     critic: CriticConfig
     iterations: int
     key: str
-    """What differs from the preset, the start of its file's name."""
+    """What differs from the preset, the start of its unit's key."""
 
 
 def cells(measures: Sequence[str], preset: CriticConfig, scale: Scale) -> Iterator[Cell]:
@@ -97,45 +97,45 @@ def run(
     measures: Sequence[str],
     seeds: Sequence[int],
     scale: Scale,
-    directory: Path,
+    study: Path,
     *,
     deadline: float = math.inf,
 ) -> None:
-    """Measure what the folder does not hold yet, seed by seed; begin nothing after the deadline.
+    """Measure what the study does not hold yet, seed by seed; begin nothing after the deadline.
 
     Raises:
-        ValueError: when the folder holds cells of another preset or scale.
+        ValueError: when the study holds cells of another preset or scale.
     """
     preset = branch_preset(backbone)
     digest = units.digest(units.changed(preset))
     settings = {"backbone": backbone, "preset": digest, "scale": asdict(scale), "torch": torch.__version__}
-    units.require_settings(directory, settings)
+    units.require_settings(study, settings)
     for seed in seeds:
-        path = directory / f"bounds-seed{seed}.json"
-        if not path.exists() and time.monotonic() > deadline:
+        key = f"bounds-seed{seed}"
+        if key not in units.load(study) and time.monotonic() > deadline:
             return
 
         def measure_bounds(seed: int = seed) -> dict[str, Any]:
             return _bounds(_trainer(materials, backbone, preset, scale, preset.critic, seed, 1), scale)
 
-        bounds = units.done(path, measure_bounds)
+        bounds = units.done(study, key, measure_bounds)
         # Another process is measuring the bounds: it has this seed's cells too.
         if bounds is None:
             continue
         for cell in cells(measures, preset.critic, scale):
-            path = directory / f"{cell.key}-seed{seed}.json"
-            if not path.exists() and time.monotonic() > deadline:
+            key = f"{cell.key}-seed{seed}"
+            is_new = key not in units.load(study)
+            if is_new and time.monotonic() > deadline:
                 return
 
             def work(cell: Cell = cell, seed: int = seed, bounds: dict[str, Any] = bounds) -> dict[str, Any]:
                 trainer = _trainer(materials, backbone, preset, scale, cell.critic, seed, cell.iterations)
                 return {"seed": seed} | _measure(trainer, cell, value_bounds(bounds), scale)
 
-            fresh = not path.exists()
-            row = units.done(path, work)
-            if row is not None and fresh:
+            row = units.done(study, key, work)
+            if row is not None and is_new:
                 score, seconds = row["overall_score"], row["seconds_value_pretraining"]
-                print(f"{path.name}: score {score:.3f}, value pretraining {seconds:.0f} s", flush=True)
+                print(f"{key}: score {score:.3f}, value pretraining {seconds:.0f} s", flush=True)
 
 
 def branch_preset(backbone: BackboneName) -> TrainConfig:
@@ -145,7 +145,7 @@ def branch_preset(backbone: BackboneName) -> TrainConfig:
 
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:
-    """Floor and ceiling that a file holds."""
+    """Floor and ceiling that a unit holds."""
     return ValueBounds(torch.tensor(unit["floor"]), torch.tensor(unit["ceiling"]), (), unit["images"])
 
 

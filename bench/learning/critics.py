@@ -5,7 +5,7 @@ python -m bench.learning.critics trunks --seeds 0 --minutes 10  every trunk, beg
 
 Measures: every trunk, 0 to 40 iterations of value pretraining, heads with and without timestep or prompt, and
 when asked for every loss. All train on the same rollouts of the same frozen actor: noise and prompts are
-functions of the seed. Each cell is a file under bench/results/learning/critics, so the next call goes on;
+functions of the seed. Each cell is kept in bench/results/learning/critics, so the next call goes on;
 docs/results.md has the tables. --smoke takes a minute, and wants an --out of its own.
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
     parser.add_argument("--train-iterations", type=int, default=15, help="of PPO after value pretraining")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after these")
-    parser.add_argument("--out", type=Path, help="folder of the cells; default: critics/BACKBONE")
+    parser.add_argument("--out", type=Path, help="file of the cells without .json; default: critics/BACKBONE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     critic_variance.run(

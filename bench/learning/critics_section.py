@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +36,44 @@ Rows = list[tuple[Cell, list[Row]]]
 
 def sections(results: Path, pictures: Path) -> list[str]:
     """One section per folder that has the bounds and a whole measure of a seed."""
-    found = (_section(directory, pictures) for directory in sorted((results / "critics").glob("*/")))
+    found = (_section(study, pictures) for study in units.studies(results / "critics"))
     return [section for section in found if section]
 
 
-def _section(directory: Path, pictures: Path) -> str:
-    if not (directory / "settings.json").exists():
+def _section(study: Path, pictures: Path) -> str:
+    units_found = units.load(study)
+    if units.SETTINGS not in units_found:
         return ""
-    settings = units.read(directory / "settings.json")
+    settings = units_found[units.SETTINGS]
     preset, scale = branch_preset(settings["backbone"]), Scale(**settings["scale"])
     tables: list[str] = []
     for measure in MEASURES:
         made = list(cells([measure], preset.critic, scale))
-        seeds = _seeds(directory, made)
+        seeds = _seeds(units_found, made)
         if not seeds:
             continue
-        rows: Rows = [(cell, [_read(directory, cell.key, seed) for seed in seeds]) for cell in made]
+        rows: Rows = [(cell, [units_found[f"{cell.key}-seed{seed}"] for seed in seeds]) for cell in made]
 
         lines = ["", f"**{QUESTIONS[measure]}** Seeds: {len(seeds)}.", ""]
         if measure == "trunks":
-            picture = pictures / f"critics-{directory.name}.png"
-            bounds = [_read(directory, "bounds", seed) for seed in seeds]
+            picture = pictures / f"critics-{study.name}.png"
+            bounds = [units_found[f"bounds-seed{seed}"] for seed in seeds]
             _draw(rows, bounds, picture)
             lines += [f"![explained variance]({pictures.name}/{picture.name})", "", *_by_step(rows, bounds)]
         else:
             lines += list(_summary(rows))
         tables += lines
-    return "\n".join([f"## critics, {directory.name}", "", HEAD, *tables]) if tables else ""
+    return "\n".join([f"## critics, {study.name}", "", HEAD, *tables]) if tables else ""
 
 
-def _seeds(directory: Path, made: Sequence[Cell]) -> list[int]:
+def _seeds(found: Collection[str], made: Sequence[Cell]) -> list[int]:
     """Seeds that have the bounds and every cell."""
     keys = ["bounds", *(cell.key for cell in made)]
     having = [
-        {int(path.stem.rsplit("seed", 1)[1]) for path in directory.glob(f"{key}-seed*.json")} for key in keys
+        {int(unit.removeprefix(f"{key}-seed")) for unit in found if unit.startswith(f"{key}-seed")}
+        for key in keys
     ]
     return sorted(set.intersection(*having))
-
-
-def _read(directory: Path, key: str, seed: int) -> Row:
-    return units.read(directory / f"{key}-seed{seed}.json")
 
 
 def _mean(rows: Sequence[Row], name: str) -> np.ndarray:

@@ -22,7 +22,7 @@ HEAD = """# What learning shows
 
 To see which method learns more, per image and per second, and where this one loses.
 
-Written by `python -m bench.learning`, `bench.learning.steering` and `.critics`; every run is a file.
+Written by `python -m bench.learning`, `bench.learning.steering` and `.critics`; every study is a file.
 Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
@@ -94,12 +94,13 @@ def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"
     for study in ("steering", "critics"):
-        if not any((results / study).rglob("*-seed*.json")):
+        if not any(map(_count, units.studies(results / study))):
             yield f"- {study}: nothing"
 
 
-def _count(directory: Path) -> int:
-    return len(list(directory.glob("*-seed*.json")))
+def _count(study: Path) -> int:
+    """Runs that are reported, those that tune aside."""
+    return sum("-seed" in key for key in units.load(study))
 
 
 def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
@@ -132,11 +133,12 @@ def _not_run(arms: Iterable[str], curves: Curves) -> str:
     return f" Not run yet: {', '.join(missing)}." if missing else ""
 
 
-def _tuning(directory: Path, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
+def _tuning(study: Path, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
     grids = {claim.rates(arm) for arm in claim.arms(backbone).values()}
     rates = " or ".join(", ".join(f"{rate:g}" for rate in grid) for grid in sorted(grids))
     if len(claim.grid) == 1:
         return f"Policy learning rate fixed at {rates}."
-    chosen = {arm: units.read(tables.paths(directory, arm)[0])["policy_learning_rate"] for arm in curves}
+    found = units.load(study)
+    chosen = {arm: tables.units_of(found, arm)[0]["policy_learning_rate"] for arm in curves}
     found = ", ".join(f"{rate:g} ({arm})" for arm, rate in chosen.items())
     return f"Policy learning rate tuned over {rates}; chosen: {found}."

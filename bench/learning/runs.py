@@ -7,6 +7,7 @@ analysis.along. A run that is stopped in the middle leaves its state and goes on
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-from bench.learning import units
 from bench.learning.problems import Materials, Problem, Prompts, gauges
 from lacfast.checkpoint import whole_directory
 from lacfast.config import TrainConfig
@@ -166,13 +166,15 @@ def _keep(trainer: LatentActorCriticTrainer, points: list[Point], seconds: float
     """The state of a run between two iterations."""
     with whole_directory(target) as made:
         trainer.save(made / "trainer")
-        write(made / "curve.json", points, seconds=seconds)
+        kept = described(points, seconds=seconds)
+        (made / "curve.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def _restored(trainer: LatentActorCriticTrainer, source: Path) -> tuple[list[Point], float]:
     """Load what `_keep` kept; returns the curve so far and its seconds."""
     trainer.load(source / "trainer")
-    return read(source / "curve.json"), float(units.read(source / "curve.json")["seconds"])
+    kept = json.loads((source / "curve.json").read_text(encoding="utf-8"))
+    return curve(kept), float(kept["seconds"])
 
 
 def _explained(evaluation: Evaluation) -> dict[str, float]:
@@ -188,11 +190,11 @@ def _forwards(trainer: LatentActorCriticTrainer) -> int:
     return round(halves * (trainer.images * table.num_steps + updates))
 
 
-def write(path: Path, points: list[Point], **description: Any) -> None:
-    """Keep a curve; a file that exists is a run that need not be repeated."""
-    units.write(path, {**description, "points": [asdict(point) for point in points]})
+def described(points: Sequence[Point], **description: Any) -> dict[str, Any]:
+    """A curve as a unit of a study."""
+    return {**description, "points": [asdict(point) for point in points]}
 
 
-def read(path: Path) -> list[Point]:
-    """The curve of a finished run."""
-    return [Point(**point) for point in units.read(path)["points"]]
+def curve(unit: dict[str, Any]) -> list[Point]:
+    """The curve of a unit."""
+    return [Point(**point) for point in unit["points"]]

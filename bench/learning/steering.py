@@ -8,7 +8,7 @@ Every seed has a critic of its own, pretrained on the base model and trained wit
 iterations, on prompts that neither choose nor report. Every method gets the same forwards per image (a
 backward counts two) and the settings that had the highest reward on tuning prompts, with a critic whose
 seed is not reported. Then all methods meet the same held-out prompts and noise. With saved models instead,
-a run of `lacfast train` has trained on the tuning prompts too. Each unit is a file under
+a run of `lacfast train` has trained on the tuning prompts too. Each unit is kept in
 bench/results/learning/steering; docs/results.md has the table.
 """
 
@@ -52,7 +52,7 @@ CHOOSERS = ("value", "reward")
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is compared; a folder holds the units of one study."""
+    """What is compared at one budget."""
 
     backbone: BackboneName
     sampler: SamplerConfig
@@ -121,7 +121,7 @@ def measure(
 
 
 def tuned(
-    directory: Path,
+    folder: Path,
     study: Study,
     models: Models,
     name: str,
@@ -142,10 +142,10 @@ def tuned(
                 models(TUNING_SEED), study, config, prompts
             )
 
-        path = directory / "tuning" / f"{name}-{units.digest(units.changed(candidate))}.json"
-        if not path.exists() and time.monotonic() > deadline:
+        key = f"tuning/{name}-{units.digest(units.changed(candidate))}"
+        if key not in units.load(folder) and time.monotonic() > deadline:
             return None
-        unit = units.done(path, work)
+        unit = units.done(folder, key, work)
         if unit is None:
             return None
         means.append(float(np.mean(unit["scores"][REWARD])))
@@ -153,19 +153,19 @@ def tuned(
 
 
 def perform(
-    directory: Path, study: Study, models: Models, seeds: int, choosers: list[str], deadline: float
+    folder: Path, study: Study, models: Models, seeds: int, choosers: list[str], deadline: float
 ) -> None:
     """Tune every method, then measure them seed by seed; begin nothing after the deadline.
 
     Raises:
-        ValueError: when the folder holds another study, or a unit with settings that are not chosen now.
+        ValueError: when the file holds another study, or a unit with settings that are not chosen now.
     """
-    units.require_settings(directory, study.settings())
+    units.require_settings(folder, study.settings())
     table = models(TUNING_SEED).transition_table(study.sampler)
     chosen: dict[tuple[str, str], SteeringConfig] = {}
     for chooser in choosers:
         for method, candidates in arms(table, study.sampler, study.budget, chooser).items():
-            best = tuned(directory, study, models, _file_name(chooser, method), candidates, deadline)
+            best = tuned(folder, study, models, _key(chooser, method), candidates, deadline)
             if best is not None:
                 chosen[chooser, method] = best
     prompts = PromptSet.create(Prompts.of(scenes.TASK).held_out).cycle(study.images)
@@ -183,19 +183,19 @@ def perform(
                 }
                 return described | measure(models(seed), study, replace(best, seed=seed), prompts)
 
-            path = directory / f"{_file_name(chooser, method)}-seed{seed}.json"
-            if not path.exists() and time.monotonic() > deadline:
+            key = f"{_key(chooser, method)}-seed{seed}"
+            if key not in units.load(folder) and time.monotonic() > deadline:
                 return
-            unit = units.done(path, work)
+            unit = units.done(folder, key, work)
             if unit is not None and unit["steering"] != units.changed(best):
                 raise ValueError(
-                    f"{path} was steered with {unit['steering']}, tuning now chooses {units.changed(best)}; "
-                    "choose another --out"
+                    f"{key} of {folder} was steered with {unit['steering']}, "
+                    f"tuning now chooses {units.changed(best)}; choose another --out"
                 )
             if unit is not None:
                 strict = np.mean(unit["scores"][GOLD[0]])
                 print(
-                    f"{path.name}: NFE {unit['evaluations_per_image']:.1f}, {GOLD[0]} {strict:.3f}",
+                    f"{key}: NFE {unit['evaluations_per_image']:.1f}, {GOLD[0]} {strict:.3f}",
                     flush=True,
                 )
 
@@ -206,7 +206,7 @@ def spread(candidates: list[SteeringConfig], count: int) -> list[SteeringConfig]
     return [candidates[row] for row in rows]
 
 
-def _file_name(chooser: str, method: str) -> str:
+def _key(chooser: str, method: str) -> str:
     return f"{chooser}-{method.replace(', ', '-').replace(' ', '-')}"
 
 
@@ -253,7 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "runs", nargs="*", help="saved policies with critics, one per seed; none: they are made"
     )
-    parser.add_argument("--out", type=Path, help="folder of the study; default: steering/BACKBONE[-TRUNK]")
+    parser.add_argument(
+        "--out", type=Path, help="file of the study without .json; default: steering/BACKBONE[-TRUNK]"
+    )
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
     parser.add_argument(
         "--materials", type=Path, default=Path("runs/learning"), help="base models and critics"

@@ -16,8 +16,8 @@ from bench.learning import units
 from bench.learning.analysis import Difference, paired
 from bench.learning.figures import save
 from bench.learning.steering_arms import BASELINE
+from bench.learning.units import Unit
 
-Unit = dict[str, Any]
 Methods = dict[str, dict[int, Unit]]
 """Method -> seed -> what was measured."""
 HEAD = """Does the critic steer better than best of n at the same {budget:g} NFE per image? {source}
@@ -30,15 +30,14 @@ CHOSEN_BY = {"value": "V", "reward": "the true reward, which costs reward calls"
 
 def sections(results: Path, pictures: Path) -> list[str]:
     """One section per study that has a seed of every method."""
-    found = (_section(directory, pictures) for directory in sorted((results / "steering").glob("*/")))
+    found = (_section(study, pictures) for study in units.studies(results / "steering"))
     return [section for section in found if section]
 
 
-def load(directory: Path) -> dict[str, Methods]:
+def by_method(found: dict[str, Unit]) -> dict[str, Methods]:
     """Chooser -> method -> seed -> unit; only seeds that every method of the chooser has."""
     choosers: dict[str, Methods] = {}
-    for path in sorted(directory.glob("*-seed*.json")):
-        unit = units.read(path)
+    for unit in (unit for key, unit in found.items() if "-seed" in key):
         choosers.setdefault(unit["chooser"], {}).setdefault(unit["method"], {})[unit["seed"]] = unit
     whole = {}
     for chooser, methods in choosers.items():
@@ -49,16 +48,17 @@ def load(directory: Path) -> dict[str, Methods]:
     return whole
 
 
-def _section(directory: Path, pictures: Path) -> str:
-    choosers = load(directory)
+def _section(study: Path, pictures: Path) -> str:
+    found = units.load(study)
+    choosers = by_method(found)
     if not choosers:
         return ""
-    settings = units.read(directory / "settings.json")
+    settings = found[units.SETTINGS]
     gold = list(settings["gold"])
-    picture = pictures / f"steering-{directory.name}.png"
+    picture = pictures / f"steering-{study.name}.png"
     _draw(choosers, gold, picture)
     text = HEAD.format(source=_source(settings["training"]), **settings)
-    lines = [f"## steering, {directory.name}", "", text, "", f"![scores]({pictures.name}/{picture.name})"]
+    lines = [f"## steering, {study.name}", "", text, "", f"![scores]({pictures.name}/{picture.name})"]
     for chooser, methods in choosers.items():
         lines += ["", *_table(chooser, methods, settings["reward"], gold)]
     return "\n".join(lines)

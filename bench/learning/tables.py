@@ -17,26 +17,28 @@ Measure = tuple[Callable[[Sequence[Point], Cost, str, float], float], str]
 """What is compared: a function of a curve, and the metric that it reads."""
 
 
-def _load(directory: Path, arms: Sequence[str]) -> dict[str, dict[int, list[Point]]]:
-    """Arm -> seed -> curve, of the arms that have one."""
-    curves: dict[str, dict[int, list[Point]]] = {}
-    for name in arms:
-        for path in paths(directory, name):
-            curves.setdefault(name, {})[units.read(path)["seed"]] = runs.read(path)
-    return curves
+def key_start(arm: str) -> str:
+    """What the keys of an arm's runs begin with."""
+    return f"{arm.lower().replace(' ', '-')}-"
 
 
-def paths(directory: Path, arm: str) -> list[Path]:
-    return sorted(directory.glob(f"{arm.lower().replace(' ', '-')}-seed*.json"))
+def units_of(found: Mapping[str, units.Unit], arm: str) -> list[units.Unit]:
+    """The arm's runs of a study, those that tune aside."""
+    return [unit for key, unit in found.items() if key.startswith(f"{key_start(arm)}seed")]
 
 
-def paired_curves(directory: Path, claim: Claim, backbone: BackboneName) -> Curves:
+def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
     Empty without such a seed, without the claim's first arm, and without another one.
     """
     arms = list(claim.arms(backbone))
-    by_seed = _load(directory, arms)
+    found = units.load(study)
+    by_seed = {
+        arm: {unit["seed"]: runs.curve(unit) for unit in made}
+        for arm in arms
+        if (made := units_of(found, arm))
+    }
     if len(by_seed) < 2 or arms[0] not in by_seed:
         return {}
     seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))

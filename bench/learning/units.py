@@ -1,54 +1,99 @@
-"""Units of work as JSON files: what is there is not done again, what a process has begun is left to it."""
+"""Units of work, one JSON file per study: what is there is not done again, what is begun is left alone.
+
+The study "critics/dit" is the file critics/dit.json, one line per unit. A process writes a unit into a file
+of its own below the folder critics/dit and then merges the folder into the study: one that dies in between
+loses nothing, since readers look at both.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+Unit = dict[str, Any]
+SETTINGS = "settings"
+"""The key under which a study says what its units were worked out with."""
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Keep a result, whole or not at all, in one line: scores per image would make a thousand."""
+
+def studies(folder: Path) -> list[Path]:
+    """The studies of a folder, without suffix, in the order of their names."""
+    return sorted({path.with_suffix("") for path in folder.glob("*.json")} | {*folder.glob("*/")})
+
+
+def load(study: Path) -> dict[str, Unit]:
+    """Key -> unit of all that is finished, in the order of the keys; empty before the first one."""
+    # Cells first: one that is merged meanwhile is in the file that is read next.
+    cells = {path: _text(path) for path in study.rglob("*.json")}
+    found: dict[str, Unit] = json.loads(_text(_file(study)) or "{}")
+    found |= {_key(study, path): json.loads(text) for path, text in cells.items() if text is not None}
+    return dict(sorted(found.items()))
+
+
+def write(study: Path, key: str, unit: Unit) -> None:
+    """Keep a unit, whole or not at all."""
+    dump(_cell(study, key), json.dumps(unit) + "\n")
+    merge(study)
+
+
+def merge(study: Path) -> None:
+    """Put every unit that has a file of its own into the study's file."""
+    with _locked(study.parent):
+        cells = list(study.rglob("*.json"))
+        lines = (f"{json.dumps(key)}: {json.dumps(unit)}" for key, unit in load(study).items())
+        dump(_file(study), "{\n" + ",\n".join(lines) + "\n}\n")
+        for path in cells:
+            path.unlink()
+
+
+def dump(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `write` kept."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def done(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """The unit's result, worked out if it is not there; None while another process works on it."""
-    if path.exists():
-        return read(path)
-    if not begin(path):
-        return None
-    try:
+def done(study: Path, key: str, work: Callable[[], Unit]) -> Unit | None:
+    """The unit, worked out if it is not there; None while another process works on it."""
+    found = load(study).get(key)
+    if found is not None:
+        return found
+    with begun(study, key) as is_ours:
+        if not is_ours:
+            return None
         # Another process may have finished it between the look and the mark.
-        if not path.exists():
-            write(path, work())
+        if key not in load(study):
+            write(study, key, work())
+    return load(study)[key]
+
+
+@contextmanager
+def begun(study: Path, key: str) -> Iterator[bool]:
+    """Mark a unit as begun for as long as the block runs; yields False where another process has."""
+    is_ours = begin(study, key)
+    try:
+        yield is_ours
     finally:
-        mark(path).unlink()
-    return read(path)
+        if is_ours:
+            mark(study, key).unlink()
 
 
-def mark(path: Path) -> Path:
+def mark(study: Path, key: str) -> Path:
     """The file that says that a process has begun the unit."""
-    return path.with_suffix(".begun")
+    return _cell(study, key).with_suffix(".begun")
 
 
-def begin(path: Path) -> bool:
+def begin(study: Path, key: str) -> bool:
     """Whether this process is the first to begin the unit; the mark of one that has died is taken over."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begun = mark(path)
+    begun = mark(study, key)
+    begun.parent.mkdir(parents=True, exist_ok=True)
     if begun.exists() and not _lives(*begun.read_text(encoding="utf-8").partition(" ")[::2]):
         begun.unlink()
     try:
@@ -57,6 +102,37 @@ def begin(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _file(study: Path) -> Path:
+    return study.with_name(f"{study.name}.json")
+
+
+def _cell(study: Path, key: str) -> Path:
+    return study / f"{key}.json"
+
+
+def _key(study: Path, cell: Path) -> str:
+    return cell.relative_to(study).as_posix().removesuffix(".json")
+
+
+def _text(path: Path) -> str | None:
+    """What a file holds; None without one."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: two processes that merge at once would lose each other's units."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _lives(process: str, birth: str) -> bool:
@@ -95,17 +171,16 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def require_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Say in the directory what its units were worked out with, or that they were with these.
+def require_settings(study: Path, settings: dict[str, Any]) -> None:
+    """Say in the study what its units were worked out with, or that they were with these.
 
     Raises:
         ValueError: when it holds units of other settings.
     """
-    path, wanted = directory / "settings.json", json.loads(json.dumps(settings))
-    if not path.exists():
-        write(path, wanted)
+    wanted, found = json.loads(json.dumps(settings)), load(study).get(SETTINGS)
+    if found is None:
+        write(study, SETTINGS, wanted)
         return
-    found = read(path)
     different = sorted(name for name in found.keys() | wanted if found.get(name) != wanted.get(name))
     if different:
-        raise ValueError(f"{directory} is of other settings ({', '.join(different)}); choose another --out")
+        raise ValueError(f"{study} is of other settings ({', '.join(different)}); choose another --out")

@@ -58,18 +58,18 @@ def test_a_run_goes_on_where_it_stopped_and_begins_nothing_after_its_deadline(
 
 
 def test_cells_of_another_scale_are_not_taken_over(measured: list[str], tmp_path: Path) -> None:
-    critic_variance.run(NOWHERE, "dit", ["time"], [0], SMOKE, tmp_path)
+    critic_variance.run(NOWHERE, "dit", ["time"], [0], SMOKE, tmp_path / "dit")
     with pytest.raises(ValueError, match=r"is of other settings \(scale\); choose another --out"):
-        critic_variance.run(NOWHERE, "dit", ["time"], [0], replace(SMOKE, batch_size=9), tmp_path)
+        critic_variance.run(NOWHERE, "dit", ["time"], [0], replace(SMOKE, batch_size=9), tmp_path / "dit")
 
 
 def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     measured: list[str], tmp_path: Path
 ) -> None:
-    directory = tmp_path / "critics" / "dit"
-    critic_variance.run(NOWHERE, "dit", ["trunks", "iterations", "time"], [0, 1, 2], SMOKE, directory)
+    study = tmp_path / "critics" / "dit"
+    critic_variance.run(NOWHERE, "dit", ["trunks", "iterations", "time"], [0, 1, 2], SMOKE, study)
     # A fourth seed that stopped early is left out.
-    units.write(directory / "bounds-seed3.json", BOUNDS)
+    units.write(study, "bounds-seed3", BOUNDS)
     (section,) = critics_section.sections(tmp_path, tmp_path / "docs" / "results")
     assert "| floor | 0.20 | 0.20 | 0 |" in section
     assert "| ceiling | 0.50 | 1.00 | 1 |" in section
@@ -110,14 +110,14 @@ def test_a_critic_is_chosen_on_tuning_prompts_and_reported_on_held_out_ones(
 
     monkeypatch.setattr(critic_variance.LatentActorCriticTrainer, "collect", recorded)
     monkeypatch.setattr(critic_variance, "ITERATIONS", (0, 1))
-    directory = tmp_path / "critics"
-    critic_variance.run(Materials(tmp_path), "dit", ["iterations"], [0], SMOKE, directory)
+    study = tmp_path / "critics"
+    critic_variance.run(Materials(tmp_path), "dit", ["iterations"], [0], SMOKE, study)
     prompts = Prompts.of(scenes.TASK)
     held_out, tuning = ({prompt.text for prompt in part} for part in (prompts.held_out, prompts.tuning))
     assert seen.pop(critic_variance.REPORT_IDS) == held_out
     assert seen.pop(FirstSampleId.SELECTION) == tuning
     assert all(not texts & (held_out | tuning) for texts in seen.values())
-    none, some = (units.read(directory / f"iterations-{count}-seed0.json") for count in (0, 1))
+    none, some = (units.load(study)[f"iterations-{count}-seed0"] for count in (0, 1))
     assert none["images"] == 0
     assert some["images"] == SMOKE.held_out_samples + SMOKE.batch_size
     assert none["images_in_all"] == SMOKE.batch_size * SMOKE.train_iterations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 
 from bench.learning import __main__ as command
-from bench.learning import page, runs, units
+from bench.learning import page, runs, tables, units
 from bench.learning.analysis import area, common_budget, final, images, paired, seconds
 from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
@@ -133,14 +131,14 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     claim, results = small_claim(), tmp_path / "learning"
     monkeypatch.setitem(command.CLAIMS, "baselines", claim)
     command.perform("baselines", "dit", materials, deadline=float("inf"), results=results)
-    found = sorted(path.name for path in (results / "baselines" / "dit").rglob("*.json"))
-    assert found == [
-        "grpo-0.00015.json", "grpo-0.0003.json", "grpo-seed0.json", "grpo-seed1.json",
-        "latent-critic-0.00015.json", "latent-critic-0.0003.json", "latent-critic-seed0.json",
-        "latent-critic-seed1.json",
-    ]  # fmt: skip
-    critic = runs.read(results / "baselines" / "dit" / "latent-critic-seed0.json")
-    grpo = runs.read(results / "baselines" / "dit" / "grpo-seed0.json")
+    found = units.load(results / "baselines" / "dit")
+    assert list(found) == [
+        *("grpo-seed0", "grpo-seed1", "latent-critic-seed0", "latent-critic-seed1"),
+        *("tuning/grpo-0.00015", "tuning/grpo-0.0003"),
+        *("tuning/latent-critic-0.00015", "tuning/latent-critic-0.0003"),
+    ]
+    assert [path.name for path in (results / "baselines").rglob("*.*")] == ["dit.json"], "one file per study"
+    critic, grpo = (runs.curve(found[f"{arm}-seed0"]) for arm in ("latent-critic", "grpo"))
     assert critic[0].scores["shapes_strict"] == grpo[0].scores["shapes_strict"], "one base, common noise"
     assert critic[1].images == 32, "value pretraining's images count: one rollout and the held-out one"
     assert {"diversity", "off_palette", "feature_distance"} <= critic[0].scores.keys()
@@ -155,7 +153,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     text = (tmp_path / "docs" / "results.md").read_text()
     assert "| GRPO |" in text
     assert "Against GRPO and DDPO the latent critic ends ahead in 0" in text, "two seeds decide nothing"
-    kept = units.read(results / "baselines" / "dit" / "grpo-seed0.json")
+    kept = found["grpo-seed0"]
     assert kept["settings"]["advantages"] == {"estimator": "grpo"}, "a curve says what its arm was told"
     assert kept["rewards"] == {"shapes": 1.0}
     rate = kept["policy_learning_rate"]
@@ -182,34 +180,18 @@ def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
 
 
 def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
-    directory = tmp_path / "learning" / "hacking" / "dit"
+    study = tmp_path / "learning" / "hacking" / "dit"
     arms = list(CLAIMS["hacking"].arms("dit"))
     point = Point(0, 0, 0.0, dict.fromkeys(CLAIMS["hacking"].metrics, 0.5))
     points = [point, replace(point, images=6_000, seconds=60.0)]
     docs = tmp_path / "docs" / "results.md"
     for arm in arms[:2]:
         for seed in (0, 1):
-            path = directory / command.file_name(arm, f"seed{seed}")
-            runs.write(path, points, seed=seed, policy_learning_rate=3e-4)
+            unit = runs.described(points, seed=seed, policy_learning_rate=3e-4)
+            units.write(study, f"{tables.key_start(arm)}seed{seed}", unit)
         page.write(tmp_path / "learning", docs)
         assert ("## hacking, dit" in docs.read_text()) == (arm == arms[1]), "one arm compares with nothing"
     assert f"Not run yet: {', '.join(arms[2:])}." in docs.read_text()
-
-
-def test_a_run_begun_by_a_living_process_is_left_to_it(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    assert units.begin(path)
-    assert not units.begin(path)
-    units.mark(path).write_text("999999999")
-    assert units.begin(path), "its process is gone"
-    units.mark(path).write_text(f"{os.getpid()} another-start-of-the-machine/77")
-    assert units.begin(path), "its number belongs to another process now"
-
-
-def test_a_curve_survives_its_file(tmp_path: Path) -> None:
-    runs.write(tmp_path / "a" / "run.json", line(1e-4), seed=3)
-    assert runs.read(tmp_path / "a" / "run.json") == line(1e-4)
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["seed"] == 3
 
 
 def test_a_run_that_its_deadline_stops_goes_on_where_it_was(

@@ -98,14 +98,13 @@ def test_settings_are_chosen_on_other_prompts_than_those_reported_and_the_run_is
     assert all(set(texts) <= tuning for texts in tuned)
     assert len(reported) == 2 * len(METHODS)
     assert all(set(texts) <= held_out for texts in reported)
-    files = sorted(path.name for path in out.glob("*-seed*.json"))
-    assert files == [
-        f"value-{method}-seed{seed}.json"
+    found = {key: unit for key, unit in units.load(out).items() if "-seed" in key}
+    assert list(found) == [
+        f"value-{method}-seed{seed}"
         for method in ("best-of-n", "guidance", "one-image", "pruning")
         for seed in (0, 1)
     ]
-    for path in out.glob("*-seed*.json"):
-        unit = units.read(path)
+    for unit in found.values():
         cost = unit["forwards_per_image"] + BACKWARD_COST * unit["backwards_per_image"]
         assert unit["evaluations_per_image"] == pytest.approx(cost)
         assert (unit["backwards_per_image"] > 0) == (unit["method"] == "guidance")
@@ -137,17 +136,18 @@ def unit(method: str, seed: int, strict: float) -> dict[str, Any]:
 
 
 def test_the_page_compares_with_best_of_n_over_paired_seeds_and_shows_losses(tmp_path: Path) -> None:
-    directory = tmp_path / "steering" / "dit"
+    study = tmp_path / "steering" / "dit"
     settings = {"reward": "shapes", "gold": ["shapes_strict", "shapes_gold"], "budget": 40.0, "images": 1}
     units.require_settings(
-        directory, settings | {"tuning_images": 1, "training": {"iterations": 0, "trunk": "branch"}}
+        study, settings | {"tuning_images": 1, "training": {"iterations": 0, "trunk": "branch"}}
     )
     for seed, best in enumerate((0.5, 0.6, 0.7)):
         for method, gain in ((BASELINE, 0.0), ("pruning", 0.1), ("guidance", -0.2)):
-            path = directory / f"value-{method.replace(' ', '-')}-seed{seed}.json"
-            units.write(path, unit(method, seed, best + gain))
+            units.write(
+                study, f"value-{method.replace(' ', '-')}-seed{seed}", unit(method, seed, best + gain)
+            )
     # A seed that one method lacks is not compared.
-    units.write(directory / "value-pruning-seed3.json", unit("pruning", 3, 0.0))
+    units.write(study, "value-pruning-seed3", unit("pruning", 3, 0.0))
     (section,) = steering_section.sections(tmp_path, tmp_path / "docs" / "results")
     assert "+0.100 [+0.100, +0.100] ahead" in section
     assert "-0.200 [-0.200, -0.200] behind" in section
@@ -163,6 +163,6 @@ def test_saved_models_are_steered_and_one_without_a_critic_is_refused(
     out = tmp_path / "study"
     one = command(materials, out, "--seeds", "1", "--candidates", "1")
     steering.main([str(tmp_path / "model"), *one])
-    assert len(list(out.glob("*-seed0.json"))) == len(METHODS)
+    assert sum("-seed0" in key for key in units.load(out)) == len(METHODS)
     with pytest.raises(ValueError, match="has a model without a critic"):
         steering.main([str(materials.folder / "shapes-dit"), *command(materials, tmp_path / "other")])
