@@ -20,7 +20,7 @@ from lacfast.config import CriticConfig
 from lacfast.critic.trunk import Trunk
 from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout
 from lacfast.reference import iteration as page
-from lacfast.rewards.registry import Reward
+from lacfast.rewards.reward import Reward
 
 SEED, BATCH_SIZE = 3, 8
 PASSES: dict[str, Any] = {"num_inner_epochs": 2, "num_minibatches": 2, "max_grad_norm": 0.05}
