@@ -1,4 +1,4 @@
-"""7. Iteration: latent actor-critic training on one page, as one would write it first.
+"""Iteration: latent actor-critic training on one page, as one would write it first.
 
     collect   x_{k+1} = a_k x_k + b_k v(x_k, t_k, y) + std_k eps_k,   k = 0 .. T - 1;   R = reward(x_T)
     credit    A_k = R - V(x_k, t_k, y),   standardised over all trajectories and steps
@@ -63,14 +63,15 @@ def train_iteration(
         noise: seed and B sample ids; every eps is a function of them.
         latent_shape: (C, H, W), or (L, D) for packed latents.
         weights: (M,) of the rewards in the advantage.
-        policy_optimizer, critic_optimizer, max_grad_norm: of the weights; bound of their gradients' norm.
+        policy_optimizer: Adam's eps near 1e-15, far below the gradients of a log-ratio per element.
+        critic_optimizer, max_grad_norm: the critic's; bound of the gradient's norm in every optimizer step.
         iteration: with the seed, decides the order of the minibatches.
         num_inner_epochs, num_minibatches: passes over the trajectories, optimizer steps of each.
         gae_lambda: of the policy's advantages; 1 gives A = R - V.
         clip_range: c, in nats per element.
-        anchor, kl_weight: the frozen policy that the KL is measured from; None: no KL.
+        anchor, kl_weight: the frozen policy from which the KL is measured, and its weight. None: no KL.
     """
-    # Collect. The policy that samples is the old one of every ratio.
+    # Collect. The policy that samples is the old policy of every ratio.
     latents, model_outputs = rollout(policy, table, conditioning, noise, latent_shape)
     rewards = reward(latents[-1])
 
