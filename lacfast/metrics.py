@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lacfast import reference
 from lacfast.records import Advantages, Evaluation, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
-from lacfast.runtime.graph import GraphStatistics
+from lacfast.runtime.graph import GraphRunner
 
 
 class MetricsLog:
@@ -62,10 +61,13 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"cannot log a {type(value).__name__}")
 
 
-def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: RewardNormalizer) -> dict[str, Any]:
+def rollout_metrics(
+    rollout: Rollout, advantages: Advantages, normalizer: RewardNormalizer, variance: Tensor | None
+) -> dict[str, Any]:
     """Rewards per head; values and explained variance per denoising step (T,), advantages too where trained.
 
     Row k is step k whichever steps an iteration trains: those of a window that moves, NaN elsewhere.
+    `variance` (T, M) is the rollout's explained variance, None without a critic.
     """
     steps, num_steps = advantages.steps, rollout.table.num_steps
     metrics: dict[str, Any] = {
@@ -77,13 +79,12 @@ def rollout_metrics(rollout: Rollout, advantages: Advantages, normalizer: Reward
     heads = advantages.raw.shape[-1]
     if heads > 1:
         metrics["advantage_correlation"] = torch.corrcoef(advantages.raw.flatten(0, 1).T)
-    if rollout.values.shape[-1] == 0:
+    if variance is None:
         return metrics
     values = rollout.values
     returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
     metrics["value_mean"] = values.mean(dim=(1, 2))
     metrics["value_std"] = values.std(dim=1).mean(dim=-1)
-    variance = reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
     metrics["explained_variance"] = variance.mean(dim=-1)
     metrics["value_slope"] = _slope(returns, values).mean(dim=-1)
     raw_errors = (returns - values)[steps] * normalizer.std.to(values)
@@ -136,13 +137,15 @@ def diversity(images: Tensor, prompts: Sequence[str]) -> float:
     return float(torch.cat(distances).mean()) if distances else math.nan
 
 
-def graph_metrics(statistics: GraphStatistics) -> dict[str, Any]:
-    """Totals of a run: a number that goes on rising means that something captures again and again."""
-    return {
-        "graph_captures": statistics.captures,
-        "graph_fallbacks": statistics.fallbacks,
-        "graph_bytes": statistics.graph_bytes,
+def graph_metrics(runner: GraphRunner) -> dict[str, Any]:
+    """Totals of a run, {} without graphs: one that goes on rising means that something captures again."""
+    found = runner.statistics
+    totals = {
+        "graph_captures": found.captures,
+        "graph_fallbacks": found.fallbacks,
+        "graph_bytes": found.graph_bytes,
     }
+    return totals if runner.captures else {}
 
 
 def compiled_graphs() -> int:

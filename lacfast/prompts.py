@@ -57,6 +57,11 @@ class PromptSet:
     def take(self, rows: Sequence[int]) -> PromptSet:
         return PromptSet([self.texts[row] for row in rows], [self.metadata[row] for row in rows])
 
+    def split(self, size: int) -> Iterator[PromptSet]:
+        """Parts of `size` prompts in their order, the last one smaller."""
+        for start in range(0, len(self), size):
+            yield self.take(range(start, min(start + size, len(self))))
+
     def draw(self, count: int, *, seed: int, iteration: int, repeats: int = 1) -> PromptSet:
         """`count` prompts of an iteration, each `repeats` times in a row; every pass is a new permutation."""
         first = iteration * count

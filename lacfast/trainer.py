@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.learner import Learner
-from lacfast.learning.value_bounds import ValueBounds
-from lacfast.learning.value_confidence import ValueConfidence, configured_bounds
-from lacfast.learning.value_pretraining import PretrainResult, pretrain_values
+from lacfast.learning.value_bounds import ValueBounds, value_bounds
+from lacfast.learning.value_confidence import ValueConfidence
+from lacfast.learning.value_pretraining import PretrainResult, pretrain_values, selection_prompts
 from lacfast.metrics import (
     MetricsLog,
     Tracker,
@@ -35,12 +33,12 @@ from lacfast.metrics import (
     rollout_metrics,
 )
 from lacfast.prompts import PromptSet, PromptSource
-from lacfast.records import Advantages, Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
+from lacfast.records import Advantages, Evaluation, FirstSampleId, Rollout, TransitionTable
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import collect, evaluate
+from lacfast.rollout.scored import collect, evaluate, sampled
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.profiling import span
@@ -83,7 +81,8 @@ class LatentActorCriticTrainer:
         self.config = config or TrainConfig()
         self.backbone = backbone
         self.rewards = RewardSet.create(rewards)
-        self.evaluation_rewards = None if evaluation_rewards is None else RewardSet.create(evaluation_rewards)
+        gold = [] if evaluation_rewards is None else [RewardSet.create(evaluation_rewards)]
+        self.scorers = [self.rewards, *gold]
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
@@ -126,37 +125,35 @@ class LatentActorCriticTrainer:
     @property
     def score_names(self) -> list[str]:
         """What an evaluation scores: the rewards, then those that are only reported."""
-        return self.rewards.names + ([] if self.evaluation_rewards is None else self.evaluation_rewards.names)
+        return [name for scorer in self.scorers for name in scorer.names]
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
         return self.learner.averaged()
 
-    def rollout(
+    def rollout(self, prompts: PromptSet, first_id: int) -> Rollout:
+        """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
+        return Rollout.concatenate(list(self._sampled(prompts, first_id)))
+
+    def _sampled(
         self,
         prompts: PromptSet,
         first_id: int,
-        *,
         keep_features: bool = True,
         table: TransitionTable | None = None,
-    ) -> Rollout:
-        """Trajectories for `prompts`, without rewards; sample ids count from `first_id`.
-
-        `table` None: all of config.sampler.window is stochastic.
-        """
-        ids = range(first_id, first_id + len(prompts))
-        rollout = self.rollout_sampler.sample(
-            self.table if table is None else table,
-            prompts.texts,
-            prompts.metadata,
-            NoiseKey.create(self.config.seed, ids, self.device),
+    ) -> Iterator[Rollout]:
+        return sampled(
+            self.rollout_sampler,
+            table or self.table,
+            prompts,
+            seed=self.config.seed,
+            first_id=first_id,
             guidance_scale=self.config.sampler.guidance_scale,
             keep_features=keep_features,
-            batch_size=self.config.rollout_batch_size,
+            part_size=self.config.rollout_batch_size,
+            # A quantised policy's outputs are not those of the learner's weights, of no version.
+            policy_version=self.learner.version if self.behaviour is self.backbone else None,
         )
-        # A quantised policy's outputs are not those of the learner's weights, of no version.
-        version = self.learner.version if self.behaviour is self.backbone else None
-        return replace(rollout, policy_version=version)
 
     def collect(
         self,
@@ -168,19 +165,15 @@ class LatentActorCriticTrainer:
     ) -> Rollout | None:
         """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
+        Without `keep_features` no critic can learn from it. `table` None: all of config.sampler.window is
+        stochastic.
+
         Raises:
             RewardError: under "raise"; the rollout stays in `last_rollout`.
         """
         self.behaviour.requantize()
-        self.last_rollout, error = collect(
-            partial(self.rollout, keep_features=keep_features, table=table),
-            self.backbone.decode,
-            self.rewards,
-            prompts,
-            first_id,
-            part_size=self.config.rollout_batch_size,
-            decode_aside=self.device.type == "cuda",
-        )
+        parts = self._sampled(prompts, first_id, keep_features, table)
+        self.last_rollout, error = collect(parts, self.backbone, self.rewards)
         self.images += len(prompts)
         if error is None:
             return self.last_rollout
@@ -189,7 +182,8 @@ class LatentActorCriticTrainer:
         warnings.warn(f"rollout of {len(prompts)} images skipped: {error}", stacklevel=2)
         return None
 
-    def _training_rollout(self, iteration: int, namespace: int) -> Rollout | None:
+    def _training_rollout(self, iteration: int, namespace: int = 0) -> Rollout | None:
+        """The rollout of an iteration, of training or of another kind with sample ids of its own."""
         config = self.config
         prompts = self.prompts.draw(
             config.batch_size // config.samples_per_prompt,
@@ -197,26 +191,26 @@ class LatentActorCriticTrainer:
             iteration=iteration,
             repeats=config.samples_per_prompt,
         )
-        keep_features = config.critic.keep_features or namespace != 0
-        first_id = namespace + iteration * config.batch_size
-        table = self.tables.pretraining(iteration) if namespace else self.tables.at(iteration)
-        return self.collect(prompts, first_id, keep_features=keep_features, table=table)
+        return self.collect(
+            prompts,
+            namespace + iteration * config.batch_size,
+            keep_features=config.critic.keep_features or namespace != 0,
+            table=self.tables.pretraining(iteration) if namespace else self.tables.at(iteration),
+        )
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
         if self.critic is None or self.learner.critic_optimizer is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
 
-        def report(iteration: int, variance: Tensor) -> None:
-            known = self.confidence.metrics(variance)
-            self.log.write(
-                "value_pretraining", iteration=iteration, explained_variance=variance.mean(dim=-1), **known
-            )
-            if on_iteration is not None:
-                on_iteration(iteration, variance)
-
-        settings = self.config.pretrain
-        held_out = self._selection_rollout() if settings.held_out_samples else None
+        settings, namespace = self.config.pretrain, FirstSampleId.VALUE_PRETRAINING
+        held_out = None
+        if settings.held_out_samples:
+            held_out = self.collect(selection_prompts(self.held_out, settings), FirstSampleId.SELECTION)
+            if held_out is None:
+                raise ValueError(
+                    "the rewards failed on the held-out rollout, which measures value pretraining"
+                )
         self.confidence = ValueConfidence()
         if held_out is not None and settings.completions:
             self.confidence.bounds = self.measure_bounds(held_out)
@@ -225,36 +219,33 @@ class LatentActorCriticTrainer:
             self.learner.critic_optimizer,
             self.normalizer,
             held_out,
-            lambda iteration: self._training_rollout(iteration, FirstSampleId.VALUE_PRETRAINING),
+            (self._training_rollout(number, namespace) for number in range(settings.iterations)),
             settings,
             self.config.ppo,
             seed=self.config.seed,
-            bounds=self.confidence.bounds,
-            on_iteration=report,
+            confidence=self.confidence,
+            log=self.log,
+            on_iteration=on_iteration,
         )
         self.learner.reset_critic_optimizer()
         self.confidence.update(result.explained_variance)
         return result
-
-    def _selection_rollout(self) -> Rollout:
-        """Held-out states that measure value pretraining."""
-        settings = self.config.pretrain
-        # The floor needs every prompt twice.
-        distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
-        prompts = self.held_out.take(range(min(distinct, len(self.held_out))))
-        held_out = self.collect(prompts.cycle(settings.held_out_samples), FirstSampleId.SELECTION)
-        if held_out is None:
-            raise ValueError("the rewards failed on the held-out rollout, which measures value pretraining")
-        return held_out
 
     def measure_bounds(self, rollout: Rollout) -> ValueBounds:
         """Floor and ceiling of the explained variance of today's policy, by config.pretrain.
 
         `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
         """
-        bounds = configured_bounds(
-            *(self.behaviour, rollout, self.rewards, self.normalizer, self.config),
+        bounds = value_bounds(
+            self.behaviour,
+            rollout,
+            self.rewards,
+            self.normalizer,
+            completions=self.config.pretrain.completions,
+            states=self.config.pretrain.bound_states,
             first_id=FirstSampleId.COMPLETIONS,
+            guidance_scale=self.config.sampler.guidance_scale,
+            batch_size=self.config.eval_batch_size,
         )
         self.images += bounds.images
         return bounds
@@ -264,9 +255,8 @@ class LatentActorCriticTrainer:
         ppo = self.config.ppo
         if math.isinf(ppo.lambda_gate):
             return self.estimator(rollout)
-        self.confidence.update(rollout_variance(rollout, self.normalizer))
-        lambdas = self.confidence.gated_lambda(ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
-        return self.estimator(rollout, lambdas)
+        gated = self.confidence.gated_lambda(ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
+        return self.estimator(rollout, gated)
 
     def update(self, rollout: Rollout) -> dict[str, Any]:
         """Learn from a rollout with rewards; returns the metrics of the iteration.
@@ -274,11 +264,14 @@ class LatentActorCriticTrainer:
         Raises:
             FloatingPointError: for a gradient that is not finite, before the optimizer step.
         """
+        variance = None if self.critic is None else rollout_variance(rollout, self.normalizer)
+        if variance is not None and not math.isinf(self.config.ppo.lambda_gate):
+            self.confidence.update(variance)
         with span("advantages"):
             advantages = self.advantages(rollout)
-        metrics = rollout_metrics(rollout, advantages, self.normalizer) | self.estimator.metrics()
-        if self.critic is not None:
-            metrics |= self.confidence.metrics(rollout_variance(rollout, self.normalizer))
+        metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
+        if variance is not None:
+            metrics |= self.confidence.metrics(variance)
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
     def train_iteration(
@@ -290,9 +283,8 @@ class LatentActorCriticTrainer:
         """
         planned = max(self.config.iterations, 1)
         self.learner.progress = min(self.iteration / planned, 1.0) if progress is None else progress
-        start = time.perf_counter()
-        graphs = compiled_graphs() if self.config.compile else 0
-        rollout = self._training_rollout(self.iteration, 0)
+        start, graphs = time.perf_counter(), compiled_graphs()
+        rollout = self._training_rollout(self.iteration)
         sampled = time.perf_counter()
         metrics: dict[str, Any] = {"skipped": True}
         if rollout is not None:
@@ -311,9 +303,8 @@ class LatentActorCriticTrainer:
             "images": self.images,
             "seconds_rollout": sampled - start,
             "seconds_update": time.perf_counter() - sampled,
+            **graph_metrics(self.graphs),
         }
-        if self.graphs.captures:
-            metrics |= graph_metrics(self.graphs.statistics)
         self.log.write("train", **metrics)
         return metrics
 
@@ -350,19 +341,20 @@ class LatentActorCriticTrainer:
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
         config = self.config
-        sampler = config.eval_sampler or config.sampler
-        scorers = [self.rewards] + ([] if self.evaluation_rewards is None else [self.evaluation_rewards])
+        settings = config.eval_sampler or config.sampler
+        prompts = self.held_out.cycle(config.eval_samples if samples is None else samples)
         with self.averaged():
-            evaluation = evaluate(
+            parts = sampled(
                 self.sampler,
-                self.table if config.eval_sampler is None else self.backbone.transition_table(sampler),
-                self.held_out.cycle(config.eval_samples if samples is None else samples),
-                scorers,
-                self.normalizer,
+                self.table if config.eval_sampler is None else self.backbone.transition_table(settings),
+                prompts,
                 seed=config.seed,
-                guidance_scale=sampler.guidance_scale,
-                batch_size=config.eval_batch_size,
+                first_id=FirstSampleId.EVALUATION,
+                guidance_scale=settings.guidance_scale,
+                keep_features=False,
+                part_size=min(config.eval_batch_size, len(prompts)),
             )
+            evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer)
         self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
         return evaluation
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lacfast.critic.values import rollout_variance
 from lacfast.metrics import diversity, evaluation_metrics, rollout_metrics
 from lacfast.records import Advantages, Evaluation
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -24,7 +25,8 @@ def metrics_of(scale: float) -> dict[str, object]:
     steps = torch.arange(3)
     raw = torch.zeros(3, 4, 1)
     advantages = Advantages(steps, raw[..., 0], values[0], raw)
-    return rollout_metrics(made_rollout(values, {"score": REWARDS}), advantages, normalizer)
+    rollout = made_rollout(values, {"score": REWARDS})
+    return rollout_metrics(rollout, advantages, normalizer, rollout_variance(rollout, normalizer))
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])

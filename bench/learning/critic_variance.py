@@ -146,7 +146,7 @@ def branch_preset(backbone: BackboneName) -> TrainConfig:
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:
     """Floor and ceiling that a unit holds."""
-    return ValueBounds(torch.tensor(unit["floor"]), torch.tensor(unit["ceiling"]), (), unit["images"])
+    return ValueBounds(torch.tensor(unit["floor"]), torch.tensor(unit["ceiling"]), unit["images"])
 
 
 def _trainer(

@@ -40,13 +40,8 @@ class ValuePretrainingConfig:
     floor nor ceiling is measured."""
     bound_states: int = 64
     """States per measured step."""
-    bound_steps: tuple[int, ...] | None = None
-    """Steps whose ceiling is measured, linear between them. None: all up to the last stochastic one."""
 
     def __post_init__(self) -> None:
-        if self.bound_steps is not None:
-            # A tuple also when it comes from a JSON file.
-            object.__setattr__(self, "bound_steps", tuple(self.bound_steps))
         require(
             self.completions == 0 or self.completions >= 2,
             f"completions={self.completions} must be at least 2 to be compared (0: no bounds)",

@@ -13,7 +13,7 @@ would count a share 1/n of the noise within them as explained.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from lacfast.backbone import Backbone
 from lacfast.records import NoiseKey, Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.scored import decoded_and_scored
 from lacfast.rollout.step import denoise_step
 
 SMALLEST_SPAN = 0.02
 """Below this distance of ceiling and floor there is no score: their errors are as large."""
-
-Score = Callable[[Tensor, list[str], list[dict[str, Any]]], Tensor]
-"""(images (B, 3, H, W), prompts, metadata) -> raw rewards (B, M)."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ class ValueBounds:
     floor: Tensor
     """(M,) what the prompt alone explains."""
     ceiling: Tensor
-    """(T, M) what the state explains; 1 behind the last stochastic step, linear between measured steps."""
-    steps: tuple[int, ...]
-    """Where the ceiling was measured."""
+    """(T, M) what the state explains; 1 behind the last stochastic step."""
     images: int
     """Generated and scored for it."""
 
@@ -127,86 +126,82 @@ class ValueBounds:
 def value_bounds(
     backbone: Backbone,
     rollout: Rollout,
-    rewards: Tensor,
-    score: Score,
+    rewards: RewardSet,
+    normalizer: RewardNormalizer,
     *,
     completions: int,
     states: int,
     first_id: int,
-    steps: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     batch_size: int = 256,
 ) -> ValueBounds:
-    """Floor and ceiling of the explained variance, the ceiling by branched completions.
+    """Floor and ceiling of the explained variance of what each head predicts, by branched completions.
 
     `states` trajectories of the rollout are taken back to a step and completed `completions` times with fresh
     noise; what differs between completions of one state is what the state does not tell.
 
     Args:
         backbone: the policy that made the rollout, unchanged since.
-        rollout: on held-out prompts, some of them twice or more.
-        rewards: (B, M) raw, of the rollout.
-        score: raw rewards of images.
+        rollout: with rewards, on held-out prompts, some of them twice or more.
+        rewards: those of the rollout.
+        normalizer: says what a head predicts of them.
         completions: n per state, at least 2; bias-free at any n, so rather more states than completions.
         states: of each step, taken evenly from the rollout.
         first_id: of the completions' noise, unused elsewhere with the rollout's seed.
-        steps: where to measure. None: every step up to the last stochastic one.
         guidance_scale: of the rollout.
         batch_size: completions sampled at a time.
 
     Raises:
-        ValueError: for fewer than two completions or states, a step outside the schedule, or prompts that all
-            differ.
+        ValueError: for fewer than two completions or states, or prompts that all differ.
+        RewardError: when a reward fails on a completion.
     """
     if completions < 2 or states < 2:
         raise ValueError(
             f"completions={completions} and states={states} must be at least 2: the ceiling compares the "
             "completions of one state with those of others"
         )
-    table = rollout.table
-    last = max(table.trainable_steps, default=-1)
-    measured = sorted(set(range(last + 1) if steps is None else steps))
-    if measured and not 0 <= measured[0] <= measured[-1] < table.num_steps:
-        raise ValueError(f"steps={measured} must lie within the {table.num_steps} steps of the sampler")
-    # A deterministic completion needs no measuring.
-    measured = [step for step in measured if step <= last]
-    floor = prompt_floor(rewards, rollout.prompts)
+    floor = prompt_floor(normalizer.head_rewards(stack_rewards(rollout)), rollout.prompts).cpu()
     rows = torch.linspace(0, rollout.batch_size - 1, min(states, rollout.batch_size)).round().long()
-    branches = torch.unique(rows).repeat_interleave(completions).to(rollout.latents.device)
-    ceilings = []
-    for number, step in enumerate(measured):
-        ids = torch.arange(len(branches)) + first_id + number * len(branches)
-        outcomes = _outcomes(
-            backbone, rollout, score, step, branches, ids, guidance_scale=guidance_scale, size=batch_size
-        )
-        ceilings.append(variance_components(outcomes, branches.to(outcomes.device)).share)
-    return ValueBounds(
-        floor.cpu(),
-        _interpolated(measured, ceilings, last, table.num_steps, floor.cpu()),
-        tuple(measured),
-        len(measured) * len(branches),
-    )
+    branches = torch.unique(rows).repeat_interleave(completions)
+    # A deterministic completion needs no measuring.
+    measured = range(max(rollout.table.trainable_steps, default=-1) + 1)
+    ceiling = floor.new_ones(rollout.num_steps, len(floor))
+    for step in measured:
+        ids = torch.arange(len(branches)) + first_id + step * len(branches)
+        completed = _completed(backbone, rollout, step, branches, ids, guidance_scale, batch_size)
+        pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
+        scores = [torch.stack(list(part.result().values()), dim=1) for part in pending]
+        ceiling[step] = variance_components(normalizer.head_rewards(torch.cat(scores)), branches).share
+    return ValueBounds(floor, ceiling, len(measured) * len(branches))
 
 
-def _outcomes(
+@dataclass(frozen=True)
+class _Completions:
+    """What `decoded_and_scored` takes."""
+
+    clean_latents: Tensor
+    prompts: list[str]
+    metadata: list[dict[str, Any]]
+
+
+def _completed(
     backbone: Backbone,
     rollout: Rollout,
-    score: Score,
     step: int,
     rows: Tensor,
     ids: Tensor,
-    *,
     guidance_scale: float,
     size: int,
-) -> Tensor:
-    """Rewards (P, M) of completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on."""
-    outcomes = []
+) -> Iterator[_Completions]:
+    """Completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on, `size` at a time."""
+    device = rollout.latents.device
     for part, part_ids in zip(torch.split(rows, size), torch.split(ids, size), strict=True):
-        latents = complete(backbone, rollout, step, part, part_ids, guidance_scale=guidance_scale)
         numbers = part.tolist()
-        prompts = [rollout.prompts[row] for row in numbers]
-        outcomes.append(score(backbone.decode(latents), prompts, [rollout.metadata[row] for row in numbers]))
-    return torch.cat(outcomes)
+        yield _Completions(
+            complete(backbone, rollout, step, part.to(device), part_ids, guidance_scale=guidance_scale),
+            [rollout.prompts[row] for row in numbers],
+            [rollout.metadata[row] for row in numbers],
+        )
 
 
 @torch.no_grad()
@@ -238,18 +233,3 @@ def complete(
     for _ in range(step, rollout.table.num_steps):
         denoise_step(backbone, None, buffers)
     return buffers.sample
-
-
-def _interpolated(
-    measured: list[int], ceilings: list[Tensor], last: int, num_steps: int, floor: Tensor
-) -> Tensor:
-    """(T, M): as measured, linear between, constant before the first, 1 behind the `last` stochastic step."""
-    known = dict(zip(measured, [ceiling.cpu() for ceiling in ceilings], strict=True))
-    known[last + 1] = torch.ones_like(floor)
-    rows = []
-    for step in range(num_steps):
-        before = max((at for at in known if at <= step), default=min(known))
-        after = min((at for at in known if at >= step), default=last + 1)
-        share = (step - before) / (after - before) if after > before else 0.0
-        rows.append(torch.lerp(known[before], known[after], share) if share else known[before])
-    return torch.stack(rows)

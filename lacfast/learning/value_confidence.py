@@ -3,48 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lacfast.backbone import Backbone
-from lacfast.config import TrainConfig
-from lacfast.learning.value_bounds import ValueBounds, value_bounds
-from lacfast.records import Rollout
-from lacfast.rewards.heads import stack_rewards
-from lacfast.rewards.normalizer import RewardNormalizer
-from lacfast.rewards.registry import RewardSet
-
-
-def configured_bounds(
-    backbone: Backbone,
-    rollout: Rollout,
-    rewards: RewardSet,
-    normalizer: RewardNormalizer,
-    config: TrainConfig,
-    *,
-    first_id: int,
-) -> ValueBounds:
-    """`value_bounds` of what each head predicts, by config.pretrain; `first_id` is of the completions."""
-
-    def score(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        scores = rewards.score(images, prompts, metadata)
-        return normalizer.head_rewards(torch.stack(list(scores.values()), dim=1))
-
-    return value_bounds(
-        backbone,
-        rollout,
-        normalizer.head_rewards(stack_rewards(rollout)),
-        score,
-        completions=config.pretrain.completions,
-        states=config.pretrain.bound_states,
-        first_id=first_id,
-        steps=config.pretrain.bound_steps,
-        guidance_scale=config.sampler.guidance_scale,
-        batch_size=config.eval_batch_size,
-    )
+from lacfast.learning.value_bounds import ValueBounds
 
 
 @dataclass
@@ -89,21 +54,12 @@ class ValueConfidence:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
-        bounds = self.bounds
-        return {
-            "explained_variance": self.explained_variance,
-            "bounds": None
-            if bounds is None
-            else {
-                "floor": bounds.floor,
-                "ceiling": bounds.ceiling,
-                "steps": list(bounds.steps),
-                "images": bounds.images,
-            },
-        }
+        bounds = None if self.bounds is None else asdict(self.bounds)
+        return {"explained_variance": self.explained_variance, "bounds": bounds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a `state_dict`."""
-        bounds = state["bounds"]
+        found = state["bounds"]
         self.explained_variance = state["explained_variance"]
-        self.bounds = None if bounds is None else ValueBounds(**{**bounds, "steps": tuple(bounds["steps"])})
+        # Earlier checkpoints name the measured steps too.
+        self.bounds = found and ValueBounds(found["floor"], found["ceiling"], found["images"])

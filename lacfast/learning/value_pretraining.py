@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,9 @@ from lacfast.learning.step_tables import step_tables
 from lacfast.learning.totals import CriticTotals, UpdateRecords
 from lacfast.learning.update import critic_step, probe_critic
 from lacfast.learning.value_bounds import ValueBounds
+from lacfast.learning.value_confidence import ValueConfidence
+from lacfast.metrics import MetricsLog
+from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.runtime.memory import MicrobatchSize
@@ -44,11 +47,6 @@ class PretrainResult:
     """Generated for training and selection; they count in every comparison."""
     bounds: ValueBounds | None = None
     """Floor and ceiling of the explained variance, whose images count too; None where not measured."""
-
-    @property
-    def score(self) -> Tensor | None:
-        """(T, M) place of the explained variance between floor and ceiling, None without them."""
-        return None if self.bounds is None else self.bounds.score(self.explained_variance)
 
 
 @dataclass(frozen=True)
@@ -72,22 +70,30 @@ class _Kept:
         return self.explained_variance
 
 
+def selection_prompts(held_out: PromptSet, config: ValuePretrainingConfig) -> PromptSet:
+    """Held-out prompts of the rollout that measures value pretraining, one per trajectory."""
+    # The floor needs every prompt twice.
+    distinct = max(config.held_out_samples // 2, 1) if config.completions else len(held_out)
+    return held_out.take(range(min(distinct, len(held_out)))).cycle(config.held_out_samples)
+
+
 def pretrain_values(
     critic: Critic,
     optimizer: Optimizer,
     normalizer: RewardNormalizer,
     held_out: Rollout | None,
-    make_rollout: Callable[[int], Rollout | None],
+    rollouts: Iterable[Rollout | None],
     config: ValuePretrainingConfig,
     ppo: PPOConfig,
     *,
     seed: int,
-    bounds: ValueBounds | None = None,
-    on_iteration: Callable[[int, Tensor], None] = lambda iteration, variance: None,
+    confidence: ValueConfidence,
+    log: MetricsLog,
+    on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> PretrainResult:
     """Fit the critic to rollouts of a frozen actor until its explained variance stops rising.
 
-    With `bounds` it also stops where the overall score reaches config.stop_score. Without `held_out` every
+    With bounds it also stops where the overall score reaches config.stop_score. Without `held_out` every
     rollout measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which
     costs no images.
 
@@ -96,20 +102,23 @@ def pretrain_values(
         optimizer: of the critic; its state and rates are the caller's to reset before joint training.
         normalizer: reward statistics, updated with every rollout.
         held_out: rollout with rewards on prompts that are not trained on, or None.
-        make_rollout: iteration -> rollout with rewards, None when it was skipped.
+        rollouts: config.iterations of them with rewards, each made when it is asked for; None: skipped.
+        config: how long and how much.
+        ppo: loss and rates of the critic.
         seed: of the order of the minibatches.
-        bounds: floor and ceiling of the explained variance on `held_out`. None: not measured.
-        on_iteration: called with the iteration and its explained variance (T, M).
+        confidence: has the bounds of the explained variance on `held_out`, where they were measured.
+        log: gets a line per iteration.
+        on_iteration: gets the iteration and its explained variance (T, M).
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
     history: list[float] = []
+    bounds = confidence.bounds
     best: _Kept | None = None
     best_iteration = 0
     variance: Tensor | None = None
     images = 0 if held_out is None else held_out.batch_size
-    for iteration in range(config.iterations):
-        rollout = make_rollout(iteration)
+    for iteration, rollout in enumerate(rollouts):
         if rollout is None:
             continue
         images += rollout.batch_size
@@ -123,7 +132,14 @@ def pretrain_values(
         else:
             variance = held_out_variance(critic, held_out, normalizer)
         history.append(float(variance.mean()))
-        on_iteration(iteration, variance)
+        log.write(
+            "value_pretraining",
+            iteration=iteration,
+            explained_variance=variance.mean(dim=-1),
+            **confidence.metrics(variance),
+        )
+        if on_iteration is not None:
+            on_iteration(iteration, variance)
         if history[-1] > max(history[:-1], default=-math.inf):
             best_iteration = len(history)
             best = None if held_out is None else _Kept.of(critic, normalizer, variance)

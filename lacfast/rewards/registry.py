@@ -6,16 +6,13 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lacfast.rewards.reward import Reward, RewardError
 from lacfast.runtime.profiling import span
-
-if TYPE_CHECKING:
-    pass
 
 BUILT_IN: dict[str, str] = {
     "aesthetic": "lacfast.rewards.aesthetic:AestheticScore",

@@ -1,16 +1,23 @@
-"""Scores on prompts that are not trained on, with noise that every evaluation shares."""
+"""Sample, decode and score, once: training, evaluation and value bounds read one stream of scored parts.
+
+Parts are sampled one after the other while the one before is decoded and scored in threads of its own.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.backbone import Backbone
 from lacfast.prompts import PromptSet
-from lacfast.records import Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
+from lacfast.records import Evaluation, NoiseKey, Rollout, TransitionTable
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
@@ -20,63 +27,139 @@ from lacfast.runtime.profiling import span
 
 RELIABILITY_BINS = 10
 
+Scores = Future[dict[str, Tensor]]
+"""name -> (B,) float32 of a part, once they are there."""
 
-def evaluate(
+
+class Scorable(Protocol):
+    """Clean latents and what a reward needs to judge their images; a Rollout is one."""
+
+    @property
+    def clean_latents(self) -> Tensor:
+        """(B, ...)"""
+
+    @property
+    def prompts(self) -> list[str]: ...
+    @property
+    def metadata(self) -> list[dict[str, Any]]: ...
+
+
+Part = TypeVar("Part", bound=Scorable)
+
+
+def sampled(
     sampler: RolloutSampler,
     table: TransitionTable,
     prompts: PromptSet,
-    scorers: Sequence[RewardSet],
-    normalizer: RewardNormalizer,
     *,
     seed: int,
+    first_id: int,
     guidance_scale: float,
-    batch_size: int,
-) -> Evaluation:
-    """Sample one image per prompt and score it.
+    keep_features: bool,
+    part_size: int,
+    policy_version: int | None = None,
+) -> Iterator[Rollout]:
+    """Trajectories for `prompts` without rewards, part by part.
+
+    Sample ids count from `first_id`, so the trajectories do not depend on `part_size`.
 
     Args:
-        sampler: of the policy, with the weights that are to be judged. Its critic's values give the
-            explained variance.
-        table: the sampler.
-        prompts: n of them.
-        scorers: the rewards that train, then those that are only reported.
-        normalizer: units of the critic's values.
+        sampler: of the policy; its critic values the states.
+        table: the sampler's steps.
+        prompts: one per trajectory.
         seed: of the noise.
+        first_id: of the first trajectory.
         guidance_scale: 1 runs without the unconditional half.
-        batch_size: images at a time; does not change the result.
+        keep_features: False drops what the critic's trunk read, for trajectories that nothing learns from.
+        part_size: trajectories sampled at a time; 0: all.
+        policy_version: of the weights that sample. None: unknown.
     """
-    backbone = sampler.backbone
-    device = next(backbone.model.parameters()).device
-    rewards = RewardSet.union(scorers)
-    images: list[Tensor] = []
-    values: list[Tensor] = []
-    pending = []
+    device = next(sampler.backbone.model.parameters()).device
+    for part in prompts.split(part_size or len(prompts)):
+        ids = range(first_id, first_id + len(part))
+        first_id += len(part)
+        rollout = sampler.sample(
+            table,
+            part.texts,
+            part.metadata,
+            NoiseKey.create(seed, ids, device),
+            guidance_scale=guidance_scale,
+            keep_features=keep_features,
+            batch_size=part_size,
+        )
+        yield replace(rollout, policy_version=policy_version)
+
+
+def decoded_and_scored(
+    parts: Iterable[Part], backbone: Backbone, rewards: RewardSet, *, images: list[Tensor] | None = None
+) -> Iterator[tuple[Part, Scores]]:
+    """Each part with the scores that will come; all of them are there when the parts have ended.
+
+    Args:
+        parts: taken one by one; the next is made while the scores of this one are computed.
+        backbone: whose codec decodes; on CUDA in a thread of its own.
+        rewards: run in a thread of their own, one part at a time.
+        images: gets the images (B, 3, H, W) of every part, on the CPU. None: they are not kept.
+    """
 
     def decode(latents: Tensor) -> Tensor:
         decoded = backbone.decode(latents)
-        # Batches are decoded in their order; those of the GPU wait for themselves in the decoder's thread.
-        images.append(decoded.cpu())
+        if images is not None:
+            # Parts are decoded in their order; those of the GPU wait for themselves in the decoder's thread.
+            images.append(decoded.cpu())
         return decoded
 
-    with RewardQueue(rewards, decode=decode, decode_aside=device.type == "cuda") as queue:
-        for start in range(0, len(prompts), batch_size):
-            part = prompts.take(range(start, min(start + batch_size, len(prompts))))
-            ids = range(FirstSampleId.EVALUATION + start, FirstSampleId.EVALUATION + start + len(part))
-            rollout = sampler.sample(
-                table,
-                part.texts,
-                part.metadata,
-                NoiseKey.create(seed, ids, device),
-                guidance_scale=guidance_scale,
-                keep_features=False,
-                batch_size=min(batch_size, len(prompts)),
-            )
-            pending.append(queue.submit(rollout.clean_latents, part.texts, part.metadata))
-            values.append(rollout.values.transpose(0, 1).cpu())
+    on_gpu = next(backbone.model.parameters()).is_cuda
+    with RewardQueue(rewards, decode=decode, decode_aside=on_gpu) as queue:
+        for part in parts:
+            yield part, queue.submit(part.clean_latents, part.prompts, part.metadata)
         with span("reward/wait"):
-            parts = [future.result() for future in pending]
-    scores = {name: torch.cat([part[name] for part in parts]) for name in rewards.names}
-    predicted, variance, calibration = torch.cat(values), torch.zeros(table.num_steps, 0), {}
+            queue.close()
+
+
+def collect(
+    parts: Iterable[Rollout], backbone: Backbone, rewards: RewardSet
+) -> tuple[Rollout, RewardError | None]:
+    """One rollout of all `parts` with its rewards, to learn from.
+
+    Returns:
+        The rollout and None; or, when a reward or the decoder failed, the rollout without rewards and the
+        error.
+    """
+    scored = list(decoded_and_scored(parts, backbone, rewards))
+    try:
+        return Rollout.concatenate([part.with_rewards(scores.result()) for part, scores in scored]), None
+    except RewardError as error:
+        return Rollout.concatenate([part for part, _ in scored]), error
+
+
+def evaluate(
+    parts: Iterable[Rollout],
+    backbone: Backbone,
+    scorers: Sequence[RewardSet],
+    normalizer: RewardNormalizer,
+) -> Evaluation:
+    """Scores, images and how well the critic foretold them.
+
+    Args:
+        parts: sampled with the weights that are to be judged; their values give the explained variance. Of
+            each only images, prompts and values are kept.
+        backbone: whose codec decodes.
+        scorers: the rewards that train, then those that are only reported.
+        normalizer: units of the critic's values.
+    """
+    rewards = RewardSet.union(scorers)
+    images: list[Tensor] = []
+    prompts: list[str] = []
+    values, pending = [], []
+    for part, scores_of_part in decoded_and_scored(parts, backbone, rewards, images=images):
+        prompts += part.prompts
+        values.append(part.values.transpose(0, 1).cpu())
+        pending.append(scores_of_part)
+    finished = [scores_of_part.result() for scores_of_part in pending]
+    scores = {name: torch.cat([part_scores[name] for part_scores in finished]) for name in rewards.names}
+    predicted = torch.cat(values)
+    variance, calibration = torch.zeros(predicted.shape[1], 0), {}
     if predicted.shape[-1] > 0:
         rewarded = torch.stack([scores[name] for name in scorers[0].names], dim=1)
         returns = normalizer.standardize(rewarded).to(predicted)
@@ -85,7 +168,7 @@ def evaluate(
         calibration = {
             name: reliability(predicted[..., head], returns[:, head]) for head, name in enumerate(heads)
         }
-    return Evaluation(scores, variance, torch.cat(images), prompts.texts, calibration)
+    return Evaluation(scores, variance, torch.cat(images), prompts, calibration)
 
 
 def reliability(values: Tensor, returns: Tensor, bins: int = RELIABILITY_BINS) -> Tensor:
@@ -113,47 +196,3 @@ def reliability(values: Tensor, returns: Tensor, bins: int = RELIABILITY_BINS) -
         error = returns[distinct].std() / len(distinct) ** 0.5 if len(distinct) > 1 else single
         rows.append(torch.stack([values.flatten()[members].mean(), returns[trajectories].mean(), error]))
     return torch.stack(rows, dim=1)
-
-
-def collect(
-    sample: Callable[[PromptSet, int], Rollout],
-    decode: Callable[[Tensor], Tensor],
-    rewards: RewardSet,
-    prompts: PromptSet,
-    first_id: int,
-    *,
-    part_size: int,
-    decode_aside: bool = False,
-) -> tuple[Rollout, RewardError | None]:
-    """Trajectories for `prompts` and what they are worth.
-
-    Sample ids count from `first_id`, so the result does not depend on `part_size`.
-
-    Args:
-        sample: (prompts, first sample id) -> rollout without rewards.
-        decode: clean latents -> images (B, 3, H, W) in [0, 1].
-        rewards: run in a thread of their own, one part at a time.
-        prompts: one per trajectory.
-        first_id: of the first trajectory.
-        part_size: trajectories sampled at a time; 0: all.
-        decode_aside: see RewardQueue; for a model on CUDA.
-
-    Returns:
-        The rollout and None; or, when a reward or the decoder failed, the rollout without rewards and the
-        error.
-    """
-    size = part_size or len(prompts)
-    parts: list[Rollout] = []
-    with RewardQueue(rewards, decode=decode, decode_aside=decode_aside) as queue:
-        pending = []
-        for start in range(0, len(prompts), size):
-            part = sample(prompts.take(range(start, min(start + size, len(prompts)))), first_id + start)
-            parts.append(part)
-            pending.append(queue.submit(part.clean_latents, part.prompts, part.metadata))
-        try:
-            with span("reward/wait"):
-                scores = [future.result() for future in pending]
-        except RewardError as error:
-            return Rollout.concatenate(parts), error
-    scored = [part.with_rewards(score) for part, score in zip(parts, scores, strict=True)]
-    return Rollout.concatenate(scored), None

@@ -19,12 +19,12 @@ from lacfast.checkpoint import read_state, save_backbone, whole_directory
 from lacfast.config import GraphConfig, SamplerConfig
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
-from lacfast.records import Evaluation
+from lacfast.records import Evaluation, FirstSampleId
 from lacfast.report.pictures import grid
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import evaluate
+from lacfast.rollout.scored import evaluate, sampled
 from lacfast.runs.config import RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import RunDirectory
@@ -195,17 +195,18 @@ def evaluate_model(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=None if dtype == "float32" else getattr(torch, dtype),
     )
-    scorers = [RewardSet.create(rewards)]
-    evaluation = evaluate(
+    scorer = RewardSet.create(rewards)
+    parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
         backbone.transition_table(sampler),
         prompts_of(prompts).cycle(samples),
-        scorers,
-        RewardNormalizer.create(len(scorers[0].names)),
         seed=seed,
+        first_id=FirstSampleId.EVALUATION,
         guidance_scale=sampler.guidance_scale,
-        batch_size=batch_size,
+        keep_features=False,
+        part_size=min(batch_size, samples),
     )
+    evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         scores = {"model": model, "samples": samples, "seed": seed, "sampler": asdict(sampler)}

@@ -21,6 +21,8 @@ from lacfast.learning.value_bounds import (
 )
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
+from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rewards.registry import RewardSet
 
 BETWEEN, WITHIN = torch.tensor([0.3, 2.0]), torch.tensor([1.0, 0.5])
 
@@ -85,14 +87,10 @@ def chain_rollout(window: tuple[int, int] | None = None, count: int = 800) -> Ro
     return rollout
 
 
-def score(images: Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> Tensor:
-    return linear_reward(images, prompts, metadata)[:, None]
-
-
 def bounds_of(rollout: Rollout, **settings: object) -> ValueBounds:
     chosen = {"completions": 3, "states": 400, "first_id": 1 << 43} | settings
-    rewards = rollout.rewards["linear_reward"][:, None]
-    return value_bounds(LinearChain(), rollout, rewards, score, **chosen)  # type: ignore[arg-type]
+    rewards, normalizer = RewardSet.create(linear_reward), RewardNormalizer.create(1)
+    return value_bounds(LinearChain(), rollout, rewards, normalizer, **chosen)  # type: ignore[arg-type]
 
 
 def test_floor_and_ceiling_of_a_linear_chain_are_the_known_ones() -> None:
@@ -104,7 +102,7 @@ def test_floor_and_ceiling_of_a_linear_chain_are_the_known_ones() -> None:
     torch.testing.assert_close(bounds.floor[0], of_prompts / total, rtol=0, atol=0.06)
     torch.testing.assert_close(bounds.ceiling[:, 0], 1 - noise / total, rtol=0, atol=0.06)
     assert bounds.ceiling[-1].item() == 1
-    assert (bounds.steps, bounds.images) == ((0, 1, 2, 3), 4 * 3 * 400)
+    assert bounds.images == 4 * 3 * 400
 
 
 def test_completions_go_on_from_the_state_with_noise_of_their_own() -> None:
@@ -119,17 +117,17 @@ def test_completions_go_on_from_the_state_with_noise_of_their_own() -> None:
     assert torch.equal(complete(LinearChain(), rollout, 4, rows, own + 1000), again)
 
 
-def test_steps_between_are_interpolated_and_behind_the_noise_all_is_known() -> None:
+def test_behind_the_noise_all_is_known_and_costs_nothing() -> None:
     rollout = chain_rollout(window=(0, 3))
-    bounds = bounds_of(rollout, steps=(0, 2, 4), states=100)
-    assert bounds.steps == (0, 2)
-    torch.testing.assert_close(bounds.ceiling[1], (bounds.ceiling[0] + bounds.ceiling[2]) / 2)
+    bounds = bounds_of(rollout, states=100)
+    assert bounds.images == 3 * 3 * 100
+    assert bool((bounds.ceiling[:3] < 1).all())
     assert torch.equal(bounds.ceiling[3:], torch.ones(2, 1).double())
 
 
 def test_the_score_is_zero_at_the_floor_one_at_the_ceiling_and_unknown_where_they_meet() -> None:
     floor, ceiling = torch.tensor([0.2]), torch.tensor([[0.7], [1.0], [0.21]])
-    bounds = ValueBounds(floor, ceiling, (0, 1, 2), 0)
+    bounds = ValueBounds(floor, ceiling, 0)
     scores = bounds.score(torch.tensor([[0.2], [1.0], [0.2]]))[:, 0]
     torch.testing.assert_close(scores, torch.tensor([0.0, 1.0, torch.nan]), equal_nan=True)
     assert bounds.overall_score(torch.tensor([[0.2], [0.6], [0.2]])) == pytest.approx(0.4 / 1.31)
@@ -140,7 +138,5 @@ def test_settings_that_measure_nothing_are_refused() -> None:
     rollout = chain_rollout(count=8)
     with pytest.raises(ValueError, match="completions=1 and states=400 must be at least 2"):
         bounds_of(rollout, completions=1)
-    with pytest.raises(ValueError, match=r"steps=\[7\] must lie within the 5 steps"):
-        bounds_of(rollout, steps=(7,))
     with pytest.raises(ValueError, match="8 samples in 8 groups"):
         bounds_of(replace(rollout, prompts=[str(row) for row in range(8)]))

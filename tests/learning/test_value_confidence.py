@@ -10,7 +10,7 @@ from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_confidence import ValueConfidence
 
 VARIANCE = torch.tensor([[0.1, 0.3], [0.5, 0.5], [0.9, 0.7]]).double()
-BOUNDS = ValueBounds(torch.tensor([0.1, 0.3]), torch.tensor([[0.1, 0.3], [0.9, 0.7], [1.0, 1.0]]), (0, 1), 12)
+BOUNDS = ValueBounds(torch.tensor([0.1, 0.3]), torch.tensor([[0.1, 0.3], [0.9, 0.7], [1.0, 1.0]]), 12)
 
 
 def test_nothing_is_trusted_before_anything_is_known() -> None:
@@ -40,7 +40,16 @@ def test_the_state_is_what_the_next_run_goes_on_from() -> None:
     other.load_state_dict(ValueConfidence(BOUNDS, VARIANCE).state_dict())
     torch.testing.assert_close(other.scores(3), ValueConfidence(BOUNDS, VARIANCE).scores(3))
     assert other.bounds is not None
-    assert (other.bounds.steps, other.bounds.images) == ((0, 1), 12)
+    assert other.bounds.images == 12
+
+
+def test_bounds_of_an_earlier_checkpoint_load() -> None:
+    state = ValueConfidence(BOUNDS, VARIANCE).state_dict()
+    state["bounds"]["steps"] = [0, 1]
+    other = ValueConfidence()
+    other.load_state_dict(state)
+    assert other.bounds is not None
+    assert torch.equal(other.bounds.ceiling, BOUNDS.ceiling)
 
 
 def test_a_gate_without_a_lambda_to_gate_is_refused() -> None:
