@@ -24,7 +24,7 @@ from lacfast.backbones import adapt
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.lora import tuner_layers
 from lacfast.backbones.lora_linear import LoRALinear
-from lacfast.config import AdvantageConfig, LoRAConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.config import AdvantageConfig, Fixed, LoRAConfig, PPOConfig, Ratio, SamplerConfig, TrainConfig
 from lacfast.records import INITIAL_STEP, NoiseKey
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
@@ -69,7 +69,7 @@ class Match:
             num_steps=self.num_steps,
             noise_level=1.0,
             guidance_scale=5.0,
-            window=(0, self.num_steps),
+            window=Fixed((0, self.num_steps)),
         )
 
     @property
@@ -101,7 +101,7 @@ def engine(
         sampler=match.sampler,
         advantages=AdvantageConfig(estimator="grpo" if match.peer == "flow_grpo" else "batch_mean"),
         ppo=PPOConfig(
-            clip_range=1e-4,
+            clip=Ratio(1e-4),
             advantage_clip=5.0,
             num_minibatches=match.num_updates,
             microbatch_size=microbatch_size,

@@ -18,7 +18,7 @@ from bench.matched_loops import LEARNING_RATE, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_cache import PromptCache
-from lacfast.config import LoRAConfig, PPOConfig, SamplerConfig
+from lacfast.config import Fixed, LoRAConfig, PPOConfig, SamplerConfig
 
 if TYPE_CHECKING:
     from bench.published import PublishedModel
@@ -113,7 +113,7 @@ def subjects(device: torch.device) -> list[Subject]:
         return [tiny_subject("dit", device, 9), tiny_subject("unet", device, 8)]
     from bench.published import PUBLISHED
 
-    ddim = SamplerConfig(kind="ddim", num_steps=4, noise_level=1.0, guidance_scale=5.0, window=(0, 4))
+    ddim = SamplerConfig(kind="ddim", num_steps=4, noise_level=1.0, guidance_scale=5.0, window=Fixed((0, 4)))
     flow = SamplerConfig(num_steps=4, noise_level=0.7, guidance_scale=4.5)
     chosen: list[tuple[str, SamplerConfig, Peer | None, int]] = [
         ("sd15", ddim, "ddpo", 16),

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lacfast.backbone import Backbone, build_critic
-from lacfast.config import CriticConfig
+from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
 
 CRITIC_WEIGHTS = "critic.safetensors"
@@ -62,7 +61,7 @@ def save_backbone(backbone: Backbone, directory: Path) -> None:
 def write_backbone(backbone: Backbone, target: Path) -> None:
     backbone.save_pretrained(target)
     if backbone.critic is not None:
-        description = {"config": asdict(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
+        description = {"config": to_json(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
         save_file(
             {name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()},
             target / CRITIC_WEIGHTS,
@@ -92,7 +91,8 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
         raise ValueError(
             f"{file} holds no critic; pass the {CRITIC_WEIGHTS} that trainer.save() or save_backbone() wrote"
         ) from error
-    critic = build_critic(backbone, description["num_rewards"], CriticConfig(**description["config"]))
+    config = from_json(CriticConfig, description["config"])
+    critic = build_critic(backbone, description["num_rewards"], config)
     if critic is not None:
         load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
     return critic

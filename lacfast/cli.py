@@ -6,11 +6,12 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
 from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.runs.config import RunConfig
 from lacfast.runs.presets import RUNS
 
@@ -205,6 +206,27 @@ Command = (
 )
 
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _one_word(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Choice | None] | None:
+    """A choice is one word with its settings, as in `--train.ppo.clip nats:5`, and no subcommand."""
+    known = variants(info.type)
+    if not known:
+        return None
+    optional = type(None) in get_args(info.type)
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none|" * optional + usage(known),
+        instance_from_str=lambda words: None if optional and words[0] == "none" else parse(words[0], known),
+        is_instance=lambda value: isinstance(value, tuple(known.values())) or (optional and value is None),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for settings that cannot work."""
     try:
@@ -214,6 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             description="Latent actor-critic post-training of diffusion models.",
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
+            registry=_REGISTRY,
         )
         command.run()
     except ValueError as error:

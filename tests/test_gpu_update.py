@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, metrics
-from lacfast.config import GraphConfig, PPOConfig, SamplerConfig
+from lacfast.config import GraphConfig, PPOConfig, Ratio, SamplerConfig
 
 pytestmark = pytest.mark.gpu
 
 GRAPHS = GraphConfig(mode="on", strict=True, warmup_steps=1)
 # adam_eps: AdamW divides by the gradient's size, so rounding of one near 0 would be a step of full size.
-PPO = PPOConfig(clip_range=1e-3, num_minibatches=3, microbatch_size=5, warmup_steps=8, adam_eps=1e-4)
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=5, warmup_steps=8, adam_eps=1e-4)
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
@@ -80,7 +80,7 @@ def test_the_host_waits_only_where_it_reads_the_records(mode: Any, monkeypatch: 
 
 
 def test_the_size_that_is_found_fits() -> None:
-    trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3), graph=GraphConfig(mode="off"))
+    trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3)), graph=GraphConfig(mode="off"))
     torch.cuda.reset_peak_memory_stats()
     trainer.train_iteration()
     assert trainer.learner.policy_microbatch.size >= 1

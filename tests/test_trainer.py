@@ -14,7 +14,7 @@ import torch
 from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
+from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.rewards.reward import RewardError
 
 
@@ -50,7 +50,7 @@ def test_two_iterations_train_every_backbone_with_every_trunk(family: Any, trunk
 def test_training_raises_an_easy_reward() -> None:
     """Brightness is one linear functional of the latents: a few iterations must move it."""
     trainer = trainer_for(
-        batch_size=32, ppo=PPOConfig(clip_range=1e-2, policy_learning_rate=1e-3, num_minibatches=2)
+        batch_size=32, ppo=PPOConfig(clip=Ratio(1e-2), policy_learning_rate=1e-3, num_minibatches=2)
     )
     before = trainer.evaluate(samples=32).means()["brightness"]
     for _ in range(6):
@@ -60,7 +60,7 @@ def test_training_raises_an_easy_reward() -> None:
 
 def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
     ppo = PPOConfig(
-        clip_range=1e-3,
+        clip=Ratio(1e-3),
         num_minibatches=2,
         warmup_steps=3,
         policy_learning_rate=1e-3,
@@ -78,7 +78,7 @@ def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
 
 
 def test_the_rate_falls_in_a_loop_of_ones_own_too() -> None:
-    ppo = PPOConfig(clip_range=1e-3, num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
+    ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
     trainer = trainer_for(iterations=2, ppo=ppo)
     rates = []
     for _ in range(4):
@@ -90,7 +90,7 @@ def test_the_rate_falls_in_a_loop_of_ones_own_too() -> None:
 def test_the_rate_follows_the_clock_where_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
     monkeypatch.setattr("lacfast.trainer.time.perf_counter", lambda: float(next(ticks)))
-    ppo = PPOConfig(clip_range=1e-3, num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
+    ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
     trainer = trainer_for(ppo=ppo)
     assert trainer.train(10**9, seconds=20) > 1
     rate = float(trainer.learner.policy_optimizer.param_groups[0]["lr"])
@@ -111,7 +111,7 @@ def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> 
 
 
 def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
-    trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3, kl_weight=0.1, num_minibatches=2))
+    trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, num_minibatches=2))
     assert trainer.learner.reference is not None
     before = {name: tensor.clone() for name, tensor in trainer.learner.reference.model.state_dict().items()}
     trainer.train_iteration()
@@ -123,7 +123,7 @@ def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
 def test_microbatches_do_not_change_the_update() -> None:
     results = []
     for size in (3, 100):
-        trainer = trainer_for(ppo=PPOConfig(clip_range=1e-3, microbatch_size=size, num_minibatches=1))
+        trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3), microbatch_size=size, num_minibatches=1))
         trainer.train_iteration()
         results.append(weights(trainer)["proj_out.weight"])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
@@ -133,7 +133,7 @@ def test_microbatches_do_not_change_the_update() -> None:
 def test_guided_rollouts_train_from_a_ratio_of_one(cfg_grad: str) -> None:
     trainer = trainer_for(
         sampler=SamplerConfig(num_steps=4, guidance_scale=2.5),
-        ppo=PPOConfig(clip_range=1e-3, num_minibatches=2, cfg_grad=cfg_grad),
+        ppo=PPOConfig(clip=Ratio(1e-3), num_minibatches=2, cfg_grad=cfg_grad),
     )
     before = weights(trainer)
     assert trainer.train_iteration()["first_max_abs_log_ratio"] < 1e-6

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig, ValuePretrainingConfig
+from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig, TrainConfig, ValuePretrainingConfig
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import fit_codec
 from lacfast.tasks.pretraining import Pretrained
@@ -36,7 +36,7 @@ def tiny_config(**changes: object) -> TrainConfig:
         "eval_samples": 8,
         "sampler": SamplerConfig(num_steps=4),
         "critic": CriticConfig(hidden_dim=16, head_dim=8, num_heads=2),
-        "ppo": PPOConfig(clip_range=1e-3, num_minibatches=2, microbatch_size=8),
+        "ppo": PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8),
         "pretrain": ValuePretrainingConfig(iterations=2, held_out_samples=8),
     }
     return TrainConfig(**(settings | changes))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
+from lacfast.config import AdvantageConfig, CriticConfig, KLMask, Ratio, TrainConfig
 from lacfast.runs import presets
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
@@ -125,17 +125,18 @@ def kl_mask(backbone: str) -> TrainConfig:
     """
     config = group_relative(backbone, "grpo")
     threshold = CHANNELS * LATENT_SIZE**2 * _clip(config) ** 2 / 2
-    return replace(config, ppo=replace(config.ppo, clip_range=None, kl_threshold=threshold))
+    return replace(config, ppo=replace(config.ppo, clip=KLMask(threshold)))
 
 
 def ratio_norm(backbone: str) -> TrainConfig:
     """GRPO-Guard: GRPO with its ratio, which lacks a factor 1 / std and weighs the steps alike by itself."""
     config = group_relative(backbone, "grpo")
     clip = MEAN_STD * _clip(config)
-    return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip_range=clip, balance_steps=False))
+    return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip=Ratio(clip), balance_steps=False))
 
 
 def _clip(config: TrainConfig) -> float:
-    clip = config.ppo.clip_range
-    assert isinstance(clip, float), "the preset has one clip for both sides"
-    return clip
+    clip = config.ppo.clip
+    assert isinstance(clip, Ratio)
+    assert isinstance(clip.clip_range, float), "the preset has one clip for both sides"
+    return clip.clip_range

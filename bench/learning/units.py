@@ -13,9 +13,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from lacfast.config import to_json
 
 Unit = dict[str, Any]
 SETTINGS = "settings"
@@ -151,19 +152,22 @@ def changed(config: Any) -> dict[str, Any]:
 
     An option that is new, at its default, changes nothing of what was measured before there was one.
     """
-    found = _different(asdict(config), asdict(type(config)()))
+    found = _different(to_json(config), to_json(type(config)()))
     settings: dict[str, Any] = json.loads(json.dumps(found))
     return settings
 
 
 def _different(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: _different(value, defaults[name])
-        if isinstance(value, dict) and isinstance(defaults[name], dict)
-        else value
+        name: _different(value, defaults[name]) if _alike(value, defaults[name]) else value
         for name, value in settings.items()
         if value != defaults[name]
     }
+
+
+def _alike(value: Any, default: Any) -> bool:
+    # The settings of another choice have no defaults here.
+    return isinstance(value, dict) and isinstance(default, dict) and value.keys() == default.keys()
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
-from lacfast.config import LoRAConfig
+from lacfast.config import LoRAConfig, from_json
 
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
@@ -122,4 +122,4 @@ def read_description(directory: Path) -> dict[str, Any]:
 
 
 def saved_lora(description: dict[str, Any]) -> LoRAConfig | None:
-    return None if description.get("lora") is None else LoRAConfig(**description["lora"])
+    return None if description.get("lora") is None else from_json(LoRAConfig, description["lora"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lacfast.config import AdvantageConfig, CriticConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.config import AdvantageConfig, CriticConfig, Fixed, PPOConfig, Ratio, SamplerConfig, TrainConfig
 
 _PROJECT_KEYS = ("automatic_checkpoint_naming", "logging_dir", "project_dir", "total_limit")
 
@@ -86,7 +86,7 @@ class DDPOConfig:
     train_adv_clip_max: float = 5.0
     """PPOConfig.advantage_clip."""
     train_clip_range: float = 1e-4
-    """PPOConfig.clip_range."""
+    """PPOConfig.clip, as a Ratio."""
     train_timestep_fraction: float = 1.0
     """PPOConfig.timestep_fraction."""
     per_prompt_stat_tracking: bool = False
@@ -166,13 +166,13 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
             kind="ddim",
             num_steps=config.sample_num_steps,
             noise_level=config.sample_eta,
-            window=(0, config.sample_num_steps),
+            window=Fixed((0, config.sample_num_steps)),
             guidance_scale=config.sample_guidance_scale,
         ),
         advantages=_advantages(config) if critic is None else AdvantageConfig(),
         critic=CriticConfig(trunk="none") if critic is None else critic,
         ppo=PPOConfig(
-            clip_range=config.train_clip_range,
+            clip=Ratio(config.train_clip_range),
             advantage_clip=config.train_adv_clip_max,
             num_minibatches=config.samples_per_epoch // minibatch,
             num_inner_epochs=config.train_num_inner_epochs,

@@ -16,9 +16,10 @@ from lacfast.config.critic import (
     LoRAConfig,
 )
 from lacfast.config.graph import GraphConfig, GraphMode
-from lacfast.config.ppo import KL_KINDS, RATIOS, PPOConfig
-from lacfast.config.sampling import SamplerConfig
+from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, Nats, PPOConfig, Ratio
+from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
+from lacfast.config.stored import from_json, to_json
 from lacfast.config.training import EarlyStoppingConfig, TrainConfig, ValuePretrainingConfig
 
 __all__ = [
@@ -37,12 +38,20 @@ __all__ = [
     "AdvantageConfig",
     "CriticConfig",
     "EarlyStoppingConfig",
+    "Fixed",
     "GraphConfig",
     "GraphMode",
+    "KLMask",
     "LoRAConfig",
+    "Nats",
     "PPOConfig",
+    "Random",
+    "Ratio",
     "SamplerConfig",
+    "Sliding",
     "SteeringConfig",
     "TrainConfig",
     "ValuePretrainingConfig",
+    "from_json",
+    "to_json",
 ]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lacfast.config.checks import require
+from lacfast.config.choice import Choice
 
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
@@ -13,18 +14,51 @@ KL_KINDS = ("exact", "velocity", "flow_grpo")
 """Kinds of KL to the reference model; see PPOConfig.kl."""
 
 
+@dataclass(frozen=True)
+class Ratio(Choice):
+    """PPO's clip of the likelihood ratio (arXiv 1707.06347, eq. 7)."""
+
+    clip_range: float | tuple[float, float]
+    """Both sides, or (low, high), > 0, in nats per element, as flow_grpo's: 1e-5 to 1e-4."""
+
+    def __post_init__(self) -> None:
+        _require_bound("clip_range", self.clip_range)
+
+
+@dataclass(frozen=True)
+class Nats(Choice):
+    """The same clip on the joint ratio of all N elements: Ratio(clip_nats / N)."""
+
+    clip_nats: float | tuple[float, float]
+    """Both sides, or (low, high), > 0, in nats."""
+
+    def __post_init__(self) -> None:
+        _require_bound("clip_nats", self.clip_nats)
+
+
+@dataclass(frozen=True)
+class KLMask(Choice):
+    """No clip, but the mask of Flow-DPPO (arXiv 2606.11025): a pair far out that moves with its advantage is
+    dropped."""
+
+    kl_threshold: float
+    """KL(old, new) per element from which on it is, > 0. Flow-DPPO: 1e-5."""
+
+    def __post_init__(self) -> None:
+        _require_bound("kl_threshold", self.kl_threshold)
+
+
+def _require_bound(name: str, bound: float | tuple[float, float]) -> None:
+    values = bound if isinstance(bound, tuple) else (bound,)
+    require(all(value > 0 for value in values), f"{name} must be > 0, got {bound}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
     """Advantages, loss and optimizers."""
 
-    clip_range: float | tuple[float, float] | None = 1e-4
-    """Clip of the ratio, or (low, high), in nats per element (the field's unit); exactly one of this,
-    clip_nats and kl_threshold is set. [paper] 1e-4 for SD3.5-M, 1e-5 for SD1.5."""
-    clip_nats: float | tuple[float, float] | None = None
-    """The same clip on the joint, clip_range = clip_nats / N."""
-    kl_threshold: float | None = None
-    """No clip, but the KL mask of Flow-DPPO: a pair that moves with its advantage is dropped from this KL per
-    element on. 1e-5 there."""
+    clip: Ratio | Nats | KLMask = Ratio(1e-4)
+    """How far an update may move a pair. [paper] Ratio(1e-4) for SD3.5-M, Ratio(1e-5) for SD1.5."""
     dual_clip: float = math.inf
     """c > 1: where A < 0 the gain is at least c A (arXiv 1912.09729, 3 there); inf: off."""
     ratio: str = "innovation"
@@ -96,14 +130,6 @@ class PPOConfig:
     pairs: the weights are still those that made it, so the guided output is known. False: run it."""
 
     def __post_init__(self) -> None:
-        bounds = {
-            "clip_range": self.clip_range, "clip_nats": self.clip_nats, "kl_threshold": self.kl_threshold,
-        }  # fmt: skip
-        given = [(name, value) for name, value in bounds.items() if value is not None]
-        require(len(given) == 1, f"set exactly one of {', '.join(bounds)}, got {bounds}; the others are None")
-        name, bound = given[0]
-        values = bound if isinstance(bound, tuple) else (bound,)
-        require(all(value > 0 for value in values), f"{name} must be > 0, got {bound}")
         require(self.dual_clip > 1, f"dual_clip={self.dual_clip} must be above 1 (inf: off)")
         for option, known in (("ratio", RATIOS), ("kl", KL_KINDS)):
             chosen = getattr(self, option)

@@ -157,7 +157,8 @@ class TrainConfig:
         self._require_fitting_replay()
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
-            "eval_sampler.window_schedule would be ignored: an evaluation has one window; use 'fixed'",
+            f"eval_sampler.window={self.eval_sampler and self.eval_sampler.window} would be ignored: an "
+            "evaluation has one window; use Fixed((start, stop)) or None",
         )
         require(
             self.early_stopping.patience == 0 or self.eval_every > 0,

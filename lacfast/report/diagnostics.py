@@ -122,14 +122,14 @@ def _clip_works(train: Sequence[Record]) -> Iterator[Finding]:
             "The clip is inert",
             f"no pair was clipped in the last {len(last)} iterations",
             "If the reward rises too slowly, raise policy_learning_rate; if it should be held back, lower "
-            "clip_range",
+            "the clip",
             int(last[-1]["iteration"]),
         )
     if clipped > MANY_CLIPPED:
         yield Finding(
             "Most pairs are clipped",
             f"{clipped:.0%} of the pairs had no gradient in the last {len(last)} iterations",
-            "Lower policy_learning_rate or num_inner_epochs, or raise clip_range",
+            "Lower policy_learning_rate or num_inner_epochs, or widen the clip",
             int(last[-1]["iteration"]),
         )
 

@@ -40,4 +40,4 @@ class TrainingTables:
 
     def pretraining(self, iteration: int) -> TransitionTable:
         """The same for value pretraining, which is short and meets every place of a sliding window."""
-        return self.at(iteration * self.sampler.window_interval)
+        return self.at(iteration * self.sampler.iterations_per_place)

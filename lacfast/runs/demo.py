@@ -23,7 +23,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.checkpoint import save_backbone, whole_directory
-from lacfast.config import SteeringConfig, TrainConfig
+from lacfast.config import SteeringConfig, TrainConfig, to_json
 from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
@@ -120,7 +120,7 @@ def run_demo(
     config = _config(backbone, seed, scale)
     steering = replace(presets.shapes_steering(), seed=seed)
     # As of a run of lacfast train: later commands find the sampler here.
-    (out / "run.json").write_text(json.dumps({"train": asdict(config)}, indent=2) + "\n", encoding="utf-8")
+    (out / "run.json").write_text(json.dumps({"train": to_json(config)}, indent=2) + "\n", encoding="utf-8")
 
     base = adapt_pretrained(_base_model(out / "pretrained", backbone, seed, scale, log))
     trainer = LatentActorCriticTrainer(
@@ -176,7 +176,7 @@ def run_demo(
         gallery = _gallery(before, after, steered_before, steered_after)
         save_pictures(gallery, out / "images")
         summary["seconds"] = {name: round(seconds, 2) for name, seconds in log.seconds.items()}
-        settings = {"training": asdict(config), "steering": asdict(steering)}
+        settings = {"training": to_json(config), "steering": to_json(steering)}
         write_report(out, summary, gallery, settings)
     summary["seconds"] |= {"report": round(log.seconds["report"], 2), "total": round(log.elapsed, 2)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

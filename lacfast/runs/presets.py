@@ -7,8 +7,10 @@ from dataclasses import replace
 from lacfast.config import (
     AdvantageConfig,
     CriticConfig,
+    Fixed,
     LoRAConfig,
     PPOConfig,
+    Ratio,
     SamplerConfig,
     SteeringConfig,
     TrainConfig,
@@ -28,7 +30,7 @@ def shapes(backbone: str) -> TrainConfig:
     return TrainConfig(
         batch_size=batch_size,
         # The early steps decide what is where; the late ones would learn to please the checker's edges.
-        sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=(0, 5)),
+        sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=Fixed((0, 5))),
         # The reward compares the picture with the prompt, so the head reads the prompt too.
         critic=CriticConfig(
             # Of those that run no block of their own, the one that explains more there: docs/results.md.
@@ -38,7 +40,7 @@ def shapes(backbone: str) -> TrainConfig:
             hidden_dim=256,
         ),
         ppo=PPOConfig(
-            clip_range=1e-3,
+            clip=Ratio(1e-3),
             policy_learning_rate=policy_learning_rate,
             value_learning_rate=1e-3,
             trunk_learning_rate=8e-4,
@@ -94,7 +96,7 @@ def sd15_ddpo() -> RunConfig:
             rollout_batch_size=16,
             sampler=SamplerConfig(kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0),
             critic=CriticConfig(trunk="branch"),
-            ppo=PPOConfig(clip_range=1e-5, policy_learning_rate=3e-4, microbatch_size=16, cfg_grad="both"),
+            ppo=PPOConfig(clip=Ratio(1e-5), policy_learning_rate=3e-4, microbatch_size=16, cfg_grad="both"),
             eval_every=10,
             eval_samples=64,
             eval_batch_size=16,
@@ -110,7 +112,7 @@ def _sd35_medium() -> TrainConfig:
         rollout_batch_size=24,
         sampler=SamplerConfig(kind="flow_sde", num_steps=10, noise_level=0.7),
         critic=CriticConfig(trunk="branch", num_blocks=4),
-        ppo=PPOConfig(clip_range=1e-4, microbatch_size=8),
+        ppo=PPOConfig(clip=Ratio(1e-4), microbatch_size=8),
         ema_decay=0.9,
         eval_every=10,
         eval_samples=256,
@@ -163,7 +165,7 @@ def flux_pickscore() -> RunConfig:
             batch_size=48,
             rollout_batch_size=8,
             sampler=SamplerConfig(kind="flow_sde", num_steps=6, noise_level=0.8),
-            ppo=PPOConfig(clip_range=1e-4, microbatch_size=2),
+            ppo=PPOConfig(clip=Ratio(1e-4), microbatch_size=2),
             gradient_checkpointing=True,
             eval_batch_size=8,
             eval_sampler=SamplerConfig(kind="ode", num_steps=28, noise_level=0.0),
@@ -194,7 +196,7 @@ def flow_grpo_geneval() -> RunConfig:
             sampler=SamplerConfig(kind="flow_sde", num_steps=10, noise_level=0.7, guidance_scale=4.5),
             advantages=AdvantageConfig(estimator="grpo", group_std="global", combination="scalarized"),
             ppo=PPOConfig(
-                clip_range=1e-4,
+                clip=Ratio(1e-4),
                 kl_weight=0.04,
                 kl="flow_grpo",
                 advantage_clip=5.0,
@@ -234,7 +236,7 @@ def dance_grpo_hpsv2() -> RunConfig:
             sampler=SamplerConfig(kind="dance_sde", num_steps=16, noise_level=0.3),
             advantages=AdvantageConfig(estimator="grpo", group_std="group"),
             ppo=PPOConfig(
-                clip_range=1e-4,
+                clip=Ratio(1e-4),
                 advantage_clip=5.0,
                 num_minibatches=3,
                 timestep_fraction=0.6,
@@ -268,11 +270,11 @@ def ddpo_compressibility() -> RunConfig:
             iterations=100,
             # Every step is stochastic, the last one too.
             sampler=SamplerConfig(
-                kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0, window=(0, 50)
+                kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0, window=Fixed((0, 50))
             ),
             advantages=AdvantageConfig(estimator="ddpo", buffer_size=16, min_count=16),
             ppo=PPOConfig(
-                clip_range=1e-4,
+                clip=Ratio(1e-4),
                 advantage_clip=10.0,
                 num_minibatches=4,
                 policy_learning_rate=3e-5,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lacfast.backbones import load_backbone
-from lacfast.config import SamplerConfig, SteeringConfig
+from lacfast.config import SamplerConfig, SteeringConfig, from_json, to_json
 from lacfast.prompts import PromptSet
 from lacfast.report.pictures import grid, to_image
 from lacfast.rewards.registry import RewardSet
@@ -51,8 +50,8 @@ def trained_sampler(saved: str) -> SamplerConfig | None:
     for directory in (path, *path.parents[:3]):
         settings = directory / "run.json"
         if settings.is_file():
-            fields = json.loads(settings.read_text(encoding="utf-8"))["train"]["sampler"]
-            return SamplerConfig(**fields)
+            stored = json.loads(settings.read_text(encoding="utf-8"))
+            return from_json(SamplerConfig, stored["train"]["sampler"])
     return None
 
 
@@ -119,7 +118,7 @@ def steer_model(
         rewards=scorer,
         gold=gold_scorer,
     )
-    settings = {"model": model, "critic": critic, "sampler": asdict(sampler), "steering": asdict(config)}
+    settings = {"model": model, "critic": critic, "sampler": to_json(sampler), "steering": to_json(config)}
     _write(out, images.cpu(), chosen, stats, settings)
     return stats
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from lacfast.config import to_json
 from lacfast.records import Evaluation
 from lacfast.runs.config import RunConfig
 from lacfast.runs.costs import Costs
@@ -138,7 +138,7 @@ def show_steering(stats: SteeringStats, out: Path, console: Console | None = Non
 def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
     """The resolved settings, and what an iteration of them costs."""
     console = console or Console()
-    console.print_json(json.dumps(asdict(config)))
+    console.print_json(json.dumps(to_json(config)))
     table = Table(title="One iteration", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")

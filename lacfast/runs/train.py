@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import read_state, save_backbone, whole_directory
-from lacfast.config import GraphConfig, SamplerConfig
+from lacfast.config import GraphConfig, SamplerConfig, to_json
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
@@ -99,7 +98,7 @@ def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCrit
     if config.tensorboard:
         trackers.append(TensorBoardTracker(directory.path / "tensorboard"))
     if config.wandb_project:
-        trackers.append(WandbTracker(config.wandb_project, directory.path, asdict(config)))
+        trackers.append(WandbTracker(config.wandb_project, directory.path, to_json(config)))
     return LatentActorCriticTrainer(
         backbone,
         dict(config.rewards),
@@ -132,7 +131,7 @@ def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | No
     if checkpoint is not None:
         trainer.load(checkpoint)
     else:
-        directory.write_settings(asdict(config))
+        directory.write_settings(to_json(config))
         if config.value_pretraining and trainer.critic is not None:
             trainer.pretrain_critic()
         _save(trainer, directory)
@@ -209,7 +208,7 @@ def evaluate_model(
     evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        scores = {"model": model, "samples": samples, "seed": seed, "sampler": asdict(sampler)}
+        scores = {"model": model, "samples": samples, "seed": seed, "sampler": to_json(sampler)}
         scores |= {"means": evaluation.means()}
         (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         _picture(evaluation).save(out / "samples.png")

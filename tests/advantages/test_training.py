@@ -10,7 +10,7 @@ import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import AdvantageConfig, EarlyStoppingConfig, LatentActorCriticTrainer
-from lacfast.config import ESTIMATORS, PPOConfig
+from lacfast.config import ESTIMATORS, PPOConfig, Ratio
 
 
 def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
@@ -82,7 +82,7 @@ CONSTRAINED = {
     [
         {"advantages": AdvantageConfig(**CONSTRAINED)},
         {"advantages": AdvantageConfig(estimator="ddpo", min_count=2), "prompts": PROMPTS[:3]},
-        {"ppo": PPOConfig(clip_range=1e-3, kl_weight=0.1, kl_target=1e-3, num_minibatches=2)},
+        {"ppo": PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, kl_target=1e-3, num_minibatches=2)},
     ],
     ids=["constrained", "ddpo", "adaptive KL"],
 )

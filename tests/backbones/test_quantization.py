@@ -15,7 +15,7 @@ from lacfast import LatentActorCriticTrainer, ops
 from lacfast.backbones import adapt, quantization
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.quantization import ALIGNMENT, quantized_copy
-from lacfast.config import CriticConfig, LoRAConfig, PPOConfig, SamplerConfig
+from lacfast.config import CriticConfig, LoRAConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.prompts import PromptSet
 from lacfast.records import NoiseKey, Rollout
 
@@ -64,7 +64,7 @@ def log_prob(rollout: Rollout, step: int, model_output: Tensor) -> Tensor:
 @pytest.mark.usefixtures("_rounding")
 def test_the_ratio_of_a_quantised_rollout_is_that_of_the_two_policies_log_probs_in_float64() -> None:
     backbone = tiny_backbone("dit")
-    ppo = PPOConfig(clip_range=1.0, num_minibatches=1, policy_learning_rate=1e-9)
+    ppo = PPOConfig(clip=Ratio(1.0), num_minibatches=1, policy_learning_rate=1e-9)
     trainer = trainer_of(backbone, ppo=ppo)
     rollout = trainer.collect(PromptSet.create(PROMPTS).cycle(8), 0)
     assert rollout is not None
@@ -123,7 +123,7 @@ def test_a_guided_update_does_not_take_the_quantised_output_for_the_policy_s() -
     """The unconditional half of a first step is known only where the policy itself made the rollout."""
     metrics = []
     for reuse in (False, True):
-        ppo = PPOConfig(clip_range=1.0, num_minibatches=1, reuse_uncond=reuse)
+        ppo = PPOConfig(clip=Ratio(1.0), num_minibatches=1, reuse_uncond=reuse)
         sampler = SamplerConfig(num_steps=4, guidance_scale=3.0)
         metrics.append(trainer_of(tiny_backbone("dit"), ppo=ppo, sampler=sampler).train_iteration())
     run, known = metrics

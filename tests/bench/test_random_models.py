@@ -11,7 +11,7 @@ from bench import gpu_arms
 from bench.gpu_arms import ARMS, EAGER, Bench, Plan, arm_changes
 from bench.published import PublishedModel
 from bench.random_models import PPO, Subject, match_of, random_pipeline, subjects, tiny_subject
-from lacfast.config import SamplerConfig
+from lacfast.config import Fixed, SamplerConfig
 from tests import tiny_pipelines
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def tiny_published(family: str) -> PublishedModel:
 @pytest.mark.parametrize("family", SHAPES)
 def test_a_published_model_samples_and_learns_from_random_weights(family: str) -> None:
     published = tiny_published(family)
-    kind, window = ("ddim", (0, 2)) if family == "sd15" else ("flow_sde", None)
+    kind, window = ("ddim", Fixed((0, 2))) if family == "sd15" else ("flow_sde", None)
     subject = Subject(
         title=family,
         build=lambda dtype: random_pipeline(published, CPU, dtype),

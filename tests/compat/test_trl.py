@@ -21,7 +21,7 @@ from torch import Tensor
 from lacfast.compat.ddpo import PerPromptStatTracker, ddim_step_with_logprob
 from lacfast.compat.trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, ImageLog
 from lacfast.compat.trl_config import train_config
-from lacfast.config import CriticConfig
+from lacfast.config import CriticConfig, Ratio
 
 SMALL: dict[str, Any] = {
     "mixed_precision": "no",
@@ -103,7 +103,7 @@ def test_every_setting_of_trl_arrives() -> None:
     assert (ppo.num_minibatches, ppo.microbatch_size, ppo.num_inner_epochs) == (4, 3, 2)
     assert (ppo.policy_learning_rate, ppo.betas, ppo.weight_decay) == (1e-5, (0.8, 0.99), 1e-3)
     assert (ppo.adam_eps, ppo.max_grad_norm, ppo.advantage_clip) == (1e-10, 0.5, 4.0)
-    assert (ppo.clip_range, ppo.timestep_fraction, ppo.cfg_grad) == (1e-3, 0.5, "both")
+    assert (ppo.clip, ppo.timestep_fraction, ppo.cfg_grad) == (Ratio(1e-3), 0.5, "both")
     assert config.dtype == torch.bfloat16
 
 

@@ -21,7 +21,7 @@ from lacfast import (
     reference,
 )
 from lacfast.backbone import build_critic
-from lacfast.config import ValuePretrainingConfig
+from lacfast.config import Ratio, ValuePretrainingConfig
 from lacfast.critic.values import rollout_values
 from lacfast.policy import policy_output
 from lacfast.prompts import PromptSet
@@ -32,7 +32,7 @@ CRITIC = CriticConfig(hidden_dim=32, head_dim=8, num_heads=2)
 
 def chain_trainer(**ppo: object) -> LatentActorCriticTrainer:
     settings: dict[str, object] = {
-        "clip_range": 1e-3, "value_learning_rate": 5e-3, "target_clip": 20.0, "weight_decay": 0.0,
+        "clip": Ratio(1e-3), "value_learning_rate": 5e-3, "target_clip": 20.0, "weight_decay": 0.0,
     }  # fmt: skip
     config = TrainConfig(
         batch_size=4096,

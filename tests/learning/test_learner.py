@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import LatentActorCriticTrainer, reference
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
+from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning import totals
 from lacfast.learning.pairs import all_pairs, all_states, minibatches
 from lacfast.learning.totals import PolicyRecord, policy_metrics
@@ -73,7 +73,8 @@ def plain_policy_pass(
             log_ratio = (noise * difference / std - difference**2 / (2 * std**2)).mean()
             advantage = advantages.policy[position, row]
             ratio = log_ratio.exp()
-            clip = float(ppo.clip_range)  # type: ignore[arg-type]
+            assert isinstance(ppo.clip, Ratio)
+            clip = float(ppo.clip.clip_range)  # type: ignore[arg-type]
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
             away = float(table.b[step]) * (model_output - output(frozen).detach())
             loss = -gain + ppo.kl_weight * (away**2).mean() / (2 * std**2)
@@ -117,7 +118,7 @@ def test_learning_equals_a_plain_loop_over_single_pairs(
     sampler: SamplerConfig, kl_weight: float, epochs: int
 ) -> None:
     ppo = PPOConfig(
-        clip_range=1e-3,
+        clip=Ratio(1e-3),
         num_minibatches=2,
         microbatch_size=8,
         kl_weight=kl_weight,
@@ -167,8 +168,8 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("ppo", "reads"),
     [
-        (PPOConfig(clip_range=1e-3, num_minibatches=2, microbatch_size=5, kl_weight=0.1, warmup_steps=2), 1),
-        (PPOConfig(clip_range=1e-3, num_minibatches=3, microbatch_size=8, kl_limit=1.0), 4),
+        (PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=5, kl_weight=0.1, warmup_steps=2), 1),
+        (PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=8, kl_limit=1.0), 4),
     ],
     ids=["once", "once per policy step with a KL limit, and once for the critic"],
 )
@@ -195,7 +196,7 @@ def test_the_host_waits_only_where_it_reads_the_records(
 
 
 def test_a_bad_gradient_turns_off_its_step_and_all_later_ones() -> None:
-    ppo = PPOConfig(clip_range=1e-3, num_minibatches=3, microbatch_size=8, warmup_steps=5)
+    ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=8, warmup_steps=5)
     trainer, shorter = trainer_for(ppo=ppo), trainer_for(ppo=ppo)
     rollout, advantages = rollout_of(trainer)
     # One pair of the second minibatch is poisoned.
@@ -283,7 +284,7 @@ def test_metrics_are_over_all_optimizer_steps() -> None:
 
 
 def test_a_kl_limit_ends_the_policy_s_steps_and_not_the_critic_s() -> None:
-    ppo = PPOConfig(clip_range=1e-2, num_minibatches=4, microbatch_size=8, policy_learning_rate=1e-2)
+    ppo = PPOConfig(clip=Ratio(1e-2), num_minibatches=4, microbatch_size=8, policy_learning_rate=1e-2)
     free, limited = trainer_for(ppo=ppo), trainer_for(ppo=replace(ppo, kl_limit=1e-9))
     rollout, advantages = rollout_of(free)
     assert "stopped_by_kl_limit" not in free.learner.learn(rollout, advantages, 0)

@@ -12,12 +12,12 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig
+from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.update import MEASURED
 from lacfast.records import Advantages, Rollout
 
 GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
-PPO = PPOConfig(clip_range=1e-3, num_minibatches=2, microbatch_size=8, adam_eps=1e-4)
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, adam_eps=1e-4)
 """Minibatches of 12 pairs in two microbatches of 6."""
 
 

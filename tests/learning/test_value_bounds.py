@@ -11,7 +11,7 @@ from linear_chain import PROMPTS, LinearChain, linear_reward, moments
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, SamplerConfig, TrainConfig
-from lacfast.config import ValuePretrainingConfig
+from lacfast.config import Fixed, ValuePretrainingConfig
 from lacfast.learning.value_bounds import (
     ValueBounds,
     complete,
@@ -78,7 +78,7 @@ def test_prompts_that_cannot_be_compared_are_refused(prompts: list[str]) -> None
 def chain_rollout(window: tuple[int, int] | None = None, count: int = 800) -> Rollout:
     config = TrainConfig(
         batch_size=count,
-        sampler=SamplerConfig(num_steps=5, noise_level=0.8, window=window),
+        sampler=SamplerConfig(num_steps=5, noise_level=0.8, window=None if window is None else Fixed(window)),
         pretrain=ValuePretrainingConfig(),
     )
     trainer = LatentActorCriticTrainer(LinearChain(), linear_reward, list(PROMPTS), config)

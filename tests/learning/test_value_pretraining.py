@@ -19,6 +19,7 @@ from lacfast import (
     SamplerConfig,
     ValuePretrainingConfig,
 )
+from lacfast.config import Ratio
 from lacfast.critic.values import held_out_variance, rollout_values, update_statistics
 from lacfast.learning import value_pretraining
 from lacfast.learning.value_confidence import ValueConfidence
@@ -31,7 +32,7 @@ def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTraine
     config = tiny_config(
         batch_size=batch_size,
         pretrain=pretrain,
-        ppo=PPOConfig(clip_range=1e-3, value_learning_rate=3e-3, trunk_learning_rate=1e-3),
+        ppo=PPOConfig(clip=Ratio(1e-3), value_learning_rate=3e-3, trunk_learning_rate=1e-3),
     )
     return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
 
@@ -91,7 +92,7 @@ def chain_trainer(**pretrain: Any) -> LatentActorCriticTrainer:
         batch_size=256,
         sampler=SamplerConfig(num_steps=4, noise_level=0.4),
         pretrain=ValuePretrainingConfig(**(settings | pretrain)),
-        ppo=PPOConfig(clip_range=1e-3, value_learning_rate=5e-3, gae_lambda=0.9, lambda_gate=0.3),
+        ppo=PPOConfig(clip=Ratio(1e-3), value_learning_rate=5e-3, gae_lambda=0.9, lambda_gate=0.3),
     )
     return LatentActorCriticTrainer(LinearChain(), linear_reward, list(CHAIN_PROMPTS), config)
 
@@ -151,7 +152,7 @@ def test_other_losses_keep_raw_values_from_the_first_statistics_on(loss: str) ->
         PROMPTS,
         tiny_config(
             critic=CriticConfig(hidden_dim=16, head_dim=8, num_heads=2, loss=loss),
-            ppo=PPOConfig(clip_range=1e-3, target_clip=math.inf),
+            ppo=PPOConfig(clip=Ratio(1e-3), target_clip=math.inf),
         ),
     )
     assert made.critic is not None
@@ -167,7 +168,7 @@ def test_other_losses_keep_raw_values_from_the_first_statistics_on(loss: str) ->
 
 def test_a_reward_that_bce_cannot_express_changes_nothing() -> None:
     config = tiny_config(
-        critic=CriticConfig(hidden_dim=16, loss="bce"), ppo=PPOConfig(clip_range=1e-3, target_clip=math.inf)
+        critic=CriticConfig(hidden_dim=16, loss="bce"), ppo=PPOConfig(clip=Ratio(1e-3), target_clip=math.inf)
     )
     made = LatentActorCriticTrainer(
         tiny_backbone("dit"), {lambda images, prompts, metadata: [3.0] * len(prompts): 1.0}, PROMPTS, config

@@ -19,7 +19,7 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import load_weights, save_run
-from lacfast.config import TRUNKS, CriticConfig, GraphConfig, LoRAConfig, SamplerConfig
+from lacfast.config import TRUNKS, CriticConfig, Fixed, GraphConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.learning.averaging import WeightAverage
 from lacfast.records import NoiseKey, Rollout
@@ -87,7 +87,7 @@ def assert_same(first: Rollout, second: Rollout) -> None:
 CHANGES: dict[str, dict[str, Any]] = {
     "more steps": {"sampler": replace(SAMPLER, num_steps=6)},
     "fewer steps": {"sampler": replace(SAMPLER, num_steps=1)},
-    "window": {"sampler": replace(SAMPLER, window=(1, 2))},
+    "window": {"sampler": replace(SAMPLER, window=Fixed((1, 2)))},
     "noise level": {"sampler": replace(SAMPLER, noise_level=0.3)},
     "kind": {"sampler": replace(SAMPLER, kind="cps")},
     "deterministic": {"sampler": replace(SAMPLER, kind="ode", noise_level=0.0)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,24 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import GraphConfig, PPOConfig, SamplerConfig, TrainConfig, ValuePretrainingConfig
+from lacfast.config import (
+    Fixed,
+    GraphConfig,
+    PPOConfig,
+    Random,
+    Ratio,
+    SamplerConfig,
+    Sliding,
+    TrainConfig,
+    ValuePretrainingConfig,
+)
 from lacfast.rollout.tables import TrainingTables
 
-SLIDING = SamplerConfig(num_steps=5, window_schedule="sliding", window_size=2)
-RANDOM = SamplerConfig(num_steps=5, window_schedule="random", window_size=2)
+SLIDING = SamplerConfig(num_steps=5, window=Sliding(2, every=1))
+RANDOM = SamplerConfig(num_steps=5, window=Random(2))
 # Balanced steps, KL to the reference and two passes: all that an update reads of a table is used.
 PPO = PPOConfig(
-    clip_range=1e-3, num_minibatches=2, microbatch_size=8, balance_steps=True, kl_weight=0.1, adam_eps=1e-4
+    clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, balance_steps=True, kl_weight=0.1, adam_eps=1e-4
 )
 
 
@@ -43,14 +54,7 @@ def weights(trainer: LatentActorCriticTrainer) -> list[Tensor]:
 
 def test_a_sliding_window_goes_from_noise_to_image_and_starts_over() -> None:
     assert windows(SLIDING, 4) == [(0, 2), (1, 3), (2, 4), (0, 2)]
-    slow = SamplerConfig(
-        num_steps=9,
-        window=(1, 8),
-        window_schedule="sliding",
-        window_size=4,
-        window_stride=2,
-        window_interval=2,
-    )
+    slow = SamplerConfig(num_steps=9, window=Sliding(4, every=2, stride=2, within=(1, 8)))
     # The last place ends where the range does, also where the stride would miss it.
     assert windows(slow, 7) == [(1, 5), (1, 5), (3, 7), (3, 7), (4, 8), (4, 8), (1, 5)]
 
@@ -64,43 +68,37 @@ def test_a_random_window_is_a_function_of_seed_and_iteration_and_takes_every_pla
 
 
 def test_a_fixed_window_stays() -> None:
-    fixed = SamplerConfig(num_steps=5, window=(1, 3))
+    fixed = SamplerConfig(num_steps=5, window=Fixed((1, 3)))
     assert fixed.at(7, seed=3) is fixed
     tables = TrainingTables(tiny_backbone("dit"), fixed, seed=0)
     assert tables.at(0) is tables.at(9) is tables.pretraining(4) is tables.whole
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("window", "message"),
     [
-        ({"window_schedule": "jumping"}, "unknown window_schedule 'jumping'; known: fixed, random, sliding"),
-        ({"window_size": 2}, "window_size=2 would be ignored: a fixed window is `window`"),
-        ({"window_schedule": "random"}, "window_size=0 .* must be between 1 and the 9 steps"),
-        ({"window_schedule": "sliding", "window_size": 4, "window": (2, 5)}, "the 3 steps of the window"),
-        (
-            {"window_schedule": "random", "window_size": 2, "window_stride": 2},
-            "window_stride=2 would be ignored with window_schedule='random'; use 'sliding'",
-        ),
-        (
-            {"window_schedule": "sliding", "window_size": 2, "window_interval": 0},
-            "window_interval=0 must be at least 1",
-        ),
-        (
-            {"window_schedule": "random", "window_size": 2, "kind": "ode"},
-            "kind='ode' has none; use 'flow_sde'",
-        ),
+        (lambda: Random(0), "size=0 must be at least 1"),
+        (lambda: Sliding(2, every=0), "every=0 must be at least 1"),
+        (lambda: Sliding(2, every=1, stride=0), "stride=0 must be at least 1"),
+        (lambda: Random(10), r"random:10 must fit into the 9 steps \(0, 9\)"),
+        (lambda: Sliding(4, every=1, within=(2, 5)), r"the 3 steps \(2, 5\) it moves in"),
     ],
 )
-def test_settings_that_cannot_move_a_window_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_windows_that_cannot_move_are_refused(window: Callable[[], Random | Sliding], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplerConfig(**settings)
+        SamplerConfig(window=window())
+
+
+def test_a_window_does_not_move_where_no_step_is_stochastic() -> None:
+    with pytest.raises(ValueError, match="kind='ode' has none; use 'flow_sde'"):
+        SamplerConfig(kind="ode", window=Random(2))
 
 
 def test_a_place_without_noise_and_an_evaluation_that_would_move_are_refused() -> None:
-    last = SamplerConfig(num_steps=4, kind="cps", window=(0, 4), window_schedule="random", window_size=1)
-    with pytest.raises(ValueError, match=r"window=\(3, 4\) makes every step deterministic"):
+    last = SamplerConfig(num_steps=4, kind="cps", window=Random(1, within=(0, 4)))
+    with pytest.raises(ValueError, match=r"window=fixed:3\.\.4 makes every step deterministic"):
         trainer_for(last)
-    with pytest.raises(ValueError, match=r"eval_sampler\.window_schedule would be ignored"):
+    with pytest.raises(ValueError, match=r"eval_sampler.window=random:2 would be ignored"):
         TrainConfig(eval_sampler=RANDOM)
 
 
@@ -126,7 +124,7 @@ def test_evaluation_is_that_of_the_whole_range() -> None:
 
 
 def test_value_pretraining_meets_every_place_and_is_judged_on_the_whole_range() -> None:
-    slow = SamplerConfig(num_steps=5, window_schedule="sliding", window_size=2, window_interval=10)
+    slow = SamplerConfig(num_steps=5, window=Sliding(2, every=10))
     pretrain = ValuePretrainingConfig(iterations=3, patience=3, held_out_samples=8)
     trainer = trainer_for(slow, pretrain=pretrain)
     seen, collect = [], trainer.collect

@@ -16,7 +16,7 @@ from torch import nn
 import lacfast
 from lacfast.checkpoint import CRITIC_WEIGHTS, save_backbone
 from lacfast.cli import USAGE_ERROR, main
-from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
+from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig
 from lacfast.runs.steer import prompts_to_steer, saved_model, trained_sampler
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -83,7 +83,7 @@ def test_what_cannot_work_is_one_line_before_the_model_is_loaded(
 def test_saved_models_samplers_and_prompts_are_found(run: Path, tmp_path: Path) -> None:
     best = str(run / "checkpoints" / "best")
     assert saved_model(str(run)) == saved_model(best) == best
-    expected = SamplerConfig(num_steps=4, noise_level=0.5, window=(0, 3))
+    expected = SamplerConfig(num_steps=4, noise_level=0.5, window=Fixed((0, 3)))
     assert trained_sampler(best) == trained_sampler(str(Path(best) / CRITIC_WEIGHTS)) == expected
     assert trained_sampler(str(tmp_path)) is None
     (tmp_path / "checkpoints").mkdir()

@@ -10,12 +10,12 @@ import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import PPOConfig
+from lacfast.config import PPOConfig, Ratio
 from lacfast.learning import update
 from lacfast.runtime import memory as microbatch
 from lacfast.runtime.memory import HOST_LIMIT, PROBES, MicrobatchSize
 
-AUTO = PPOConfig(clip_range=1e-3, num_minibatches=2, adam_eps=1e-4)
+AUTO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, adam_eps=1e-4)
 CPU = torch.device("cpu")
 
 

@@ -14,7 +14,7 @@ from lacfast import steer
 from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.taps import record_taps
-from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
+from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning, NoiseKey
@@ -120,7 +120,7 @@ def test_a_critic_that_runs_the_model_itself_is_counted(trunk: str, own: int) ->
 
 
 def test_children_are_only_tried_where_a_step_draws_noise() -> None:
-    sampler = replace(SAMPLER, window=(0, 4))
+    sampler = replace(SAMPLER, window=Fixed((0, 4)))
     backbone = backbone_with(LatentMean())
     config = SteeringConfig(method="beam", particles=1)
     stats = steer(backbone, PROMPTS, config, sampler=sampler)[1]

@@ -8,7 +8,7 @@ import pytest
 
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
-from lacfast.config import AdvantageConfig, CriticConfig, TrainConfig
+from lacfast.config import AdvantageConfig, CriticConfig, KLMask, TrainConfig
 from lacfast.runs.presets import RUNS, shapes
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
@@ -40,9 +40,9 @@ def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
 
 def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
     grpo, mask, norm = arms.group_relative("dit", "grpo"), arms.kl_mask("dit"), arms.ratio_norm("dit")
-    assert mask.ppo.clip_range is None
     # 16 channels of 8 x 8, clip 1e-3.
-    assert mask.ppo.kl_threshold == pytest.approx(1024 * 1e-6 / 2)
+    assert isinstance(mask.ppo.clip, KLMask)
+    assert mask.ppo.clip.kl_threshold == pytest.approx(1024 * 1e-6 / 2)
     assert norm.ppo.ratio == "ratio_norm"
     for arm in (mask, norm):
         assert replace(arm, ppo=grpo.ppo) == grpo
@@ -50,8 +50,7 @@ def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
 
 def test_the_clip_of_ratio_norm_is_in_the_sampler_s_own_std() -> None:
     sampler = shapes("dit").sampler
-    assert sampler.window is not None
-    table = flow_sde(uniform_sigmas(sampler.num_steps), sampler.noise_level, window=sampler.window)
+    table = flow_sde(uniform_sigmas(sampler.num_steps), sampler.noise_level, window=sampler.stochastic_window)
     mean = table.std[table.trainable_steps].mean()
     assert float(mean) == pytest.approx(arms.MEAN_STD, abs=0.005)
 

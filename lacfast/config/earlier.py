@@ -1,0 +1,44 @@
+"""Options as files of earlier versions spell them, in today's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+def today(kind: str, stored: Settings) -> Settings:
+    """The settings of a dataclass by its name, with what an earlier version wrote in today's words."""
+    return _SPELLINGS.get(kind, dict)(stored)
+
+
+def _ppo(stored: Settings) -> Settings:
+    """Three options of which exactly one was set are `clip`."""
+    choices = {"clip_range": "ratio", "clip_nats": "nats", "kl_threshold": "kl_mask"}
+    kept = {name: value for name, value in stored.items() if name not in choices}
+    for name, choice in choices.items():
+        if stored.get(name) is not None:
+            kept["clip"] = {"choice": choice, name: stored[name]}
+    return kept
+
+
+def _sampler(stored: Settings) -> Settings:
+    """A pair, and four options that only a moving window had, are `window`."""
+    moving = ("window_schedule", "window_size", "window_stride", "window_interval")
+    kept = {name: value for name, value in stored.items() if name not in moving}
+    schedule, within = stored.get("window_schedule", "fixed"), stored.get("window")
+    if schedule == "fixed":
+        if isinstance(within, list | tuple):
+            kept["window"] = {"choice": "fixed", "steps": within}
+        return kept
+    kept["window"] = {"choice": schedule, "size": stored["window_size"], "within": within}
+    if schedule == "sliding":
+        kept["window"] |= {
+            "every": stored.get("window_interval", 1), "stride": stored.get("window_stride", 1)
+        }  # fmt: skip
+    return kept
+
+
+_SPELLINGS: dict[str, Callable[[Settings], Settings]] = {"PPOConfig": _ppo, "SamplerConfig": _sampler}
+"""Dataclass -> what makes today's settings of its earlier ones."""

@@ -1,0 +1,100 @@
+"""Settings survive JSON, and files that an earlier version wrote say the same today."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lacfast.config import (
+    CriticConfig,
+    Fixed,
+    KLMask,
+    LoRAConfig,
+    Nats,
+    PPOConfig,
+    Random,
+    Ratio,
+    SamplerConfig,
+    Sliding,
+    from_json,
+    to_json,
+)
+from lacfast.runs.config import RunConfig
+from lacfast.runs.presets import RUNS, shapes_run
+
+EARLIER_RUN = Path(__file__).with_name("earlier_run.json")
+"""run.json of `lacfast train shapes` before choices were records."""
+
+
+def through_json(settings: Any) -> Any:
+    return from_json(type(settings), json.loads(json.dumps(to_json(settings))))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_preset_is_the_same_after_json(name: str) -> None:
+    preset = RUNS[name]()
+    assert through_json(preset) == preset
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        PPOConfig(clip=Ratio((1e-4, 2e-4))),
+        PPOConfig(clip=Nats(5.0)),
+        PPOConfig(clip=KLMask(1e-5)),
+        SamplerConfig(window=Fixed((0, 5))),
+        SamplerConfig(window=Random(2, within=(1, 8))),
+        SamplerConfig(window=Sliding(4, every=25)),
+        CriticConfig(trunk="shared", taps=(0.5, 1.0)),
+        LoRAConfig(target_modules=("to_q", "to_k")),
+    ],
+    ids=repr,
+)
+def test_settings_with_choices_and_tuples_are_the_same_after_json(settings: Any) -> None:
+    assert through_json(settings) == settings
+
+
+def test_a_run_json_of_an_earlier_version_is_that_preset() -> None:
+    assert from_json(RunConfig, json.loads(EARLIER_RUN.read_text(encoding="utf-8"))) == shapes_run()
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"clip_range": [1e-4, 2e-4], "clip_nats": None, "kl_threshold": None}, Ratio((1e-4, 2e-4))),
+        ({"clip_range": None, "clip_nats": 5.0, "kl_threshold": None}, Nats(5.0)),
+        ({"clip_range": None, "clip_nats": None, "kl_threshold": 1e-5}, KLMask(1e-5)),
+        ({}, Ratio(1e-4)),
+    ],
+)
+def test_three_bounds_of_which_one_was_set_are_the_clip(earlier: dict[str, Any], today: Any) -> None:
+    assert from_json(PPOConfig, earlier).clip == today
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"window": None, "window_schedule": "fixed", "window_size": 0}, None),
+        ({"window": [0, 5]}, Fixed((0, 5))),
+        ({"window": [1, 8], "window_schedule": "random", "window_size": 2}, Random(2, within=(1, 8))),
+        (
+            {"window_schedule": "sliding", "window_size": 4, "window_interval": 25, "window_stride": 2},
+            Sliding(4, every=25, stride=2),
+        ),
+    ],
+)
+def test_five_options_of_a_window_are_the_window(earlier: dict[str, Any], today: Any) -> None:
+    assert from_json(SamplerConfig, earlier) == SamplerConfig(window=today)
+
+
+def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
+    stored = to_json(replace(shapes_run(), out="x"))
+    stored["train"]["ppo"]["clip_ratio"] = 1.0
+    with pytest.raises(ValueError, match=r"PPOConfig has no clip_ratio; known: clip, .* take the option out"):
+        from_json(RunConfig, stored)
+    with pytest.raises(ValueError, match="unknown choice 'ration'; known: ratio, nats, kl_mask"):
+        from_json(PPOConfig, {"clip": {"choice": "ration"}})
