@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bench.learning.controls import SHUFFLED_CRITIC
 from lacfast.config import AdvantageConfig, CriticConfig, KLMask, Ratio, TrainConfig
 from lacfast.runs import presets
 from lacfast.tasks.codec import CHANNELS
@@ -58,7 +59,7 @@ def replayed(config: TrainConfig) -> TrainConfig:
 
 def shuffled_critic(backbone: str) -> TrainConfig:
     """A control: the baseline is the value of another trajectory at the same step."""
-    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator="shuffled_critic"))
+    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator=SHUFFLED_CRITIC))
 
 
 def at_rate(config: TrainConfig, rate: float) -> TrainConfig:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench.learning import units
+from bench.learning.controls import CONTROL_TRUNKS
 from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig
 from lacfast.config import TrainConfig
@@ -31,7 +32,7 @@ from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
 
 MEASURES = ("trunks", "iterations", "time", "text", "loss")
-TRUNKS = ("branch", "shared", "lora", "copy", "clean_net", "latent_net", "prompt_only", "pixel")
+TRUNKS = ("branch", "shared", "lora", "copy", "clean_net", *CONTROL_TRUNKS)
 ITERATIONS = (0, 5, 15, 40)
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     # prompt_only reads the prompt already and refuses it twice.

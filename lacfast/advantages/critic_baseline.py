@@ -1,13 +1,14 @@
-"""Advantages against the critic's values, and the control that shows what those values are worth."""
+"""Advantages against the critic's values, or against others by `register_baseline`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lacfast import ops
+from lacfast.config.advantages import ESTIMATORS, REGISTERED_BASELINES
 from lacfast.distributed.world import all_reduce
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
@@ -57,22 +58,19 @@ def critic_advantages(
     return Advantages(steps, result.advantages.T, result.targets[:, -1], result.raw.transpose(0, 1))
 
 
-def with_values_of_others(rollout: Rollout) -> Rollout:
-    """The rollout with every trajectory's values replaced by those of another one, at the same steps.
+def register_baseline(name: str, values: Callable[[Rollout], Rollout]) -> None:
+    """Give a baseline of your own a name: from then on `AdvantageConfig(estimator=name)` is known.
 
-    A control: these values have the right distribution and know nothing of the trajectory. Who gets whose
-    depends on the rollout's noise key alone.
+    Advantages are those of "critic" on the rollout that `values` returns; the critic still learns the
+    rewards.
+
+    Args:
+        name: what AdvantageConfig.estimator calls it.
+        values: a rollout with rewards to one with other `values` (T, B, H).
 
     Raises:
-        ValueError: for a single trajectory.
+        ValueError: for a name that has an estimator already.
     """
-    count = rollout.batch_size
-    if count < 2:
-        raise ValueError(f"a batch of {count} has no other trajectory whose values it could take")
-    key = int(rollout.noise.seed) * 1_000_003 + int(rollout.noise.sample_ids[0])
-    # torch takes seeds of 64 bits.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(key % 2**63))
-    # Along the cycle that the permutation lists, nobody follows himself.
-    giver = torch.empty_like(order)
-    giver[order] = order.roll(1)
-    return replace(rollout, values=rollout.values[:, giver.to(rollout.values.device)])
+    if name in ESTIMATORS or name in REGISTERED_BASELINES:
+        raise ValueError(f"estimator {name!r} is taken; register yours under another name")
+    REGISTERED_BASELINES[name] = values

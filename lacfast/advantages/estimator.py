@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast.advantages.critic_baseline import critic_advantages, with_values_of_others
+from lacfast.advantages.critic_baseline import critic_advantages
 from lacfast.advantages.multipliers import LagrangeMultipliers
 from lacfast.advantages.prompt_statistics import PromptStatistics
 from lacfast.advantages.reward_baselines import (
@@ -19,6 +19,7 @@ from lacfast.advantages.reward_baselines import (
     zero_std_groups,
 )
 from lacfast.config import GROUP_ESTIMATORS, TrainConfig
+from lacfast.config.advantages import REGISTERED_BASELINES
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -69,8 +70,9 @@ class AdvantageEstimator:
         if self.multipliers is not None:
             self.multipliers.update(stack_rewards(rollout), self.normalizer.std)
         if config.uses_critic:
+            baseline = REGISTERED_BASELINES.get(config.estimator, lambda rollout: rollout)
             return critic_advantages(
-                with_values_of_others(rollout) if config.estimator == "shuffled_critic" else rollout,
+                baseline(rollout),
                 self.normalizer,
                 self.weights,
                 gamma=self.ppo.gamma,

@@ -1,8 +1,6 @@
-"""Critic trunks that read the actor's own estimate of the clean latent, which every sampling forward gives.
+"""A critic trunk that reads the actor's own estimate of the clean latent, which every sampling forward gives.
 
-"clean_net" is a small convolutional net on it. "pixel" decodes it first, as reward models of images read
-noisy states, at the price of the decoder in every value; "Diffusion Model as a Noise-Aware Latent Reward
-Model" (arXiv 2502.01051) describes the practice and its weakness at high noise.
+"clean_net" is a small convolutional net on it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lacfast.backbones.prompt_trunks import pooled_prompt
 from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
@@ -25,8 +22,6 @@ FLOW_TIMESTEPS = 1000
 """timestep = 1000 sigma, where no scheduler says otherwise."""
 MAP_SIDE = 8
 """A net halves what it reads until its sides are at most this long."""
-FIRST_CHANNELS = 16
-"""Of "pixel", doubled with every halving."""
 CLEAN_CHANNELS = 32
 """Of "clean_net", everywhere."""
 
@@ -56,7 +51,7 @@ class CleanEstimate(nn.Module):
         if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
             raise ValueError(
                 f"no estimate of the clean latent for prediction_type {self.prediction_type!r}; "
-                "use another critic trunk than 'clean_net' and 'pixel'"
+                "use a critic trunk that reads no estimate, like 'branch'"
             )
         alphas = torch.ones(1) if is_flow else scheduler.alphas_cumprod.float()
         self.register_buffer("alphas_cumprod", alphas, persistent=False)
@@ -76,7 +71,7 @@ class CleanEstimate(nn.Module):
 
 
 class EstimateTrunk(Trunk):
-    """What both trunks share: the model's output is all that they read of its forward."""
+    """A trunk that reads nothing of the actor's forward but its output."""
 
     def __init__(self, estimate: CleanEstimate) -> None:
         super().__init__()
@@ -94,7 +89,7 @@ class EstimateTrunk(Trunk):
         return estimate
 
 
-def _halvings(side: int) -> int:
+def halvings(side: int) -> int:
     """How often `side` must be halved until it is at most MAP_SIDE."""
     return max(math.ceil(math.log2(side / MAP_SIDE)), 0)
 
@@ -117,7 +112,7 @@ class CleanNetTrunk(EstimateTrunk):
         super().__init__(estimate)
         self.latent_maps = latent_maps
         channels, *sides = latent_maps(torch.zeros(1, *latent_shape)).shape[1:]
-        strides = [2] * _halvings(max(sides)) + [1, 1]
+        strides = [2] * halvings(max(sides)) + [1, 1]
         widths = [channels] + [CLEAN_CHANNELS] * len(strides)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
@@ -133,57 +128,4 @@ class CleanNetTrunk(EstimateTrunk):
         hidden = self.latent_maps(self.clean(features, sample, timestep))
         for convolution in self.convolutions:
             hidden = nn.functional.silu(self.norm(convolution(hidden)))
-        return [feature_map_tokens(hidden)]
-
-
-class PixelTrunk(EstimateTrunk):
-    """Strided convolutions on the decoded estimate, each modulated by the prompt's embedding."""
-
-    def __init__(
-        self,
-        estimate: CleanEstimate,
-        decode: Callable[[Tensor], Tensor],
-        latent_shape: tuple[int, ...],
-        prompt_dim: int,
-        dim: int,
-        *,
-        device: torch.device,
-    ) -> None:
-        """
-        Args:
-            estimate: state and model output to clean latents.
-            decode: clean latents to images (B, 3, H, W) in [0, 1]; frozen.
-            latent_shape: of one latent.
-            prompt_dim: P of the pooled prompt.
-            dim: channels of the last map.
-            device: of the decoder.
-        """
-        super().__init__(estimate)
-        # In a tuple, so that the decoder is no part of the critic's own weights.
-        self.decoder = (decode,)
-        with torch.no_grad():
-            side = max(decode(torch.zeros(1, *latent_shape, device=device)).shape[2:])
-        depth = max(_halvings(side), 1)
-        widths = [3] + [min(FIRST_CHANNELS * 2**stage, dim) for stage in range(depth - 1)] + [dim]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1) for narrow, wide in pairwise(widths)
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width, affine=False) for width in widths[1:])
-        self.modulations = nn.ModuleList(nn.Linear(prompt_dim, 2 * width) for width in widths[1:])
-        self.tap_dims = (dim,)
-
-    def forward(
-        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> list[Tensor]:
-        (decode,) = self.decoder
-        # A decoder has a dtype of its own: SDXL's overflows in float16.
-        with torch.autocast(sample.device.type, enabled=False):
-            images = decode(self.clean(features, sample, timestep))
-        prompt = pooled_prompt(conditioning).to(sample.dtype)
-        hidden = 2 * images - 1
-        for convolution, norm, modulation in zip(
-            self.convolutions, self.norms, self.modulations, strict=True
-        ):
-            scale, shift = modulation(prompt)[..., None, None].chunk(2, dim=1)
-            hidden = nn.functional.silu(norm(convolution(hidden)) * (1 + scale) + shift)
         return [feature_map_tokens(hidden)]

@@ -21,15 +21,15 @@ from lacfast import schedule
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.compilation import compile_blocks
-from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk, PixelTrunk
+from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk
 from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
-from lacfast.backbones.prompt_trunks import PromptTap, PromptTrunk, pooled_prompt, prompt_tokens
+from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
-from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LatentNetTrunk, LoRATrunk, SharedTrunk
-from lacfast.config import TAPPED_TRUNKS, TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
+from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LoRATrunk, SharedTrunk
+from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
-from lacfast.critic.trunk import Trunk
+from lacfast.critic.trunk import Trunk, registered_trunk
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.runtime.precision import running_in
@@ -169,7 +169,7 @@ class LatentBackbone(ABC):
     def build_trunk(self, config: CriticConfig) -> Trunk:
         trunk = self._trunk(config)
         if config.text_conditioning != "none":
-            trunk = PromptTap(trunk, config.text_conditioning, self._any_prompt())
+            trunk = PromptTap(trunk, config.text_conditioning, self.any_prompt())
         trunk.compute_dtype = self.dtype
         return trunk
 
@@ -178,27 +178,9 @@ class LatentBackbone(ABC):
             return self._tapped_trunk(config, self.shared_trunk(config.taps))
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
-        if config.trunk == "latent_net":
-            return LatentNetTrunk(
-                self.latent_shape, prompt_tokens(self._any_prompt()).shape[-1], config.hidden_dim
-            )
         if config.trunk == "clean_net":
             return CleanNetTrunk(CleanEstimate(self.scheduler), self.latent_maps, self.latent_shape)
-        if config.trunk == "prompt_only":
-            return PromptTrunk(self._any_prompt())
-        if config.trunk == "pixel":
-            return PixelTrunk(
-                CleanEstimate(self.scheduler),
-                self.codec.decode,
-                self.latent_shape,
-                pooled_prompt(self._any_prompt()).shape[-1],
-                config.hidden_dim,
-                device=self.device,
-            )
-        raise ValueError(
-            f"critic trunk {config.trunk!r} has no value function to build; use one of "
-            f"{', '.join(trunk for trunk in TRUNKS if trunk != 'none')}"
-        )
+        return registered_trunk(self, config)
 
     def _tapped_trunk(self, config: CriticConfig, shared: SharedTrunk) -> Trunk:
         if config.trunk == "shared":
@@ -213,7 +195,7 @@ class LatentBackbone(ABC):
         weights = adapters.add_adapter(self.model, adapters.CRITIC, own, self.lora_targets)
         return LoRATrunk(self.model, weights, shared, self.predict_with)
 
-    def _any_prompt(self) -> Conditioning:
+    def any_prompt(self) -> Conditioning:
         """Conditioning (1, ...), for its widths."""
         if self.device.type != "meta":
             return self.encode_unconditional(1)

@@ -1,4 +1,4 @@
-"""Critic trunks that read the prompt: alone, as a control, or as one more tap beside another trunk's."""
+"""The prompt as one more tap beside another trunk's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
@@ -25,23 +24,6 @@ def pooled_prompt(conditioning: Conditioning) -> Tensor:
         if name in conditioning.tensors:
             return conditioning.tensors[name]
     return prompt_tokens(conditioning).mean(dim=1)
-
-
-class PromptTrunk(OwnForwardTrunk):
-    """The prompt's tokens and nothing of the state: the head knows a prompt's difficulty and the timestep.
-
-    A critic that explains no more than this one has learned no state; see explained_variance.value_bounds.
-    """
-
-    def __init__(self, example: Conditioning) -> None:
-        """`example`: of any prompt, for its widths."""
-        super().__init__()
-        self.tap_dims = (prompt_tokens(example).shape[-1], pooled_prompt(example).shape[-1])
-
-    def forward(
-        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> list[Tensor]:
-        return [prompt_tokens(conditioning), pooled_prompt(conditioning)[:, None]]
 
 
 class PromptTap(Trunk):

@@ -1,15 +1,14 @@
-"""Critic trunks that all families share: the actor's taps, adapters or a copy of it, a small net."""
+"""Critic trunks that all families share: the actor's taps, adapters or a copy of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from lacfast.backbones import lora as adapters
-from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
+from lacfast.backbones.taps import Tap, record_taps
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
@@ -108,45 +107,3 @@ def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-class LatentNetTrunk(OwnForwardTrunk):
-    """Two transformer layers on patches of the latent and the prompt's mean token: the control of trunks.
-
-    It knows nothing that the diffusion model learned.
-    """
-
-    def __init__(self, latent_shape: tuple[int, ...], prompt_dim: int, dim: int) -> None:
-        super().__init__()
-        is_map = len(latent_shape) == 3
-        self.embed: nn.Module = (
-            nn.Conv2d(latent_shape[0], dim, kernel_size=2, stride=2)
-            if is_map
-            else nn.Linear(latent_shape[1], dim)
-        )
-        length = (latent_shape[1] // 2) * (latent_shape[2] // 2) if is_map else latent_shape[0]
-        self.position = nn.Parameter(0.02 * torch.randn(length, dim))
-        self.prompt = nn.Linear(prompt_dim, dim)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                dim,
-                nhead=max(dim // 32, 1),
-                dim_feedforward=2 * dim,
-                dropout=0.0,
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(2)
-        )
-        self.tap_dims = (dim,)
-
-    def forward(
-        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> list[Tensor]:
-        embedded = self.embed(sample)
-        tokens = (feature_map_tokens(embedded) if embedded.ndim == 4 else embedded) + self.position
-        prompt = self.prompt(conditioning.tensors["encoder_hidden_states"].to(sample.dtype).mean(dim=1))
-        hidden = torch.cat([prompt[:, None].to(tokens.dtype), tokens], dim=1)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return [hidden]

@@ -2,7 +2,6 @@
 
 from lacfast.config.advantages import (
     COMBINATIONS,
-    CRITIC_ESTIMATORS,
     ESTIMATORS,
     GROUP_ESTIMATORS,
     AdvantageConfig,
@@ -24,7 +23,6 @@ from lacfast.config.training import EarlyStoppingConfig, TrainConfig, ValuePretr
 
 __all__ = [
     "COMBINATIONS",
-    "CRITIC_ESTIMATORS",
     "ESTIMATORS",
     "GROUP_ESTIMATORS",
     "GUIDANCE_FORMS",

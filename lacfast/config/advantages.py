@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from lacfast.config.checks import require
 
-CRITIC_ESTIMATORS = ("critic", "shuffled_critic")
-"""Estimators whose baseline is the critic's value."""
+REGISTERED_BASELINES: dict[str, Callable[[Any], Any]] = {}
+"""Estimator -> what it does to a rollout's values; lacfast.advantages.register_baseline adds to it."""
 GROUP_ESTIMATORS = ("grpo", "leave_one_out")
 """Estimators that compare trajectories of one prompt within a rollout."""
-ESTIMATORS = (*CRITIC_ESTIMATORS, *GROUP_ESTIMATORS, "ddpo", "batch_mean")
+ESTIMATORS = ("critic", *GROUP_ESTIMATORS, "ddpo", "batch_mean")
 """See AdvantageConfig.estimator."""
 COMBINATIONS = ("sum_normalized", "sum", "scalarized", "conditional", "constrained")
 """See AdvantageConfig.combination."""
@@ -34,11 +36,11 @@ class AdvantageConfig:
     """Baseline and combination of rewards; gamma, lambda and the bounds are PPOConfig's."""
 
     estimator: str = "critic"
-    """"critic": GAE on the critic's values, the only one with credit per step; "shuffled_critic": the same
-    with the values of another trajectory, a control; "grpo": against the group of the prompt (arXiv
-    2402.03300); "leave_one_out": against the others of the group (RLOO, arXiv 2402.14740); "ddpo": against
-    the prompt's last rewards (arXiv 2305.13301); "batch_mean": against the rollout. All but the first two
-    train without a critic."""
+    """"critic": GAE on the critic's values, the only one with credit per step; "grpo": against the
+    group of the prompt (arXiv 2402.03300); "leave_one_out": against the others of the group (RLOO, arXiv
+    2402.14740); "ddpo": against the prompt's last rewards (arXiv 2305.13301); "batch_mean": against the
+    rollout. All but the first train without a critic. Or a name that lacfast.advantages.register_baseline was
+    given: GAE on other values."""
     combination: str = "sum_normalized"
     """Of several rewards. "sum_normalized": advantages per reward, each in its own deviation, then the
     weighted sum; "sum": the weighted sum of a critic's advantages of standardised rewards as they are;
@@ -64,15 +66,21 @@ class AdvantageConfig:
 
     @property
     def uses_critic(self) -> bool:
-        return self.estimator in CRITIC_ESTIMATORS
+        """Whether the baseline is the critic's value."""
+        return self.estimator == "critic" or self.estimator in REGISTERED_BASELINES
 
     def __post_init__(self) -> None:
         # Tuples also when they come from a JSON file.
         for name in ("conditions", "floors"):
             object.__setattr__(self, name, tuple(tuple(entry) for entry in getattr(self, name)))
-        for option, known in (
-            ("estimator", ESTIMATORS), ("combination", COMBINATIONS), ("group_std", GROUP_STDS),
-        ):  # fmt: skip
+        estimators = (*ESTIMATORS, *REGISTERED_BASELINES)
+        require(
+            self.estimator in estimators,
+            f"unknown estimator {self.estimator!r}; known: {', '.join(estimators)}. One that was registered "
+            "is known after importing the module that registers it: bench.learning.controls has "
+            "'shuffled_critic'",
+        )
+        for option, known in (("combination", COMBINATIONS), ("group_std", GROUP_STDS)):
             chosen = getattr(self, option)
             require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
         defaults = {field.name: field.default for field in fields(self)}

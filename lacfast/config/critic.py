@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lacfast.config.checks import require
 
@@ -14,12 +16,11 @@ TRUNKS = (
     "lora",
     "copy",
     "clean_net",
-    "latent_net",
-    "prompt_only",
-    "pixel",
     "none",
 )
 """What the value head reads; see CriticConfig.trunk."""
+REGISTERED_TRUNKS: dict[str, Callable[[Any, Any], Any]] = {}
+"""Name -> builder of the trunks that lacfast.critic.trunk.register_trunk has added."""
 TAPPED_TRUNKS = ("shared", "joint", "lora", "copy")
 """Trunks that read a whole model at some of its blocks."""
 ACTOR_TRUNKS = ("branch", "shared", "clean_net")
@@ -38,10 +39,8 @@ class CriticConfig:
     """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
     detached taps; "joint": the same, and the value's gradient trains the actor too; "lora": own LoRA on the
     actor's frozen or trained base; "copy": own full trunk; "clean_net": a small net on the actor's estimate
-    of the clean latent; "latent_net": a small net on the latents (a control); "prompt_only": prompt and
-    timestep alone (the control that knows a prompt's difficulty and no state); "pixel": a convolutional net
-    on the decoded estimate of the clean latent, as critics outside the latent space read states; "none": no
-    critic (group-relative baselines)."""
+    of the clean latent; "none": no critic (group-relative baselines); or a name that `register_trunk` of
+    lacfast.critic.trunk was given."""
     num_blocks: int = 1
     """k, blocks of the branch; 1 of 3 in the tiny DiT, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
@@ -74,7 +73,7 @@ class CriticConfig:
     head_dim: int = 32
     """Features that each query returns."""
     hidden_dim: int = 128
-    """Width of the MLP behind the queries; small heads overfit less. Of "latent_net" and "pixel" too."""
+    """Width of the MLP behind the queries; small heads overfit less."""
     joint_weight: float = 1e-3
     """Of the value loss in the actor's, for "joint". A mean-reduced policy gradient is about 1/sqrt(N) of
     the value's, so 1/sqrt(N) weighs them alike."""
@@ -82,15 +81,16 @@ class CriticConfig:
     """Of the trunk "lora"."""
 
     def __post_init__(self) -> None:
-        require(self.trunk in TRUNKS, f"unknown critic trunk {self.trunk!r}; known: {', '.join(TRUNKS)}")
+        known_trunks = (*TRUNKS, *REGISTERED_TRUNKS)
+        require(
+            self.trunk in known_trunks,
+            f"unknown critic trunk {self.trunk!r}; known: {', '.join(known_trunks)}. One that was registered "
+            "is known after importing the module that registers it: bench.learning.controls has "
+            "'latent_net', 'prompt_only' and 'pixel'",
+        )
         for option, known in (("loss", VALUE_LOSSES), ("text_conditioning", TEXT_CONDITIONINGS)):
             chosen = getattr(self, option)
             require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
-        require(
-            self.trunk != "prompt_only" or self.text_conditioning == "none",
-            f"text_conditioning={self.text_conditioning!r} would give 'prompt_only' the prompt twice; "
-            "leave it out",
-        )
         require(self.value_clip > 0, f"value_clip={self.value_clip} must be > 0 (inf: off)")
         require(
             self.loss == "mse" or math.isinf(self.value_clip),

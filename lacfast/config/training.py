@@ -174,11 +174,6 @@ class TrainConfig:
                 f"advantages.estimator={estimator!r} needs a critic, and critic.trunk is 'none'; choose a "
                 "trunk, or advantages=AdvantageConfig(estimator='grpo')",
             )
-            require(
-                estimator == "critic" or self.batch_size > 1,
-                f"advantages.estimator={estimator!r} takes the values of another trajectory; "
-                f"batch_size={self.batch_size} has none",
-            )
             return
         # One switch is enough: the default trunk follows the estimator, one that was chosen is not ignored.
         require(

@@ -1,18 +1,17 @@
-"""What a critic reads of the diffusion model: the part of it below the head."""
+"""What a critic reads of the diffusion model: the part of it below the head, yours by `register_trunk`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lacfast.config import CriticConfig
+from lacfast.config.critic import REGISTERED_TRUNKS, TRUNKS
 from lacfast.records import Conditioning
-
-if TYPE_CHECKING:
-    pass
-
 
 Features = dict[str, Tensor]
 """Name -> (B, ...): tensors of the actor's forward that a trunk reads."""
@@ -42,3 +41,35 @@ class Trunk(nn.Module):
             conditioning: (B, ...)
         """
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+
+def register_trunk(name: str, build: Callable[[Any, CriticConfig], Trunk]) -> None:
+    """Give a trunk of your own a name: from then on `CriticConfig(trunk=name)` is known, in files too.
+
+    A process that loads a critic with this trunk must have registered it first.
+
+    Args:
+        name: what CriticConfig.trunk, presets and saved critics call it.
+        build: (lacfast.backbones.latent.LatentBackbone, settings of the critic) to a new trunk.
+
+    Raises:
+        ValueError: for a name that has a trunk already.
+    """
+    if name in TRUNKS or name in REGISTERED_TRUNKS:
+        raise ValueError(f"critic trunk {name!r} is taken; register yours under another name")
+    REGISTERED_TRUNKS[name] = build
+
+
+def registered_trunk(backbone: Any, config: CriticConfig) -> Trunk:
+    """A new trunk of the builder that was registered for `config.trunk`.
+
+    Raises:
+        ValueError: for a trunk without one, which "none" is.
+    """
+    if config.trunk not in REGISTERED_TRUNKS:
+        known = (*(trunk for trunk in TRUNKS if trunk != "none"), *REGISTERED_TRUNKS)
+        raise ValueError(
+            f"critic trunk {config.trunk!r} has no value function to build; use one of {', '.join(known)}"
+        )
+    trunk: Trunk = REGISTERED_TRUNKS[config.trunk](backbone, config)
+    return trunk

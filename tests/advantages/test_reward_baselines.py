@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from lacfast.advantages import (
     batch_advantages,
     combined,
     group_advantages,
-    with_values_of_others,
+    register_baseline,
     zero_std_groups,
 )
 from lacfast.compat.flow_grpo import PerPromptStatTracker
@@ -120,21 +121,23 @@ def test_the_credits_of_the_steps_telescope_to_the_whole() -> None:
     torch.testing.assert_close(returns, torch.ones_like(returns))
 
 
-def test_a_shuffled_critic_gives_everybody_the_values_of_somebody_else() -> None:
+def test_a_registered_baseline_changes_the_advantages_and_not_what_the_critic_learns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lacfast.config.advantages.REGISTERED_BASELINES", registered := {})
+    for module in ("critic_baseline", "estimator"):
+        monkeypatch.setattr(f"lacfast.advantages.{module}.REGISTERED_BASELINES", registered)
+    register_baseline("twice", lambda rollout: replace(rollout, values=2 * rollout.values))
     values = torch.arange(BATCH).float().expand(STEPS, -1)[..., None].contiguous()
-    rollout = made_rollout(values, {"r": REWARD})
-    shuffled = with_values_of_others(rollout).values
-    assert torch.equal(shuffled, with_values_of_others(rollout).values)
-    assert torch.equal(shuffled, shuffled[:1].expand_as(shuffled))
-    assert sorted(shuffled[0, :, 0].tolist()) == values[0, :, 0].tolist()
-    assert not (shuffled == values).any()
-    estimator = estimator_for(AdvantageConfig(estimator="shuffled_critic"))
+    estimator = estimator_for(AdvantageConfig(estimator="twice"))
+    assert estimator.config.uses_critic
     estimator.normalizer.update(REWARD[:, None])
-    result = estimator(rollout)
+    result = estimator(made_rollout(values, {"r": REWARD}))
     standardized = (REWARD - 2) / (8 / 6) ** 0.5
-    torch.testing.assert_close(result.raw[..., 0], standardized - shuffled[:3, :, 0])
-    # The critic itself still learns the truth.
+    torch.testing.assert_close(result.raw[..., 0], standardized - 2 * values[:3, :, 0])
     torch.testing.assert_close(result.targets[:, 0], standardized)
+    with pytest.raises(ValueError, match="'twice' is taken"):
+        register_baseline("twice", lambda rollout: rollout)
 
 
 def test_groups_without_spread_are_counted() -> None:
@@ -163,10 +166,6 @@ def _misfits() -> Iterator[tuple[dict[str, Any], str]]:
         "'copy' would be",
     )
     yield {"critic": CriticConfig(trunk="none")}, "needs a critic"
-    yield (
-        {"advantages": AdvantageConfig(estimator="shuffled_critic"), "batch_size": 1},
-        "batch_size=1 has none",
-    )
 
 
 @pytest.mark.parametrize(("settings", "message"), list(_misfits()))
@@ -178,7 +177,7 @@ def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, An
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"estimator": "reinforce"}, "known: critic, shuffled_critic, grpo"),
+        ({"estimator": "reinforce"}, "known: critic, grpo"),
         ({"combination": "product"}, "known: sum_normalized"),
         ({"group_std": "local"}, "known: global, group, none"),
         ({"group_std": "group"}, "group_std='group' would be ignored by estimator='critic'"),

@@ -38,7 +38,7 @@ from lacfast.checkpoint import save_backbone
 from lacfast.config import Ratio
 
 LORA = LoRAConfig(rank=4, alpha=8)
-TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net", "latent_net", "prompt_only", "pixel")
+TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net")
 
 
 def config_for(
@@ -184,7 +184,7 @@ def test_every_trunk_values_and_learns_beside_a_lora_policy(family: str, trunk: 
     # The head's last layer starts at zero, so what lies below it learns from the second step on.
     changed = differing(before, dict(trainer.critic.named_parameters()))
     own_trunk = [name for name in before if name.startswith("trunk.")]
-    assert bool(own_trunk) == (trunk not in ("shared", "joint", "prompt_only"))
+    assert bool(own_trunk) == (trunk not in ("shared", "joint"))
     assert set(changed) & set(own_trunk) == set(changed) - {name for name in changed if "head." in name}
     assert not own_trunk or any(name.startswith("trunk.") for name in changed)
     assert differing(policy, backbone.policy_state())

@@ -12,60 +12,19 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from tiny_backbones import FAMILIES, PROMPTS, tiny_backbone
+from tiny_critics import critic_of, state, values
 from tiny_pipelines import FAMILIES as PIPELINE_FAMILIES
 from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
 from tiny_pipelines import backbone_of, tiny_pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lacfast import CriticConfig, load_backbone
-from lacfast.backbone import build_critic
 from lacfast.backbones.estimate_trunks import CLEAN_CHANNELS, MAP_SIDE, CleanEstimate, CleanNetTrunk
-from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_trunks import pooled_prompt
+from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.checkpoint import CRITIC_WEIGHTS, EARLIER_DESCRIPTION, save_backbone
-from lacfast.critic.critic import Critic
+from lacfast.critic.trunk import Features, register_trunk
 from lacfast.records import Conditioning
-
-SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
-
-
-def critic_of(backbone: LatentBackbone, **changes: object) -> Critic:
-    """A critic whose zero-initialised layers are drawn, so that its values depend on what it reads."""
-    critic = build_critic(backbone, 2, CriticConfig(**{**SMALL, **changes}))  # type: ignore[arg-type]
-    assert critic is not None
-    generator = torch.Generator().manual_seed(0)
-    for module in critic.modules():
-        if isinstance(module, nn.Linear) and not module.weight.any():
-            nn.init.normal_(module.weight, std=0.5, generator=generator)
-    return critic
-
-
-def state(backbone: LatentBackbone, count: int = 3) -> tuple[Tensor, Tensor]:
-    sample = torch.randn((count, *backbone.latent_shape), generator=torch.Generator().manual_seed(1))
-    return sample, torch.linspace(900, 100, count).round()
-
-
-@torch.no_grad()
-def values(
-    backbone: LatentBackbone, critic: Critic, sample: Tensor, timestep: Tensor, prompts: list[str]
-) -> Tensor:
-    conditioning = backbone.encode_prompts(prompts)
-    with critic.record(backbone.model) as features:
-        backbone.predict(sample, timestep, conditioning)
-    result: Tensor = critic(features, sample, timestep, conditioning)
-    return result
-
-
-@pytest.mark.parametrize("family", PIPELINE_FAMILIES)
-def test_prompt_only_knows_the_prompt_and_the_timestep_and_no_state(family: str) -> None:
-    backbone = backbone_of(tiny_pipeline(family))
-    critic = critic_of(backbone, trunk="prompt_only")
-    sample, timestep = state(backbone)
-    prompts = PIPELINE_PROMPTS[:3]
-    value = values(backbone, critic, sample, timestep, prompts)
-    assert torch.equal(value, values(backbone, critic, -sample, timestep, prompts))
-    assert not torch.allclose(value, values(backbone, critic, sample, timestep.flip(0), prompts))
-    assert not torch.allclose(value, values(backbone, critic, sample, timestep, PIPELINE_PROMPTS[3:6]))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -88,12 +47,9 @@ def test_the_clean_estimate_of_a_flow_undoes_its_noise() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    "settings", [{"trunk": "pixel"}, {"trunk": "clean_net", "text_conditioning": "tokens"}]
-)
-def test_a_critic_on_the_estimate_sees_it_and_the_prompt_alone(family: str, settings: dict[str, str]) -> None:
+def test_a_critic_on_the_estimate_sees_it_and_the_prompt_alone(family: str) -> None:
     backbone = tiny_backbone(family)
-    critic = critic_of(backbone, **settings)
+    critic = critic_of(backbone, trunk="clean_net", text_conditioning="tokens")
     sample, timestep = state(backbone)
     conditioning = backbone.encode_prompts(PROMPTS[:3])
     output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(2))
@@ -111,10 +67,9 @@ def test_a_critic_on_the_estimate_sees_it_and_the_prompt_alone(family: str, sett
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("trunk", ["pixel", "clean_net"])
-def test_the_gradient_of_a_critic_on_the_estimate_reaches_the_latent(family: str, trunk: str) -> None:
+def test_the_gradient_of_a_critic_on_the_estimate_reaches_the_latent(family: str) -> None:
     backbone = tiny_backbone(family)
-    critic = critic_of(backbone, trunk=trunk)
+    critic = critic_of(backbone, trunk="clean_net")
     sample, timestep = state(backbone)
     # Small latents: the codec's clamp to [0, 1] has no gradient outside.
     sample = (0.1 * sample).requires_grad_()
@@ -181,10 +136,10 @@ def test_taps_lie_where_the_fractions_say(family: str, trunk: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"trunk": "pixel", "loss": "hl_gauss", "num_bins": 11},
+        {"trunk": "shared", "loss": "hl_gauss", "num_bins": 11},
         {"trunk": "clean_net", "text_conditioning": "pooled"},
         {"trunk": "copy", "taps": (0.5, 1.0), "text_conditioning": "tokens", "time_conditioning": False},
-        {"trunk": "prompt_only", "loss": "bce"},
+        {"trunk": "lora", "loss": "bce"},
         {"trunk": "branch", "value_clip": 0.2},
     ],
     ids=lambda settings: settings["trunk"],
@@ -222,3 +177,41 @@ def test_a_critic_saved_before_these_settings_existed_still_loads(tmp_path: Path
     sample, timestep = state(backbone)
     found = values(loaded, loaded.critic, sample, timestep, PROMPTS[:3])
     assert torch.equal(found, values(backbone, backbone.critic, sample, timestep, PROMPTS[:3]))
+
+
+class _Mean(OwnForwardTrunk):
+    """One token: the latent's mean."""
+
+    tap_dims = (1,)
+
+    def forward(
+        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> list[Tensor]:
+        return [sample.flatten(1).mean(dim=1)[:, None, None]]
+
+
+def test_a_registered_trunk_is_built_saved_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lacfast.config.critic.REGISTERED_TRUNKS", registered := {})
+    monkeypatch.setattr("lacfast.critic.trunk.REGISTERED_TRUNKS", registered)
+    with pytest.raises(ValueError, match=r"unknown critic trunk 'mean'; known: branch, .*, none"):
+        CriticConfig(trunk="mean")
+    register_trunk("mean", lambda backbone, config: _Mean())
+    backbone = tiny_backbone("dit")
+    backbone.critic = critic_of(backbone, trunk="mean")
+    save_backbone(backbone, tmp_path / "saved")
+    loaded = load_backbone(tmp_path / "saved")
+    assert loaded.critic is not None
+    sample, timestep = state(backbone)
+    found = values(loaded, loaded.critic, sample, timestep, PROMPTS[:3])
+    assert torch.equal(found, values(backbone, backbone.critic, sample, timestep, PROMPTS[:3]))
+    del registered["mean"]
+    with pytest.raises(ValueError, match=r"module that registers it: bench\.learning\.controls"):
+        load_backbone(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("name", ["branch", "none"])
+def test_the_name_of_a_trunk_is_given_once(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' is taken"):
+        register_trunk(name, lambda backbone, config: _Mean())

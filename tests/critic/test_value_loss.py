@@ -136,7 +136,6 @@ def test_bins_reach_beyond_the_clipped_targets() -> None:
         ({"value_clip": 0.0}, r"value_clip=0.0 must be > 0"),
         ({"trunk": "branch", "taps": (0.5,)}, r"taps=\(0.5,\) would be ignored: 'branch'"),
         ({"trunk": "shared", "taps": (0.0, 1.0)}, r"taps=\(0.0, 1.0\) must be fractions"),
-        ({"trunk": "prompt_only", "text_conditioning": "pooled"}, "the prompt twice"),
         ({"num_bins": 1}, "num_bins=1 must be at least 2"),
     ],
 )

@@ -174,7 +174,7 @@ def test_pretraining_keeps_features_all_the_same() -> None:
     assert torch.isfinite(trainer.pretrain_critic().explained_variance).all()
 
 
-@pytest.mark.parametrize("trunk", ["copy", "joint", "latent_net"])
+@pytest.mark.parametrize("trunk", ["copy", "joint"])
 def test_a_switch_that_would_be_ignored_is_refused(trunk: str) -> None:
     with pytest.raises(ValueError, match=f"keep_features=False is for .* not '{trunk}'"):
         CriticConfig(trunk=trunk, keep_features=False)

@@ -109,7 +109,7 @@ def test_the_counter_equals_the_closed_formula(
     assert stats.values.shape == (8, len(prompts))
 
 
-@pytest.mark.parametrize(("trunk", "own"), [("branch", 0), ("shared", 0), ("copy", 1), ("latent_net", 0)])
+@pytest.mark.parametrize(("trunk", "own"), [("branch", 0), ("shared", 0), ("copy", 1), ("clean_net", 0)])
 def test_a_critic_that_runs_the_model_itself_is_counted(trunk: str, own: int) -> None:
     backbone = tiny_backbone("dit")
     backbone.critic = real_critic(backbone, trunk)

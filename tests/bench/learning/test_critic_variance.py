@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from bench.learning import critic_variance, critics_section, units
+from bench.learning.controls import CONTROL_TRUNKS
 from bench.learning.critic_variance import ITERATIONS, MEASURES, Cell, cells
 from bench.learning.critics import SMOKE
 from bench.learning.problems import Materials, Prompts
@@ -93,7 +94,7 @@ def test_every_measure_has_cells_of_its_own_and_every_trunk_with_a_critic_is_com
     assert sum(cell.key == "preset" for cell in made) == 4
     compared = {cell.critic.trunk for cell in made if cell.measure == "trunks"}
     # A joint critic that is pretrained beside a frozen actor is a shared one.
-    assert compared == set(TRUNKS) - {"none", "joint"}
+    assert compared == {*TRUNKS, *CONTROL_TRUNKS} - {"none", "joint"}
 
 
 def test_a_critic_is_chosen_on_tuning_prompts_and_reported_on_held_out_ones(
