@@ -1,16 +1,19 @@
-// What the kernels take: raw pointers to contiguous tensors, read as records. Nothing here knows of torch.
+// The records that the kernels take. A kernel reads its op's inputs and fills its outputs; one of a backward pass gets
+// the inputs and outputs as far as they were kept, the outputs' gradients, and the inputs' gradients to fill.
 //
-// A tensor of shape (B, ...) is `rows` latents of `elements` values each. Every operand carries its own storage type;
-// the maths is float32, or float64 where the model output is float64, and so are coefficients, advantages and outputs
-// that are not latents ("arithmetic type" below).
+// These are the NamedTuples of lacfast/ops, field by field: csrc/registry.h copies them in as words, and a test compares
+// the names. Tensors are contiguous. A tensor of shape (B, ...) is `rows` latents of `elements` values each and carries
+// its own storage type; the maths is float32, or float64 where the latents are float64, and so are coefficients,
+// advantages and outputs that are not latents ("arithmetic type" below). Nothing here knows of torch.
 #pragma once
 
 #include <cstdint>
-#include <string>
+
+#include "common/inline.h"
 
 namespace lacfast {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+enum class DType : std::int64_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3, other = 4 };
 
 struct Operand {
   const void* data;  // null: not given
@@ -22,64 +25,115 @@ struct Result {
   DType dtype;
 };
 
-// Noise given as a tensor, or drawn from Philox when `given.data` is null.
-struct Noise {
-  Operand given;
-  const std::int64_t* seed;        // (1,)
-  const std::int64_t* sample_ids;  // (rows,)
+struct Tensor {
+  void* data;  // null: not given, or not wanted
+  DType dtype;
+
+  LACFAST_INLINE_MEMBER operator Operand() const { return {data, dtype}; }
+  LACFAST_INLINE_MEMBER operator Result() const { return {data, dtype}; }
+  template <typename T>
+  LACFAST_INLINE_MEMBER T* as() const {
+    return static_cast<T*>(data);
+  }
 };
 
-// Rows of the table (a, b, std) in the arithmetic type, and the row that each sample uses.
-struct Transition {
-  const void* coefficients;   // (table_steps, 3)
-  std::int64_t table_steps;
-  const std::int64_t* steps;  // (rows,), or (1,) when all samples share their step
-  bool is_shared = false;
+struct SizedTensor : Tensor {
+  std::int64_t numel;
+  std::int64_t sizes[3];  // of the first dimensions; 1 beyond the last
+};
+
+using Flag = std::int64_t;
+
+constexpr int kMaxListed = 16;
+
+template <typename T>
+struct List {
+  std::int64_t count;
+  T at[kMaxListed];
+};
+
+// How many threads may work on a CPU kernel, and where a CUDA kernel is put: the last record of each.
+struct Threads {
+  std::int64_t count;
+};
+
+struct Stream {
+  void* handle;
 };
 
 struct Shape {
   std::int64_t rows, elements;
 };
 
-// Where the results of all steps lie; step k of the table fills slice k, and of the latents slice k + 1.
-struct TrajectorySlab {
-  Result latents;        // (table_steps + 1, rows, elements)
-  Result model_outputs;  // (table_steps, rows, elements)
-  void* log_probs;       // (table_steps, rows) arithmetic type
+LACFAST_INLINE Shape shape_of(const SizedTensor& latents) { return {latents.sizes[0], latents.numel / latents.sizes[0]}; }
+
+// Noise given as a tensor, or drawn from Philox when that is null.
+struct Noise {
+  Tensor noise, seed, sample_ids;  // (rows, ...), int64 (1,), int64 (rows,)
 };
 
-// sample and prev_sample may be the same tensor, and so may guided_output and one that it is made from.
+struct NormalNoise {
+  Tensor steps, seed, sample_ids;  // int64 (rows,), (1,), (rows,)
+  List<std::int64_t> shape;
+};
+
+struct NormalNoiseOutputs {
+  SizedTensor noise;  // float32
+};
+
+// Rows of the table (a, b, std) in the arithmetic type, and the row that each sample uses.
+struct Transition {
+  SizedTensor coefficients;  // (table steps, 3)
+  SizedTensor steps;         // int64 (rows,), or (1,) when all samples share their step
+};
+
+LACFAST_INLINE std::int64_t step_of(const Transition& transition, std::int64_t row) {
+  return transition.steps.as<const std::int64_t>()[transition.steps.numel == 1 ? 0 : row];
+}
+
 struct GaussianStep {
-  Shape shape;
-  Operand sample, model_output, uncond_output;
-  const float* guidance_scale;  // (1,), with uncond_output
+  SizedTensor sample;
+  Tensor model_output, uncond_output;
+  Tensor guidance_scale;  // float32 (1,), with uncond_output
   Transition transition;
   Noise noise;
   double scale;
-  Result prev_sample;
-  void* log_prob;  // (rows,) arithmetic type, or null
-  Result guided_output;
-  TrajectorySlab slab;  // all null: none
+};
+
+struct GaussianStepOutputs {
+  Tensor prev_sample;    // may be the sample
+  Tensor log_prob;       // (rows,) arithmetic type, or null
+  Tensor guided_output;  // null without guidance, or where the slab has it
+};
+
+// Where the results of all steps lie; step k of the table fills slice k, and of the latents slice k + 1.
+struct TrajectorySlab {
+  Tensor latents;        // (table steps + 1, rows, elements)
+  Tensor model_outputs;  // (table steps, rows, elements)
+  Tensor log_probs;      // (table steps, rows) arithmetic type
 };
 
 struct StepLogProb {
-  Shape shape;
-  Operand sample, model_output, prev_sample;
+  SizedTensor sample;
+  Tensor model_output, prev_sample;
   Transition transition;
   double scale;
 };
 
-// Null where nobody asks for the gradient.
-struct StepLogProbGradients {
-  Result sample, model_output, prev_sample;
+struct StepLogProbOutputs {
+  Tensor log_prob;  // (rows,)
 };
 
 struct LogRatio {
-  Shape shape;
-  Operand model_output, old_model_output, reference_output;
+  SizedTensor model_output;
+  Tensor old_model_output, reference_output;
   Transition transition;
   Noise noise;
   double scale;
+};
+
+struct LogRatioOutputs {
+  Tensor terms;  // (rows, 3): log_ratio, kl_old, kl_ref
 };
 
 struct Bounds {
@@ -88,150 +142,103 @@ struct Bounds {
   double kl_threshold;         // of the KL mask; infinity: off
 };
 
+// Of the arithmetic type, but for the mask. log_ratio reads the first record only.
 struct PPOLoss {
-  LogRatio transition_ratio;
-  const void* kl_gains;  // (table_steps,) arithmetic type, or null for b^2 / (2 std^2)
-  bool is_normalized;    // log_ratio = reduce( eps b dv ), GRPO-Guard's RatioNorm
-};
-
-struct Surrogate {
-  const void* advantages;    // (rows,) arithmetic type
-  const void* weights;       // (rows,) arithmetic type, or null for ones
-  const void* step_weights;  // (table_steps,) arithmetic type, or null for ones
-  const bool* mask;          // (rows,), or null for all
+  LogRatio ratio;
+  Tensor advantages;    // (rows,)
+  Tensor weights;       // (rows,), or null for ones
+  Tensor step_weights;  // (table steps,), or null for ones
+  Tensor mask;          // bool (rows,), or null for all
+  Tensor kl_gains;      // (table steps,), or null for b^2 / (2 std^2)
+  Flag is_normalized;   // log_ratio = reduce( eps b dv ), GRPO-Guard's RatioNorm
   Bounds bounds;
   double kl_weight;
 };
 
-// Of the arithmetic type.
-struct PPOResults {
-  void* loss;       // ()
-  void* rows;       // (rows, 4): log_ratio, kl_old, kl_ref, side of the active bound
-  void* step_sums;  // (table_steps, 6): count, log_ratio, kl_old, kl_ref, clipped from above, from below
-  void* shares;     // (rows, 3): share of the loss, its derivatives by log_ratio and by kl_ref
+struct PPOLossOutputs {
+  Tensor loss;       // ()
+  Tensor rows;       // (rows, 4): log_ratio, kl_old, kl_ref, side of the active bound
+  Tensor step_sums;  // (table steps, 6): count, log_ratio, kl_old, kl_ref, clipped from above, from below
+  Tensor shares;     // (rows, 3): share of the loss, its derivatives by log_ratio and by kl_ref
 };
 
 struct Gae {
-  std::int64_t rows, steps, heads;
-  DType dtype;
+  SizedTensor rewards;  // (rows, steps, heads)
+  Tensor values;
   double gamma, gae_lambda, value_lambda;
+};
+
+struct GaeOutputs {
+  Tensor advantages, returns;
 };
 
 constexpr int kMaxRewards = 16;
 
-// Reward m counts only where reward on[m] of the trajectory reaches threshold[m]; on[m] = -1: always.
-struct RewardConditions {
-  std::int8_t on[kMaxRewards];
-  double threshold[kMaxRewards];
-};
-
-// GAE of standardised rewards. Everything but `values` is in the arithmetic type.
+// GAE of standardised rewards. Everything but `values` is in the arithmetic type. Reward m counts only where reward
+// conditions_on[m] of the trajectory reaches thresholds[m]; -1: always.
 struct AdvantageSums {
-  std::int64_t rows, steps;
-  int num_rewards, heads;  // equal, or one head of the weighted rewards when scalarized
-  bool rewards_per_step, scalarized;
-  DType dtype;  // of the values
+  SizedTensor rewards;             // (rows, rewards), or (rows, steps, rewards) per step
+  SizedTensor values;              // (rows, steps, heads); as many heads as rewards, or one when scalarized
+  Tensor reward_mean, reward_std;  // (rewards,)
+  SizedTensor weights;             // (rewards,)
+  Tensor mask;                     // bool (rows,), or null: all count
+  Flag scalarized;
+  List<std::int64_t> conditions_on;
+  List<double> thresholds;
   double gamma, gae_lambda, value_lambda, target_clip;
-  RewardConditions conditions;
-  const void* rewards;  // (rows, num_rewards), or (rows, steps, num_rewards) per step
-  const void* values;   // (rows, steps, heads)
-  const void *reward_mean, *reward_std, *weights;  // (num_rewards,)
-  const std::uint8_t* mask;                        // (rows,), or null: all count
-  void *raw, *targets;                             // (rows, steps, heads)
 };
 
-// Combination and normalisation, from the moments that `partials` rows of numbers add up to.
+struct AdvantageSumsOutputs {
+  Tensor raw, targets;  // (rows, steps, heads)
+  SizedTensor sums;     // float64 (parts, 1 + heads + heads^2)
+};
+
+// Combination and normalisation, from the moments that the parts add up to.
 struct AdvantageApply {
-  std::int64_t rows, steps;
-  int heads;
-  bool scalarized, normalize_heads;
-  DType dtype;  // arithmetic type
+  SizedTensor raw;
+  Tensor weights, mask;
+  SizedTensor sums;
+  Flag scalarized, normalize_heads;
   double advantage_clip;
-  const void *raw, *weights;
-  const std::uint8_t* mask;
-  const double* moments;  // (partials, 1 + heads + heads^2)
-  std::int64_t partials;
-  void* advantages;  // (rows, steps)
 };
 
-// Groups of particles; log_weights float32 or float64.
-struct Particles {
-  std::int64_t groups, particles;
-  DType dtype;
-  const void* log_weights;  // (groups, particles)
+struct AdvantageApplyOutputs {
+  Tensor advantages;  // (rows, steps)
 };
 
-struct Resampling {
-  const std::int64_t* steps;      // (groups,)
-  const std::int64_t* seed;       // (1,)
-  const std::int64_t* group_ids;  // (groups,)
-  std::int64_t* ancestors;        // (groups, particles)
+// Groups of particles, float32 or float64.
+struct EffectiveSampleSize {
+  SizedTensor log_weights;  // (groups, particles)
+};
+
+struct EffectiveSampleSizeOutputs {
+  Tensor sizes;  // (groups,)
+};
+
+struct SystematicResample {
+  SizedTensor log_weights;
+  Tensor steps, seed, group_ids;  // int64 (groups,), (1,), (groups,)
+};
+
+struct SystematicResampleOutputs {
+  Tensor ancestors;  // int64 (groups, particles)
 };
 
 // Attention of `heads` queries per sample over `tokens` tokens of `dim` features. Arithmetic type: float64 where the
 // features are float64, else float32.
 struct ValuePool {
-  std::int64_t rows, tokens, heads, dim;
-  Operand features, query, norm_weight;  // (rows, tokens, dim), (rows, heads, dim), (dim,) or null for ones
+  SizedTensor features, query;  // (rows, tokens, dim), (rows, heads, dim)
+  Tensor norm_weight;           // (dim,), or null for ones
   double eps;
+  Flag is_trained;
 };
 
-// What its forward leaves for its backward, in the arithmetic type; all null when nothing is to be kept.
-struct PoolSaved {
-  void* pooled;       // (rows, heads, dim) sum of p r x, the output before the norm's weight
-  void* log_sum_exp;  // (rows, heads) of the scores
-  void* token_stats;  // (rows, heads + 1, tokens): every head's scores, then 1 / rms
+// All but `pooled` are for the backward pass, in the arithmetic type, and null where there will be none.
+struct ValuePoolOutputs {
+  Tensor pooled;       // like the query
+  Tensor tokens;       // (rows, heads, dim) sum of p r x: `pooled` before the norm's weight
+  Tensor log_sum_exp;  // (rows, heads) of the scores
+  Tensor token_stats;  // (rows, heads + 1, tokens): every head's scores, then 1 / rms
 };
-
-namespace cpu {
-
-void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
-                  float* out, int threads);
-void gaussian_step(const GaussianStep& op, int threads);
-// log_prob, grad_log_prob (rows,) arithmetic type
-void step_log_prob(const StepLogProb& op, void* log_prob, int threads);
-void step_log_prob_backward(const StepLogProb& op, const void* grad_log_prob, const StepLogProbGradients& gradients,
-                            int threads);
-// terms (rows, 3): log_ratio, kl_old, kl_ref
-void log_ratio_forward(const LogRatio& op, void* terms, int threads);
-void ppo_loss_forward(const PPOLoss& op, const Surrogate& surrogate, const PPOResults& results, int threads);
-// shares (rows, 3) of the forward, grad_loss ()
-void ppo_loss_backward(const PPOLoss& op, const void* shares, const void* grad_loss, Result grad_model_output,
-                       int threads);
-void log_ratio_backward(const LogRatio& op, const void* grad_terms, Result grad_model_output, int threads);
-void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
-void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
-                  void* grad_values);
-// moments (1 + heads + heads^2,)
-void advantage_sums(const AdvantageSums& op, double* moments);
-void advantage_apply(const AdvantageApply& op);
-// sizes (groups,) arithmetic type
-void effective_sample_size(const Particles& op, void* sizes);
-void systematic_resample(const Particles& op, const Resampling& resampling);
-void value_pool(const ValuePool& op, Result out, const PoolSaved& saved, int threads);
-// A null result is not computed; without grad_features nothing of the features' size is written.
-void value_pool_backward(const ValuePool& op, const PoolSaved& saved, Operand grad, Result grad_features,
-                         Result grad_query, Result grad_norm_weight, int threads);
-// The instruction set in use: "x86-64-v2", "x86-64-v3" or "portable".
-const char* instruction_set();
-
-}  // namespace cpu
-
-namespace cuda {
-
-// Empty when a kernel of ours can run on the current machine, else the reason why not.
-std::string unusable_reason();
-void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns, void* stream);
-void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
-                  void* grad_values, void* stream);
-// How many rows of moments advantage_sums writes; a function of the shape alone, so that sums have one order.
-std::int64_t advantage_partials(std::int64_t rows, int heads);
-// moments (partials, 1 + heads + heads^2)
-void advantage_sums(const AdvantageSums& op, double* moments, void* stream);
-void advantage_apply(const AdvantageApply& op, void* stream);
-void effective_sample_size(const Particles& op, void* sizes, void* stream);
-void systematic_resample(const Particles& op, const Resampling& resampling, void* stream);
-
-}  // namespace cuda
 
 }  // namespace lacfast

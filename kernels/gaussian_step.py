@@ -19,13 +19,14 @@ table does not have, which only the device can see, makes x' NaN and leaves the 
 # Constants of a kernel are upper case.
 # ruff: noqa: N803
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .aot import POINTER, AotSpec
-from .philox import block_offsets, innovation_block, key_arguments, load_key
+from .philox import block_offsets, innovation_block, load_key
 
 
 @triton.jit
@@ -59,8 +60,8 @@ def mean_log_prob(sum_squares, std, N, scale):
 @triton.jit
 def gaussian_step_kernel(
     sample_ptr, model_output_ptr, uncond_output_ptr, guidance_scale_ptr, coefficients_ptr, steps_ptr,
-    noise_ptr, seed_ptr, sample_ids_ptr, prev_sample_ptr, log_prob_ptr, partial_ptr, guided_output_ptr,
-    latents_ptr, model_outputs_ptr, log_probs_ptr, N, T, num_splits, scale,
+    noise_ptr, seed_ptr, sample_ids_ptr, scale, prev_sample_ptr, log_prob_ptr, guided_output_ptr,
+    latents_ptr, model_outputs_ptr, log_probs_ptr, partial_ptr, N, T, num_splits,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
     HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GUIDED_OUTPUT: tl.constexpr,
     HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
@@ -122,7 +123,7 @@ def gaussian_step_kernel(
 
 @triton.jit
 def finish_log_prob_kernel(
-    partial_ptr, coefficients_ptr, steps_ptr, log_prob_ptr, log_probs_ptr, N, T, num_splits, scale,
+    coefficients_ptr, steps_ptr, scale, log_prob_ptr, log_probs_ptr, partial_ptr, N, T, num_splits,
     BLOCK_S: tl.constexpr, HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
@@ -138,144 +139,55 @@ def finish_log_prob_kernel(
         tl.store(log_prob_ptr + i_b, log_prob)
 
 
-def gaussian_step(
-    sample: torch.Tensor,
-    model_output: torch.Tensor,
-    uncond_output: torch.Tensor | None,
-    guidance_scale: torch.Tensor | None,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-    scale: float,
-    prev_sample: torch.Tensor,
-    log_prob: torch.Tensor | None,
-    guided_output: torch.Tensor | None,
-    latents: torch.Tensor | None = None,
-    model_outputs: torch.Tensor | None = None,
-    log_probs: torch.Tensor | None = None,
-) -> None:
-    """Fill prev_sample, log_prob and guided_output; or prev_sample and the slices of latents, ..., log_probs.
+def gaussian_step(inputs: Any, outputs: Any) -> None:
+    """Fill prev_sample, log_prob and, with guidance, guided_output."""
+    _step(inputs, (*outputs, None, None, None))
 
-    Either noise is None or seed and sample_ids are; steps is (B,) or (1,); prev_sample may be sample;
-    scale is 1 / N for a mean, 1 for a sum.
-    """
+
+def gaussian_step_in_place(inputs: Any, slab: Any) -> None:
+    """Overwrite the sample, and fill each sample's slices of latents, model_outputs and log_probs."""
+    _step(inputs, (inputs.sample, None, None, *slab))
+
+
+def _step(inputs: Any, filled: tuple[Any, ...]) -> None:
+    """Either noise is None or seed and sample_ids are; steps is (B,) or (1,); scale is 1 / N or 1."""
+    sample, coefficients = inputs.sample, inputs.coefficients
+    _, log_prob, guided_output, _, _, log_probs = filled
     batch = sample.shape[0]
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("gaussian_step", num_elements, architecture)
-    is_split, has_slab, is_shared = num_splits > 1, latents is not None, steps.numel() == 1
-    partial = torch.empty(batch * num_splits, dtype=torch.float32, device=sample.device) if is_split else None
+    partial = partial_sums(batch, num_splits, sample.device)
     gaussian_step_kernel[(batch * num_splits,)](
-        sample, model_output, uncond_output, guidance_scale, coefficients, steps,
-        noise, seed, sample_ids, prev_sample, log_prob, partial, guided_output,
-        latents, model_outputs, log_probs, num_elements, coefficients.shape[0], num_splits, scale,
+        *inputs, *filled, partial, num_elements, coefficients.shape[0], num_splits,
         BLOCK_N=block_n, BLOCKS=blocks,
-        HAS_GUIDANCE=uncond_output is not None, HAS_NOISE=noise is not None,
-        HAS_GUIDED_OUTPUT=guided_output is not None, HAS_SLAB=has_slab,
-        IS_SHARED_STEP=is_shared, IS_SPLIT=is_split,
+        HAS_GUIDANCE=inputs.uncond_output is not None, HAS_NOISE=inputs.noise is not None,
+        HAS_GUIDED_OUTPUT=guided_output is not None, HAS_SLAB=log_probs is not None,
+        IS_SHARED_STEP=inputs.steps.numel() == 1, IS_SPLIT=partial is not None,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    if is_split:
-        finish_log_prob(
-            partial, coefficients, steps, num_elements, num_splits, scale, batch, log_prob, log_probs
-        )
+    if partial is not None:
+        finish_log_prob(inputs, log_prob, log_probs, partial, num_splits)
+
+
+def partial_sums(batch: int, num_splits: int, device: torch.device) -> torch.Tensor | None:
+    """Room for a sum of every part of every latent; None where a latent is one part."""
+    return torch.empty(batch * num_splits, dtype=torch.float32, device=device) if num_splits > 1 else None
 
 
 def finish_log_prob(
-    partial: torch.Tensor,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    num_elements: int,
-    num_splits: int,
-    scale: float,
-    batch: int,
+    inputs: Any,
     log_prob: torch.Tensor | None,
     log_probs: torch.Tensor | None,
+    partial: torch.Tensor,
+    num_splits: int,
 ) -> None:
     """Add the partial sums of every sample into log_prob (B,) or the slices of log_probs (T, B)."""
+    sample, coefficients, steps = inputs.sample, inputs.coefficients, inputs.steps
+    batch = sample.shape[0]
     finish_log_prob_kernel[(batch,)](
-        partial, coefficients, steps, log_prob, log_probs, num_elements, coefficients.shape[0],
-        num_splits, scale,
+        coefficients, steps, inputs.scale, log_prob, log_probs, partial, sample.numel() // batch,
+        coefficients.shape[0], num_splits,
         BLOCK_S=triton.next_power_of_2(num_splits), HAS_SLAB=log_probs is not None,
         IS_SHARED_STEP=steps.numel() == 1, num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _step_spec(
-    sample: str,
-    output: str,
-    shape: tuple[int, int, int],
-    *,
-    guided: bool,
-    noise: str | None,
-    split: bool,
-    slab: str | None = None,
-) -> AotSpec:
-    block_n, blocks, num_warps = shape
-    arguments = {
-        "sample_ptr": POINTER[sample],
-        "model_output_ptr": POINTER[output],
-        "uncond_output_ptr": POINTER[output] if guided else None,
-        "guidance_scale_ptr": "*fp32" if guided else None,
-        "coefficients_ptr": "*fp32",
-        "steps_ptr": "*i64",
-        "prev_sample_ptr": POINTER[sample],
-        "log_prob_ptr": None if slab else "*fp32",
-        "partial_ptr": "*fp32" if split else None,
-        "guided_output_ptr": POINTER[output] if guided and not slab else None,
-        "latents_ptr": POINTER[slab] if slab else None,
-        "model_outputs_ptr": POINTER[slab] if slab else None,
-        "log_probs_ptr": "*fp32" if slab else None,
-    }
-    sizes = {
-        "N": "i32",
-        "T": "i32",
-        "num_splits": "i32",
-        "scale": "fp32",
-        "BLOCK_N": block_n,
-        "BLOCKS": blocks,
-    }
-    flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
-    flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
-    flags |= {"IS_SHARED_STEP": slab is not None}
-    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}-noise_{noise}" + ("-guided" if guided else "")
-    name += f"-slab_{slab}" if slab else ""
-    # Four elements per thread.
-    vector_bits = 64 if "float16" in sample + output else 128
-    return AotSpec(
-        name, gaussian_step_kernel, arguments | key_arguments(noise) | sizes | flags, num_warps, vector_bits
-    )
-
-
-_SMALL, _MEDIUM, _LARGE = (
-    launch.pick_launch("gaussian_step", elements, launch.DEFAULT)[:3] for elements in (512, 4096, 65_536)
-)
-
-AOT_SPECS = [
-    _step_spec("float32", "float32", _SMALL, guided=False, noise=None, split=False),
-    _step_spec("float32", "float32", _MEDIUM, guided=True, noise=None, split=False),
-    _step_spec("float32", "float32", _LARGE, guided=False, noise="float32", split=True),
-    _step_spec("float32", "bfloat16", _MEDIUM, guided=False, noise=None, split=False),
-    _step_spec("float32", "bfloat16", _LARGE, guided=True, noise=None, split=True),
-    _step_spec("bfloat16", "bfloat16", _MEDIUM, guided=True, noise="bfloat16", split=False),
-    _step_spec("bfloat16", "bfloat16", _LARGE, guided=True, noise=None, split=True),
-    _step_spec("float16", "float16", _LARGE, guided=False, noise=None, split=True),
-    _step_spec("float32", "float32", _SMALL, guided=True, noise="float32", split=False, slab="float32"),
-    _step_spec("float32", "bfloat16", _LARGE, guided=True, noise=None, split=True, slab="float32"),
-    _step_spec("float32", "bfloat16", _LARGE, guided=False, noise=None, split=True, slab="bfloat16"),
-    _step_spec("bfloat16", "bfloat16", _MEDIUM, guided=True, noise=None, split=False, slab="bfloat16"),
-    *(
-        AotSpec(
-            f"finish_log_prob{'-slab' if slab else ''}",
-            finish_log_prob_kernel,
-            {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
-            | {"log_prob_ptr": None if slab else "*fp32", "log_probs_ptr": "*fp32" if slab else None}
-            | {"N": "i32", "T": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
-            | {"HAS_SLAB": slab, "IS_SHARED_STEP": slab},
-            num_warps=1,
-        )
-        for slab in (False, True)
-    ),
-]

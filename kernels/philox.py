@@ -14,12 +14,12 @@ Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. T
 # Constants of a kernel are upper case.
 # ruff: noqa: N803
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from . import launch
-from .aot import POINTER, AotSpec
 
 
 @triton.jit
@@ -122,33 +122,14 @@ def normal_noise_kernel(
         tl.store(out_ptr + row + offs_n, normal_block(seed, sample_id, step, first, BLOCK_N), mask=offs_n < N)
 
 
-def normal_noise(
-    steps: torch.Tensor, seed: torch.Tensor, sample_ids: torch.Tensor, out: torch.Tensor
-) -> None:
-    """Fill out (B, ...) float32 with the normals of steps (B,), seed (1,), sample_ids (B,), all int64."""
+def normal_noise(inputs: Any, outputs: Any) -> None:
+    """Fill noise (B, ...) float32 with the normals of steps (B,), seed (1,), sample_ids (B,), all int64."""
+    steps, out = inputs.steps, outputs.noise
     batch = steps.numel()
     num_elements = out.numel() // batch
     architecture = launch.architecture_of(out.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("normal_noise", num_elements, architecture)
     normal_noise_kernel[(batch * num_splits,)](
-        steps, seed, sample_ids, out, num_elements, num_splits,
+        steps, inputs.seed, inputs.sample_ids, out, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def key_arguments(noise: str | None) -> dict[str, str | None]:
-    """AOT arguments for noise of this dtype, or for a key."""
-    key = "*i64" if noise is None else None
-    return {"noise_ptr": None if noise is None else POINTER[noise], "seed_ptr": key, "sample_ids_ptr": key}
-
-
-AOT_SPECS = [
-    AotSpec(
-        f"normal_noise-{block_n}x{blocks}",
-        normal_noise_kernel,
-        {"steps_ptr": "*i64", "seed_ptr": "*i64", "sample_ids_ptr": "*i64", "out_ptr": "*fp32"}
-        | {"N": "i32", "num_splits": "i32", "BLOCK_N": block_n, "BLOCKS": blocks},
-        num_warps,
-    )
-    for block_n, blocks, num_warps in launch.shapes("normal_noise")
-]

@@ -12,15 +12,15 @@ forward keeps nothing of latent size for this: a key's noise is drawn again. Eag
 # Constants of a kernel are upper case.
 # ruff: noqa: N803
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .aot import POINTER, AotSpec
 from .gaussian_step import transition_row
 from .philox import block_offsets, innovation_block, load_key
-from .ppo_loss import Shared, transition_arguments
 from .ppo_rows import reference_gain
 
 
@@ -73,89 +73,29 @@ def transition_grad_kernel(
         tl.store(grad_model_output_ptr + row + offs_n, b_grad, mask=offs_n < N)
 
 
+def log_ratio_backward(inputs: Any, _: Any, grads: Any, gradients: Any) -> None:
+    """Fill the gradient of model_output from those (B, 3) of log_ratio, kl_old, kl_ref."""
+    _gradient(inputs, grads.terms, None, gradients.model_output)
+
+
+def ppo_loss_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -> None:
+    """Fill the gradient of model_output from the forward's shares (B, 3) and the gradient () of the loss."""
+    _gradient(inputs, outputs.shares, grads.loss, gradients.model_output)
+
+
 def _gradient(
-    shared: Shared, kl_gains: torch.Tensor | None, scale: float, is_normalized: bool,
-    grad_terms: torch.Tensor, grad_loss: torch.Tensor | None, grad_model_output: torch.Tensor,
-) -> None:  # fmt: skip
-    steps, noise = shared[4], shared[5]
-    batch = steps.numel()
+    inputs: Any, grad_terms: torch.Tensor, grad_loss: torch.Tensor | None, grad_model_output: torch.Tensor
+) -> None:
+    batch = inputs.steps.numel()
     num_elements = grad_model_output.numel() // batch
     architecture = launch.architecture_of(grad_model_output.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch(
         "ppo_loss_backward", num_elements, architecture
     )
     transition_grad_kernel[(batch * num_splits,)](
-        *shared, kl_gains, scale, grad_terms, grad_loss, grad_model_output, num_elements, num_splits,
-        BLOCK_N=block_n, BLOCKS=blocks, HAS_NOISE=noise is not None, IS_NORMALIZED=is_normalized,
-        num_warps=num_warps, enable_fp_fusion=False,
+        inputs.model_output, inputs.old_model_output, inputs.reference_output,
+        inputs.coefficients, inputs.steps, inputs.noise, inputs.seed, inputs.sample_ids,
+        inputs.kl_gains, inputs.scale, grad_terms, grad_loss, grad_model_output, num_elements, num_splits,
+        BLOCK_N=block_n, BLOCKS=blocks, HAS_NOISE=inputs.noise is not None,
+        IS_NORMALIZED=inputs.is_normalized, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def log_ratio_backward(
-    model_output: torch.Tensor,
-    old_model_output: torch.Tensor,
-    reference_output: torch.Tensor | None,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-    scale: float,
-    grad_terms: torch.Tensor,
-    grad_model_output: torch.Tensor,
-) -> None:
-    """Fill grad_model_output (B, ...) from the gradients (B, 3) of log_ratio, kl_old, kl_ref."""
-    shared = (model_output, old_model_output, reference_output, coefficients, steps, noise, seed, sample_ids)
-    _gradient(shared, None, scale, False, grad_terms, None, grad_model_output)
-
-
-def ppo_loss_backward(
-    model_output: torch.Tensor,
-    old_model_output: torch.Tensor,
-    reference_output: torch.Tensor | None,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    sample_ids: torch.Tensor | None,
-    kl_gains: torch.Tensor | None,
-    scale: float,
-    is_normalized: bool,
-    shares: torch.Tensor,
-    grad_loss: torch.Tensor,
-    grad_model_output: torch.Tensor,
-) -> None:
-    """Fill grad_model_output (B, ...) from the forward's shares (B, 3) and the gradient () of the loss."""
-    shared = (model_output, old_model_output, reference_output, coefficients, steps, noise, seed, sample_ids)
-    _gradient(shared, kl_gains, scale, is_normalized, shares, grad_loss, grad_model_output)
-
-
-def _backward_spec(
-    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, is_ppo: bool,
-    everything: bool = False,
-) -> AotSpec:  # fmt: skip
-    arguments = transition_arguments(output, shape, reference=reference, noise=noise)
-    arguments |= {
-        "kl_gains_ptr": "*fp32" if everything else None,
-        "grad_terms_ptr": "*fp32",
-        "grad_loss_ptr": "*fp32" if is_ppo else None,
-        "grad_model_output_ptr": POINTER[output],
-        "IS_NORMALIZED": everything,
-    }
-    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
-    name += "-everything" if everything else ""
-    return AotSpec(name, transition_grad_kernel, arguments, shape[2], 64 if "float16" in output else 128)
-
-
-_SMALL, *_, _LARGE = _SHAPES = launch.shapes("ppo_loss_backward")
-
-AOT_SPECS = [
-    _backward_spec("float32", _SMALL, reference=False, noise=None, is_ppo=False),
-    _backward_spec("float32", _LARGE, reference=True, noise="float32", is_ppo=True),
-    _backward_spec("bfloat16", _LARGE, reference=True, noise=None, is_ppo=True),
-    *(
-        _backward_spec("bfloat16", shape, reference=True, noise=None, is_ppo=True, everything=True)
-        for shape in _SHAPES
-    ),
-    _backward_spec("float16", _LARGE, reference=True, noise=None, is_ppo=False),
-]

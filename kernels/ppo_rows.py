@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .aot import AotSpec
 from .gaussian_step import transition_row
 
 # One row per thread: a row's columns lie too far apart for wider loads.
@@ -100,10 +99,10 @@ def store_row(
 
 @triton.jit
 def finish_rows_kernel(
-    partial_ptr, coefficients_ptr, steps_ptr,
-    advantages_ptr, weights_ptr, step_weights_ptr, mask_ptr, kl_gains_ptr,
-    scale, clip_low, clip_high, dual_clip, kl_threshold, kl_weight, rows_ptr, shares_ptr, num_splits,
-    BLOCK_S: tl.constexpr, IS_NORMALIZED: tl.constexpr,
+    coefficients_ptr, steps_ptr, scale,
+    advantages_ptr, weights_ptr, step_weights_ptr, mask_ptr, kl_gains_ptr, IS_NORMALIZED: tl.constexpr,
+    clip_low, clip_high, dual_clip, kl_threshold, kl_weight, rows_ptr, shares_ptr, partial_ptr, num_splits,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0)
     cross, squares, squares_ref = add_splits(partial_ptr, i_b, num_splits, BLOCK_S)
@@ -190,63 +189,21 @@ def totals_kernel(
         tl.store(bin_ptr + 5, tl.sum(b_low, axis=0))
 
 
-def finish_rows(partial: torch.Tensor, num_splits: int, is_normalized: bool, *row_arguments: Any) -> None:
-    """Fill rows and shares from the sums (B, 3, num_splits); `row_arguments` in the kernel's order."""
-    coefficients, steps = row_arguments[:2]
-    finish_rows_kernel[(steps.numel(),)](
-        partial, coefficients, steps, *row_arguments[2:], num_splits,
-        BLOCK_S=triton.next_power_of_2(num_splits), IS_NORMALIZED=is_normalized,
-        num_warps=ROW_WARPS, enable_fp_fusion=False,
+def finish_rows(inputs: Any, outputs: Any, partial: torch.Tensor, num_splits: int) -> None:
+    """Fill rows and shares from the sums (B, 3, num_splits)."""
+    of_pairs = inputs[inputs._fields.index("advantages") :]
+    finish_rows_kernel[(inputs.steps.numel(),)](
+        inputs.coefficients, inputs.steps, inputs.scale, *of_pairs, outputs.rows, outputs.shares,
+        partial, num_splits,
+        BLOCK_S=triton.next_power_of_2(num_splits), num_warps=ROW_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def add_up(
-    rows: torch.Tensor,
-    shares: torch.Tensor,
-    steps: torch.Tensor,
-    mask: torch.Tensor | None,
-    loss: torch.Tensor,
-    step_sums: torch.Tensor,
-) -> None:
+def add_up(inputs: Any, outputs: Any) -> None:
     """Fill loss () and step_sums (T, 6); divide shares (B, 3) by the number of rows that count."""
-    num_steps = step_sums.shape[0]
+    num_steps = outputs.step_sums.shape[0]
     totals_kernel[(num_steps + 1,)](
-        rows, shares, steps, mask, loss, step_sums, steps.numel(), num_steps,
+        outputs.rows, outputs.shares, inputs.steps, inputs.mask, outputs.loss, outputs.step_sums,
+        inputs.steps.numel(), num_steps,
         BLOCK_R=BLOCK_R, num_warps=TOTAL_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def row_arguments(*, mask: bool, weights: bool, kl_gains: bool) -> dict[str, str | None]:
-    """AOT arguments of what a row needs besides its sums."""
-    numbers = ("scale", "clip_low", "clip_high", "dual_clip", "kl_threshold", "kl_weight")
-    return dict.fromkeys(numbers, "fp32") | {
-        "advantages_ptr": "*fp32",
-        "weights_ptr": "*fp32" if weights else None,
-        "step_weights_ptr": "*fp32" if weights else None,
-        "mask_ptr": "*i1" if mask else None,
-        "kl_gains_ptr": "*fp32" if kl_gains else None,
-        "rows_ptr": "*fp32",
-        "shares_ptr": "*fp32",
-    }
-
-
-AOT_SPECS = [
-    AotSpec(
-        f"finish_rows-{'everything' if everything else 'plain'}",
-        finish_rows_kernel,
-        row_arguments(mask=everything, weights=everything, kl_gains=everything)
-        | {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
-        | {"num_splits": "i32", "BLOCK_S": 128, "IS_NORMALIZED": everything},
-        num_warps=ROW_WARPS,
-    )
-    for everything in (False, True)
-] + [
-    AotSpec(
-        f"ppo_totals-{'masked' if mask else 'all'}",
-        totals_kernel,
-        {"rows_ptr": "*fp32", "shares_ptr": "*fp32", "steps_ptr": "*i64", "mask_ptr": mask}
-        | {"loss_ptr": "*fp32", "step_sums_ptr": "*fp32", "B": "i32", "T": "i32", "BLOCK_R": BLOCK_R},
-        num_warps=TOTAL_WARPS,
-    )
-    for mask in ("*i1", None)
-]

@@ -13,13 +13,13 @@ does not depend on the batch. std = 0 marks a deterministic step: log_prob and g
 # Constants of a kernel are upper case.
 # ruff: noqa: N803
 
-import torch
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from . import launch
-from .aot import POINTER, AotSpec
-from .gaussian_step import finish_log_prob, mean_log_prob, transition_row
+from .gaussian_step import finish_log_prob, mean_log_prob, partial_sums, transition_row
 from .philox import block_offsets
 
 
@@ -30,8 +30,8 @@ def load_block(ptr, offs, mask):
 
 @triton.jit
 def step_log_prob_kernel(
-    sample_ptr, model_output_ptr, prev_sample_ptr, coefficients_ptr, steps_ptr, partial_ptr, log_prob_ptr,
-    N, num_splits, scale,
+    sample_ptr, model_output_ptr, prev_sample_ptr, coefficients_ptr, steps_ptr, scale, log_prob_ptr,
+    partial_ptr, N, num_splits,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0) // num_splits
@@ -63,8 +63,8 @@ def store_gradient(ptr, offs, mask, b_grad, std):
 
 @triton.jit
 def step_log_prob_backward_kernel(
-    sample_ptr, model_output_ptr, prev_sample_ptr, coefficients_ptr, steps_ptr, grad_log_prob_ptr,
-    grad_sample_ptr, grad_model_output_ptr, grad_prev_sample_ptr, N, num_splits, scale,
+    sample_ptr, model_output_ptr, prev_sample_ptr, coefficients_ptr, steps_ptr, scale, grad_log_prob_ptr,
+    grad_sample_ptr, grad_model_output_ptr, grad_prev_sample_ptr, N, num_splits,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, IS_SHARED_STEP: tl.constexpr,
     HAS_GRAD_SAMPLE: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr, HAS_GRAD_PREV: tl.constexpr,
 ):  # fmt: skip
@@ -88,45 +88,26 @@ def step_log_prob_backward_kernel(
             store_gradient(grad_prev_sample_ptr + row, offs_n, mask_n, -b_pull, std)
 
 
-def step_log_prob(
-    sample: torch.Tensor,
-    model_output: torch.Tensor,
-    prev_sample: torch.Tensor,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    scale: float,
-    log_prob: torch.Tensor,
-) -> None:
+def step_log_prob(inputs: Any, outputs: Any) -> None:
     """Fill log_prob (B,) float32; steps is (B,) or (1,), scale is 1 / N for a mean, 1 for a sum."""
+    sample = inputs.sample
     batch = sample.shape[0]
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("step_log_prob", num_elements, architecture)
-    is_split, is_shared = num_splits > 1, steps.numel() == 1
-    partial = torch.empty(batch * num_splits, dtype=torch.float32, device=sample.device) if is_split else None
+    partial = partial_sums(batch, num_splits, sample.device)
     step_log_prob_kernel[(batch * num_splits,)](
-        sample, model_output, prev_sample, coefficients, steps, partial, log_prob,
-        num_elements, num_splits, scale,
-        BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=is_shared, IS_SPLIT=is_split,
-        num_warps=num_warps, enable_fp_fusion=False,
+        *inputs, *outputs, partial, num_elements, num_splits,
+        BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=inputs.steps.numel() == 1,
+        IS_SPLIT=partial is not None, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    if is_split:
-        finish_log_prob(partial, coefficients, steps, num_elements, num_splits, scale, batch, log_prob, None)
+    if partial is not None:
+        finish_log_prob(inputs, outputs.log_prob, None, partial, num_splits)
 
 
-def step_log_prob_backward(
-    sample: torch.Tensor,
-    model_output: torch.Tensor,
-    prev_sample: torch.Tensor,
-    coefficients: torch.Tensor,
-    steps: torch.Tensor,
-    scale: float,
-    grad_log_prob: torch.Tensor,
-    grad_sample: torch.Tensor | None,
-    grad_model_output: torch.Tensor | None,
-    grad_prev_sample: torch.Tensor | None,
-) -> None:
-    """Fill the gradients that are not None from grad_log_prob (B,)."""
+def step_log_prob_backward(inputs: Any, _: Any, grads: Any, gradients: Any) -> None:
+    """Fill the gradients of sample, model_output and prev_sample that are not None."""
+    sample = inputs.sample
     batch = sample.shape[0]
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
@@ -134,64 +115,10 @@ def step_log_prob_backward(
         "step_log_prob_backward", num_elements, architecture
     )
     step_log_prob_backward_kernel[(batch * num_splits,)](
-        sample, model_output, prev_sample, coefficients, steps, grad_log_prob,
-        grad_sample, grad_model_output, grad_prev_sample, num_elements, num_splits, scale,
-        BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=steps.numel() == 1,
-        HAS_GRAD_SAMPLE=grad_sample is not None, HAS_GRAD_OUTPUT=grad_model_output is not None,
-        HAS_GRAD_PREV=grad_prev_sample is not None,
+        *inputs, grads.log_prob, gradients.sample, gradients.model_output, gradients.prev_sample,
+        num_elements, num_splits,
+        BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=inputs.steps.numel() == 1,
+        HAS_GRAD_SAMPLE=gradients.sample is not None, HAS_GRAD_OUTPUT=gradients.model_output is not None,
+        HAS_GRAD_PREV=gradients.prev_sample is not None,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-def _transition_arguments(sample: str, output: str, shared: bool) -> dict[str, str | int | None]:
-    return {
-        "sample_ptr": POINTER[sample],
-        "model_output_ptr": POINTER[output],
-        "prev_sample_ptr": POINTER[sample],
-        "coefficients_ptr": "*fp32",
-        "steps_ptr": "*i64",
-        "N": "i32",
-        "num_splits": "i32",
-        "scale": "fp32",
-        "IS_SHARED_STEP": shared,
-    }
-
-
-def _forward_spec(sample: str, output: str, elements: int, *, shared: bool) -> AotSpec:
-    block_n, blocks, num_warps, splits = launch.pick_launch("step_log_prob", elements, launch.DEFAULT)
-    arguments = _transition_arguments(sample, output, shared) | {"log_prob_ptr": "*fp32"}
-    arguments |= {"partial_ptr": "*fp32" if splits > 1 else None, "IS_SPLIT": splits > 1}
-    arguments |= {"BLOCK_N": block_n, "BLOCKS": blocks}
-    name = f"step_log_prob-{sample}-{output}-{block_n}x{blocks}"
-    return AotSpec(
-        name, step_log_prob_kernel, arguments, num_warps, 64 if "float16" in sample + output else 128
-    )
-
-
-def _backward_spec(sample: str, output: str, elements: int, *, shared: bool, all_three: bool) -> AotSpec:
-    block_n, blocks, num_warps, _ = launch.pick_launch("step_log_prob_backward", elements, launch.DEFAULT)
-    arguments = _transition_arguments(sample, output, shared) | {"grad_log_prob_ptr": "*fp32"}
-    arguments |= {
-        "grad_sample_ptr": POINTER[sample] if all_three else None,
-        "grad_model_output_ptr": POINTER[output],
-        "grad_prev_sample_ptr": POINTER[sample] if all_three else None,
-        "HAS_GRAD_SAMPLE": all_three,
-        "HAS_GRAD_OUTPUT": True,
-        "HAS_GRAD_PREV": all_three,
-        "BLOCK_N": block_n,
-        "BLOCKS": blocks,
-    }
-    name = f"step_log_prob_backward-{sample}-{output}-{block_n}x{blocks}" + ("-all" if all_three else "")
-    vector_bits = 64 if "float16" in sample + output else 128
-    return AotSpec(name, step_log_prob_backward_kernel, arguments, num_warps, vector_bits)
-
-
-AOT_SPECS = [
-    _forward_spec("float32", "float32", 512, shared=True),
-    _forward_spec("float32", "bfloat16", 4096, shared=False),
-    _forward_spec("float32", "float32", 65_536, shared=False),
-    _forward_spec("bfloat16", "bfloat16", 65_536, shared=True),
-    _backward_spec("float32", "float32", 512, shared=True, all_three=True),
-    _backward_spec("float32", "bfloat16", 65_536, shared=False, all_three=False),
-    _backward_spec("bfloat16", "bfloat16", 65_536, shared=False, all_three=True),
-]

@@ -18,12 +18,13 @@ result does not depend on the batch.
 # Constants of a kernel are upper case; Triton adds tuples and cannot unpack them.
 # ruff: noqa: N803, RUF005
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import launch
-from .aot import POINTER, AotSpec
 
 MAX_SPLITS = 32
 MAX_HEADS = 4
@@ -55,23 +56,23 @@ def token_tile(features_ptr, i_b, offs_l, offs_d, L, D):
 
 @triton.jit
 def store_pooled(
-    b_pooled, log_sum_exp, norm_weight_ptr, out_ptr, pooled_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D,
+    b_pooled, log_sum_exp, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D,
     HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_D,) of one head: times the norm's weight to `out`, as it is to what backward needs."""
     mask = (offs_d < D) & (i_h < H)
     row = i_b.to(tl.int64) * H + i_h
     if IS_SAVED:
-        tl.store(pooled_ptr + row * D + offs_d, b_pooled, mask=mask)
+        tl.store(tokens_ptr + row * D + offs_d, b_pooled, mask=mask)
         tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=i_h < H)
     if HAS_WEIGHT:
         b_pooled *= tl.load(norm_weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * D + offs_d, b_pooled.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(pooled_ptr + row * D + offs_d, b_pooled.to(pooled_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def pool_kernel(
-    features_ptr, query_ptr, norm_weight_ptr, out_ptr, pooled_ptr, log_sum_exp_ptr, token_stats_ptr,
+    features_ptr, query_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, token_stats_ptr,
     partial_ptr, extrema_ptr, L, D, H, eps, num_splits, num_groups, tiles,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, IS_SPLIT: tl.constexpr, IS_SAVED: tl.constexpr,
@@ -125,13 +126,13 @@ def pool_kernel(
         else:
             store_pooled(
                 sums[i] / totals[i], maxima[i] + tl.log(totals[i]), norm_weight_ptr,
-                out_ptr, pooled_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
+                pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
             )  # fmt: skip
 
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, extrema_ptr, norm_weight_ptr, out_ptr, pooled_ptr, log_sum_exp_ptr, D, H, num_splits,
+    partial_ptr, extrema_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, D, H, num_splits,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0) // H
@@ -151,7 +152,7 @@ def combine_kernel(
         b_sums += share * tl.load(partial_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
     store_pooled(
         b_sums / total, maximum + tl.log(total), norm_weight_ptr,
-        out_ptr, pooled_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
+        pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
     )  # fmt: skip
 
 
@@ -172,17 +173,9 @@ def pool_launch(features: torch.Tensor, num_heads: int) -> tuple[dict[str, int],
     return options, (triton.cdiv(tokens, block_l * tiles), triton.cdiv(num_heads, heads), tiles)
 
 
-def value_pool_forward(
-    features: torch.Tensor,
-    query: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    out: torch.Tensor,
-    pooled: torch.Tensor | None,
-    log_sum_exp: torch.Tensor | None,
-    token_stats: torch.Tensor | None,
-) -> None:
-    """Fill out (B, H, D); for a backward pooled (B, H, D), log_sum_exp (B, H), token_stats (B, H + 1, L)."""
+def value_pool(inputs: Any, outputs: Any) -> None:
+    """Fill pooled (B, H, D), and for a backward tokens, log_sum_exp (B, H) and token_stats (B, H + 1, L)."""
+    features, query, norm_weight, eps, _ = inputs
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]
     options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
@@ -191,71 +184,15 @@ def value_pool_forward(
         rows = batch * num_splits * num_heads
         partial = torch.empty(rows * dim, dtype=torch.float32, device=features.device)
         extrema = torch.empty(rows * 2, dtype=torch.float32, device=features.device)
-    flags = {"HAS_WEIGHT": norm_weight is not None, "IS_SAVED": pooled is not None}
+    flags = {"HAS_WEIGHT": norm_weight is not None, "IS_SAVED": outputs.tokens is not None}
     pool_kernel[(batch * num_splits * num_groups,)](
-        features, query, norm_weight, out, pooled, log_sum_exp, token_stats, partial, extrema,
+        features, query, norm_weight, *outputs, partial, extrema,
         tokens, dim, num_heads, eps, num_splits, num_groups, tiles,
         IS_SPLIT=num_splits > 1, **flags, **options,
     )  # fmt: skip
     if num_splits > 1:
         combine_kernel[(batch * num_heads, triton.cdiv(dim, COMBINE_BLOCK))](
-            partial, extrema, norm_weight, out, pooled, log_sum_exp, dim, num_heads, num_splits,
+            partial, extrema, norm_weight, outputs.pooled, outputs.tokens, outputs.log_sum_exp,
+            dim, num_heads, num_splits,
             BLOCK_S=MAX_SPLITS, BLOCK_D=COMBINE_BLOCK, num_warps=2, **flags,
         )  # fmt: skip
-
-
-def _pool_spec(
-    features: str,
-    dim: int,
-    heads: int,
-    *,
-    query: str = "float32",
-    weight: str | None,
-    split: bool,
-    saved: bool,
-) -> AotSpec:
-    block_l, _, num_warps, _ = launch.pick_launch("value_pool", dim, launch.DEFAULT)
-    arguments = {
-        "features_ptr": POINTER[features],
-        "query_ptr": POINTER[query],
-        "norm_weight_ptr": POINTER[weight] if weight else None,
-        "out_ptr": POINTER[query],
-        "partial_ptr": "*fp32" if split else None,
-        "extrema_ptr": "*fp32" if split else None,
-        "eps": "fp32",
-        "BLOCK_L": block_l,
-        "BLOCK_D": triton.next_power_of_2(dim),
-        "HEADS": min(heads, MAX_HEADS),
-        "HAS_WEIGHT": weight is not None,
-        "IS_SPLIT": split,
-        "IS_SAVED": saved,
-    }
-    arguments |= dict.fromkeys(
-        ("pooled_ptr", "log_sum_exp_ptr", "token_stats_ptr"), "*fp32" if saved else None
-    )
-    arguments |= dict.fromkeys(("L", "D", "H", "num_splits", "num_groups", "tiles"), "i32")
-    name = f"value_pool-{features}-D{dim}-H{heads}"
-    return AotSpec(
-        name, pool_kernel, arguments, num_warps, 32, MAX_REGISTERS, converts_layouts=True, fp_fusion=True
-    )
-
-
-AOT_SPECS = [
-    _pool_spec("float32", 64, 1, weight=None, split=False, saved=False),
-    _pool_spec("bfloat16", 64, 4, weight="float32", split=False, saved=True),
-    _pool_spec("bfloat16", 1536, 1, weight="float32", split=True, saved=True),
-    _pool_spec("bfloat16", 1536, 4, weight="float32", split=True, saved=True),
-    _pool_spec("float32", 1536, 4, weight="float32", split=True, saved=False),
-    _pool_spec("bfloat16", 3072, 4, query="bfloat16", weight="bfloat16", split=True, saved=True),
-    _pool_spec("float16", 4096, 16, query="float16", weight="float32", split=True, saved=True),
-    AotSpec(
-        "value_pool_combine",
-        combine_kernel,
-        {"partial_ptr": "*fp32", "extrema_ptr": "*fp32", "norm_weight_ptr": "*fp32", "out_ptr": "*fp32"}
-        | {"pooled_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "D": "i32", "H": "i32", "num_splits": "i32"}
-        | {"BLOCK_S": MAX_SPLITS, "BLOCK_D": COMBINE_BLOCK, "HAS_WEIGHT": True, "IS_SAVED": True},
-        num_warps=2,
-        converts_layouts=True,
-        fp_fusion=True,
-    ),
-]

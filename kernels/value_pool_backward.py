@@ -18,13 +18,13 @@ the batch.
 # Constants of a kernel are upper case; Triton adds tuples and cannot unpack them.
 # ruff: noqa: N803, RUF005
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .aot import POINTER, AotSpec
-from .value_pool import COMBINE_BLOCK, MAX_HEADS, MAX_REGISTERS, pool_launch, token_tile, weighted_head
+from .value_pool import COMBINE_BLOCK, pool_launch, token_tile, weighted_head
 
 # Tokens x features of one program of the features' gradient, and its warps.
 FEATURES_BLOCK = (16, 128, 4)
@@ -34,7 +34,7 @@ WEIGHT_BLOCK = (16, 64, 4)
 
 @triton.jit
 def pool_grad_kernel(
-    features_ptr, norm_weight_ptr, pooled_ptr, log_sum_exp_ptr, token_stats_ptr, grad_ptr,
+    features_ptr, norm_weight_ptr, tokens_ptr, log_sum_exp_ptr, token_stats_ptr, grad_ptr,
     partial_ptr, along_ptr, delta_ptr, L, D, H, num_splits, num_groups, tiles,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_ALONG: tl.constexpr,
@@ -50,8 +50,8 @@ def pool_grad_kernel(
     for i in tl.static_range(HEADS):
         i_h = i_group * HEADS + i
         b_grad = weighted_head(grad_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT)
-        b_pooled = weighted_head(pooled_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, False)
-        delta = tl.sum(b_grad * b_pooled, axis=0)
+        b_tokens = weighted_head(tokens_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, False)
+        delta = tl.sum(b_grad * b_tokens, axis=0)
         if HAS_ALONG:
             tl.store(delta_ptr + heads_ptr + i_h, delta, mask=(i_h < H) & (i_split == 0))
         grads = grads + (b_grad,)
@@ -88,7 +88,7 @@ def pool_grad_kernel(
 
 @triton.jit
 def finish_heads_kernel(
-    partial_ptr, query_ptr, norm_weight_ptr, pooled_ptr, grad_ptr, grad_query_ptr, products_ptr,
+    partial_ptr, query_ptr, norm_weight_ptr, tokens_ptr, grad_ptr, grad_query_ptr, products_ptr,
     D, H, num_splits, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_QUERY_GRAD: tl.constexpr, HAS_WEIGHT_GRAD: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +104,8 @@ def finish_heads_kernel(
     if HAS_WEIGHT_GRAD:
         b_query = tl.load(query_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
         b_grad = tl.load(grad_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
-        b_pooled = tl.load(pooled_ptr + offs, mask=mask_d, other=0.0)
-        tl.store(products_ptr + offs, b_query * b_z + b_grad * b_pooled, mask=mask_d)
+        b_tokens = tl.load(tokens_ptr + offs, mask=mask_d, other=0.0)
+        tl.store(products_ptr + offs, b_query * b_z + b_grad * b_tokens, mask=mask_d)
     if HAS_QUERY_GRAD:
         if HAS_WEIGHT:
             b_z *= tl.load(norm_weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
@@ -164,19 +164,12 @@ def features_grad_kernel(
     )
 
 
-def value_pool_backward(
-    features: torch.Tensor,
-    query: torch.Tensor,
-    norm_weight: torch.Tensor | None,
-    pooled: torch.Tensor,
-    log_sum_exp: torch.Tensor,
-    token_stats: torch.Tensor,
-    grad: torch.Tensor,
-    grad_features: torch.Tensor | None,
-    grad_query: torch.Tensor | None,
-    grad_norm_weight: torch.Tensor | None,
-) -> None:
-    """Fill the gradients that are given, each like its tensor."""
+def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -> None:
+    """Fill the gradients that are not None, each like its tensor."""
+    features, query, norm_weight, _, _ = inputs
+    _, pooled_tokens, log_sum_exp, token_stats = outputs
+    grad_features, grad_query, grad_norm_weight, _, _ = gradients
+    grad = grads.pooled
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]
     rows = batch * num_heads
@@ -191,14 +184,15 @@ def value_pool_backward(
     along = workspace(grad_features is not None, rows * tokens)
     delta = workspace(grad_features is not None, rows)
     pool_grad_kernel[(batch * num_splits * num_groups,)](
-        features, norm_weight, pooled, log_sum_exp, token_stats, grad, partial, along, delta,
+        features, norm_weight, pooled_tokens, log_sum_exp, token_stats, grad, partial, along, delta,
         tokens, dim, num_heads, num_splits, num_groups, tiles,
         HAS_WEIGHT=has_weight, HAS_SUMS=has_sums, HAS_ALONG=grad_features is not None, **options,
     )  # fmt: skip
     if has_sums:
         products = workspace(grad_norm_weight is not None, rows * dim)
         finish_heads_kernel[(rows, triton.cdiv(dim, COMBINE_BLOCK))](
-            partial, query, norm_weight, pooled, grad, grad_query, products, dim, num_heads, num_splits,
+            partial, query, norm_weight, pooled_tokens, grad, grad_query, products,
+            dim, num_heads, num_splits,
             BLOCK_D=COMBINE_BLOCK, HAS_WEIGHT=has_weight, HAS_QUERY_GRAD=grad_query is not None,
             HAS_WEIGHT_GRAD=grad_norm_weight is not None, num_warps=2,
         )  # fmt: skip
@@ -214,67 +208,3 @@ def value_pool_backward(
             tokens, dim, num_heads, BLOCK_L=block_l, BLOCK_D=block_d, HAS_WEIGHT=has_weight,
             num_warps=num_warps,
         )  # fmt: skip
-
-
-_SAVED = {"pooled_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "token_stats_ptr": "*fp32"}
-_SIZES = {"L": "i32", "D": "i32", "H": "i32"}
-
-
-def _pool_grad_spec(features: str, dim: int, heads: int, *, along: bool, sums: bool) -> AotSpec:
-    block_l, _, num_warps, _ = launch.pick_launch("value_pool", dim, launch.DEFAULT)
-    arguments = _SAVED | _SIZES | dict.fromkeys(("num_splits", "num_groups", "tiles"), "i32")
-    arguments |= {"features_ptr": POINTER[features], "norm_weight_ptr": "*fp32", "grad_ptr": "*fp32"}
-    arguments |= {"partial_ptr": "*fp32" if sums else None}
-    arguments |= dict.fromkeys(("along_ptr", "delta_ptr"), "*fp32" if along else None)
-    arguments |= {"BLOCK_L": block_l, "BLOCK_D": triton.next_power_of_2(dim), "HEADS": min(heads, MAX_HEADS)}
-    arguments |= {"HAS_WEIGHT": True, "HAS_SUMS": sums, "HAS_ALONG": along}
-    name = f"value_pool_grad-{features}-D{dim}-H{heads}"
-    return AotSpec(
-        name, pool_grad_kernel, arguments, num_warps, 0, MAX_REGISTERS, converts_layouts=True, fp_fusion=True
-    )
-
-
-def _features_grad_spec(features: str) -> AotSpec:
-    block_l, block_d, num_warps = FEATURES_BLOCK
-    arguments = _SAVED | _SIZES | {"features_ptr": POINTER[features], "grad_features_ptr": POINTER[features]}
-    arguments |= dict.fromkeys(
-        ("query_ptr", "norm_weight_ptr", "grad_ptr", "along_ptr", "delta_ptr"), "*fp32"
-    )
-    arguments |= {"BLOCK_L": block_l, "BLOCK_D": block_d, "HAS_WEIGHT": True}
-    name = f"value_pool_features_grad-{features}"
-    return AotSpec(name, features_grad_kernel, arguments, num_warps, converts_layouts=True, fp_fusion=True)
-
-
-_POINTERS = ("partial_ptr", "query_ptr", "norm_weight_ptr", "pooled_ptr", "grad_ptr", "grad_query_ptr")
-
-AOT_SPECS = [
-    _pool_grad_spec("float32", 64, 1, along=True, sums=True),
-    _pool_grad_spec("bfloat16", 64, 4, along=False, sums=True),
-    _pool_grad_spec("bfloat16", 1536, 1, along=False, sums=True),
-    _pool_grad_spec("bfloat16", 1536, 4, along=False, sums=True),
-    _pool_grad_spec("float32", 1536, 4, along=True, sums=True),
-    _pool_grad_spec("bfloat16", 3072, 4, along=True, sums=False),
-    _pool_grad_spec("float16", 4096, 16, along=True, sums=True),
-    _features_grad_spec("float32"),
-    _features_grad_spec("bfloat16"),
-    AotSpec(
-        "value_pool_finish_heads",
-        finish_heads_kernel,
-        dict.fromkeys((*_POINTERS, "products_ptr"), "*fp32")
-        | {"D": "i32", "H": "i32", "num_splits": "i32", "BLOCK_D": COMBINE_BLOCK, "HAS_WEIGHT": True}
-        | {"HAS_QUERY_GRAD": True, "HAS_WEIGHT_GRAD": True},
-        num_warps=2,
-        vector_bits=64,
-        fp_fusion=True,
-    ),
-    AotSpec(
-        "value_pool_norm_weight_grad",
-        norm_weight_grad_kernel,
-        {"products_ptr": "*fp32", "grad_norm_weight_ptr": "*fp32", "D": "i32", "rows": "i32"}
-        | {"BLOCK_R": WEIGHT_BLOCK[0], "BLOCK_D": WEIGHT_BLOCK[1]},
-        num_warps=WEIGHT_BLOCK[2],
-        vector_bits=128,
-        converts_layouts=True,
-        fp_fusion=True,
-    ),
-]

@@ -10,13 +10,22 @@
 
 namespace lacfast {
 
+// ---- Sizes
+
+LACFAST_INLINE std::int64_t rows_of(const AdvantageSums& op) { return op.values.sizes[0]; }
+LACFAST_INLINE std::int64_t steps_of(const AdvantageSums& op) { return op.values.sizes[1]; }
+LACFAST_INLINE int heads_of(const AdvantageSums& op) { return static_cast<int>(op.values.sizes[2]); }
+LACFAST_INLINE int rewards_of(const AdvantageSums& op) { return static_cast<int>(op.weights.numel); }
+// Whether there is a reward after every step. Of a single step either way has the same numbers.
+LACFAST_INLINE bool rewards_per_step(const AdvantageSums& op) { return op.rewards.numel > rows_of(op) * rewards_of(op); }
+
 // ---- Rewards
 
 // Reward m of one trajectory, 0 where the reward that it depends on has not passed.
 template <typename A>
 LACFAST_INLINE A conditioned_reward(const AdvantageSums& op, const A* row, int reward) {
-  const int on = op.conditions.on[reward];
-  if (on >= 0 && !(static_cast<double>(row[on]) >= op.conditions.threshold[reward])) return A{0};
+  const std::int64_t on = op.conditions_on.at[reward];
+  if (on >= 0 && !(static_cast<double>(row[on]) >= op.thresholds.at[reward])) return A{0};
   return row[reward];
 }
 
@@ -24,20 +33,20 @@ LACFAST_INLINE A conditioned_reward(const AdvantageSums& op, const A* row, int r
 // sum, so it is taken off once, at the last step. A scalarized head earns the weighted sum of all rewards.
 template <typename A>
 LACFAST_INLINE A standardized_reward(const AdvantageSums& op, std::int64_t row, std::int64_t step, int head) {
-  const A* mean = static_cast<const A*>(op.reward_mean);
-  const A* std = static_cast<const A*>(op.reward_std);
-  const A* weights = static_cast<const A*>(op.weights);
-  const bool is_last = step == op.steps - 1;
-  if (!op.rewards_per_step && !is_last) return A{0};
-  const std::int64_t at = op.rewards_per_step ? row * op.steps + step : row;
-  const A* given = static_cast<const A*>(op.rewards) + at * op.num_rewards;
-  const int first = op.scalarized ? 0 : head;
-  const int last = op.scalarized ? op.num_rewards - 1 : head;
+  const A* mean = op.reward_mean.as<const A>();
+  const A* std = op.reward_std.as<const A>();
+  const A* weights = op.weights.as<const A>();
+  const bool is_last = step == steps_of(op) - 1;
+  if (!rewards_per_step(op) && !is_last) return A{0};
+  const std::int64_t at = rewards_per_step(op) ? row * steps_of(op) + step : row;
+  const A* given = op.rewards.as<const A>() + at * rewards_of(op);
+  const int first = op.scalarized != 0 ? 0 : head;
+  const int last = op.scalarized != 0 ? rewards_of(op) - 1 : head;
   A total = 0;
   for (int reward = first; reward <= last; ++reward) {
     const A raw = conditioned_reward(op, given, reward);
     const A standardized = (is_last ? raw - mean[reward] : raw) / std[reward];
-    total += op.scalarized ? weights[reward] * standardized : standardized;
+    total += op.scalarized != 0 ? weights[reward] * standardized : standardized;
   }
   return total;
 }

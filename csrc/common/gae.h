@@ -4,9 +4,13 @@
 // with A' the same recursion at the critic's own lambda.
 #pragma once
 
+#include "../ops.h"
 #include "inline.h"
 
 namespace lacfast {
+
+LACFAST_INLINE std::int64_t steps_of(const Gae& op) { return op.rewards.sizes[1]; }
+LACFAST_INLINE std::int64_t heads_of(const Gae& op) { return op.rewards.sizes[2]; }
 
 template <typename A>
 struct GaeDecay {

@@ -3,7 +3,8 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define LACFAST_INLINE static __host__ __device__ __forceinline__
+#define LACFAST_INLINE_MEMBER __host__ __device__ __forceinline__
 #else
-#define LACFAST_INLINE static inline __attribute__((always_inline))
+#define LACFAST_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
+#define LACFAST_INLINE static LACFAST_INLINE_MEMBER

@@ -5,9 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../ops.h"
 #include "inline.h"
 
 namespace lacfast {
+
+LACFAST_INLINE std::int64_t tokens_of(const ValuePool& op) { return op.features.sizes[1]; }
+LACFAST_INLINE std::int64_t dim_of(const ValuePool& op) { return op.features.sizes[2]; }
+LACFAST_INLINE std::int64_t heads_of(const ValuePool& op) { return op.query.sizes[1]; }
 
 // e^x for x <= 88, without branches so that loops over it vectorise; 1e-38 and not 0 far below. Polynomial of Cephes'
 // expf, within 2 ulp. NaN stays NaN.

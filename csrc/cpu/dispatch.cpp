@@ -1,8 +1,9 @@
-// Picks the kernels of this processor's instruction set, and hands on the ops that need no more than that.
+// Picks the kernels of this processor's instruction set.
 
 #include <stdexcept>
 #include <string>
 
+#include "../build.h"
 #include "runs.h"
 
 namespace lacfast::cpu {
@@ -40,30 +41,15 @@ const Kernels& kernels() { return *level().kernels; }
 const char* instruction_set() { return level().name; }
 
 void check_steps(const Transition& transition, std::int64_t rows) {
-  for (std::int64_t row = 0; row < (transition.is_shared ? 1 : rows); ++row) {
-    const std::int64_t step = transition.steps[row];
-    if (step < 0 || step >= transition.table_steps) {
+  const std::int64_t table_steps = transition.coefficients.sizes[0];
+  for (std::int64_t row = 0; row < (transition.steps.numel == 1 ? 1 : rows); ++row) {
+    const std::int64_t step = step_of(transition, row);
+    if (step < 0 || step >= table_steps) {
       throw std::invalid_argument("steps[" + std::to_string(row) + "] = " + std::to_string(step) +
-                                  " is outside the coefficients' " + std::to_string(transition.table_steps) +
-                                  " rows; use 0 to " + std::to_string(transition.table_steps - 1));
+                                  " is outside the coefficients' " + std::to_string(table_steps) +
+                                  " rows; use 0 to " + std::to_string(table_steps - 1));
     }
   }
-}
-
-void normal_noise(Shape shape, const std::int64_t* steps, const std::int64_t* seed, const std::int64_t* sample_ids,
-                  float* out, int threads) {
-  const Kernels& chosen = kernels();
-  for_each_run(shape, threads,
-               [&](Run run, std::size_t) { chosen.normal_noise(shape, run, steps, seed, sample_ids, out); });
-}
-
-void gae(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns) {
-  kernels().gae(op, rewards, values, advantages, returns);
-}
-
-void gae_backward(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
-                  void* grad_values) {
-  kernels().gae_backward(op, grad_advantages, grad_returns, grad_rewards, grad_values);
 }
 
 }  // namespace lacfast::cpu

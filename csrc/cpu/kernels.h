@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/gaussian.h"
+#include "../common/value_pool.h"
 #include "../ops.h"
 
 namespace lacfast::cpu {
@@ -15,50 +16,45 @@ constexpr int kTile = 16;
 // Numbers to which its vectors are padded with zeros: two of the widest registers, four of the narrowest.
 constexpr std::int64_t kPad = 16;
 
-LACFAST_INLINE std::int64_t padded_dim(const ValuePool& op) { return (op.dim + kPad - 1) / kPad * kPad; }
+LACFAST_INLINE std::int64_t padded_dim(const ValuePool& op) { return (dim_of(op) + kPad - 1) / kPad * kPad; }
 
 // Of the arithmetic type, for one run at a time: queries, gradients, two tiles, four numbers per head and token.
 LACFAST_INLINE std::int64_t pool_scratch_numbers(const ValuePool& op) {
-  return 2 * (op.heads + kTile) * padded_dim(op) + op.heads * (3 * kTile + 2);
+  return 2 * (heads_of(op) + kTile) * padded_dim(op) + heads_of(op) * (3 * kTile + 2);
 }
 // What a run of the forward leaves: per head a maximum, a total and a vector.
-LACFAST_INLINE std::int64_t pool_partial_numbers(const ValuePool& op) { return op.heads * (2 + padded_dim(op)); }
+LACFAST_INLINE std::int64_t pool_partial_numbers(const ValuePool& op) { return heads_of(op) * (2 + padded_dim(op)); }
 
 // Elements [begin, end) of one latent, where begin is a multiple of kBlock; or tokens of one sample, of kTile.
 struct Run {
   std::int64_t row, begin, end;
 };
 
-LACFAST_INLINE std::int64_t step_of(const Transition& transition, std::int64_t row) {
-  return transition.steps[transition.is_shared ? 0 : row];
-}
-
 struct Kernels {
-  void (*normal_noise)(Shape shape, Run run, const std::int64_t* steps, const std::int64_t* seed,
-                       const std::int64_t* sample_ids, float* out);
-  // Returns sum (x' - mu)^2 of the stored x'.
-  double (*gaussian_step)(const GaussianStep& op, Run run);
+  void (*normal_noise)(const NormalNoise& op, Run run, const SizedTensor& out);
+  // Returns sum (x' - mu)^2 of the stored x'. A null slab keeps nothing.
+  double (*gaussian_step)(const GaussianStep& op, Run run, const GaussianStepOutputs& outputs,
+                          const TrajectorySlab& slab);
   // Returns sum (x' - mu)^2.
   double (*step_log_prob)(const StepLogProb& op, Run run);
   // `weight` times the gradient of -(x' - mu)^2 / 2; 0 where the step is deterministic.
-  void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProbGradients& gradients);
+  void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProb& gradients);
   RatioSums (*log_ratio)(const LogRatio& op, Run run);
   void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, Result grad_model_output);
-  void (*gae)(const Gae& op, const void* rewards, const void* values, void* advantages, void* returns);
-  void (*gae_backward)(const Gae& op, const void* grad_advantages, const void* grad_returns, void* grad_rewards,
-                       void* grad_values);
-  void (*advantage_sums)(const AdvantageSums& op, double* moments);
-  void (*advantage_apply)(const AdvantageApply& op);
+  void (*gae)(const Gae& op, const GaeOutputs& outputs);
+  void (*gae_backward)(const Gae& op, const GaeOutputs& grads, const Gae& gradients);
+  void (*advantage_sums)(const AdvantageSums& op, const AdvantageSumsOutputs& outputs);
+  void (*advantage_apply)(const AdvantageApply& op, const AdvantageApplyOutputs& outputs);
   void (*value_pool)(const ValuePool& op, Run run, void* scratch, void* partial, void* token_stats);
   // Adds the partials of a sample's runs, which lie one after the other, in their order.
-  void (*value_pool_finish)(const ValuePool& op, std::int64_t row, std::int64_t runs, void* partials, Result out,
-                            const PoolSaved& saved);
+  void (*value_pool_finish)(const ValuePool& op, std::int64_t row, std::int64_t runs, void* partials,
+                            const ValuePoolOutputs& outputs);
   // `partial` (heads, padded dim), or null where only grad_features is wanted.
-  void (*value_pool_backward)(const ValuePool& op, Run run, const PoolSaved& saved, Operand grad, void* scratch,
+  void (*value_pool_backward)(const ValuePool& op, Run run, const ValuePoolOutputs& saved, Operand grad, void* scratch,
                               void* partial, Result grad_features);
   void (*value_pool_backward_finish)(const ValuePool& op, std::int64_t row, std::int64_t runs, void* partials,
                                      Result grad_query);
-  void (*value_pool_norm_weight)(const ValuePool& op, const PoolSaved& saved, Operand grad, const void* partials,
+  void (*value_pool_norm_weight)(const ValuePool& op, const ValuePoolOutputs& saved, Operand grad, const void* partials,
                                  std::int64_t row_stride, Result grad_norm_weight);
 };
 

@@ -6,6 +6,7 @@
 #include <thread>
 #include <vector>
 
+#include "../registry.h"
 #include "kernels.h"
 
 namespace lacfast::cpu {
@@ -21,23 +22,23 @@ inline std::int64_t runs_per_row(Shape shape) { return (shape.elements + kRun - 
 
 // work(next_task) on up to `threads` threads, which take tasks as they come: next_task(index) is false after the last.
 template <typename Work>
-void share_tasks(std::int64_t total, int threads, const Work& work) {
+void share_tasks(std::int64_t total, std::int64_t threads, const Work& work) {
   std::atomic<std::int64_t> next{0};
   const auto next_task = [&](std::int64_t& index) {
     return (index = next.fetch_add(1, std::memory_order_relaxed)) < total;
   };
   std::vector<std::thread> helpers;
-  for (int i = 1; i < threads && i < total; ++i) helpers.emplace_back([&] { work(next_task); });
+  for (std::int64_t i = 1; i < threads && i < total; ++i) helpers.emplace_back([&] { work(next_task); });
   work(next_task);
   for (std::thread& helper : helpers) helper.join();
 }
 
 // body(run, index) for every run of every row; results are kept by index.
 template <typename Body>
-void for_each_run(Shape shape, int threads, const Body& body) {
+void for_each_run(Shape shape, Threads threads, const Body& body) {
   const std::int64_t per_row = runs_per_row(shape);
   const bool worth_threads = shape.rows * shape.elements >= kElementsWorthThreads;
-  share_tasks(shape.rows * per_row, worth_threads ? threads : 1, [&](const auto& next_task) {
+  share_tasks(shape.rows * per_row, worth_threads ? threads.count : 1, [&](const auto& next_task) {
     for (std::int64_t index; next_task(index);) {
       const std::int64_t begin = index % per_row * kRun;
       const std::int64_t end = begin + kRun < shape.elements ? begin + kRun : shape.elements;
@@ -67,8 +68,8 @@ struct RowCoefficients {
 
 inline RowCoefficients coefficients_of(const Transition& transition, std::int64_t row, bool wide) {
   const std::int64_t at = 3 * step_of(transition, row);
-  const double std = scalar_at(transition.coefficients, at + 2, wide);
-  return {std, innovation_gain(scalar_at(transition.coefficients, at + 1, wide), std)};
+  const double std = scalar_at(transition.coefficients.data, at + 2, wide);
+  return {std, innovation_gain(scalar_at(transition.coefficients.data, at + 1, wide), std)};
 }
 
 // The log-prob of a row from sum (x' - mu)^2 of its runs, added in their order.

@@ -12,7 +12,6 @@
 #include <cuda_runtime.h>
 
 #include "../common/advantages.h"
-#include "../ops.h"
 #include "launch.h"
 
 namespace lacfast::cuda {
@@ -24,8 +23,6 @@ constexpr int kWarpsPerBlock = 2;
 // One column of padding: lanes walk a column, tile rows are written along it, and neither collides in a bank.
 constexpr int kPitch = kLanes + 1;
 constexpr int kMaxMoments = 1 + kMaxRewards + kMaxRewards * kMaxRewards;
-// Every block of the second launch reads the moments of all blocks of the first, so there are not too many.
-constexpr std::int64_t kMaxPartials = 256;
 constexpr int kApplyThreads = 256;
 constexpr std::int64_t kMaxApplyBlocks = 2048;
 
@@ -64,16 +61,18 @@ __device__ __forceinline__ void add_moments(const A* tile, int pairs, int heads,
 
 template <typename S, typename A>
 __global__ void __launch_bounds__(kLanes* kWarpsPerBlock)
-    advantage_sums_kernel(AdvantageSums op, ReturnDecay<A> decay, double* partials) {
+    advantage_sums_kernel(AdvantageSums op, AdvantageSumsOutputs outputs, ReturnDecay<A> decay) {
   __shared__ A values[kWarpsPerBlock][kTileSteps * kPitch];
   __shared__ A rewards[kWarpsPerBlock][kTileSteps * kPitch];
   __shared__ double moments[kWarpsPerBlock][kMaxMoments];
   const int lane = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.y);
-  const int heads = op.heads;
-  const S* in = static_cast<const S*>(op.values);
-  A* raw = static_cast<A*>(op.raw);
-  A* targets = static_cast<A*>(op.targets);
+  const int heads = heads_of(op);
+  const std::int64_t steps = steps_of(op);
+  const S* in = op.values.as<const S>();
+  const auto* mask = op.mask.as<const std::uint8_t>();
+  A* raw = outputs.raw.as<A>();
+  A* targets = outputs.targets.as<A>();
   A* value_tile = values[warp];
   A* reward_tile = rewards[warp];
   const A bound = static_cast<A>(op.target_clip);
@@ -81,24 +80,24 @@ __global__ void __launch_bounds__(kLanes* kWarpsPerBlock)
   __syncwarp();
 
   const int rows_per_warp = kLanes / heads;
-  const std::int64_t groups = row_groups(op.rows, heads);
-  const std::int64_t tiles = (op.steps + kTileSteps - 1) / kTileSteps;
+  const std::int64_t groups = row_groups(rows_of(op), heads);
+  const std::int64_t tiles = (steps + kTileSteps - 1) / kTileSteps;
   const std::int64_t first_group = std::int64_t{blockIdx.x} * kWarpsPerBlock + warp;
   for (std::int64_t group = first_group; group < groups; group += std::int64_t{gridDim.x} * kWarpsPerBlock) {
     const std::int64_t first_row = group * rows_per_warp;
-    const int rows = static_cast<int>(min(static_cast<std::int64_t>(rows_per_warp), op.rows - first_row));
+    const int rows = static_cast<int>(min(static_cast<std::int64_t>(rows_per_warp), rows_of(op) - first_row));
     const int chains = rows * heads;
     ReturnState<A> state{};
     for (std::int64_t tile = tiles - 1; tile >= 0; --tile) {
       const std::int64_t begin = tile * kTileSteps;
-      const int count = static_cast<int>(min(static_cast<std::int64_t>(kTileSteps), op.steps - begin));
+      const int count = static_cast<int>(min(static_cast<std::int64_t>(kTileSteps), steps - begin));
       const int per_row = count * heads;
       for (int i = lane; i < rows * per_row; i += kLanes) {
         const int row = i / per_row;
         const int step = i % per_row / heads;
         const int head = i % heads;
         const int at = step * kPitch + row * heads + head;
-        value_tile[at] = static_cast<A>(in[((first_row + row) * op.steps + begin + step) * heads + head]);
+        value_tile[at] = static_cast<A>(in[((first_row + row) * steps + begin + step) * heads + head]);
         reward_tile[at] = standardized_reward<A>(op, first_row + row, begin + step, head);
       }
       __syncwarp();
@@ -117,20 +116,20 @@ __global__ void __launch_bounds__(kLanes* kWarpsPerBlock)
         const int step = i % per_row / heads;
         const int head = i % heads;
         const int at = step * kPitch + row * heads + head;
-        const std::int64_t offset = ((first_row + row) * op.steps + begin + step) * heads + head;
+        const std::int64_t offset = ((first_row + row) * steps + begin + step) * heads + head;
         raw[offset] = value_tile[at];
         targets[offset] = reward_tile[at];
       }
       add_moments(value_tile, rows * count, heads, lane, moments[warp], [&](int pair) {
         const int row = pair / count;
-        if (op.mask != nullptr && op.mask[first_row + row] == 0) return -1;
+        if (mask != nullptr && mask[first_row + row] == 0) return -1;
         return pair % count * kPitch + row * heads;
       });
       __syncwarp();
     }
   }
   __syncthreads();
-  double* own = partials + std::int64_t{blockIdx.x} * moment_count(heads);
+  double* own = outputs.sums.as<double>() + std::int64_t{blockIdx.x} * moment_count(heads);
   for (int index = warp * kLanes + lane; index < moment_count(heads); index += kLanes * kWarpsPerBlock) {
     double sum = 0.0;
     for (int other = 0; other < kWarpsPerBlock; ++other) sum += moments[other][index];
@@ -139,32 +138,35 @@ __global__ void __launch_bounds__(kLanes* kWarpsPerBlock)
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kApplyThreads) advantage_apply_kernel(AdvantageApply op) {
+__global__ void __launch_bounds__(kApplyThreads)
+    advantage_apply_kernel(AdvantageApply op, A* advantages) {
   __shared__ double moments[kMaxMoments];
   __shared__ Combination combination;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kLanes;
-  const int heads = op.heads;
+  const int heads = static_cast<int>(op.raw.sizes[2]);
+  const std::int64_t steps = op.raw.sizes[1];
+  const auto* mask = op.mask.as<const std::uint8_t>();
+  const auto* parts = op.sums.as<const double>();
   for (int index = thread / kLanes; index < moment_count(heads); index += kApplyThreads / kLanes) {
     double sum = 0.0;
-    for (std::int64_t part = lane; part < op.partials; part += kLanes)
-      sum += op.moments[part * moment_count(heads) + index];
+    for (std::int64_t part = lane; part < op.sums.sizes[0]; part += kLanes)
+      sum += parts[part * moment_count(heads) + index];
     sum = warp_sum(sum);
     if (lane == 0) moments[index] = sum;
   }
   __syncthreads();
   if (thread == 0) {
-    const A* weights = static_cast<const A*>(op.weights);
-    const bool scalarized = op.scalarized;
+    const A* weights = op.weights.as<const A>();
+    const bool scalarized = op.scalarized != 0;
     combination_from_moments(
-        moments, heads, op.normalize_heads,
+        moments, heads, op.normalize_heads != 0,
         [&](int m) { return scalarized ? 1.0 : static_cast<double>(weights[m]); }, combination);
   }
   __syncthreads();
-  const A* raw = static_cast<const A*>(op.raw);
-  A* advantages = static_cast<A*>(op.advantages);
+  const A* raw = op.raw.as<const A>();
   const A bound = static_cast<A>(op.advantage_clip);
-  const std::int64_t pairs = op.rows * op.steps;
+  const std::int64_t pairs = op.raw.sizes[0] * steps;
   for (std::int64_t pair = std::int64_t{blockIdx.x} * kApplyThreads + thread; pair < pairs;
        pair += std::int64_t{gridDim.x} * kApplyThreads) {
     A sum = 0;
@@ -172,42 +174,47 @@ __global__ void __launch_bounds__(kApplyThreads) advantage_apply_kernel(Advantag
       const A centred = raw[pair * heads + m] - static_cast<A>(combination.center[m]);
       sum += static_cast<A>(combination.scale[m]) * centred;
     }
-    const bool is_masked = op.mask != nullptr && op.mask[pair / op.steps] == 0;
+    const bool is_masked = mask != nullptr && mask[pair / steps] == 0;
     advantages[pair] = is_masked ? A{0} : bounded(sum, bound);
   }
 }
 
+// A row of moments per block, so that there are as many blocks as `sums` has rows.
 template <typename S, typename A>
-void run_sums(const AdvantageSums& op, double* moments, void* stream) {
-  launch("advantage_sums", advantage_sums_kernel<S, A>, advantage_partials(op.rows, op.heads),
-         dim3(kLanes, kWarpsPerBlock), stream, op, return_decay<A>(op), moments);
+void run_sums(const AdvantageSums& op, const AdvantageSumsOutputs& outputs, Stream stream) {
+  launch("advantage_sums", advantage_sums_kernel<S, A>, outputs.sums.sizes[0], dim3(kLanes, kWarpsPerBlock), stream, op,
+         outputs, return_decay<A>(op));
 }
 
-}  // namespace
-
-std::int64_t advantage_partials(std::int64_t rows, int heads) {
-  const std::int64_t blocks = (row_groups(rows, heads) + kWarpsPerBlock - 1) / kWarpsPerBlock;
-  return blocks < kMaxPartials ? blocks : kMaxPartials;
-}
-
-void advantage_sums(const AdvantageSums& op, double* moments, void* stream) {
-  switch (op.dtype) {
+void advantage_sums(const AdvantageSums& op, const AdvantageSumsOutputs& outputs, const Stream& stream) {
+  switch (op.values.dtype) {
     case DType::float32:
-      return run_sums<float, float>(op, moments, stream);
+      return run_sums<float, float>(op, outputs, stream);
     case DType::bfloat16:
-      return run_sums<__nv_bfloat16, float>(op, moments, stream);
+      return run_sums<__nv_bfloat16, float>(op, outputs, stream);
     case DType::float16:
-      return run_sums<__half, float>(op, moments, stream);
+      return run_sums<__half, float>(op, outputs, stream);
     case DType::float64:
-      return run_sums<double, double>(op, moments, stream);
+    case DType::other:
+      return run_sums<double, double>(op, outputs, stream);
   }
 }
 
-void advantage_apply(const AdvantageApply& op, void* stream) {
-  const std::int64_t needed = (op.rows * op.steps + kApplyThreads - 1) / kApplyThreads;
+template <typename A>
+void run_apply(const AdvantageApply& op, const AdvantageApplyOutputs& outputs, Stream stream) {
+  const std::int64_t needed = (op.raw.sizes[0] * op.raw.sizes[1] + kApplyThreads - 1) / kApplyThreads;
   const std::int64_t blocks = needed < kMaxApplyBlocks ? needed : kMaxApplyBlocks;
-  const auto kernel = op.dtype == DType::float64 ? advantage_apply_kernel<double> : advantage_apply_kernel<float>;
-  launch("advantage_apply", kernel, blocks, dim3(kApplyThreads), stream, op);
+  launch("advantage_apply", advantage_apply_kernel<A>, blocks, dim3(kApplyThreads), stream, op,
+         outputs.advantages.as<A>());
 }
 
+void advantage_apply(const AdvantageApply& op, const AdvantageApplyOutputs& outputs, const Stream& stream) {
+  const auto run = op.raw.dtype == DType::float64 ? run_apply<double> : run_apply<float>;
+  run(op, outputs, stream);
+}
+
+const Registered<&advantage_sums> registered_sums("cuda.advantage_sums");
+const Registered<&advantage_apply> registered_apply("cuda.advantage_apply");
+
+}  // namespace
 }  // namespace lacfast::cuda

@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../registry.h"
+
 namespace lacfast::cuda {
 
 // Blocks of a one-dimensional grid; CUDA's own limit, beyond which a launch fails.
@@ -15,12 +17,12 @@ inline unsigned grid_size(std::int64_t blocks) {
 }
 
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks, dim3 threads, void* stream,
+void launch(const char* name, void (*kernel)(Parameters...), std::int64_t blocks, dim3 threads, Stream stream,
             const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid_size(blocks));
   config.blockDim = threads;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + " on CUDA: " + cudaGetErrorString(error));
 }

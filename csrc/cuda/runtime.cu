@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../ops.h"
+#include "../build.h"
 
 namespace lacfast::cuda {
 

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include "../common/smc.h"
-#include "../ops.h"
 #include "launch.h"
 
 namespace lacfast::cuda {
@@ -38,15 +37,16 @@ __device__ __forceinline__ double group_maximum(const S* log_weights, std::int64
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads) effective_sample_size_kernel(Particles op, S* sizes) {
+__global__ void __launch_bounds__(kThreads)
+    effective_sample_size_kernel(const S* all_log_weights, std::int64_t particles, S* sizes) {
   __shared__ double shared[kWarps];
   const std::int64_t group = blockIdx.x;
-  const S* log_weights = static_cast<const S*>(op.log_weights) + group * op.particles;
-  const double maximum = group_maximum(log_weights, op.particles, shared);
+  const S* log_weights = all_log_weights + group * particles;
+  const double maximum = group_maximum(log_weights, particles, shared);
   double sum = 0.0;
   double squares = 0.0;
   if (maximum > -HUGE_VAL) {
-    for (std::int64_t i = threadIdx.x; i < op.particles; i += kThreads) {
+    for (std::int64_t i = threadIdx.x; i < particles; i += kThreads) {
       const double weight = exp(below_maximum(static_cast<double>(log_weights[i]), maximum));
       sum += weight;
       squares += weight * weight;
@@ -59,15 +59,15 @@ __global__ void __launch_bounds__(kThreads) effective_sample_size_kernel(Particl
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kThreads) systematic_resample_kernel(Particles op, Resampling resampling) {
+__global__ void __launch_bounds__(kThreads) systematic_resample_kernel(SystematicResample op, std::int64_t* ancestors) {
   __shared__ std::int64_t cumulative[kMaxParticles];
   __shared__ std::int64_t totals[kThreads];
   __shared__ double shared[kWarps];
   const std::int64_t group = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  const int particles = static_cast<int>(op.particles);
-  const S* log_weights = static_cast<const S*>(op.log_weights) + group * op.particles;
-  const double maximum = group_maximum(log_weights, op.particles, shared);
+  const int particles = static_cast<int>(op.log_weights.sizes[1]);
+  const S* log_weights = op.log_weights.as<const S>() + group * particles;
+  const double maximum = group_maximum(log_weights, particles, shared);
   // Without any weight all are equal, and equal weights keep every particle.
   const bool has_weight = maximum > -HUGE_VAL;
   for (int i = thread; i < particles; i += kThreads)
@@ -96,28 +96,36 @@ __global__ void __launch_bounds__(kThreads) systematic_resample_kernel(Particles
   __syncthreads();
 
   const std::int64_t uniform =
-      resampling_uniform(*resampling.seed, resampling.steps[group], resampling.group_ids[group]);
+      resampling_uniform(*op.seed.as<const std::int64_t>(), op.steps.as<const std::int64_t>()[group],
+                         op.group_ids.as<const std::int64_t>()[group]);
   const std::int64_t total = totals[kThreads - 1];
   for (int i = thread; i < particles; i += kThreads) {
-    const std::int64_t position = resampling_position(i, uniform, total, op.particles);
-    resampling.ancestors[group * op.particles + i] = first_above(cumulative, op.particles, position);
+    const std::int64_t position = resampling_position(i, uniform, total, particles);
+    ancestors[group * particles + i] = first_above(cumulative, particles, position);
   }
 }
 
+template <typename S>
+void run_size(const EffectiveSampleSize& op, const EffectiveSampleSizeOutputs& outputs, const Stream& stream) {
+  launch("effective_sample_size", effective_sample_size_kernel<S>, op.log_weights.sizes[0], dim3(kThreads), stream,
+         op.log_weights.as<const S>(), op.log_weights.sizes[1], outputs.sizes.as<S>());
+}
+
+void effective_sample_size(const EffectiveSampleSize& op, const EffectiveSampleSizeOutputs& outputs,
+                           const Stream& stream) {
+  const auto run = op.log_weights.dtype == DType::float64 ? run_size<double> : run_size<float>;
+  run(op, outputs, stream);
+}
+
+void systematic_resample(const SystematicResample& op, const SystematicResampleOutputs& outputs, const Stream& stream) {
+  const auto kernel = op.log_weights.dtype == DType::float64 ? systematic_resample_kernel<double>
+                                                             : systematic_resample_kernel<float>;
+  launch("systematic_resample", kernel, op.log_weights.sizes[0], dim3(kThreads), stream, op,
+         outputs.ancestors.as<std::int64_t>());
+}
+
+const Registered<&effective_sample_size> registered_size("cuda.effective_sample_size");
+const Registered<&systematic_resample> registered_resample("cuda.systematic_resample");
+
 }  // namespace
-
-void effective_sample_size(const Particles& op, void* sizes, void* stream) {
-  const char* name = "effective_sample_size";
-  if (op.dtype == DType::float64)
-    return launch(name, effective_sample_size_kernel<double>, op.groups, dim3(kThreads), stream, op,
-                  static_cast<double*>(sizes));
-  launch(name, effective_sample_size_kernel<float>, op.groups, dim3(kThreads), stream, op, static_cast<float*>(sizes));
-}
-
-void systematic_resample(const Particles& op, const Resampling& resampling, void* stream) {
-  const auto kernel =
-      op.dtype == DType::float64 ? systematic_resample_kernel<double> : systematic_resample_kernel<float>;
-  launch("systematic_resample", kernel, op.groups, dim3(kThreads), stream, op, resampling);
-}
-
 }  // namespace lacfast::cuda

@@ -4,7 +4,7 @@ from lacfast.ops.advantages import normalized_advantages
 from lacfast.ops.backend import available, backend
 from lacfast.ops.gae import gae
 from lacfast.ops.gaussian_step import gaussian_step
-from lacfast.ops.gaussian_step_buffers import gaussian_step_
+from lacfast.ops.gaussian_step_in_place import gaussian_step_
 from lacfast.ops.noise import normal_noise
 from lacfast.ops.ppo_loss import log_ratio, ppo_loss
 from lacfast.ops.smc import effective_sample_size, systematic_resample

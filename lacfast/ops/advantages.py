@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.backend import choose, launch, through_dispatcher
-from lacfast.ops.checks import FLOATS, arithmetic_dtype, check_operand
+from lacfast.ops.checks import arithmetic_dtype, check_first, check_operand
+from lacfast.ops.op import Op, Sized
 from lacfast.records import NormalizedAdvantages, RewardCondition
 
 COMBINATIONS = ("sum_normalized", "sum", "scalarized")
@@ -73,9 +74,8 @@ def normalized_advantages(
     """
     _check(rewards, values, reward_mean, reward_std, weights, mask, combination)
     conditions_on, thresholds = _condition_lists(rewards, conditions)
-    if isinstance(gae_lambda, Tensor) or (
-        choose("normalized_advantages", values.device.type, values.dtype) == "reference"
-    ):
+    chosen = ADVANTAGE_SUMS.chosen(values)
+    if isinstance(gae_lambda, Tensor) or chosen == "reference":
         with torch.no_grad():
             return reference.normalized_advantages(
                 rewards,
@@ -93,20 +93,20 @@ def normalized_advantages(
                 target_clip=target_clip,
                 all_reduce=all_reduce,
             )
-    inputs = (rewards, values, reward_mean, reward_std, weights, mask)
-    settings = (gamma, gae_lambda, value_lambda, target_clip)
-    sums_arguments = (*inputs, combination, conditions_on, thresholds, *settings)
-    seen = through_dispatcher(values)
+    scalarized = combination == "scalarized"
+    inputs = AdvantageSums(
+        *(rewards, values, reward_mean, reward_std, weights, mask, scalarized, conditions_on, thresholds),
+        *(gamma, gae_lambda, value_lambda, target_clip),
+    )
     with torch.no_grad():
-        if all_reduce is None:
-            run = _normalized_advantages_op if seen else _normalized_advantages
-            return NormalizedAdvantages(*run(*sums_arguments, advantage_clip))
-        raw, targets, sums = (_advantage_sums_op if seen else _advantage_sums)(*sums_arguments)
-        all_reduce(sums)
-        apply = _advantage_apply_op if seen else _advantage_apply
-        return NormalizedAdvantages(
-            apply(raw, weights, mask, sums, combination, advantage_clip), raw, targets
-        )
+        raw, targets, sums = ADVANTAGE_SUMS(chosen, inputs)
+        if all_reduce is not None:
+            sums = sums.sum(dim=0)
+            all_reduce(sums)
+            sums = sums[None]
+        normalize_heads = combination == "sum_normalized"
+        apply = AdvantageApply(raw, weights, mask, sums, scalarized, normalize_heads, advantage_clip)
+        return NormalizedAdvantages(ADVANTAGE_APPLY(chosen, apply).advantages, raw, targets)
 
 
 def _check(
@@ -122,7 +122,7 @@ def _check(
         raise ValueError(f"unknown combination {combination!r}; known: {', '.join(COMBINATIONS)}")
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, T, H), none of them 0")
-    check_operand("values", values, "values", values, values.shape, FLOATS)
+    check_first("values", values)
     num_rewards = rewards.shape[-1] if rewards.ndim in (2, 3) else 0
     if not 1 <= num_rewards <= MAX_REWARDS:
         raise ValueError(
@@ -160,138 +160,69 @@ def _condition_lists(rewards: Tensor, conditions: Sequence[RewardCondition]) -> 
     return on, thresholds
 
 
-def _normalized_advantages(
-    rewards: Tensor,
-    values: Tensor,
-    reward_mean: Tensor,
-    reward_std: Tensor,
-    weights: Tensor,
-    mask: Tensor | None,
-    combination: str,
-    conditions_on: list[int],
-    thresholds: list[float],
-    gamma: float,
-    gae_lambda: float,
-    value_lambda: float,
-    target_clip: float,
-    advantage_clip: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    advantages, raw, targets = _outputs(values)
-    launch(
-        choose("normalized_advantages", values.device.type, values.dtype),
-        "normalized_advantages",
-        values,
-        rewards,
-        values,
-        reward_mean,
-        reward_std,
-        weights,
-        mask,
-        combination == "scalarized",
-        conditions_on,
-        thresholds,
-        gamma,
-        gae_lambda,
-        value_lambda,
-        target_clip,
-        combination == "sum_normalized",
-        advantage_clip,
-        raw,
-        targets,
-        advantages,
-    )
-    return advantages, raw, targets
+class AdvantageSums(NamedTuple):
+    rewards: Sized
+    values: Sized
+    reward_mean: Tensor
+    reward_std: Tensor
+    weights: Sized
+    mask: Tensor | None
+    scalarized: bool
+    conditions_on: list[int]
+    thresholds: list[float]
+    gamma: float
+    gae_lambda: float
+    value_lambda: float
+    target_clip: float
 
 
-def _advantage_sums(
-    rewards: Tensor,
-    values: Tensor,
-    reward_mean: Tensor,
-    reward_std: Tensor,
-    weights: Tensor,
-    mask: Tensor | None,
-    combination: str,
-    conditions_on: list[int],
-    thresholds: list[float],
-    gamma: float,
-    gae_lambda: float,
-    value_lambda: float,
-    target_clip: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, raw, targets = _outputs(values)
-    sums = _empty_sums(values)
-    launch(
-        choose("advantage_sums", values.device.type, values.dtype),
-        "advantage_sums",
-        values,
-        rewards,
-        values,
-        reward_mean,
-        reward_std,
-        weights,
-        mask,
-        combination == "scalarized",
-        conditions_on,
-        thresholds,
-        gamma,
-        gae_lambda,
-        value_lambda,
-        target_clip,
-        raw,
-        targets,
-        sums,
-    )
-    return raw, targets, sums
+class AdvantageSumsOutputs(NamedTuple):
+    raw: Tensor
+    targets: Tensor
+    sums: Sized
+    """(P, 1 + H + H^2) float64: the moments in P parts, each n, sum A_m, sum A_i A_j."""
 
 
-def _advantage_apply(
-    raw: Tensor, weights: Tensor, mask: Tensor | None, sums: Tensor, combination: str, advantage_clip: float
-) -> Tensor:
-    advantages = raw.new_empty(raw.shape[:2])
-    launch(
-        choose("advantage_apply", raw.device.type, raw.dtype),
-        "advantage_apply",
-        raw,
-        raw,
-        weights,
-        mask,
-        sums,
-        combination == "scalarized",
-        combination == "sum_normalized",
-        advantage_clip,
-        advantages,
-    )
-    return advantages
+class AdvantageApply(NamedTuple):
+    raw: Sized
+    weights: Tensor
+    mask: Tensor | None
+    sums: Sized
+    scalarized: bool
+    normalize_heads: bool
+    advantage_clip: float
 
 
-def _outputs(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = arithmetic_dtype(values)
-    raw = values.new_empty(values.shape, dtype=dtype)
-    return raw.new_empty(values.shape[:2]), raw, torch.empty_like(raw)
+class AdvantageApplyOutputs(NamedTuple):
+    advantages: Tensor
 
 
-def _empty_sums(values: Tensor) -> Tensor:
+def _parts(values: Tensor) -> int:
+    """Rows of moments: one, or one for each block of the CUDA kernel."""
+    return 1 if values.device.type == "cpu" else cuda_blocks(values)
+
+
+def cuda_blocks(values: Tensor) -> int:
+    """Blocks of two warps, which own whole trajectories, 32 chains at most: by the shape alone, as sums are.
+
+    Every block of the second launch reads the rows of all, so there are not too many.
+    """
+    batch, _, heads = values.shape
+    warps = -(-batch // (32 // heads))
+    return min(-(-warps // 2), 256)
+
+
+def _sums(inputs: AdvantageSums) -> AdvantageSumsOutputs:
+    values = inputs.values
     heads = values.shape[2]
-    return values.new_empty(1 + heads + heads * heads, dtype=torch.float64)
+    raw = values.new_empty(values.shape, dtype=arithmetic_dtype(values))
+    sums = values.new_empty((_parts(values), 1 + heads + heads * heads), dtype=torch.float64)
+    return AdvantageSumsOutputs(raw, torch.empty_like(raw), sums)
 
 
-_normalized_advantages_op = torch.library.custom_op(
-    "lacfast::normalized_advantages", _normalized_advantages, mutates_args=()
-)
-_advantage_sums_op = torch.library.custom_op("lacfast::advantage_sums", _advantage_sums, mutates_args=())
-_advantage_apply_op = torch.library.custom_op("lacfast::advantage_apply", _advantage_apply, mutates_args=())
+def _advantages(inputs: AdvantageApply) -> AdvantageApplyOutputs:
+    return AdvantageApplyOutputs(inputs.raw.new_empty(inputs.raw.shape[:2]))
 
 
-@_normalized_advantages_op.register_fake
-def _(rewards: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(values)
-
-
-@_advantage_sums_op.register_fake
-def _(rewards: Tensor, values: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_outputs(values)[1:], _empty_sums(values))
-
-
-@_advantage_apply_op.register_fake
-def _(raw: Tensor, *rest: object) -> Tensor:
-    return raw.new_empty(raw.shape[:2])
+ADVANTAGE_SUMS = Op("advantage_sums", AdvantageSums, AdvantageSumsOutputs, _sums, cuda=True)
+ADVANTAGE_APPLY = Op("advantage_apply", AdvantageApply, AdvantageApplyOutputs, _advantages, cuda=True)

@@ -1,7 +1,7 @@
 """Which code runs an op: C++ for CPU tensors, Triton or CUDA C++ for CUDA tensors, else the reference.
 
-CUDA C++ has the sequential ops, advantages and particles. The reference is called as it is. The other
-backends have functions of the same names that fill preallocated outputs.
+CUDA C++ has the sequential ops, advantages and particles. The reference is called as it is. A kernel of the
+other backends takes records, of which it fills the last.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +22,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-_MODULES = {"cpu": "lacfast.ops.cpu", "cuda": "lacfast.ops.cuda"}
-_TRITON_MODULES = {
-    "normal_noise": "lacfast.kernels.philox",
-    "gaussian_step": "lacfast.kernels.gaussian_step",
-    "step_log_prob": "lacfast.kernels.step_log_prob",
-    "step_log_prob_backward": "lacfast.kernels.step_log_prob",
-    "log_ratio_forward": "lacfast.kernels.ppo_loss",
-    "log_ratio_backward": "lacfast.kernels.ppo_gradient",
-    "ppo_loss_forward": "lacfast.kernels.ppo_loss",
-    "ppo_loss_backward": "lacfast.kernels.ppo_gradient",
-    "value_pool_forward": "lacfast.kernels.value_pool",
-    "value_pool_backward": "lacfast.kernels.value_pool_backward",
-}
 
-_CUDA_KERNELS = (
-    "gae",
-    "gae_backward",
-    "normalized_advantages",
-    "advantage_sums",
-    "advantage_apply",
-    "effective_sample_size",
-    "systematic_resample",
-)
+class _Kernel(NamedTuple):
+    formats: tuple[str, ...]
+    """How C++ reads each of its records."""
+    triton: str | None
+    """Its module of lacfast.kernels."""
+    cuda: bool
+    """Whether it exists in CUDA C++."""
 
+
+_KERNELS: dict[str, _Kernel] = {}
 _forced: ContextVar[str | None] = ContextVar("lacfast_backend", default=None)
 
 
@@ -127,14 +114,30 @@ def _natural_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
-def launch(chosen: str, name: str, anchor: Tensor, *arguments: Any) -> None:
-    """Call kernel `name` of a backend on the device of `anchor`; it fills its last arguments."""
+def add_kernel(name: str, formats: Sequence[str], *, triton: Sequence[str] = (), cuda: bool = False) -> None:
+    """Make a kernel known: its records' formats, the Triton module that has it, whether CUDA C++ does."""
+    _KERNELS[name] = _Kernel(tuple(formats), triton[0] if triton else None, cuda)
+
+
+def launch(chosen: str, name: str, anchor: Tensor, *records: tuple[Any, ...]) -> None:
+    """Call kernel `name` of a backend on the device of `anchor`; it fills the last of its records."""
     kernel = _kernel(chosen, name)
-    if anchor.is_cuda and anchor.device.index != torch.cuda.current_device():
+    # The last record of a C++ kernel says where it runs: a number of threads, or a stream.
+    if chosen == "cpu":
+        kernel(*records, (torch.get_num_threads(),))
+    elif anchor.is_cuda and anchor.device.index != torch.cuda.current_device():
         with torch.cuda.device(anchor.device):
-            kernel(*arguments)
+            launch(chosen, name, anchor, *records)
+    elif chosen == "cuda":
+        kernel(*records, (current_stream(),))
     else:
-        kernel(*arguments)
+        kernel(*records)
+
+
+def current_stream() -> int:
+    """Address of torch's stream on the current device."""
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
 
 
 def through_dispatcher(anchor: Tensor) -> bool:
@@ -142,22 +145,41 @@ def through_dispatcher(anchor: Tensor) -> bool:
 
     The registered op costs 15 us a call where a direct call costs 4, so it runs only where somebody looks.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return True
-    return is_in_torch_dispatch_mode() or isinstance(anchor, FakeTensor) or anchor.is_meta
+    # Most are plain tensors; isinstance asks the metaclass, which takes longer.
+    return anchor.is_meta or (type(anchor) is not Tensor and isinstance(anchor, FakeTensor))
 
 
 @cache
 def _kernel(chosen: str, name: str) -> Callable[..., None]:
-    module = _TRITON_MODULES[name] if chosen == "triton" else _MODULES[chosen]
-    kernel: Callable[..., None] = getattr(importlib.import_module(module), name)
+    kernel = _KERNELS[name]
+    if chosen == "triton":
+        launcher: Callable[..., None] = getattr(
+            importlib.import_module(f"lacfast.kernels.{kernel.triton}"), name
+        )
+        return launcher
+    return native_kernel(f"{chosen}.{name}", (*kernel.formats, "i"))
+
+
+def native_kernel(name: str, formats: Sequence[str]) -> Callable[..., None]:
+    """A kernel of the extension module, "cpu.gae", that takes records; the last one says where it runs."""
+    kernel: Callable[..., None] = extension().kernel(name, formats)
     return kernel
+
+
+@cache
+def extension() -> Any:
+    """The module built from csrc/, told which dtype is which."""
+    module = importlib.import_module("lacfast._C")
+    module.name_dtypes((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    return module
 
 
 def _has_kernel(chosen: str, name: str) -> bool:
     if chosen == "triton":
-        return name in _TRITON_MODULES
-    return chosen != "cuda" or name in _CUDA_KERNELS
+        return _KERNELS[name].triton is not None
+    return chosen != "cuda" or _KERNELS[name].cuda
 
 
 def _require_device(forced: str, device_type: str) -> None:

@@ -17,16 +17,21 @@ from lacfast.reference.transition import arithmetic_dtype as arithmetic_dtype
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def check_first(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """The operand that the others are compared with: one of these dtypes, contiguous."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; use {_or(dtypes)}")
+    if not tensor.is_contiguous():
+        raise _not_contiguous(name, tensor)
+
+
 def check_latents(name: str, tensor: Tensor) -> None:
-    """The operand that the others are compared with: (B, ...), floating, dense, not empty."""
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} has dtype {tensor.dtype}; use float32, bfloat16, float16 or float64")
+    """(B, ...), floating, contiguous, not empty."""
+    check_first(name, tensor)
     if tensor.ndim < 2 or 0 in tensor.shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; it must be (B, ...) with at least one element"
         )
-    if not tensor.is_contiguous():
-        raise _not_contiguous(name, tensor)
 
 
 def check_operand(
@@ -48,9 +53,8 @@ def check_operand(
             f"{name} has shape {tuple(tensor.shape)}; with this {like_name} it must be {tuple(shape)}"
         )
     if tensor.dtype not in dtypes:
-        known = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
         raise ValueError(
-            f"{name} has dtype {tensor.dtype}; with this {like_name} ({like.dtype}) it must be {known}"
+            f"{name} has dtype {tensor.dtype}; with this {like_name} ({like.dtype}) it must be {_or(dtypes)}"
         )
     if not tensor.is_contiguous():
         raise _not_contiguous(name, tensor)
@@ -68,6 +72,28 @@ def check_transition(
     check_operand("coefficients", coefficients, like_name, like, table_shape, (arithmetic_dtype(like),))
     steps_shape = (1,) if may_share_step and steps.shape == (1,) else like.shape[:1]
     check_operand("steps", steps, like_name, like, steps_shape, (torch.int64,))
+
+
+def check_step(
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: Tensor | None,
+) -> None:
+    """What both forms of gaussian_step ask, besides the noise."""
+    check_latents("sample", sample)
+    same_maths = FLOATS[3:] if sample.dtype == torch.float64 else FLOATS[:3]
+    check_operand("model_output", model_output, "sample", sample, sample.shape, same_maths)
+    check_transition(coefficients, steps, "sample", sample, may_share_step=True)
+    if (uncond_output is None) != (guidance_scale is None):
+        given = "guidance_scale" if uncond_output is None else "uncond_output"
+        raise ValueError(f"only {given} is given; guidance needs both uncond_output and guidance_scale")
+    if uncond_output is not None and guidance_scale is not None:
+        like = ("model_output", model_output, sample.shape, (model_output.dtype,))
+        check_operand("uncond_output", uncond_output, *like)
+        check_operand("guidance_scale", guidance_scale, "sample", sample, (1,), (torch.float32,))
 
 
 def split_noise(
@@ -89,6 +115,10 @@ def reduction_scale(reduction: str, like: Tensor) -> float:
     if reduction == "sum":
         return 1.0
     raise ValueError(f"unknown reduction {reduction!r}; known: 'mean' (per element), 'sum' (joint)")
+
+
+def _or(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
 
 
 def _not_contiguous(name: str, tensor: Tensor) -> ValueError:

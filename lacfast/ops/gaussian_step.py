@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.backend import choose, launch, through_dispatcher
-from lacfast.ops.checks import arithmetic_dtype, reduction_scale
-from lacfast.ops.gaussian_step_buffers import check_buffers, check_step, gaussian_step_out_op
+from lacfast.ops.checks import arithmetic_dtype, check_step, reduction_scale, split_noise
+from lacfast.ops.op import Gradients, Op, Sized
 from lacfast.records import NoiseKey, StepOutput
 
 
@@ -26,7 +23,6 @@ def gaussian_step(
     uncond_output: Tensor | None = None,
     guidance_scale: Tensor | None = None,
     reduction: str = "mean",
-    out: StepOutput | None = None,
 ) -> StepOutput:
     """One denoising step and the log-probability of where it landed.
 
@@ -48,23 +44,20 @@ def gaussian_step(
         uncond_output: (B, ...) unconditional prediction, like model_output.
         guidance_scale: (1,) float32, needed with `uncond_output`.
         reduction: "mean" over elements (the field's convention) or "sum".
-        out: buffers to fill in place of new tensors, without gradients. Each may be one of the inputs that it
-            is made from; model_output is written with guidance only.
 
     Returns:
         prev_sample (B, ...) in the sample's dtype, log_prob (B,) in the dtype of the maths, and the output
         that was used: the argument itself, or after guidance a tensor of its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or memory order that does not fit; `out` where gradients are asked.
+        ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    key = check_step(sample, model_output, coefficients, steps, noise, uncond_output, guidance_scale)
-    if out is not None:
-        check_buffers(out, sample, model_output, uncond_output)
+    check_step(sample, model_output, coefficients, steps, uncond_output, guidance_scale)
+    key = split_noise(noise, "sample", sample)
     scale = reduction_scale(reduction, sample)
-    chosen = choose("gaussian_step", sample.device.type, sample.dtype)
+    chosen = GAUSSIAN_STEP.chosen(sample)
     if chosen == "reference":
-        result = reference.gaussian_step(
+        return reference.gaussian_step(
             sample,
             model_output,
             coefficients,
@@ -74,93 +67,54 @@ def gaussian_step(
             guidance_scale=guidance_scale,
             reduction=reduction,
         )
-        return result if out is None else _copied(result, out, is_guided=uncond_output is not None)
-    arguments = (sample, model_output, uncond_output, guidance_scale, coefficients, steps, *key, scale)
-    if out is not None:
-        buffers = (out.prev_sample, out.log_prob, None if uncond_output is None else out.model_output)
-        if through_dispatcher(sample):
-            gaussian_step_out_op(*arguments, *buffers)
-        else:
-            launch(chosen, "gaussian_step", sample, *arguments, *buffers)
-        return out if uncond_output is not None else replace(out, model_output=model_output)
-    if through_dispatcher(sample):
-        prev_sample, log_prob, guided = _gaussian_step_op(*arguments)
-    elif torch.is_grad_enabled() and _requires_grad(sample, model_output, uncond_output):
-        prev_sample, log_prob, guided = _GaussianStep.apply(  # type: ignore[no-untyped-call]
-            *arguments, chosen
-        )
-    else:
-        prev_sample, log_prob, guided = _forward(chosen, *arguments)
-    return StepOutput(prev_sample, log_prob, model_output if uncond_output is None else guided)
-
-
-def _copied(result: StepOutput, out: StepOutput, *, is_guided: bool) -> StepOutput:
-    out.prev_sample.copy_(result.prev_sample)
-    out.log_prob.copy_(result.log_prob)
-    if not is_guided:
-        return replace(out, model_output=result.model_output)
-    out.model_output.copy_(result.model_output)
-    return out
-
-
-def _requires_grad(*tensors: Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _forward(
-    chosen: str,
-    sample: Tensor,
-    model_output: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sample_ids: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    prev_sample = torch.empty_like(sample)
-    log_prob = coefficients.new_empty(sample.shape[0])
-    guided = None if uncond_output is None else torch.empty_like(model_output)
-    launch(
-        chosen,
-        "gaussian_step",
-        sample,
-        sample,
-        model_output,
-        uncond_output,
-        guidance_scale,
-        coefficients,
-        steps,
-        noise,
-        seed,
-        sample_ids,
-        scale,
-        prev_sample,
-        log_prob,
-        guided,
+    inputs = GaussianStep(
+        sample, model_output, uncond_output, guidance_scale, coefficients, steps, *key, scale
     )
-    return prev_sample, log_prob, guided
+    prev_sample, log_prob, guided_output = GAUSSIAN_STEP(chosen, inputs)
+    return StepOutput(prev_sample, log_prob, model_output if guided_output is None else guided_output)
 
 
-def _gradients(
-    saved: Sequence[Any],
-    scale: float,
-    grad_prev_sample: Tensor | None,
-    grad_log_prob: Tensor | None,
-    grad_guided: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+class GaussianStep(NamedTuple):
+    sample: Sized
+    model_output: Tensor
+    uncond_output: Tensor | None
+    guidance_scale: Tensor | None
+    coefficients: Sized
+    steps: Sized
+    noise: Tensor | None
+    seed: Tensor | None
+    sample_ids: Tensor | None
+    scale: float
+
+
+class GaussianStepOutputs(NamedTuple):
+    prev_sample: Tensor
+    log_prob: Tensor
+    guided_output: Tensor | None
+    """With guidance."""
+
+
+def _allocate(inputs: GaussianStep) -> GaussianStepOutputs:
+    sample = inputs.sample
+    guided_output = None if inputs.uncond_output is None else torch.empty_like(inputs.model_output)
+    log_prob = inputs.coefficients.new_empty(sample.shape[0])
+    return GaussianStepOutputs(torch.empty_like(sample), log_prob, guided_output)
+
+
+def _gradients(inputs: GaussianStep, outputs: GaussianStepOutputs, grads: Gradients) -> Gradients:
     """Of sample, model_output, uncond_output: dx' = a dx + b dv, dlog_prob = scale (x' - mu) / std^2 dmu."""
-    sample, used_output, prev_sample, guidance_scale, coefficients, steps = saved
+    sample, guidance_scale = inputs.sample, inputs.guidance_scale
+    used_output = inputs.model_output if outputs.guided_output is None else outputs.guided_output
     dtype = arithmetic_dtype(sample)
     broadcast = (-1,) + (1,) * (sample.ndim - 1)
-    a, b, std = (column.view(broadcast) for column in coefficients[steps].unbind(dim=1))
+    a, b, std = (column.view(broadcast) for column in inputs.coefficients[inputs.steps].unbind(dim=1))
+    grad_prev_sample, grad_log_prob, grad_guided = grads
     grad_mean = None if grad_prev_sample is None else grad_prev_sample.to(dtype)
     if grad_log_prob is not None:
         mean = a * sample.to(dtype) + b * used_output.to(dtype)
         precision = torch.where(std > 0, std, torch.ones_like(std)) ** -2 * (std > 0)
-        pull = scale * grad_log_prob.view(broadcast) * precision * (prev_sample.to(dtype) - mean)
+        distance = outputs.prev_sample.to(dtype) - mean
+        pull = inputs.scale * grad_log_prob.view(broadcast) * precision * distance
         grad_mean = pull if grad_mean is None else grad_mean + pull
     grad_output = None if grad_mean is None else b * grad_mean
     if grad_guided is not None and guidance_scale is not None:
@@ -174,84 +128,16 @@ def _gradients(
     return grad_sample, grad_cond, ((1 - guidance_scale) * grad_output).to(used_output.dtype)
 
 
-class _GaussianStep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        sample, model_output, _, guidance_scale, coefficients, steps, _, _, _, scale, chosen = arguments
-        prev_sample, log_prob, guided = _forward(chosen, *arguments[:-1])
-        used_output = model_output if guided is None else guided
-        ctx.save_for_backward(sample, used_output, prev_sample, guidance_scale, coefficients, steps)
-        ctx.scale = scale
-        ctx.set_materialize_grads(False)
-        return prev_sample, log_prob, guided
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_prev_sample, grad_log_prob, grad_guided = grads
-        gradients = _gradients(ctx.saved_tensors, ctx.scale, grad_prev_sample, grad_log_prob, grad_guided)
-        return (*gradients, *([None] * 8))
-
-
-@torch.library.custom_op("lacfast::gaussian_step", mutates_args=())
-def _gaussian_step_op(
-    sample: Tensor,
-    model_output: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sample_ids: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    prev_sample, log_prob, guided = _forward(
-        choose("gaussian_step", sample.device.type, sample.dtype),
-        sample,
-        model_output,
-        uncond_output,
-        guidance_scale,
-        coefficients,
-        steps,
-        noise,
-        seed,
-        sample_ids,
-        scale,
-    )
-    return prev_sample, log_prob, model_output.new_empty(0) if guided is None else guided
-
-
-@_gaussian_step_op.register_fake
-def _(
-    sample: Tensor,
-    model_output: Tensor,
-    uncond_output: Tensor | None,
-    guidance_scale: Tensor | None,
-    coefficients: Tensor,
-    steps: Tensor,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    sample_ids: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    guided = model_output.new_empty(0) if uncond_output is None else torch.empty_like(model_output)
-    return torch.empty_like(sample), coefficients.new_empty(sample.shape[0]), guided
-
-
-def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-    sample, model_output, uncond_output, guidance_scale, coefficients, steps, _, _, _, scale = inputs
-    prev_sample, _, guided = output
-    used_output = model_output if uncond_output is None else guided
-    ctx.save_for_backward(sample, used_output, prev_sample, guidance_scale, coefficients, steps)
-    ctx.scale = scale
-
-
-def _op_backward(
-    ctx: Any, grad_prev_sample: Tensor | None, grad_log_prob: Tensor | None, grad_guided: Tensor | None
-) -> Any:
-    gradients = _gradients(ctx.saved_tensors, ctx.scale, grad_prev_sample, grad_log_prob, grad_guided)
-    return (*gradients, *([None] * 7))
-
-
-_gaussian_step_op.register_autograd(_op_backward, setup_context=_setup_context)
+GAUSSIAN_STEP = Op(
+    "gaussian_step",
+    GaussianStep,
+    GaussianStepOutputs,
+    _allocate,
+    triton=("gaussian_step",),
+    gradients=("sample", "model_output", "uncond_output"),
+    keeps=(
+        *("sample", "model_output", "guidance_scale", "coefficients", "steps"),
+        *("prev_sample", "guided_output"),
+    ),
+    formula=_gradients,
+)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.backend import choose, launch, through_dispatcher
 from lacfast.ops.checks import check_operand
+from lacfast.ops.op import Op, Sized
 from lacfast.records import NoiseKey
 
 
@@ -36,28 +38,26 @@ def normal_noise(shape: tuple[int, ...], steps: Tensor, key: NoiseKey) -> Tensor
     check_operand("steps", steps, "shape", steps, shape[:1], (torch.int64,))
     check_operand("key.seed", key.seed, "steps", steps, (1,), (torch.int64,))
     check_operand("key.sample_ids", key.sample_ids, "steps", steps, shape[:1], (torch.int64,))
-    chosen = choose("normal_noise", steps.device.type, torch.float32)
+    chosen = NORMAL_NOISE.chosen(steps)
     if chosen == "reference":
         # A latent whose size is no multiple of 4 is a view there.
         return reference.normal_noise(shape, steps, key).contiguous()
-    if through_dispatcher(steps):
-        noise: Tensor = _normal_noise_op(list(shape), steps, key.seed, key.sample_ids)
-        return noise
-    return _run(chosen, shape, steps, key.seed, key.sample_ids)
+    return NORMAL_NOISE(chosen, NormalNoise(steps, key.seed, key.sample_ids, list(shape))).noise
 
 
-def _run(chosen: str, shape: tuple[int, ...], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
-    out = torch.empty(shape, dtype=torch.float32, device=steps.device)
-    launch(chosen, "normal_noise", steps, steps, seed, sample_ids, out)
-    return out
+class NormalNoise(NamedTuple):
+    steps: Tensor
+    seed: Tensor
+    sample_ids: Tensor
+    shape: list[int]
 
 
-@torch.library.custom_op("lacfast::normal_noise", mutates_args=())
-def _normal_noise_op(shape: list[int], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
-    chosen = choose("normal_noise", steps.device.type, torch.float32)
-    return _run(chosen, tuple(shape), steps, seed, sample_ids)
+class NormalNoiseOutputs(NamedTuple):
+    noise: Sized
 
 
-@_normal_noise_op.register_fake
-def _(shape: list[int], steps: Tensor, seed: Tensor, sample_ids: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=steps.device)
+def _allocate(inputs: NormalNoise) -> NormalNoiseOutputs:
+    return NormalNoiseOutputs(inputs.steps.new_empty(inputs.shape, dtype=torch.float32))
+
+
+NORMAL_NOISE = Op("normal_noise", NormalNoise, NormalNoiseOutputs, _allocate, triton=("philox",))

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.config import RATIOS
-from lacfast.ops.backend import choose, through_dispatcher
 from lacfast.ops.checks import (
     arithmetic_dtype,
     check_latents,
@@ -18,8 +17,7 @@ from lacfast.ops.checks import (
     reduction_scale,
     split_noise,
 )
-from lacfast.ops.log_ratio_calls import LogRatio, log_ratio_op, terms_of
-from lacfast.ops.ppo_calls import PPOLoss, outputs_of, ppo_loss_op
+from lacfast.ops.ppo_calls import LOG_RATIO, PPO_LOSS, PPOLoss
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
 from lacfast.reference.objective import Clip, bounds
 
@@ -61,7 +59,7 @@ def log_ratio(
     """
     key = _check(model_output, old_model_output, coefficients, steps, noise, reference_output)
     scale = reduction_scale(reduction, model_output)
-    chosen = choose("log_ratio_forward", model_output.device.type, model_output.dtype)
+    chosen = LOG_RATIO.chosen(model_output)
     if chosen == "reference":
         return reference.log_ratio(
             model_output,
@@ -72,14 +70,8 @@ def log_ratio(
             reference_output=reference_output,
             reduction=reduction,
         )
-    arguments = (model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
-    if through_dispatcher(model_output):
-        terms = log_ratio_op(*arguments)
-    elif torch.is_grad_enabled() and model_output.requires_grad:
-        terms = LogRatio.apply(chosen, *arguments)  # type: ignore[no-untyped-call]
-    else:
-        terms = terms_of(chosen, *arguments)
-    return TransitionTerms(*terms.unbind(dim=1))
+    inputs = PPOLoss(model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
+    return TransitionTerms(*LOG_RATIO(chosen, inputs).terms.unbind(dim=1))
 
 
 def ppo_loss(
@@ -154,7 +146,7 @@ def ppo_loss(
         raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")
     scale = reduction_scale(reduction, model_output)
     limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=1 / scale)
-    chosen = choose("ppo_loss_forward", model_output.device.type, model_output.dtype)
+    chosen = PPO_LOSS.chosen(model_output)
     if chosen == "reference":
         return reference.ppo_loss(
             model_output,
@@ -176,21 +168,23 @@ def ppo_loss(
             kl_gains=kl_gains,
             reduction=reduction,
         )
-    arguments = (
-        *(model_output, old_model_output, reference_output, coefficients, steps, *key),
-        *(advantages, weights, step_weights, mask, kl_gains),
-        *(scale, ratio == "ratio_norm", limits.clip_low, limits.clip_high, limits.dual_clip),
-        *(limits.kl_threshold, float(kl_weight)),
+    transition = (model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
+    inputs = PPOLoss(
+        *transition,
+        advantages=advantages,
+        weights=weights,
+        step_weights=step_weights,
+        mask=mask,
+        kl_gains=kl_gains,
+        is_normalized=ratio == "ratio_norm",
+        clip_low=limits.clip_low,
+        clip_high=limits.clip_high,
+        dual_clip=limits.dual_clip,
+        kl_threshold=limits.kl_threshold,
+        kl_weight=kl_weight,
     )
-    if through_dispatcher(model_output):
-        loss, rows, step_sums, _ = ppo_loss_op(*arguments)
-    elif torch.is_grad_enabled() and model_output.requires_grad:
-        loss, rows, step_sums, _ = PPOLoss.apply(  # type: ignore[no-untyped-call]
-            model_output, chosen, arguments[1:]
-        )
-    else:
-        loss, rows, step_sums, _ = outputs_of(chosen, *arguments)
-    return loss, PPOStats(rows, step_sums)
+    outputs = PPO_LOSS(chosen, inputs)
+    return outputs.loss, PPOStats(outputs.rows, outputs.step_sums)
 
 
 def _check_pairs(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.backend import choose, launch, through_dispatcher
-from lacfast.ops.checks import check_operand
+from lacfast.ops.checks import check_first, check_operand
+from lacfast.ops.op import Op, Sized
 from lacfast.records import NoiseKey
 
 MAX_PARTICLES = 4096
@@ -32,13 +34,10 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         ValueError: a shape, dtype or memory order that does not fit.
     """
     _check(log_weights)
-    chosen = choose("effective_sample_size", log_weights.device.type, torch.float32)
+    chosen = EFFECTIVE_SAMPLE_SIZE.chosen(log_weights)
     if chosen == "reference":
         return reference.effective_sample_size(log_weights.detach())
-    if through_dispatcher(log_weights):
-        sizes: Tensor = _effective_sample_size_op(log_weights)
-        return sizes
-    return _size(chosen, log_weights)
+    return EFFECTIVE_SAMPLE_SIZE(chosen, EffectiveSampleSize(log_weights)).sizes
 
 
 def systematic_resample(log_weights: Tensor, steps: Tensor, key: NoiseKey) -> Tensor:
@@ -68,13 +67,11 @@ def systematic_resample(log_weights: Tensor, steps: Tensor, key: NoiseKey) -> Te
     check_operand("steps", steps, "log_weights", log_weights, *per_group)
     check_operand("key.seed", key.seed, "log_weights", log_weights, (1,), (torch.int64,))
     check_operand("key.sample_ids", key.sample_ids, "log_weights", log_weights, *per_group)
-    chosen = choose("systematic_resample", log_weights.device.type, torch.float32)
+    chosen = SYSTEMATIC_RESAMPLE.chosen(log_weights)
     if chosen == "reference":
         return reference.systematic_resample(log_weights.detach(), steps, key)
-    if through_dispatcher(log_weights):
-        ancestors: Tensor = _systematic_resample_op(log_weights, steps, key.seed, key.sample_ids)
-        return ancestors
-    return _ancestors(chosen, log_weights, steps, key.seed, key.sample_ids)
+    inputs = SystematicResample(log_weights, steps, key.seed, key.sample_ids)
+    return SYSTEMATIC_RESAMPLE(chosen, inputs).ancestors
 
 
 def _check(log_weights: Tensor) -> None:
@@ -83,38 +80,40 @@ def _check(log_weights: Tensor) -> None:
             f"log_weights has shape {tuple(log_weights.shape)}; "
             f"it must be (G, N) with N from 1 to {MAX_PARTICLES}"
         )
-    dtypes = (torch.float32, torch.float64)
-    check_operand("log_weights", log_weights, "log_weights", log_weights, log_weights.shape, dtypes)
+    check_first("log_weights", log_weights, (torch.float32, torch.float64))
 
 
-def _size(chosen: str, log_weights: Tensor) -> Tensor:
-    sizes = log_weights.new_empty(log_weights.shape[0])
-    launch(chosen, "effective_sample_size", log_weights, log_weights, sizes)
-    return sizes
+class EffectiveSampleSize(NamedTuple):
+    log_weights: Sized
 
 
-def _ancestors(chosen: str, log_weights: Tensor, steps: Tensor, seed: Tensor, group_ids: Tensor) -> Tensor:
-    ancestors = log_weights.new_empty(log_weights.shape, dtype=torch.int64)
-    launch(chosen, "systematic_resample", log_weights, log_weights, steps, seed, group_ids, ancestors)
-    return ancestors
+class EffectiveSampleSizeOutputs(NamedTuple):
+    sizes: Tensor
 
 
-@torch.library.custom_op("lacfast::effective_sample_size", mutates_args=())
-def _effective_sample_size_op(log_weights: Tensor) -> Tensor:
-    return _size(choose("effective_sample_size", log_weights.device.type, torch.float32), log_weights)
+class SystematicResample(NamedTuple):
+    log_weights: Sized
+    steps: Tensor
+    seed: Tensor
+    group_ids: Tensor
 
 
-@_effective_sample_size_op.register_fake
-def _(log_weights: Tensor) -> Tensor:
-    return log_weights.new_empty(log_weights.shape[0])
+class SystematicResampleOutputs(NamedTuple):
+    ancestors: Tensor
 
 
-@torch.library.custom_op("lacfast::systematic_resample", mutates_args=())
-def _systematic_resample_op(log_weights: Tensor, steps: Tensor, seed: Tensor, group_ids: Tensor) -> Tensor:
-    chosen = choose("systematic_resample", log_weights.device.type, torch.float32)
-    return _ancestors(chosen, log_weights, steps, seed, group_ids)
+def _sizes(inputs: EffectiveSampleSize) -> EffectiveSampleSizeOutputs:
+    return EffectiveSampleSizeOutputs(inputs.log_weights.new_empty(inputs.log_weights.shape[0]))
 
 
-@_systematic_resample_op.register_fake
-def _(log_weights: Tensor, steps: Tensor, seed: Tensor, group_ids: Tensor) -> Tensor:
-    return log_weights.new_empty(log_weights.shape, dtype=torch.int64)
+def _ancestors(inputs: SystematicResample) -> SystematicResampleOutputs:
+    log_weights = inputs.log_weights
+    return SystematicResampleOutputs(log_weights.new_empty(log_weights.shape, dtype=torch.int64))
+
+
+EFFECTIVE_SAMPLE_SIZE = Op(
+    "effective_sample_size", EffectiveSampleSize, EffectiveSampleSizeOutputs, _sizes, cuda=True
+)
+SYSTEMATIC_RESAMPLE = Op(
+    "systematic_resample", SystematicResample, SystematicResampleOutputs, _ancestors, cuda=True
+)

@@ -301,10 +301,10 @@ def _value_pool(features: Tensor, query: Tensor, *_: Any) -> int:
     return 4 * batch * query.shape[1] * tokens * dim
 
 
-def _value_pool_backward(grad: Tensor, features: Tensor, *rest: Any) -> int:
+def _value_pool_backward(features: Tensor, query: Tensor, *rest: Any) -> int:
     """Gradients of weights and query; where features need one, of both of their uses."""
     wanted = rest[-1]
-    return _value_pool(features, grad) * (2 if wanted[0] else 1)
+    return _value_pool(features, query) * (2 if wanted[0] else 1)
 
 
 def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:

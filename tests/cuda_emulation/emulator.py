@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from lacfast.ops.backend import extension
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
 
 class EmulatedModule:
-    """Has the cuda_* functions of lacfast._C; addresses are those of CPU tensors."""
+    """Has the kernels cuda.* as lacfast._C has them; addresses are those of CPU tensors."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        self._library.cuda_advantage_partials.restype = ctypes.c_int64
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._library, name)
-
-        def call(*arguments: Any) -> Any:
-            return function(*[_c_value(argument) for argument in arguments])
+    def kernel(self, name: str, formats: Sequence[str]) -> Callable[..., None]:
+        def call(*records: tuple[Any, ...]) -> None:
+            words = [extension().addresses(*pair) for pair in zip(formats, records, strict=True)]
+            self._library.call(name.encode(), (ctypes.c_char_p * len(words))(*words))
 
         return call
-
-
-def _c_value(argument: Any) -> Any:
-    if isinstance(argument, list):
-        kind = ctypes.c_double if any(isinstance(item, float) for item in argument) else ctypes.c_int64
-        return (kind * len(argument))(*argument)
-    return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(int(argument))
 
 
 def build(compiler: str, folder: Path) -> EmulatedModule:

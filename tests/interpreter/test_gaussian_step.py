@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.kernels import launch
+from lacfast.ops.gaussian_step import GaussianStep, GaussianStepOutputs
 from lacfast.records import NoiseKey
 
 pytestmark = pytest.mark.interpreter
@@ -53,10 +54,11 @@ class Step:
         key: tuple[Tensor, Tensor] | tuple[None, None],
         scale: float,
     ) -> None:
-        gaussian_step(
+        inputs = GaussianStep(
             self.sample, self.model_output, self.uncond_output, self.guidance_scale, coefficients, steps,
-            self.noise, *key, scale, self.prev_sample, self.log_prob, self.guided_output,
+            self.noise, *key, scale,
         )  # fmt: skip
+        gaussian_step(inputs, GaussianStepOutputs(self.prev_sample, self.log_prob, self.guided_output))
 
 
 @pytest.fixture

@@ -11,11 +11,16 @@ from lacfast.kernels.philox import normal_noise, philox_words
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.ops.noise import NormalNoise, NormalNoiseOutputs
 from lacfast.records import INITIAL_STEP, NoiseKey
 
 pytestmark = pytest.mark.interpreter
 
 WORD = 0xFFFFFFFF
+
+
+def _fill(steps: Tensor, seed: Tensor, sample_ids: Tensor, out: Tensor) -> None:
+    normal_noise(NormalNoise(steps, seed, sample_ids, list(out.shape)), NormalNoiseOutputs(out))
 
 
 @triton.jit
@@ -76,7 +81,7 @@ def test_normals_equal_the_reference(
     seed, sample_ids = key
     steps = torch.tensor([INITIAL_STEP, 0, 7, 3])
     out = poisoned(4, num_elements)
-    normal_noise(steps, seed, sample_ids, out)
+    _fill(steps, seed, sample_ids, out)
     expected = reference.normal_noise((4, num_elements), steps, NoiseKey(seed, sample_ids))
     # Logarithm, sine and cosine of two libraries in float32; the contract between backends is 1e-4.
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -88,15 +93,15 @@ def test_normals_do_not_depend_on_the_batch(
     seed, sample_ids = key
     steps = torch.tensor([0, 5, 2, 1])
     whole, part = poisoned(4, 2500), poisoned(2, 2500)
-    normal_noise(steps, seed, sample_ids, whole)
+    _fill(steps, seed, sample_ids, whole)
     rows = torch.tensor([3, 1])
-    normal_noise(steps[rows], seed, sample_ids[rows], part)
+    _fill(steps[rows], seed, sample_ids[rows], part)
     assert torch.equal(part, whole[rows])
 
 
 def test_normals_are_standard_and_uncorrelated(poisoned: Callable[..., Tensor]) -> None:
     out = poisoned(4, 8192)
-    normal_noise(torch.zeros(4, dtype=torch.int64), torch.tensor([42]), torch.arange(4), out)
+    _fill(torch.zeros(4, dtype=torch.int64), torch.tensor([42]), torch.arange(4), out)
     # Standard errors at 32768 numbers: 0.0055 of the mean, 0.0078 of the variance, 0.011 of a correlation.
     assert abs(out.mean()) < 0.02
     assert abs(out.var() - 1) < 0.03

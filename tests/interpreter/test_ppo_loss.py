@@ -1,18 +1,18 @@
 """Ratio, KLs and PPO loss in Triton, forward and backward, against the reference in float64."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from lacfast.kernels.ppo_gradient import log_ratio_backward, ppo_loss_backward
-from lacfast.kernels.ppo_loss import log_ratio_forward, ppo_loss_forward
+from lacfast.kernels.ppo_loss import log_ratio, ppo_loss
 from lacfast.kernels.ppo_rows import BLOCK_R
 from torch import Tensor
 
 from lacfast import reference
 from lacfast.kernels import launch
+from lacfast.ops.ppo_calls import LogRatioOutputs, PPOLoss, PPOLossOutputs
 from lacfast.records import NoiseKey
 
 pytestmark = pytest.mark.interpreter
@@ -44,17 +44,23 @@ class Pairs:
     noise: Tensor | None
     key: tuple[Tensor, Tensor] | None
 
-    @property
-    def outputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.model_output, self.old_model_output, self.reference_output
+    def record(self, scale: float | None = None, **of_loss: Tensor | float | None) -> PPOLoss:
+        """What the kernels take, without a loss as log_ratio does."""
+        return PPOLoss(
+            self.model_output,
+            self.old_model_output,
+            self.reference_output,
+            self.coefficients,
+            self.steps,
+            self.noise,
+            *(self.key or (None, None)),
+            1 / self.model_output[0].numel() if scale is None else scale,
+            **of_loss,
+        )
 
-    @property
-    def transition(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.coefficients, self.steps, self.noise, *(self.key or (None, None))
-
-    @property
-    def scale(self) -> float:
-        return 1 / self.model_output[0].numel()
+    def gradient(self, grad_model_output: Tensor) -> PPOLoss:
+        """Where the kernels put the gradient."""
+        return self.record()._replace(model_output=grad_model_output)
 
     def select(self, rows: Tensor) -> "Pairs":
         return replace(
@@ -120,10 +126,11 @@ def test_terms_and_their_gradient_equal_the_reference(
 ) -> None:
     pairs = make_pairs(num_elements, dtype, has_reference=has_reference, has_key=has_key)
     terms = poisoned(BATCH, 3)
-    log_ratio_forward(*pairs.outputs, *pairs.transition, pairs.scale, terms)
+    log_ratio(pairs.record(), LogRatioOutputs(terms))
     grad_terms = draw(BATCH, 3) * num_elements
     grad = poisoned(BATCH, num_elements, dtype=dtype)
-    log_ratio_backward(*pairs.outputs, *pairs.transition, pairs.scale, grad_terms, grad)
+    grads = LogRatioOutputs(grad_terms)
+    log_ratio_backward(pairs.record(), LogRatioOutputs(None), grads, pairs.gradient(grad))
 
     arguments = pairs.double()
     output = reference.log_ratio(**arguments)
@@ -136,18 +143,8 @@ def test_terms_and_their_gradient_equal_the_reference(
     assert not grad[pairs.steps == 1].any()
 
 
-@dataclass(frozen=True)
-class Launched:
-    """What ppo_loss_forward filled."""
-
-    loss: Tensor
-    rows: Tensor
-    step_sums: Tensor
-    shares: Tensor
-
-
 @pytest.fixture
-def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., Launched]:
+def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., PPOLossOutputs]:
     def fill(
         pairs: Pairs,
         advantages: Tensor,
@@ -157,17 +154,13 @@ def launch_loss(poisoned: Callable[..., Tensor]) -> Callable[..., Launched]:
         clip_range: float = CLIP_RANGE,
         kl_weight: float = 0.0,
         scale: float | None = None,
-    ) -> Launched:
+    ) -> PPOLossOutputs:
         batch = len(advantages)
-        results = Launched(
+        results = PPOLossOutputs(
             poisoned(1), poisoned(batch, 4), poisoned(len(pairs.coefficients), 6), poisoned(batch, 3)
         )
-        ppo_loss_forward(
-            *pairs.outputs, *pairs.transition, advantages, weights, None, mask, None,
-            pairs.scale if scale is None else scale, False, clip_range, clip_range, math.inf, math.inf,
-            kl_weight,
-            results.loss, results.rows, results.step_sums, results.shares,
-        )  # fmt: skip
+        bounds = {"clip_low": clip_range, "clip_high": clip_range, "kl_weight": kl_weight}
+        ppo_loss(pairs.record(scale, advantages=advantages, weights=weights, mask=mask, **bounds), results)
         return results
 
     return fill
@@ -182,7 +175,7 @@ def test_loss_and_its_gradient_equal_the_reference(
     dtype: torch.dtype,
     has_weights: bool,
     make_pairs: Callable[..., Pairs],
-    launch_loss: Callable[..., Launched],
+    launch_loss: Callable[..., PPOLossOutputs],
     poisoned: Callable[..., Tensor],
     storage_tolerance: dict[torch.dtype, float],
 ) -> None:
@@ -195,9 +188,8 @@ def test_loss_and_its_gradient_equal_the_reference(
     launched = launch_loss(pairs, advantages, weights=weights, kl_weight=KL_WEIGHT)
     grad = poisoned(BATCH, num_elements, dtype=dtype)
     grad_loss = torch.tensor(float(num_elements))
-    ppo_loss_backward(
-        *pairs.outputs, *pairs.transition, None, pairs.scale, False, launched.shares, grad_loss, grad
-    )
+    grads = PPOLossOutputs(grad_loss, None, None, None)
+    ppo_loss_backward(pairs.record(), launched, grads, pairs.gradient(grad))
 
     loss, stats = reference.ppo_loss(
         **arguments, advantages=advantages, weights=weights, clip_range=CLIP_RANGE, kl_weight=KL_WEIGHT
@@ -212,7 +204,10 @@ def test_loss_and_its_gradient_equal_the_reference(
 
 @pytest.mark.parametrize("num_elements", [600, 5001])
 def test_clip_acts_only_where_the_ratio_moves_with_the_advantage(
-    num_elements: int, coefficients: Tensor, launch_loss: Callable[..., Launched], draw: Callable[..., Tensor]
+    num_elements: int,
+    coefficients: Tensor,
+    launch_loss: Callable[..., PPOLossOutputs],
+    draw: Callable[..., Tensor],
 ) -> None:
     noise = draw(1, num_elements).expand(BATCH, -1).contiguous()
     old = torch.zeros(BATCH, num_elements)
@@ -239,7 +234,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
     num_elements: int,
     dtype: torch.dtype,
     make_pairs: Callable[..., Pairs],
-    launch_loss: Callable[..., Launched],
+    launch_loss: Callable[..., PPOLossOutputs],
 ) -> None:
     pairs = make_pairs(num_elements, dtype, has_reference=False, has_key=True)
     pairs = replace(pairs, old_model_output=pairs.model_output.clone())
@@ -252,7 +247,7 @@ def test_ratio_is_exactly_one_before_the_first_update(
 
 
 def test_clip_is_decided_on_digits_below_float32_at_one(
-    coefficients: Tensor, launch_loss: Callable[..., Launched]
+    coefficients: Tensor, launch_loss: Callable[..., PPOLossOutputs]
 ) -> None:
     # One element with eps = 0 gives log_ratio = -z^2 / 2; next to -1e-5, 1 - rho in float32 moves by 0.6 %.
     target = torch.tensor([0.9990e-5, 0.9999e-5, 1.0001e-5, 1.0010e-5])
@@ -264,7 +259,7 @@ def test_clip_is_decided_on_digits_below_float32_at_one(
 
 
 def test_totals_of_several_blocks_of_rows(
-    coefficients: Tensor, launch_loss: Callable[..., Launched], draw: Callable[..., Tensor]
+    coefficients: Tensor, launch_loss: Callable[..., PPOLossOutputs], draw: Callable[..., Tensor]
 ) -> None:
     batch = 2 * BLOCK_R + 3
     old, noise = draw(batch, 2), draw(batch, 2)
@@ -284,7 +279,7 @@ def test_totals_of_several_blocks_of_rows(
 def test_rows_and_gradients_do_not_depend_on_the_batch(
     num_elements: int,
     make_pairs: Callable[..., Pairs],
-    launch_loss: Callable[..., Launched],
+    launch_loss: Callable[..., PPOLossOutputs],
     poisoned: Callable[..., Tensor],
     draw: Callable[..., Tensor],
 ) -> None:
@@ -295,7 +290,8 @@ def test_rows_and_gradients_do_not_depend_on_the_batch(
     for part, index in ((pairs, torch.arange(BATCH)), (pairs.select(rows), rows)):
         launched = launch_loss(part, advantages[index], kl_weight=KL_WEIGHT)
         grad = poisoned(len(index), num_elements, dtype=torch.bfloat16)
-        log_ratio_backward(*part.outputs, *part.transition, pairs.scale, grad_terms[index], grad)
+        grads = LogRatioOutputs(grad_terms[index])
+        log_ratio_backward(part.record(), LogRatioOutputs(None), grads, part.gradient(grad))
         # Two and four rows: the division by the count is exact.
         results.append((launched.rows, len(index) * launched.shares, grad))
     for together, alone in zip(*results, strict=True):

@@ -4,12 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lacfast.kernels.gaussian_step import gaussian_step
+from lacfast.kernels.gaussian_step import gaussian_step_in_place
 from lacfast.kernels.step_log_prob import step_log_prob, step_log_prob_backward
 from torch import Tensor
 
 from lacfast import reference
 from lacfast.kernels import launch
+from lacfast.ops.gaussian_step import GaussianStep
+from lacfast.ops.gaussian_step_in_place import Slab
+from lacfast.ops.step_log_prob import StepLogProb, StepLogProbOutputs
 from lacfast.records import NoiseKey, TrajectorySlab
 
 pytestmark = pytest.mark.interpreter
@@ -52,9 +55,10 @@ def test_forward_and_backward_equal_the_reference(
     inputs = [draw(*shape, dtype=sample), draw(*shape, dtype=output), draw(*shape, dtype=sample)]
     log_prob, grad_log_prob = poisoned(BATCH), draw(BATCH)
     gradients = [poisoned(*shape, dtype=tensor.dtype) for tensor in inputs]
-    scale = 1 / num_elements
-    step_log_prob(*inputs, coefficients, steps, scale, log_prob)
-    step_log_prob_backward(*inputs, coefficients, steps, scale, grad_log_prob, *gradients)
+    rest = (coefficients, steps, 1 / num_elements)
+    record, outputs = StepLogProb(*inputs, *rest), StepLogProbOutputs(log_prob)
+    step_log_prob(record, outputs)
+    step_log_prob_backward(record, outputs, StepLogProbOutputs(grad_log_prob), StepLogProb(*gradients, *rest))
 
     leaves = [tensor.double().requires_grad_() for tensor in inputs]
     expected = reference.step_log_prob(*leaves, coefficients.double(), steps)
@@ -74,8 +78,11 @@ def test_deterministic_steps_ignore_their_latents(
     inputs = [torch.full((BATCH, 513), torch.nan) for _ in range(3)]
     log_prob, gradient = poisoned(BATCH), poisoned(BATCH, 513)
     steps = torch.tensor([1])
-    step_log_prob(*inputs, coefficients, steps, 1 / 513, log_prob)
-    step_log_prob_backward(*inputs, coefficients, steps, 1 / 513, draw(BATCH), None, gradient, None)
+    rest = (coefficients, steps, 1 / 513)
+    record, outputs = StepLogProb(*inputs, *rest), StepLogProbOutputs(log_prob)
+    step_log_prob(record, outputs)
+    grads, gradients = StepLogProbOutputs(draw(BATCH)), StepLogProb(None, gradient, None, *rest)
+    step_log_prob_backward(record, outputs, grads, gradients)
     assert torch.equal(log_prob, torch.zeros(BATCH))
     assert torch.equal(gradient, torch.zeros(BATCH, 513))
 
@@ -117,10 +124,8 @@ def test_a_slab_gets_its_slices_and_nothing_else(
     ]
     ours, exact = slabs
     before, expected = state.clone(), state.clone()
-    gaussian_step(
-        state, cond, *guidance, coefficients, steps, None, *key, 1 / num_elements, state, None, None,
-        ours.latents, ours.model_outputs, ours.log_probs,
-    )  # fmt: skip
+    inputs = GaussianStep(state, cond, *guidance, coefficients, steps, None, *key, 1 / num_elements)
+    gaussian_step_in_place(inputs, Slab(ours.latents, ours.model_outputs, ours.log_probs))
     reference.gaussian_step_(
         expected, cond, coefficients, steps, noise=NoiseKey(*key), slab=exact,
         uncond_output=guidance[0], guidance_scale=guidance[1],
@@ -156,10 +161,8 @@ def test_a_step_beyond_the_table_writes_nothing_into_memory_it_does_not_have(
     steps = torch.tensor([num_steps, -1, num_steps + 1, 2])
     latents = buffers[0][num_steps : 2 * num_steps + 1]
     state, output = draw(BATCH, num_elements), draw(BATCH, num_elements)
-    gaussian_step(
-        state, output, None, None, coefficients, steps, None, *key, 1 / num_elements, state, None, None,
-        latents, model_outputs, log_probs,
-    )  # fmt: skip
+    inputs = GaussianStep(state, output, None, None, coefficients, steps, None, *key, 1 / num_elements)
+    gaussian_step_in_place(inputs, Slab(latents, model_outputs, log_probs))
     for buffer, step in zip(buffers, (3, 2, 2), strict=True):
         written = buffer.view(3 * num_steps, BATCH, -1) != 7
         assert written[num_steps + step, 3].all()

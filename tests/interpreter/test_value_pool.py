@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lacfast.kernels.value_pool import MAX_SPLITS, pool_launch, value_pool_forward
+from lacfast.kernels.value_pool import MAX_SPLITS, pool_launch, value_pool
 from lacfast.kernels.value_pool_backward import value_pool_backward
 from torch import Tensor
 
 from lacfast import ops, reference
 from lacfast.kernels import launch
+from lacfast.ops.value_pool import ValuePool, ValuePoolOutputs
 
 pytestmark = pytest.mark.interpreter
 
@@ -43,14 +44,15 @@ def test_pool_and_gradients_equal_the_reference(
     query = draw(batch, heads, dim) * (2 / dim**0.5)
     weight = 1 + 0.3 * draw(dim) if has_weight else None
     grad = draw(batch, heads, dim)
-    out, pooled = poisoned(batch, heads, dim), poisoned(batch, heads, dim)
-    log_sum_exp, token_stats = poisoned(batch, heads), poisoned(batch, heads + 1, tokens)
-    value_pool_forward(features, query, weight, EPS, out, pooled, log_sum_exp, token_stats)
+    out, log_sum_exp = poisoned(batch, heads, dim), poisoned(batch, heads)
+    token_stats = poisoned(batch, heads + 1, tokens)
+    record = ValuePool(features, query, weight, EPS, is_trained=True)
+    outputs = ValuePoolOutputs(out, poisoned(batch, heads, dim), log_sum_exp, token_stats)
+    value_pool(record, outputs)
     inputs = [tensor for tensor in (features, query, weight) if tensor is not None]
     grads = [poisoned(*tensor.shape, dtype=tensor.dtype) for tensor in inputs]
-    value_pool_backward(
-        features, query, weight, pooled, log_sum_exp, token_stats, grad, *grads, *[None] * (3 - len(grads))
-    )
+    gradients = ValuePool(*grads, *[None] * (3 - len(grads)), EPS, is_trained=True)
+    value_pool_backward(record, outputs, ValuePoolOutputs(grad, None, None, None), gradients)
     doubles = [tensor.double().requires_grad_() for tensor in inputs]
     expected = reference.value_pool(*doubles, eps=EPS)
     assert _relative(out, expected) < 2e-6

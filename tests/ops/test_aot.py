@@ -9,19 +9,10 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from aot_specifications import SPECIFICATIONS  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-KERNEL_FILES = [
-    "philox",
-    "gaussian_step",
-    "step_log_prob",
-    "ppo_loss",
-    "ppo_rows",
-    "ppo_gradient",
-    "value_pool",
-    "value_pool_backward",
-]
 ARCHITECTURES = [80, 90, 100]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MAX_REGISTERS = 128
@@ -30,22 +21,20 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="kernels under the interpreter are not compiled"
 )
 
-SPECS = [
-    spec for name in KERNEL_FILES for spec in importlib.import_module(f"lacfast.kernels.{name}").AOT_SPECS
-]
+SPECS = [spec for specs in SPECIFICATIONS.values() for spec in specs]
 
 
 def test_every_kernel_file_is_compiled() -> None:
     folder = Path(__file__).parents[2] / "kernels"
     with_kernels = {path.stem for path in folder.glob("*.py") if "\n@triton.jit\n" in path.read_text()}
-    assert with_kernels == set(KERNEL_FILES)
+    assert with_kernels == set(SPECIFICATIONS)
 
 
-@pytest.mark.parametrize("name", KERNEL_FILES)
+@pytest.mark.parametrize("name", SPECIFICATIONS)
 def test_every_launched_kernel_has_a_spec(name: str) -> None:
     module = importlib.import_module(f"lacfast.kernels.{name}")
     launched = re.findall(r"(\w+)\[\(", Path(module.__file__).read_text())
-    assert set(launched) == {spec.kernel.__name__ for spec in module.AOT_SPECS}
+    assert set(launched) == {spec.kernel.__name__ for spec in SPECIFICATIONS[name]}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")

@@ -17,6 +17,14 @@ from cuda_emulation.emulator import EmulatedModule, build
 from torch import Tensor
 
 from lacfast import ops, reference
+from lacfast.ops.advantages import (
+    AdvantageApply,
+    AdvantageApplyOutputs,
+    AdvantageSums,
+    AdvantageSumsOutputs,
+    cuda_blocks,
+)
+from lacfast.ops.backend import launch
 from lacfast.records import NoiseKey, RewardCondition
 
 COMPILER = shutil.which("g++")
@@ -34,17 +42,21 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> EmulatedModule:
 
 @pytest.fixture
 def on_emulated_cuda(emulated: EmulatedModule, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The ops take CPU tensors through lacfast.ops.cuda to the emulated kernels."""
-    # By their full names: `lacfast.ops.gae` is the function of that module.
-    for name in ("advantages", "gae", "smc"):
-        monkeypatch.setattr(importlib.import_module(f"lacfast.ops.{name}"), "choose", lambda *_: "cuda")
-        glue = importlib.import_module(f"lacfast.ops.cuda.{name}")
-        monkeypatch.setattr(glue, "_C", emulated)
-        monkeypatch.setattr(glue, "current_stream", lambda _: 0)
+    """The ops take CPU tensors to the emulated kernels."""
+    # By their full names: `lacfast.ops.backend` is the function of that module.
+    backend, advantages = (
+        importlib.import_module(f"lacfast.ops.{name}") for name in ("backend", "advantages")
+    )
+    monkeypatch.setattr(importlib.import_module("lacfast.ops.op"), "choose", lambda *_: "cuda")
+    monkeypatch.setattr(backend, "native_kernel", emulated.kernel)
+    monkeypatch.setattr(backend, "current_stream", lambda: 0)
+    monkeypatch.setattr(advantages, "_parts", advantages.cuda_blocks)
+    backend._kernel.cache_clear()
     # Results that nobody wrote are NaN.
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    backend._kernel.cache_clear()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -127,22 +139,25 @@ def test_particles_are_counted_and_chosen_as_on_the_cpu(shape, dtype, assert_nea
 @pytest.mark.parametrize(
     ("rows", "heads", "blocks"), [(1, 1, 1), (64, 1, 1), (65, 1, 2), (4, 16, 1), (2**40, 16, 256)]
 )
-def test_grids_are_those_of_the_shape_alone(rows, heads, blocks, emulated):
-    assert emulated.cuda_advantage_partials(rows, heads) == blocks
+def test_grids_are_those_of_the_shape_alone(rows, heads, blocks):
+    assert cuda_blocks(torch.empty(rows, 1, heads, device="meta")) == blocks
 
 
 def test_no_kernel_writes_outside_its_outputs(on_emulated_cuda):
     """Outputs between margins of NaN, at sizes that fill no warp, tile or block."""
     shape, margin = (37, 35, 3), 128
     size = torch.Size(shape).numel()
-    buffers = [torch.full((size + 2 * margin,), torch.nan) for _ in range(3)]
-    raw, targets = (buffer[margin : margin + size].view(shape) for buffer in buffers[:2])
-    advantages = buffers[2][margin : margin + 37 * 35].view(37, 35)
+    sizes = (size, size, 4 * 13, 37 * 35)
+    buffers = [torch.full((written + 2 * margin,), torch.nan, dtype=torch.float64) for written in sizes]
+    buffers = [buffer.float() if i != 2 else buffer for i, buffer in enumerate(buffers)]
+    views = [buffer[margin : margin + written] for buffer, written in zip(buffers, sizes, strict=True)]
     statistics = (torch.zeros(3), torch.ones(3), torch.ones(3))
     inputs = (draw(37, 3).float(), draw(*shape).float(), *statistics, None, False, [-1] * 3, [0.0] * 3)
-    pipeline = importlib.import_module("lacfast.ops.cuda.advantages").normalized_advantages
-    pipeline(*inputs, 1.0, 0.9, 1.0, 5.0, True, 10.0, raw, targets, advantages)
-    for buffer, written in zip(buffers, (size, size, 37 * 35), strict=True):
+    sums = AdvantageSumsOutputs(views[0].view(shape), views[1].view(shape), views[2].view(4, 13))
+    launch("cuda", "advantage_sums", inputs[0], AdvantageSums(*inputs, 1.0, 0.9, 1.0, 5.0), sums)
+    apply = AdvantageApply(sums.raw, statistics[2], None, sums.sums, False, True, 10.0)
+    launch("cuda", "advantage_apply", inputs[0], apply, AdvantageApplyOutputs(views[3].view(37, 35)))
+    for buffer, written in zip(buffers, sizes, strict=True):
         assert buffer[:margin].isnan().all()
         assert buffer[margin + written :].isnan().all()
         assert not buffer[margin : margin + written].isnan().any()

@@ -249,7 +249,7 @@ def _with(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_with(sample=lambda x: x.long()), "sample has dtype torch.int64; use float32"),
+        (_with(sample=lambda x: x.long()), "sample has dtype torch.int64; use torch.float32"),
         (_with(sample=lambda x: x[0, 0, 0]), r"sample has shape \(5,\); it must be"),
         (_with(sample=lambda x: x.mT), r"sample .*pass sample.contiguous\(\)"),
         (

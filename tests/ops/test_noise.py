@@ -89,7 +89,7 @@ def test_noise_runs_under_fake_tensors_compiles_and_passes_opcheck():
     with FakeTensorMode() as mode:
         key = NoiseKey(mode.from_tensor(KEY.seed), mode.from_tensor(KEY.sample_ids))
         assert ops.normal_noise((3, 5), mode.from_tensor(STEPS), key).shape == (3, 5)
-    torch.library.opcheck(torch.ops.lacfast.normal_noise.default, ([3, 5], STEPS, KEY.seed, KEY.sample_ids))
+    torch.library.opcheck(torch.ops.lacfast.normal_noise.default, (STEPS, KEY.seed, KEY.sample_ids, [3, 5]))
 
 
 @pytest.mark.parametrize(

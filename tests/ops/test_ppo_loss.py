@@ -255,16 +255,20 @@ def test_the_registered_ops_pass_opcheck():
         None,
         0.05,
     )
-    torch.library.opcheck(torch.ops.lacfast.log_ratio.default, ratio)
+    inf = float("inf")
+    no_loss = (None, None, None, None, None, False, inf, inf, inf, inf, 0.0)
+    torch.library.opcheck(torch.ops.lacfast.log_ratio.default, (*ratio, *no_loss))
     per_pair = (torch.ones(3), torch.ones(3), torch.ones(3), torch.tensor([True, False, True]), None)
-    settings = (0.05, False, 0.1, 0.2, 3.0, float("inf"), 0.2)
-    torch.library.opcheck(torch.ops.lacfast.ppo_loss.default, (*ratio[:8], *per_pair, *settings))
+    settings = (False, 0.1, 0.2, 3.0, inf, 0.2)
+    torch.library.opcheck(torch.ops.lacfast.ppo_loss.default, (*ratio, *per_pair, *settings))
+    kept = (ratio[0].detach(), *ratio[1:8])
     torch.library.opcheck(
         torch.ops.lacfast.ppo_loss_backward.default,
-        (ratio[0].detach(), *ratio[1:8], None, 0.05, False, torch.ones(3, 3), torch.ones(())),
+        (*kept, None, torch.ones(3, 3), 0.05, *settings, torch.ones(()), None, None, None, [True]),
     )
     torch.library.opcheck(
-        torch.ops.lacfast.log_ratio_backward.default, (ratio[0].detach(), *ratio[1:], torch.ones(3, 3))
+        torch.ops.lacfast.log_ratio_backward.default,
+        (*kept, 0.05, *no_loss[5:], torch.ones(3, 3), [True]),
     )
 
 

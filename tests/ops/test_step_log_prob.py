@@ -212,7 +212,7 @@ def test_the_registered_ops_pass_opcheck():
     torch.library.opcheck(torch.ops.lacfast.step_log_prob.default, arguments)
     detached = (*(leaf.detach() for leaf in leaves), *arguments[3:])
     torch.library.opcheck(
-        torch.ops.lacfast.step_log_prob_backward.default, (torch.ones(3), [True, True, False], *detached)
+        torch.ops.lacfast.step_log_prob_backward.default, (*detached, torch.ones(3), [True, True, False])
     )
 
 

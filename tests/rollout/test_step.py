@@ -154,7 +154,7 @@ def test_the_transition_of_a_step_is_one_operation_and_its_counter() -> None:
     begin(buffers)
     with TransitionOps() as dispatched:
         denoise_step(backbone, None, buffers)
-    assert dispatched.names[-2:] == ["lacfast.gaussian_step_slab.default", "aten.add_.Tensor"]
+    assert dispatched.names[-2:] == ["lacfast.gaussian_step_in_place.default", "aten.add_.Tensor"]
     assert sum(name.startswith("lacfast.") for name in dispatched.names) == 1
     assert not any("index_copy" in name or "copy_" in name for name in dispatched.names[-3:])
 

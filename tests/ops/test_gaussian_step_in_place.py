@@ -1,4 +1,4 @@
-"""gaussian_step into memory that exists: out= buffers, and a sample in place with its slices of a slab."""
+"""gaussian_step_: a sample moved in place, and its slices of a slab."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import ops, reference
-from lacfast.records import NoiseKey, StepOutput, TrajectorySlab
+from lacfast.records import NoiseKey, TrajectorySlab
 
 # Column std: ordinary, deterministic, small.
 TABLE = torch.tensor([[0.9, -0.2, 0.3], [1.0, -0.1, 0.0], [0.8, -0.3, 0.02]])
@@ -190,28 +190,6 @@ def test_any_shape_fits_its_slab(batch, elements, guided, shared):
     assert torch.equal(slab.log_probs[steps, rows], expected.log_prob)
 
 
-@pytest.mark.parametrize("aliased", [False, True], ids=["apart", "in place"])
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_out_buffers_get_what_would_be_returned(dtype, guided, aliased, backend_name):
-    inputs = _inputs(dtype=dtype, guided=guided)
-    expected = ops.gaussian_step(**inputs)
-    out = StepOutput(
-        torch.full_like(inputs["sample"], torch.nan), torch.full((3,), torch.nan), torch.empty(0)
-    )
-    if guided:
-        out = StepOutput(out.prev_sample, out.log_prob, torch.full_like(inputs["model_output"], torch.nan))
-    if aliased:
-        guided_output = inputs["uncond_output"] if guided else inputs["model_output"]
-        out = StepOutput(inputs["sample"], out.log_prob, guided_output)
-    result = ops.gaussian_step(**inputs, out=out)
-    assert result.prev_sample is out.prev_sample
-    assert result.log_prob is out.log_prob
-    assert result.model_output is (out.model_output if guided else inputs["model_output"])
-    for name in ("prev_sample", "log_prob", "model_output"):
-        assert torch.equal(getattr(result, name), getattr(expected, name))
-
-
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 def test_a_step_is_one_dispatched_operation(guided):
     inputs, slab = _inputs(guided=guided) | {"steps": torch.tensor([1])}, _slab()
@@ -219,12 +197,8 @@ def test_a_step_is_one_dispatched_operation(guided):
     ops.gaussian_step_(**expected, slab=_slab())
     with CountOps() as counter:
         ops.gaussian_step_(**inputs, slab=slab)
-    assert counter.names == ["lacfast.gaussian_step_slab.default"]
+    assert counter.names == ["lacfast.gaussian_step_in_place.default"]
     assert torch.equal(inputs["sample"], expected["sample"])
-    out = StepOutput(torch.empty(SHAPE), torch.empty(3), torch.empty(SHAPE))
-    with CountOps() as counter:
-        ops.gaussian_step(**inputs, out=out)
-    assert counter.names == ["lacfast.gaussian_step_out.default"]
 
 
 def test_steps_under_fake_tensors_look_at_no_value():
@@ -259,7 +233,7 @@ def test_a_captured_loop_of_steps_compiles_whole():
         assert torch.equal(eager, compiled)
 
 
-def test_the_registered_ops_pass_opcheck():
+def test_the_registered_op_passes_opcheck():
     inputs, slab = _inputs(guided=True), _slab()
     for tensor in (slab.latents, slab.model_outputs, slab.log_probs):
         tensor.zero_()
@@ -267,9 +241,7 @@ def test_the_registered_ops_pass_opcheck():
     key = (None, inputs["noise"].seed, inputs["noise"].sample_ids)
     arguments = (*(inputs[name] for name in names), *key, 0.05)
     buffers = (slab.latents, slab.model_outputs, slab.log_probs)
-    torch.library.opcheck(torch.ops.lacfast.gaussian_step_slab.default, (*arguments, *buffers))
-    buffers = (torch.zeros(SHAPE), torch.zeros(3), torch.zeros(SHAPE))
-    torch.library.opcheck(torch.ops.lacfast.gaussian_step_out.default, (*arguments, *buffers))
+    torch.library.opcheck(torch.ops.lacfast.gaussian_step_in_place.default, (*arguments, *buffers))
 
 
 def _replace(name, change):
@@ -298,6 +270,3 @@ def test_gradients_and_steps_beyond_the_table_are_refused():
     inputs["model_output"].requires_grad_()
     with pytest.raises(ValueError, match=r"gaussian_step_ has no gradients.*torch\.no_grad"):
         ops.gaussian_step_(**inputs, slab=_slab())
-    out = StepOutput(torch.empty(SHAPE), torch.empty(3), torch.empty(SHAPE))
-    with pytest.raises(ValueError, match=r"gaussian_step\(out=...\) has no gradients"):
-        ops.gaussian_step(**inputs, out=out)

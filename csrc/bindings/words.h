@@ -1,0 +1,126 @@
+// A NamedTuple as the words of a record of ops.h, by one format character per field: t a tensor or None, s one whose
+// sizes count, d a number, i an integer or bool, D and I lists of them. A tensor has data_ptr(), dtype and shape.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../registry.h"
+
+namespace lacfast {
+
+namespace py = pybind11;
+
+// The dtypes of DType in its order, told once by Python; their addresses, since a comparison is all that they are for.
+inline std::array<PyObject*, 4> named_dtypes{};
+
+inline void name_dtypes(const std::array<py::object, 4>& dtypes) {
+  for (std::size_t i = 0; i < dtypes.size(); ++i) named_dtypes[i] = dtypes[i].inc_ref().ptr();
+}
+
+inline py::object checked(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline std::int64_t integer_of(PyObject* value) {
+  const std::int64_t number = PyLong_AsLongLong(value);
+  if (number == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+inline double number_of(PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  if (number == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return number;
+}
+
+inline Tensor tensor_of(PyObject* value) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  static PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  if (value == Py_None) return {nullptr, DType::float32};
+  void* data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(value, data_ptr)).ptr());
+  const py::object own_dtype = checked(PyObject_GetAttr(value, dtype));
+  for (std::size_t code = 0; code < named_dtypes.size(); ++code)
+    if (own_dtype.ptr() == named_dtypes[code]) return {data, static_cast<DType>(code)};
+  return {data, DType::other};
+}
+
+inline SizedTensor sized_tensor_of(PyObject* value) {
+  static PyObject* const shape = PyUnicode_InternFromString("shape");
+  SizedTensor tensor{tensor_of(value), 0, {1, 1, 1}};
+  if (value == Py_None) return tensor;
+  const py::object sizes = checked(PyObject_GetAttr(value, shape));
+  tensor.numel = 1;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes.ptr()); ++i) {
+    const std::int64_t size = integer_of(PyTuple_GET_ITEM(sizes.ptr(), i));
+    tensor.numel *= size;
+    if (i < 3) tensor.sizes[i] = size;
+  }
+  return tensor;
+}
+
+template <typename T>
+List<T> list_of(PyObject* value, T (*item)(PyObject*)) {
+  List<T> list{};
+  const py::object items = checked(PySequence_Tuple(value));
+  list.count = PyTuple_GET_SIZE(items.ptr());
+  if (list.count > kMaxListed) throw std::invalid_argument("a list of " + std::to_string(list.count) + "; 16 fit");
+  for (std::int64_t i = 0; i < list.count; ++i) list.at[i] = item(PyTuple_GET_ITEM(items.ptr(), i));
+  return list;
+}
+
+inline std::size_t words_in(const std::string& format) {
+  std::size_t bytes = 0;
+  for (const char kind : format)
+    bytes += kind == 't'   ? sizeof(Tensor)
+             : kind == 's' ? sizeof(SizedTensor)
+             : kind < 'a'  ? sizeof(List<double>)
+                           : sizeof(double);
+  return bytes / sizeof(std::int64_t);
+}
+
+// Where the next field goes.
+template <typename Field>
+std::int64_t* put_field(std::int64_t* words, const Field& field) {
+  std::memcpy(words, &field, sizeof field);
+  return words + sizeof(Field) / sizeof(std::int64_t);
+}
+
+// Fills words_in(format) words.
+inline void put_record(std::int64_t* words, const std::string& format, PyObject* record) {
+  if (!PyTuple_Check(record) || PyTuple_GET_SIZE(record) != static_cast<Py_ssize_t>(format.size()))
+    throw std::invalid_argument("a record is a tuple with a field for each character of " + format);
+  for (std::size_t i = 0; i < format.size(); ++i) {
+    PyObject* value = PyTuple_GET_ITEM(record, static_cast<Py_ssize_t>(i));
+    switch (format[i]) {
+      case 't':
+        words = put_field(words, tensor_of(value));
+        break;
+      case 's':
+        words = put_field(words, sized_tensor_of(value));
+        break;
+      case 'd':
+        words = put_field(words, number_of(value));
+        break;
+      case 'i':
+        words = put_field(words, integer_of(value));
+        break;
+      case 'D':
+        words = put_field(words, list_of<double>(value, &number_of));
+        break;
+      case 'I':
+        words = put_field(words, list_of<std::int64_t>(value, &integer_of));
+        break;
+      default:
+        throw std::invalid_argument(std::string("unknown kind of field ") + format[i]);
+    }
+  }
+}
+
+}  // namespace lacfast

@@ -1,0 +1,266 @@
+"""An op from its records: kernels of every backend, autograd, and torch's dispatcher, each by one mechanism.
+
+An op reads one NamedTuple and fills another. The fields of the inputs are the schema that torch.compile sees;
+autograd keeps fields by their names; a kernel of any backend takes the two records and, for a gradient, the
+inputs and outputs that were kept, the outputs' gradients, and a record of the inputs' gradients to fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from lacfast.ops.backend import add_kernel, choose, launch, through_dispatcher
+
+Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
+Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
+Gradients = Sequence[Tensor | None]
+Sized = Annotated[Tensor, "sizes"]
+"""A tensor whose sizes C++ reads too."""
+
+# Type of a field -> its name in torch's schemas, and its kind in the words of a C++ record.
+_KINDS: dict[Any, tuple[str, str]] = {
+    Tensor: ("Tensor", "t"),
+    Sized: ("Tensor", "s"),
+    Tensor | None: ("Tensor?", "t"),
+    float: ("float", "d"),
+    bool: ("bool", "i"),
+    list[int]: ("int[]", "I"),
+    list[float]: ("float[]", "D"),
+}
+
+
+def words_format(record: type[tuple[Any, ...]]) -> str:
+    """One character per field, by which C++ reads it."""
+    return "".join(_KINDS[kind][1] for _, kind in _typed(record))
+
+
+def schema_of(*records: type[tuple[Any, ...]], mutates: Sequence[str] = ()) -> list[str]:
+    """The fields of records as arguments of torch's schema language."""
+    fields = [field for record in records for field in _typed(record)]
+    marks = {name: f"Tensor(a{i}!)" for i, name in enumerate(mutates)}
+    return [f"{marks.get(name, _KINDS[kind][0])} {name}" for name, kind in fields]
+
+
+class Op(Generic[Inputs, Outputs]):
+    """The function of a kernel: Inputs -> Outputs, with its gradient.
+
+    Args:
+        name: of the kernel on every backend; that of its gradient is NAME_backward.
+        inputs: the record that it reads. The first field is a tensor on the device of all.
+        outputs: the record of tensors that it fills; None where one is not made.
+        allocate: empty outputs for given inputs.
+        triton: module of lacfast.kernels with its kernel, and that of the gradient.
+        cuda: whether there is a kernel in CUDA C++.
+        gradients: the inputs that have a gradient.
+        keeps: what the backward pass reads of inputs and outputs, besides numbers.
+        statistics: the outputs that have no gradient.
+        all_gradients: its kernel fills all gradients, wanted or not.
+        formula: in place of a kernel: gradients from kept inputs and outputs, and the outputs' gradients.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: type[Inputs],
+        outputs: type[Outputs],
+        allocate: Callable[[Inputs], Outputs],
+        *,
+        triton: tuple[str, ...] = (),
+        cuda: bool = False,
+        gradients: tuple[str, ...] = (),
+        keeps: tuple[str, ...] = (),
+        statistics: tuple[str, ...] = (),
+        all_gradients: bool = False,
+        formula: Callable[[Inputs, Outputs, Gradients], Gradients] | None = None,
+    ) -> None:
+        self.name = name
+        self.inputs: Callable[..., Inputs] = inputs
+        self.outputs: Callable[..., Outputs] = outputs
+        self._allocate, self._formula, self._all_gradients = allocate, formula, all_gradients
+        formats = [words_format(inputs), words_format(outputs)]
+        add_kernel(name, formats, triton=triton[:1], cuda=cuda)
+        if gradients and formula is None:
+            add_kernel(f"{name}_backward", formats[:] + formats[::-1], triton=triton[1:], cuda=cuda)
+        fields, results = _names(inputs), _names(outputs)
+        numbers = [name for name, kind in _typed(inputs) if _KINDS[kind][1] not in "ts"]
+        self._trained = [fields.index(name) for name in gradients]
+        self._kept_inputs = [i for i, name in enumerate(fields) if name in keeps]
+        self._kept_outputs = [i for i, name in enumerate(results) if name in keeps]
+        self._numbers = [fields.index(name) for name in numbers]
+        self._statistics = [results.index(name) for name in statistics]
+        # Where each field lies among what is kept, tensors before numbers; what is not is None, the last.
+        kept = [name for name in (*fields, *results) if name in keeps] + numbers
+        self._sources = [
+            [kept.index(name) if name in kept else -1 for name in record] for record in (fields, results)
+        ]
+        self._registered = self._register(schema_of(inputs), results)
+
+    def __call__(self, chosen: str, inputs: Inputs) -> Outputs:
+        """The outputs, by the kernel of backend `chosen`."""
+        if through_dispatcher(inputs[0]):
+            return self.outputs(*_decoded(self._registered(*inputs)))
+        if self._trained and torch.is_grad_enabled():
+            for i in self._trained:
+                if inputs[i] is not None and inputs[i].requires_grad:
+                    trained = [inputs[k] for k in self._trained]
+                    return self.outputs(*_Direct.apply(self, chosen, inputs, *trained))  # type: ignore[no-untyped-call]
+        return self.run(chosen, inputs)
+
+    def run(self, chosen: str, inputs: Inputs) -> Outputs:
+        """The kernel alone."""
+        outputs = self._allocate(inputs)
+        launch(chosen, self.name, inputs[0], inputs, outputs)
+        return outputs
+
+    def keep(self, ctx: Any, inputs: Inputs, outputs: Sequence[Tensor | None]) -> None:
+        """Leave to the backward pass what it needs."""
+        # Tensors go through autograd, which notices one that was written in between.
+        ctx.save_for_backward(
+            *[inputs[i] for i in self._kept_inputs], *[outputs[i] for i in self._kept_outputs]
+        )
+        ctx.numbers = [inputs[i] for i in self._numbers]
+        if self._statistics:
+            ctx.mark_non_differentiable(*[outputs[i] for i in self._statistics if outputs[i] is not None])
+        if self._statistics or self._formula is not None:
+            # Else autograd makes zeros for the statistics, and for gradients that a formula can do without.
+            ctx.set_materialize_grads(False)
+
+    def gradients(
+        self, chosen: str | None, kept: Sequence[Any], grads: Gradients, wanted: Sequence[bool]
+    ) -> Gradients:
+        """The trained inputs' gradients by a kernel, or empty without one; `kept`: tensors, then numbers."""
+        inputs, outputs = self._restored(kept)
+        results: list[Any] = [None] * len(inputs)
+        for i, is_wanted in zip(self._trained, wanted, strict=True):
+            if is_wanted or (self._all_gradients and inputs[i] is not None):
+                results[i] = torch.empty_like(inputs[i])
+        gradients = [results[i] for i in self._trained]
+        if chosen is not None:
+            for i in self._numbers:
+                results[i] = inputs[i]
+            contiguous = [None if grad is None else grad.contiguous() for grad in grads]
+            records = (inputs, outputs, self.outputs(*contiguous), self.inputs(*results))
+            launch(chosen, f"{self.name}_backward", inputs[self._kept_inputs[0]], *records)
+        return gradients
+
+    def backward(self, ctx: Any, chosen: str | None, grads: Gradients, wanted: Sequence[bool]) -> Gradients:
+        """From the outputs' gradients to the trained inputs'; without a backend by the registered op."""
+        if all(grad is None for grad in grads):
+            return [None] * len(wanted)
+        kept = (*ctx.saved_tensors, *ctx.numbers)
+        if self._formula is not None:
+            return self._formula(*self._restored(kept), grads)
+        if chosen is not None:
+            return self.gradients(chosen, kept, grads, wanted)
+        statistics = [None if i in self._statistics else grad for i, grad in enumerate(grads)]
+        results = _decoded(self._registered_backward(*kept, *statistics, list(wanted)))
+        return [result if is_wanted else None for result, is_wanted in zip(results, wanted, strict=True)]
+
+    def chosen(self, tensor: Tensor) -> str:
+        """The backend for inputs of this device and dtype."""
+        name: str = choose(self.name, tensor.device.type, tensor.dtype)
+        return name
+
+    def _restored(self, kept: Sequence[Any]) -> tuple[Inputs, Outputs]:
+        """The two records of the forward pass, with None for what was not kept."""
+        values = (*kept, None)
+        inputs, outputs = ([values[i] for i in sources] for sources in self._sources)
+        return self.inputs(*inputs), self.outputs(*outputs)
+
+    def _register(self, schema: list[str], results: tuple[str, ...]) -> Callable[..., Any]:
+        """Make the op known to torch's dispatcher: it runs where torch looks at what is called."""
+
+        def forward(*fields: Any) -> Any:
+            return _encoded(self.run(self.chosen(fields[0]), self.inputs(*fields)), fields[0])
+
+        def fake(*fields: Any) -> Any:
+            return _encoded(self._allocate(self.inputs(*fields)), fields[0])
+
+        op = _registered(self.name, schema, len(results), forward, fake)
+        registered: Callable[..., Any] = op
+        if not self._trained:
+            return registered
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            self.keep(ctx, self.inputs(*inputs), _decoded(output))
+
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            wanted = [ctx.needs_input_grad[i] for i in self._trained]
+            by_field = dict(zip(self._trained, self.backward(ctx, None, grads, wanted), strict=True))
+            return tuple(by_field.get(i) for i in range(len(schema)))
+
+        op.register_autograd(backward, setup_context=setup_context)
+        if self._formula is None:
+            self._registered_backward = self._register_backward(schema, results)
+        return registered
+
+    def _register_backward(self, schema: list[str], results: tuple[str, ...]) -> Callable[..., Any]:
+        kept = [schema[i].replace("Tensor ", "Tensor? ") for i in self._kept_inputs]
+        kept += [f"Tensor? {results[i]}" for i in self._kept_outputs]
+        kept += [schema[i] for i in self._numbers]
+        arguments = [*kept, *(f"Tensor? grad_{name}" for name in results), "bool[] wanted"]
+
+        def gradients(chosen: str | None, values: tuple[Any, ...]) -> Any:
+            *fields, wanted = values
+            count = len(kept)
+            return _encoded(self.gradients(chosen, fields[:count], fields[count:], wanted), fields[0])
+
+        def run(*values: Any) -> Any:
+            return gradients(self.chosen(values[0]), values)
+
+        def fake(*values: Any) -> Any:
+            return gradients(None, values)
+
+        op: Callable[..., Any] = _registered(
+            f"{self.name}_backward", arguments, len(self._trained), run, fake
+        )
+        return op
+
+
+class _Direct(torch.autograd.Function):
+    """The path of eager calls. Autograd looks at each of its arguments in turn, so the inputs come as one."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op[Any, Any], chosen: str, inputs: Any, *_: Tensor | None) -> Any:
+        outputs = op.run(chosen, inputs)
+        op.keep(ctx, inputs, outputs)
+        ctx.op, ctx.chosen = op, chosen
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, None, None, *ctx.op.backward(ctx, ctx.chosen, grads, ctx.needs_input_grad[3:])
+
+
+def _typed(record: type[tuple[Any, ...]]) -> list[tuple[str, Any]]:
+    return list(get_type_hints(record, include_extras=True).items())
+
+
+def _names(record: type[tuple[Any, ...]]) -> tuple[str, ...]:
+    return tuple(name for name, _ in _typed(record))
+
+
+def _registered(
+    name: str, arguments: list[str], results: int, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    schema = f"({', '.join(arguments)}) -> {returns}"
+    op = torch.library.custom_op(f"lacfast::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def _encoded(results: Sequence[Tensor | None], like: Tensor) -> Any:
+    # A registered op cannot return None in a tensor's place.
+    tensors = [like.new_empty(0) if result is None else result for result in results]
+    return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+
+def _decoded(results: Any) -> list[Tensor | None]:
+    tensors = [results] if isinstance(results, Tensor) else results
+    return [None if tensor.numel() == 0 else tensor for tensor in tensors]

@@ -1,0 +1,531 @@
+"""What test_aot.py compiles: one record per variant of every Triton kernel.
+
+A GPU is not needed to compile, so kernels are proven (no spills, few registers, vector loads) where none is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+
+from lacfast.kernels import (
+    gaussian_step,
+    launch,
+    philox,
+    ppo_gradient,
+    ppo_loss,
+    ppo_rows,
+    step_log_prob,
+    value_pool,
+    value_pool_backward,
+)
+
+POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+"""Latent dtype -> Triton pointer type."""
+
+
+class AotSpec(NamedTuple):
+    """One variant of one kernel, as `triton.compile` wants it."""
+
+    name: str
+    """Test id."""
+    kernel: Any
+    """The @triton.jit function."""
+    arguments: dict[str, Any]
+    """Argument -> Triton type ("*bf16", "i32") or, for a constexpr, its value; None is an absent pointer."""
+    num_warps: int = 4
+    vector_bits: int = 0
+    """Width that every load of latent size must have; 0 for kernels that touch single numbers."""
+    max_registers: int | None = None
+    """What the compiler is held to; it takes more for a kernel that has few warps and much to keep."""
+    converts_layouts: bool = False
+    """Whether blocks change from one layout to another, which takes shared memory and a barrier."""
+    fp_fusion: bool = False
+    """Whether products and sums may become one rounding; off where other backends must give the same bits."""
+
+    def options(self) -> dict[str, Any]:
+        """What the launch passes to the compiler."""
+        options = {"num_warps": self.num_warps, "enable_fp_fusion": self.fp_fusion}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+    def signature(self) -> dict[str, str]:
+        """Argument -> type, in the kernel's order, "constexpr" for the constants."""
+        kinds = {name: kind for name, kind in self.arguments.items() if isinstance(kind, str)}
+        return {name: kinds.get(name, "constexpr") for name in self.kernel.arg_names}
+
+    def constants(self) -> dict[str, Any]:
+        """Constexpr arguments and absent pointers."""
+        return {name: value for name, value in self.arguments.items() if not isinstance(value, str)}
+
+    def divisible(self) -> list[str]:
+        """Arguments that are multiples of 16: pointers, and the size of a latent or token in real models."""
+        return [name for name, kind in self.signature().items() if kind.startswith("*") or name in ("N", "D")]
+
+
+def _key_arguments(noise: str | None) -> dict[str, str | None]:
+    """AOT arguments for noise of this dtype, or for a key."""
+    key = "*i64" if noise is None else None
+    return {"noise_ptr": None if noise is None else POINTER[noise], "seed_ptr": key, "sample_ids_ptr": key}
+
+
+PHILOX = [
+    AotSpec(
+        f"normal_noise-{block_n}x{blocks}",
+        philox.normal_noise_kernel,
+        {"steps_ptr": "*i64", "seed_ptr": "*i64", "sample_ids_ptr": "*i64", "out_ptr": "*fp32"}
+        | {"N": "i32", "num_splits": "i32", "BLOCK_N": block_n, "BLOCKS": blocks},
+        num_warps,
+    )
+    for block_n, blocks, num_warps in launch.shapes("normal_noise")
+]
+
+
+def _step_spec(
+    sample: str,
+    output: str,
+    shape: tuple[int, int, int],
+    *,
+    guided: bool,
+    noise: str | None,
+    split: bool,
+    slab: str | None = None,
+) -> AotSpec:
+    block_n, blocks, num_warps = shape
+    arguments = {
+        "sample_ptr": POINTER[sample],
+        "model_output_ptr": POINTER[output],
+        "uncond_output_ptr": POINTER[output] if guided else None,
+        "guidance_scale_ptr": "*fp32" if guided else None,
+        "coefficients_ptr": "*fp32",
+        "steps_ptr": "*i64",
+        "prev_sample_ptr": POINTER[sample],
+        "log_prob_ptr": None if slab else "*fp32",
+        "partial_ptr": "*fp32" if split else None,
+        "guided_output_ptr": POINTER[output] if guided and not slab else None,
+        "latents_ptr": POINTER[slab] if slab else None,
+        "model_outputs_ptr": POINTER[slab] if slab else None,
+        "log_probs_ptr": "*fp32" if slab else None,
+    }
+    sizes = {
+        "N": "i32",
+        "T": "i32",
+        "num_splits": "i32",
+        "scale": "fp32",
+        "BLOCK_N": block_n,
+        "BLOCKS": blocks,
+    }
+    flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
+    flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
+    flags |= {"IS_SHARED_STEP": slab is not None}
+    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}-noise_{noise}" + ("-guided" if guided else "")
+    name += f"-slab_{slab}" if slab else ""
+    # Four elements per thread.
+    vector_bits = 64 if "float16" in sample + output else 128
+    return AotSpec(
+        name,
+        gaussian_step.gaussian_step_kernel,
+        arguments | _key_arguments(noise) | sizes | flags,
+        num_warps,
+        vector_bits,
+    )
+
+
+_SMALL_STEP, _MEDIUM_STEP, _LARGE_STEP = (
+    launch.pick_launch("gaussian_step", elements, launch.DEFAULT)[:3] for elements in (512, 4096, 65_536)
+)
+
+GAUSSIAN_STEP = [
+    _step_spec("float32", "float32", _SMALL_STEP, guided=False, noise=None, split=False),
+    _step_spec("float32", "float32", _MEDIUM_STEP, guided=True, noise=None, split=False),
+    _step_spec("float32", "float32", _LARGE_STEP, guided=False, noise="float32", split=True),
+    _step_spec("float32", "bfloat16", _MEDIUM_STEP, guided=False, noise=None, split=False),
+    _step_spec("float32", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True),
+    _step_spec("bfloat16", "bfloat16", _MEDIUM_STEP, guided=True, noise="bfloat16", split=False),
+    _step_spec("bfloat16", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True),
+    _step_spec("float16", "float16", _LARGE_STEP, guided=False, noise=None, split=True),
+    _step_spec("float32", "float32", _SMALL_STEP, guided=True, noise="float32", split=False, slab="float32"),
+    _step_spec("float32", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True, slab="float32"),
+    _step_spec("float32", "bfloat16", _LARGE_STEP, guided=False, noise=None, split=True, slab="bfloat16"),
+    _step_spec("bfloat16", "bfloat16", _MEDIUM_STEP, guided=True, noise=None, split=False, slab="bfloat16"),
+    *(
+        AotSpec(
+            f"finish_log_prob{'-slab' if slab else ''}",
+            gaussian_step.finish_log_prob_kernel,
+            {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
+            | {"log_prob_ptr": None if slab else "*fp32", "log_probs_ptr": "*fp32" if slab else None}
+            | {"N": "i32", "T": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
+            | {"HAS_SLAB": slab, "IS_SHARED_STEP": slab},
+            num_warps=1,
+        )
+        for slab in (False, True)
+    ),
+]
+
+
+def _log_prob_arguments(sample: str, output: str, shared: bool) -> dict[str, str | int | None]:
+    return {
+        "sample_ptr": POINTER[sample],
+        "model_output_ptr": POINTER[output],
+        "prev_sample_ptr": POINTER[sample],
+        "coefficients_ptr": "*fp32",
+        "steps_ptr": "*i64",
+        "N": "i32",
+        "num_splits": "i32",
+        "scale": "fp32",
+        "IS_SHARED_STEP": shared,
+    }
+
+
+def _log_prob_spec(sample: str, output: str, elements: int, *, shared: bool) -> AotSpec:
+    block_n, blocks, num_warps, splits = launch.pick_launch("step_log_prob", elements, launch.DEFAULT)
+    arguments = _log_prob_arguments(sample, output, shared) | {"log_prob_ptr": "*fp32"}
+    arguments |= {"partial_ptr": "*fp32" if splits > 1 else None, "IS_SPLIT": splits > 1}
+    arguments |= {"BLOCK_N": block_n, "BLOCKS": blocks}
+    name = f"step_log_prob-{sample}-{output}-{block_n}x{blocks}"
+    return AotSpec(
+        name,
+        step_log_prob.step_log_prob_kernel,
+        arguments,
+        num_warps,
+        64 if "float16" in sample + output else 128,
+    )
+
+
+def _log_prob_grad_spec(sample: str, output: str, elements: int, *, shared: bool, all_three: bool) -> AotSpec:
+    block_n, blocks, num_warps, _ = launch.pick_launch("step_log_prob_backward", elements, launch.DEFAULT)
+    arguments = _log_prob_arguments(sample, output, shared) | {"grad_log_prob_ptr": "*fp32"}
+    arguments |= {
+        "grad_sample_ptr": POINTER[sample] if all_three else None,
+        "grad_model_output_ptr": POINTER[output],
+        "grad_prev_sample_ptr": POINTER[sample] if all_three else None,
+        "HAS_GRAD_SAMPLE": all_three,
+        "HAS_GRAD_OUTPUT": True,
+        "HAS_GRAD_PREV": all_three,
+        "BLOCK_N": block_n,
+        "BLOCKS": blocks,
+    }
+    name = f"step_log_prob_backward-{sample}-{output}-{block_n}x{blocks}" + ("-all" if all_three else "")
+    vector_bits = 64 if "float16" in sample + output else 128
+    return AotSpec(name, step_log_prob.step_log_prob_backward_kernel, arguments, num_warps, vector_bits)
+
+
+STEP_LOG_PROB = [
+    _log_prob_spec("float32", "float32", 512, shared=True),
+    _log_prob_spec("float32", "bfloat16", 4096, shared=False),
+    _log_prob_spec("float32", "float32", 65_536, shared=False),
+    _log_prob_spec("bfloat16", "bfloat16", 65_536, shared=True),
+    _log_prob_grad_spec("float32", "float32", 512, shared=True, all_three=True),
+    _log_prob_grad_spec("float32", "bfloat16", 65_536, shared=False, all_three=False),
+    _log_prob_grad_spec("bfloat16", "bfloat16", 65_536, shared=False, all_three=True),
+]
+
+
+def _row_arguments(*, mask: bool, weights: bool, kl_gains: bool) -> dict[str, str | None]:
+    """AOT arguments of what a row needs besides its sums."""
+    numbers = ("scale", "clip_low", "clip_high", "dual_clip", "kl_threshold", "kl_weight")
+    return dict.fromkeys(numbers, "fp32") | {
+        "advantages_ptr": "*fp32",
+        "weights_ptr": "*fp32" if weights else None,
+        "step_weights_ptr": "*fp32" if weights else None,
+        "mask_ptr": "*i1" if mask else None,
+        "kl_gains_ptr": "*fp32" if kl_gains else None,
+        "rows_ptr": "*fp32",
+        "shares_ptr": "*fp32",
+    }
+
+
+PPO_ROWS = [
+    AotSpec(
+        f"finish_rows-{'everything' if everything else 'plain'}",
+        ppo_rows.finish_rows_kernel,
+        _row_arguments(mask=everything, weights=everything, kl_gains=everything)
+        | {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
+        | {"num_splits": "i32", "BLOCK_S": 128, "IS_NORMALIZED": everything},
+        num_warps=ppo_rows.ROW_WARPS,
+    )
+    for everything in (False, True)
+] + [
+    AotSpec(
+        f"ppo_totals-{'masked' if mask else 'all'}",
+        ppo_rows.totals_kernel,
+        {"rows_ptr": "*fp32", "shares_ptr": "*fp32", "steps_ptr": "*i64", "mask_ptr": mask}
+        | {
+            "loss_ptr": "*fp32",
+            "step_sums_ptr": "*fp32",
+            "B": "i32",
+            "T": "i32",
+            "BLOCK_R": ppo_rows.BLOCK_R,
+        },
+        num_warps=ppo_rows.TOTAL_WARPS,
+    )
+    for mask in ("*i1", None)
+]
+
+
+def _transition_arguments(
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None
+) -> dict[str, str | int | None]:
+    return _key_arguments(noise) | {
+        "model_output_ptr": POINTER[output],
+        "old_model_output_ptr": POINTER[output],
+        "reference_output_ptr": POINTER[output] if reference else None,
+        "coefficients_ptr": "*fp32",
+        "steps_ptr": "*i64",
+        "N": "i32",
+        "num_splits": "i32",
+        "scale": "fp32",
+        "HAS_NOISE": noise is not None,
+        "BLOCK_N": shape[0],
+        "BLOCKS": shape[1],
+    }
+
+
+def _ratio_spec(
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, split: bool,
+    is_ppo: bool, everything: bool = False,
+) -> AotSpec:  # fmt: skip
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
+    arguments = _row_arguments(mask=everything, weights=everything, kl_gains=everything)
+    if not is_ppo:
+        arguments |= {"advantages_ptr": None, "shares_ptr": None}
+    arguments |= _transition_arguments(output, shape, reference=reference, noise=noise)
+    arguments |= {"partial_ptr": "*fp32" if split else None, "IS_SPLIT": split, "IS_NORMALIZED": everything}
+    name += "-everything" if everything else ""
+    return AotSpec(
+        name, ppo_loss.transition_sums_kernel, arguments, shape[2], 64 if "float16" in output else 128
+    )
+
+
+_SMALL_LOSS, *_, _LARGE_LOSS = _LOSS_SHAPES = launch.shapes("ppo_loss")
+
+PPO_LOSS = [
+    _ratio_spec("float32", _SMALL_LOSS, reference=False, noise=None, split=False, is_ppo=False),
+    _ratio_spec("float32", _SMALL_LOSS, reference=True, noise=None, split=False, is_ppo=True),
+    _ratio_spec("bfloat16", _SMALL_LOSS, reference=False, noise="float32", split=False, is_ppo=True),
+    *(
+        _ratio_spec(
+            output,
+            shape,
+            reference=True,
+            noise=noise,
+            split=shape == _LARGE_LOSS,
+            is_ppo=True,
+            everything=True,
+        )
+        for shape in _LOSS_SHAPES
+        for output, noise in (("float32", "float32"), ("bfloat16", None))
+    ),
+    _ratio_spec("bfloat16", _LARGE_LOSS, reference=True, noise=None, split=True, is_ppo=True),
+    _ratio_spec("float16", _LARGE_LOSS, reference=True, noise="float16", split=True, is_ppo=False),
+    AotSpec(
+        "finish_terms",
+        ppo_loss.finish_terms_kernel,
+        {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "terms_ptr": "*fp32"}
+        | {"num_splits": "i32", "scale": "fp32", "BLOCK_S": 128},
+        num_warps=1,
+    ),
+]
+
+
+def _ratio_grad_spec(
+    output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, is_ppo: bool,
+    everything: bool = False,
+) -> AotSpec:  # fmt: skip
+    arguments = _transition_arguments(output, shape, reference=reference, noise=noise)
+    arguments |= {
+        "kl_gains_ptr": "*fp32" if everything else None,
+        "grad_terms_ptr": "*fp32",
+        "grad_loss_ptr": "*fp32" if is_ppo else None,
+        "grad_model_output_ptr": POINTER[output],
+        "IS_NORMALIZED": everything,
+    }
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
+    name += "-everything" if everything else ""
+    return AotSpec(
+        name, ppo_gradient.transition_grad_kernel, arguments, shape[2], 64 if "float16" in output else 128
+    )
+
+
+_SMALL_GRAD, *_, _LARGE_GRAD = _GRAD_SHAPES = launch.shapes("ppo_loss_backward")
+
+PPO_GRADIENT = [
+    _ratio_grad_spec("float32", _SMALL_GRAD, reference=False, noise=None, is_ppo=False),
+    _ratio_grad_spec("float32", _LARGE_GRAD, reference=True, noise="float32", is_ppo=True),
+    _ratio_grad_spec("bfloat16", _LARGE_GRAD, reference=True, noise=None, is_ppo=True),
+    *(
+        _ratio_grad_spec("bfloat16", shape, reference=True, noise=None, is_ppo=True, everything=True)
+        for shape in _GRAD_SHAPES
+    ),
+    _ratio_grad_spec("float16", _LARGE_GRAD, reference=True, noise=None, is_ppo=False),
+]
+
+
+def _pool_spec(
+    features: str,
+    dim: int,
+    heads: int,
+    *,
+    query: str = "float32",
+    weight: str | None,
+    split: bool,
+    saved: bool,
+) -> AotSpec:
+    block_l, _, num_warps, _ = launch.pick_launch("value_pool", dim, launch.DEFAULT)
+    arguments = {
+        "features_ptr": POINTER[features],
+        "query_ptr": POINTER[query],
+        "norm_weight_ptr": POINTER[weight] if weight else None,
+        "pooled_ptr": POINTER[query],
+        "partial_ptr": "*fp32" if split else None,
+        "extrema_ptr": "*fp32" if split else None,
+        "eps": "fp32",
+        "BLOCK_L": block_l,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "HEADS": min(heads, value_pool.MAX_HEADS),
+        "HAS_WEIGHT": weight is not None,
+        "IS_SPLIT": split,
+        "IS_SAVED": saved,
+    }
+    arguments |= dict.fromkeys(
+        ("tokens_ptr", "log_sum_exp_ptr", "token_stats_ptr"), "*fp32" if saved else None
+    )
+    arguments |= dict.fromkeys(("L", "D", "H", "num_splits", "num_groups", "tiles"), "i32")
+    name = f"value_pool-{features}-D{dim}-H{heads}"
+    return AotSpec(
+        name,
+        value_pool.pool_kernel,
+        arguments,
+        num_warps,
+        32,
+        value_pool.MAX_REGISTERS,
+        converts_layouts=True,
+        fp_fusion=True,
+    )
+
+
+VALUE_POOL = [
+    _pool_spec("float32", 64, 1, weight=None, split=False, saved=False),
+    _pool_spec("bfloat16", 64, 4, weight="float32", split=False, saved=True),
+    _pool_spec("bfloat16", 1536, 1, weight="float32", split=True, saved=True),
+    _pool_spec("bfloat16", 1536, 4, weight="float32", split=True, saved=True),
+    _pool_spec("float32", 1536, 4, weight="float32", split=True, saved=False),
+    _pool_spec("bfloat16", 3072, 4, query="bfloat16", weight="bfloat16", split=True, saved=True),
+    _pool_spec("float16", 4096, 16, query="float16", weight="float32", split=True, saved=True),
+    AotSpec(
+        "value_pool_combine",
+        value_pool.combine_kernel,
+        {"partial_ptr": "*fp32", "extrema_ptr": "*fp32", "norm_weight_ptr": "*fp32", "pooled_ptr": "*fp32"}
+        | {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "D": "i32", "H": "i32", "num_splits": "i32"}
+        | {
+            "BLOCK_S": value_pool.MAX_SPLITS,
+            "BLOCK_D": value_pool.COMBINE_BLOCK,
+            "HAS_WEIGHT": True,
+            "IS_SAVED": True,
+        },
+        num_warps=2,
+        converts_layouts=True,
+        fp_fusion=True,
+    ),
+]
+
+
+_SAVED = {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "token_stats_ptr": "*fp32"}
+_SIZES = {"L": "i32", "D": "i32", "H": "i32"}
+
+
+def _pool_grad_spec(features: str, dim: int, heads: int, *, along: bool, sums: bool) -> AotSpec:
+    block_l, _, num_warps, _ = launch.pick_launch("value_pool", dim, launch.DEFAULT)
+    arguments = _SAVED | _SIZES | dict.fromkeys(("num_splits", "num_groups", "tiles"), "i32")
+    arguments |= {"features_ptr": POINTER[features], "norm_weight_ptr": "*fp32", "grad_ptr": "*fp32"}
+    arguments |= {"partial_ptr": "*fp32" if sums else None}
+    arguments |= dict.fromkeys(("along_ptr", "delta_ptr"), "*fp32" if along else None)
+    arguments |= {
+        "BLOCK_L": block_l,
+        "BLOCK_D": triton.next_power_of_2(dim),
+        "HEADS": min(heads, value_pool.MAX_HEADS),
+    }
+    arguments |= {"HAS_WEIGHT": True, "HAS_SUMS": sums, "HAS_ALONG": along}
+    name = f"value_pool_grad-{features}-D{dim}-H{heads}"
+    return AotSpec(
+        name,
+        value_pool_backward.pool_grad_kernel,
+        arguments,
+        num_warps,
+        0,
+        value_pool.MAX_REGISTERS,
+        converts_layouts=True,
+        fp_fusion=True,
+    )
+
+
+def _features_grad_spec(features: str) -> AotSpec:
+    block_l, block_d, num_warps = value_pool_backward.FEATURES_BLOCK
+    arguments = _SAVED | _SIZES | {"features_ptr": POINTER[features], "grad_features_ptr": POINTER[features]}
+    arguments |= dict.fromkeys(
+        ("query_ptr", "norm_weight_ptr", "grad_ptr", "along_ptr", "delta_ptr"), "*fp32"
+    )
+    arguments |= {"BLOCK_L": block_l, "BLOCK_D": block_d, "HAS_WEIGHT": True}
+    name = f"value_pool_features_grad-{features}"
+    return AotSpec(
+        name,
+        value_pool_backward.features_grad_kernel,
+        arguments,
+        num_warps,
+        converts_layouts=True,
+        fp_fusion=True,
+    )
+
+
+_POINTERS = ("partial_ptr", "query_ptr", "norm_weight_ptr", "tokens_ptr", "grad_ptr", "grad_query_ptr")
+
+VALUE_POOL_BACKWARD = [
+    _pool_grad_spec("float32", 64, 1, along=True, sums=True),
+    _pool_grad_spec("bfloat16", 64, 4, along=False, sums=True),
+    _pool_grad_spec("bfloat16", 1536, 1, along=False, sums=True),
+    _pool_grad_spec("bfloat16", 1536, 4, along=False, sums=True),
+    _pool_grad_spec("float32", 1536, 4, along=True, sums=True),
+    _pool_grad_spec("bfloat16", 3072, 4, along=True, sums=False),
+    _pool_grad_spec("float16", 4096, 16, along=True, sums=True),
+    _features_grad_spec("float32"),
+    _features_grad_spec("bfloat16"),
+    AotSpec(
+        "value_pool_finish_heads",
+        value_pool_backward.finish_heads_kernel,
+        dict.fromkeys((*_POINTERS, "products_ptr"), "*fp32")
+        | {
+            "D": "i32",
+            "H": "i32",
+            "num_splits": "i32",
+            "BLOCK_D": value_pool.COMBINE_BLOCK,
+            "HAS_WEIGHT": True,
+        }
+        | {"HAS_QUERY_GRAD": True, "HAS_WEIGHT_GRAD": True},
+        num_warps=2,
+        vector_bits=64,
+        fp_fusion=True,
+    ),
+    AotSpec(
+        "value_pool_norm_weight_grad",
+        value_pool_backward.norm_weight_grad_kernel,
+        {"products_ptr": "*fp32", "grad_norm_weight_ptr": "*fp32", "D": "i32", "rows": "i32"}
+        | {"BLOCK_R": value_pool_backward.WEIGHT_BLOCK[0], "BLOCK_D": value_pool_backward.WEIGHT_BLOCK[1]},
+        num_warps=value_pool_backward.WEIGHT_BLOCK[2],
+        vector_bits=128,
+        converts_layouts=True,
+        fp_fusion=True,
+    ),
+]
+
+
+SPECIFICATIONS = {
+    "philox": PHILOX,
+    "gaussian_step": GAUSSIAN_STEP,
+    "step_log_prob": STEP_LOG_PROB,
+    "ppo_rows": PPO_ROWS,
+    "ppo_loss": PPO_LOSS,
+    "ppo_gradient": PPO_GRADIENT,
+    "value_pool": VALUE_POOL,
+    "value_pool_backward": VALUE_POOL_BACKWARD,
+}
+"""File of kernels/ -> what is compiled of it."""
