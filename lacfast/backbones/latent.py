@@ -26,6 +26,7 @@ from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
+from lacfast.backbones.schedulers import from_scheduler
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LoRATrunk, SharedTrunk
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
@@ -233,7 +234,7 @@ class LatentBackbone(ABC):
                     f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} sets the noise "
                     "levels; set the shift in its config"
                 )
-            return schedule.from_scheduler(
+            return from_scheduler(
                 self.scheduler,
                 config.num_steps,
                 config.kind,
