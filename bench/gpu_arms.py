@@ -28,6 +28,7 @@ import torch
 
 from bench import machine
 from bench.interleaved import Provider, race, speed_ups
+from lacfast.config import BatchMean, CriticValues
 
 if TYPE_CHECKING:
     from bench.random_models import Subject
@@ -98,7 +99,7 @@ def trainer_of(
         batch_size=max(BATCHES),
         sampler=subject.sampler,
         critic=CriticConfig(trunk=trunk),
-        advantages=AdvantageConfig(estimator="batch_mean" if trunk == "none" else "critic"),
+        advantages=AdvantageConfig(estimator=BatchMean() if trunk == "none" else CriticValues()),
         ppo=replace(subject.ppo, microbatch_size=microbatch_size, num_minibatches=1),
         **changes,
     )

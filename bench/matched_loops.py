@@ -24,7 +24,18 @@ from lacfast.backbones import adapt
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.lora import tuner_layers
 from lacfast.backbones.lora_linear import LoRALinear
-from lacfast.config import AdvantageConfig, Fixed, LoRAConfig, PPOConfig, Ratio, SamplerConfig, TrainConfig
+from lacfast.config import (
+    GRPO,
+    AdvantageConfig,
+    BatchMean,
+    CriticConfig,
+    Fixed,
+    LoRAConfig,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+    TrainConfig,
+)
 from lacfast.records import INITIAL_STEP, NoiseKey
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
@@ -99,7 +110,8 @@ def engine(
         batch_size=match.trajectories,
         samples_per_prompt=match.samples_per_prompt,
         sampler=match.sampler,
-        advantages=AdvantageConfig(estimator="grpo" if match.peer == "flow_grpo" else "batch_mean"),
+        critic=CriticConfig(trunk="none"),
+        advantages=AdvantageConfig(estimator=GRPO() if match.peer == "flow_grpo" else BatchMean()),
         ppo=PPOConfig(
             clip=Ratio(1e-4),
             advantage_clip=5.0,

@@ -7,7 +7,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig, TrainConfig, ValuePretrainingConfig
+from lacfast.config import (
+    AdvantageConfig,
+    CriticConfig,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+    TrainConfig,
+    ValuePretrainingConfig,
+)
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import fit_codec
 from lacfast.tasks.pretraining import Pretrained
@@ -29,16 +37,25 @@ def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbo
     return adapt_pretrained(Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ()))
 
 
+def tiny_critic(advantages: AdvantageConfig) -> CriticConfig:
+    """What the advantages need: a small head, or no critic."""
+    if not advantages.uses_critic:
+        return CriticConfig(trunk="none")
+    return CriticConfig(hidden_dim=16, head_dim=8, num_heads=2)
+
+
 def tiny_config(**changes: object) -> TrainConfig:
     """A configuration whose iteration takes a fraction of a second."""
     settings: dict[str, object] = {
         "batch_size": 8,
         "eval_samples": 8,
         "sampler": SamplerConfig(num_steps=4),
-        "critic": CriticConfig(hidden_dim=16, head_dim=8, num_heads=2),
         "ppo": PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8),
         "pretrain": ValuePretrainingConfig(iterations=2, held_out_samples=8),
     }
+    advantages = changes.get("advantages", AdvantageConfig())
+    assert isinstance(advantages, AdvantageConfig)
+    settings["critic"] = tiny_critic(advantages)
     return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
 
 

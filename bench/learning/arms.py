@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from bench.learning.controls import SHUFFLED_CRITIC
-from lacfast.config import AdvantageConfig, CriticConfig, KLMask, Ratio, TrainConfig
+from bench.learning.controls import ShuffledCritic
+from lacfast.config import (
+    DDPO,
+    GRPO,
+    AdvantageConfig,
+    BatchMean,
+    CriticConfig,
+    GroupBaseline,
+    KLMask,
+    LeaveOneOut,
+    Ratio,
+    TrainConfig,
+)
 from lacfast.runs import presets
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
@@ -59,7 +70,7 @@ def replayed(config: TrainConfig) -> TrainConfig:
 
 def shuffled_critic(backbone: str) -> TrainConfig:
     """A control: the baseline is the value of another trajectory at the same step."""
-    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator=SHUFFLED_CRITIC))
+    return replace(latent_critic(backbone), advantages=AdvantageConfig(estimator=ShuffledCritic()))
 
 
 def at_rate(config: TrainConfig, rate: float) -> TrainConfig:
@@ -72,7 +83,7 @@ def without_critic(backbone: str) -> TrainConfig:
     return replace(
         latent_critic(backbone),
         critic=CriticConfig(trunk="none"),
-        advantages=AdvantageConfig(estimator="batch_mean"),
+        advantages=AdvantageConfig(estimator=BatchMean()),
     )
 
 
@@ -93,18 +104,20 @@ def conditional(backbone: str, easy: str, hard: str, threshold: float) -> TrainC
     return replace(with_trunk(backbone, "branch"), advantages=rule)
 
 
-def group_relative(backbone: str, estimator: str) -> TrainConfig:
-    """Estimators that compare the images of one prompt: "grpo" or "leave_one_out"."""
-    # Leave-one-out as published divides by nothing; divided, it would be GRPO times a constant.
-    advantages = AdvantageConfig(
-        estimator=estimator, group_std="none" if estimator == "leave_one_out" else "global"
-    )
+def group_relative(backbone: str, estimator: GroupBaseline) -> TrainConfig:
+    """Estimators that compare the images of one prompt."""
+    advantages = AdvantageConfig(estimator=estimator)
     return replace(without_critic(backbone), advantages=advantages, samples_per_prompt=GROUP_SIZE)
+
+
+def leave_one_out(backbone: str) -> TrainConfig:
+    """RLOO as published, which divides by nothing; divided, it would be GRPO times a constant."""
+    return group_relative(backbone, LeaveOneOut(std="none"))
 
 
 def running_prompt_statistics(backbone: str) -> TrainConfig:
     """DDPO: every reward against the last ones of its prompt."""
-    return replace(without_critic(backbone), advantages=AdvantageConfig(estimator="ddpo"))
+    return replace(without_critic(backbone), advantages=AdvantageConfig(estimator=DDPO()))
 
 
 def batch_mean(backbone: str) -> TrainConfig:
@@ -114,9 +127,7 @@ def batch_mean(backbone: str) -> TrainConfig:
 
 def group_std(backbone: str) -> TrainConfig:
     """GRPO with the group's own deviation, as DanceGRPO has it."""
-    return replace(
-        group_relative(backbone, "grpo"), advantages=AdvantageConfig(estimator="grpo", group_std="group")
-    )
+    return group_relative(backbone, GRPO(std="group"))
 
 
 def kl_mask(backbone: str) -> TrainConfig:
@@ -124,14 +135,14 @@ def kl_mask(backbone: str) -> TrainConfig:
 
     The threshold is the KL at which a move along one's own noise reaches the other arms' clip, N clip^2 / 2.
     """
-    config = group_relative(backbone, "grpo")
+    config = group_relative(backbone, GRPO())
     threshold = CHANNELS * LATENT_SIZE**2 * _clip(config) ** 2 / 2
     return replace(config, ppo=replace(config.ppo, clip=KLMask(threshold)))
 
 
 def ratio_norm(backbone: str) -> TrainConfig:
     """GRPO-Guard: GRPO with its ratio, which lacks a factor 1 / std and weighs the steps alike by itself."""
-    config = group_relative(backbone, "grpo")
+    config = group_relative(backbone, GRPO())
     clip = MEAN_STD * _clip(config)
     return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip=Ratio(clip), balance_steps=False))
 

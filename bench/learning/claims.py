@@ -19,6 +19,7 @@ from bench.learning.arms import (
     group_std,
     kl_mask,
     latent_critic,
+    leave_one_out,
     ratio_norm,
     replayed,
     running_prompt_statistics,
@@ -28,7 +29,7 @@ from bench.learning.arms import (
     with_trunk,
 )
 from bench.learning.runs import Arm, Budget
-from lacfast.config import TrainConfig
+from lacfast.config import GRPO, TrainConfig
 from lacfast.tasks.models import BackboneName
 
 LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
@@ -76,7 +77,7 @@ def _unpretrained(config: TrainConfig) -> Arm:
 def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
         "latent critic": _unpretrained(latent_critic(backbone)),
-        "GRPO": Arm(config=group_relative(backbone, "grpo")),
+        "GRPO": Arm(config=group_relative(backbone, GRPO())),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
     }
 
@@ -86,7 +87,7 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     arms = {
         "latent critic": _unpretrained(critic),
         "shuffled critic": _unpretrained(shuffled_critic(backbone)),
-        "leave one out": Arm(config=group_relative(backbone, "leave_one_out")),
+        "leave one out": Arm(config=leave_one_out(backbone)),
     }
     if backbone == "unet":
         arms["clean estimate"] = _unpretrained(with_trunk(backbone, "clean_net"))
@@ -106,7 +107,7 @@ def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
 def _estimator_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {
         "latent critic": _unpretrained(latent_critic(backbone)),
-        "GRPO": Arm(config=group_relative(backbone, "grpo")),
+        "GRPO": Arm(config=group_relative(backbone, GRPO())),
         "group std": Arm(config=group_std(backbone)),
         "KL mask": Arm(config=kl_mask(backbone)),
         "ratio norm": Arm(config=ratio_norm(backbone)),

@@ -1,30 +1,28 @@
 """Controls that exist to be beaten: critic trunks that know less, or pay more, and values of others.
 
-Importing this module registers the trunks "latent_net", "prompt_only" and "pixel" and the baseline
-"shuffled_critic".
+Importing this module registers the trunks "latent_net", "prompt_only" and "pixel" and gives the
+estimator ShuffledCritic its baseline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from lacfast.advantages import register_baseline
+from lacfast.advantages import with_baseline
 from lacfast.backbones.estimate_trunks import CleanEstimate, EstimateTrunk, halvings
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_trunks import pooled_prompt, prompt_tokens
 from lacfast.backbones.taps import feature_map_tokens
 from lacfast.backbones.trunks import OwnForwardTrunk
-from lacfast.config import CriticConfig
+from lacfast.config import CriticConfig, CriticValues
 from lacfast.critic.trunk import Features, register_trunk
 from lacfast.records import Conditioning, Rollout
 
-SHUFFLED_CRITIC = "shuffled_critic"
-"""The estimator whose baseline is the value of another trajectory."""
 FIRST_CHANNELS = 16
 """Channels of the first map of "pixel", doubled with every halving."""
 
@@ -146,7 +144,13 @@ class PixelTrunk(EstimateTrunk):
         return [feature_map_tokens(hidden)]
 
 
-def with_values_of_others(rollout: Rollout) -> Rollout:
+@dataclass(frozen=True)
+class ShuffledCritic(CriticValues):
+    """A critic that knows nothing of the state: its baseline is the value of another trajectory."""
+
+
+@with_baseline.register
+def with_values_of_others(estimator: ShuffledCritic, rollout: Rollout) -> Rollout:
     """The rollout with every trajectory's values replaced by those of another one, at the same steps.
 
     A control: these values have the right distribution and know nothing of the trajectory. Who gets whose
@@ -202,4 +206,3 @@ def pixel(backbone: LatentBackbone, config: CriticConfig) -> PixelTrunk:
 CONTROL_TRUNKS = {"latent_net": latent_net, "prompt_only": prompt_only, "pixel": pixel}
 for name, build in CONTROL_TRUNKS.items():
     register_trunk(name, build)
-register_baseline(SHUFFLED_CRITIC, with_values_of_others)

@@ -1,6 +1,6 @@
 """From rewards to advantages: statistics, baselines with and without a critic, combination of rewards."""
 
-from lacfast.advantages.critic_baseline import critic_advantages, register_baseline
+from lacfast.advantages.critic_baseline import critic_advantages, with_baseline
 from lacfast.advantages.estimator import AdvantageEstimator
 from lacfast.advantages.multipliers import LagrangeMultipliers
 from lacfast.advantages.prompt_statistics import PromptStatistics
@@ -27,7 +27,7 @@ __all__ = [
     "critic_advantages",
     "group_advantages",
     "prompt_advantages",
-    "register_baseline",
     "stack_rewards",
+    "with_baseline",
     "zero_std_groups",
 ]

@@ -1,14 +1,14 @@
-"""Advantages against the critic's values, or against others by `register_baseline`."""
+"""Advantages against the critic's values, or those that take their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import singledispatch
 
 import torch
 from torch import Tensor
 
 from lacfast import ops
-from lacfast.config.advantages import ESTIMATORS, REGISTERED_BASELINES
+from lacfast.config import CriticValues
 from lacfast.distributed.world import all_reduce
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
@@ -58,19 +58,11 @@ def critic_advantages(
     return Advantages(steps, result.advantages.T, result.targets[:, -1], result.raw.transpose(0, 1))
 
 
-def register_baseline(name: str, values: Callable[[Rollout], Rollout]) -> None:
-    """Give a baseline of your own a name: from then on `AdvantageConfig(estimator=name)` is known.
+@singledispatch
+def with_baseline(estimator: CriticValues, rollout: Rollout) -> Rollout:
+    """The rollout whose values are the baseline: as it is, with the critic's.
 
-    Advantages are those of "critic" on the rollout that `values` returns; the critic still learns the
-    rewards.
-
-    Args:
-        name: what AdvantageConfig.estimator calls it.
-        values: a rollout with rewards to one with other `values` (T, B, H).
-
-    Raises:
-        ValueError: for a name that has an estimator already.
+    `with_baseline.register` on a subclass of CriticValues, which AdvantageConfig.estimator then takes, puts
+    other values (T, B, H) in their place. The critic still learns the rewards.
     """
-    if name in ESTIMATORS or name in REGISTERED_BASELINES:
-        raise ValueError(f"estimator {name!r} is taken; register yours under another name")
-    REGISTERED_BASELINES[name] = values
+    return rollout

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast.advantages.critic_baseline import critic_advantages
+from lacfast.advantages.critic_baseline import critic_advantages, with_baseline
 from lacfast.advantages.multipliers import LagrangeMultipliers
 from lacfast.advantages.prompt_statistics import PromptStatistics
 from lacfast.advantages.reward_baselines import (
@@ -18,8 +18,7 @@ from lacfast.advantages.reward_baselines import (
     prompt_advantages,
     zero_std_groups,
 )
-from lacfast.config import GROUP_ESTIMATORS, TrainConfig
-from lacfast.config.advantages import REGISTERED_BASELINES
+from lacfast.config import DDPO, GroupBaseline, LeaveOneOut, TrainConfig
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -47,11 +46,11 @@ class AdvantageEstimator:
         self.multipliers: LagrangeMultipliers | None = None
         if self.config.combination == "constrained":
             self.multipliers = LagrangeMultipliers.create(names, weights, self.config)
-        self.prompt_statistics = [
-            PromptStatistics(self.config.buffer_size, self.config.min_count)
-            for _ in heads.names
-            if self.config.estimator == "ddpo"
-        ]
+        self.prompt_statistics: list[PromptStatistics] = []
+        chosen = self.config.estimator
+        if isinstance(chosen, DDPO):
+            buffers = (chosen.buffer_size, chosen.min_count)
+            self.prompt_statistics = [PromptStatistics(*buffers) for _ in heads.names]
         self._weights = torch.ones(1) if heads.mixing is not None else weights
 
     @property
@@ -70,9 +69,8 @@ class AdvantageEstimator:
         if self.multipliers is not None:
             self.multipliers.update(stack_rewards(rollout), self.normalizer.std)
         if config.uses_critic:
-            baseline = REGISTERED_BASELINES.get(config.estimator, lambda rollout: rollout)
             return critic_advantages(
-                baseline(rollout),
+                with_baseline(config.estimator, rollout),
                 self.normalizer,
                 self.weights,
                 gamma=self.ppo.gamma,
@@ -95,20 +93,20 @@ class AdvantageEstimator:
 
     def _relative_rewards(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, H) of rewards (B, H)."""
-        config = self.config
-        if config.estimator == "ddpo":
+        estimator = self.config.estimator
+        if isinstance(estimator, DDPO):
             return prompt_advantages(rewards, prompts, self.prompt_statistics)
-        if config.estimator == "batch_mean":
-            return batch_advantages(rewards)
-        return group_advantages(
-            rewards,
-            samples_per_prompt=self.samples_per_prompt,
-            std=config.group_std,
-            leave_one_out=config.estimator == "leave_one_out",
-        )
+        if isinstance(estimator, GroupBaseline):
+            return group_advantages(
+                rewards,
+                samples_per_prompt=self.samples_per_prompt,
+                std=estimator.std,
+                leave_one_out=isinstance(estimator, LeaveOneOut),
+            )
+        return batch_advantages(rewards)
 
     def _group_counts(self, rewards: Tensor) -> dict[str, float]:
-        if self.config.estimator not in GROUP_ESTIMATORS:
+        if not isinstance(self.config.estimator, GroupBaseline):
             return {}
         return {
             "zero_std_groups": zero_std_groups(rewards, self.samples_per_prompt),
@@ -127,7 +125,7 @@ class AdvantageEstimator:
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
         return {
-            "estimator": self.config.estimator,
+            "estimator": self.config.estimator.name,
             "combination": self.config.combination,
             "normalizer": self.normalizer.state_dict(),
             "multipliers": None if self.multipliers is None else self.multipliers.weights,
@@ -139,8 +137,9 @@ class AdvantageEstimator:
         Raises:
             ValueError: when the state is of another estimator or combination.
         """
-        for setting in ("estimator", "combination"):
-            saved, own = state[setting], getattr(self.config, setting)
+        settings = {"estimator": self.config.estimator.name, "combination": self.config.combination}
+        for setting, own in settings.items():
+            saved = state[setting]
             if saved != own:
                 raise ValueError(
                     f"the checkpoint was trained with {setting}={saved!r}, this trainer has {own!r}; "

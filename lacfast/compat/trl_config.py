@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-from lacfast.config import AdvantageConfig, CriticConfig, Fixed, PPOConfig, Ratio, SamplerConfig, TrainConfig
+from lacfast.config import (
+    DDPO,
+    AdvantageConfig,
+    BatchMean,
+    CriticConfig,
+    Fixed,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+    TrainConfig,
+)
 
 _PROJECT_KEYS = ("automatic_checkpoint_naming", "logging_dir", "project_dir", "total_limit")
 
@@ -191,11 +201,12 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
 def _advantages(config: DDPOConfig) -> AdvantageConfig:
     """DDPO's baseline: the prompt's own rewards, or the epoch's."""
     if not config.per_prompt_stat_tracking:
-        return AdvantageConfig(estimator="batch_mean")
+        return AdvantageConfig(estimator=BatchMean())
     return AdvantageConfig(
-        estimator="ddpo",
-        buffer_size=config.per_prompt_stat_tracking_buffer_size,
-        min_count=config.per_prompt_stat_tracking_min_count,
+        estimator=DDPO(
+            buffer_size=config.per_prompt_stat_tracking_buffer_size,
+            min_count=config.per_prompt_stat_tracking_min_count,
+        )
     )
 
 

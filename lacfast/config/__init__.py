@@ -2,9 +2,14 @@
 
 from lacfast.config.advantages import (
     COMBINATIONS,
+    DDPO,
     ESTIMATORS,
-    GROUP_ESTIMATORS,
+    GRPO,
     AdvantageConfig,
+    BatchMean,
+    CriticValues,
+    GroupBaseline,
+    LeaveOneOut,
 )
 from lacfast.config.critic import (
     TAPPED_TRUNKS,
@@ -23,8 +28,9 @@ from lacfast.config.training import EarlyStoppingConfig, TrainConfig, ValuePretr
 
 __all__ = [
     "COMBINATIONS",
+    "DDPO",
     "ESTIMATORS",
-    "GROUP_ESTIMATORS",
+    "GRPO",
     "GUIDANCE_FORMS",
     "KL_KINDS",
     "RATIOS",
@@ -34,12 +40,16 @@ __all__ = [
     "TRUNKS",
     "VALUE_LOSSES",
     "AdvantageConfig",
+    "BatchMean",
     "CriticConfig",
+    "CriticValues",
     "EarlyStoppingConfig",
     "Fixed",
     "GraphConfig",
     "GraphMode",
+    "GroupBaseline",
     "KLMask",
+    "LeaveOneOut",
     "LoRAConfig",
     "Nats",
     "PPOConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, ClassVar, Union, get_args, get_origin
 
 
 class Choice:
@@ -15,6 +15,13 @@ class Choice:
     low..high is a pair: "ratio:1e-4", "ratio:1e-4..2e-4", "sliding:4,every=25".
     """
 
+    name: ClassVar[str]
+    """In JSON, words and checkpoints: the class's in lower case, "kl_mask", unless it is given one."""
+
+    def __init_subclass__(cls, name: str = "") -> None:
+        spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__)
+        cls.name = name or spaced.lower()
+
     def __str__(self) -> str:
         values = [(field, getattr(self, field.name)) for field in fields(self)]  # type: ignore[arg-type]
         given = [
@@ -22,18 +29,24 @@ class Choice:
             for field, value in values
             if value != field.default
         ]
-        return name_of(type(self)) + ":" * bool(given) + ",".join(given)
-
-
-def name_of(variant: type) -> str:
-    """The class's name as JSON and the command line have it: "kl_mask" of KLMask."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", variant.__name__).lower()
+        return self.name + ":" * bool(given) + ",".join(given)
 
 
 def variants(annotation: Any) -> dict[str, type[Choice]]:
     """The choices among the types of a field, by name."""
     members = get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
-    return {name_of(member): member for member in members if _is_choice(member)}
+    return {member.name: member for member in members if _is_choice(member)}
+
+
+def require_choice(option: str, value: object, annotation: Any) -> None:
+    """
+    Raises:
+        ValueError: for a value of an option that is none of its choices.
+    """
+    known = variants(annotation)
+    if not isinstance(value, tuple(known.values())):
+        classes = ", ".join(variant.__name__ for variant in known.values())
+        raise ValueError(f"{option}={value!r} is no choice; use one of lacfast.config's {classes}")
 
 
 def usage(known: dict[str, type[Choice]]) -> str:

@@ -111,8 +111,6 @@ class CriticConfig:
     def _check_taps(self) -> None:
         if self.taps is None:
             return
-        # A tuple also when it comes from a JSON file.
-        object.__setattr__(self, "taps", tuple(self.taps))
         require(
             self.trunk in TAPPED_TRUNKS,
             f"taps={self.taps} would be ignored: {self.trunk!r} is not one of {', '.join(TAPPED_TRUNKS)}; "
@@ -140,6 +138,3 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank={self.rank} must be at least 1")
         require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha} must be > 0")
-        # A tuple also when it comes from a JSON file.
-        if self.target_modules is not None:
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))

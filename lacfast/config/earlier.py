@@ -9,8 +9,13 @@ Settings = dict[str, Any]
 
 
 def today(kind: str, stored: Settings) -> Settings:
-    """The settings of a dataclass by its name, with what an earlier version wrote in today's words."""
-    return _SPELLINGS.get(kind, dict)(stored)
+    """The settings of a dataclass by its name, with what an earlier version wrote in today's words.
+
+    An option that is gone is left out where it had its default, which says nothing.
+    """
+    gone = _GONE.get(kind, {})
+    kept = {name: value for name, value in stored.items() if name not in gone or value != gone[name]}
+    return _SPELLINGS.get(kind, dict)(kept)
 
 
 def _ppo(stored: Settings) -> Settings:
@@ -40,5 +45,22 @@ def _sampler(stored: Settings) -> Settings:
     return kept
 
 
-_SPELLINGS: dict[str, Callable[[Settings], Settings]] = {"PPOConfig": _ppo, "SamplerConfig": _sampler}
+def _advantages(stored: Settings) -> Settings:
+    """The estimator's own options are inside it, as it alone read them."""
+    names = {"group_std": "std", "buffer_size": "buffer_size", "min_count": "min_count"}
+    kept = {name: value for name, value in stored.items() if name not in names}
+    if isinstance(stored.get("estimator"), str):
+        read = {"grpo": ("group_std",), "leave_one_out": ("group_std",), "ddpo": ("buffer_size", "min_count")}
+        own = {names[name]: stored[name] for name in read.get(stored["estimator"], ()) if name in stored}
+        kept["estimator"] = {"choice": stored["estimator"], **own}
+    return kept
+
+
+_SPELLINGS: dict[str, Callable[[Settings], Settings]] = {
+    "AdvantageConfig": _advantages,
+    "PPOConfig": _ppo,
+    "SamplerConfig": _sampler,
+}
 """Dataclass -> what makes today's settings of its earlier ones."""
+_GONE: dict[str, Settings] = {"ValuePretrainingConfig": {"bound_steps": None}}
+"""Dataclass -> option that is gone -> its default."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from lacfast.config.checks import require
-from lacfast.config.choice import Choice
+from lacfast.config.choice import Choice, require_choice
 
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
@@ -130,6 +130,7 @@ class PPOConfig:
     pairs: the weights are still those that made it, so the guided output is known. False: run it."""
 
     def __post_init__(self) -> None:
+        require_choice("clip", self.clip, Ratio | Nats | KLMask)
         require(self.dual_clip > 1, f"dual_clip={self.dual_clip} must be above 1 (inf: off)")
         for option, known in (("ratio", RATIOS), ("kl", KL_KINDS)):
             chosen = getattr(self, option)

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 from lacfast.config.checks import require
-from lacfast.config.choice import Choice
+from lacfast.config.choice import Choice, require_choice
 
 Steps = tuple[int, int]
 """From the first to before the second."""
@@ -84,6 +84,8 @@ class SamplerConfig:
     """Classifier-free guidance; 1 runs without the unconditional half, as the paper does."""
 
     def __post_init__(self) -> None:
+        if self.window is not None:
+            require_choice("window", self.window, Fixed | Random | Sliding)
         require(self.num_steps >= 1, f"num_steps={self.num_steps} must be at least 1")
         require(self.noise_level >= 0, f"noise_level={self.noise_level} must be >= 0")
         require(self.shift > 0, f"shift={self.shift} must be > 0")

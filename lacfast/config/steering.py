@@ -61,9 +61,6 @@ class SteeringConfig:
     """Of the noise."""
 
     def __post_init__(self) -> None:
-        # Tuples also when they come from a JSON file.
-        object.__setattr__(self, "prune_fractions", tuple(self.prune_fractions))
-        object.__setattr__(self, "guidance_window", tuple(self.guidance_window))
         for name, known in (
             ("method", STEERING_METHODS),
             ("guidance_form", GUIDANCE_FORMS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from lacfast.config.choice import Choice, name_of, variants
+from lacfast.config.choice import Choice, variants
 from lacfast.config.earlier import today
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ def to_json(settings: Any) -> Any:
     if not is_dataclass(settings):
         return settings
     found = {field.name: to_json(getattr(settings, field.name)) for field in fields(settings)}
-    return {"choice": name_of(type(settings))} | found if isinstance(settings, Choice) else found
+    return {"choice": settings.name} | found if isinstance(settings, Choice) else found
 
 
 def from_json(kind: type[T], stored: dict[str, Any]) -> T:

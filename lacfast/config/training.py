@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from lacfast.config.advantages import GROUP_ESTIMATORS, AdvantageConfig
+from lacfast.config.advantages import AdvantageConfig, GroupBaseline
 from lacfast.config.checks import require
 from lacfast.config.critic import CriticConfig
 from lacfast.config.graph import GraphConfig
@@ -96,7 +96,7 @@ class TrainConfig:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    """Becomes trunk "none" where the advantages need no critic."""
+    """Trunk "none" where the advantages need no critic."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
     ema_decay: float = 0.0
@@ -167,25 +167,23 @@ class TrainConfig:
         )
 
     def _require_fitting_advantages(self) -> None:
-        estimator = self.advantages.estimator
+        estimator, trunk = self.advantages.estimator, self.critic.trunk
         if self.advantages.uses_critic:
             require(
-                self.critic.trunk != "none",
-                f"advantages.estimator={estimator!r} needs a critic, and critic.trunk is 'none'; choose a "
-                "trunk, or advantages=AdvantageConfig(estimator='grpo')",
+                trunk != "none",
+                f"advantages.estimator={estimator} needs a critic, and critic.trunk is 'none'; choose a "
+                "trunk, or advantages=AdvantageConfig(estimator=GRPO())",
             )
-            return
-        # One switch is enough: the default trunk follows the estimator, one that was chosen is not ignored.
+        else:
+            require(
+                trunk == "none",
+                f"advantages.estimator={estimator} trains without a critic, so critic.trunk={trunk!r} would "
+                "be ignored; use critic=CriticConfig(trunk='none')",
+            )
         require(
-            self.critic.trunk in (CriticConfig.trunk, "none"),
-            f"advantages.estimator={estimator!r} trains without a critic, so critic.trunk="
-            f"{self.critic.trunk!r} would be ignored; set it to 'none'",
-        )
-        object.__setattr__(self, "critic", CriticConfig(trunk="none"))
-        require(
-            estimator not in GROUP_ESTIMATORS or self.samples_per_prompt > 1,
-            f"advantages.estimator={estimator!r} compares the trajectories of one prompt, and "
-            f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator='ddpo'",
+            not isinstance(estimator, GroupBaseline) or self.samples_per_prompt > 1,
+            f"advantages.estimator={estimator} compares the trajectories of one prompt, and "
+            f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator=DDPO()",
         )
 
     def _require_fitting_replay(self) -> None:

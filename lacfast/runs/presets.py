@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lacfast.config import (
+    DDPO,
+    GRPO,
     AdvantageConfig,
     CriticConfig,
     Fixed,
@@ -194,7 +196,8 @@ def flow_grpo_geneval() -> RunConfig:
             samples_per_prompt=24,
             rollout_batch_size=24,
             sampler=SamplerConfig(kind="flow_sde", num_steps=10, noise_level=0.7, guidance_scale=4.5),
-            advantages=AdvantageConfig(estimator="grpo", group_std="global", combination="scalarized"),
+            critic=CriticConfig(trunk="none"),
+            advantages=AdvantageConfig(estimator=GRPO(std="global"), combination="scalarized"),
             ppo=PPOConfig(
                 clip=Ratio(1e-4),
                 kl_weight=0.04,
@@ -218,7 +221,7 @@ def dance_grpo_hpsv2() -> RunConfig:
     """DanceGRPO (arXiv 2505.07818) on FLUX with HPSv2.1: scripts/finetune/finetune_flux_grpo.sh.
 
     There 16 GPUs take a prompt each. Its trajectories of one prompt share their first noise; here they do
-    not. `group_std` is that of the group, of the population.
+    not. The deviation is that of the group, of the population.
     """
     return RunConfig(
         out="runs/dance-grpo-hpsv2",
@@ -234,7 +237,8 @@ def dance_grpo_hpsv2() -> RunConfig:
             rollout_batch_size=12,
             iterations=300,
             sampler=SamplerConfig(kind="dance_sde", num_steps=16, noise_level=0.3),
-            advantages=AdvantageConfig(estimator="grpo", group_std="group"),
+            critic=CriticConfig(trunk="none"),
+            advantages=AdvantageConfig(estimator=GRPO(std="group")),
             ppo=PPOConfig(
                 clip=Ratio(1e-4),
                 advantage_clip=5.0,
@@ -272,7 +276,8 @@ def ddpo_compressibility() -> RunConfig:
             sampler=SamplerConfig(
                 kind="ddim", num_steps=50, noise_level=1.0, guidance_scale=5.0, window=Fixed((0, 50))
             ),
-            advantages=AdvantageConfig(estimator="ddpo", buffer_size=16, min_count=16),
+            critic=CriticConfig(trunk="none"),
+            advantages=AdvantageConfig(estimator=DDPO(buffer_size=16, min_count=16)),
             ppo=PPOConfig(
                 clip=Ratio(1e-4),
                 advantage_clip=10.0,

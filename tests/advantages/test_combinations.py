@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
 from torch import Tensor
 
 from lacfast.advantages import AdvantageEstimator, LagrangeMultipliers
-from lacfast.config import AdvantageConfig, TrainConfig
+from lacfast.config import GRPO, AdvantageConfig, TrainConfig
 from lacfast.records import RewardCondition
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -29,7 +30,12 @@ def standardized(values: Tensor, correction: int = 1) -> Tensor:
 def result_of(
     advantages: AdvantageConfig, weights: tuple[float, ...] = (1.0, 1.0), values: Tensor | None = None
 ) -> tuple[AdvantageEstimator, Any]:
-    config = TrainConfig(batch_size=BATCH, samples_per_prompt=3, advantages=advantages)
+    config = TrainConfig(
+        batch_size=BATCH,
+        samples_per_prompt=3,
+        advantages=advantages,
+        critic=tiny_critic(advantages),
+    )
     estimator = AdvantageEstimator(config, ("hard", "easy"), torch.tensor(weights))
     heads = len(estimator.head_names) if advantages.uses_critic else 0
     given = torch.zeros(STEPS, BATCH, heads) if values is None else values
@@ -101,7 +107,7 @@ def test_constrained_weights_rise_below_the_floor_and_are_the_combination_s() ->
 
 @pytest.mark.parametrize("std", ["global", "group"])
 def test_group_advantages_combine_per_reward_or_as_one(std: str) -> None:
-    settings: dict[str, Any] = {"estimator": "grpo", "group_std": std}
+    settings: dict[str, Any] = {"estimator": GRPO(std)}
     weights = (1.0, 0.5)
 
     def grouped(rewards: Tensor) -> Tensor:

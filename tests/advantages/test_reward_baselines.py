@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
 from torch import Tensor
 
@@ -18,12 +19,22 @@ from lacfast.advantages import (
     batch_advantages,
     combined,
     group_advantages,
-    register_baseline,
+    with_baseline,
     zero_std_groups,
 )
 from lacfast.compat.flow_grpo import PerPromptStatTracker
-from lacfast.config import AdvantageConfig, CriticConfig, PPOConfig, TrainConfig
-from lacfast.records import Advantages
+from lacfast.config import (
+    DDPO,
+    GRPO,
+    AdvantageConfig,
+    BatchMean,
+    CriticConfig,
+    CriticValues,
+    LeaveOneOut,
+    PPOConfig,
+    TrainConfig,
+)
+from lacfast.records import Advantages, Rollout
 from lacfast.reference import gae
 
 STEPS, BATCH = 4, 6
@@ -34,7 +45,13 @@ PROMPTS = ["a"] * 3 + ["b"] * 3
 def estimator_for(
     advantages: AdvantageConfig, names: tuple[str, ...] = ("r",), weights: Any = None, **ppo: Any
 ) -> AdvantageEstimator:
-    config = TrainConfig(batch_size=BATCH, samples_per_prompt=3, advantages=advantages, ppo=PPOConfig(**ppo))
+    config = TrainConfig(
+        batch_size=BATCH,
+        samples_per_prompt=3,
+        advantages=advantages,
+        ppo=PPOConfig(**ppo),
+        critic=tiny_critic(advantages),
+    )
     given = torch.ones(len(names)) if weights is None else torch.tensor(weights)
     return AdvantageEstimator(config, names, given)
 
@@ -56,7 +73,7 @@ def without_critic(rewards: Tensor, advantages: AdvantageConfig, **ppo: Any) -> 
     ],
 )
 def test_grpo_is_the_distance_from_the_group_in_deviations(std: str, expected: list[float]) -> None:
-    result = without_critic(REWARD, AdvantageConfig(estimator="grpo", group_std=std))
+    result = without_critic(REWARD, AdvantageConfig(estimator=GRPO(std)))
     torch.testing.assert_close(result.policy, torch.tensor(expected).expand(3, -1), rtol=2e-4, atol=0)
     assert result.steps.tolist() == [0, 1, 2]
     assert result.targets.shape == (BATCH, 0)
@@ -71,18 +88,18 @@ def test_grpo_is_flow_grpo_s_own_statistic(global_std: bool) -> None:
 
 
 def test_leave_one_out_compares_with_the_others() -> None:
-    result = without_critic(REWARD, AdvantageConfig(estimator="leave_one_out", group_std="none"))
+    result = without_critic(REWARD, AdvantageConfig(estimator=LeaveOneOut(std="none")))
     # 0 against (1 + 2) / 2, 1 against (0 + 2) / 2, 2 against (0 + 1) / 2.
     torch.testing.assert_close(result.policy[0], torch.tensor([-1.5, 0.0, 1.5, 0.0, 0.0, 0.0]))
 
 
 def test_batch_mean_is_the_distance_from_the_rollout_in_deviations() -> None:
-    result = without_critic(REWARD, AdvantageConfig(estimator="batch_mean"))
+    result = without_critic(REWARD, AdvantageConfig(estimator=BatchMean()))
     torch.testing.assert_close(result.policy[0], (REWARD - 2) / (8 / 6) ** 0.5)
 
 
 def test_ddpo_compares_with_what_the_prompt_earned_before() -> None:
-    estimator = estimator_for(AdvantageConfig(estimator="ddpo", buffer_size=4, min_count=4))
+    estimator = estimator_for(AdvantageConfig(estimator=DDPO(buffer_size=4, min_count=4)))
     empty = torch.zeros(STEPS, BATCH, 0)
     first = estimator(made_rollout(empty, {"r": REWARD}, PROMPTS))
     # Three rewards per prompt are too few: the rollout is the baseline.
@@ -121,34 +138,36 @@ def test_the_credits_of_the_steps_telescope_to_the_whole() -> None:
     torch.testing.assert_close(returns, torch.ones_like(returns))
 
 
-def test_a_registered_baseline_changes_the_advantages_and_not_what_the_critic_learns(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lacfast.config.advantages.REGISTERED_BASELINES", registered := {})
-    for module in ("critic_baseline", "estimator"):
-        monkeypatch.setattr(f"lacfast.advantages.{module}.REGISTERED_BASELINES", registered)
-    register_baseline("twice", lambda rollout: replace(rollout, values=2 * rollout.values))
+@dataclass(frozen=True)
+class TwiceTheValues(CriticValues):
+    """A baseline of a user's own."""
+
+
+@with_baseline.register
+def _(estimator: TwiceTheValues, rollout: Rollout) -> Rollout:
+    return replace(rollout, values=2 * rollout.values)
+
+
+def test_a_registered_baseline_changes_the_advantages_and_not_what_the_critic_learns() -> None:
     values = torch.arange(BATCH).float().expand(STEPS, -1)[..., None].contiguous()
-    estimator = estimator_for(AdvantageConfig(estimator="twice"))
+    estimator = estimator_for(AdvantageConfig(estimator=TwiceTheValues()))
     assert estimator.config.uses_critic
     estimator.normalizer.update(REWARD[:, None])
     result = estimator(made_rollout(values, {"r": REWARD}))
     standardized = (REWARD - 2) / (8 / 6) ** 0.5
     torch.testing.assert_close(result.raw[..., 0], standardized - 2 * values[:3, :, 0])
     torch.testing.assert_close(result.targets[:, 0], standardized)
-    with pytest.raises(ValueError, match="'twice' is taken"):
-        register_baseline("twice", lambda rollout: rollout)
 
 
 def test_groups_without_spread_are_counted() -> None:
-    result = without_critic(REWARD, AdvantageConfig(estimator="grpo"))
+    result = without_critic(REWARD, AdvantageConfig(estimator=GRPO()))
     assert result.metrics == {"zero_std_groups": 1, "groups": 2}
     both = torch.stack([REWARD, torch.tensor([5.0, 5, 5, 1, 2, 5])], dim=1)
     assert zero_std_groups(both, 3) == 0
 
 
 def test_advantages_stay_within_their_bound() -> None:
-    result = without_critic(REWARD, AdvantageConfig(estimator="grpo"), advantage_clip=0.5)
+    result = without_critic(REWARD, AdvantageConfig(estimator=GRPO()), advantage_clip=0.5)
     assert float(result.policy.abs().max()) == 0.5
 
 
@@ -159,11 +178,12 @@ def test_the_weight_of_a_single_reward_does_not_matter() -> None:
 
 
 def _misfits() -> Iterator[tuple[dict[str, Any], str]]:
-    grpo = AdvantageConfig(estimator="grpo")
-    yield {"advantages": grpo}, "samples_per_prompt=1 makes one; set 2 or more"
+    grpo = AdvantageConfig(estimator=GRPO())
+    none = CriticConfig(trunk="none")
+    yield {"advantages": grpo, "critic": none}, "samples_per_prompt=1 makes one; set 2 or more"
     yield (
-        {"advantages": grpo, "samples_per_prompt": 4, "critic": CriticConfig(trunk="copy")},
-        "'copy' would be",
+        {"advantages": grpo, "samples_per_prompt": 4},
+        r"'branch' would be ignored; use critic=CriticConfig\(trunk='none'\)",
     )
     yield {"critic": CriticConfig(trunk="none")}, "needs a critic"
 
@@ -177,17 +197,16 @@ def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, An
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"estimator": "reinforce"}, "known: critic, grpo"),
+        (
+            {"estimator": "grpo"},
+            "is no choice; use one of lacfast.config's CriticValues",
+        ),
         ({"combination": "product"}, "known: sum_normalized"),
-        ({"group_std": "local"}, "known: global, group, none"),
-        ({"group_std": "group"}, "group_std='group' would be ignored by estimator='critic'"),
-        ({"buffer_size": 32}, "only 'ddpo' reads it"),
-        ({"estimator": "ddpo", "buffer_size": 4}, r"min_count=16 must lie in \[1, buffer_size=4\]"),
         ({"floors": (("r", 0.5),)}, "only 'constrained' reads it"),
         ({"combination": "constrained"}, "needs floors"),
         ({"combination": "conditional"}, "needs conditions"),
         ({"combination": "constrained", "floors": (("r", float("nan")),)}, "must be finite"),
-        ({"estimator": "ddpo", "combination": "sum"}, "use that"),
+        ({"estimator": DDPO(), "combination": "sum"}, "use that"),
         (
             {"combination": "constrained", "floors": (("r", 1.0),), "multiplier_maximum": 0.0},
             "multiplier_maximum=0.0 must be > 0",
@@ -199,13 +218,11 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         AdvantageConfig(**settings)
 
 
-def test_one_switch_turns_the_critic_off() -> None:
-    config = TrainConfig(
-        samples_per_prompt=4,
-        advantages=AdvantageConfig(estimator="grpo"),
-        critic=CriticConfig(trunk="branch", num_blocks=4),
-    )
-    assert config.critic == CriticConfig(trunk="none")
+def test_an_estimator_s_own_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="unknown std 'local'; known: global, group, none"):
+        GRPO(std="local")
+    with pytest.raises(ValueError, match=r"min_count=16 must lie in \[1, buffer_size=4\]"):
+        DDPO(buffer_size=4)
 
 
 def test_statistics_of_a_prompt_refuse_another_buffer() -> None:

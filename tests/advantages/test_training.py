@@ -10,7 +10,7 @@ import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import AdvantageConfig, EarlyStoppingConfig, LatentActorCriticTrainer
-from lacfast.config import ESTIMATORS, PPOConfig, Ratio
+from lacfast.config import DDPO, ESTIMATORS, GRPO, BatchMean, PPOConfig, Ratio
 
 
 def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
@@ -31,7 +31,8 @@ def weights(trainer: LatentActorCriticTrainer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_trains_and_only_the_critic_s_have_one(estimator: str) -> None:
-    trainer = trainer_for(samples_per_prompt=4, advantages=AdvantageConfig(estimator=estimator))
+    advantages = AdvantageConfig(estimator=ESTIMATORS[estimator]())  # type: ignore[arg-type]
+    trainer = trainer_for(samples_per_prompt=4, advantages=advantages)
     before = weights(trainer)
     metrics = trainer.train_iteration()
     assert metrics["first_max_abs_log_ratio"] < 1e-6
@@ -81,7 +82,7 @@ CONSTRAINED = {
     "changes",
     [
         {"advantages": AdvantageConfig(**CONSTRAINED)},
-        {"advantages": AdvantageConfig(estimator="ddpo", min_count=2), "prompts": PROMPTS[:3]},
+        {"advantages": AdvantageConfig(estimator=DDPO(min_count=2)), "prompts": PROMPTS[:3]},
         {"ppo": PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, kl_target=1e-3, num_minibatches=2)},
     ],
     ids=["constrained", "ddpo", "adaptive KL"],
@@ -115,8 +116,8 @@ def test_a_saved_run_goes_on_with_its_statistics(changes: dict[str, Any], tmp_pa
 
 
 def test_a_checkpoint_of_another_estimator_changes_nothing(tmp_path: Path) -> None:
-    trainer_for(samples_per_prompt=4, advantages=AdvantageConfig(estimator="grpo")).save(tmp_path / "run")
-    trainer = trainer_for(seed=1, advantages=AdvantageConfig(estimator="batch_mean"))
+    trainer_for(samples_per_prompt=4, advantages=AdvantageConfig(estimator=GRPO())).save(tmp_path / "run")
+    trainer = trainer_for(seed=1, advantages=AdvantageConfig(estimator=BatchMean()))
     before = weights(trainer)
     with pytest.raises(ValueError, match="estimator='grpo', this trainer has 'batch_mean'"):
         trainer.load(tmp_path / "run")
@@ -129,7 +130,7 @@ def test_a_run_stops_when_its_held_out_score_no_longer_rises(tmp_path: Path) -> 
         "eval_every": 1,
         # No score can rise by that much, so the first evaluation stays the best.
         "early_stopping": EarlyStoppingConfig(patience=2, min_improvement=100.0),
-        "advantages": AdvantageConfig(estimator="batch_mean"),
+        "advantages": AdvantageConfig(estimator=BatchMean()),
     }
     trainer = trainer_for(**changes)
     saved: list[int] = []

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from lacfast.config import (
+    DDPO,
+    GRPO,
+    AdvantageConfig,
     CriticConfig,
+    CriticValues,
     Fixed,
     KLMask,
     LoRAConfig,
@@ -20,6 +24,7 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
     Sliding,
+    ValuePretrainingConfig,
     from_json,
     to_json,
 )
@@ -98,3 +103,21 @@ def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
         from_json(RunConfig, stored)
     with pytest.raises(ValueError, match="unknown choice 'ration'; known: ratio, nats, kl_mask"):
         from_json(PPOConfig, {"clip": {"choice": "ration"}})
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"estimator": "critic", "group_std": "global", "buffer_size": 16, "min_count": 16}, CriticValues()),
+        ({"estimator": "grpo", "group_std": "group", "buffer_size": 16, "min_count": 16}, GRPO(std="group")),
+        ({"estimator": "ddpo", "group_std": "global", "buffer_size": 8, "min_count": 4}, DDPO(8, 4)),
+    ],
+)
+def test_options_that_one_estimator_read_are_inside_it(earlier: dict[str, Any], today: Any) -> None:
+    assert from_json(AdvantageConfig, earlier) == AdvantageConfig(estimator=today)
+
+
+def test_an_option_that_is_gone_is_left_out_where_it_said_nothing() -> None:
+    assert from_json(ValuePretrainingConfig, {"bound_steps": None}) == ValuePretrainingConfig()
+    with pytest.raises(ValueError, match="has no bound_steps"):
+        from_json(ValuePretrainingConfig, {"bound_steps": [0, 3]})

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
 from torch import distributed
 
 from lacfast.advantages import AdvantageEstimator
-from lacfast.config import AdvantageConfig, TrainConfig
+from lacfast.config import DDPO, GRPO, AdvantageConfig, BatchMean, TrainConfig
 from lacfast.distributed.world import all_reduce, gathered, moments
 
 STEPS, BATCH = 3, 8
@@ -20,9 +21,9 @@ PROMPTS = ["a", "a", "b", "b", "a", "a", "c", "c"]
 ARMS = {
     "critic": AdvantageConfig(),
     "constrained": AdvantageConfig(combination="constrained", floors=(("first", 1.0),)),
-    "grpo": AdvantageConfig(estimator="grpo"),
-    "batch_mean": AdvantageConfig(estimator="batch_mean"),
-    "ddpo": AdvantageConfig(estimator="ddpo", min_count=2, buffer_size=3),
+    "grpo": AdvantageConfig(estimator=GRPO()),
+    "batch_mean": AdvantageConfig(estimator=BatchMean()),
+    "ddpo": AdvantageConfig(estimator=DDPO(min_count=2, buffer_size=3)),
 }
 
 
@@ -34,7 +35,12 @@ def results(rows: range) -> dict[str, Any]:
     chosen = torch.tensor(rows)
     found: dict[str, Any] = {}
     for name, advantages in ARMS.items():
-        config = TrainConfig(batch_size=BATCH, samples_per_prompt=2, advantages=advantages)
+        config = TrainConfig(
+            batch_size=BATCH,
+            samples_per_prompt=2,
+            advantages=advantages,
+            critic=tiny_critic(advantages),
+        )
         estimator = AdvantageEstimator(config, ("first", "second"), torch.ones(2))
         estimator.normalizer.update(rewards[chosen])
         heads = values[:, chosen] if advantages.uses_critic else values[:, chosen, :0]

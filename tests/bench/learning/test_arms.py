@@ -8,7 +8,7 @@ import pytest
 
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
-from lacfast.config import AdvantageConfig, CriticConfig, KLMask, TrainConfig
+from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, TrainConfig
 from lacfast.runs.presets import RUNS, shapes
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
@@ -19,8 +19,8 @@ BACKBONES: tuple[BackboneName, ...] = ("dit", "unet")
 
 def without_critic(backbone: BackboneName) -> dict[str, TrainConfig]:
     return {
-        "grpo": arms.group_relative(backbone, "grpo"),
-        "leave_one_out": arms.group_relative(backbone, "leave_one_out"),
+        "grpo": arms.group_relative(backbone, GRPO()),
+        "leave_one_out": arms.leave_one_out(backbone),
         "group_std": arms.group_std(backbone),
         "ddpo": arms.running_prompt_statistics(backbone),
         "batch_mean": arms.batch_mean(backbone),
@@ -39,7 +39,7 @@ def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
 
 
 def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
-    grpo, mask, norm = arms.group_relative("dit", "grpo"), arms.kl_mask("dit"), arms.ratio_norm("dit")
+    grpo, mask, norm = arms.group_relative("dit", GRPO()), arms.kl_mask("dit"), arms.ratio_norm("dit")
     # 16 channels of 8 x 8, clip 1e-3.
     assert isinstance(mask.ppo.clip, KLMask)
     assert mask.ppo.clip.kl_threshold == pytest.approx(1024 * 1e-6 / 2)
@@ -76,7 +76,11 @@ def test_published_baselines_are_presets() -> None:
     names = ("flow-grpo-geneval", "dance-grpo-hpsv2", "ddpo-compressibility")
     flow, dance, ddpo = (RUNS[name]().train for name in names)
     assert (flow.batch_size, flow.samples_per_prompt, flow.ppo.kl_weight) == (1152, 24, 0.04)
-    assert (dance.batch_size, dance.samples_per_prompt, dance.advantages.group_std) == (192, 12, "group")
-    assert (ddpo.batch_size, ddpo.advantages.estimator) == (256, "ddpo")
+    assert (dance.batch_size, dance.samples_per_prompt, dance.advantages.estimator) == (
+        192,
+        12,
+        GRPO(std="group"),
+    )
+    assert (ddpo.batch_size, ddpo.advantages.estimator) == (256, DDPO())
     assert ddpo.sampler.stochastic_window == (0, 50)
     assert {flow.critic.trunk, dance.critic.trunk, ddpo.critic.trunk} == {"none"}

@@ -14,7 +14,7 @@ from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
 from tiny_pipelines import backbone_of, tiny_pipeline
 from tiny_rollouts import made_rollout
 
-from bench.learning.controls import CONTROL_TRUNKS, SHUFFLED_CRITIC, with_values_of_others
+from bench.learning.controls import CONTROL_TRUNKS, ShuffledCritic, with_values_of_others
 from lacfast import CriticConfig, load_backbone
 from lacfast.advantages import AdvantageEstimator
 from lacfast.backbone import build_critic
@@ -135,12 +135,12 @@ def test_a_saved_control_loads_as_it_was_configured(settings: dict[str, Any], tm
 def test_a_shuffled_critic_gives_everybody_the_values_of_somebody_else() -> None:
     values = torch.arange(BATCH).float().expand(STEPS, -1)[..., None].contiguous()
     rollout = made_rollout(values, {"r": REWARD})
-    shuffled = with_values_of_others(rollout).values
-    assert torch.equal(shuffled, with_values_of_others(rollout).values)
+    shuffled = with_values_of_others(ShuffledCritic(), rollout).values
+    assert torch.equal(shuffled, with_values_of_others(ShuffledCritic(), rollout).values)
     assert torch.equal(shuffled, shuffled[:1].expand_as(shuffled))
     assert sorted(shuffled[0, :, 0].tolist()) == values[0, :, 0].tolist()
     assert not (shuffled == values).any()
-    config = TrainConfig(batch_size=BATCH, advantages=AdvantageConfig(estimator=SHUFFLED_CRITIC))
+    config = TrainConfig(batch_size=BATCH, advantages=AdvantageConfig(estimator=ShuffledCritic()))
     estimator = AdvantageEstimator(config, ("r",), torch.ones(1))
     estimator.normalizer.update(REWARD[:, None])
     result = estimator(rollout)
@@ -153,11 +153,11 @@ def test_a_shuffled_critic_gives_everybody_the_values_of_somebody_else() -> None
 def test_a_single_trajectory_has_no_other_one() -> None:
     rollout = made_rollout(torch.zeros(STEPS, 1, 1), {"r": REWARD[:1]})
     with pytest.raises(ValueError, match="a batch of 1 has no other trajectory"):
-        with_values_of_others(rollout)
+        with_values_of_others(ShuffledCritic(), rollout)
 
 
 def test_a_shuffled_critic_trains() -> None:
-    config = tiny_config(advantages=AdvantageConfig(estimator=SHUFFLED_CRITIC))
+    config = tiny_config(advantages=AdvantageConfig(estimator=ShuffledCritic()))
     trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
     metrics = trainer.train_iteration()
     assert metrics["first_max_abs_log_ratio"] < 1e-6

@@ -21,6 +21,7 @@ from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Mater
 from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
 from lacfast.checkpoint import whole_directory
+from lacfast.config import GRPO
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
@@ -117,7 +118,7 @@ def small_claim() -> Claim:
         CLAIMS["baselines"],
         arms=lambda backbone: {
             "latent critic": small(Arm(config=latent_critic(backbone))),
-            "GRPO": small(Arm(config=group_relative(backbone, "grpo"))),
+            "GRPO": small(Arm(config=group_relative(backbone, GRPO()))),
         },
         budgets={"dit": SMALL},
         grid=(0.5, 1.0),
@@ -154,7 +155,9 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert "| GRPO |" in text
     assert "Against GRPO and DDPO the latent critic ends ahead in 0" in text, "two seeds decide nothing"
     kept = found["grpo-seed0"]
-    assert kept["settings"]["advantages"] == {"estimator": "grpo"}, "a curve says what its arm was told"
+    assert kept["settings"]["advantages"] == {"estimator": {"choice": "grpo", "std": "global"}}, (
+        "a curve says what its arm was told"
+    )
     assert kept["rewards"] == {"shapes": 1.0}
     rate = kept["policy_learning_rate"]
     assert "tuned over 0.00015, 0.0003; chosen: " in text
