@@ -29,7 +29,7 @@ from lacfast.backbones.sdxl import SDXLPipelines
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
-from lacfast.config import CriticConfig, LoRAConfig
+from lacfast.config import CriticConfig, LoRAConfig, from_json
 from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
@@ -203,7 +203,7 @@ def _from_saved(path: Path, description: dict[str, Any], request: _Request, base
         request.device,
         request.dtype or getattr(torch, description["dtype"]),
         _one_lora(saved, request.lora),
-        request.settings or PipelineSettings(**description["settings"]),
+        request.settings or from_json(PipelineSettings, description["settings"]),
     )
     if (path / "model_index.json").exists():
         return _from_pipeline(_open_pipeline(str(path), request), request)

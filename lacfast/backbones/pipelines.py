@@ -34,9 +34,6 @@ class PipelineSettings:
     """Decode an image in tiles."""
 
     def __post_init__(self) -> None:
-        if self.resolution is not None:
-            # A tuple also when it comes from a JSON file.
-            object.__setattr__(self, "resolution", tuple(self.resolution))
         if self.vae_dtype is not None and not isinstance(getattr(torch, self.vae_dtype, None), torch.dtype):
             raise ValueError(
                 f"vae_dtype={self.vae_dtype!r} is no dtype of torch; use 'bfloat16' or 'float32'"

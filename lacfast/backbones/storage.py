@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
-from lacfast.config import LoRAConfig, from_json
+from lacfast.config import LoRAConfig, from_json, to_json
 
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
@@ -34,7 +33,7 @@ class PartsStorage:
             part.save_pretrained(directory / name)
         if backbone.lora is not None:
             save_file(_contiguous(backbone.policy_state()), directory / LORA_WEIGHT_NAME_SAFE)
-            write_description(directory, lora=asdict(backbone.lora))
+            write_description(directory, lora=to_json(backbone.lora))
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
         if backbone.lora is not None:
@@ -74,8 +73,8 @@ class PipelineStorage:
             directory,
             pipeline=type(self.pipeline).__name__,
             base=self.base,
-            settings=asdict(self.settings),
-            lora=None if backbone.lora is None else asdict(backbone.lora),
+            settings=to_json(self.settings),
+            lora=None if backbone.lora is None else to_json(backbone.lora),
             dtype=str(backbone.dtype).removeprefix("torch."),
         )
 
