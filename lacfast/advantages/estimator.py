@@ -18,7 +18,7 @@ from lacfast.advantages.reward_baselines import (
     prompt_advantages,
     zero_std_groups,
 )
-from lacfast.config import DDPO, GroupBaseline, LeaveOneOut, TrainConfig
+from lacfast.config import DDPO, CriticValues, GroupBaseline, LeaveOneOut, TrainConfig
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -68,7 +68,7 @@ class AdvantageEstimator:
         config = self.config
         if self.multipliers is not None:
             self.multipliers.update(stack_rewards(rollout), self.normalizer.std)
-        if config.uses_critic:
+        if isinstance(config.estimator, CriticValues):
             return critic_advantages(
                 with_baseline(config.estimator, rollout),
                 self.normalizer,
