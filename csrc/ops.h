@@ -107,7 +107,7 @@ struct GaussianStepOutputs {
 };
 
 // Where the results of all steps lie; step k of the table fills slice k, and of the latents slice k + 1.
-struct TrajectorySlab {
+struct Slab {
   Tensor latents;        // (table steps + 1, rows, elements)
   Tensor model_outputs;  // (table steps, rows, elements)
   Tensor log_probs;      // (table steps, rows) arithmetic type

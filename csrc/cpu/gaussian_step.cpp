@@ -5,7 +5,7 @@
 namespace lacfast::cpu {
 namespace {
 
-void step_into(const GaussianStep& op, const GaussianStepOutputs& outputs, const TrajectorySlab& slab,
+void step_into(const GaussianStep& op, const GaussianStepOutputs& outputs, const Slab& slab,
                const Threads& threads) {
   const Shape shape = shape_of(op.sample);
   check_steps(op.transition, shape.rows);
@@ -27,7 +27,7 @@ void gaussian_step(const GaussianStep& op, const GaussianStepOutputs& outputs, c
   step_into(op, outputs, {}, threads);
 }
 
-void gaussian_step_in_place(const GaussianStep& op, const TrajectorySlab& slab, const Threads& threads) {
+void gaussian_step_in_place(const GaussianStep& op, const Slab& slab, const Threads& threads) {
   step_into(op, {op.sample, {}, {}}, slab, threads);
 }
 

@@ -34,7 +34,7 @@ struct Kernels {
   void (*normal_noise)(const NormalNoise& op, Run run, const SizedTensor& out);
   // Returns sum (x' - mu)^2 of the stored x'. A null slab keeps nothing.
   double (*gaussian_step)(const GaussianStep& op, Run run, const GaussianStepOutputs& outputs,
-                          const TrajectorySlab& slab);
+                          const Slab& slab);
   // Returns sum (x' - mu)^2.
   double (*step_log_prob)(const StepLogProb& op, Run run);
   // `weight` times the gradient of -(x' - mu)^2 / 2; 0 where the step is deterministic.
