@@ -7,7 +7,7 @@ inputs and outputs that were kept, the outputs' gradients, and a record of the i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import torch
@@ -77,14 +77,15 @@ class Op(Generic[Inputs, Outputs]):
         all_gradients: bool = False,
         formula: Callable[[Inputs, Outputs, Gradients], Gradients] | None = None,
     ) -> None:
-        self.name = name
-        self.inputs: Callable[..., Inputs] = inputs
-        self.outputs: Callable[..., Outputs] = outputs
+        self.name, self._gradient = name, f"{name}_backward"
+        # Records from sequences of fields.
+        self.inputs: Callable[[Iterable[Any]], Inputs] = inputs._make  # type: ignore[attr-defined]
+        self.outputs: Callable[[Iterable[Any]], Outputs] = outputs._make  # type: ignore[attr-defined]
         self._allocate, self._formula, self._all_gradients = allocate, formula, all_gradients
         formats = [words_format(inputs), words_format(outputs)]
         add_kernel(name, formats, triton=triton[:1], cuda=cuda)
         if gradients and formula is None:
-            add_kernel(f"{name}_backward", formats[:] + formats[::-1], triton=triton[1:], cuda=cuda)
+            add_kernel(self._gradient, formats + formats[::-1], triton=triton[1:], cuda=cuda)
         fields, results = _names(inputs), _names(outputs)
         numbers = [name for name, kind in _typed(inputs) if _KINDS[kind][1] not in "ts"]
         self._trained = [fields.index(name) for name in gradients]
@@ -92,6 +93,7 @@ class Op(Generic[Inputs, Outputs]):
         self._kept_outputs = [i for i, name in enumerate(results) if name in keeps]
         self._numbers = [fields.index(name) for name in numbers]
         self._statistics = [results.index(name) for name in statistics]
+        self._no_gradients = [0 if name in numbers else None for name in fields]
         # Where each field lies among what is kept, tensors before numbers; what is not is None, the last.
         kept = [name for name in (*fields, *results) if name in keeps] + numbers
         self._sources = [
@@ -102,12 +104,12 @@ class Op(Generic[Inputs, Outputs]):
     def __call__(self, chosen: str, inputs: Inputs) -> Outputs:
         """The outputs, by the kernel of backend `chosen`."""
         if through_dispatcher(inputs[0]):
-            return self.outputs(*_decoded(self._registered(*inputs)))
+            return self.outputs(_decoded(self._registered(*inputs)))
         if self._trained and torch.is_grad_enabled():
             for i in self._trained:
                 if inputs[i] is not None and inputs[i].requires_grad:
                     trained = [inputs[k] for k in self._trained]
-                    return self.outputs(*_Direct.apply(self, chosen, inputs, *trained))  # type: ignore[no-untyped-call]
+                    return self.outputs(_Direct.apply(self, chosen, inputs, *trained))  # type: ignore[no-untyped-call]
         return self.run(chosen, inputs)
 
     def run(self, chosen: str, inputs: Inputs) -> Outputs:
@@ -134,22 +136,22 @@ class Op(Generic[Inputs, Outputs]):
     ) -> Gradients:
         """The trained inputs' gradients by a kernel, or empty without one; `kept`: tensors, then numbers."""
         inputs, outputs = self._restored(kept)
-        results: list[Any] = [None] * len(inputs)
+        results: list[Any] = self._no_gradients.copy()
         for i, is_wanted in zip(self._trained, wanted, strict=True):
             if is_wanted or (self._all_gradients and inputs[i] is not None):
                 results[i] = torch.empty_like(inputs[i])
-        gradients = [results[i] for i in self._trained]
         if chosen is not None:
-            for i in self._numbers:
-                results[i] = inputs[i]
-            contiguous = [None if grad is None else grad.contiguous() for grad in grads]
-            records = (inputs, outputs, self.outputs(*contiguous), self.inputs(*results))
-            launch(chosen, f"{self.name}_backward", inputs[self._kept_inputs[0]], *records)
-        return gradients
+            contiguous = self.outputs([None if grad is None else grad.contiguous() for grad in grads])
+            records = (inputs, outputs, contiguous, self.inputs(results))
+            launch(chosen, self._gradient, inputs[self._kept_inputs[0]], *records)
+        return [results[i] for i in self._trained]
 
     def backward(self, ctx: Any, chosen: str | None, grads: Gradients, wanted: Sequence[bool]) -> Gradients:
         """From the outputs' gradients to the trained inputs'; without a backend by the registered op."""
-        if all(grad is None for grad in grads):
+        for grad in grads:
+            if grad is not None:
+                break
+        else:
             return [None] * len(wanted)
         kept = (*ctx.saved_tensors, *ctx.numbers)
         if self._formula is not None:
@@ -168,17 +170,17 @@ class Op(Generic[Inputs, Outputs]):
     def _restored(self, kept: Sequence[Any]) -> tuple[Inputs, Outputs]:
         """The two records of the forward pass, with None for what was not kept."""
         values = (*kept, None)
-        inputs, outputs = ([values[i] for i in sources] for sources in self._sources)
-        return self.inputs(*inputs), self.outputs(*outputs)
+        inputs, outputs = self._sources
+        return self.inputs(map(values.__getitem__, inputs)), self.outputs(map(values.__getitem__, outputs))
 
     def _register(self, schema: list[str], results: tuple[str, ...]) -> Callable[..., Any]:
         """Make the op known to torch's dispatcher: it runs where torch looks at what is called."""
 
         def forward(*fields: Any) -> Any:
-            return _encoded(self.run(self.chosen(fields[0]), self.inputs(*fields)), fields[0])
+            return _encoded(self.run(self.chosen(fields[0]), self.inputs(fields)), fields[0])
 
         def fake(*fields: Any) -> Any:
-            return _encoded(self._allocate(self.inputs(*fields)), fields[0])
+            return _encoded(self._allocate(self.inputs(fields)), fields[0])
 
         op = _registered(self.name, schema, len(results), forward, fake)
         registered: Callable[..., Any] = op
@@ -186,7 +188,7 @@ class Op(Generic[Inputs, Outputs]):
             return registered
 
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            self.keep(ctx, self.inputs(*inputs), _decoded(output))
+            self.keep(ctx, self.inputs(inputs), _decoded(output))
 
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             wanted = [ctx.needs_input_grad[i] for i in self._trained]
@@ -215,9 +217,7 @@ class Op(Generic[Inputs, Outputs]):
         def fake(*values: Any) -> Any:
             return gradients(None, values)
 
-        op: Callable[..., Any] = _registered(
-            f"{self.name}_backward", arguments, len(self._trained), run, fake
-        )
+        op: Callable[..., Any] = _registered(self._gradient, arguments, len(self._trained), run, fake)
         return op
 
 
