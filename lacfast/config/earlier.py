@@ -62,5 +62,8 @@ _SPELLINGS: dict[str, Callable[[Settings], Settings]] = {
     "SamplerConfig": _sampler,
 }
 """Dataclass -> what makes today's settings of its earlier ones."""
-_GONE: dict[str, Settings] = {"ValuePretrainingConfig": {"bound_steps": None}}
+_GONE: dict[str, Settings] = {
+    "GraphConfig": {"launch_bound": 0.7},
+    "ValuePretrainingConfig": {"bound_steps": None, "initial_rate_factor": 3.0},
+}
 """Dataclass -> option that is gone -> its default."""

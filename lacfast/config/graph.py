@@ -21,8 +21,6 @@ class GraphConfig:
     """Steps per graph, a launch of which costs some 10 us; 4 to 10 for steps below about 150 us."""
     max_steps: int = 0
     """Denoising steps that the sampler's memory holds; a longer schedule captures anew. 0: the first's."""
-    launch_bound: float = 0.7
-    """"auto" captures a step whose launches take the host more than this share of the device's time."""
     warmup_steps: int = 3
     """Eager steps before a capture, >= 1: they compile kernels, fill caches and are timed; none is lost."""
     strict: bool = False
@@ -33,5 +31,4 @@ class GraphConfig:
         require(self.mode in modes, f"unknown graph mode {self.mode!r}; known: {', '.join(modes)}")
         require(self.unroll >= 1, f"unroll={self.unroll} must be at least 1")
         require(self.max_steps >= 0, f"max_steps={self.max_steps} must be >= 0 (0: the first schedule's)")
-        require(self.launch_bound >= 0, f"launch_bound={self.launch_bound} must be >= 0 (0: capture all)")
         require(self.warmup_steps >= 1, f"warmup_steps={self.warmup_steps} must be at least 1")

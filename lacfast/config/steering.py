@@ -49,12 +49,8 @@ class SteeringConfig:
     mean + w std^2 grad V, which moves stochastic steps only."""
     guidance_window: tuple[float, float] = (0.2, 0.9)
     """Noise levels between which the gradient is used, where the critic explains something."""
-    guidance_max_norm: float = 0.0
-    """Longer gradients of a sample are cut to this L2 norm, in V per unit of the latent; 0: never."""
     head_combination: str = "sum"
     """"sum" of the weighted heads, or the "minimum" of them: for heads that judge the same thing."""
-    critic_combination: str = "minimum"
-    """Of several critics: the "minimum" (pessimism against adversarial gradients) or the "mean"."""
     batch_size: int = 256
     """Latents per call of the model; as many images are in flight as fit, at least one."""
     seed: int = 0
@@ -67,13 +63,12 @@ class SteeringConfig:
             ("selection", ("value", "reward")),
             ("final_choice", ("draw", "best")),
             ("head_combination", ("sum", "minimum")),
-            ("critic_combination", ("minimum", "mean")),
         ):
             value = getattr(self, name)
             require(value in known, f"unknown {name}={value!r}; known: {', '.join(known)}")
         for name in ("particles", "candidates", "batch_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("guidance_weight", "guidance_max_norm", "annealing", "temperature"):
+        for name in ("guidance_weight", "annealing", "temperature"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be >= 0")
         low, high = self.guidance_window
         require(
@@ -95,11 +90,6 @@ class SteeringConfig:
         require(
             self.method != "smc" or self.temperature > 0,
             "temperature=0 leaves smc no target exp(V / temperature); use temperature > 0 or method='beam'",
-        )
-        require(
-            self.guidance_max_norm == 0 or self.guidance_form != "relative",
-            f"guidance_max_norm={self.guidance_max_norm} would be ignored: the form 'relative' only has the "
-            "gradient's direction; use 0, or the form 'score', 'constant' or 'mean_shift'",
         )
 
     @property

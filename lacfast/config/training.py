@@ -28,8 +28,6 @@ class ValuePretrainingConfig:
     held_out_samples: int = 512
     """Trajectories on held-out prompts that choose when to stop and which critic is kept. 0: every rollout
     measures the critic before it learns from it, and the last critic is kept; no image is spent."""
-    initial_rate_factor: float = 3.0
-    """The critic's learning rates start at this multiple and fall linearly to 1 over the iterations."""
     patience: int = 4
     """Iterations without a better explained variance before it stops."""
     stop_score: float = math.inf

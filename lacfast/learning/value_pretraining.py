@@ -33,6 +33,9 @@ from lacfast.records import Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.runtime.memory import MicrobatchSize
 
+INITIAL_RATE_FACTOR = 3.0
+"""Multiple of the critic's learning rates at the start; it falls linearly to 1 over the iterations."""
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -125,7 +128,7 @@ def pretrain_values(
         recent.append(rollout)
         rollout = update_statistics(critic, normalizer, rollout)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-        _set_rates(optimizer, rates, config.initial_rate_factor, iteration / config.iterations)
+        _set_rates(optimizer, rates, INITIAL_RATE_FACTOR, iteration / config.iterations)
         _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
         if held_out is None:
             variance = rollout_variance(rollout, normalizer)

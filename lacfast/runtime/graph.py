@@ -25,6 +25,8 @@ from lacfast.config import GraphConfig
 from lacfast.runtime.cuda_graph import CudaCapture
 from lacfast.runtime.fake_graph import FakeGraph
 
+LAUNCH_BOUND = 0.7
+"""Mode "auto" captures a step whose launches take the host more than this share of the device's time."""
 EAGER = GraphConfig(mode="off")
 
 
@@ -193,7 +195,7 @@ class GraphRunner:
                 return
             host, device = self._timed(step)
         # A host that waits for a full queue of launches looks busy: the rule errs towards a graph.
-        program.is_eager = host <= self.config.launch_bound * device
+        program.is_eager = host <= LAUNCH_BOUND * device
 
     def _timed(self, step: StaticStep) -> tuple[float, float]:
         """Seconds that the host needs to launch a step and that the device needs to run it."""

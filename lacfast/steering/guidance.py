@@ -64,15 +64,13 @@ def mean_displacement(
     Args:
         gradient: (B, ...) of V with respect to the latents.
         output: (B, ...) model output that the step uses.
-        config: form, weight and norm clip.
+        config: form and weight.
         table: the sampler.
         step: row of the table.
     """
     weight, b, std = config.guidance_weight, float(table.b[step]), float(table.std[step])
     if config.guidance_form == "relative":
         return abs(b) * weight * per_sample_norm(output) * gradient / per_sample_norm(gradient)
-    if config.guidance_max_norm > 0:
-        gradient = gradient * (config.guidance_max_norm / per_sample_norm(gradient)).clamp(max=1.0)
     if config.guidance_form == "score":
         return b * weight * output_per_score(table.prediction_type, float(table.sigmas[step])) * gradient
     return (abs(b) if config.guidance_form == "constant" else std**2) * weight * gradient

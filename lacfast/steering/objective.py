@@ -14,7 +14,7 @@ from lacfast.critic.critic import Critic
 
 @dataclass(frozen=True)
 class Objective:
-    """V = combine_m w_m V_m over heads, then over critics; R the same of the standardised rewards."""
+    """V = combine_m w_m V_m over heads, then the minimum of critics; R so of the standardised rewards."""
 
     weights: Tensor
     """(M,) float32 weight of each head and reward."""
@@ -23,7 +23,6 @@ class Objective:
     reward_std: Tensor
     """(M,) float64 raw reward in one unit of V."""
     head_combination: str
-    critic_combination: str
 
     @staticmethod
     def create(
@@ -55,13 +54,14 @@ class Objective:
             torch.zeros(size).double() if units is None else units.reward_mean.cpu(),
             torch.ones(size).double() if units is None else units.reward_std.cpu(),
             config.head_combination,
-            config.critic_combination,
         )
 
     def of_critics(self, values: Sequence[Tensor]) -> Tensor:
-        """V (B,) of the heads' values (B, M) of each critic, with gradients."""
-        combined = torch.stack([self._of_heads(heads.float()) for heads in values])
-        return combined.amin(dim=0) if self.critic_combination == "minimum" else combined.mean(dim=0)
+        """V (B,) of the heads' values (B, M) of each critic, with gradients.
+
+        Of several critics the minimum counts: pessimism against adversarial gradients.
+        """
+        return torch.stack([self._of_heads(heads.float()) for heads in values]).amin(dim=0)
 
     def of_rewards(self, rewards: dict[str, Tensor]) -> Tensor:
         """R (B,) float64 in units of V, of raw rewards name -> (B,)."""

@@ -52,7 +52,7 @@ def steer(
         rewards: the critic's rewards in its order, for selection="reward" and for the report.
         gold: rewards that are only reported.
         head_weights: (M,) weight of each value head. None: the rewards' weights, or equal ones.
-        more_critics: an ensemble beside the backbone's own, see SteeringConfig.critic_combination.
+        more_critics: an ensemble beside the backbone's own, of which the minimum counts.
 
     Returns:
         images (n, 3, H, W) float in [0, 1], and what they cost and scored.

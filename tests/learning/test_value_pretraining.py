@@ -182,7 +182,7 @@ def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[float] = []
-    made = trainer(initial_rate_factor=3.0)
+    made = trainer()
     optimizer = made.learner.critic_optimizer
     assert optimizer is not None
     own = optimizer.param_groups[0]["lr"]
