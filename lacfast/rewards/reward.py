@@ -13,3 +13,7 @@ Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 
 class RewardError(ValueError):
     """A reward failed or returned something that must not be learned from."""
+
+
+class BadAnswerError(ValueError):
+    """A server answered, but not with usable scores."""

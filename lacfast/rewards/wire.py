@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import pickle
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from lacfast.rewards.image_files import encode_images
-
-
-class BadAnswerError(ValueError):
-    """A server answered, but not with usable scores."""
+from lacfast.rewards.plain_pickle import read_plain_pickle
+from lacfast.rewards.reward import BadAnswerError
 
 
 class WireFormat(Protocol):
@@ -74,8 +70,9 @@ class JSONFormat:
     def scores(self, body: bytes) -> list[float]:
         try:
             answer = json.loads(body)
-        except ValueError as error:
-            raise BadAnswerError(f"the answer is no JSON: {body[:80]!r}") from error
+        # Of integers of thousands of digits, and of lists nested in thousands.
+        except (ValueError, RecursionError) as error:
+            raise BadAnswerError(f"the answer is no JSON that can be read: {body[:80]!r}") from error
         if not isinstance(answer, dict) or "scores" not in answer:
             raise BadAnswerError(f"the answer has no 'scores': {body[:80]!r}")
         return _numbers(answer["scores"])
@@ -88,9 +85,9 @@ class FlowGRPOFormat:
     Request: a pickled dict with `images` (JPEG files as bytes), `prompts`, `meta_datas` and `only_strict`;
     each of the servers reads the keys it knows. Answer: a pickled dict of lists.
 
-    A pickle can run any code when it is read. Answers are read with an unpickler that knows numbers, text,
-    lists, dicts and NumPy arrays and refuses everything else. The requests are pickles too: such a server
-    must trust whoever can reach it.
+    A pickle can run any code when it is unpickled, so answers are not: `read_plain_pickle` reads numbers,
+    text, lists, dicts and NumPy arrays and refuses everything else. The requests are pickles too: such a
+    server must trust whoever can reach it.
     """
 
     answer: str = "scores"
@@ -119,56 +116,19 @@ class FlowGRPOFormat:
     def scores(self, body: bytes) -> list[float]:
         answer = read_plain_pickle(body)
         if not isinstance(answer, dict) or self.answer not in answer:
-            keys = sorted(map(str, answer)) if isinstance(answer, dict) else type(answer).__name__
+            keys = sorted(answer)[:9] if isinstance(answer, dict) else type(answer).__name__
             raise BadAnswerError(f"the answer has no {self.answer!r} but {keys}")
         return _numbers(answer[self.answer])
 
 
-_PLAIN_GLOBALS = {
-    # How bytes were pickled before protocol 3.
-    ("_codecs", "encode"),
-    ("collections", "OrderedDict"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.numeric", "_frombuffer"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy.core.numeric", "_frombuffer"),
-}
-"""What a pickle of NumPy numbers and arrays names; numpy.core is its place before NumPy 2."""
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        if (module_name, global_name) not in _PLAIN_GLOBALS:
-            raise pickle.UnpicklingError(
-                f"{module_name}.{global_name} is not plain data; pickles may run code, so it is refused"
-            )
-        # The old name still works in NumPy 2 but warns.
-        return super().find_class(module_name.replace("numpy.core", "numpy._core"), global_name)
-
-
-def read_plain_pickle(body: bytes) -> Any:
-    """The numbers, text, lists, dicts and NumPy arrays of a pickle.
-
-    Raises:
-        BadAnswerError: for anything else in it, and for what is no pickle.
-    """
-    try:
-        return _PlainUnpickler(io.BytesIO(body)).load()
-    # A broken pickle fails in any way that its instructions can.
-    except Exception as error:
-        raise BadAnswerError(f"the answer is no plain pickle: {error}") from error
-
-
 def _numbers(values: Any) -> list[float]:
+    """The scores as floats; values are the server's, so that messages say their types only."""
+    if not isinstance(values, list | tuple):
+        raise BadAnswerError(f"the scores are a {type(values).__name__}; a list of numbers was expected")
+    for score in values:
+        if type(score) not in (int, float, bool):
+            raise BadAnswerError(f"a score is a {type(score).__name__}; one number per image was expected")
     try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise BadAnswerError(f"the scores are no numbers: {str(values)[:80]}") from error
-    if array.ndim != 1:
-        raise BadAnswerError(f"the scores have shape {array.shape}; one number per image was expected")
-    numbers: list[float] = array.tolist()
-    return numbers
+        return [float(score) for score in values]
+    except OverflowError as error:
+        raise BadAnswerError("a score is an integer beyond all floats") from error

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import pickletools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +14,8 @@ import torch
 from PIL import Image
 
 from lacfast.rewards.image_files import to_uint8
-from lacfast.rewards.wire import BadAnswerError, FlowGRPOFormat, JSONFormat, WireFormat, read_plain_pickle
+from lacfast.rewards.reward import BadAnswerError
+from lacfast.rewards.wire import FlowGRPOFormat, JSONFormat, WireFormat
 
 IMAGES = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 METADATA = [{"tag": "counting", "include": [{"class": "cup", "count": 2}], "prompt": "two cups"}, {}]
@@ -63,38 +63,21 @@ def test_flow_grpo_answers_with_numpy_numbers_are_read(scores: object, protocol:
     assert FlowGRPOFormat().scores(pickle.dumps(answer, protocol)) == [0.5, 1.0]
 
 
-def test_pickles_of_older_numpy_are_read() -> None:
-    # Protocol 0 is text, so that a name in it can be exchanged.
-    body = pickle.dumps({"outputs": [np.float64(0.25)]}, 0).replace(b"numpy._core", b"numpy.core")
-    assert b"numpy.core" in body
-    assert FlowGRPOFormat(answer="outputs").scores(body) == [0.25]
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    class Harmful:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return Path.touch, (tmp_path / "touched",)  # type: ignore[return-value]
-
-    body = pickle.dumps({"scores": Harmful()})
-    with pytest.raises(BadAnswerError, match="is not plain data; pickles may run code, so it is refused"):
-        read_plain_pickle(body)
-    assert not (tmp_path / "touched").exists()
-    for name in ("eval", "getattr"):
-        with pytest.raises(BadAnswerError, match=f"builtins.{name} is not plain data"):
-            read_plain_pickle(f"cbuiltins\n{name}\n.".encode())
-
-
 @pytest.mark.parametrize(
     ("wire", "body", "message"),
     [
         (JSONFormat(), b"<html>", "the answer is no JSON"),
         (JSONFormat(), b"\xff", "the answer is no JSON"),
+        (JSONFormat(), b"[" * 100_000, "the answer is no JSON"),
+        (JSONFormat(), b'{"scores": [' + b"9" * 5000 + b"]}", "the answer is no JSON"),
+        (JSONFormat(), b'{"scores": [' + b"9" * 400 + b"]}", "a score is an integer beyond all floats"),
         (JSONFormat(), b"[1, 2]", "the answer has no 'scores'"),
-        (JSONFormat(), b'{"scores": ["good"]}', "the scores are no numbers"),
-        (JSONFormat(), b'{"scores": [[1.0], [2.0]]}', r"the scores have shape \(2, 1\)"),
-        (JSONFormat(), b'{"scores": 1.0}', r"the scores have shape \(\)"),
+        (JSONFormat(), b'{"scores": ["good"]}', "a score is a str"),
+        (JSONFormat(), b'{"scores": [[1.0], [2.0]]}', "a score is a list"),
+        (JSONFormat(), b'{"scores": 1.0}', "the scores are a float; a list"),
         (FlowGRPOFormat(), b"", "the answer is no plain pickle"),
         (FlowGRPOFormat(), pickle.dumps([1.0])[:-3], "the answer is no plain pickle"),
+        (FlowGRPOFormat(), pickle.dumps({"scores": [1 << 2000]}), "a score is an integer beyond all floats"),
         (FlowGRPOFormat(), pickle.dumps([1.0]), "the answer has no 'scores' but list"),
         (FlowGRPOFormat(), pickle.dumps({"outputs": [1.0]}), r"the answer has no 'scores' but \['outputs'\]"),
     ],
