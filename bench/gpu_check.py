@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ if not __package__:
 import torch  # noqa: E402
 
 from bench import machine  # noqa: E402
+from bench.learning import units  # noqa: E402
 
 TAIL = 4000
 """Characters kept of a process's output."""
@@ -230,8 +232,13 @@ def learning(setting: Setting) -> Part:
     command += ["--materials", str(folder / "materials"), "--minutes", str(0.7 * setting.seconds / 60)]
     code, output = run(command, setting.seconds)
     print(output, end="")
-    curves = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*/**/*-seed*.json"))
-    curves = [curve for curve in curves if not curve.startswith("materials/")]
+    studies = (units.studies(claim) for claim in sorted(folder.glob("*/")) if claim.name != "materials")
+    curves = [
+        f"{study.relative_to(folder).as_posix()}/{key}"
+        for study in chain.from_iterable(studies)
+        for key in units.load(study)
+        if "-seed" in key
+    ]
     page = next(iter(folder.glob("results*.md")), None)
     text = "" if page is None else page.read_text(encoding="utf-8")
     open_claims = [

@@ -39,9 +39,12 @@ def measure_cpu(workload: Workload, *, budget: float) -> dict[str, Row]:
     calls = {name: partial(call, workload.inputs) for name, call in workload.providers.items()}
     rounds = affordable_rounds(calls, budget)
     seconds = race(calls, rounds=rounds)
-    ratios = speed_ups(seconds, workload.baseline)
     return {
-        name: {"seconds": statistics.median(times), "speed_up": ratios[name], "rounds": rounds}
+        name: {
+            "seconds": statistics.median(times),
+            "speed_up": speed_ups(seconds, workload.baseline_of(name))[name],
+            "rounds": rounds,
+        }
         for name, times in seconds.items()
     }
 
@@ -49,7 +52,6 @@ def measure_cpu(workload: Workload, *, budget: float) -> dict[str, Row]:
 def measure_cuda(workload: Workload) -> dict[str, Row]:
     """Cold times, hot ones beside them."""
     times = cold_and_hot(workload)
-    base = times[workload.baseline]
     rows: dict[str, Row] = {}
     for name, measured in times.items():
         if isinstance(measured, str):
@@ -57,6 +59,7 @@ def measure_cuda(workload: Workload) -> dict[str, Row]:
             continue
         cold, hot = measured
         rows[name] = {"seconds": cold, "hot_microseconds": hot * 1e6}
+        base = times[workload.baseline_of(name)]
         if not isinstance(base, str):
             rows[name]["speed_up"] = base[0] / cold
     return rows
@@ -71,7 +74,7 @@ def rows_of(workload: Workload, measured: dict[str, Row], copy_bandwidth: float)
             "case": str(workload.case),
             "dtype": str(workload.dtype).removeprefix("torch."),
             "provider": provider,
-            "baseline": workload.baseline,
+            "baseline": workload.baseline_of(provider),
         }
         row |= {name: value for name, value in values.items() if name != "seconds"}
         if "seconds" in values:

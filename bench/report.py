@@ -121,8 +121,9 @@ def kernels(result: dict[str, Any]) -> str:
         f"{result['date']}: medians of interleaved rounds after equal results; losing cases included. "
         f"Latents are {CLAIM_LATENT}; features {CLAIM_POOL}; advantages {CLAIM_ADVANTAGE}. `step_log_prob` "
         "and `ppo_loss` are forward and backward. Baseline: torch.compile of the peers' formula, which is "
-        "given its noise; for `gae` their Python loop, for `systematic_resample` the eager reference, "
-        "for `normal_noise` torch.compile of the reference. A "
+        "given its noise; in the rows `noise drawn` torch.randn and that formula, as a peer's step runs, but "
+        "for `ppo_loss`, whose peers read stored latents instead; for `gae` their Python loop, for "
+        "`systematic_resample` the eager reference, for `normal_noise` torch.compile of the reference. A "
         f"copy beyond the cache moves {result['copy_gigabytes_per_second']:.1f} GB/s; smaller data may pass "
         "it. `python -m bench.kernels` measures it."
     )

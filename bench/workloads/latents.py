@@ -14,6 +14,7 @@ from bench.workloads.workload import (
     COMPILED_PEER,
     OURS,
     OURS_DRAWN,
+    PEER_DRAWN,
     PEERS,
     REFERENCES,
     Call,
@@ -111,20 +112,20 @@ def gaussian_step(
 
         return call
 
-    def peer(function: Callable[..., tuple[Tensor, ...]]) -> Call:
-        return lambda given: function(
-            given["model_output"],
-            given["sample"],
-            given["sigma"],
-            given["next_sigma"],
-            given["noise"],
-            NOISE_LEVEL,
-            given.get("uncond_output"),
-            GUIDANCE_SCALE,
-        )
+    def peer(function: Callable[..., tuple[Tensor, ...]], *, draw: bool = False) -> Call:
+        def call(given: Inputs) -> tuple[Tensor, ...]:
+            noise = torch.randn(case.shape, device=device) if draw else given["noise"]
+            names = ("model_output", "sample", "sigma", "next_sigma")
+            transition = (*(given[name] for name in names), noise, NOISE_LEVEL)
+            return function(*transition, given.get("uncond_output"), GUIDANCE_SCALE)
 
+        return call
+
+    formula = peers.sde_step_with_log_prob
+    drawn = torch.compile(formula, fullgraph=True, dynamic=False) if compiled else formula
     providers = (
-        variants(PEERS, peers.sde_step_with_log_prob, peer, compiled)
+        variants(PEERS, formula, peer, compiled)
+        | {PEER_DRAWN: peer(drawn, draw=True)}
         | variants(REFERENCES, reference.gaussian_step, ours, compiled)
         | {OURS: ours(ops.gaussian_step), OURS_DRAWN: ours(ops.gaussian_step, draw=True)}
     )
@@ -276,7 +277,7 @@ def _workload(
     """With costs that depend on whether a provider is given its noise."""
     costs = {}
     for name in providers:
-        noise = "drawn" if name == OURS_DRAWN else "given"
+        noise = "drawn" if name in (OURS_DRAWN, PEER_DRAWN) else "given"
         costs[name] = roofline.elementwise(traffic, case.elements, dtype, noise=noise)
         if backward:
             costs[name] += roofline.elementwise(f"{traffic}, backward", case.elements, dtype, noise=noise)

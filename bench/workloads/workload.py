@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,10 @@ Call = Callable[[Inputs], tuple[Tensor, ...]]
 
 REFERENCE, COMPILED_REFERENCE = "reference, eager", "reference, compiled"
 PEER, COMPILED_PEER = "peer's formula, eager", "peer's formula, compiled"
+REFERENCES, PEERS = (REFERENCE, COMPILED_REFERENCE), (PEER, COMPILED_PEER)
 OURS, OURS_DRAWN = "lacfast", "lacfast, noise drawn"
+PEER_DRAWN = "peer's formula, noise drawn"
+"""torch.randn and the peer's formula on it, compiled where the others are: what a peer's step really runs."""
 
 
 class WrongResultError(AssertionError):
@@ -37,7 +41,7 @@ class Workload:
     costs: Mapping[str, Cost]
     """By provider: drawing noise moves less than reading it."""
     baseline: str
-    """The provider that speed-ups refer to."""
+    """The provider that speed-ups refer to; see `baseline_of`."""
     tolerance: float
     """Largest error of ours, relative to the largest entry of the result."""
     peer_tolerance: float
@@ -45,8 +49,12 @@ class Workload:
 
     @property
     def num_bytes(self) -> int:
-        """Of the inputs."""
+        """Size of the inputs."""
         return sum(tensor.nbytes for tensor in self.inputs.values())
+
+    def baseline_of(self, provider: str) -> str:
+        """What the provider is compared with: who draws its noise, with who draws it too."""
+        return PEER_DRAWN if provider == OURS_DRAWN and PEER_DRAWN in self.providers else self.baseline
 
     def title(self) -> str:
         return f"{self.op}, {self.case}, {str(self.dtype).removeprefix('torch.')}"
@@ -66,15 +74,32 @@ class Workload:
         """
         exact = self.providers[REFERENCE](_in_float64(self.inputs))
         for name, call in self.providers.items():
-            allowed = self.peer_tolerance if name in (PEER, COMPILED_PEER) else self.tolerance
-            for index, expected in enumerate(exact):
-                error = _relative_error(call(self.inputs)[index], expected)
+            allowed = self.peer_tolerance if name in (*PEERS, PEER_DRAWN) else self.tolerance
+            wanted = self._on_drawn_noise() if name == PEER_DRAWN else exact
+            with _seeded():
+                results = call(self.inputs)
+            for index, expected in enumerate(wanted):
+                error = _relative_error(results[index], expected)
                 # Not `error > allowed`, which NaN would pass.
                 if not error <= allowed:
                     raise WrongResultError(
                         f"{self.title()}: result {index} of {name!r} is off by {error:.1e} of its largest "
                         f"entry, more than {allowed:.1e}"
                     )
+
+    def _on_drawn_noise(self) -> tuple[Tensor, ...]:
+        """The reference in float64 on the noise that a peer draws within `_seeded`."""
+        with _seeded():
+            noise = torch.randn_like(self.inputs["noise"])
+        return self.providers[REFERENCE](_in_float64(self.inputs | {"noise": noise}))
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """torch's global generators at one state, and back where they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def _in_float64(inputs: Inputs) -> Inputs:
@@ -105,6 +130,3 @@ def variants(
     if compiled:
         calls[names[1]] = use(torch.compile(function, fullgraph=True, dynamic=False))
     return calls
-
-
-REFERENCES, PEERS = (REFERENCE, COMPILED_REFERENCE), (PEER, COMPILED_PEER)

@@ -134,7 +134,7 @@ def test_learning_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert gpu_check.main([*options, "--seconds", "240"]) == 0
     part = json.loads(out.read_text(encoding="utf-8"))["parts"]["learning"]
     arms = ("budget-alone", "checker-alone", "checker-and-budget", "checker-first")
-    finished = [f"budget/dit/{arm}-seed0.json" for arm in arms]
+    finished = [f"budget/dit/{arm}-seed0" for arm in arms]
     assert part["result"]["curves"] == finished
     assert part["result"]["missing"] == []
     assert part["status"] == "passed"

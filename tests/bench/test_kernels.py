@@ -14,7 +14,7 @@ from bench.graph_timing import cold_and_hot, num_copies
 from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.shapes import TINY_LATENT
 from bench.workloads import latents, verified
-from bench.workloads.workload import OURS, OURS_DRAWN, PEER, REFERENCE, Workload, WrongResultError
+from bench.workloads.workload import OURS, OURS_DRAWN, PEER, PEER_DRAWN, REFERENCE, Workload, WrongResultError
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,27 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def workload() -> Workload:
     return latents.gaussian_step(TINY_LATENT, torch.float32, CPU, compiled=False)
+
+
+def test_who_draws_its_noise_is_compared_with_who_draws_it_too(workload: Workload) -> None:
+    assert workload.baseline_of(OURS) == workload.baseline_of(PEER_DRAWN) == workload.baseline
+    assert workload.baseline_of(OURS_DRAWN) == PEER_DRAWN
+    without = replace(workload, providers={OURS_DRAWN: workload.providers[OURS_DRAWN]})
+    assert without.baseline_of(OURS_DRAWN) == workload.baseline
+    measured = kernels.measure_cpu(workload, budget=0.0)
+    rows = {row["provider"]: row for row in kernels.rows_of(workload, measured, 1e9)}
+    assert rows[OURS_DRAWN]["baseline"] == PEER_DRAWN
+    assert rows[PEER_DRAWN]["baseline"] == workload.baseline
+
+
+def test_a_peer_that_draws_is_held_to_the_formula_on_its_own_noise(workload: Workload) -> None:
+    workload.verify()
+    draws, state = workload.providers[PEER_DRAWN], torch.random.get_rng_state()
+    workload.verify()
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's generator stays where it was"
+    wrong = {PEER_DRAWN: lambda given: (draws(given)[0] + 1e-3, *draws(given)[1:])}
+    with pytest.raises(WrongResultError, match=f"result 0 of '{PEER_DRAWN}'".replace("'", "[\"']")):
+        replace(workload, providers=workload.providers | wrong).verify()
 
 
 class Clock:
