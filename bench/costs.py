@@ -49,7 +49,7 @@ FLOW = TrainConfig(
 FLUX = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=6, noise_level=0.9))
 """flow_grpo's for FLUX; the guidance is the model's own."""
 IMAGES_PER_PROMPT = {"sd35_medium": 24}
-"""Of a rollout; flow_grpo's group. It encodes the prompt for each of them, the engine once."""
+"""Images of a rollout with one prompt: flow_grpo's group, which encodes it for each, the engine once."""
 CONFIGS = {"sd15": DDIM, "sdxl": DDIM, "sd35_medium": FLOW, "flux_dev": FLUX}
 
 # Budgets of what is counted; a test holds them. Lower one when a count falls; raising one needs a reason.

@@ -29,14 +29,14 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def scored_rollout(trainer: LatentActorCriticTrainer, match: Match) -> Rollout:
-    """With its rewards, on the match's own prompts; sample ids count from 0."""
+    """A rollout with its rewards, on the match's own prompts; sample ids count from 0."""
     rollout = trainer.collect(PromptSet.create(match.prompts), 0)
     assert rollout is not None
     return rollout
 
 
 def sampling_differences(rollout: Rollout, loop: PeerLoop, match: Match) -> dict[str, float]:
-    """Of the peer's trajectories on our noise: clean latents relative, log-probs absolute."""
+    """Differences of the peer's trajectories on our noise: clean latents relative, log-probs absolute."""
     batches = loop.sample(list(rollout.prompts), counted_noise(0))
     steps = rollout.table.trainable_steps
     log_probs = torch.cat([batch["log_probs"] for batch in batches])[:, steps].T

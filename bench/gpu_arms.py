@@ -71,7 +71,7 @@ class Plan:
 
 
 def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
-    """Of TrainConfig. Without a CUDA device the fake graph takes the graph's place."""
+    """Fields of TrainConfig. Without a CUDA device the fake graph takes the graph's place."""
     from lacfast.config import GraphConfig
 
     captured = "on" if device.type == "cuda" else "fake"
@@ -107,7 +107,7 @@ def trainer_of(
 
 
 def rollout_of(trainer: LatentActorCriticTrainer, batch: int) -> Rollout:
-    """With its rewards, from sample ids 0 on; it belongs to the caller."""
+    """A rollout with its rewards, from sample ids 0 on; it belongs to the caller."""
     rollout = trainer.collect(trainer.prompts.cycle(batch), 0)
     assert rollout is not None
     return rollout
@@ -223,7 +223,7 @@ class Bench:
 
     @staticmethod
     def _same_losses(own: dict[str, Any], expected: dict[str, Any]) -> float:
-        """Of the gradient's norm."""
+        """Relative difference of the gradient's norm."""
         return abs(own["policy_grad_norm"] / expected["policy_grad_norm"] - 1)
 
 

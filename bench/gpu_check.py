@@ -74,7 +74,7 @@ class Setting:
     learning: Path = ROOT / "runs" / "learning-gpu"
     """Curves, base models and unfinished runs of the part "learning", which goes on from them."""
     claims: tuple[str, ...] = ()
-    """Of bench.learning; empty: "baselines"."""
+    """Claims of bench.learning; empty: "baselines"."""
 
 
 def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:

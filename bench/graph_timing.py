@@ -18,7 +18,7 @@ from bench.workloads.workload import Call, Inputs, Workload
 
 CALLS = 200
 MEMORY_SHARE = 0.25
-"""Of the device's free memory, for the copies of the inputs."""
+"""Share of the device's free memory for the copies of the inputs."""
 
 
 def num_copies(num_bytes: int, cache: int, free: int, *, calls: int = CALLS) -> int:

@@ -70,6 +70,7 @@ def clipped_loss(
     advantages: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
+    *,
     noise_level: float,
     clip_range: float,
 ) -> Tensor:

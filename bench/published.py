@@ -26,12 +26,12 @@ class PublishedModel:
 
     title: str
     parameters: int
-    """Of the denoising model, as published."""
+    """Number of the denoising model's parameters, as published."""
     pipeline: Callable[[], Any]
     """Builds it without text encoders and tokenizers."""
     text_encoders: tuple[Callable[[], nn.Module], ...]
     tokens: int
-    """Of a prompt, as the denoising model reads them."""
+    """Tokens of a prompt, as the denoising model reads them."""
     token_dim: int
     pooled_dim: int
     """0 where the model has no pooled embedding."""
@@ -49,7 +49,7 @@ class PublishedModel:
         )
 
     def conditioning(self, backbone: LatentBackbone, batch: int) -> Conditioning:
-        """Of `batch` prompts, without values."""
+        """Conditioning of `batch` prompts, without values."""
         shapes = ((batch, self.tokens, self.token_dim), (batch, self.pooled_dim))
         tokens, pooled = (
             torch.empty(shape, device=backbone.device, dtype=backbone.dtype) for shape in shapes

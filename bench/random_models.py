@@ -56,13 +56,13 @@ class Subject:
 
     title: str
     build: Callable[[torch.dtype], LatentBackbone]
-    """With a LoRA, in a dtype; on the device already."""
+    """Makes the model with a LoRA, in a dtype; on the device already."""
     ppo: PPOConfig
     """Its peer's guidance and KL."""
     sampler: SamplerConfig
     """What one forward of it is for; few steps, since a step's time does not depend on their number."""
     peer: Peer | None = None
-    """Whose loop it meets in the iteration; None: none fits the device's memory in float32."""
+    """The peer whose loop it meets in the iteration; None: none fits the device's memory in float32."""
     trajectories: int = 0
     """Per iteration."""
 

@@ -48,7 +48,7 @@ TRAFFIC = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call."""
+    """What one call moves and computes."""
 
     bytes: int
     operations: int

@@ -21,16 +21,14 @@ Graph = dict[str, set[str]]
 
 
 def sources(folder: Path) -> list[Path]:
-    """Its source files, generated and linked ones aside."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in SUFFIXES and not path.is_symlink() and "__pycache__" not in path.parts
-    )
+    """The source files of a folder."""
+    found = (path for path in folder.rglob("*") if path.suffix in SUFFIXES)
+    # lacfast/kernels is a link to the kernels in an editable tree.
+    return sorted(path for path in found if not path.is_symlink() and "__pycache__" not in path.parts)
 
 
 def names(tree: ast.AST) -> Iterator[str]:
-    """Absolute names that a module imports, also under TYPE_CHECKING, or names as "package.module:object"."""
+    """Absolute names that a module imports, also under TYPE_CHECKING, or names in a string of its own."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -41,43 +39,54 @@ def names(tree: ast.AST) -> Iterator[str]:
 
 
 def imports(root: Path, package: str) -> Graph:
-    """Who names whom within a package; a package's own file counts as the names that it passes on."""
-    files = {
-        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    """Who names whom within a package; what a package's own file passes on is its origin's."""
+    trees = {
+        ".".join(path.relative_to(root).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
         for path in sources(root / package)
         if path.suffix == ".py"
     }
-    passing_on = {name for name, path in files.items() if path.name == "__init__.py"}
+    modules = {name for name in trees if not name.endswith(".__init__")}
+    origins = {
+        f"{name.removesuffix('.__init__')}.{passed.rpartition('.')[2]}": passed
+        for name in trees.keys() - modules
+        for passed in names(trees[name])
+    }
 
     def module_of(name: str) -> str | None:
-        while name and name not in files:
-            name = name.rpartition(".")[0]
-        return name if name not in passing_on else None
+        origin = origins.get(name, name)
+        if name in modules or origin == name:
+            return next((each for each in (name, name.rpartition(".")[0]) if each in modules), None)
+        return module_of(origin)
 
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
-    graph = {
-        name: {found for each in names(tree) if (found := module_of(each) if "." in each else None)} - {name}
-        for name, tree in trees.items()
+    return {
+        module: {found for name in names(trees[module]) if (found := module_of(name))} - {module}
+        for module in modules
     }
-    return {name: found for name, found in graph.items() if name not in passing_on}
 
 
-def circles(graph: Graph) -> list[set[str]]:
+def rooms(graph: Graph) -> Graph:
+    """The graph of what lies at the package's own level."""
+
+    def room(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    found: Graph = {room(name): set() for name in graph}
+    for name, others in graph.items():
+        found[room(name)] |= {room(other) for other in others} - {room(name)}
+    return found
+
+
+def circles(graph: Graph) -> list[frozenset[str]]:
     """Groups of modules that reach each other."""
     reach = {name: _reached(graph, name) for name in graph}
-    groups = {
-        frozenset({name, *(other for other in reach[name] if name in reach[other])})
-        for name in graph
-        if name in reach[name]
-    }
-    return [set(group) for group in sorted(groups, key=sorted)]
+    groups = {frozenset(o for o in reach[name] if name in reach[o]) for name in graph if name in reach[name]}
+    return sorted(groups, key=sorted)
 
 
 def _reached(graph: Graph, start: str) -> set[str]:
-    found: set[str] = set()
-    pending = [start]
+    found, pending = set[str](), [start]
     while pending:
-        new = graph.get(pending.pop(), set()) - found
+        new = graph[pending.pop()] - found
         found |= new
         pending += new
     return found
@@ -85,91 +94,61 @@ def _reached(graph: Graph, start: str) -> set[str]:
 
 def longest_chain(graph: Graph) -> int:
     """Modules on the longest way down by imports; a circle counts with all its modules."""
-    groups = {name: group for group in map(frozenset, circles(graph)) for name in group}
+    groups = {name: frozenset({name}) for name in graph}
+    groups |= {name: group for group in circles(graph) for name in group}
     lengths: dict[frozenset[str], int] = {}
 
     def length(group: frozenset[str]) -> int:
         if group not in lengths:
-            below = {groups.get(other, frozenset({other})) for name in group for other in graph.get(name, ())}
-            lengths[group] = len(group) + max(map(length, below - {group}), default=0)
+            below = {groups[other] for name in group for other in graph[name]} - {group}
+            lengths[group] = len(group) + max(map(length, below), default=0)
         return lengths[group]
 
-    return max((length(groups.get(name, frozenset({name}))) for name in graph), default=0)
+    return max(map(length, groups.values()), default=0)
 
 
-def rooms(graph: Graph) -> Graph:
-    """The graph of the package's rooms: what lies at its own level."""
-    found: Graph = {}
-    for name, others in graph.items():
-        room = _room(name)
-        found.setdefault(room, set()).update({_room(other) for other in others} - {room})
-    return found
+def functions(folder: Path) -> list[ast.FunctionDef]:
+    """Every function and method of a folder's modules."""
+    trees = (ast.parse(path.read_text(encoding="utf-8")) for path in sources(folder) if path.suffix == ".py")
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
 
 
-def _room(name: str) -> str:
-    return ".".join(name.split(".")[:2])
+def positional(function: ast.FunctionDef) -> int:
+    """Parameters that a call may give by position, self and cls aside."""
+    parameters = [*function.args.posonlyargs, *function.args.args]
+    return sum(each.arg not in ("self", "cls") for each in parameters)
 
 
-def functions(folder: Path) -> Iterator[tuple[Path, ast.FunctionDef]]:
-    for path in sources(folder):
-        if path.suffix == ".py":
-            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            yield from ((path, node) for node in nodes if isinstance(node, ast.FunctionDef))
-
-
-def crowded(folder: Path) -> list[str]:
-    """Functions with more than MOST_PARAMETERS positional parameters, self and cls aside."""
-    return [
-        f"{path.relative_to(folder.parent)}:{node.name}"
-        for path, node in functions(folder)
-        if sum(each.arg not in ("self", "cls") for each in [*node.args.posonlyargs, *node.args.args])
-        > MOST_PARAMETERS
-    ]
-
-
-def signature_share(folder: Path) -> float:
-    """Lines of signatures, from `def` to the colon, over all lines."""
-    lines = sum(node.body[0].lineno - node.lineno for _, node in functions(folder))
-    return lines / sum(_lines(path) for path in sources(folder))
-
-
-def _lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+def lines(folder: Path) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in sources(folder))
 
 
 def measures(root: Path) -> dict[str, str]:
     """Name -> number of a tree."""
     package = root / "lacfast"
     level = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
-    graph = imports(root, "lacfast")
     found = {"modules and packages at lacfast's level": str(len(level))}
-    found["modules of lacfast"] = str(len(graph))
     for folder in FOLDERS:
-        paths = sources(root / folder)
-        found[f"{folder}: files, lines"] = f"{len(paths)}, {sum(map(_lines, paths)):,}"
-    found["longest chain of imports: rooms, modules"] = (
-        f"{longest_chain(rooms(graph))}, {longest_chain(graph)}"
-    )
+        found[f"{folder}: files, lines"] = f"{len(sources(root / folder))}, {lines(root / folder):,}"
     for folder in ("lacfast", "bench"):
-        between = imports(root, folder)
-        counts = [len(circles(each)) for each in (rooms(between), between)]
-        found[f"{folder}: circles of rooms, of modules"] = f"{counts[0]}, {counts[1]}"
-    for folder in ("lacfast", "bench"):
-        count = len(crowded(root / folder))
-        found[f"{folder}: functions with over {MOST_PARAMETERS} positional parameters"] = str(count)
-    found["signatures' share of lacfast/ops"] = f"{100 * signature_share(package / 'ops'):.0f} %"
+        modules = imports(root, folder)
+        graphs = rooms(modules), modules
+        for title, measure in (("longest chain", longest_chain), ("circles", lambda g: len(circles(g)))):
+            found[f"{folder}: {title} of rooms, of modules"] = ", ".join(str(measure(g)) for g in graphs)
+        crowded = sum(positional(each) > MOST_PARAMETERS for each in functions(root / folder))
+        found[f"{folder}: functions with over {MOST_PARAMETERS} positional parameters"] = str(crowded)
+    signatures = sum(each.body[0].lineno - each.lineno for each in functions(package / "ops"))
+    found["signatures' share of lacfast/ops"] = f"{100 * signatures / lines(package / 'ops'):.0f} %"
     return found
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, help="of another tree, shown first")
+    parser = argparse.ArgumentParser(prog="python -m bench.structure", description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, help="another tree, shown first")
     options = parser.parse_args(arguments)
     columns = [measures(root) for root in (options.root, ROOT) if root is not None]
     for name in dict.fromkeys(name for column in columns for name in column):
-        print(f"{name:<56}" + "".join(f"{column[name]:>16}" for column in columns))
+        print(f"{name:<56}" + "".join(f"{column.get(name, ''):>16}" for column in columns))
 
 
 if __name__ == "__main__":

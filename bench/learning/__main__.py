@@ -29,11 +29,11 @@ from bench.learning.scales import SCALES, Scale
 from lacfast.tasks.models import BackboneName
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
-"""Of the scale "cpu"; the others append their name."""
+"""Folder of the scale "cpu"; the others append their name."""
 TUNING_SEED = 1_000
-"""Of the runs that choose settings; no reported run has it."""
+"""Seed of the runs that choose settings; no reported run has it."""
 TUNING_SHARE = 0.5
-"""Of the budget in images that a tuning run gets."""
+"""Share of the budget in images that a tuning run gets."""
 
 
 def _tuned(arm: Arm, rate: float) -> Arm:
@@ -64,7 +64,7 @@ class Job:
     """One run that is wanted."""
 
     key: str
-    """Of its curve in the study."""
+    """Key of its curve in the study."""
     arm: Arm
     budget: Budget
     seed: int

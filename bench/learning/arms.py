@@ -24,15 +24,15 @@ from lacfast.tasks.models import LATENT_SIZE
 GROUP_SIZE = 8
 """Images per prompt of group-relative methods; the rollout's size stays, so it has fewer prompts."""
 PRETRAINING_ITERATIONS = 4
-"""Of a latent critic that has value pretraining; a short run does not earn back the preset's 16."""
+"""Rollouts of value pretraining, where there is any; a short run does not earn back the preset's 16."""
 TAUGHT_ITERATIONS = 80
-"""Of a critic whose value pretraining costs nothing."""
+"""The same of a critic whose value pretraining costs nothing."""
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
-"""That a critic with a replay draws from, and takes optimizer steps on."""
+"""Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet."""
 MEAN_STD = 0.47
-"""Of the trained steps of the tiny models' sampler."""
+"""Mean deviation of the trained steps of the tiny models' sampler."""
 
 
 def latent_critic(backbone: str) -> TrainConfig:

@@ -33,7 +33,7 @@ from lacfast.config import GRPO, TrainConfig
 from lacfast.tasks.models import BackboneName
 
 LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
-"""Of the policy, in units of the preset's: the grid on which every arm is tuned alike."""
+"""Learning rates of the policy, in units of the preset's: the grid on which every arm is tuned alike."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 CHECKER_PASSED = 0.99

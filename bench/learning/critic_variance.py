@@ -54,15 +54,15 @@ class Scale:
     batch_size: int
     """Trajectories per rollout."""
     iterations: int
-    """Of value pretraining, but for the measure "iterations"."""
+    """Iterations of value pretraining, but for the measure "iterations"."""
     held_out_samples: int
-    """Of the rollout that chooses the best state of value pretraining."""
+    """Images of the rollout that chooses the best state of value pretraining."""
     reported_samples: int
-    """Of the rollout that is reported; 120 give every held-out prompt twice, which the floor needs."""
+    """Images of the rollout that is reported; 120 give every held-out prompt twice, which the floor needs."""
     completions: int
     bound_states: int
     train_iterations: int
-    """Of PPO after value pretraining, for the measure "iterations"."""
+    """Iterations of PPO after value pretraining, for the measure "iterations"."""
     eval_samples: int
 
 

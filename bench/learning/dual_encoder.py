@@ -96,7 +96,7 @@ class SimilarityReward:
 
     encoder: DualEncoder
     name: str
-    """Of the reward, e.g. "similarity" and "similarity_gold"."""
+    """Name of the reward, e.g. "similarity" and "similarity_gold"."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

@@ -29,9 +29,9 @@ from lacfast.tasks.task import Prompt, Task
 BUDGET_QUANTILE = 0.25
 """Share of the task's own pictures that keep the budget of their size as a file."""
 BASE_SEED = 0
-"""Of the base models; the seeds of a claim are those of post-training."""
+"""Seed of the base models; those of a claim are those of post-training."""
 PROXY_SEED, GOLD_SEED = 0, 1
-"""Of the dual encoders."""
+"""Seeds of the dual encoders."""
 TUNING_PROMPTS = 48
 """Training prompts that choose settings; reported scores come from held-out prompts alone."""
 
@@ -95,11 +95,11 @@ class Materials:
 
     folder: Path
     size: ModelSize = TINY
-    """Of the base models."""
+    """Size of the base models."""
     recipes: Mapping[BackboneName, PretrainConfig] = field(default_factory=dict)
-    """Of their pretraining; a backbone that is not here has its own."""
+    """Recipes of their pretraining; a backbone that is not here has its own."""
     device: str = "cpu"
-    """Where they are made and run."""
+    """Device that they are made and run on."""
     encoder_steps: int = STEPS
     """Optimizer steps of the dual encoders, always on the CPU."""
 

@@ -30,13 +30,13 @@ class Scale:
 
     model: ModelSize = TINY
     recipes: dict[BackboneName, PretrainConfig] = field(default_factory=dict)
-    """Of the base models; a backbone that is not here has the tiny one's."""
+    """Recipes of the base models; a backbone that is not here has the tiny one's."""
     encoder_steps: int = STEPS
-    """Of the dual encoders."""
+    """Optimizer steps of the dual encoders."""
     batch: float = 1.0
     """Trajectories of a rollout, a multiple of the preset's."""
     images: float = 1.0
-    """Of a run, a multiple of the claim's."""
+    """Images of a run, a multiple of the claim's."""
     seconds: float = 1.0
     """The same for its time."""
     samples: float = 1.0
@@ -46,7 +46,7 @@ class Scale:
     tunes: bool = True
     """Whether learning rates are tuned over the claim's grid; False takes the middle one."""
     pretraining_iterations: int = 0
-    """Of values; 0: the preset's."""
+    """Iterations of value pretraining; 0: the preset's."""
 
     def materials(self, folder: Path, device: str) -> Materials:
         return Materials(folder, self.model, self.recipes, device, self.encoder_steps)
@@ -123,4 +123,4 @@ SCALES = {
         pretraining_iterations=1,
     ),
 }
-"""By the name of --scale. "rehearsal" does all that "gpu" does, in seconds on a CPU, and learns nothing."""
+"""Name of --scale -> scale. "rehearsal" does what "gpu" does, in seconds on a CPU, and learns nothing."""

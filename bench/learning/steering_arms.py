@@ -13,7 +13,7 @@ from lacfast.steering.guidance import guided_steps
 UNSTEERED = "one image"
 BASELINE = "best of n"
 LEAST_SHARE = 0.75
-"""Of the budget that a candidate must use, where one can: a cheap candidate would not be at equal NFE."""
+"""Share of the budget that a candidate must use, where one can: a cheap one would not be at equal NFE."""
 TEMPERATURES = (0.1, 0.3, 1.0)
 PRUNINGS = ((0.5,), (0.5, 0.75), (0.375, 0.625), (0.25, 0.5), (0.25, 0.5, 0.75), (0.25, 0.375, 0.5))
 GUIDANCES = (
@@ -51,7 +51,7 @@ def arms(
         raise ValueError(f"budget={budget} holds no image of {cost(single)} forwards")
 
     def filled(config: SteeringConfig) -> Iterator[SteeringConfig]:
-        """With as many particles as fit, if any do."""
+        """The candidate with as many particles as fit, if any do."""
         sizes = range(1, int(budget) + 1)
         if config.method == "pruning":
             halvings = len(config.prune_fractions)

@@ -103,7 +103,7 @@ def _lead(curves: Curves, first: str, other: str, measure: Measure, cost: Cost) 
 
 
 def _scores(curves: Curves, arm: str, measure: Measure, cost: Cost) -> list[float]:
-    """Of every seed, at the largest cost that all curves reach."""
+    """Score of every seed at the largest cost that all curves reach."""
     budget = _common(curves, cost)
     function, metric = measure
     return [function(points, cost, metric, budget) for points in curves[arm]]

@@ -142,7 +142,7 @@ def _lives(process: str, birth: str) -> bool:
 
 
 def _birth(process: int) -> str:
-    """Of which start of which machine the process is, in clock ticks."""
+    """When the process began: which start of which machine, and clock ticks since."""
     ticks = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + "/" + ticks
 

@@ -25,7 +25,7 @@ class PeerModel:
     """The model as a script calls it: no cache, no engine."""
 
     backbone: LatentBackbone
-    """Whose diffusers model, prompt encoder and decoder are called directly."""
+    """A model whose diffusers model, prompt encoder and decoder are called directly."""
     autocast_dtype: torch.dtype | None = None
     """accelerate's mixed precision, over a float32 base. None: float32, as on a CPU."""
 

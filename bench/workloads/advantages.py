@@ -17,14 +17,14 @@ from lacfast.records import NoiseKey
 
 GAMMA, GAE_LAMBDA = 0.99, 0.95
 BOUNDS = (10.0, 5.0)
-"""Of advantages and of targets (arXiv 2605.27736)."""
+"""Bound of advantages and of targets (arXiv 2605.27736)."""
 NAMES = ("rewards", "values", "reward_mean", "reward_std", "weights")
 
 
 def normalized_advantages(
     case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> Workload:
-    """Beside the same steps as eager trainers write them: a loop over time, then torch.std twice."""
+    """Advantages, beside what eager trainers write: a loop over time, then torch.std twice."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((case.batch, case.rewards), case.shape, *[(case.rewards,)] * 3)
     tensors = [torch.rand(shape, generator=generator) + 0.5 for shape in shapes]
@@ -62,7 +62,7 @@ def normalized_advantages(
 def effective_sample_size(
     case: ParticleCase, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> Workload:
-    """Beside normalising the weights first."""
+    """Effective sample size, beside normalising the weights first."""
 
     def usual(log_weights: Tensor) -> Tensor:
         return 1 / log_weights.softmax(dim=1).square().sum(dim=1)
@@ -81,7 +81,7 @@ def effective_sample_size(
 def systematic_resample(
     case: ParticleCase, dtype: torch.dtype, device: torch.device, *, compiled: bool
 ) -> Workload:
-    """Beside the reference alone: another generator would choose other ancestors."""
+    """Resampling, beside the reference alone: another generator would choose other ancestors."""
 
     def use(function: Callable[..., Tensor]) -> Call:
         return lambda given: (

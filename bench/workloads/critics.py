@@ -61,7 +61,7 @@ def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, comp
 
 
 def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
-    """Beside the loop over time that trainers write."""
+    """GAE, beside the loop over time that trainers write."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(case.shape, generator=generator).to(device, dtype) for _ in range(2))
     settings = {"gamma": GAMMA, "gae_lambda": GAE_LAMBDA, "value_lambda": GAE_LAMBDA}

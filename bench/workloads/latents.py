@@ -63,7 +63,7 @@ def _key(inputs: Inputs) -> NoiseKey:
 
 
 def normal_noise(case: LatentCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
-    """Beside the same generator in eager torch: no peer draws noise that does not depend on the batch."""
+    """Noise, beside the same generator in torch: no peer draws noise that does not depend on the batch."""
     inputs = transition_inputs(case, dtype, device)
 
     def drawn(function: Callable[..., Tensor]) -> Call:
@@ -245,7 +245,7 @@ def ppo_loss(case: LatentCase, dtype: torch.dtype, device: torch.device, *, comp
     def peer(function: Callable[..., Tensor]) -> Call:
         names = ("model_output", "sample", "prev_sample", "old_log_prob", "advantages", "sigma", "next_sigma")
         return lambda given: with_gradient(
-            function(*(given[name] for name in names), NOISE_LEVEL, CLIP_RANGE), given
+            function(*(given[name] for name in names), noise_level=NOISE_LEVEL, clip_range=CLIP_RANGE), given
         )
 
     providers = (
@@ -274,7 +274,7 @@ def _workload(
     *,
     backward: bool = False,
 ) -> Workload:
-    """With costs that depend on whether a provider is given its noise."""
+    """A workload with costs that depend on whether a provider is given its noise."""
     costs = {}
     for name in providers:
         noise = "drawn" if name in (OURS_DRAWN, PEER_DRAWN) else "given"

@@ -39,7 +39,7 @@ class Workload:
     providers: dict[str, Call]
     """In the order of the table. Every result begins with what REFERENCE returns."""
     costs: Mapping[str, Cost]
-    """By provider: drawing noise moves less than reading it."""
+    """Provider -> cost: drawing noise moves less than reading it."""
     baseline: str
     """The provider that speed-ups refer to; see `baseline_of`."""
     tolerance: float
