@@ -115,10 +115,12 @@ def kernels(result: dict[str, Any]) -> str:
             shown = [_beside_baseline(row, cells) for row in own]
             share = ", ".join(f"{row['percent_of_copy']:.0f}" for row in own if row)
             lines.append(f"| {name} | {' | '.join(shown)} | {share} |")
-    label, torch = result["machine"]["label"], result["machine"]["versions"]["torch"]
+    machine, processor = result["machine"], result["machine"]["processor"]
     note = (
-        f"Milliseconds (and speed-up) of one thread on {label}, torch {torch}, "
-        f"{result['date']}: medians of interleaved rounds after equal results; losing cases included. "
+        f"Milliseconds (and speed-up) of one thread on {machine['label']}, torch "
+        f"{machine['versions']['torch']} with {processor['instruction set (torch)']}, lacfast with "
+        f"{processor['instruction set (lacfast)']}, {result['date']}: medians of interleaved rounds after "
+        "equal results; losing cases included. "
         f"Latents are {CLAIM_LATENT}; features {CLAIM_POOL}; advantages {CLAIM_ADVANTAGE}. `step_log_prob` "
         "and `ppo_loss` are forward and backward. Baseline: torch.compile of the peers' formula, which is "
         "given its noise; in the rows `noise drawn` torch.randn and that formula, as a peer's step runs, but "
