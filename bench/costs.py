@@ -21,15 +21,18 @@ from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.critic.critic import Critic
-from lacfast.learning.pairs import all_pairs, policy_batch
+from lacfast.learning.batches import PolicySource
+from lacfast.learning.kl_anchor import KLAnchor
+from lacfast.learning.pairs import all_pairs
+from lacfast.learning.policy_update import PolicyUpdate
+from lacfast.learning.readers import Reader
 from lacfast.learning.step_tables import step_tables
-from lacfast.learning.totals import PolicyTotals
-from lacfast.learning.update import policy_gradient
 from lacfast.policy import policy_output
 from lacfast.records import Advantages, NoiseKey, Rollout
-from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.step import denoise_step
 from lacfast.runs.costs import OperationCounter, counted, fused_attention
+from lacfast.runtime.graph import GraphRunner
 
 RESULT = Path(__file__).parent / "results" / "costs.json"
 BATCH = 2
@@ -107,13 +110,13 @@ class Workload:
         return NoiseKey(self.empty(1, dtype=torch.int64), self.empty(BATCH, dtype=torch.int64))
 
     def buffers(self, critic: Critic | None) -> SamplerBuffers:
+        scale = self.config.sampler.guidance_scale
+        inputs = SamplerInputs.create(
+            self.table, self.noise(), self.conditioning, self.uncond_conditioning, scale
+        )
         return SamplerBuffers.allocate(
-            self.table,
+            inputs,
             self.backbone.latent_shape,
-            self.noise(),
-            self.conditioning,
-            uncond_conditioning=self.uncond_conditioning,
-            guidance_scale=self.config.sampler.guidance_scale,
             num_rewards=0 if critic is None else 1,
             model_dtype=self.backbone.dtype,
         )
@@ -149,7 +152,7 @@ class Workload:
             features={},
             conditioning=self.conditioning,
             uncond_conditioning=self.uncond_conditioning,
-            noise=buffers.noise,
+            noise=buffers.inputs.noise,
             prompts=[""] * BATCH,
             metadata=[{}] * BATCH,
         )
@@ -166,17 +169,23 @@ class Workload:
             targets=self.empty(BATCH, 1),
             raw=self.empty(steps, BATCH, 1),
         )
-        ppo, rollout = self.config.ppo, self.rollout()
-        reference = self.backbone.frozen_reference() if ppo.kl_weight > 0 else None
-        tables = step_tables(self.table, ppo, rollout.latents)
+        config, rollout = self.config, self.rollout()
+        anchor = None
+        if config.ppo.kl_weight > 0:
+            scale = config.sampler.guidance_scale
+            anchor = KLAnchor(self.backbone.frozen_anchor(), GraphRunner(), scale)
+        optimizer = torch.optim.SGD(self.backbone.policy_parameters(), lr=0.0)
+        update = PolicyUpdate(
+            *(self.backbone, optimizer, config, self.empty()), anchor=anchor, reader=Reader()
+        )
+        update.prepare(step_tables(self.table, config.ppo, rollout.latents))
+        is_known = is_first and self.uncond_conditioning is not None
+        source = PolicySource(rollout, advantages, update.tables.timesteps, is_known=is_known)
         pairs = all_pairs(torch.zeros(1, dtype=torch.int64, device="meta"), BATCH)
-        share, totals = torch.ones_like(tables.one), PolicyTotals.create(tables)
-        scale = self.config.sampler.guidance_scale
+        share = torch.ones_like(update.totals.loss)
 
         def body() -> None:
-            rows = 0 if is_first and self.uncond_conditioning is not None else None
-            batch = policy_batch(rollout, advantages, tables.timesteps, pairs, share=share, uncond_rows=rows)
-            policy_gradient(self.backbone, reference, batch, tables, ppo, scale, totals)
+            update.gradient(source.batch(pairs, share))
 
         return counted(body)
 

@@ -121,6 +121,6 @@ def both_gradients(
         rollout = in_float64(trainer, rollout)
     advantages: Advantages = trainer.advantages(rollout)
     samples = samples_of(rollout, advantages)
-    (own,) = gradients(trainer.learner.policy_optimizer, lambda: trainer.update(rollout))
+    (own,) = gradients(trainer.learner.policy_update.optimizer, lambda: trainer.update(rollout))
     (theirs,) = gradients(loop.optimizer, lambda: loop.train([samples]))
     return own, theirs

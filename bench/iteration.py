@@ -76,15 +76,15 @@ def engine_phases(match: Match, trainer: LatentActorCriticTrainer, rollout: Roll
         "update": lambda: trainer.update(rollout),
         "iteration": trainer.train_iteration,
     }
-    if trainer.learner.reference_step is not None:
+    if trainer.learner.anchor is not None:
         phases["reference"] = lambda: _engine_reference(trainer, rollout)
     return phases
 
 
 def _engine_reference(trainer: LatentActorCriticTrainer, rollout: Rollout) -> None:
-    step, device = trainer.learner.reference_step, rollout.latents.device
-    assert step is not None
-    step.outputs(
+    anchor, device = trainer.learner.anchor, rollout.latents.device
+    assert anchor is not None
+    anchor.outputs(
         rollout,
         torch.tensor(rollout.table.trainable_steps, device=device),
         rollout.table.timesteps.to(device),

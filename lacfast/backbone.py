@@ -56,7 +56,7 @@ class Backbone(Protocol):
     def policy_state(self) -> dict[str, Tensor]:
         """The live tensors that a checkpoint of the policy holds, by diffusers' names without adapters."""
 
-    def frozen_reference(self) -> Backbone:
+    def frozen_anchor(self) -> Backbone:
         """The policy of today for the KL: the same model without its LoRA, or else a frozen copy."""
 
     def enable_gradient_checkpointing(self) -> None:

@@ -11,9 +11,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
-from lacfast.records import (
-    Conditioning,
-)
+from lacfast.records import Conditioning, Static
 
 
 def joined_conditioning(conditioning: Conditioning, uncond_conditioning: Conditioning | None) -> Conditioning:
@@ -93,7 +91,7 @@ def model_forward(
 
 
 @dataclass(frozen=True)
-class States:
+class States(Static):
     """What model and critic are given of P pairs."""
 
     sample: Tensor

@@ -6,10 +6,10 @@ L tokens, D features, M rewards, N elements of one latent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +34,54 @@ class FirstSampleId(IntEnum):
 
 
 @dataclass(frozen=True)
-class NoiseKey:
+class Static:
+    """A record of tensors that a captured graph reads where they lie; subclasses are frozen dataclasses.
+
+    Its fields are tensors, dicts of them, other static records, and plain numbers, which a graph freezes.
+    """
+
+    @property
+    def layout(self) -> Hashable:
+        """All that a graph freezes of the record: names, shapes, dtypes, numbers, but no tensor's values."""
+        return tuple((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in _leaves(self))
+
+    def clone(self) -> Self:
+        """The record with tensors of its own."""
+        return replace(self, **{each.name: _cloned(getattr(self, each.name)) for each in fields(self)})
+
+    def copy_(self, other: Self) -> None:
+        """Take over the values of a record of the same layout, in place."""
+        for own, theirs in zip(_leaves(self), _leaves(other), strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(theirs)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Tensors, numbers and the names in dicts, in the order of the fields."""
+    if isinstance(value, Static):
+        for each in fields(value):
+            yield from _leaves(getattr(value, each.name))
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield name
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _cloned(part) for name, part in value.items()}
+    return value.clone() if isinstance(value, Tensor | Static) else value
+
+
+def padding_rows(length: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Rows (count,) int64 that repeat the last of `length` where they end."""
+    return torch.arange(count, device=device).clamp(max=length - 1)
+
+
+@dataclass(frozen=True)
+class NoiseKey(Static):
     """Key of the noise of B trajectories: a counter-based generator needs nothing else.
 
     The tensors live on the device, so that a captured graph reads new values at every replay.
@@ -56,11 +103,6 @@ class NoiseKey:
     def select(self, rows: Tensor) -> NoiseKey:
         """The key of the trajectories `rows`."""
         return NoiseKey(self.seed, self.sample_ids[rows])
-
-    def padded(self, count: int) -> NoiseKey:
-        """A copy whose last trajectory is repeated until there are `count`."""
-        rows = torch.arange(count, device=self.seed.device).clamp(max=len(self.sample_ids) - 1)
-        return NoiseKey(self.seed.clone(), self.sample_ids[rows])
 
 
 @dataclass(frozen=True)
@@ -191,7 +233,7 @@ class NormalizedAdvantages:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(Static):
     """Inputs of a model besides sample and timestep: batch-first tensors by name."""
 
     tensors: dict[str, Tensor]
@@ -203,26 +245,15 @@ class Conditioning:
     def to(self, device: torch.device | str) -> Conditioning:
         return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
-    def copy_(self, other: Conditioning) -> None:
-        """Take over the values of a conditioning with the same names and shapes, in place."""
-        for name, tensor in self.tensors.items():
-            tensor.copy_(other.tensors[name])
-
     def padded(self, count: int) -> Conditioning:
-        """A copy whose last sample is repeated until there are `count`."""
-        rows = torch.arange(count).clamp(max=len(self) - 1)
-        return Conditioning({name: tensor[rows.to(tensor.device)] for name, tensor in self.tensors.items()})
+        """The conditioning of `count` samples, of which those beyond these repeat the last."""
+        return self.select(padding_rows(len(self), count))
 
     @staticmethod
     def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
         """The samples of all parts in their order."""
         names = parts[0].tensors
         return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in names})
-
-    @property
-    def layout(self) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...]:
-        """Name, shape of one sample and dtype of each tensor."""
-        return tuple((name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in self.tensors.items())
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))

@@ -200,7 +200,7 @@ class LatentActorCriticTrainer:
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
-        if self.critic is None or self.learner.critic_optimizer is None:
+        if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
 
         settings, namespace = self.config.pretrain, FirstSampleId.VALUE_PRETRAINING
@@ -216,13 +216,11 @@ class LatentActorCriticTrainer:
             self.confidence.bounds = self.measure_bounds(held_out)
         result = pretrain_values(
             self.critic,
-            self.learner.critic_optimizer,
+            self.learner.critic_update.optimizer,
             self.normalizer,
             held_out,
             (self._training_rollout(number, namespace) for number in range(settings.iterations)),
-            settings,
-            self.config.ppo,
-            seed=self.config.seed,
+            self.config,
             confidence=self.confidence,
             log=self.log,
             on_iteration=on_iteration,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lacfast import LatentActorCriticTrainer, metrics
+from lacfast import LatentActorCriticTrainer
 from lacfast.config import GraphConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.learning import totals
 
 pytestmark = pytest.mark.gpu
 
@@ -62,14 +63,14 @@ def test_the_host_waits_only_where_it_reads_the_records(mode: Any, monkeypatch: 
     rollout = trainer.collect(trainer.prompts, 0)
     assert rollout is not None
     advantages = trainer.advantages(rollout)
-    reads, read = [], metrics.UpdateRecords.read
+    reads, read = [], totals.UpdateRecords.read
 
     def counted(self: Any, *args: Any) -> Tensor:
         reads.append(len(self._pending))
         with _waiting_allowed():
             return read(self, *args)
 
-    monkeypatch.setattr(metrics.UpdateRecords, "read", counted)
+    monkeypatch.setattr(totals.UpdateRecords, "read", counted)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -83,5 +84,5 @@ def test_the_size_that_is_found_fits() -> None:
     trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3)), graph=GraphConfig(mode="off"))
     torch.cuda.reset_peak_memory_stats()
     trainer.train_iteration()
-    assert trainer.learner.policy_microbatch.size >= 1
+    assert trainer.learner.policy_update.microbatch.size >= 1
     assert torch.cuda.max_memory_allocated() < torch.cuda.get_device_properties(0).total_memory

@@ -67,7 +67,7 @@ def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
         final_learning_rate=2e-4,
     )
     trainer = trainer_for(iterations=4, ppo=ppo)
-    optimizer, rates = trainer.learner.policy_optimizer, []
+    optimizer, rates = trainer.learner.policy_update.optimizer, []
     optimizer.register_step_pre_hook(lambda *_: rates.append(float(optimizer.param_groups[0]["lr"])))
     trainer.train()
     # A step has the rate that was set behind the one before it, by the iteration of that one.
@@ -83,7 +83,7 @@ def test_the_rate_falls_in_a_loop_of_ones_own_too() -> None:
     rates = []
     for _ in range(4):
         trainer.train_iteration()
-        rates.append(float(trainer.learner.policy_optimizer.param_groups[0]["lr"]))
+        rates.append(float(trainer.learner.policy_update.optimizer.param_groups[0]["lr"]))
     assert rates == pytest.approx([1e-3, 0.5e-3, 0.0, 0.0])
 
 
@@ -93,7 +93,7 @@ def test_the_rate_follows_the_clock_where_time_ends_the_run(monkeypatch: pytest.
     ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
     trainer = trainer_for(ppo=ppo)
     assert trainer.train(10**9, seconds=20) > 1
-    rate = float(trainer.learner.policy_optimizer.param_groups[0]["lr"])
+    rate = float(trainer.learner.policy_update.optimizer.param_groups[0]["lr"])
     assert 0 < trainer.learner.progress < 1
     assert rate == pytest.approx(1e-3 * (1 - trainer.learner.progress))
     assert rate < 0.5e-3
@@ -104,19 +104,20 @@ def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> 
     before = weights(trainer)
     result = trainer.pretrain_critic()
     assert not changed(before, weights(trainer))
-    assert trainer.learner.critic_optimizer is not None
-    assert trainer.learner.critic_optimizer.state == {}
+    assert trainer.learner.critic_update is not None
+    assert trainer.learner.critic_update.optimizer.state == {}
     assert result.images == 8 + 2 * 8 == trainer.images
     assert result.explained_variance.shape == (4, 1)
 
 
 def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
     trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, num_minibatches=2))
-    assert trainer.learner.reference is not None
-    before = {name: tensor.clone() for name, tensor in trainer.learner.reference.model.state_dict().items()}
+    assert trainer.learner.anchor is not None
+    frozen = trainer.learner.anchor.backbone.model
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     trainer.train_iteration()
     metrics = trainer.train_iteration()
-    assert not changed(before, trainer.learner.reference.model.state_dict())
+    assert not changed(before, frozen.state_dict())
     assert float(metrics["kl_ref"].nan_to_num().sum()) > 0
 
 

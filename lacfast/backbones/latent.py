@@ -256,7 +256,7 @@ class LatentBackbone(ABC):
             return adapters.adapter_state(self.model, adapters.POLICY)
         return adapters.plain_state(self.model)
 
-    def frozen_reference(self) -> LatentBackbone:
+    def frozen_anchor(self) -> LatentBackbone:
         """With LoRA the same weights without the adapter, which costs no memory; else a frozen copy."""
         reference = copy.copy(self)
         reference.critic = None

@@ -1,9 +1,8 @@
-"""A KL weight that follows the KL: PPO's adaptive penalty, on the KL to the reference model."""
+"""A KL weight that follows the KL: PPO's adaptive penalty, on the KL to the anchor."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 TOLERANCE = 1.5
 """The KL may lie this factor off its target. arXiv 1707.06347."""
@@ -11,25 +10,20 @@ FACTOR = 2.0
 """By which the weight moves when it does not. arXiv 1707.06347."""
 
 
-@dataclass
-class AdaptiveKL:
-    """The weight beta of the KL in the policy's loss (arXiv 1707.06347, section 4).
+def adapted_weight(weight: float, kl: float, target: float) -> float:
+    """The weight beta of the KL in the policy's loss after an iteration (arXiv 1707.06347, section 4).
 
         KL > 1.5 target:  beta <- 2 beta;      KL < target / 1.5:  beta <- beta / 2
 
-    There the KL is that of one update; here it is the distance from the reference model, as in RLHF.
+    There the KL is that of one update; here it is the distance from the anchor, as in RLHF.
+
+    Args:
+        weight: beta > 0, until now.
+        kl: of the iteration, per element; one that is not finite says nothing.
+        target: that the weight aims at, > 0, in the unit of PPOConfig.kl.
     """
-
-    weight: float
-    """beta > 0, now."""
-    target: float
-    """KL per element that the weight aims at, > 0, in the unit of PPOConfig.kl."""
-
-    def update(self, kl: float) -> None:
-        """Take in the KL of an iteration; one that is not finite says nothing."""
-        if not math.isfinite(kl):
-            return
-        if kl > TOLERANCE * self.target:
-            self.weight *= FACTOR
-        elif kl < self.target / TOLERANCE:
-            self.weight /= FACTOR
+    if not math.isfinite(kl):
+        return weight
+    if kl > TOLERANCE * target:
+        return weight * FACTOR
+    return weight / FACTOR if kl < target / TOLERANCE else weight

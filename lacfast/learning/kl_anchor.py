@@ -1,7 +1,7 @@
-"""The reference model's outputs on a rollout, computed once for several passes, on a graph of their own.
+"""The anchor, the frozen policy that the KL is measured from, and its outputs on a rollout, on an own graph.
 
-The reference shares the policy's weights where it is the model without its adapter, but which adapter runs is
-a flag in Python: a graph of the policy has frozen another answer.
+The anchor shares the policy's weights where it is the model without its adapter, but which adapter runs is a
+flag in Python: a graph of the policy has frozen another answer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.learning.pairs import Pairs, states_of
 from lacfast.policy import States, guided_output
-from lacfast.records import Conditioning, Rollout
-from lacfast.runtime.graph import GraphRunner, StaticStep
+from lacfast.records import Conditioning, Rollout, Static, padding_rows
+from lacfast.runtime.graph import GraphRunner, StaticStep, weights_of
+
+
+@dataclass(frozen=True)
+class _Inputs(Static):
+    """What a forward of the anchor reads."""
+
+    states: States
+    uncond_conditioning: Conditioning | None
 
 
 @dataclass(frozen=True)
@@ -24,39 +32,38 @@ class _Captured:
     """Where the step reads and writes, for one shape."""
 
     key: Hashable
-    states: States
-    uncond_conditioning: Conditioning | None
+    inputs: _Inputs
     output: Tensor
     step: StaticStep
 
-    def load(self, states: States, uncond_conditioning: Conditioning | None) -> None:
-        self.states.sample.copy_(states.sample)
-        self.states.timestep.copy_(states.timestep)
-        self.states.conditioning.copy_(states.conditioning)
-        if self.uncond_conditioning is not None and uncond_conditioning is not None:
-            self.uncond_conditioning.copy_(uncond_conditioning)
 
+class KLAnchor:
+    """Runs the anchor on states, and over rollouts batch by batch."""
 
-class ReferenceStep:
-    """Runs the reference model over rollouts, batch by batch."""
-
-    def __init__(self, reference: Backbone, graphs: GraphRunner, guidance_scale: float) -> None:
+    def __init__(self, backbone: Backbone, graphs: GraphRunner, guidance_scale: float) -> None:
         """
         Args:
-            reference: the frozen policy.
-            graphs: captures the step, or runs it eagerly.
+            backbone: the frozen policy.
+            graphs: captures the step over rollouts, or runs it eagerly.
             guidance_scale: that the rollouts are made with.
         """
-        self.reference = reference
+        self.backbone = backbone
         self.graphs = graphs
         self.guidance_scale = guidance_scale
         self._captured: _Captured | None = None
 
     @torch.no_grad()
-    def outputs(self, rollout: Rollout, steps: Tensor, timesteps: Tensor, *, batch_size: int) -> Tensor:
-        """The reference's outputs (K, B, ...) after guidance at `steps` (K,), in the rollout's dtype.
+    def output(self, states: States, uncond_conditioning: Conditioning | None) -> Tensor:
+        """Output (P, ...) after guidance."""
+        scale = self.guidance_scale
+        output, _ = guided_output(self.backbone, states, uncond_conditioning, scale, "cond")
+        return output
 
-        They take the memory of `rollout.model_outputs` and are the same in every pass, for the reference does
+    @torch.no_grad()
+    def outputs(self, rollout: Rollout, steps: Tensor, timesteps: Tensor, *, batch_size: int) -> Tensor:
+        """Outputs (K, B, ...) after guidance at `steps` (K,), in the rollout's dtype.
+
+        They take the memory of `rollout.model_outputs` and are the same in every pass, for the anchor does
         not move.
 
         Args:
@@ -70,13 +77,11 @@ class ReferenceStep:
         for position in range(len(steps)):
             for first in range(0, rollout.batch_size, size):
                 kept = min(size, rollout.batch_size - first)
-                rows = torch.arange(first, first + kept, device=steps.device)
-                if self.graphs.captures:
-                    # The tail repeats its last state, so that there is one shape.
-                    rows = torch.arange(first, first + size, device=steps.device).clamp(max=first + kept - 1)
+                # A captured tail is padded, so that there is one shape.
+                rows = first + padding_rows(kept, size if self.graphs.captures else kept, steps.device)
                 states = states_of(rollout, timesteps, Pairs(steps[position].expand(len(rows)), rows, rows))
-                output = self._output(states, None if uncond is None else uncond.select(rows))
-                outputs[position, first : first + kept] = output[:kept]
+                inputs = _Inputs(states, None if uncond is None else uncond.select(rows))
+                outputs[position, first : first + kept] = self._output(inputs)[:kept]
         return outputs
 
     def release(self) -> None:
@@ -85,43 +90,31 @@ class ReferenceStep:
             self.graphs.release(self._captured.step)
             self._captured = None
 
-    def _output(self, states: States, uncond_conditioning: Conditioning | None) -> Tensor:
+    def _output(self, inputs: _Inputs) -> Tensor:
         """(P, ...), until the next call."""
         if not self.graphs.captures:
-            return self._guided(states, uncond_conditioning)
-        captured = self._captured_for(states, uncond_conditioning)
-        captured.load(states, uncond_conditioning)
+            return self.output(inputs.states, inputs.uncond_conditioning)
+        captured = self._captured_for(inputs)
+        captured.inputs.copy_(inputs)
         self.graphs.check_addresses(captured.step)
         self.graphs.run(captured.step)
         return captured.output
 
-    def _guided(self, states: States, uncond_conditioning: Conditioning | None) -> Tensor:
-        output, _ = guided_output(self.reference, states, uncond_conditioning, self.guidance_scale, "cond")
-        return output
-
-    def _captured_for(self, states: States, uncond_conditioning: Conditioning | None) -> _Captured:
-        uncond = None if uncond_conditioning is None else uncond_conditioning.padded(len(states.sample))
-        layouts = (states.conditioning.layout, None if uncond is None else uncond.layout)
-        key = (tuple(states.sample.shape), layouts, self.reference.forward_signature())
+    def _captured_for(self, inputs: _Inputs) -> _Captured:
+        key = (inputs.layout, self.backbone.forward_signature())
         if self._captured is not None and self._captured.key == key:
             return self._captured
         self.release()
-        own = States(
-            states.sample.clone(), states.timestep.clone(), states.conditioning.padded(len(states.sample))
-        )
-        output = torch.empty_like(states.sample)
+        own, output = inputs.clone(), torch.empty_like(inputs.states.sample)
 
         def run() -> None:
-            output.copy_(self._guided(own, uncond))
+            output.copy_(self.output(own.states, own.uncond_conditioning))
 
         step = StaticStep(
-            name=f"the reference's step of {tuple(states.sample.shape)}",
+            name=f"the anchor's step of {tuple(output.shape)}",
             run=run,
             written=lambda: (output,),
-            read=lambda: {f"reference.{name}": each for name, each in self._parameters()},
+            read=lambda: weights_of({"anchor": self.backbone.model}),
         )
-        self._captured = _Captured(key, own, uncond, output, step)
+        self._captured = _Captured(key, own, output, step)
         return self._captured
-
-    def _parameters(self) -> list[tuple[str, Tensor]]:
-        return list(self.reference.model.named_parameters())

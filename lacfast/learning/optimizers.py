@@ -50,10 +50,8 @@ def take_back(schedule: LambdaLR, steps: int) -> None:
     schedule.step()
 
 
-def critic_optimizer(critic: Critic | None, config: PPOConfig) -> torch.optim.AdamW | None:
-    """AdamW over the critic's head and own trunk, each at its rate; None without a critic."""
-    if critic is None:
-        return None
+def critic_optimizer(critic: Critic, config: PPOConfig) -> torch.optim.AdamW:
+    """AdamW over the critic's head and own trunk, each at its rate."""
     groups = [
         {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
         {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},

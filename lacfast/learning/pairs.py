@@ -1,4 +1,4 @@
-"""From a rollout to microbatches: (sample, step) pairs in random order, and what the update reads of them."""
+"""From a rollout to minibatches: (sample, step) pairs in random order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lacfast.critic.trunk import Features
 from lacfast.policy import States
-from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout
+from lacfast.records import Conditioning, padding_rows
 
 
 class StateSource(Protocol):
@@ -61,8 +61,9 @@ class Pairs:
 
     def padded(self, size: int) -> tuple[Pairs, Tensor]:
         """`size` pairs, of which those beyond these repeat the last, and the mask (size,) of these."""
-        index = torch.arange(size, device=self.rows.device)
-        return self.select(index.clamp(max=len(self) - 1)), index < len(self)
+        device = self.rows.device
+        rows = padding_rows(len(self), size, device)
+        return self.select(rows), torch.arange(size, device=device) < len(self)
 
     def shuffled(self, generator: torch.Generator) -> Pairs:
         """In an order that depends on the generator alone, which lives on the host."""
@@ -98,115 +99,10 @@ def minibatches(
     return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
 
 
-@dataclass(frozen=True)
-class PolicyBatch:
-    """A microbatch of the policy's update: all tensors that it reads, so that it is a function of them."""
-
-    states: States
-    steps: Tensor
-    """(P,) int64 row of the transition table."""
-    old_model_output: Tensor
-    """(P, ...) of the rollout, after guidance."""
-    advantages: Tensor
-    """(P,)"""
-    targets: Tensor
-    """(P, M) of the value function."""
-    old_values: Tensor | None
-    """(P, M) of the rollout, for CriticConfig.value_clip."""
-    noise: NoiseKey
-    uncond_conditioning: Conditioning | None
-    """(P, ...) with guidance, else None."""
-    uncond_rows: int | None
-    """None: all pairs run without the prompt too. Else the weights are those that made the rollout, and so
-    many do: what the others would give is known from the rollout."""
-    reference_output: Tensor | None
-    """(P, ...) of the reference model, after guidance. None: there is none, or it has yet to run."""
-    share: Tensor
-    """() of the minibatch that these pairs are, 1 if they are all."""
-    mask: Tensor | None
-    """(P,) False for pairs that only fill the batch up. None: all are real."""
-
-
-@dataclass(frozen=True)
-class CriticBatch:
-    """A microbatch of the critic's update."""
-
-    states: States
-    features: Features
-    """name -> (P, ...), what the rollout kept for the critic."""
-    targets: Tensor
-    """(P, M)"""
-    old_values: Tensor | None
-    """(P, M) of the rollout, for CriticConfig.value_clip."""
-    share: Tensor
-    """() of the minibatch that these pairs are."""
-    mask: Tensor | None
-    """(P,) as in PolicyBatch."""
-
-
 def states_of(source: StateSource, timesteps: Tensor, pairs: Pairs) -> States:
     """The states of `pairs`; `timesteps` (T,) is the table's on the rollout's device."""
     return States(
         source.latents[pairs.steps, pairs.rows],
         timesteps[pairs.steps],
         source.conditioning.select(pairs.rows),
-    )
-
-
-def policy_batch(
-    rollout: Rollout,
-    advantages: Advantages,
-    timesteps: Tensor,
-    pairs: Pairs,
-    *,
-    share: Tensor,
-    mask: Tensor | None = None,
-    reference_outputs: Tensor | None = None,
-    uncond_rows: int | None = None,
-) -> PolicyBatch:
-    """Gather what `pairs` need.
-
-    Args:
-        timesteps: (T,) on the rollout's device.
-        share: see PolicyBatch.
-        mask: see PolicyBatch.
-        reference_outputs: (K, B, ...) at the trained steps, where they were computed before.
-        uncond_rows: see PolicyBatch.
-    """
-    uncond = rollout.uncond_conditioning
-    return PolicyBatch(
-        states=states_of(rollout, timesteps, pairs),
-        steps=pairs.steps,
-        old_model_output=rollout.model_outputs[pairs.steps, pairs.rows],
-        advantages=advantages.policy[pairs.position, pairs.rows],
-        targets=advantages.targets[pairs.rows],
-        old_values=rollout.values[pairs.steps, pairs.rows],
-        noise=rollout.noise.select(pairs.rows),
-        uncond_conditioning=None if uncond is None else uncond.select(pairs.rows),
-        uncond_rows=uncond_rows,
-        reference_output=None if reference_outputs is None else reference_outputs[pairs.position, pairs.rows],
-        share=share,
-        mask=mask,
-    )
-
-
-def critic_batch(
-    source: StateSource,
-    features: Features,
-    targets: Tensor,
-    timesteps: Tensor,
-    pairs: Pairs,
-    *,
-    share: Tensor,
-    mask: Tensor | None = None,
-    old_values: Tensor | None = None,
-) -> CriticBatch:
-    """Gather what the critic reads of `pairs` besides their `features` (P, ...); old_values (T, B, M)."""
-    return CriticBatch(
-        states=states_of(source, timesteps, pairs),
-        features=features,
-        targets=targets[pairs.rows],
-        old_values=None if old_values is None else old_values[pairs.steps, pairs.rows],
-        share=share,
-        mask=mask,
     )

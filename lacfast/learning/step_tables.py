@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lacfast.config import PPOConfig
 from lacfast.ops.checks import arithmetic_dtype
-from lacfast.records import TransitionTable
+from lacfast.records import Static, TransitionTable
 from lacfast.schedule import kl_gains
 
 
 @dataclass(frozen=True)
-class StepTables:
-    """What the update reads of a transition table, on the device."""
+class StepTables(Static):
+    """Columns of a transition table that the update reads, on the device."""
 
     coefficients: Tensor
     """(T, 3)"""
@@ -24,26 +24,7 @@ class StepTables:
     weights: Tensor
     """(T,) of the steps in the policy's loss."""
     kl_gains: Tensor
-    """(T,) of the squared difference to the reference."""
-
-    @property
-    def one(self) -> Tensor:
-        """() the share of a minibatch that all of it is."""
-        return torch.ones_like(self.coefficients[0, 0])
-
-    def takes(self, other: StepTables) -> bool:
-        """Whether other tables fit into this memory."""
-        own, theirs = self.coefficients, other.coefficients
-        return (own.shape, own.dtype, own.device) == (theirs.shape, theirs.dtype, theirs.device)
-
-    def copy_(self, other: StepTables) -> None:
-        """Take over other tables' numbers; what was captured reads them where it read the old ones."""
-        for own, theirs in zip(self._tensors, other._tensors, strict=True):
-            own.copy_(theirs)
-
-    @property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.coefficients, self.timesteps, self.weights, self.kl_gains
+    """(T,) of the squared difference to the anchor."""
 
 
 def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:

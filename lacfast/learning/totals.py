@@ -1,11 +1,11 @@
-"""What an update reads of a schedule, and what it sums up on the device."""
+"""Sums of optimizer steps on the device, and their records and metrics on the host."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,13 +17,36 @@ from lacfast.runtime.profiling import span
 
 
 @dataclass(frozen=True)
-class PolicyTotals:
-    """Sums over the microbatches of one optimizer step of the policy; the next step takes the same memory."""
+class Totals:
+    """Sums over the microbatches of one optimizer step; the next step takes the same memory."""
 
     loss: Tensor
     """()"""
     grad_norm: Tensor
     """()"""
+
+    @classmethod
+    def create(cls, tables: StepTables) -> Self:
+        """Sums at 0, in the dtype of the maths."""
+        return cls(*tables.coefficients.new_zeros(2).unbind())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, each.name) for each in fields(self)]
+
+    def zero_(self) -> None:
+        for tensor in self.tensors:
+            tensor.zero_()
+
+    def record(self) -> Tensor:
+        """All sums in the order of the fields, float64: (2,) of the critic, (4 + 6 T,) of the policy."""
+        return torch.cat([tensor.double().flatten() for tensor in self.tensors])
+
+
+@dataclass(frozen=True)
+class PolicyTotals(Totals):
+    """The sums of the policy, which has diagnostics of every pair."""
+
     max_abs_log_ratio: Tensor
     """()"""
     abs_log_ratio: Tensor
@@ -31,20 +54,11 @@ class PolicyTotals:
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
 
-    @staticmethod
-    def create(tables: StepTables) -> PolicyTotals:
+    @classmethod
+    def create(cls, tables: StepTables) -> Self:
         like = tables.coefficients
-        loss, grad_norm, max_abs_log_ratio, abs_log_ratio = like.new_zeros(4).unbind()
-        sums = like.new_zeros((len(like), 6))
-        return PolicyTotals(loss, grad_norm, max_abs_log_ratio, abs_log_ratio, sums)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.loss, self.grad_norm, self.max_abs_log_ratio, self.abs_log_ratio, self.step_sums]
-
-    def zero_(self) -> None:
-        for tensor in self.tensors:
-            tensor.zero_()
+        loss, norm, largest, total = like.new_zeros(4).unbind()
+        return cls(loss, norm, largest, total, like.new_zeros((len(like), 6)))
 
     @torch.no_grad()
     def add(self, loss: Tensor, stats: PPOStats) -> None:
@@ -54,40 +68,10 @@ class PolicyTotals:
         self.abs_log_ratio.add_(distance.sum())
         self.step_sums.add_(stats.step_sums)
 
-    def record(self) -> Tensor:
-        """(4 + 6 T,) float64: loss, gradient norm, max and sum of |log_ratio|, sums; see PolicyRecord."""
-        return torch.cat([tensor.double().flatten() for tensor in self.tensors])
-
-
-@dataclass(frozen=True)
-class CriticTotals:
-    """The same for the critic."""
-
-    loss: Tensor
-    """()"""
-    grad_norm: Tensor
-    """()"""
-
-    @staticmethod
-    def create(tables: StepTables) -> CriticTotals:
-        return CriticTotals(torch.zeros_like(tables.one), torch.zeros_like(tables.one))
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.loss, self.grad_norm]
-
-    def zero_(self) -> None:
-        for tensor in self.tensors:
-            tensor.zero_()
-
-    def record(self) -> Tensor:
-        """(2,) float64: loss, gradient norm."""
-        return torch.stack(self.tensors).double()
-
 
 @dataclass(frozen=True)
 class PolicyRecord:
-    """What one optimizer step of the policy did, on the host; see update.PolicyTotals.record."""
+    """One optimizer step of the policy, on the host."""
 
     loss: float
     grad_norm: float
@@ -105,8 +89,13 @@ class PolicyRecord:
 
     @staticmethod
     def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """From the step's record (4 + 6 T,) on the host; `measured` pairs ran in full, at most all."""
+        """From a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole, at most all.
+
+        Raises:
+            FloatingPointError: for a gradient norm that is not finite.
+        """
         loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
+        require_finite("policy", grad_norm)
         step_sums = numbers[4:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
         mean_kl_old = float(step_sums[:, 2].sum()) / pairs
@@ -122,24 +111,42 @@ class PolicyRecord:
         )
 
 
+@dataclass(frozen=True)
+class CriticRecord:
+    """One optimizer step of the critic, on the host."""
+
+    loss: float
+    grad_norm: float
+    pairs: int
+
+    @staticmethod
+    def read(numbers: Tensor, pairs: int) -> CriticRecord:
+        """From the step's Totals.record (2,) on the host, of a minibatch of `pairs`."""
+        loss, grad_norm = numbers.tolist()
+        require_finite("critic", grad_norm)
+        return CriticRecord(loss, grad_norm, pairs)
+
+
 class UpdateRecords:
-    """What the optimizer steps on one rollout did: on the device until it is read, all at once."""
+    """Records of the optimizer steps on one rollout: on the device until they are read, all at once."""
 
     def __init__(self) -> None:
         self.policy: list[PolicyRecord] = []
         """Of the steps that were read, in their order."""
+        self.critic: list[CriticRecord] = []
+        """The same of the critic."""
         self.policy_steps = 0
         """Read or not."""
-        self._critic: list[tuple[float, float, int]] = []
-        self._pending: list[tuple[str, Tensor, int, float]] = []
+        self._pending: list[tuple[Tensor, Callable[[Tensor], None]]] = []
 
-    def add(self, what: str, numbers: Tensor, pairs: int, *, measured: float = math.inf) -> None:
-        """Take in the record of a step of the "policy" or the "critic" on `pairs` pairs.
+    def add_policy(self, numbers: Tensor, *, measured: float = math.inf) -> None:
+        """Take in a step's PolicyTotals.record; `measured` of its pairs ran in full, at most all."""
+        self.policy_steps += 1
+        self._pending.append((numbers, lambda host: self.policy.append(PolicyRecord.read(host, measured))))
 
-        Of the policy's, `measured` ran in full, at most all.
-        """
-        self._pending.append((what, numbers, pairs, measured))
-        self.policy_steps += what == "policy"
+    def add_critic(self, numbers: Tensor, pairs: int) -> None:
+        """Take in the Totals.record of a critic's step on `pairs` pairs."""
+        self._pending.append((numbers, lambda host: self.critic.append(CriticRecord.read(host, pairs))))
 
     def read(self) -> None:
         """Copy everything to the host.
@@ -150,24 +157,20 @@ class UpdateRecords:
         """
         if not self._pending:
             return
-        with span("sync"):
-            flat = torch.cat([numbers for _, numbers, *_ in self._pending]).cpu()
         pending, self._pending = self._pending, []
-        for what, numbers, pairs, measured in pending:
-            record, flat = flat[: len(numbers)], flat[len(numbers) :]
-            require_finite(what, float(record[1]))
-            if what == "policy":
-                self.policy.append(PolicyRecord.read(record, measured))
-            else:
-                self._critic.append((float(record[0]), float(record[1]), pairs))
+        with span("sync"):
+            flat = torch.cat([numbers for numbers, _ in pending]).cpu()
+        parts = torch.split(flat, [len(numbers) for numbers, _ in pending])
+        for part, (_, take) in zip(parts, pending, strict=True):
+            take(part)
 
     def metrics(self) -> dict[str, Any]:
         """Means over all optimizer steps; some per denoising step."""
         metrics = policy_metrics(self.policy)
-        if self._critic:
-            pairs = sum(count for _, _, count in self._critic)
-            metrics["value_loss"] = sum(loss * count for loss, _, count in self._critic) / pairs
-            metrics["critic_grad_norm"] = sum(norm for _, norm, _ in self._critic) / len(self._critic)
+        if self.critic:
+            pairs = sum(record.pairs for record in self.critic)
+            metrics["value_loss"] = sum(record.loss * record.pairs for record in self.critic) / pairs
+            metrics["critic_grad_norm"] = sum(record.grad_norm for record in self.critic) / len(self.critic)
         return metrics
 
 

@@ -1,283 +1,143 @@
-"""One optimizer step on a minibatch of a rollout: PPO on the actor, regression on the critic.
+"""One optimizer step on a minibatch: begin, the gradients of its microbatches, finish.
 
 Nothing here waits for the device: what a step did is a record on the device, which the caller reads.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lacfast import ops
-from lacfast.backbone import Backbone
 from lacfast.config import PPOConfig
-from lacfast.critic.critic import Critic
-from lacfast.critic.trunk import Features
 from lacfast.learning.optimizers import guarded_step
-from lacfast.learning.pairs import (
-    CriticBatch,
-    Pairs,
-    PolicyBatch,
-    StateSource,
-    all_states,
-    critic_batch,
-    policy_batch,
-)
-from lacfast.learning.runner import EAGER, UpdateRunner
+from lacfast.learning.pairs import Pairs
+from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
-from lacfast.learning.totals import CriticTotals, PolicyTotals
-from lacfast.policy import States, apply_guidance, guided_output, policy_output
-from lacfast.records import Advantages, Rollout
+from lacfast.learning.totals import Totals
+from lacfast.runtime.memory import MicrobatchSize
 from lacfast.runtime.profiling import each
 
-MEASURED = 8
-"""Pairs of the first optimizer step whose unconditional half runs though it is known: what remains of the
-measure of how far the update's forward is from the rollout's."""
+Batch_co = TypeVar("Batch_co", covariant=True)
+Sums = TypeVar("Sums", bound=Totals)
 
 
-def policy_step(
-    backbone: Backbone,
-    reference: Backbone | None,
-    optimizer: Optimizer,
-    rollout: Rollout,
-    advantages: Advantages,
-    pairs: Pairs,
-    config: PPOConfig,
-    guidance_scale: float,
-    *,
-    tables: StepTables,
-    totals: PolicyTotals,
-    failed: Tensor,
-    microbatch_size: int,
-    reference_outputs: Tensor | None = None,
-    is_first: bool = False,
-    critic_totals: CriticTotals | None = None,
-    runner: UpdateRunner = EAGER,
-) -> Tensor:
-    """One optimizer step of the actor on a minibatch; returns its record, see PolicyTotals.
+class Source(Protocol[Batch_co]):
+    """States, and what they are learned from, into which pairs point."""
 
-    Args:
-        backbone: with the policy.
-        reference: for the KL. None: no KL.
-        optimizer: of the policy.
-        rollout: what `pairs` point into.
-        advantages: of the rollout.
-        pairs: the minibatch.
-        config: loss and clipping.
-        guidance_scale: that the rollout was made with.
-        tables: of the rollout's transition table.
-        totals: memory for the step's sums.
-        failed: see guarded_step.
-        microbatch_size: pairs at a time, at most.
-        reference_outputs: (K, B, ...) at the trained steps, see ReferenceStep. None: they are computed
-            with each microbatch.
-        is_first: the weights are those that made the rollout, so but for MEASURED pairs the unconditional
-            half need not run.
-        critic_totals: also add the critic's gradients, on features of the actor's own forward. None: do not.
-        runner: of the step's parts.
-    """
+    @property
+    def pairs(self) -> Pairs:
+        """All that a pass may learn from."""
 
-    def gradient(batch: PolicyBatch) -> None:
-        policy_gradient(
-            backbone, reference, batch, tables, config, guidance_scale, totals, critic_totals=critic_totals
-        )
+    def batch(
+        self, pairs: Pairs, share: Tensor, mask: Tensor | None = None, *, is_first: bool = False
+    ) -> Batch_co:
+        """Gather a microbatch.
 
-    def optimize() -> None:
-        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
-
-    optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
-    totals.zero_()
-    size = runner.size("policy", len(pairs), microbatch_size)
-    measured = MEASURED
-    for part in each("update/microbatch", pairs.split(size)):
-        shaped, mask = runner.shaped(part, size)
-        batch = policy_batch(
-            rollout,
-            advantages,
-            tables.timesteps,
-            shaped,
-            share=_share(part, pairs, tables),
-            mask=mask,
-            reference_outputs=reference_outputs,
-            uncond_rows=measured if is_first else None,
-        )
-        measured = 0
-        runner.gradient("policy", gradient, batch)
-    runner.optimize("policy", optimize, optimizer)
-    return totals.record()
+        Args:
+            pairs: P of them.
+            share: () of the minibatch that they are, 1 if they are all.
+            mask: (P,) False for pairs that only fill the batch up. None: all are real.
+            is_first: it is the first of its minibatch.
+        """
 
 
-def _share(part: Pairs, pairs: Pairs, tables: StepTables) -> Tensor:
-    # Filled on the device: a copy of a host number would wait for it.
-    return torch.full_like(tables.one, len(part) / len(pairs))
+class Update(ABC, Generic[Batch, Sums]):
+    """An optimizer and what its steps need again and again: sums, a size, a way to run."""
 
+    def __init__(
+        self,
+        totals: type[Sums],
+        optimizer: Optimizer,
+        config: PPOConfig,
+        failed: Tensor,
+        runner: UpdateRunner = EAGER,
+    ) -> None:
+        """
+        Args:
+            totals: kind of a step's sums.
+            optimizer: fused.
+            config: of loss and clipping.
+            failed: see guarded_step.
+            runner: of a step's parts.
+        """
+        self.optimizer = optimizer
+        self.config = config
+        self.failed = failed
+        self.runner = runner
+        self.microbatch = MicrobatchSize(config.microbatch_size)
+        self._totals_type = totals
+        self._tables: StepTables | None = None
 
-def policy_gradient(
-    backbone: Backbone,
-    reference: Backbone | None,
-    batch: PolicyBatch,
-    tables: StepTables,
-    config: PPOConfig,
-    guidance_scale: float,
-    totals: PolicyTotals,
-    *,
-    critic_totals: CriticTotals | None = None,
-) -> None:
-    """Forward and backward of one microbatch: adds to the weights' gradients and to the totals."""
-    # Under "joint" the value's gradient enters the actor here; the head itself learns in critic_step.
-    critic = backbone.critic
-    joint = critic if critic is not None and critic.config.trunk == "joint" else None
-    recorded = critic if critic_totals is not None else None
-    read: dict[str, Any] = {"critic": joint or recorded, "detach": joint is None}
-    if batch.uncond_rows is None:
-        output, features = guided_output(
-            *(backbone, batch.states, batch.uncond_conditioning, guidance_scale, config.cfg_grad), **read
-        )
-    else:
-        output, features = known_output(backbone, batch, guidance_scale, **read)
-    reference_output = batch.reference_output
-    if reference is not None and reference_output is None:
-        with torch.no_grad():
-            reference_output, _ = guided_output(
-                reference, batch.states, batch.uncond_conditioning, guidance_scale, "cond"
-            )
-    loss, stats = ops.ppo_loss(
-        output,
-        batch.old_model_output,
-        batch.advantages,
-        tables.coefficients,
-        batch.steps,
-        noise=batch.noise,
-        **vars(config.clip),
-        dual_clip=config.dual_clip,
-        ratio=config.ratio,
-        step_weights=tables.weights,
-        mask=batch.mask,
-        reference_output=reference_output,
-        kl_weight=config.kl_weight,
-        kl_gains=None if reference_output is None else tables.kl_gains,
-    )
-    if joint is not None:
-        outputs = critic_outputs(joint, batch.states, features)
-        loss = loss + joint.config.joint_weight * joint.loss(outputs, batch.targets, mask=batch.mask)
-    loss = loss * batch.share
-    loss.backward()  # type: ignore[no-untyped-call]
-    totals.add(loss.detach(), stats)
-    if recorded is not None and critic_totals is not None:
-        critic_gradient(
-            recorded,
-            CriticBatch(batch.states, features, batch.targets, batch.old_values, batch.share, batch.mask),
-            critic_totals,
-        )
+    @property
+    def tables(self) -> StepTables:
+        """Of the rollout that is learned from."""
+        assert self._tables is not None, "prepare comes first"
+        return self._tables
 
+    @abstractmethod
+    def gradient(self, batch: Batch) -> None:
+        """Forward and backward of one microbatch: adds to the weights' gradients and to the totals."""
 
-def known_output(
-    backbone: Backbone, batch: PolicyBatch, guidance_scale: float, *, critic: Critic | None, detach: bool
-) -> tuple[Tensor, Features]:
-    """As guided_output, of the weights that made the rollout, whose detached unconditional half need not run.
+    def prepare(self, tables: StepTables) -> None:
+        """Take a rollout's tables; graphs and sums are kept as long as they lie in the same memory.
 
-        v = v_old + scale (v_cond - stop(v_cond))
+        Raises:
+            ValueError: for a parameter that was replaced since a graph was captured.
+        """
+        if self._tables is not tables:
+            self.runner.release()
+            self._tables, self.totals = tables, self._totals_type.create(tables)
+        self.runner.check_addresses()
 
-    The value is the rollout's and the gradient is that of the conditional half. The first `uncond_rows` pairs
-    run in full all the same, so that the mismatch of the forwards stays measured.
-    """
-    states, rows = batch.states, slice(batch.uncond_rows)
-    forward = policy_output(
-        *(backbone, states.sample, states.timestep, states.conditioning, None), critic=critic, detach=detach
-    )
-    cond = forward.output
-    known = apply_guidance(cond, cond.detach(), guidance_scale, base=batch.old_model_output)
-    if batch.uncond_rows and batch.uncond_conditioning is not None:
-        with torch.no_grad():
-            uncond = backbone.predict(
-                states.sample[rows], states.timestep[rows], batch.uncond_conditioning.select(rows)
-            )
-        measured = apply_guidance(cond[rows], uncond, guidance_scale)
-        known = torch.cat([measured, known[len(measured) :]])
-    return known.contiguous(), forward.features
+    def find_size(self, source: Source[Batch], *, reserved: int) -> None:
+        """Choose the microbatches' size for the memory that is free now, if none was given.
 
+        Args:
+            source: of the pairs that are tried.
+            reserved: bytes that will be needed besides.
+        """
 
-def kept_features(source: StateSource, pairs: Pairs) -> Features:
-    """What was kept for the critic of these pairs, name -> (P, ...)."""
-    return {name: tensor[pairs.steps, pairs.rows] for name, tensor in source.features.items()}
+        def probe(count: int) -> None:
+            share = torch.ones_like(self.totals.loss)
+            self.gradient(source.batch(source.pairs.select(slice(count)), share))
+            self.optimizer.zero_grad(set_to_none=True)
 
+        self.microbatch.find(probe, self.failed.device, reserved=reserved)
 
-def critic_outputs(critic: Critic, states: States, features: Features) -> Tensor:
-    """The head's outputs (P, M, K) for states on `features` (P, ...) of the actor."""
-    return critic.outputs(features, states.sample, states.timestep, states.conditioning)
+    def step(self, source: Source[Batch], minibatch: Pairs) -> Tensor:
+        """One optimizer step on `minibatch`; returns its Totals.record, still on the device.
 
+        It starts anew with microbatches of half the size when memory runs out.
+        """
+        return self.microbatch.run(partial(self._attempt, source, minibatch), len(minibatch))
 
-def critic_gradient(critic: Critic, batch: CriticBatch, totals: CriticTotals) -> None:
-    """Forward and backward of one microbatch: adds to the critic's gradients and to `totals`."""
-    outputs = critic_outputs(critic, batch.states, batch.features)
-    loss = critic.loss(outputs, batch.targets, batch.old_values, batch.mask) * batch.share
-    loss.backward()  # type: ignore[no-untyped-call]
-    totals.loss.add_(loss.detach())
+    def _attempt(self, source: Source[Batch], minibatch: Pairs, limit: int) -> Tensor:
+        self.begin()
+        size = self.runner.size(len(minibatch), limit)
+        is_first = True
+        for part in each("update/microbatch", minibatch.split(size)):
+            pairs, mask = self.runner.shaped(part, size)
+            # Filled on the device: a copy of a host number would wait for it.
+            share = torch.full_like(self.totals.loss, len(part) / len(minibatch))
+            self.runner.gradient(self.gradient, source.batch(pairs, share, mask, is_first=is_first))
+            is_first = False
+        return self.finish()
 
+    def begin(self) -> None:
+        """Forget gradients and sums of the step before."""
+        self.optimizer.zero_grad(set_to_none=not self.runner.keeps_gradients)
+        self.totals.zero_()
 
-def critic_step(
-    critic: Critic,
-    optimizer: Optimizer,
-    source: StateSource,
-    targets: Tensor,
-    pairs: Pairs,
-    config: PPOConfig,
-    *,
-    tables: StepTables,
-    totals: CriticTotals,
-    failed: Tensor,
-    microbatch_size: int,
-    old_values: Tensor | None = None,
-    runner: UpdateRunner = EAGER,
-) -> Tensor:
-    """One critic optimizer step towards standardised targets (B, M); returns loss and gradient norm (2,).
+    def finish(self) -> Tensor:
+        """Clip the gradients and step; returns as `step` does."""
+        self.runner.optimize(self._clip_and_step, self.optimizer)
+        return self.totals.record()
 
-    `pairs` point into `source`. `old_values` (T, B, M) are those of the rollout in today's units, for
-    CriticConfig.value_clip; the other arguments are policy_step's.
-    """
-
-    def gradient(batch: CriticBatch) -> None:
-        critic_gradient(critic, batch, totals)
-
-    optimizer.zero_grad(set_to_none=not runner.keeps_gradients)
-    totals.zero_()
-    size = runner.size("critic", len(pairs), microbatch_size)
-    for part in each("update/microbatch", pairs.split(size)):
-        shaped, mask = runner.shaped(part, size)
-        batch = critic_batch(
-            source,
-            kept_features(source, shaped),
-            targets,
-            tables.timesteps,
-            shaped,
-            share=_share(part, pairs, tables),
-            mask=mask,
-            old_values=old_values,
-        )
-        runner.gradient("critic", gradient, batch)
-    return recorded_critic_step(optimizer, config, totals, failed, runner)
-
-
-def probe_critic(critic: Critic, rollout: Rollout, targets: Tensor, tables: StepTables, count: int) -> None:
-    """Forward and backward of `count` states, for MicrobatchSize.find."""
-    states = all_states(rollout).select(slice(count))
-    batch = critic_batch(
-        *(rollout, kept_features(rollout, states), targets, tables.timesteps, states), share=tables.one
-    )
-    critic_gradient(critic, batch, CriticTotals.create(tables))
-    critic.zero_grad(set_to_none=True)
-
-
-def recorded_critic_step(
-    optimizer: Optimizer, config: PPOConfig, totals: CriticTotals, failed: Tensor, runner: UpdateRunner
-) -> Tensor:
-    """The critic's optimizer step on gradients that a policy_step added; returns as critic_step does."""
-
-    def optimize() -> None:
-        guarded_step(optimizer, failed, totals.grad_norm, max_grad_norm=config.max_grad_norm)
-
-    runner.optimize("critic", optimize, optimizer)
-    return totals.record()
+    def _clip_and_step(self) -> None:
+        bound = self.config.max_grad_norm
+        guarded_step(self.optimizer, self.failed, self.totals.grad_norm, max_grad_norm=bound)

@@ -25,7 +25,7 @@ from lacfast.records import NoiseKey, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
-from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.scored import decoded_and_scored
 from lacfast.rollout.step import denoise_step
 
@@ -219,15 +219,14 @@ def complete(
         guidance_scale: above 1 the unconditional half runs too.
     """
     uncond = rollout.uncond_conditioning
-    buffers = SamplerBuffers.allocate(
+    inputs = SamplerInputs.create(
         rollout.table,
-        backbone.latent_shape,
         NoiseKey(rollout.noise.seed, ids.to(rollout.noise.seed)),
         rollout.conditioning.select(rows),
-        uncond_conditioning=None if uncond is None else uncond.select(rows),
-        guidance_scale=guidance_scale,
-        model_dtype=backbone.dtype,
+        None if uncond is None else uncond.select(rows),
+        guidance_scale,
     )
+    buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, model_dtype=backbone.dtype)
     buffers.sample.copy_(rollout.latents[step, rows])
     buffers.step.fill_(step)
     for _ in range(step, rollout.table.num_steps):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lacfast.config import PPOConfig, ValuePretrainingConfig
+from lacfast.config import TrainConfig, ValuePretrainingConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import (
     held_out_variance,
@@ -20,18 +20,18 @@ from lacfast.critic.values import (
     update_statistics,
     value_targets,
 )
+from lacfast.learning.batches import CriticSource
+from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.optimizers import missing_moments
-from lacfast.learning.pairs import Pairs, all_states
+from lacfast.learning.pairs import all_states
 from lacfast.learning.step_tables import step_tables
-from lacfast.learning.totals import CriticTotals, UpdateRecords
-from lacfast.learning.update import critic_step, probe_critic
+from lacfast.learning.totals import UpdateRecords
 from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.metrics import MetricsLog
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
-from lacfast.runtime.memory import MicrobatchSize
 
 INITIAL_RATE_FACTOR = 3.0
 """Multiple of the critic's learning rates at the start; it falls linearly to 1 over the iterations."""
@@ -86,35 +86,33 @@ def pretrain_values(
     normalizer: RewardNormalizer,
     held_out: Rollout | None,
     rollouts: Iterable[Rollout | None],
-    config: ValuePretrainingConfig,
-    ppo: PPOConfig,
+    config: TrainConfig,
     *,
-    seed: int,
     confidence: ValueConfidence,
     log: MetricsLog,
     on_iteration: Callable[[int, Tensor], None] | None = None,
 ) -> PretrainResult:
     """Fit the critic to rollouts of a frozen actor until its explained variance stops rising.
 
-    With bounds it also stops where the overall score reaches config.stop_score. Without `held_out` every
-    rollout measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which
-    costs no images.
+    With bounds it also stops where the overall score reaches stop_score. Without `held_out` every rollout
+    measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which costs no
+    images.
 
     Args:
         critic: trained in place; ends as the best one seen on `held_out`, without it as the last one.
         optimizer: of the critic; its state and rates are the caller's to reset before joint training.
         normalizer: reward statistics, updated with every rollout.
         held_out: rollout with rewards on prompts that are not trained on, or None.
-        rollouts: config.iterations of them with rewards, each made when it is asked for; None: skipped.
-        config: how long and how much.
-        ppo: loss and rates of the critic.
-        seed: of the order of the minibatches.
+        rollouts: pretrain.iterations of them with rewards, each made when it is asked for; None: skipped.
+        config: of the run, whose seed orders the minibatches.
         confidence: has the bounds of the explained variance on `held_out`, where they were measured.
         log: gets a line per iteration.
         on_iteration: gets the iteration and its explained variance (T, M).
     """
+    settings, device = config.pretrain, critic.reward_mean.device
+    update = CriticUpdate(critic, optimizer, config.ppo, torch.zeros((), device=device))
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    recent: deque[Rollout] = deque(maxlen=config.kept_rollouts)
+    recent: deque[Rollout] = deque(maxlen=settings.kept_rollouts)
     history: list[float] = []
     bounds = confidence.bounds
     best: _Kept | None = None
@@ -127,9 +125,9 @@ def pretrain_values(
         images += rollout.batch_size
         recent.append(rollout)
         rollout = update_statistics(critic, normalizer, rollout)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-        _set_rates(optimizer, rates, INITIAL_RATE_FACTOR, iteration / config.iterations)
-        _learn_from(recent, critic, optimizer, normalizer, config, ppo, generator)
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        _set_rates(optimizer, rates, INITIAL_RATE_FACTOR, iteration / settings.iterations)
+        _learn_from(recent, update, normalizer, config, generator)
         if held_out is None:
             variance = rollout_variance(rollout, normalizer)
         else:
@@ -146,9 +144,9 @@ def pretrain_values(
         if history[-1] > max(history[:-1], default=-math.inf):
             best_iteration = len(history)
             best = None if held_out is None else _Kept.of(critic, normalizer, variance)
-        if len(history) - best_iteration >= config.patience:
+        if len(history) - best_iteration >= settings.patience:
             break
-        if bounds is not None and bounds.overall_score(variance) >= config.stop_score:
+        if bounds is not None and bounds.overall_score(variance) >= settings.stop_score:
             break
     if variance is None:
         raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
@@ -165,40 +163,20 @@ def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, 
 
 def _learn_from(
     rollouts: Sequence[Rollout],
-    critic: Critic,
-    optimizer: Optimizer,
+    update: CriticUpdate,
     normalizer: RewardNormalizer,
-    config: ValuePretrainingConfig,
-    ppo: PPOConfig,
+    config: TrainConfig,
     generator: torch.Generator,
 ) -> None:
-    """Minibatches of random states, each from one kept rollout, until they make up `config.passes`."""
+    """Minibatches of random states, each from one kept rollout, until they make up config.pretrain.passes."""
+    settings, records = config.pretrain, UpdateRecords()
+    update.prepare(step_tables(rollouts[0].table, config.ppo, rollouts[0].latents))
     kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
-    tables = step_tables(rollouts[0].table, ppo, rollouts[0].latents)
-    microbatch = MicrobatchSize(ppo.microbatch_size)
-    totals = CriticTotals.create(tables)
-    failed = torch.zeros((), device=rollouts[0].latents.device)
-    records = UpdateRecords()
-    for _ in range(math.ceil(config.passes * kept_states / config.minibatch_size)):
+    for _ in range(math.ceil(settings.passes * kept_states / settings.minibatch_size)):
         rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
-        targets = value_targets(rollout, normalizer, ppo.target_clip)
-        states = next(all_states(rollout).shuffled(generator).split(config.minibatch_size))
-
-        def probe(count: int, rollout: Rollout = rollout, targets: Tensor = targets) -> None:
-            probe_critic(critic, rollout, targets, tables, count)
-
-        def step(
-            size: int, rollout: Rollout = rollout, targets: Tensor = targets, states: Pairs = states
-        ) -> Tensor:
-            return critic_step(
-                *(critic, optimizer, rollout, targets, states, ppo),
-                tables=tables,
-                totals=totals,
-                failed=failed,
-                microbatch_size=size,
-            )
-
-        microbatch.find(probe, rollout.latents.device, reserved=missing_moments(optimizer))
-        numbers = microbatch.run(step, len(states))
-        records.add("critic", numbers, len(states))
+        targets = value_targets(rollout, normalizer, config.ppo.target_clip)
+        source = CriticSource(rollout, targets, update.tables.timesteps)
+        minibatch = next(source.pairs.shuffled(generator).split(settings.minibatch_size))
+        update.find_size(source, reserved=missing_moments(update.optimizer))
+        update.learn(source, minibatch, records)
     records.read()

@@ -2,35 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lacfast.critic.trunk import Features
 from lacfast.policy import joined_conditioning
-from lacfast.records import Conditioning, NoiseKey, TrajectorySlab, TransitionTable
+from lacfast.records import Conditioning, NoiseKey, Static, TrajectorySlab, TransitionTable, padding_rows
 
 
 @dataclass(frozen=True)
-class SamplerBuffers:
-    """All that a denoising step reads and writes, with room for T steps; fewer take the first rows."""
+class SamplerInputs(Static):
+    """What a batch of B trajectories starts from."""
 
-    step: Tensor
-    """(1,) int64, advanced by the step itself."""
-    sample: Tensor
-    """(B, C, H, W) current latents."""
-    model_input: Tensor
-    """(G, B, C, H, W) the same in the model's dtype; G = 2 with guidance, else 1."""
     coefficients: Tensor
     """(T, 3) float32"""
     timesteps: Tensor
     """(T,) float32"""
     noise: NoiseKey
     conditioning: Conditioning
-    """(G B, ...) the prompts', behind them what stands in their place where there is guidance."""
+    """(G B, ...) the prompts', behind them what stands in their place where there is guidance; G = 2 with
+    guidance, else 1."""
     guidance_scale: Tensor
     """(1,) float32, read with guidance."""
+
+    @staticmethod
+    def create(
+        table: TransitionTable,
+        noise: NoiseKey,
+        conditioning: Conditioning,
+        uncond_conditioning: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+    ) -> SamplerInputs:
+        """Inputs on the device of `noise`, which is not copied.
+
+        Args:
+            table: the schedule.
+            noise: seed and B sample ids.
+            conditioning: (B, ...)
+            uncond_conditioning: (B, ...) with guidance.
+            guidance_scale: used with `uncond_conditioning`.
+        """
+        device = noise.seed.device
+        return SamplerInputs(
+            table.coefficients(device),
+            table.timesteps.to(device),
+            noise,
+            joined_conditioning(conditioning, uncond_conditioning),
+            torch.full((1,), guidance_scale, device=device),
+        )
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.noise.sample_ids)
+
+    @property
+    def halves(self) -> int:
+        """G"""
+        return len(self.conditioning) // self.batch_size
+
+    def padded(self, count: int) -> SamplerInputs:
+        """Inputs of `count` trajectories, of which those beyond these repeat the last."""
+        rows = padding_rows(self.batch_size, count, self.noise.seed.device)
+        joined = torch.cat([rows + half * self.batch_size for half in range(self.halves)])
+        return replace(self, noise=self.noise.select(rows), conditioning=self.conditioning.select(joined))
+
+    def with_room(self, steps: int) -> SamplerInputs:
+        """Inputs with at least `steps` rows of the schedule; those behind it are 0 and no step reads them."""
+        missing = max(steps - len(self.timesteps), 0)
+        return replace(
+            self,
+            coefficients=torch.nn.functional.pad(self.coefficients, (0, 0, 0, missing)),
+            timesteps=torch.nn.functional.pad(self.timesteps, (0, missing)),
+        )
+
+
+@dataclass(frozen=True)
+class SamplerBuffers:
+    """All that a denoising step reads and writes, with room for T steps; fewer take the first rows."""
+
+    inputs: SamplerInputs
+    step: Tensor
+    """(1,) int64, advanced by the step itself."""
+    sample: Tensor
+    """(B, C, H, W) current latents."""
+    model_input: Tensor
+    """(G, B, C, H, W) the same in the model's dtype."""
     latents: Tensor
     """(T + 1, B, C, H, W)"""
     model_outputs: Tensor
@@ -50,48 +108,32 @@ class SamplerBuffers:
 
     @staticmethod
     def allocate(
-        table: TransitionTable,
+        inputs: SamplerInputs,
         latent_shape: tuple[int, ...],
-        noise: NoiseKey,
-        conditioning: Conditioning,
         *,
-        uncond_conditioning: Conditioning | None = None,
-        guidance_scale: float = 1.0,
         num_rewards: int = 0,
         dtype: torch.dtype = torch.float32,
         model_dtype: torch.dtype = torch.float32,
         keep_features: bool = True,
-        max_steps: int = 0,
     ) -> SamplerBuffers:
         """Memory for a batch.
 
         Args:
-            table: the sampler.
+            inputs: of the batch, not copied.
             latent_shape: (C, H, W) or (L, D).
-            noise: seed and B sample ids, not copied.
-            conditioning: (B, ...)
-            uncond_conditioning: (B, ...) with guidance.
-            guidance_scale: used with `uncond_conditioning`.
             num_rewards: M, heads of the critic that values every step; 0 without one.
             dtype: of the latents.
             model_dtype: that the model takes them in.
             keep_features: keep what the critic's trunk reads of every step, and leave its values for later.
-            max_steps: room for schedules longer than `table`.
         """
-        device = noise.seed.device
-        batch, steps = len(noise.sample_ids), max(table.num_steps, max_steps)
+        device = inputs.timesteps.device
+        batch, steps = inputs.batch_size, len(inputs.timesteps)
         latents = torch.empty((steps + 1, batch, *latent_shape), dtype=dtype, device=device)
-        joined = joined_conditioning(conditioning, uncond_conditioning)
-        halves = len(joined) // batch
         return SamplerBuffers(
+            inputs=inputs,
             step=torch.zeros(1, dtype=torch.int64, device=device),
             sample=torch.empty_like(latents[0]),
-            model_input=torch.empty((halves, batch, *latent_shape), dtype=model_dtype, device=device),
-            coefficients=_with_rows(table.coefficients(), steps).to(device),
-            timesteps=_with_rows(table.timesteps, steps).to(device),
-            noise=noise,
-            conditioning=joined,
-            guidance_scale=torch.full((1,), guidance_scale, device=device),
+            model_input=torch.empty((inputs.halves, batch, *latent_shape), dtype=model_dtype, device=device),
             latents=latents,
             model_outputs=torch.empty_like(latents[1:]),
             log_probs=torch.empty((steps, batch), device=device),
@@ -100,31 +142,7 @@ class SamplerBuffers:
             keep_features=keep_features,
         )
 
-    def load(
-        self,
-        table: TransitionTable,
-        noise: NoiseKey,
-        conditioning: Conditioning,
-        uncond_conditioning: Conditioning | None,
-        guidance_scale: float,
-    ) -> None:
-        """Copy the inputs of another batch of the same shapes to where the step reads them."""
-        steps = len(self.timesteps)
-        self.coefficients.copy_(_with_rows(table.coefficients(), steps))
-        self.timesteps.copy_(_with_rows(table.timesteps, steps))
-        self.guidance_scale.fill_(guidance_scale)
-        self.noise.seed.copy_(noise.seed)
-        self.noise.sample_ids.copy_(noise.sample_ids)
-        self.conditioning.copy_(joined_conditioning(conditioning, uncond_conditioning))
-
     def written(self) -> list[Tensor]:
         """What a step writes."""
         outputs = [self.latents, self.model_outputs, self.log_probs, self.values]
         return [self.step, self.sample, self.model_input, *outputs, *self.features.values()]
-
-
-def _with_rows(rows: Tensor, count: int) -> Tensor:
-    """The rows of a schedule, then zeros, which no step reads."""
-    padded = rows.new_zeros((count, *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    return padded

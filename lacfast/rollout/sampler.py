@@ -14,36 +14,14 @@ from lacfast.backbone import Backbone
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_values
 from lacfast.ops.backend import forced_backend
-from lacfast.records import Conditioning, NoiseKey, Rollout, TransitionTable
-from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.records import NoiseKey, Rollout, TransitionTable
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.step import begin, denoise_step
-from lacfast.runtime.graph import GraphRunner, StaticStep, stored_as
+from lacfast.runtime.graph import GraphRunner, StaticStep, weights_of
 from lacfast.runtime.profiling import span
 
 KEPT_SHAPES = 8
 """Shapes whose buffers and graphs are kept; training and evaluation with their tails need four at most."""
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What a batch of trajectories starts from."""
-
-    table: TransitionTable
-    noise: NoiseKey
-    conditioning: Conditioning
-    uncond_conditioning: Conditioning | None
-    guidance_scale: float
-
-    def padded(self, count: int) -> _Inputs:
-        """A copy for `count` trajectories, of which those beyond the batch repeat its last."""
-        uncond = self.uncond_conditioning
-        return _Inputs(
-            self.table,
-            self.noise.padded(count),
-            self.conditioning.padded(count),
-            None if uncond is None else uncond.padded(count),
-            self.guidance_scale,
-        )
 
 
 @dataclass(frozen=True)
@@ -107,22 +85,17 @@ class RolloutSampler:
                 f"got {len(prompts)} prompts, {len(metadata)} metadata and {len(noise.sample_ids)} sample "
                 "ids; they must match"
             )
-        inputs = _Inputs(
-            table,
-            noise,
-            self.backbone.encode_prompts(prompts),
-            self.backbone.encode_unconditional(len(prompts)) if guidance_scale > 1 else None,
-            guidance_scale,
-        )
-        tensors = self._trajectories(inputs, max(batch_size, len(prompts)), keep_features)
+        conditioning = self.backbone.encode_prompts(prompts)
+        uncond = self.backbone.encode_unconditional(len(prompts)) if guidance_scale > 1 else None
+        inputs = SamplerInputs.create(table, noise, conditioning, uncond, guidance_scale)
         rollout = Rollout(
             table=table,
-            conditioning=inputs.conditioning,
-            uncond_conditioning=inputs.uncond_conditioning,
+            conditioning=conditioning,
+            uncond_conditioning=uncond,
             noise=noise,
             prompts=list(prompts),
             metadata=list(metadata),
-            **tensors,
+            **self._trajectories(inputs, max(batch_size, len(prompts)), keep_features),
         )
         if self.critic is None or not keep_features:
             return rollout
@@ -134,44 +107,41 @@ class RolloutSampler:
         while self._captured:
             self._release(next(iter(self._captured)))
 
-    def _trajectories(self, inputs: _Inputs, batch_size: int, keep_features: bool) -> dict[str, Any]:
-        key = self._key(inputs, batch_size, keep_features) if self.runner.captures else None
-        if key is None or key in self._eager:
+    def _trajectories(self, inputs: SamplerInputs, batch_size: int, keep_features: bool) -> dict[str, Any]:
+        num_steps = len(inputs.timesteps)
+        padded = inputs.padded(batch_size) if self.runner.captures else None
+        key = None if padded is None else self._key(padded, keep_features)
+        if padded is None or key in self._eager:
             buffers = self._allocate(inputs, keep_features)
             begin(buffers)
-            for _ in range(inputs.table.num_steps):
+            for _ in range(num_steps):
                 with span("rollout/step"):
                     denoise_step(self.backbone, self.critic, buffers)
             return _stored(buffers)
-        captured = self._captured_for(key, inputs.padded(batch_size), keep_features)
+        captured = self._captured_for(key, padded, keep_features)
         self.runner.check_addresses(captured.step)
         begin(captured.buffers)
         with span("rollout/step"):
-            self.runner.run(captured.step, inputs.table.num_steps)
-        copies = _first(captured.buffers, len(inputs.conditioning), inputs.table.num_steps)
+            self.runner.run(captured.step, num_steps)
+        copies = _first(captured.buffers, inputs.batch_size, num_steps)
         if self.runner.is_eager(captured.step):
             self._release(key)
             self._eager.add(key)
         return copies
 
-    def _captured_for(self, key: Hashable, inputs: _Inputs, keep_features: bool) -> _Captured:
+    def _captured_for(self, key: Hashable, inputs: SamplerInputs, keep_features: bool) -> _Captured:
         """The buffers of a shape, with these inputs in them."""
         found = self._captured.get(key)
-        if found is not None and len(found.buffers.timesteps) >= inputs.table.num_steps:
+        if found is not None and len(found.buffers.inputs.timesteps) >= len(inputs.timesteps):
             self._captured.move_to_end(key)
-            found.buffers.load(
-                inputs.table,
-                inputs.noise,
-                inputs.conditioning,
-                inputs.uncond_conditioning,
-                inputs.guidance_scale,
-            )
+            own = found.buffers.inputs
+            own.copy_(inputs.with_room(len(own.timesteps)))
             return found
         if found is not None:
             self._release(key)
         elif len(self._captured) == KEPT_SHAPES:
             self._release(next(iter(self._captured)))
-        buffers = self._allocate(inputs, keep_features, max_steps=self.runner.config.max_steps)
+        buffers = self._allocate(inputs.with_room(self.runner.config.max_steps).clone(), keep_features)
         step = StaticStep(
             name=f"the denoising step of {tuple(buffers.sample.shape)}",
             run=lambda: denoise_step(self.backbone, self.critic, buffers),
@@ -181,44 +151,32 @@ class RolloutSampler:
         self._captured[key] = _Captured(buffers, step)
         return self._captured[key]
 
-    def _allocate(self, inputs: _Inputs, keep_features: bool, *, max_steps: int = 0) -> SamplerBuffers:
+    def _allocate(self, inputs: SamplerInputs, keep_features: bool) -> SamplerBuffers:
         return SamplerBuffers.allocate(
-            inputs.table,
+            inputs,
             self.backbone.latent_shape,
-            inputs.noise,
-            inputs.conditioning,
-            uncond_conditioning=inputs.uncond_conditioning,
-            guidance_scale=inputs.guidance_scale,
             num_rewards=0 if self.critic is None or keep_features else self.critic.num_rewards,
             model_dtype=self.backbone.dtype,
             keep_features=keep_features,
-            max_steps=max_steps,
         )
 
     def _release(self, key: Hashable) -> None:
         self.runner.release(self._captured.pop(key).step)
 
-    def _key(self, inputs: _Inputs, batch_size: int, keep_features: bool) -> Hashable:
-        """All that a graph freezes besides the values in its tensors."""
+    def _key(self, inputs: SamplerInputs, keep_features: bool) -> Hashable:
+        """All that a graph freezes besides the values in its tensors, and the length of the schedule."""
         return (
-            batch_size,
+            inputs.noise.layout,
+            inputs.conditioning.layout,
             self.backbone.latent_shape,
             keep_features,
-            inputs.conditioning.layout,
-            None if inputs.uncond_conditioning is None else inputs.uncond_conditioning.layout,
             self.backbone.forward_signature(),
             forced_backend(),
         )
 
     def _weights(self) -> dict[str, Tensor]:
-        modules = {"model": self.backbone.model} | ({} if self.critic is None else {"critic": self.critic})
-        return {
-            name: tensor
-            for owner, module in modules.items()
-            for tensors in (module.named_parameters(), module.named_buffers())
-            for own_name, whole in tensors
-            for name, tensor in stored_as(f"{owner}.{own_name}", whole)
-        }
+        critic = {} if self.critic is None else {"critic": self.critic}
+        return weights_of({"model": self.backbone.model, **critic})
 
 
 def _stored(buffers: SamplerBuffers) -> dict[str, Any]:

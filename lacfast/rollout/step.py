@@ -22,7 +22,7 @@ def begin(buffers: SamplerBuffers) -> None:
     """Draw the initial latents and set the step index to 0."""
     batch = buffers.sample.shape[0]
     steps = torch.full((batch,), INITIAL_STEP, dtype=torch.int64, device=buffers.sample.device)
-    buffers.sample.copy_(ops.normal_noise(tuple(buffers.sample.shape), steps, buffers.noise))
+    buffers.sample.copy_(ops.normal_noise(tuple(buffers.sample.shape), steps, buffers.inputs.noise))
     buffers.latents[0].copy_(buffers.sample)
     buffers.step.zero_()
 
@@ -33,17 +33,20 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
 
     With a critic it stores the features or, where they are not kept, the values.
     """
-    halves, batch = buffers.model_input.shape[:2]
+    inputs, (halves, batch) = buffers.inputs, buffers.model_input.shape[:2]
     buffers.model_input.copy_(buffers.sample)
-    timestep = buffers.timesteps.index_select(0, buffers.step).expand(halves * batch)
+    timestep = inputs.timesteps.index_select(0, buffers.step).expand(halves * batch)
     model_input = buffers.model_input.flatten(0, 1)
     forward = model_forward(
-        *(backbone, model_input, timestep, buffers.conditioning), halves=halves, critic=critic, detach=True
+        *(backbone, model_input, timestep, inputs.conditioning),
+        halves=halves,
+        critic=critic,
+        detach=True,
     )
     if buffers.keep_features:
         _store_features(buffers, forward.features)
     elif critic is not None:
-        prompts = buffers.conditioning.select(slice(batch))
+        prompts = inputs.conditioning.select(slice(batch))
         values = critic(forward.features, buffers.sample, timestep[:batch], prompts)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
     # A float64 model may move float32 latents; the maths is theirs.
@@ -51,11 +54,11 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
     ops.gaussian_step_(
         buffers.sample,
         forward.output.to(dtype).contiguous(),
-        buffers.coefficients,
+        inputs.coefficients,
         buffers.step,
-        noise=buffers.noise,
+        noise=inputs.noise,
         uncond_output=None if uncond_output is None else uncond_output.to(dtype).contiguous(),
-        guidance_scale=None if uncond_output is None else buffers.guidance_scale,
+        guidance_scale=None if uncond_output is None else inputs.guidance_scale,
         slab=buffers.slab,
     )
     buffers.step.add_(1)
@@ -64,5 +67,5 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
 def _store_features(buffers: SamplerBuffers, features: Features) -> None:
     for name, tensor in features.items():
         if name not in buffers.features:
-            buffers.features[name] = tensor.new_empty((len(buffers.timesteps), *tensor.shape))
+            buffers.features[name] = tensor.new_empty((len(buffers.inputs.timesteps), *tensor.shape))
         buffers.features[name].index_copy_(0, buffers.step, tensor[None])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lacfast.config import GraphConfig
 from lacfast.runtime.cuda_graph import CudaCapture
@@ -301,6 +301,17 @@ def _near(tensor: Tensor, expected: Tensor, rounding: float) -> bool:
         return False
     theirs = expected.to(tensor.device).double()
     return bool((tensor.detach().double() - theirs).norm() <= rounding * theirs.norm())
+
+
+def weights_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and buffers of modules "owner" as stored, by names "owner.path", for StaticStep.read."""
+    return {
+        name: tensor
+        for owner, module in modules.items()
+        for tensors in (module.named_parameters(), module.named_buffers())
+        for path, whole in tensors
+        for name, tensor in stored_as(f"{owner}.{path}", whole)
+    }
 
 
 def stored_as(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -110,9 +110,8 @@ def test_a_saved_run_goes_on_with_its_statistics(changes: dict[str, Any], tmp_pa
         # Ten is never reached, so the multiplier has risen in each of the three iterations.
         assert first["weight/redness"] > 0.5 + 3 * 0.01
     if "ppo" in changes:
-        assert trainer.learner.adaptive_kl is not None
         assert first["kl_weight"] == 0.1 / 4
-        assert trainer.learner.adaptive_kl.weight == 0.1 / 8
+        assert trainer.learner.policy_update.kl_weight == 0.1 / 8
 
 
 def test_a_checkpoint_of_another_estimator_changes_nothing(tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 
 
 def reference_output(trainer: LatentActorCriticTrainer) -> Tensor:
-    assert trainer.learner.reference is not None
+    assert trainer.learner.anchor is not None
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn((2, *trainer.backbone.latent_shape), generator=generator)
     with torch.no_grad():
         conditioning = trainer.backbone.encode_prompts(PROMPTS[:2])
-        return trainer.learner.reference.predict(sample, torch.tensor([700.0, 300.0]), conditioning)
+        return trainer.learner.anchor.backbone.predict(sample, torch.tensor([700.0, 300.0]), conditioning)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -218,8 +218,8 @@ def test_adapters_of_policy_and_critic_share_one_base() -> None:
     assert not policy & critic
     own = {id(parameter) for parameter in backbone.model.parameters()}
     assert policy | critic < own
-    assert trainer.learner.reference is not None
-    assert trainer.learner.reference.model is backbone.model
+    assert trainer.learner.anchor is not None
+    assert trainer.learner.anchor.backbone.model is backbone.model
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

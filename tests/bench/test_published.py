@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from bench.costs import BATCH, Workload
 from bench.published import PUBLISHED
 from lacfast.records import Conditioning, NoiseKey
-from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.step import begin, denoise_step
 
 
@@ -33,12 +33,9 @@ def test_a_step_of_a_published_model_looks_at_no_value(name: str) -> None:
         )
         assert prompts is not None
         zeros = [torch.zeros(count, dtype=torch.int64, device="meta") for count in (1, BATCH)]
-        buffers = SamplerBuffers.allocate(
-            *(work.table, backbone.latent_shape, NoiseKey(*zeros), prompts),
-            uncond_conditioning=unconditional,
-            guidance_scale=sampler.guidance_scale,
-            model_dtype=backbone.dtype,
-        )
+        scale = sampler.guidance_scale
+        inputs = SamplerInputs.create(work.table, NoiseKey(*zeros), prompts, unconditional, scale)
+        buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, model_dtype=backbone.dtype)
         begin(buffers)
         denoise_step(backbone, None, buffers)
     assert isinstance(buffers.sample, FakeTensor)

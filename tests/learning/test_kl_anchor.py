@@ -1,4 +1,4 @@
-"""The reference model runs over a rollout once, and a graph of it does not depend on the policy's."""
+"""The anchor runs over a rollout once, and a graph of it does not depend on the policy's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lacfast.backbone import Backbone
 from lacfast.config import GraphConfig, LoRAConfig, SamplerConfig
-from lacfast.learning.kl_anchor import ReferenceStep
+from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.records import NoiseKey, Rollout
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
@@ -27,41 +27,41 @@ def rollout_of(backbone: Backbone, runner: GraphRunner, guidance_scale: float, s
     )
 
 
-def outputs_of(step: ReferenceStep, rollout: Rollout, batch_size: int) -> Tensor:
-    return step.outputs(rollout, torch.tensor([0, 2]), rollout.table.timesteps, batch_size=batch_size)
+def outputs_of(anchor: KLAnchor, rollout: Rollout, batch_size: int) -> Tensor:
+    return anchor.outputs(rollout, torch.tensor([0, 2]), rollout.table.timesteps, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["all weights", "lora"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_the_captured_reference_is_the_eager_one_after_the_policy_moved(
+def test_the_captured_anchor_is_the_eager_one_after_the_policy_moved(
     lora: LoRAConfig | None, guidance_scale: float
 ) -> None:
     backbone = backbone_of(tiny_pipeline("sd3"), lora=lora)
-    reference, runner = backbone.frozen_reference(), GraphRunner(FAKE)
-    captured, eager = (ReferenceStep(reference, each, guidance_scale) for each in (runner, GraphRunner()))
+    frozen, runner = backbone.frozen_anchor(), GraphRunner(FAKE)
+    captured, eager = (KLAnchor(frozen, each, guidance_scale) for each in (runner, GraphRunner()))
     for seed in range(2):
         rollout = rollout_of(backbone, runner, guidance_scale, seed)
         ours = outputs_of(captured, rollout, batch_size=5)
         assert torch.equal(ours, outputs_of(eager, rollout, batch_size=5))
         policy = rollout.model_outputs[[0, 2]]
-        # Before its first update the policy is the reference.
+        # Before its first update the policy is the anchor.
         assert torch.allclose(ours, policy, atol=1e-4) == (seed == 0)
         with torch.no_grad():
             for parameter in backbone.policy_parameters():
                 parameter.add_(0.05)
-    # One graph of the policy for each sampler object, one of the reference.
+    # One graph of the policy for each sampler object, one of the anchor.
     assert runner.statistics.captures == 3
 
 
 def test_a_tail_is_padded_to_the_one_shape_that_is_captured() -> None:
     backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
-    reference, runner = backbone.frozen_reference(), GraphRunner(FAKE)
+    frozen, runner = backbone.frozen_anchor(), GraphRunner(FAKE)
     rollout = rollout_of(backbone, GraphRunner(), 1.0)
-    step = ReferenceStep(reference, runner, 1.0)
-    ours = outputs_of(step, rollout, batch_size=2)
-    plain = outputs_of(ReferenceStep(reference, GraphRunner(), 1.0), rollout, batch_size=2)
+    anchor = KLAnchor(frozen, runner, 1.0)
+    ours = outputs_of(anchor, rollout, batch_size=2)
+    plain = outputs_of(KLAnchor(frozen, GraphRunner(), 1.0), rollout, batch_size=2)
     assert torch.equal(ours[:, :4], plain[:, :4])
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert runner.statistics.captures == 1
-    step.release()
+    anchor.release()
     assert runner.statistics.graph_bytes == 0

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lacfast import LatentActorCriticTrainer, reference
 from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning import totals
+from lacfast.learning.batches import PolicySource
 from lacfast.learning.pairs import all_pairs, all_states, minibatches
 from lacfast.learning.totals import PolicyRecord, policy_metrics
 from lacfast.records import Advantages, Rollout
@@ -144,8 +145,8 @@ def test_learning_equals_a_plain_loop_over_single_pairs(
                 getattr(ours.backbone, name).state_dict(), getattr(plain.backbone, name).state_dict()
             )
     else:
-        # Reference outputs kept for two epochs are those of each microbatch.
-        plain.learner._reference_outputs = lambda *_: None  # type: ignore[method-assign]
+        # Outputs of the anchor that are kept for two epochs are those of each microbatch.
+        plain.learner.policy_update.anchor_outputs = lambda source: None  # type: ignore[method-assign]
         plain.learner.learn(rollout, advantages, 0)
         assert_same_weights(ours.backbone.model.state_dict(), plain.backbone.model.state_dict())
 
@@ -212,10 +213,10 @@ def test_a_bad_gradient_turns_off_its_step_and_all_later_ones() -> None:
     shorter.learner.failed.zero_()
     first_step_alone(shorter, rollout, advantages)
     assert_same_weights(trainer.backbone.model.state_dict(), shorter.backbone.model.state_dict())
-    for state in trainer.learner.policy_optimizer.state.values():
+    for state in trainer.learner.policy_update.optimizer.state.values():
         assert float(state["step"]) == 1
     assert trainer.learner.policy_schedule.last_epoch == 1
-    rate = trainer.learner.policy_optimizer.param_groups[0]["lr"]
+    rate = trainer.learner.policy_update.optimizer.param_groups[0]["lr"]
     assert rate == pytest.approx(ppo.policy_learning_rate * 2 / 6)
     assert trainer.critic is not None
     assert all(torch.equal(trainer.critic.state_dict()[name], critic_before[name]) for name in critic_before)
@@ -224,29 +225,9 @@ def test_a_bad_gradient_turns_off_its_step_and_all_later_ones() -> None:
 
 
 def first_step_alone(trainer: LatentActorCriticTrainer, rollout: Rollout, advantages: Advantages) -> None:
-    from lacfast.learning.update import policy_step
-
-    minibatch = next(
-        iter(
-            minibatches(all_pairs(advantages.steps, rollout.batch_size), 3, torch.Generator().manual_seed(0))
-        )
-    )
-    learner = trainer.learner
-    workspace = learner._workspace_for(rollout)
-    policy_step(
-        trainer.backbone,
-        None,
-        learner.policy_optimizer,
-        rollout,
-        advantages,
-        minibatch,
-        trainer.config.ppo,
-        1.0,
-        tables=workspace.tables,
-        totals=workspace.policy,
-        failed=learner.failed,
-        microbatch_size=8,
-    )
+    learner, generator = trainer.learner, torch.Generator().manual_seed(0)
+    source = PolicySource(rollout, advantages, learner._prepare(rollout).timesteps)
+    learner.policy_update.step(source, next(iter(minibatches(source.pairs, 3, generator))))
 
 
 def test_weights_and_moments_stay_where_they_are(tmp_path: Any) -> None:
@@ -292,7 +273,8 @@ def test_a_kl_limit_ends_the_policy_s_steps_and_not_the_critic_s() -> None:
     assert result["stopped_by_kl_limit"]
     # The first step's KL is 0, the second's is not.
     assert result["last_kl_old"] > 1e-9
-    steps = [float(state["step"]) for state in limited.learner.policy_optimizer.state.values()]
+    steps = [float(state["step"]) for state in limited.learner.policy_update.optimizer.state.values()]
     assert set(steps) == {2.0}
-    critic_steps = limited.learner.critic_optimizer.state.values()  # type: ignore[union-attr]
+    assert limited.learner.critic_update is not None
+    critic_steps = limited.learner.critic_update.optimizer.state.values()
     assert {float(state["step"]) for state in critic_steps} == {4.0}

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig
 from lacfast.config import TrainConfig
 from lacfast.critic.values import value_targets
+from lacfast.learning.batches import CriticSource
+from lacfast.learning.pairs import Pairs
 from lacfast.learning.replay import Experience, ValueReplay
-from lacfast.learning.update import critic_step
 
 
 def trainer_for(rollouts: int, minibatches: int = 0) -> LatentActorCriticTrainer:
@@ -98,12 +98,15 @@ def test_old_targets_follow_the_units_of_today() -> None:
 def test_the_critic_learns_from_the_rollout_before_todays_too(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_for(2, minibatches=16)
     learned: list[int] = []
+    update = trainer.learner.critic_update
+    assert update is not None
+    step = update.step
 
-    def spied(critic: Any, optimizer: Any, source: Experience, *others: Any, **settings: Any) -> Tensor:
-        learned.append(source.latents.data_ptr())
-        return critic_step(critic, optimizer, source, *others, **settings)
+    def spied(source: CriticSource, minibatch: Pairs) -> Tensor:
+        learned.append(source.states.latents.data_ptr())
+        return step(source, minibatch)
 
-    monkeypatch.setattr("lacfast.learning.learner.critic_step", spied)
+    monkeypatch.setattr(update, "step", spied)
     rollouts = []
     for _ in range(3):
         learned.clear()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
-from lacfast.learning.update import MEASURED
+from lacfast.learning.batches import MEASURED
 from lacfast.records import Advantages, Rollout
 
 GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
@@ -56,7 +56,7 @@ def gradient_of_first_step(
         parameters = trainer.backbone.policy_parameters()
         seen.append(torch.cat([one.grad.flatten() for one in parameters if one.grad is not None]))
 
-    handle = trainer.learner.policy_optimizer.register_step_pre_hook(look)
+    handle = trainer.learner.policy_update.optimizer.register_step_pre_hook(look)
     trainer.learner.learn(rollout, advantages, 0)
     handle.remove()
     return seen[0]

@@ -56,7 +56,8 @@ def test_a_critic_learns_an_easy_reward() -> None:
 
 def test_it_stops_when_the_critic_gets_no_better() -> None:
     stalled = trainer(iterations=6, patience=1)
-    for group in stalled.learner.critic_optimizer.param_groups:  # type: ignore[union-attr]
+    assert stalled.learner.critic_update is not None
+    for group in stalled.learner.critic_update.optimizer.param_groups:
         group["lr"] = 0.0
     assert len(stalled.pretrain_critic().history) == 2
 
@@ -183,13 +184,13 @@ def test_learning_rates_fall_from_the_initial_factor_towards_their_own(
 ) -> None:
     seen: list[float] = []
     made = trainer()
-    optimizer = made.learner.critic_optimizer
-    assert optimizer is not None
+    update = made.learner.critic_update
+    assert update is not None
+    optimizer = update.optimizer
     own = optimizer.param_groups[0]["lr"]
     made.pretrain_critic(lambda iteration, variance: seen.append(optimizer.param_groups[0]["lr"] / own))
     assert seen == pytest.approx([3.0, 2.5, 2.0, 1.5])
-    assert made.learner.critic_optimizer is not None
-    assert made.learner.critic_optimizer.param_groups[0]["lr"] == own
+    assert update.optimizer.param_groups[0]["lr"] == own
 
 
 def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:

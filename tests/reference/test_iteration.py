@@ -64,7 +64,7 @@ class DenoiserBackbone(linear_chain.LinearChain):
 
         return SharedTrunk({"hidden": (Tap("lower", read), 8)})
 
-    def frozen_reference(self) -> DenoiserBackbone:
+    def frozen_anchor(self) -> DenoiserBackbone:
         return copy.deepcopy(self)
 
 
@@ -93,7 +93,7 @@ class PageRun:
     def __init__(self, trainer: LatentActorCriticTrainer, rewards: dict[Reward, float]) -> None:
         self.table, self.rewards = trainer.table, rewards
         self.guidance_scale = trainer.config.sampler.guidance_scale
-        self.backbone, self.anchor = (trainer.backbone.frozen_reference() for _ in range(2))
+        self.backbone, self.anchor = (trainer.backbone.frozen_anchor() for _ in range(2))
         self.critic = copy.deepcopy(trainer.critic)
         self.seen: list[Tensor] = []
         weights = self.backbone.model.requires_grad_(True).parameters()
@@ -140,7 +140,7 @@ class PageRun:
         latents, model_outputs = page.rollout(policy, self.table, conditioning, noise, shape)
         rewards, learned = page.train_iteration(
             policy,
-            self.critic_on(self.backbone.frozen_reference()),
+            self.critic_on(self.backbone.frozen_anchor()),
             self.reward,
             self.reward_statistics,
             self.table,

@@ -14,7 +14,7 @@ from lacfast import ops
 from lacfast.backbone import build_critic
 from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.records import INITIAL_STEP, NoiseKey
-from lacfast.rollout.buffers import SamplerBuffers
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.step import begin, denoise_step
 from lacfast.runtime.graph import GraphRunner
@@ -40,15 +40,8 @@ def test_a_step_runs_whole_without_looking_at_a_value(family: str) -> None:
             make_fake(module, mode)
         conditioning = backbone.encode_prompts(PROMPTS[:2])
         noise = NoiseKey(torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
-        buffers = SamplerBuffers.allocate(
-            table,
-            backbone.latent_shape,
-            noise,
-            conditioning,
-            uncond_conditioning=conditioning,
-            guidance_scale=3.0,
-            num_rewards=2,
-        )
+        inputs = SamplerInputs.create(table, noise, conditioning, conditioning, 3.0)
+        buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, num_rewards=2)
         begin(buffers)
         for _ in range(2):
             denoise_step(backbone, critic, buffers)
@@ -59,13 +52,8 @@ def test_a_step_writes_into_the_buffers_it_was_given() -> None:
     backbone = tiny_backbone("dit")
     critic = build_critic(backbone, 1, CriticConfig())
     table = backbone.transition_table(SamplerConfig(num_steps=STEPS))
-    buffers = SamplerBuffers.allocate(
-        table,
-        backbone.latent_shape,
-        NoiseKey.create(0, range(2)),
-        backbone.encode_prompts(PROMPTS[:2]),
-        num_rewards=1,
-    )
+    inputs = SamplerInputs.create(table, NoiseKey.create(0, range(2)), backbone.encode_prompts(PROMPTS[:2]))
+    buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, num_rewards=1)
     begin(buffers)
     denoise_step(backbone, critic, buffers)
     addresses = {
@@ -143,14 +131,9 @@ class TransitionOps(TorchDispatchMode):
 def test_the_transition_of_a_step_is_one_operation_and_its_counter() -> None:
     backbone = tiny_backbone("dit")
     conditioning = backbone.encode_prompts(PROMPTS[:2])
-    buffers = SamplerBuffers.allocate(
-        backbone.transition_table(SamplerConfig(num_steps=STEPS)),
-        backbone.latent_shape,
-        NoiseKey.create(0, range(2)),
-        conditioning,
-        uncond_conditioning=conditioning,
-        guidance_scale=3.0,
-    )
+    table, noise = backbone.transition_table(SamplerConfig(num_steps=STEPS)), NoiseKey.create(0, range(2))
+    inputs = SamplerInputs.create(table, noise, conditioning, conditioning, 3.0)
+    buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape)
     begin(buffers)
     with TransitionOps() as dispatched:
         denoise_step(backbone, None, buffers)

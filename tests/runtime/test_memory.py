@@ -11,7 +11,7 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import PPOConfig, Ratio
-from lacfast.learning import update
+from lacfast.learning.batches import PolicyBatch
 from lacfast.runtime import memory as microbatch
 from lacfast.runtime.memory import HOST_LIMIT, PROBES, MicrobatchSize
 
@@ -58,7 +58,7 @@ def test_a_pair_s_activations_are_measured() -> None:
 def test_the_probe_leaves_no_trace() -> None:
     found, given = trainer_for(AUTO), trainer_for(PPOConfig(**{**vars(AUTO), "microbatch_size": HOST_LIMIT}))
     first, second = found.train_iteration(), given.train_iteration()
-    assert found.learner.policy_microbatch.size == found.learner.critic_microbatch.size == HOST_LIMIT
+    assert [update.microbatch.size for update in found.learner.updates] == [HOST_LIMIT, HOST_LIMIT]
     for name in ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm"):
         assert first[name] == second[name], name
 
@@ -68,19 +68,18 @@ def test_running_out_of_memory_halves_the_size_and_leaves_the_result(
 ) -> None:
     plain, short = trainer_for(AUTO), trainer_for(AUTO)
     plain.train_iteration()
-    policy_gradient = update.policy_gradient
+    gradient = short.learner.policy_update.gradient
 
-    def limited(*args: Any, **named: Any) -> None:
+    def limited(batch: PolicyBatch) -> None:
         # The error comes after the gradients of this microbatch are in.
-        policy_gradient(*args, **named)
-        if len(args[2].steps) > 5:
+        gradient(batch)
+        if len(batch.steps) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(update, "policy_gradient", limited)
+    monkeypatch.setattr(short.learner.policy_update, "gradient", limited)
     with pytest.warns(RuntimeWarning, match=r"out of memory with \d+ pairs.*Set ppo.microbatch_size=3"):
         metrics = short.train_iteration()
-    assert short.learner.policy_microbatch.size == 3
-    assert short.learner.critic_microbatch.size == HOST_LIMIT
+    assert [update.microbatch.size for update in short.learner.updates] == [3, HOST_LIMIT]
     assert metrics["first_max_abs_log_ratio"] < 1e-6
     for name, tensor in plain.backbone.model.state_dict().items():
         torch.testing.assert_close(short.backbone.model.state_dict()[name], tensor, rtol=0, atol=1e-6)
@@ -103,4 +102,4 @@ def test_a_resumed_run_keeps_the_size_that_was_found(tmp_path: Path, monkeypatch
     monkeypatch.undo()
     resumed.load(tmp_path / "run")
     resumed.train_iteration()
-    assert resumed.learner.policy_microbatch.size == first.learner.policy_microbatch.size == 4
+    assert resumed.learner.policy_update.microbatch.size == first.learner.policy_update.microbatch.size == 4

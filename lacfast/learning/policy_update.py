@@ -1,0 +1,150 @@
+"""The policy's update: PPO on (sample, step) pairs of a rollout, with the KL to the anchor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lacfast import ops
+from lacfast.backbone import Backbone
+from lacfast.config import TrainConfig
+from lacfast.critic.critic import Critic
+from lacfast.critic.trunk import Features
+from lacfast.learning.batches import MEASURED, PolicyBatch, PolicySource
+from lacfast.learning.kl_anchor import KLAnchor
+from lacfast.learning.pairs import Pairs
+from lacfast.learning.readers import Reader
+from lacfast.learning.runner import EAGER, UpdateRunner
+from lacfast.learning.totals import PolicyTotals, UpdateRecords
+from lacfast.learning.update import Update
+from lacfast.policy import apply_guidance, guided_output, policy_output
+from lacfast.records import Rollout
+
+
+class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
+    """Optimizer steps of the policy on a rollout."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        optimizer: Optimizer,
+        config: TrainConfig,
+        failed: Tensor,
+        runner: UpdateRunner = EAGER,
+        *,
+        anchor: KLAnchor | None = None,
+        reader: Reader,
+    ) -> None:
+        """
+        Args:
+            backbone: with the policy, which is trained in place.
+            optimizer: see Update, as for failed and runner.
+            config: of the run.
+            failed: see guarded_step.
+            runner: of a step's parts.
+            anchor: that the KL is measured from. None: no KL.
+            reader: the critic's part in the forward.
+        """
+        # A graph would freeze a weight that adapts.
+        runner = runner if config.ppo.kl_target is None else EAGER
+        super().__init__(PolicyTotals, optimizer, config.ppo, failed, runner)
+        self.backbone = backbone
+        self.guidance_scale = config.sampler.guidance_scale
+        self.anchor = anchor
+        self.reader = reader
+        self.kl_weight = config.ppo.kl_weight
+        self.version = 0
+        """Changes with the weights of the policy."""
+
+    def anchor_outputs(self, source: PolicySource) -> Tensor | None:
+        """The anchor's outputs (K, B, ...) where that saves forwards: several passes would repeat them."""
+        if self.anchor is None or self.config.num_inner_epochs * self.config.timestep_fraction <= 1:
+            return None
+        steps, size = source.advantages.steps, self.microbatch.size
+        return self.anchor.outputs(source.rollout, steps, source.timesteps, batch_size=size)
+
+    def learn(self, source: PolicySource, minibatch: Pairs, records: UpdateRecords) -> None:
+        """One optimizer step on `minibatch`, pairs of `source`."""
+        is_known = self._knows(source.rollout)
+        numbers = self.step(replace(source, is_known=is_known), minibatch)
+        self.version += 1
+        records.add_policy(numbers, measured=MEASURED if is_known else math.inf)
+        self.reader.finish(records, len(minibatch))
+
+    def _knows(self, rollout: Rollout) -> bool:
+        """Whether the unconditional half of `rollout` is known: the weights are those that made it."""
+        is_detached = rollout.uncond_conditioning is not None and self.config.cfg_grad == "cond"
+        return is_detached and self.config.reuse_uncond and rollout.policy_version == self.version
+
+    def begin(self) -> None:
+        super().begin()
+        self.reader.begin()
+
+    def gradient(self, batch: PolicyBatch) -> None:
+        config, tables = self.config, self.tables
+        output, features = self._output(batch)
+        anchor_output = batch.anchor_output
+        if self.anchor is not None and anchor_output is None:
+            anchor_output = self.anchor.output(batch.states, batch.uncond_conditioning)
+        loss, stats = ops.ppo_loss(
+            output,
+            batch.old_model_output,
+            batch.advantages,
+            tables.coefficients,
+            batch.steps,
+            noise=batch.noise,
+            **vars(config.clip),
+            dual_clip=config.dual_clip,
+            ratio=config.ratio,
+            step_weights=tables.weights,
+            mask=batch.mask,
+            reference_output=anchor_output,
+            kl_weight=self.kl_weight,
+            kl_gains=None if anchor_output is None else tables.kl_gains,
+        )
+        loss = self.reader.joined(loss, batch, features) * batch.share
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.totals.add(loss.detach(), stats)
+        self.reader.learn(batch, features)
+
+    def _output(self, batch: PolicyBatch) -> tuple[Tensor, Features]:
+        """The policy's output (P, ...) after guidance, and what the critic reads of its forward."""
+        critic, detach = self.reader.critic, self.reader.is_detached
+        if batch.uncond_rows is not None:
+            return known_output(self.backbone, batch, self.guidance_scale, critic=critic, detach=detach)
+        return guided_output(
+            *(self.backbone, batch.states, batch.uncond_conditioning),
+            *(self.guidance_scale, self.config.cfg_grad),
+            critic=critic,
+            detach=detach,
+        )
+
+
+def known_output(
+    backbone: Backbone, batch: PolicyBatch, guidance_scale: float, *, critic: Critic | None, detach: bool
+) -> tuple[Tensor, Features]:
+    """As guided_output, of the weights that made the rollout, whose detached unconditional half need not run.
+
+        v = v_old + scale (v_cond - stop(v_cond))
+
+    The value is the rollout's and the gradient is that of the conditional half. The first `uncond_rows` pairs
+    run in full all the same, so that the mismatch of the forwards stays measured.
+    """
+    states, rows = batch.states, slice(batch.uncond_rows)
+    forward = policy_output(
+        *(backbone, states.sample, states.timestep, states.conditioning, None), critic=critic, detach=detach
+    )
+    cond = forward.output
+    known = apply_guidance(cond, cond.detach(), guidance_scale, base=batch.old_model_output)
+    if batch.uncond_rows and batch.uncond_conditioning is not None:
+        with torch.no_grad():
+            uncond = backbone.predict(
+                states.sample[rows], states.timestep[rows], batch.uncond_conditioning.select(rows)
+            )
+        measured = apply_guidance(cond[rows], uncond, guidance_scale)
+        known = torch.cat([measured, known[len(measured) :]])
+    return known.contiguous(), forward.features
