@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.kernels import launch
-from lacfast.ops.ppo_calls import LogRatioOutputs, PPOLoss, PPOLossOutputs
+from lacfast.ops.ppo_loss import LogRatioOutputs, PPOLoss, PPOLossOutputs
 from lacfast.records import NoiseKey
 
 pytestmark = pytest.mark.interpreter

@@ -23,7 +23,7 @@ RECORDS = {
         "gaussian_step",
         "gaussian_step_in_place",
         "noise",
-        "ppo_calls",
+        "ppo_loss",
         "smc",
         "step_log_prob",
         "value_pool",
