@@ -22,6 +22,7 @@ MAX_PICKLE_BYTES = 2**18
 _MAX_OPEN = 32
 """Containers that may be open at once; nothing that reads the result descends deeper than one."""
 _MAX_AXES = 2
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _NUMERIC = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
@@ -86,6 +87,7 @@ class _Reader:
         self.memo: dict[int, Any] = {}
         # The memo lets a few bytes be used many times; what is made of them is counted each time.
         self.left = 2 * len(body)
+        self.argument: Any = None
 
     def value(self) -> Any:
         while (opcode := self._opcode()) != "STOP":
@@ -94,7 +96,7 @@ class _Reader:
 
     def _opcode(self) -> str:
         byte = self.file.read(1)
-        known = pickletools.code2op.get(byte.decode("latin-1"))
+        known = _OPCODES.get(byte.decode("latin-1"))
         if known is None:
             raise BadAnswerError(f"byte {byte!r} is no opcode" if byte else "it ends too early")
         if known.name not in _KNOWN:
@@ -103,7 +105,8 @@ class _Reader:
         # pickletools would interpret escapes in the names of GLOBAL.
         if known.arg is not None and known.name != "GLOBAL":
             self.argument = known.arg.reader(self.file)
-        return known.name
+        name: str = known.name
+        return name
 
     def _read(self, opcode: str) -> None:
         if opcode in _LITERALS:
@@ -126,8 +129,8 @@ class _Reader:
                 self.outer.append(self.stack)
                 self.stack = []
             case "TUPLE":
-                items = tuple(self._pop_to_mark())
-                self.stack.append(items)
+                items = self._pop_to_mark()
+                self.stack.append(tuple(items))
             case "APPEND" | "APPENDS":
                 items = [self._pop()] if opcode == "APPEND" else self._pop_to_mark()
                 self._top(list).extend(items)
@@ -189,7 +192,7 @@ class _Reader:
             case _:
                 raise BadAnswerError(f"BUILD gives a {_kind(target)} a state that plain data do not have")
 
-    def _numbers(self, data: bytes, dtype: _DType, shape: Any, order: Any = "C") -> Any:
+    def _numbers(self, data: bytes | bytearray, dtype: _DType, shape: Any, order: Any = "C") -> Any:
         """The number, list or list of lists in the buffer of an array."""
         kind = np.dtype(dtype.order + dtype.code)
         if shape == (0,) and not data:

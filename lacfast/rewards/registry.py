@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,8 +92,10 @@ class RewardSet:
         """name -> (B,) float32 on the CPU.
 
         Raises:
-            RewardError: when a reward raises, returns another length or a value that is not finite.
+            RewardError: when a reward raises, returns another length or a value that is not finite; when an
+                image is not finite, before any reward is asked.
         """
+        _require_finite(images, prompts)
         with span("reward"):
             return {
                 name: _checked(name, function, images, prompts, metadata)
@@ -146,12 +149,19 @@ def _checked(
 ) -> Tensor:
     remedy = "fix the reward, or set on_reward_error='skip' to drop such rollouts"
     try:
-        raw = function(images, prompts, metadata)
+        # What a reward changes in place is its own: the others and later iterations see what was made.
+        raw = function(images.clone(), list(prompts), _copied(metadata))
     except Exception as error:
         raise RewardError(
             f"reward {name!r} raised {type(error).__name__}: {error} for prompts {_some(prompts)}; {remedy}"
         ) from error
-    scores = torch.as_tensor(raw).detach().float().cpu()
+    try:
+        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
+    except Exception as error:
+        raise RewardError(
+            f"reward {name!r} returned a {type(raw).__name__} that is no tensor of numbers; "
+            "return one number per image, as a tensor, an array or a list"
+        ) from error
     if scores.shape != (len(prompts),):
         raise RewardError(
             f"reward {name!r} returned shape {tuple(scores.shape)} for {len(prompts)} images; "
@@ -164,6 +174,28 @@ def _checked(
             f"reward {name!r} returned {scores[~finite][0].item()} for prompts {_some(culprits)}; {remedy}"
         )
     return scores
+
+
+def _require_finite(images: Tensor, prompts: list[str]) -> None:
+    # As a JPEG file a picture of NaN is black, and nearly the best there is.
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        culprits = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
+        raise RewardError(
+            f"sampling or decoding made NaN or infinity in the images of prompts {_some(culprits)}, so that "
+            "no reward was asked; lower the learning rate or the guidance scale, or use float32 or bfloat16"
+        )
+
+
+def _copied(value: Any) -> Any:
+    """Containers, arrays and tensors anew; objects of other classes are the same."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray | set) else value
 
 
 def _some(prompts: list[str]) -> str:

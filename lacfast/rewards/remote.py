@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import http.client
+import io
 import logging
 import math
 import random
+import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +20,15 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from lacfast.rewards.reward import RewardError
-from lacfast.rewards.wire import BadAnswerError, JSONFormat, WireFormat
+from lacfast.rewards.reward import BadAnswerError, RewardError
+from lacfast.rewards.wire import JSONFormat, WireFormat
 
 log = logging.getLogger(__name__)
 
 _BUSY_STATUSES = {408, 425, 429}
-_MAX_ANSWER_BYTES = 64 * 2**20
+_MAX_ANSWER_BYTES = 4 * 2**20
 _CHUNK_BYTES = 2**16
+_MAX_SCORE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,10 @@ class RetryConfig:
     """When a request is tried again, and when a batch is given up."""
 
     timeout_s: float = 120.0
-    """Seconds that one request may take; flow_grpo's too."""
+    """Seconds that one request may take, from connecting to the answer's last byte; flow_grpo's too."""
     give_up_s: float = 600.0
-    """Seconds of unreachable, slow or failing (5xx) servers after which a batch fails."""
+    """Seconds of unreachable, slow or failing (5xx) servers after which a batch fails. Only its first request
+    may last longer, for `timeout_s`."""
     max_bad_answers: int = 3
     """Answers without usable scores (4xx, wrong length, NaN, unreadable) after which a batch fails, >= 1:
     time rarely mends these."""
@@ -75,7 +80,7 @@ class RemoteReward:
     concurrency: int = 1
     """Requests in flight per server, >= 1."""
     retry: RetryConfig = field(default_factory=RetryConfig)
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Further headers of every request, such as Authorization."""
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
     """Waits some seconds; tests put in their own."""
@@ -90,6 +95,12 @@ class RemoteReward:
             raise ValueError(f"urls={self.urls!r}; pass a list of at least one server")
         for url in self.urls:
             parts = urlsplit(url)
+            if "@" in parts.netloc:
+                shown = f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}"
+                raise ValueError(
+                    f"{shown} has a user name or a password in it, which logs would show and nothing sends; "
+                    "leave it out and pass RemoteReward(headers={'Authorization': ...})"
+                )
             if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(url):
                 raise ValueError(f"{url!r} is no server; write http://host:port/path")
         if self.batch_size < 1 or self.concurrency < 1:
@@ -126,8 +137,13 @@ class RemoteReward:
         last_fault: dict[str, str] = {}
         for attempt in count():
             for url in self._order(number):
+                left = self.retry.give_up_s - (self.clock() - start)
+                if failures and left <= 0:
+                    waited = self.clock() - start
+                    raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s")
+                limit = min(self.retry.timeout_s, left) if failures else self.retry.timeout_s
                 try:
-                    scores = self._ask(url, body, len(prompts))
+                    scores = self._ask(url, body, len(prompts), limit)
                 except (_UnavailableError, BadAnswerError) as fault:
                     failures += 1
                     bad_answers += isinstance(fault, BadAnswerError)
@@ -164,16 +180,14 @@ class RemoteReward:
         now = self.clock()
         return sorted(rotated, key=lambda url: self._avoid_until.get(url, -math.inf) > now)
 
-    def _ask(self, url: str, body: bytes, expected: int) -> list[float]:
+    def _ask(self, url: str, body: bytes, expected: int, timeout_s: float) -> list[float]:
         """The scores of one request.
 
         Raises:
             _UnavailableError: when the server cannot be reached, is slow or fails.
             BadAnswerError: when what it says is of no use.
         """
-        status, answer = _post(
-            url, body, {"Content-Type": self.wire.content_type, **self.headers}, self.retry.timeout_s
-        )
+        status, answer = _post(url, body, {"Content-Type": self.wire.content_type, **self.headers}, timeout_s)
         if status >= 500 or status in _BUSY_STATUSES:
             raise _UnavailableError(f"HTTP status {status}, {_last_line(answer)}")
         if status != 200:
@@ -181,39 +195,102 @@ class RemoteReward:
         scores = self.wire.scores(answer)
         if len(scores) != expected:
             raise BadAnswerError(f"{len(scores)} scores for {expected} images")
-        unusable = [score for score in scores if not math.isfinite(score)]
+        # Of NaN, too; what float32 cannot hold would be infinite to whoever learns from it.
+        unusable = [score for score in scores if not abs(score) <= _MAX_SCORE]
         if unusable:
             raise BadAnswerError(f"a score is {unusable[0]}")
         return scores
 
 
+class _TooLongError(Exception):
+    """More bytes than any scores need. No ValueError, which http.client would take for its own."""
+
+
+class _BoundedSocket(io.RawIOBase):
+    """One deadline and budget of bytes over an exchange: a socket's own limit starts anew with each byte."""
+
+    def __init__(self, connected: socket.socket, deadline: float) -> None:
+        self.socket = connected
+        self.deadline = deadline
+        self.left = _MAX_ANSWER_BYTES
+
+    def sendall(self, message: bytes) -> None:
+        rest = memoryview(message)
+        while rest:
+            self.socket.settimeout(_left(self.deadline))
+            rest = rest[self.socket.send(rest[:_CHUNK_BYTES]) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.socket.settimeout(_left(self.deadline))
+        count = self.socket.recv_into(buffer)
+        self.left -= count
+        if self.left < 0:
+            raise _TooLongError
+        return count
+
+    def close(self) -> None:
+        """Nothing: http.client closes its socket while the answer is still being read."""
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _connected(host: str, port: int, *, tls: bool, deadline: float) -> socket.socket:
+    fault: OSError = OSError(f"{host} has no address")
+    addresses: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in addresses:
+        try:
+            connected = socket.create_connection(address[:2], timeout=_left(deadline))
+        except OSError as error:
+            fault = error
+        else:
+            connected.settimeout(_left(deadline))
+            return (
+                ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+                if tls
+                else connected
+            )
+    raise fault
+
+
 def _post(url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """Status and body of the answer to a POST request."""
+    """Status and body of the answer to a POST request, all within `timeout_s`."""
     parts = urlsplit(url)
-    connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    deadline = time.monotonic() + timeout_s
-    connection = connection_class(str(parts.hostname), parts.port, timeout=timeout_s)
+    deadline, tls = time.monotonic() + timeout_s, parts.scheme == "https"
+    host = str(parts.hostname)
+    connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, parts.port)
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connected = None
     try:
+        connected = _connected(host, parts.port or connection.default_port, tls=tls, deadline=deadline)
+        connection.sock = _BoundedSocket(connected, deadline)
         connection.request("POST", path, body, dict(headers))
         response = connection.getresponse()
         answer = bytearray()
         while chunk := response.read1(_CHUNK_BYTES):
             answer += chunk
-            # The socket's own time limit starts anew with every byte.
-            if time.monotonic() > deadline:
-                raise _UnavailableError(f"no whole answer within {timeout_s:g} s")
-            if len(answer) > _MAX_ANSWER_BYTES:
-                raise BadAnswerError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes")
         if response.length:
             raise _UnavailableError("the connection ended within the answer")
         return response.status, bytes(answer)
+    except _TooLongError as error:
+        raise BadAnswerError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes") from error
     except TimeoutError as error:
-        raise _UnavailableError(f"no answer within {timeout_s:g} s") from error
+        raise _UnavailableError(f"no whole answer within {timeout_s:g} s") from error
     except (OSError, http.client.HTTPException) as error:
         raise _UnavailableError(f"{type(error).__name__}: {error}") from error
     finally:
-        connection.close()
+        if connected is not None:
+            connected.close()
 
 
 def _has_port(url: str) -> bool:

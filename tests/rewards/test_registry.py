@@ -60,6 +60,54 @@ def test_unusable_scores_name_the_reward_the_value_and_the_prompts(
         score(bad)
 
 
+@pytest.mark.parametrize(
+    "returned",
+    [
+        None,
+        {"scores": [1.0, 2.0]},
+        "good",
+        (score for score in (1.0, 2.0)),
+        ([1.0, 2.0], {}),
+        [[1.0], [1.0, 2.0]],
+    ],
+)
+def test_what_is_no_tensor_names_the_reward_and_the_remedy(returned: Any) -> None:
+    def bad(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        return returned
+
+    kind = type(returned).__name__
+    with pytest.raises(RewardError, match=f"reward 'bad' returned a {kind} .*one number per image"):
+        score(bad)
+
+
+def test_a_reward_cannot_change_what_others_see() -> None:
+    def vandal(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        images.zero_()
+        prompts.reverse()
+        metadata[0]["wanted"].append(1)
+        metadata[0]["mask"][:] = 1
+        return [0.0, 0.0]
+
+    images, prompts = IMAGES.clone(), list(PROMPTS)
+    metadata: list[dict[str, Any]] = [{"wanted": [0], "mask": np.zeros(1)}, {}]
+    scores = RewardSet.create([vandal, brightness]).score(images, prompts, metadata)
+    assert torch.equal(scores["brightness"], brightness(IMAGES, PROMPTS, [{}, {}]))
+    assert torch.equal(images, IMAGES)
+    assert (prompts, metadata[0]["wanted"], metadata[0]["mask"].tolist()) == (PROMPTS, [0], [0.0])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_images_that_are_not_finite_are_never_scored(value: float) -> None:
+    def asked(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        raise AssertionError("a reward was asked")
+
+    images = IMAGES.clone()
+    images[1, 0, 0, 0] = value
+    message = r"sampling or decoding made NaN or infinity in the images of prompts \['one blue square'\]"
+    with pytest.raises(RewardError, match=message):
+        RewardSet.create(asked).score(images, PROMPTS, [{}, {}])
+
+
 def test_a_reward_that_raises_is_named_with_its_error() -> None:
     def broken(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
         raise KeyError("aesthetic")

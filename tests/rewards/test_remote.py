@@ -176,6 +176,9 @@ def test_a_server_that_is_down_for_20_seconds_loses_nothing(
         (scored(1, 2), "2 scores for 5 images"),
         (scored(1, 2, float("nan"), 4, 5), "a score is nan"),
         (scored(1, 2, float("-inf"), 4, 5), "a score is -inf"),
+        (scored(1, 2, 1e300, 4, 5), "a score is 1e+300"),
+        (scored(1, 2, 10**400, 4, 5), "a score is an integer beyond all floats"),
+        (lambda prompts: (200, b"[" * 99_999), "the answer is no JSON"),
         (lambda prompts: (200, b"<html>"), "the answer is no JSON"),
     ],
 )
@@ -195,7 +198,7 @@ def test_a_slow_server_is_given_up_after_the_time_limit(
     server = start(slow)
     scores = remote(server.url, timeout_s=0.1)(IMAGES, PROMPTS, METADATA)
     assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert "no answer within 0.1 s" in caplog.text
+    assert "no whole answer within 0.1 s" in caplog.text
 
 
 def test_a_server_that_drips_is_slow(caplog: pytest.LogCaptureFixture) -> None:
@@ -218,6 +221,46 @@ def test_a_server_that_drips_is_slow(caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(RewardError, match=r"no whole answer within 0\.2 s"):
             remote(url, timeout_s=0.2, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
         thread.join()
+
+
+@pytest.mark.parametrize(
+    ("opening", "drop"),
+    [(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (b"HTTP/1.1 200 OK\r\n", b"X"), (b"", b"H")],
+)
+def test_a_deadline_holds_for_continues_and_slow_headers(opening: bytes, drop: bytes) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with closing(connection), suppress(OSError):
+                read_request(connection)
+                connection.sendall(opening)
+                for _ in range(60):
+                    connection.sendall(drop)
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(RewardError, match=r"no whole answer within 0\.2 s"):
+            remote(url, timeout_s=0.2, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
+        assert time.monotonic() - start < 2
+        thread.join()
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_without_end_is_refused(start: Callable[..., Server], status: int) -> None:
+    server = start(*[lambda prompts: (status, b" " * (5 * 2**20))] * 9)
+    with pytest.raises(RewardError, match="the answer is longer than 4194304 bytes"):
+        remote(server.url)(IMAGES, PROMPTS, METADATA)
+
+
+def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
+    with pytest.raises(ValueError, match="has a user name or a password in it") as caught:
+        RemoteReward(urls=["http://me:secret@host:80/score"])
+    assert "secret" not in str(caught.value)
+    assert "secret" not in repr(RemoteReward(urls=["http://host"], headers={"Authorization": "secret"}))
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
