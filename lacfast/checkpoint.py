@@ -18,6 +18,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
+from lacfast.runtime.files import writing_to
 
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_DESCRIPTION = "lacfast_critic"
@@ -35,12 +36,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
         ValueError: when the parent cannot be written.
     """
     temporary = target.parent / f".{target.name}-{os.getpid()}"
-    try:
+    with writing_to(target):
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {target}: {error.strerror}; choose a directory that you may write to"
-        ) from error
     try:
         yield temporary
         replaced = temporary.with_name(temporary.name + "-replaced")

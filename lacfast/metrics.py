@@ -17,6 +17,7 @@ from torch import Tensor
 from lacfast.records import Advantages, Evaluation, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.runtime.files import writing_to
 from lacfast.runtime.graph import GraphRunner
 
 
@@ -32,13 +33,9 @@ class MetricsLog:
         self.trackers = tuple(trackers)
         self._file = None
         if path is not None:
-            try:
+            with writing_to(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise ValueError(
-                    f"cannot write metrics to {path}: {error.strerror}; choose a writable directory"
-                ) from error
 
     def write(self, phase: str, iteration: int, **values: Any) -> None:
         for tracker in self.trackers:

@@ -26,6 +26,7 @@ from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFu
 from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.records import Rollout
+from lacfast.runtime.files import write_json
 from lacfast.trainer import LatentActorCriticTrainer
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
@@ -162,8 +163,7 @@ class DDPOTrainer:
     def _save(self, epoch: int) -> None:
         with whole_directory(self._checkpoints / f"checkpoint_{epoch}") as target:
             self.engine.save(target)
-            record = {"global_step": self.global_step + self._steps_per_epoch}
-            (target / PROGRESS).write_text(json.dumps(record) + "\n", encoding="utf-8")
+            write_json(target / PROGRESS, {"global_step": self.global_step + self._steps_per_epoch})
         for path in _numbered(self._checkpoints)[: -self.config.kept_checkpoints]:
             shutil.rmtree(path)
 

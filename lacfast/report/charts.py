@@ -1,10 +1,14 @@
-"""Charts of a run as inline SVG: matplotlib draws, the page's own text colour and font show through."""
+"""Charts of a run as inline SVG: curves over iterations, maps of iteration by step, what the critic explains.
+
+Matplotlib draws; the page's own text colour and font show through.
+"""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -13,7 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from lacfast.report.records import Record, Records, average, named, phase
+
 BLUE, ORANGE, GREEN, RED = "#3b7ddd", "#e08a1e", "#2da160", "#e5534b"
+COLOURS = (BLUE, ORANGE, GREEN, RED, "#8250df", "#0598bc")
 _INK = "#010203"
 """Stands for the page's text colour; replaced by currentColor."""
 GRID = "#8b949e"
@@ -33,108 +40,211 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
 }
 
-Records = Sequence[dict[str, Any]]
-"""Lines of metrics.jsonl of one phase."""
 Values = np.ndarray[Any, Any]
 
 
-def learning_curve(train: Records, reward: str, before: float, after: float) -> str:
-    """Training reward per iteration, its running mean, and the held-out reward at both ends."""
-    rewards = np.array([row.get(f"reward/{reward}", math.nan) for row in train], dtype=float)
-    iterations = np.arange(1, len(rewards) + 1)
-    with mpl.rc_context(STYLE):
-        drawing, axes = figure()
-        axes.plot(iterations, rewards, color=BLUE, alpha=0.4, linewidth=1, label="each iteration")
-        axes.plot(iterations, running_mean(rewards), color=BLUE, linewidth=2, label="running mean")
-        axes.plot(
-            [0, len(rewards)],
-            [before, after],
-            "o--",
-            color=ORANGE,
-            linewidth=1,
-            markersize=6,
-            label="held out",
-        )
-        axes.set(xlabel="iteration", ylabel="mean reward")
-        legend_above(axes)
-        return svg(drawing)
+@dataclass(frozen=True)
+class Drawing:
+    """A chart with its caption."""
+
+    title: str
+    meaning: str
+    svg: str
 
 
-def explained_variance_per_step(pretrained: Sequence[float], trained: Sequence[float]) -> str:
-    """Held-out explained variance of the critic at every denoising step."""
-    with mpl.rc_context(STYLE):
-        drawing, axes = figure()
-        for values, colour, label in (
-            (pretrained, ORANGE, "after value pretraining"),
-            (trained, BLUE, "after PPO"),
-        ):
-            axes.plot(_steps(values), values, "o-", color=colour, linewidth=1.6, markersize=4.5, label=label)
-        axes.axhline(0, color=GRID, linewidth=0.7)
-        axes.set(xlabel="denoising step (1: pure noise)", ylabel="explained variance", xticks=_steps(trained))
-        axes.set_ylim(min(0, *pretrained, *trained) - 0.03, 1)
-        legend_above(axes)
-        return svg(drawing)
-
-
-def explained_variance_per_iteration(rows: Records) -> str:
-    """Mean explained variance over the logged steps, per iteration."""
-    values = np.array([np.nanmean(row.get("explained_variance", [math.nan])) for row in rows])
-    with mpl.rc_context(STYLE):
-        drawing, axes = figure()
-        axes.plot(np.arange(1, len(values) + 1), values, color=BLUE, alpha=0.4, linewidth=1)
-        axes.plot(np.arange(1, len(values) + 1), running_mean(values), color=BLUE, linewidth=2)
-        axes.axhline(0, color=GRID, linewidth=0.7)
-        axes.set(xlabel="iteration", ylabel="explained variance")
-        return svg(drawing)
-
-
-def clip_fraction_per_step(train: Records) -> str:
-    """Share of (sample, step) pairs whose update was clipped, mean over the run, both clips stacked."""
-    high, low = _mean_per_step(train, "clip_fraction_high"), _mean_per_step(train, "clip_fraction_low")
-    with mpl.rc_context(STYLE):
-        drawing, axes = figure()
-        axes.bar(_steps(high), high, color=BLUE, width=0.65, label="ratio above the clip")
-        axes.bar(_steps(low), low, bottom=high, color=ORANGE, width=0.65, label="ratio below the clip")
-        axes.set(xlabel="denoising step", ylabel="share clipped", xticks=_steps(high))
-        legend_above(axes)
-        return svg(drawing)
-
-
-def kl_per_step(train: Records) -> str:
-    """KL from the policy that sampled to the policy after the iteration's updates, mean over the run."""
-    values = _mean_per_step(train, "kl_old")
-    with mpl.rc_context(STYLE):
-        drawing, axes = figure()
-        axes.bar(_steps(values), values, color=GREEN, width=0.65)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-        axes.set(xlabel="denoising step", ylabel="KL per latent element", xticks=_steps(values))
-        return svg(drawing)
-
-
-def figure() -> tuple[Figure, Axes]:
-    """An empty chart in the pages' size."""
-    canvas = Figure(figsize=(4.1, 2.6), layout="constrained")
-    FigureCanvasSVG(canvas)
-    axes = canvas.add_subplot()
-    axes.grid(axis="y", color=GRID, alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return canvas, axes
-
-
-def legend_above(axes: Axes) -> None:
-    """A legend over the chart, so that it covers no curve."""
-    axes.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.02, 1.0),
-        ncols=3,
-        borderaxespad=0,
-        handlelength=1.4,
-        columnspacing=1.2,
+def drawings(records: Records) -> Iterator[Drawing]:
+    """All charts that the lines of a metrics.jsonl have numbers for."""
+    train, evaluations = phase(records, "train"), phase(records, "evaluate")
+    yield Drawing(
+        "Rewards that train",
+        "Mean over each iteration's own images, and its running mean.",
+        _curves(train, {name: f"reward/{name}" for name in named(train[-1], "reward")}, "mean reward"),
     )
+    if len(evaluations) > 1:
+        judged = named(evaluations[-1], "standard_error")
+        yield Drawing(
+            "Scores of evaluations",
+            "Same prompts and noise every time. A score that nothing trains on and that falls: hacking.",
+            _curves(evaluations, {name: name for name in judged}, "mean score", smooth=False),
+        )
+        if _has(evaluations, "diversity"):
+            yield Drawing(
+                "Diversity",
+                "Mean distance of two images of one prompt.",
+                _curves(evaluations, {"": "diversity"}, "RMS distance", smooth=False),
+            )
+    if _has(train, "explained_variance"):
+        yield from _critic(train, evaluations, phase(records, "value_pretraining"))
+    for title, meaning, name, label in _MAPS:
+        if _has(train, name):
+            yield Drawing(title, meaning, _map(train, name, label))
+    norms = {"policy": "policy_grad_norm", "critic": "critic_grad_norm"}
+    yield Drawing(
+        "Gradient norms",
+        "Before clipping, mean over an iteration's optimizer steps.",
+        _curves(train, {label: name for label, name in norms.items() if _has(train, name)}, "norm", log=True),
+    )
+    yield Drawing(
+        "First ratio",
+        "Largest |log ratio| before any update; 0 says that rollout and update compute one policy.",
+        _curves(train, {"": "first_max_abs_log_ratio"}, "|log ratio|", smooth=False),
+    )
+    phases = {"rollout": "seconds_rollout", "update": "seconds_update"}
+    yield Drawing("Time", "Of an iteration, rewards within the rollout.", _curves(train, phases, "seconds"))
 
 
-def _steps(values: Sequence[float] | Values) -> list[int]:
-    return list(range(1, len(values) + 1))
+_MAPS = (
+    ("Advantages, per step", "Deviation before normalisation.", "advantage_std", "deviation"),
+    ("Clipped from above, per step", "Share of pairs.", "clip_fraction_high", "share"),
+    ("Clipped from below, per step", "Share of pairs.", "clip_fraction_low", "share"),
+    ("KL, per step", "Per latent element, new from old policy.", "kl_old", "KL"),
+    ("KL to the anchor, per step", "Per latent element.", "kl_ref", "KL"),
+)
+"""Title, meaning, metric per denoising step, unit."""
+
+
+def _critic(train: Records, evaluations: Records, pretraining: Records) -> Iterator[Drawing]:
+    if _has(pretraining, "explained_variance"):
+        yield Drawing(
+            "The critic in value pretraining",
+            "Explained variance, mean over the steps; on held-out prompts the best critic is kept.",
+            _curves(pretraining, {"": "explained_variance"}, "explained variance"),
+        )
+    yield Drawing(
+        "What the critic explains, per step",
+        "Share of the rewards' variance, on each rollout before the critic learns from it.",
+        _map(train, "explained_variance", "explained variance", low=0.0, high=1.0),
+    )
+    if _has(evaluations, "explained_variance"):
+        yield Drawing(
+            "What the critic explains on evaluation prompts",
+            "The last evaluation; dashed: what the prompt alone explains, and what no critic can pass. From "
+            "pure noise only the prompt's difficulty can be known.",
+            _bounded_variance(evaluations[-1], [*pretraining, *evaluations]),
+        )
+    if evaluations and (heads := named(evaluations[-1], "calibration")):
+        yield Drawing(
+            "Calibration on evaluation prompts",
+            "Mean return over predicted value, ten bins of as many states, the last evaluation; dashed: "
+            "as predicted. Flatter is overconfident, steeper is timid.",
+            _reliability({head: _array(evaluations[-1][f"calibration/{head}"]) for head in heads}),
+        )
+    if _has(train, "value_slope"):
+        yield Drawing(
+            "Calibration over the run",
+            "Slope of the rewards over the values: 1 is calibrated, less is overconfident.",
+            _curves(train, {"": "value_slope"}, "slope", level=1.0),
+        )
+    losses = {"all heads": "value_loss"} | {
+        head: f"value_loss/{head}" for head in named(train[-1], "value_loss")
+    }
+    yield Drawing("Value loss", "In standardised units.", _curves(train, losses, "loss"))
+
+
+def _array(value: Any) -> Values:
+    """Numbers of a line, JSON's null, which a tracker may write for NaN, as NaN."""
+    return np.array(value, dtype=float)
+
+
+def _has(records: Records, name: str) -> bool:
+    return any(np.isfinite(_array(record.get(name))).any() for record in records)
+
+
+def _curves(
+    records: Records,
+    names: dict[str, str],
+    label: str,
+    *,
+    smooth: bool = True,
+    log: bool = False,
+    level: float | None = None,
+) -> str:
+    """One line per metric over the iterations; `names` maps its label to its name in the records."""
+    iterations = [record["iteration"] for record in records]
+
+    def draw(axes: Axes) -> None:
+        for number, (title, name) in enumerate(names.items()):
+            colour = COLOURS[number % len(COLOURS)]
+            values = np.array([average([record], name) for record in records])
+            axes.plot(iterations, values, color=colour, alpha=0.35 if smooth else 1.0, linewidth=1)
+            axes.plot(
+                iterations, running_mean(values) if smooth else values, color=colour, linewidth=2, label=title
+            )
+        if level is not None:
+            axes.axhline(level, color=GRID, linewidth=0.9, linestyle="--")
+        if log:
+            axes.set_yscale("log")
+        axes.set(xlabel="iteration", ylabel=label)
+
+    return _svg(draw, legend=any(names))
+
+
+def _reliability(bins: dict[str, Values]) -> str:
+    """Reliability diagram, a line per head; bars are one standard error."""
+
+    def draw(axes: Axes) -> None:
+        for number, (name, (values, returns, errors)) in enumerate(bins.items()):
+            axes.errorbar(
+                values,
+                returns,
+                yerr=np.nan_to_num(errors),
+                fmt="o-",
+                color=COLOURS[number % len(COLOURS)],
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
+                label=name,
+            )
+        reached = np.concatenate([found[0] for found in bins.values()])
+        ends = [float(reached.min()), float(reached.max())]
+        axes.plot(ends, ends, "--", color=GRID, linewidth=0.9)
+        axes.set(xlabel="value, deviations of the reward", ylabel="mean return")
+
+    return _svg(draw)
+
+
+def _map(
+    records: Records, name: str, label: str, *, low: float | None = None, high: float | None = None
+) -> str:
+    """Denoising step by iteration, as colours."""
+    rows = [record for record in records if record.get(name)]
+    values = np.array([_array(record[name]) for record in rows]).T
+
+    def draw(axes: Axes) -> None:
+        axes.grid(False)
+        picture = axes.imshow(
+            values,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(rows[0]["iteration"] - 0.5, rows[-1]["iteration"] + 0.5, len(values) + 0.5, 0.5),
+            vmin=low,
+            vmax=high,
+        )
+        # At most eight step numbers.
+        ticks = range(1, len(values) + 1, max(1, math.ceil(len(values) / 8)))
+        axes.set(xlabel="iteration", ylabel="denoising step", yticks=list(ticks))
+        axes.figure.colorbar(picture, ax=axes, label=label)
+
+    return _svg(draw, legend=False)
+
+
+def _bounded_variance(evaluation: Record, bounded: Records) -> str:
+    """Explained variance per step of an evaluation between the bounds that were measured last."""
+    values = _array(evaluation["explained_variance"])
+    steps = np.arange(1, len(values) + 1)
+
+    def draw(axes: Axes) -> None:
+        axes.plot(steps, values, "o-", color=BLUE, markersize=4, label="critic")
+        for name, colour in (("floor", RED), ("ceiling", GREEN)):
+            logged = [_array(record.get(f"explained_variance_{name}")) for record in bounded]
+            found = [bound for bound in logged if np.isfinite(bound).any()]
+            if found:
+                bound = np.broadcast_to(found[-1], steps.shape)
+                axes.plot(steps, bound, "--", color=colour, linewidth=1.2, label=name)
+        axes.axhline(0, color=GRID, linewidth=0.7)
+        axes.set(xlabel="denoising step (1: pure noise)", ylabel="explained variance")
+
+    return _svg(draw)
 
 
 def running_mean(values: Values) -> Values:
@@ -143,19 +253,21 @@ def running_mean(values: Values) -> Values:
     return np.array([values[max(end - window, 0) : end].mean() for end in range(1, len(values) + 1)])
 
 
-def _mean_per_step(train: Records, name: str) -> Values:
-    """Mean over the iterations (K,); where a minibatch had no pair of a step, its NaN is left out."""
-    rows = np.array([row[name] for row in train if name in row], dtype=float)
-    if not len(rows):
-        return np.zeros(0)
-    means: Values = np.nansum(rows, axis=0) / np.maximum(np.isfinite(rows).sum(axis=0), 1)
-    return means
-
-
-def svg(figure: Figure) -> str:
+def _svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
     """The chart as an inline drawing that takes the page's text colour; the same every time."""
-    buffer = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.1, 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.grid(axis="y", color=GRID, alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+        draw(axes)
+        if legend:
+            # Over the chart, so that it covers no curve.
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0}
+            axes.legend(**place, ncols=3, handlelength=1.4, columnspacing=1.2)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     drawing = buffer.getvalue()
     return drawing[drawing.index("<svg") :].replace(_INK, "currentColor")

@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lacfast.report import charts
-from lacfast.report.page import card, fill, percent, read_metrics, settings_tables
+from lacfast.report.page import card, charts, fill, percent, settings_tables
 from lacfast.report.pictures import Gallery, png_data_uri, to_image
+from lacfast.report.records import read_metrics
 
 PHASES = {
     "pretraining": "Pretraining the base model",
@@ -64,7 +64,7 @@ def render(
         cards="\n".join(_cards(summary, scores)),
         stride=gallery.stride,
         gallery="\n".join(_gallery(gallery)),
-        **_charts(summary, metrics),
+        charts=charts(metrics),
         scores="\n".join(_score_table(summary)),
         bars="\n".join(_bars(_phase_seconds(summary))),
         settings="\n".join(settings_tables(settings)),
@@ -184,48 +184,26 @@ def _gallery(gallery: Gallery) -> Iterable[str]:
         yield f'<article class="prompt"><h3>{prompt}</h3><div class="strip">{strip}</div></article>'
 
 
-def _charts(summary: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, str]:
-    """Placeholder of the page -> drawing."""
-    train = [row for row in metrics if row["phase"] == "train"]
-    pretraining = [row for row in metrics if row["phase"] == "value_pretraining"]
-    variances = summary["explained_variance_pretrained"], summary["explained_variance"]
-    return {
-        "chart_reward": charts.learning_curve(
-            train, "shapes", summary["reward_before"], summary["reward_after"]
-        ),
-        "chart_variance": charts.explained_variance_per_step(*variances),
-        "chart_pretraining": charts.explained_variance_per_iteration(pretraining),
-        "chart_critic": charts.explained_variance_per_iteration(train),
-        "chart_clip": charts.clip_fraction_per_step(train),
-        "chart_kl": charts.kl_per_step(train),
-    }
+SCORES = ("strict", "gold", "reward", "forwards per image")
+
+
+def score_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Model and SCORES of each: before and after, plain and steered."""
+    steered, plain = summary["steered"], len(summary["explained_variance"])
+    rows = []
+    for when, end in (("before", ""), ("after", "_after")):
+        scores = (percent(summary[f"{score}_{when}"]) for score in ("strict", "gold"))
+        rows.append((when, *scores, f"{summary[f'reward_{when}']:.3f}", f"{plain:.1f}"))
+        scores = (percent(steered[f"{score}{end}"]) for score in ("strict", "gold"))
+        rows.append((f"{when}, steered", *scores, "", f"{steered[f'forwards_per_image{end}']:.1f}"))
+    return rows
 
 
 def _score_table(summary: dict[str, Any]) -> Iterable[str]:
-    steered = summary["steered"]
-    rows = (
-        ("Base model", summary["strict_before"], summary["gold_before"], summary["reward_before"], None),
-        ("Base model, steered", steered["strict"], steered["gold"], None, steered["forwards_per_image"]),
-        ("Trained model", summary["strict_after"], summary["gold_after"], summary["reward_after"], None),
-        (
-            "Trained model, steered",
-            steered["strict_after"],
-            steered["gold_after"],
-            None,
-            steered["forwards_per_image_after"],
-        ),
-    )
-    plain = len(summary["explained_variance"])
-    columns = "".join(f"<th>{name}</th>" for name in ("", "strict", "gold", "reward", "forwards per image"))
+    columns = "".join(f"<th>{name}</th>" for name in ("", *SCORES))
     yield f"<thead><tr>{columns}</tr></thead><tbody>"
-    for name, strict, gold, reward, forwards in rows:
-        cells = (
-            percent(strict),
-            percent(gold),
-            "" if reward is None else f"{reward:.3f}",
-            f"{forwards or plain:.1f}",
-        )
-        yield f"<tr><td>{name}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    for row in score_rows(summary):
+        yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>"
     yield "</tbody>"
 
 

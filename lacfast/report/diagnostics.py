@@ -6,13 +6,11 @@ Reward hacking in RL of diffusion models: DDPO (arXiv 2305.13301), Flow-GRPO (ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-Record = Mapping[str, Any]
-"""One line of metrics.jsonl."""
+from lacfast.report.records import Record, Records, average, named, phase, recent
 
 EXACT_RATIO = 1e-7
 """Largest |log ratio| of a first minibatch that is rounding; in nats per element."""
@@ -46,10 +44,9 @@ class Finding:
     """Where it was seen."""
 
 
-def findings(records: Sequence[Record]) -> list[Finding]:
+def findings(records: Records) -> list[Finding]:
     """The failure signatures in the lines of a metrics.jsonl."""
-    train = [record for record in records if record["phase"] == "train" and not record.get("skipped")]
-    evaluations = [record for record in records if record["phase"] == "evaluate"]
+    train, evaluations = phase(records, "train"), phase(records, "evaluate")
     found: list[Finding] = []
     for check in _TRAIN_CHECKS:
         if train:
@@ -60,31 +57,7 @@ def findings(records: Sequence[Record]) -> list[Finding]:
     return found
 
 
-def recent(records: Sequence[Record]) -> Sequence[Record]:
-    """The last quarter of the iterations, at least one."""
-    return records[-max(len(records) // 4, 1) :]
-
-
-def average(records: Sequence[Record], name: str) -> float:
-    """Mean of a metric, over its steps too; NaN where no record has it."""
-    values = [
-        float(value)
-        for record in records
-        for value in _flat(record.get(name))
-        if value is not None and math.isfinite(value)
-    ]
-    return fmean(values) if values else math.nan
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):
-        for each in value:
-            yield from _flat(each)
-    else:
-        yield value
-
-
-def _ratio_is_one(train: Sequence[Record]) -> Iterator[Finding]:
+def _ratio_is_one(train: Records) -> Iterator[Finding]:
     worst = max(train, key=lambda record: record.get("first_max_abs_log_ratio", 0.0))
     value = worst.get("first_max_abs_log_ratio", 0.0)
     if value > EXACT_RATIO:
@@ -98,7 +71,7 @@ def _ratio_is_one(train: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _critic_explains(train: Sequence[Record]) -> Iterator[Finding]:
+def _critic_explains(train: Records) -> Iterator[Finding]:
     last = recent(train)
     variance = average(last, "explained_variance")
     floor = average(last, "explained_variance_floor")
@@ -114,7 +87,7 @@ def _critic_explains(train: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _clip_works(train: Sequence[Record]) -> Iterator[Finding]:
+def _clip_works(train: Records) -> Iterator[Finding]:
     last = recent(train)
     clipped = average(last, "clip_fraction_high") + average(last, "clip_fraction_low")
     if clipped == 0 and len(train) > 3:
@@ -134,9 +107,9 @@ def _clip_works(train: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _rewards_agree(train: Sequence[Record]) -> Iterator[Finding]:
+def _rewards_agree(train: Records) -> Iterator[Finding]:
     last = recent(train)
-    names = [name.removeprefix("reward/") for name in last[-1] if name.startswith("reward/")]
+    names = named(last[-1], "reward")
     matrix = last[-1].get("advantage_correlation")
     if isinstance(matrix, list):
         for row in range(len(matrix)):
@@ -163,7 +136,7 @@ def _rewards_agree(train: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _groups_differ(train: Sequence[Record]) -> Iterator[Finding]:
+def _groups_differ(train: Records) -> Iterator[Finding]:
     last = recent(train)
     share = average(last, "zero_std_groups") / average(last, "groups")
     if share > USELESS_GROUPS:
@@ -175,11 +148,11 @@ def _groups_differ(train: Sequence[Record]) -> Iterator[Finding]:
         )
 
 
-def _no_hacking(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+def _no_hacking(evaluations: Records, train: Records) -> Iterator[Finding]:
     """A score that nothing trains on falls from its best while a reward that trains is at its best."""
     last = evaluations[-1]
-    trained = {name.removeprefix("reward/") for name in (train[-1] if train else {}) if "reward/" in name}
-    scored = [name.removeprefix("standard_error/") for name in last if name.startswith("standard_error/")]
+    trained = named(train[-1], "reward") if train else []
+    scored = named(last, "standard_error")
     at_best = [name for name in scored if name in trained and _fall(evaluations, name) <= _margin(last, name)]
     for gold in scored:
         if gold in trained or not at_best or _fall(evaluations, gold) <= _margin(last, gold):
@@ -195,12 +168,12 @@ def _no_hacking(evaluations: Sequence[Record], train: Sequence[Record]) -> Itera
         )
 
 
-def _fall(evaluations: Sequence[Record], name: str) -> float:
+def _fall(evaluations: Records, name: str) -> float:
     """How far a score lies below its best."""
     return max(float(record.get(name, -math.inf)) for record in evaluations) - float(evaluations[-1][name])
 
 
-def _stays_diverse(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+def _stays_diverse(evaluations: Records, train: Records) -> Iterator[Finding]:
     first, last = evaluations[0].get("diversity"), evaluations[-1].get("diversity")
     if first and last is not None and last < COLLAPSED * first:
         yield Finding(
@@ -211,14 +184,14 @@ def _stays_diverse(evaluations: Sequence[Record], train: Sequence[Record]) -> It
         )
 
 
-def _values_are_calibrated(evaluations: Sequence[Record], train: Sequence[Record]) -> Iterator[Finding]:
+def _values_are_calibrated(evaluations: Records, train: Records) -> Iterator[Finding]:
     last = evaluations[-1]
-    for name in (name for name in last if name.startswith("calibration/")):
-        slope, error = calibration_slope(last[name])
+    for name in named(last, "calibration"):
+        slope, error = calibration_slope(last[f"calibration/{name}"])
         if slope + 2 * error < OVERCONFIDENT:
             yield Finding(
                 "The critic is overconfident",
-                f"where its values for {name.removeprefix('calibration/')} differ by 1, the returns of "
+                f"where its values for {name} differ by 1, the returns of "
                 f"evaluation prompts differ by {slope:.2f} ± {error:.2f}",
                 "It has learned its own prompts and images: lower value_learning_rate and "
                 "trunk_learning_rate, pretrain on more rollouts with fewer passes, or make its head smaller",
@@ -247,14 +220,14 @@ def _margin(record: Record, name: str) -> float:
     return SIGNIFICANT * float(record.get(f"standard_error/{name}", 0.0))
 
 
-_TRAIN_CHECKS: tuple[Callable[[Sequence[Record]], Iterator[Finding]], ...] = (
+_TRAIN_CHECKS: tuple[Callable[[Records], Iterator[Finding]], ...] = (
     _ratio_is_one,
     _critic_explains,
     _clip_works,
     _rewards_agree,
     _groups_differ,
 )
-_EVALUATION_CHECKS: tuple[Callable[[Sequence[Record], Sequence[Record]], Iterator[Finding]], ...] = (
+_EVALUATION_CHECKS: tuple[Callable[[Records, Records], Iterator[Finding]], ...] = (
     _no_hacking,
     _stays_diverse,
     _values_are_calibrated,

@@ -1,14 +1,15 @@
-"""What the pages share: style, cards, tables of settings, and reading metrics.jsonl."""
+"""What the pages share: style, cards, charts and tables of settings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from html import escape
 from importlib import resources
-from pathlib import Path
 from string import Template
 from typing import Any
+
+from lacfast.report.charts import drawings
+from lacfast.report.records import Records
 
 
 def fill(template: str, **values: Any) -> str:
@@ -16,11 +17,6 @@ def fill(template: str, **values: Any) -> str:
     files = resources.files("lacfast.report")
     text, style = (files.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css"))
     return Template(text).substitute(values, style=style)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def percent(share: float) -> str:
@@ -33,6 +29,16 @@ def card(name: str, value: str, detail: str, before: str = "") -> str:
         f'<div class="card"><div class="name">{name}</div><div class="value">{start}{value}</div>'
         f'<div class="detail">{detail}</div></div>'
     )
+
+
+def charts(records: Records) -> str:
+    """The charts of a run with their captions."""
+    cards = [
+        f'<div class="chart"><h3>{escape(drawing.title)}</h3><p>{escape(drawing.meaning)}</p>'
+        f"{drawing.svg}</div>"
+        for drawing in drawings(records)
+    ]
+    return "\n".join(cards)
 
 
 def settings_tables(settings: dict[str, Any]) -> Iterable[str]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from lacfast.report import run_charts
-from lacfast.report.diagnostics import Finding, average, findings, recent
-from lacfast.report.page import card, fill, read_metrics, settings_tables
+from lacfast.report.diagnostics import Finding, findings
+from lacfast.report.page import card, charts, fill, settings_tables
 from lacfast.report.pictures import png_data_uri
+from lacfast.report.records import Records, average, named, phase, read_metrics, recent
 
 PAGE = "report.html"
 SHOWN_PICTURES = 6
@@ -49,9 +49,7 @@ def write_run_report(directory: Path) -> Path:
     return page
 
 
-def render(
-    name: str, records: Sequence[dict[str, Any]], pictures: Sequence[Path], settings: dict[str, Any]
-) -> str:
+def render(name: str, records: Records, pictures: Sequence[Path], settings: dict[str, Any]) -> str:
     """The page as text.
 
     Args:
@@ -63,9 +61,7 @@ def render(
     Raises:
         ValueError: for a run that has not finished an iteration.
     """
-    train = [record for record in records if record["phase"] == "train" and not record.get("skipped")]
-    evaluations = [record for record in records if record["phase"] == "evaluate"]
-    pretraining = [record for record in records if record["phase"] == "value_pretraining"]
+    train, evaluations = phase(records, "train"), phase(records, "evaluate")
     if not train:
         raise ValueError("the run has not finished an iteration, so there is nothing to report yet")
     found = findings(records)
@@ -77,7 +73,7 @@ def render(
         headline=escape(headline(evaluations, train)),
         findings="\n".join(_finding(finding) for finding in found) or _NOTHING_FOUND,
         cards="\n".join(_cards(train, evaluations)),
-        charts="\n".join(_charts(train, evaluations, pretraining)),
+        charts=charts(records),
         pictures="\n".join(_pictures(pictures)),
         settings="\n".join(settings_tables({"run.json": settings} if settings else {})),
     )
@@ -86,18 +82,14 @@ def render(
 _NOTHING_FOUND = '<p class="soft">None of the known signatures of failure.</p>'
 
 
-def headline(evaluations: Sequence[dict[str, Any]], train: Sequence[dict[str, Any]]) -> str:
+def headline(evaluations: Records, train: Records) -> str:
     """What became of the first trained reward, in one sentence."""
-    reward = _rewards(train)[0]
+    reward = named(train[-1], "reward")[0]
     if len(evaluations) > 1:
         first, last = (float(record[reward]) for record in (evaluations[0], evaluations[-1]))
         return f"{reward} on evaluation prompts went from {first:.3g} to {last:.3g}"
     start, end = (average(part, f"reward/{reward}") for part in (train[: len(recent(train))], recent(train)))
     return f"{reward} on the run's own images went from {start:.3g} to {end:.3g}; no evaluation compared them"
-
-
-def _rewards(train: Sequence[dict[str, Any]]) -> list[str]:
-    return [name.removeprefix("reward/") for name in train[-1] if name.startswith("reward/")]
 
 
 def _finding(finding: Finding) -> str:
@@ -107,17 +99,16 @@ def _finding(finding: Finding) -> str:
     )
 
 
-def _cards(train: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> Iterable[str]:
+def _cards(train: Records, evaluations: Records) -> Iterable[str]:
     last = recent(train)
-    for reward in _rewards(train):
+    for reward in named(train[-1], "reward"):
         start = average(train[: len(last)], f"reward/{reward}")
         yield card(
             escape(reward),
             f"{average(last, f'reward/{reward}'):.3g}",
             f"mean of the last {len(last)} iterations' own images; first: {start:.3g}",
         )
-    judged = [] if not evaluations else run_charts.scores(evaluations)
-    for name in judged:
+    for name in named(evaluations[-1], "standard_error") if evaluations else []:
         first, final = float(evaluations[0][name]), float(evaluations[-1][name])
         error = float(evaluations[-1].get(f"standard_error/{name}", math.nan))
         yield card(
@@ -134,18 +125,6 @@ def _cards(train: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]
     )
 
 
-def _charts(
-    train: Sequence[dict[str, Any]],
-    evaluations: Sequence[dict[str, Any]],
-    pretraining: Sequence[dict[str, Any]],
-) -> Iterable[str]:
-    for drawing in run_charts.drawings(train, evaluations, pretraining):
-        yield (
-            f'<div class="chart"><h3>{escape(drawing.title)}</h3><p>{escape(drawing.meaning)}</p>'
-            f"{drawing.svg}</div>"
-        )
-
-
 def _pictures(pictures: Sequence[Path]) -> Iterable[str]:
     if not pictures:
         yield '<p class="soft">No evaluation has kept any; set eval_every.</p>'
@@ -155,11 +134,7 @@ def _pictures(pictures: Sequence[Path]) -> Iterable[str]:
     for index in chosen:
         with Image.open(pictures[index]) as picture:
             source = png_data_uri(picture)
-        title = (
-            f"iteration {int(pictures[index].stem)}"
-            if pictures[index].stem.isdigit()
-            else pictures[index].stem
-        )
+        title = pictures[index].stem.lstrip("0") or "0"
         yield (
             f'<figure><img class="grid" src="{source}" alt="images of iteration {escape(title)}">'
             f"<figcaption>iteration {escape(title)}</figcaption></figure>"

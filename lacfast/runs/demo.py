@@ -31,6 +31,7 @@ from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
 from lacfast.runs.terminal import PhaseLog, done_fraction
+from lacfast.runtime.files import write_json, writing_to
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import steer
 from lacfast.tasks.models import BackboneName
@@ -113,14 +114,17 @@ def run_demo(
     """
     _require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
     _require(threads >= 1, f"--threads {threads} must be at least 1")
-    _require_writable(out)
+    with writing_to(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     torch.set_num_threads(threads)
     log = log or PhaseLog()
     (out / "metrics.jsonl").unlink(missing_ok=True)
     config = _config(backbone, seed, scale)
     steering = replace(presets.shapes_steering(), seed=seed)
     # As of a run of lacfast train: later commands find the sampler here.
-    (out / "run.json").write_text(json.dumps({"train": to_json(config)}, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "run.json", {"train": to_json(config)})
 
     base = adapt_pretrained(_base_model(out / "pretrained", backbone, seed, scale, log))
     trainer = LatentActorCriticTrainer(
@@ -179,23 +183,13 @@ def run_demo(
         settings = {"training": to_json(config), "steering": to_json(steering)}
         write_report(out, summary, gallery, settings)
     summary["seconds"] |= {"report": round(log.seconds["report"], 2), "total": round(log.elapsed, 2)}
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary)
     return summary
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
-
-
-def _require_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        remedy = "choose a directory that you may write to"
-        raise ValueError(f"cannot write to --out {out}: {error.strerror}; {remedy}") from error
 
 
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
@@ -228,7 +222,7 @@ def _base_model(
         model = pretrain(backbone, seed=seed, steps=steps, progress=report)
         with whole_directory(directory) as target:
             save_pretrained(model, target)
-            (target / description.name).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+            write_json(target / description.name, recipe)
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lacfast.checkpoint import TRAINER_STATE
+from lacfast.runtime.files import write_json, writing_to
 
 BEST = "best"
 _SCORE = "score.json"
@@ -30,13 +31,9 @@ class RunDirectory:
             raise ValueError(f"keep_last={keep_last} must be at least 1, or no run could be resumed")
         self.path = path
         self.keep_last = keep_last
-        try:
+        with writing_to(path):
             (path / "samples").mkdir(parents=True, exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"cannot write {path}: {error.strerror}; choose a directory that you may write to"
-            ) from error
 
     @property
     def metrics(self) -> Path:
@@ -68,8 +65,7 @@ class RunDirectory:
         return float(json.loads(path.read_text(encoding="utf-8"))["score"]) if path.exists() else None
 
     def write_best_score(self, score: float, iteration: int) -> None:
-        record = {"score": score, "iteration": iteration}
-        (self.best / _SCORE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_json(self.best / _SCORE, {"score": score, "iteration": iteration})
 
     def rewind_metrics(self, iteration: int) -> None:
         """Drop what was logged after the checkpoint that a run goes on from: it will be logged again."""
@@ -82,7 +78,7 @@ class RunDirectory:
         os.replace(temporary, self.metrics)
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        (self.path / "run.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(self.path / "run.json", settings)
 
     def resumed(self, resume: str) -> Path | None:
         """The checkpoint to go on from: "auto" the latest here if any, "never" none, else the path itself.

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from lacfast.config import to_json
 from lacfast.records import Evaluation
+from lacfast.report.demo import SCORES, score_rows
 from lacfast.runs.config import RunConfig
 from lacfast.runs.costs import Costs
 from lacfast.steering import SteeringStats
@@ -111,9 +112,9 @@ def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
     table = Table()
     for column in ("reward", "mean", "standard error", "images"):
         table.add_column(column, justify="left" if column == "reward" else "right")
-    for name, scores in evaluation.rewards.items():
-        error = float(scores.float().std()) / math.sqrt(len(scores))
-        table.add_row(name, f"{float(scores.mean()):.4f}", f"{error:.4f}", str(len(scores)))
+    errors = evaluation.standard_errors()
+    for name, mean in evaluation.means().items():
+        table.add_row(name, f"{mean:.4f}", f"{errors[name]:.4f}", str(len(evaluation.prompts)))
     (console or Console()).print(table)
 
 
@@ -176,32 +177,16 @@ def done_fraction(iteration: int, seconds: float, budget: float, minimum: int) -
 
 def show_summary(summary: dict[str, Any], out: Path, console: Console | None = None) -> None:
     """The scores before, after and steered as a table, and where the files are."""
-    steered = summary["steered"]
     table = Table(
         title=f"Held-out prompts, n = {summary['evaluation_samples']}",
         title_justify="left",
         title_style="bold",
     )
     table.add_column("")
-    for column in ("strict", "gold", "reward", "forwards per image"):
+    for column in SCORES:
         table.add_column(column, justify="right")
-    steps = float(len(summary["explained_variance"]))
-    rows = (
-        ("before", summary["strict_before"], summary["gold_before"], summary["reward_before"], steps),
-        ("before, steered", steered["strict"], steered["gold"], None, steered["forwards_per_image"]),
-        ("after", summary["strict_after"], summary["gold_after"], summary["reward_after"], steps),
-        (
-            "after, steered",
-            steered["strict_after"],
-            steered["gold_after"],
-            None,
-            steered["forwards_per_image_after"],
-        ),
-    )
-    for name, strict, gold, reward, forwards in rows:
-        table.add_row(
-            name, f"{strict:.1%}", f"{gold:.1%}", "" if reward is None else f"{reward:.3f}", f"{forwards:.1f}"
-        )
+    for row in score_rows(summary):
+        table.add_row(*row)
     console = console or Console()
     console.print(table)
     console.print(f"Look at {out / 'report.html'}", highlight=False, soft_wrap=True)

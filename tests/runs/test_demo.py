@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lacfast import load_backbone
-from lacfast.report.page import read_metrics
+from lacfast.report.records import read_metrics
 from lacfast.runs import presets
 from lacfast.runs.demo import DemoScale, run_demo
 from lacfast.runs.steer import saved_model, trained_sampler
@@ -67,7 +67,7 @@ def test_all_files_are_there(run: tuple[Path, dict[str, Any], str]) -> None:
         "summary.json", "metrics.jsonl", "run.json", "images", "report.html", "pretrained", "trained",
     }  # fmt: skip
     assert len(list((out / "images").glob("*.png"))) == 5
-    assert (out / "report.html").read_text(encoding="utf-8").count("<svg") == 6
+    assert (out / "report.html").read_text(encoding="utf-8").count("<svg") >= 10
 
 
 def test_steering_finds_the_demos_model_and_its_sampler(run: tuple[Path, dict[str, Any], str]) -> None:
