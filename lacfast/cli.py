@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
-from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.config.choice import Choice, parse, usage, variants
-from lacfast.runs.config import RunConfig
+from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.presets import RUNS
 
 USAGE_ERROR = 2
@@ -67,95 +66,25 @@ class Info:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(EvaluationRun):
     """Score images of a saved model, without training it."""
-
-    model: str
-    """A pipeline's directory or hub id, or a directory of lacfast: a checkpoint, checkpoints/best."""
-    prompts: str
-    """Prompts, as `lacfast train` takes them."""
-    rewards: tuple[str, ...]
-    """Names of rewards, "package.module:callable" or URLs."""
-    sampler: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
-    )
-    """How images are made."""
-    samples: int = 1024
-    """Images; the prompts are repeated as often as it takes."""
-    batch_size: int = 16
-    """Images at a time."""
-    seed: int = 0
-    """Of the noise."""
-    device: str = ""
-    """Empty: a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """That the model runs in."""
-    out: Path | None = None
-    """Write scores.json and samples.png here. None: only print."""
 
     def run(self) -> None:
         from lacfast.runs.terminal import show_scores
         from lacfast.runs.train import evaluate_model
 
-        evaluation = evaluate_model(
-            self.model,
-            prompts=self.prompts,
-            rewards=list(self.rewards),
-            sampler=self.sampler,
-            samples=self.samples,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            device=self.device,
-            dtype=self.dtype,
-            out=self.out,
-        )
-        show_scores(evaluation)
+        show_scores(evaluate_model(self))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Steer:
+class Steer(SteeringRun):
     """Make images with the help of a model's critic: guidance, pruning, particles, beams."""
-
-    source: tyro.conf.Positional[str]
-    """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
-    prompts: tuple[str, ...]
-    """Prompts themselves, or one source of them as `lacfast train` takes it."""
-    out: Path
-    """Directory for images/, samples.png and statistics.json."""
-    critic: str = ""
-    """critic.safetensors, or a directory that holds one, for a plain pipeline. Empty: the model's own."""
-    rewards: tuple[str, ...] = ()
-    """The critic's rewards, to report and for --selection reward."""
-    gold: tuple[str, ...] = ()
-    """Rewards that are only reported."""
-    samples: int = 0
-    """Images; the prompts are repeated as often as it takes. 0: one per prompt."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """Left as it is, the run's own; any flag of it replaces that as a whole."""
-    settings: Annotated[SteeringConfig, tyro.conf.arg(name="")] = field(default_factory=SteeringConfig)
-    device: str = ""
-    """Empty: a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """That the model runs in."""
 
     def run(self) -> None:
         from lacfast.runs.steer import steer_model
         from lacfast.runs.terminal import show_steering
 
-        stats = steer_model(
-            self.source,
-            prompts=self.prompts,
-            config=self.settings,
-            sampler=self.sampler,
-            critic=self.critic,
-            rewards=self.rewards,
-            gold=self.gold,
-            samples=self.samples,
-            device=self.device,
-            dtype=self.dtype,
-            out=self.out,
-        )
-        show_steering(stats, self.out)
+        show_steering(steer_model(self), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

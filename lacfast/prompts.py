@@ -40,16 +40,8 @@ class PromptSet:
 
     @staticmethod
     def create(prompts: PromptSet | PromptSource) -> PromptSet:
-        """From entries, or from a file, a directory or a function as `load_prompts` reads them.
-
-        Raises:
-            ValueError: when there is no prompt, or an entry is none.
-        """
-        if isinstance(prompts, PromptSet):
-            return prompts
-        if isinstance(prompts, str | Path) or callable(prompts):
-            return load_prompts(prompts)
-        return _collected((f"entry {index}", entry) for index, entry in enumerate(prompts))
+        """The prompts that `load_prompts` reads, by its default column."""
+        return load_prompts(prompts)
 
     def __len__(self) -> int:
         return len(self.texts)

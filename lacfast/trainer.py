@@ -234,17 +234,7 @@ class LatentActorCriticTrainer:
 
         `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
         """
-        bounds = value_bounds(
-            self.behaviour,
-            rollout,
-            self.rewards,
-            self.normalizer,
-            completions=self.config.pretrain.completions,
-            states=self.config.pretrain.bound_states,
-            first_id=FirstSampleId.COMPLETIONS,
-            guidance_scale=self.config.sampler.guidance_scale,
-            batch_size=self.config.eval_batch_size,
-        )
+        bounds = value_bounds(self.behaviour, rollout, self.rewards, self.normalizer, self.config)
         self.images += bounds.images
         return bounds
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from lacfast.backbone import Backbone
-from lacfast.records import NoiseKey, Rollout
+from lacfast.config import TrainConfig
+from lacfast.records import FirstSampleId, NoiseKey, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
@@ -128,47 +129,37 @@ def value_bounds(
     rollout: Rollout,
     rewards: RewardSet,
     normalizer: RewardNormalizer,
-    *,
-    completions: int,
-    states: int,
-    first_id: int,
-    guidance_scale: float = 1.0,
-    batch_size: int = 256,
+    config: TrainConfig,
 ) -> ValueBounds:
     """Floor and ceiling of the explained variance of what each head predicts, by branched completions.
 
-    `states` trajectories of the rollout are taken back to a step and completed `completions` times with fresh
-    noise; what differs between completions of one state is what the state does not tell.
+    `bound_states` trajectories of the rollout are taken back to a step and completed `completions` times with
+    fresh noise; what differs between completions of one state is what the state does not tell. Shares are
+    without bias at any number of completions, so rather more states than completions.
 
     Args:
         backbone: the policy that made the rollout, unchanged since.
         rollout: with rewards, on held-out prompts, some of them twice or more.
         rewards: those of the rollout.
         normalizer: says what a head predicts of them.
-        completions: n per state, at least 2; bias-free at any n, so rather more states than completions.
-        states: of each step, taken evenly from the rollout.
-        first_id: of the completions' noise, unused elsewhere with the rollout's seed.
-        guidance_scale: of the rollout.
-        batch_size: completions sampled at a time.
+        config: pretrain.completions and bound_states, the rollout's guidance, and eval_batch_size at a time.
 
     Raises:
-        ValueError: for fewer than two completions or states, or prompts that all differ.
+        ValueError: when completions of states, or prompts, cannot be compared.
         RewardError: when a reward fails on a completion.
     """
-    if completions < 2 or states < 2:
-        raise ValueError(
-            f"completions={completions} and states={states} must be at least 2: the ceiling compares the "
-            "completions of one state with those of others"
-        )
+    if config.pretrain.completions == 0:
+        raise ValueError("pretrain.completions=0 completes no state, so there is no ceiling; use at least 2")
     floor = prompt_floor(normalizer.head_rewards(stack_rewards(rollout)), rollout.prompts).cpu()
-    rows = torch.linspace(0, rollout.batch_size - 1, min(states, rollout.batch_size)).round().long()
-    branches = torch.unique(rows).repeat_interleave(completions)
+    states = min(config.pretrain.bound_states, rollout.batch_size)
+    rows = torch.linspace(0, rollout.batch_size - 1, states).round().long()
+    branches = torch.unique(rows).repeat_interleave(config.pretrain.completions)
     # A deterministic completion needs no measuring.
     measured = range(max(rollout.table.trainable_steps, default=-1) + 1)
     ceiling = floor.new_ones(rollout.num_steps, len(floor))
     for step in measured:
-        ids = torch.arange(len(branches)) + first_id + step * len(branches)
-        completed = _completed(backbone, rollout, step, branches, ids, guidance_scale, batch_size)
+        ids = torch.arange(len(branches)) + FirstSampleId.COMPLETIONS + step * len(branches)
+        completed = _completed(backbone, rollout, step, branches, ids, config)
         pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
         scores = [torch.stack(list(part.result().values()), dim=1) for part in pending]
         ceiling[step] = variance_components(normalizer.head_rewards(torch.cat(scores)), branches).share
@@ -190,11 +181,11 @@ def _completed(
     step: int,
     rows: Tensor,
     ids: Tensor,
-    guidance_scale: float,
-    size: int,
+    config: TrainConfig,
 ) -> Iterator[_Completions]:
-    """Completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on, `size` at a time."""
-    device = rollout.latents.device
+    """Completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on, part by part."""
+    device, size = rollout.latents.device, config.eval_batch_size
+    guidance_scale = config.sampler.guidance_scale
     for part, part_ids in zip(torch.split(rows, size), torch.split(ids, size), strict=True):
         numbers = part.tolist()
         yield _Completions(

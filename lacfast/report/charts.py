@@ -264,8 +264,8 @@ def _svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
         draw(axes)
         if legend:
             # Over the chart, so that it covers no curve.
-            place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0}
-            axes.legend(**place, ncols=3, handlelength=1.4, columnspacing=1.2)
+            place = (-0.02, 1.0)
+            axes.legend(loc="lower left", bbox_to_anchor=place, borderaxespad=0, ncols=3, columnspacing=1.2)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -50,18 +49,17 @@ def render(
     summary: dict[str, Any], metrics: list[dict[str, Any]], gallery: Gallery, settings: dict[str, Any]
 ) -> str:
     """The page as text."""
-    scores = _Scores(summary)
     return fill(
         "demo.html",
-        strict_before=percent(scores.strict_before),
-        strict_after=percent(scores.strict_after),
+        strict_before=percent(summary["strict_before"]),
+        strict_after=percent(summary["strict_after"]),
         backbone=escape(BACKBONES.get(summary["backbone"], summary["backbone"])),
         seed=summary["seed"],
         total=f"{sum(_phase_seconds(summary).values()):.0f}",
         headline=escape(headline(summary)),
         iterations=summary["iterations"],
         notice=_notice(summary),
-        cards="\n".join(_cards(summary, scores)),
+        cards="\n".join(_cards(summary)),
         stride=gallery.stride,
         gallery="\n".join(_gallery(gallery)),
         charts=charts(metrics),
@@ -74,45 +72,22 @@ def render(
 
 def headline(summary: dict[str, Any]) -> str:
     """The result in one sentence, whichever way it went."""
-    scores = _Scores(summary)
     seconds = _phase_seconds(summary).get("training", 0.0)
-    change = f"from {percent(scores.strict_before)} to {percent(scores.strict_after)}"
+    change = f"from {percent(summary['strict_before'])} to {percent(summary['strict_after'])}"
     training = f"{seconds:.0f} seconds of reinforcement learning"
-    if abs(scores.gain) < 2 * scores.standard_error:
+    gain = summary["strict_after"] - summary["strict_before"]
+    if abs(gain) < 2 * _standard_error(summary):
         learned = f"{training} were too few to tell: the share of held-out prompts it obeys went {change}"
     else:
-        verb = "raised" if scores.gain > 0 else "lowered"
+        verb = "raised" if gain > 0 else "lowered"
         learned = f"{training} {verb} the share of held-out prompts it obeys {change}"
-    return f"{learned}; steered by its own critic, it obeys {percent(scores.steered_after)}."
+    return f"{learned}; steered by its own critic, it obeys {percent(summary['steered']['strict_after'])}."
 
 
-@dataclass(frozen=True)
-class _Scores:
-    summary: dict[str, Any]
-
-    @property
-    def strict_before(self) -> float:
-        return float(self.summary["strict_before"])
-
-    @property
-    def strict_after(self) -> float:
-        return float(self.summary["strict_after"])
-
-    @property
-    def steered_after(self) -> float:
-        return float(self.summary["steered"]["strict_after"])
-
-    @property
-    def gain(self) -> float:
-        return self.strict_after - self.strict_before
-
-    @property
-    def standard_error(self) -> float:
-        """Of one accuracy of this run, the largest."""
-        return max(self.error(self.strict_before), self.error(self.strict_after))
-
-    def error(self, accuracy: float) -> float:
-        return math.sqrt(max(accuracy * (1 - accuracy), 0) / self.summary["evaluation_samples"])
+def _standard_error(summary: dict[str, Any]) -> float:
+    """The larger standard error of the run's two accuracies."""
+    accuracies = summary["strict_before"], summary["strict_after"]
+    return math.sqrt(max(rate * (1 - rate) for rate in accuracies) / summary["evaluation_samples"])
 
 
 def _points(change: float) -> str:
@@ -132,11 +107,16 @@ def _notice(summary: dict[str, Any]) -> str:
     )
 
 
-def _cards(summary: dict[str, Any], scores: _Scores) -> Iterable[str]:
+def _cards(summary: dict[str, Any]) -> Iterable[str]:
     steered = summary["steered"]
-    before, after = percent(scores.strict_before), percent(scores.strict_after)
-    error = f"± {100 * scores.standard_error:.1f}, n = {summary['evaluation_samples']}"
-    yield card("Obeys held-out prompts", after, f"{_points(scores.gain)} by learning alone; {error}", before)
+    before, after = percent(summary["strict_before"]), percent(summary["strict_after"])
+    error = f"± {100 * _standard_error(summary):.1f}, n = {summary['evaluation_samples']}"
+    yield card(
+        "Obeys held-out prompts",
+        after,
+        f"{_points(summary['strict_after'] - summary['strict_before'])} by learning alone; {error}",
+        before,
+    )
     yield card(
         "Gold checker",
         percent(summary["gold_after"]),
@@ -147,10 +127,10 @@ def _cards(summary: dict[str, Any], scores: _Scores) -> Iterable[str]:
     yield card(
         "Base model, steered",
         percent(steered["strict"]),
-        f"{_points(steered['strict'] - scores.strict_before)} without training it, at {forwards}",
+        f"{_points(steered['strict'] - summary['strict_before'])} without training it, at {forwards}",
         before,
     )
-    gain = _points(steered["strict_after"] - scores.strict_after)
+    gain = _points(steered["strict_after"] - summary["strict_after"])
     yield card(
         "Trained model, steered",
         percent(steered["strict_after"]),

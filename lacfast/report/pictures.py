@@ -67,6 +67,11 @@ def grid(images: Tensor, *, columns: int = GRID_COLUMNS, scale: int = SCALE, gap
     return Image.fromarray(sheet)
 
 
+def contact_sheet(images: Tensor) -> Image.Image:
+    """The first GRID_IMAGES of images (n, 3, H, W), small ones enlarged."""
+    return grid(images[:GRID_IMAGES], scale=max(1, 96 // images.shape[-1]))
+
+
 def comparison(gallery: Gallery) -> Figure:
     """One column per shown prompt, one row per model, a green or red frame for the checker's verdict."""
     rows = gallery.rows

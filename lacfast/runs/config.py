@@ -1,11 +1,16 @@
-"""Settings of a training run from the command line: model, prompts, rewards, and where everything goes."""
+"""What the commands are told: model, prompts, rewards, and where everything goes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from lacfast.config import LoRAConfig, TrainConfig
+import tyro
+
+from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class RunConfig:
     """Rewards that are only reported."""
     device: str = ""
     """Where the model lives. Empty: a GPU if there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """That the model runs in; trained weights are float32 all the same."""
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""
@@ -70,3 +75,58 @@ class RunConfig:
             raise ValueError(f"save_every={self.save_every} must be >= 0 (0: only at the end)")
         if self.keep_last < 1:
             raise ValueError(f"keep_last={self.keep_last} must be at least 1, or no run could be resumed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRun:
+    """One run of `lacfast evaluate`."""
+
+    model: str
+    """A pipeline's directory or hub id, or a directory of lacfast: a checkpoint, checkpoints/best."""
+    prompts: str
+    """Prompts, as `lacfast train` takes them."""
+    rewards: tuple[str, ...]
+    """Names of rewards, "package.module:callable" or URLs."""
+    sampler: SamplerConfig = field(
+        default_factory=lambda: SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
+    )
+    """How images are made."""
+    samples: int = 1024
+    """Images; the prompts are repeated as often as it takes."""
+    batch_size: int = 16
+    """Images at a time."""
+    seed: int = 0
+    """Of the noise."""
+    device: str = ""
+    """Empty: a GPU if there is one."""
+    dtype: Dtype = "float32"
+    """That the model runs in."""
+    out: Path | None = None
+    """Write scores.json and samples.png here. None: only print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringRun:
+    """One run of `lacfast steer`."""
+
+    source: tyro.conf.Positional[str]
+    """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
+    prompts: tuple[str, ...]
+    """Prompts themselves, or one source of them as `lacfast train` takes it."""
+    out: Path
+    """Directory for images/, samples.png and statistics.json."""
+    critic: str = ""
+    """critic.safetensors, or a directory that holds one, for a plain pipeline. Empty: the model's own."""
+    rewards: tuple[str, ...] = ()
+    """The critic's rewards, to report and for --selection reward."""
+    gold: tuple[str, ...] = ()
+    """Rewards that are only reported."""
+    samples: int = 0
+    """Images; the prompts are repeated as often as it takes. 0: one per prompt."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """Left as it is, the run's own; any flag of it replaces that as a whole."""
+    settings: Annotated[SteeringConfig, tyro.conf.arg(name="")] = field(default_factory=SteeringConfig)
+    device: str = ""
+    """Empty: a GPU if there is one."""
+    dtype: Dtype = "float32"
+    """That the model runs in."""

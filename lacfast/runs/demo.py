@@ -24,16 +24,16 @@ from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.checkpoint import save_backbone, whole_directory
 from lacfast.config import SteeringConfig, TrainConfig, to_json
+from lacfast.config.checks import require
 from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
-from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
 from lacfast.runs.terminal import PhaseLog, done_fraction
 from lacfast.runtime.files import write_json, writing_to
 from lacfast.runtime.graph import GraphRunner
-from lacfast.steering import steer
+from lacfast.steering import SteeringStats, steer
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import CONFIGS, Pretrained, pretrain
 from lacfast.tasks.shapes import held_out_prompts, train_prompts
@@ -48,6 +48,10 @@ REPORT_SECONDS = 8.0
 """Set aside for saving, pictures and the report."""
 GALLERY_STRIDE = 5
 """Every fifth held-out prompt is pictured: chosen by position, not by outcome."""
+
+
+Steered = tuple[Tensor, SteeringStats]
+"""Images (n, 3, H, W), and what they cost and scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +75,6 @@ QUICK = DemoScale(pretrain_steps=120, evaluation_samples=240, value_iterations=3
 """Shows that everything runs; too short to show that it learns."""
 QUICK_BUDGET = 60.0
 """Most seconds of a quick demo, however slow the machine's other phases leave room."""
-
-
-@dataclass(frozen=True)
-class Steered:
-    """Scores of steered images."""
-
-    rewards: dict[str, float]
-    strict: Tensor
-    """(n,) 0 or 1."""
-    images: Tensor
-    """(n, 3, H, W)"""
-    forwards_per_image: float
 
 
 def run_demo(
@@ -112,8 +104,8 @@ def run_demo(
     Raises:
         ValueError: for an `out` that cannot be written or settings out of range, before any work.
     """
-    _require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
-    _require(threads >= 1, f"--threads {threads} must be at least 1")
+    require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
+    require(threads >= 1, f"--threads {threads} must be at least 1")
     with writing_to(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -137,7 +129,7 @@ def run_demo(
         metrics_path=out / "metrics.jsonl",
     )
     before = _evaluate(trainer, "Base model, held-out prompts", log)
-    pretraining_variance = _pretrain_values(trainer, log)
+    _pretrain_values(trainer, log)
     steered_before = _steer(trainer, steering, "Base model, steered", log)
     _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
     after = _evaluate(trainer, "Trained model, held-out prompts", log)
@@ -149,23 +141,16 @@ def run_demo(
             phase.note = "the loaded model samples bit for bit the same"
     trainer.log.close()
 
+    scores = {"reward": REWARD, "strict": STRICT, "gold": GOLD}
+    steered: dict[str, float] = {}
+    for end, (_, stats) in (("", steered_before), ("_after", steered_after)):
+        steered |= {f"{name}{end}": _mean(stats, scores[name]) for name in ("strict", "gold")}
+        steered[f"forwards_per_image{end}"] = stats.evaluations.per_image
     summary: dict[str, Any] = {
-        "reward_before": before.means()[REWARD],
-        "reward_after": after.means()[REWARD],
-        "strict_before": before.means()[STRICT],
-        "strict_after": after.means()[STRICT],
-        "gold_before": before.means()[GOLD],
-        "gold_after": after.means()[GOLD],
-        "steered": {
-            "strict": steered_before.rewards[STRICT],
-            "gold": steered_before.rewards[GOLD],
-            "forwards_per_image": steered_before.forwards_per_image,
-            "strict_after": steered_after.rewards[STRICT],
-            "gold_after": steered_after.rewards[GOLD],
-            "forwards_per_image_after": steered_after.forwards_per_image,
-        },
+        **{f"{name}_before": before.means()[score] for name, score in scores.items()},
+        **{f"{name}_after": after.means()[score] for name, score in scores.items()},
+        "steered": steered,
         "explained_variance": after.explained_variance.mean(dim=-1).tolist(),
-        "explained_variance_pretrained": pretraining_variance.mean(dim=-1).tolist(),
         "images": trainer.images,
         "iterations": trainer.iteration,
         "evaluation_samples": scale.evaluation_samples,
@@ -177,7 +162,16 @@ def run_demo(
         "versions": _versions(),
     }
     with log.phase("report", "Pictures and report"):
-        gallery = _gallery(before, after, steered_before, steered_after)
+        gallery = Gallery(
+            before.prompts,
+            columns={
+                "before": (before.images, before.rewards[STRICT]),
+                "after": (after.images, after.rewards[STRICT]),
+                "before, steered": (steered_before[0], steered_before[1].gold[STRICT]),
+                "after, steered": (steered_after[0], steered_after[1].gold[STRICT]),
+            },
+            stride=GALLERY_STRIDE,
+        )
         save_pictures(gallery, out / "images")
         summary["seconds"] = {name: round(seconds, 2) for name, seconds in log.seconds.items()}
         settings = {"training": to_json(config), "steering": to_json(steering)}
@@ -185,11 +179,6 @@ def run_demo(
     summary["seconds"] |= {"report": round(log.seconds["report"], 2), "total": round(log.elapsed, 2)}
     write_json(out / "summary.json", summary)
     return summary
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
@@ -234,7 +223,7 @@ def _evaluate(trainer: LatentActorCriticTrainer, title: str, log: PhaseLog) -> E
     return evaluation
 
 
-def _pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> Tensor:
+def _pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> None:
     planned = trainer.config.pretrain.iterations
     trained = trainer.table.trainable_steps
 
@@ -246,7 +235,6 @@ def _pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> Tensor
             lambda iteration, variance: phase.update((iteration + 1) / planned, mean(variance))
         )
         phase.note = mean(result.explained_variance)
-    return result.explained_variance
 
 
 def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, log: PhaseLog) -> None:
@@ -270,12 +258,16 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
 def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: str, log: PhaseLog) -> Steered:
     prompts = trainer.held_out.cycle(trainer.config.eval_samples)
     with log.phase("steering", title) as phase:
-        images, stats = steer(trainer.backbone, prompts.texts, steering, sampler=trainer.config.sampler)
-        scores = RewardSet.create([REWARD, STRICT, GOLD]).score(images, prompts.texts, prompts.metadata)
-        means = {name: float(values.mean()) for name, values in scores.items()}
-        verdict = f"obeys {means[STRICT]:.1%} (gold {means[GOLD]:.1%})"
+        images, stats = steer(
+            trainer.backbone, prompts, steering, sampler=trainer.config.sampler, gold=[STRICT, GOLD]
+        )
+        verdict = f"obeys {_mean(stats, STRICT):.1%} (gold {_mean(stats, GOLD):.1%})"
         phase.note = f"{verdict} at {stats.evaluations.per_image:.1f} forwards per image"
-    return Steered(means, scores[STRICT], images.cpu(), stats.evaluations.per_image)
+    return images.cpu(), stats
+
+
+def _mean(stats: SteeringStats, score: str) -> float:
+    return float(stats.gold[score].mean())
 
 
 def _remaining_cost(log: PhaseLog) -> float:
@@ -299,21 +291,6 @@ def _require_identical_samples(trainer: LatentActorCriticTrainer, loaded: Backbo
     trained, again = rollouts
     same = torch.equal(trained.latents, again.latents) and torch.equal(trained.values, again.values)
     assert same, "the saved model does not sample what the trained one does"
-
-
-def _gallery(
-    before: Evaluation, after: Evaluation, steered_before: Steered, steered_after: Steered
-) -> Gallery:
-    return Gallery(
-        prompts=before.prompts,
-        columns={
-            "before": (before.images, before.rewards[STRICT]),
-            "after": (after.images, after.rewards[STRICT]),
-            "before, steered": (steered_before.images, steered_before.strict),
-            "after, steered": (steered_after.images, steered_after.strict),
-        },
-        stride=GALLERY_STRIDE,
-    )
 
 
 def _versions() -> dict[str, str]:

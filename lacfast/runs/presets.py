@@ -181,16 +181,9 @@ def flow_grpo_geneval() -> RunConfig:
     There 32 GPUs share the 48 groups of 24 images. Its moving average decays by 0.9 every eight optimizer
     steps, which is every four iterations.
     """
-    return RunConfig(
+    return replace(
+        sd35m_geneval(),
         out="runs/flow-grpo-geneval",
-        model="stabilityai/stable-diffusion-3.5-medium",
-        prompts="dataset/geneval/train_metadata.jsonl",
-        held_out="dataset/geneval/test_metadata.jsonl",
-        rewards=(("flow_grpo+http://127.0.0.1:18085", 1.0),),
-        dtype="bfloat16",
-        lora=LoRAConfig(rank=32, alpha=64),
-        resolution=(512, 512),
-        keep_text_encoders=False,
         train=TrainConfig(
             batch_size=48 * 24,
             samples_per_prompt=24,
@@ -262,12 +255,10 @@ def ddpo_compressibility() -> RunConfig:
 
     There eight GPUs share the 256 images of an epoch, and all weights are trained.
     """
-    return RunConfig(
+    return replace(
+        sd15_ddpo(),
         out="runs/ddpo-compressibility",
-        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        prompts="animals",
-        rewards=(("jpeg_compressibility", 1.0),),
-        dtype="bfloat16",
+        lora=None,
         train=TrainConfig(
             batch_size=8 * 32,
             rollout_batch_size=16,

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lacfast.backbones import load_backbone
-from lacfast.config import SamplerConfig, SteeringConfig, from_json, to_json
+from lacfast.config import SamplerConfig, from_json, to_json
 from lacfast.prompts import PromptSet
-from lacfast.report.pictures import grid, to_image
+from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
+from lacfast.runs.config import SteeringRun
 from lacfast.runs.directory import RunDirectory
-from lacfast.runs.train import PROMPT_SOURCES, SAMPLE_IMAGES, prompts_of
+from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
+from lacfast.runtime.files import write_json, writing_to
 from lacfast.steering import SteeringStats, steer
 
 PROMPT_FILES = (".txt", ".jsonl", ".parquet")
@@ -73,53 +74,33 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
     return found.cycle(count) if count else found
 
 
-def steer_model(
-    source: str,
-    *,
-    prompts: Sequence[str],
-    config: SteeringConfig,
-    sampler: SamplerConfig,
-    critic: str,
-    rewards: Sequence[str],
-    gold: Sequence[str],
-    samples: int,
-    device: str,
-    dtype: str,
-    out: Path,
-) -> SteeringStats:
-    """Steered images of a saved model; arguments as those of `lacfast steer`.
+def steer_model(settings: SteeringRun) -> SteeringStats:
+    """Make, write and score steered images of a saved model.
 
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
     """
-    chosen = prompts_to_steer(prompts, samples)
-    scorer, gold_scorer = (RewardSet.create(list(names)) if names else None for names in (rewards, gold))
-    if config.selection == "reward" and scorer is None:
+    prompts = prompts_to_steer(settings.prompts, settings.samples)
+    rewards, gold = (
+        RewardSet.create(names) if names else None for names in (settings.rewards, settings.gold)
+    )
+    if settings.settings.selection == "reward" and rewards is None:
         raise ValueError("--selection reward has no reward to select by; name it with --rewards")
-    model = saved_model(source)
+    model, sampler = saved_model(settings.source), settings.sampler
     if sampler == SamplerConfig():
-        sampler = trained_sampler(critic or model) or sampler
-    try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        remedy = "choose a directory that you may write to"
-        raise ValueError(f"cannot write to --out {out}: {error.strerror}; {remedy}") from error
+        sampler = trained_sampler(settings.critic or model) or sampler
+    with writing_to(f"--out {settings.out}"):
+        (settings.out / "images").mkdir(parents=True, exist_ok=True)
     backbone = load_backbone(
         model,
-        critic_file=critic or None,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=None if dtype == "float32" else getattr(torch, dtype),
+        critic_file=settings.critic or None,
+        device=torch_device(settings.device),
+        dtype=torch_dtype(settings.dtype),
     )
-    images, stats = steer(
-        backbone,
-        chosen,
-        config,
-        sampler=sampler,
-        rewards=scorer,
-        gold=gold_scorer,
-    )
-    settings = {"model": model, "critic": critic, "sampler": to_json(sampler), "steering": to_json(config)}
-    _write(out, images.cpu(), chosen, stats, settings)
+    images, stats = steer(backbone, prompts, settings.settings, sampler=sampler, rewards=rewards, gold=gold)
+    told = {"model": model, "critic": settings.critic, "sampler": to_json(sampler)}
+    told["steering"] = to_json(settings.settings)
+    _write(settings.out, images.cpu(), prompts, stats, told)
     return stats
 
 
@@ -127,8 +108,7 @@ def _write(
     out: Path, images: Tensor, prompts: PromptSet, stats: SteeringStats, settings: dict[str, Any]
 ) -> None:
     """images/00000.png and so on, samples.png, and statistics.json with a row per image."""
-    scale = max(1, 96 // images.shape[-1])
-    grid(images[:SAMPLE_IMAGES], scale=scale).save(out / "samples.png")
+    contact_sheet(images).save(out / "samples.png")
     rows = []
     for index, text in enumerate(prompts.texts):
         name = f"images/{index:05d}.png"
@@ -136,8 +116,7 @@ def _write(
         values = stats.values[:, index].tolist()
         scores = {reward: float(score[index]) for reward, score in (stats.rewards | stats.gold).items()}
         rows.append({"file": name, "prompt": text, "values": values, "scores": scores})
-    statistics = settings | summary(stats) | {"images": rows}
-    (out / "statistics.json").write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "statistics.json", settings | summary(stats) | {"images": rows})
 
 
 def summary(stats: SteeringStats) -> dict[str, Any]:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import read_state, save_backbone, whole_directory
-from lacfast.config import GraphConfig, SamplerConfig, to_json
+from lacfast.config import GraphConfig, to_json
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
-from lacfast.report.pictures import grid
+from lacfast.report.pictures import contact_sheet
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled
-from lacfast.runs.config import RunConfig
+from lacfast.runs.config import Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import RunDirectory
+from lacfast.runtime.files import write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
@@ -51,8 +50,6 @@ TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
     "shapes-unet": (scenes.TASK, "unet"),
 }
 """Models that are pretrained on the spot."""
-SAMPLE_IMAGES = 60
-"""Images of an evaluation that are kept as a picture."""
 
 
 def prompts_of(source: str) -> PromptSet:
@@ -60,15 +57,25 @@ def prompts_of(source: str) -> PromptSet:
     return load_prompts(PROMPT_SOURCES.get(source, source))
 
 
+def torch_device(name: str) -> str:
+    """The device of that name; for an empty one a GPU if there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def torch_dtype(name: Dtype) -> torch.dtype | None:
+    """The dtype of that name; None for float32, which loads a model as it is saved."""
+    return None if name == "float32" else getattr(torch, name)
+
+
 def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone:
     """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch_device(config.device)
     if config.model in TINY_MODELS:
         return _tiny_backbone(config, directory.path / "base", device)
     return load_backbone(
         config.model,
         device=device,
-        dtype=None if config.dtype == "float32" else getattr(torch, config.dtype),
+        dtype=torch_dtype(config.dtype),
         lora=config.adapter,
         attention_backend=config.attention_backend or None,
         settings=PipelineSettings(resolution=config.resolution),
@@ -165,7 +172,7 @@ def plan(config: RunConfig) -> Costs:
     else:
         backbone = load_blueprint(
             config.model,
-            dtype=None if config.dtype == "float32" else getattr(torch, config.dtype),
+            dtype=torch_dtype(config.dtype),
             lora=config.adapter,
             settings=PipelineSettings(resolution=config.resolution),
         )
@@ -175,49 +182,30 @@ def plan(config: RunConfig) -> Costs:
     return count(backbone, critic, table, conditioning, config.train)
 
 
-def evaluate_model(
-    model: str,
-    *,
-    prompts: str,
-    rewards: list[str],
-    sampler: SamplerConfig,
-    samples: int,
-    batch_size: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    out: Path | None,
-) -> Evaluation:
-    """Scores of a saved model; arguments as those of `lacfast evaluate`."""
+def evaluate_model(settings: EvaluationRun) -> Evaluation:
+    """Scores of a saved model on prompts that nothing trains on here."""
     backbone = load_backbone(
-        model,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=None if dtype == "float32" else getattr(torch, dtype),
+        settings.model, device=torch_device(settings.device), dtype=torch_dtype(settings.dtype)
     )
-    scorer = RewardSet.create(rewards)
+    scorer = RewardSet.create(settings.rewards)
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
-        backbone.transition_table(sampler),
-        prompts_of(prompts).cycle(samples),
-        seed=seed,
+        backbone.transition_table(settings.sampler),
+        prompts_of(settings.prompts).cycle(settings.samples),
+        seed=settings.seed,
         first_id=FirstSampleId.EVALUATION,
-        guidance_scale=sampler.guidance_scale,
+        guidance_scale=settings.sampler.guidance_scale,
         keep_features=False,
-        part_size=min(batch_size, samples),
+        part_size=min(settings.batch_size, settings.samples),
     )
     evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        scores = {"model": model, "samples": samples, "seed": seed, "sampler": to_json(sampler)}
-        scores |= {"means": evaluation.means()}
-        (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-        _picture(evaluation).save(out / "samples.png")
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        told = {name: getattr(settings, name) for name in ("model", "samples", "seed")}
+        scores = told | {"sampler": to_json(settings.sampler), "means": evaluation.means()}
+        write_json(settings.out / "scores.json", scores)
+        contact_sheet(evaluation.images).save(settings.out / "samples.png")
     return evaluation
-
-
-def _picture(evaluation: Evaluation) -> Image.Image:
-    """The first images, small ones enlarged."""
-    return grid(evaluation.images[:SAMPLE_IMAGES], scale=max(1, 96 // evaluation.images.shape[-1]))
 
 
 def _save(trainer: LatentActorCriticTrainer, directory: RunDirectory) -> Path:
@@ -232,7 +220,7 @@ def _keep(
     trainer: LatentActorCriticTrainer, directory: RunDirectory, evaluation: Evaluation, score: str
 ) -> None:
     """A picture of the evaluation, and the weights it judged if they are the best so far."""
-    picture = _picture(evaluation)
+    picture = contact_sheet(evaluation.images)
     picture.save(directory.samples(trainer.iteration))
     for tracker in trainer.log.trackers:
         tracker.picture(trainer.iteration, "samples", picture)

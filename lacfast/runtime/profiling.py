@@ -100,19 +100,13 @@ def recorded_by_torch() -> Iterator[None]:
 
 @cache
 def _default_spans() -> Spans:
-    return nvtx_spans(_nvtx()) if torch.cuda.is_available() else nvtx_spans(None)
+    return nvtx_spans() if torch.cuda.is_available() else dict.fromkeys(SPANS, nullcontext())
 
 
-def nvtx_spans(nvtx: Any) -> Spans:
-    """A range per name from the nvtx package, or contexts that do nothing without it."""
-    if nvtx is None:
-        return dict.fromkeys(SPANS, nullcontext())
-    domain = nvtx.get_domain(DOMAIN)
-    return {name: NvtxRange(domain, name) for name in SPANS}
-
-
-def _nvtx() -> Any:
+def nvtx_spans() -> Spans:
+    """A range per name from the nvtx package, or contexts that do nothing where it is not installed."""
     try:
-        return importlib.import_module("nvtx")
+        domain = importlib.import_module("nvtx").get_domain(DOMAIN)
     except ImportError:
-        return None
+        return dict.fromkeys(SPANS, nullcontext())
+    return {name: NvtxRange(domain, name) for name in SPANS}

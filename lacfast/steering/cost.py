@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lacfast.config import SteeringConfig
@@ -108,6 +109,16 @@ class ParticleStats:
     """(n, N) float64 of the particles at the end, after the final correction."""
     log_evidence: Tensor
     """(n,) float64 estimate of log E[exp(R / tau)] (of V without the final correction)."""
+
+    @staticmethod
+    def concatenate(parts: Sequence[ParticleStats]) -> ParticleStats:
+        """The statistics of all images of several batches."""
+        return ParticleStats(
+            torch.cat([part.effective_sample_sizes for part in parts], dim=1),
+            torch.cat([part.resampled for part in parts], dim=1),
+            torch.cat([part.log_weights for part in parts]),
+            torch.cat([part.log_evidence for part in parts]),
+        )
 
 
 @dataclass(frozen=True)

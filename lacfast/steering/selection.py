@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -13,74 +11,57 @@ from lacfast.steering.cost import ParticleStats, children, prune_steps
 from lacfast.steering.particles import Particles, best_positions, gumbel_noise, slot_ids
 
 
-class Selection(Protocol):
-    """A method's decisions about the trajectories of G images."""
+class Selection:
+    """A method's decisions about the N trajectories of each of G images; by itself best of n."""
+
+    def __init__(self, config: SteeringConfig, table: TransitionTable, images: Tensor) -> None:
+        self.config = config
+        self.table = table
+        self.images = images
 
     def keep(self, particles: Particles, values: Tensor, step: int) -> Tensor | None:
-        """Positions of the trajectories that go on from the state at `step`, None for all of them.
-
-        Args:
-            particles: in flight.
-            values: (P,) V of their states.
-            step: that they stand before.
-        """
+        """Positions of the trajectories that go on from the state before `step`, by its V (P,); None: all."""
+        return None
 
     def names(self, particles: Particles) -> Tensor:
-        """Sample ids (P,) of the trajectories after a choice."""
+        """Sample ids (P,) of the trajectories after a choice: those that share a past get new ones."""
+        return slot_ids(self.images, len(particles.ids) // len(self.images))
 
     def multiply(self, particles: Particles, step: int) -> Tensor | None:
         """Positions of the parents of the trajectories that take the step, None for each its own."""
+        return None
 
     def correct(self, log_ratio: Tensor) -> None:
-        """Take note of log p / q (P,) of a step that guidance moved."""
+        """Take note of log p / q (P,) of a step that guidance moved; only weights need it."""
 
     def finish(self, particles: Particles, scores: Tensor) -> Tensor:
         """Position (G,) of each image's chosen trajectory, by the scores (P,) of V or R."""
+        return best_positions(scores.view(len(self.images), -1), 1)
 
     def stats(self) -> ParticleStats | None:
         """What there is to tell besides."""
+        return None
 
 
-class Halving:
-    """Best of n, with the worse half dropped at the prune steps if there are any."""
-
-    def __init__(self, config: SteeringConfig, table: TransitionTable, images: Tensor) -> None:
-        self.images = images
-        self.prune_steps = prune_steps(config, table)
+class Halving(Selection):
+    """Pruning: the worse half is dropped at the prune steps."""
 
     def keep(self, particles: Particles, values: Tensor, step: int) -> Tensor | None:
-        grouped = values.view(len(self.images), -1)
-        if step not in self.prune_steps or grouped.shape[1] == 1:
+        if step not in prune_steps(self.config, self.table):
             return None
-        return best_positions(grouped, grouped.shape[1] // 2)
+        grouped = values.view(len(self.images), -1)
+        return best_positions(grouped, max(grouped.shape[1] // 2, 1))
 
     def names(self, particles: Particles) -> Tensor:
         return particles.ids
 
-    def multiply(self, particles: Particles, step: int) -> Tensor | None:
-        return None
 
-    def correct(self, log_ratio: Tensor) -> None:
-        """Nothing is weighted here."""
-
-    def finish(self, particles: Particles, scores: Tensor) -> Tensor:
-        return best_positions(scores.view(len(self.images), -1), 1)
-
-    def stats(self) -> ParticleStats | None:
-        return None
-
-
-class Beam(Halving):
+class Beam(Selection):
     """Every trajectory tries M children where a step draws noise; N survive by softmax(V / tau).
 
     With one beam this is SVDD (arXiv 2408.08252). The forward that values a child is the one that its next
     step needs, so a survivor costs nothing more.
     """
-
-    def __init__(self, config: SteeringConfig, table: TransitionTable, images: Tensor) -> None:
-        super().__init__(config, table, images)
-        self.config = config
-        self.table = table
 
     def keep(self, particles: Particles, values: Tensor, step: int) -> Tensor | None:
         grouped = values.double().view(len(self.images), -1)
@@ -96,6 +77,3 @@ class Beam(Halving):
         if count == 1:
             return None
         return torch.arange(len(particles.ids), device=particles.ids.device).repeat_interleave(count)
-
-    def names(self, particles: Particles) -> Tensor:
-        return slot_ids(self.images, len(particles.ids) // len(self.images))

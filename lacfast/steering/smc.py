@@ -19,16 +19,15 @@ from lacfast import ops
 from lacfast.config import SteeringConfig
 from lacfast.records import NoiseKey, TransitionTable
 from lacfast.steering.cost import ParticleStats
-from lacfast.steering.particles import Particles, best_positions, gumbel_noise, slot_ids
+from lacfast.steering.particles import Particles, best_positions, gumbel_noise
+from lacfast.steering.selection import Selection
 
 
-class SequentialMonteCarlo:
+class SequentialMonteCarlo(Selection):
     """Weights of N particles of each of G images, float64, and what became of them."""
 
     def __init__(self, config: SteeringConfig, table: TransitionTable, images: Tensor) -> None:
-        self.config = config
-        self.images = images
-        self.num_steps = table.num_steps
+        super().__init__(config, table, images)
         self.last_stochastic_step = max(table.trainable_steps)
         shape = (len(images), config.particles)
         self.log_weights = torch.zeros(shape, dtype=torch.float64, device=images.device)
@@ -38,7 +37,7 @@ class SequentialMonteCarlo:
         self.resampled: list[Tensor] = []
 
     def keep(self, particles: Particles, values: Tensor, step: int) -> Tensor | None:
-        share = (step / self.num_steps) ** self.config.annealing
+        share = (step / self.table.num_steps) ** self.config.annealing
         self._move_potential(share * values.double().view_as(self.log_weights) / self.config.temperature)
         sizes = ops.effective_sample_size(self.log_weights)
         # Copies that no later noise parts would stay copies.
@@ -47,12 +46,6 @@ class SequentialMonteCarlo:
         self.sizes.append(sizes)
         self.resampled.append(due)
         return self._resample(due, step) if is_useful else None
-
-    def names(self, particles: Particles) -> Tensor:
-        return slot_ids(self.images, self.config.particles)
-
-    def multiply(self, particles: Particles, step: int) -> Tensor | None:
-        return None
 
     def correct(self, log_ratio: Tensor) -> None:
         self.log_weights = self.log_weights + log_ratio.view_as(self.log_weights)
@@ -63,7 +56,7 @@ class SequentialMonteCarlo:
         self.log_evidence = self.log_evidence + self._log_mean_weight()
         if self.config.final_choice == "best":
             return best_positions(grouped, 1)
-        noise = gumbel_noise(particles.ids, self.num_steps, self.config.seed)
+        noise = gumbel_noise(particles.ids, self.table.num_steps, self.config.seed)
         return best_positions(self.log_weights + noise.view_as(grouped), 1)
 
     def stats(self) -> ParticleStats | None:

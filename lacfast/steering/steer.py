@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,13 @@ from lacfast.steering.objective import Objective
 from lacfast.steering.particles import Particles
 from lacfast.steering.selection import Beam, Halving, Selection
 from lacfast.steering.smc import SequentialMonteCarlo
+
+METHODS: dict[str, type[Selection]] = {
+    "best_of_n": Selection,
+    "pruning": Halving,
+    "beam": Beam,
+    "smc": SequentialMonteCarlo,
+}
 
 
 def steer(
@@ -79,14 +85,14 @@ def steer(
         backbone.encode_unconditional(1) if sampler.guidance_scale > 1 else None,
         config.batch_size,
     )
+    by_reward = scorer if config.selection == "reward" else None
     sign_test = SignTest()
     batches: list[_Batch] = []
     with model.counter.counting(backbone.model, critics):
-        images_at_once = max(config.batch_size // config.width, 1)
-        for start in range(0, len(prompts), images_at_once):
-            part = prompts.take(range(start, min(start + images_at_once, len(prompts))))
-            numbers = torch.arange(start, start + len(part), device=device)
-            selection = _selection(config, table, numbers)
+        for part in prompts.split(max(config.batch_size // config.width, 1)):
+            first = sum(len(batch.images) for batch in batches)
+            numbers = torch.arange(first, first + len(part), device=device)
+            selection = METHODS[config.method](config, table, numbers)
             particles = denoise(
                 model,
                 table,
@@ -97,8 +103,8 @@ def steer(
                 sampler.guidance_scale,
                 sign_test,
             )
-            by_reward = scorer if config.selection == "reward" else None
             batches.append(_finished(model, selection, particles, part, by_reward, scorer, gold_scorer))
+    particle_stats = [batch.particle_stats for batch in batches if batch.particle_stats is not None]
     stats = SteeringStats(
         FunctionEvaluations(model.counter.forwards, model.counter.backwards, len(prompts)),
         torch.cat([batch.values for batch in batches], dim=1),
@@ -106,9 +112,13 @@ def steer(
         _joined([batch.gold for batch in batches]),
         sum(batch.reward_calls for batch in batches),
         sign_test.gain,
-        _particle_stats([batch.particle_stats for batch in batches]),
+        ParticleStats.concatenate(particle_stats) if particle_stats else None,
     )
     return torch.cat([batch.images for batch in batches]), stats
+
+
+def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
 
 
 def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
@@ -168,17 +178,6 @@ def _scores(scorer: RewardSet | None, images: Tensor, prompts: PromptSet) -> dic
     return {} if scorer is None else scorer.score(images, prompts.texts, prompts.metadata)
 
 
-def _selection(config: SteeringConfig, table: TransitionTable, images: Tensor) -> Selection:
-    kinds: dict[str, Any] = {
-        "best_of_n": Halving,
-        "pruning": Halving,
-        "beam": Beam,
-        "smc": SequentialMonteCarlo,
-    }
-    selection: Selection = kinds[config.method](config, table, images)
-    return selection
-
-
 def _require_usable(
     config: SteeringConfig, table: TransitionTable, *, has_critic: bool, has_rewards: bool
 ) -> None:
@@ -206,19 +205,3 @@ def _require_usable(
             f"the levels are {[round(level, 3) for level in table.sigmas.tolist()]}"
         )
     prune_steps(config, table)
-
-
-def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
-
-
-def _particle_stats(parts: list[ParticleStats | None]) -> ParticleStats | None:
-    present = [part for part in parts if part is not None]
-    if not present:
-        return None
-    return ParticleStats(
-        torch.cat([part.effective_sample_sizes for part in present], dim=1),
-        torch.cat([part.resampled for part in present], dim=1),
-        torch.cat([part.log_weights for part in present]),
-        torch.cat([part.log_evidence for part in present]),
-    )

@@ -88,9 +88,10 @@ def chain_rollout(window: tuple[int, int] | None = None, count: int = 800) -> Ro
 
 
 def bounds_of(rollout: Rollout, **settings: object) -> ValueBounds:
-    chosen = {"completions": 3, "states": 400, "first_id": 1 << 43} | settings
+    chosen = {"completions": 3, "bound_states": 400} | settings
+    config = TrainConfig(pretrain=ValuePretrainingConfig(**chosen))  # type: ignore[arg-type]
     rewards, normalizer = RewardSet.create(linear_reward), RewardNormalizer.create(1)
-    return value_bounds(LinearChain(), rollout, rewards, normalizer, **chosen)  # type: ignore[arg-type]
+    return value_bounds(LinearChain(), rollout, rewards, normalizer, config)
 
 
 def test_floor_and_ceiling_of_a_linear_chain_are_the_known_ones() -> None:
@@ -119,7 +120,7 @@ def test_completions_go_on_from_the_state_with_noise_of_their_own() -> None:
 
 def test_behind_the_noise_all_is_known_and_costs_nothing() -> None:
     rollout = chain_rollout(window=(0, 3))
-    bounds = bounds_of(rollout, states=100)
+    bounds = bounds_of(rollout, bound_states=100)
     assert bounds.images == 3 * 3 * 100
     assert bool((bounds.ceiling[:3] < 1).all())
     assert torch.equal(bounds.ceiling[3:], torch.ones(2, 1).double())
@@ -136,7 +137,7 @@ def test_the_score_is_zero_at_the_floor_one_at_the_ceiling_and_unknown_where_the
 
 def test_settings_that_measure_nothing_are_refused() -> None:
     rollout = chain_rollout(count=8)
-    with pytest.raises(ValueError, match="completions=1 and states=400 must be at least 2"):
-        bounds_of(rollout, completions=1)
+    with pytest.raises(ValueError, match="completions=0 completes no state"):
+        bounds_of(rollout, completions=0)
     with pytest.raises(ValueError, match="8 samples in 8 groups"):
         bounds_of(replace(rollout, prompts=[str(row) for row in range(8)]))

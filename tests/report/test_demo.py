@@ -34,7 +34,6 @@ def summary(**changes: Any) -> dict[str, Any]:
             "forwards_per_image_after": 13.0,
         },
         "explained_variance": [0.0, 0.2, 0.5, 0.7],
-        "explained_variance_pretrained": [-0.1, 0.2, 0.4, 0.6],
         "images": 12345,
         "iterations": 3,
         "evaluation_samples": 1024,

@@ -23,7 +23,7 @@ from lacfast.config import (
 )
 from lacfast.metrics import curve_points
 from lacfast.runs import train as run
-from lacfast.runs.config import RunConfig
+from lacfast.runs.config import EvaluationRun, RunConfig
 
 
 class StoppedError(Exception):
@@ -129,16 +129,16 @@ def test_a_saved_best_model_is_evaluated_like_in_the_run(model: Path, tmp_path: 
     best = json.loads((out / "checkpoints" / "best" / "score.json").read_text())["score"]
     assert config.train.eval_sampler is not None
     evaluation = run.evaluate_model(
-        str(out / "checkpoints" / "best"),
-        prompts=config.prompts,
-        rewards=["jpeg_incompressibility"],
-        sampler=config.train.eval_sampler,
-        samples=4,
-        batch_size=4,
-        seed=0,
-        device="cpu",
-        dtype="float32",
-        out=tmp_path / "scores",
+        EvaluationRun(
+            model=str(out / "checkpoints" / "best"),
+            prompts=config.prompts,
+            rewards=("jpeg_incompressibility",),
+            sampler=config.train.eval_sampler,
+            samples=4,
+            batch_size=4,
+            device="cpu",
+            out=tmp_path / "scores",
+        )
     )
     assert evaluation.means()["jpeg_incompressibility"] == pytest.approx(best, rel=1e-3)
     assert (tmp_path / "scores" / "samples.png").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,16 @@ import tiny_backbones
 import torch
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.runtime.profiling import DOMAIN, SPANS, each, nvtx_spans, recorded_by_torch, span
+from lacfast.runtime.profiling import (
+    DOMAIN,
+    SPANS,
+    Spans,
+    _default_spans,
+    each,
+    nvtx_spans,
+    recorded_by_torch,
+    span,
+)
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lacfast"
 
@@ -52,9 +63,16 @@ def test_every_span_is_used_and_every_use_is_known() -> None:
     assert names_in(PACKAGE) == set(SPANS)
 
 
-def test_nvtx_ranges_are_made_once_and_nest() -> None:
+def spans_in(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> Spans:
+    """The ranges of an installed nvtx package whose domain is this one."""
+    package = SimpleNamespace(get_domain=lambda name: domain if name == DOMAIN else None)
+    monkeypatch.setitem(sys.modules, "nvtx", package)
+    return nvtx_spans()
+
+
+def test_nvtx_ranges_are_made_once_and_nest(monkeypatch: pytest.MonkeyPatch) -> None:
     domain = Domain()
-    spans = nvtx_spans(SimpleNamespace(get_domain=lambda name: domain if name == DOMAIN else None))
+    spans = spans_in(domain, monkeypatch)
     for _ in range(3):
         with spans["decode"], spans["reward"], spans["decode"]:
             assert domain.open == ["decode", "reward", "decode"]
@@ -62,19 +80,25 @@ def test_nvtx_ranges_are_made_once_and_nest() -> None:
     assert domain.open == []
 
 
-def test_ranges_close_when_the_work_fails() -> None:
+def test_ranges_close_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     domain = Domain()
-    spans = nvtx_spans(SimpleNamespace(get_domain=lambda _: domain))
+    spans = spans_in(domain, monkeypatch)
     with pytest.raises(ZeroDivisionError), spans["sync"]:
         _ = 1 // 0
     assert domain.closed == ["sync"]
 
 
-def test_without_nvtx_a_span_does_nothing() -> None:
-    spans = nvtx_spans(None)
-    with spans["optimizer"], spans["optimizer"]:
-        pass
-    assert set(spans) == set(SPANS)
+def test_without_the_nvtx_package_a_span_does_nothing_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # None in sys.modules is an ImportError.
+    monkeypatch.setitem(sys.modules, "nvtx", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _default_spans.cache_clear()
+    try:
+        assert {type(span(name)) for name in SPANS} == {nullcontext}
+        with span("optimizer"), span("optimizer"):
+            pass
+    finally:
+        _default_spans.cache_clear()
 
 
 def test_unknown_name_is_refused() -> None:
