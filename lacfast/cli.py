@@ -26,7 +26,7 @@ class Demo:
     budget: float = 450.0
     """Seconds in all; reinforcement learning gets what the other phases leave."""
     seed: int = 0
-    """Of weights, prompts and noise."""
+    """Seed of weights, prompts and noise."""
     backbone: Literal["dit", "unet"] = "dit"
     """dit: SD3's transformer; unet: Stable Diffusion's, slower on a CPU: give it a larger budget."""
     threads: int = 1

@@ -106,7 +106,7 @@ class LatentActorCriticTrainer:
 
     @property
     def table(self) -> TransitionTable:
-        """With all of the window stochastic."""
+        """The schedule with all of the window stochastic."""
         return self.tables.whole
 
     @property

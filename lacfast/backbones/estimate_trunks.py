@@ -23,7 +23,7 @@ FLOW_TIMESTEPS = 1000
 MAP_SIDE = 8
 """A net halves what it reads until its sides are at most this long."""
 CLEAN_CHANNELS = 32
-"""Of "clean_net", everywhere."""
+"""Channels of "clean_net", everywhere."""
 
 
 class CleanEstimate(nn.Module):

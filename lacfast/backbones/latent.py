@@ -257,7 +257,7 @@ class LatentBackbone(ABC):
         return adapters.plain_state(self.model)
 
     def frozen_anchor(self) -> LatentBackbone:
-        """With LoRA the same weights without the adapter, which costs no memory; else a frozen copy."""
+        """The policy of today: with LoRA its weights without the adapter, at no cost; else a frozen copy."""
         reference = copy.copy(self)
         reference.critic = None
         if self.lora is None:

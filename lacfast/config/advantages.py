@@ -85,7 +85,7 @@ class AdvantageConfig:
     estimator: Estimator = CriticValues()
     """What a trajectory is compared with. All but CriticValues train without a critic."""
     combination: str = "sum_normalized"
-    """Of several rewards. "sum_normalized": advantages per reward, each in its own deviation, then the
+    """How several rewards join. "sum_normalized": advantages per reward, each in its own deviation, then the
     weighted sum; "sum": the weighted sum of a critic's advantages of standardised rewards as they are;
     "scalarized": one reward, the weighted sum of the raw ones, and one head; "conditional": "sum_normalized"
     where an easy reward counts only if a hard one passes, see `conditions`; "constrained": "sum_normalized"

@@ -16,7 +16,7 @@ class Choice:
     """
 
     name: ClassVar[str]
-    """In JSON, words and checkpoints: the class's in lower case, "kl_mask", unless it is given one."""
+    """Its name in JSON, words and checkpoints: the class's in lower case, "kl_mask", or a given one."""
 
     def __init_subclass__(cls, name: str = "") -> None:
         spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__)

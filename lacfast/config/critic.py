@@ -61,7 +61,7 @@ class CriticConfig:
     """"mse"; "bce": V is a probability, for rewards in [0, 1]; "hl_gauss": classification over bins
     (arXiv 2403.03950). Steering and GAE read values in the same units whatever it is."""
     num_bins: int = 51
-    """Of "hl_gauss" (arXiv 2403.03950)."""
+    """Bins of "hl_gauss" (arXiv 2403.03950)."""
     bin_range: float = 6.0
     """"hl_gauss": bins reach so many standard deviations of the first rewards to each side of their mean; a
     little more than PPOConfig.target_clip, so that no clipped target lies at the edge."""
@@ -75,10 +75,10 @@ class CriticConfig:
     hidden_dim: int = 128
     """Width of the MLP behind the queries; small heads overfit less."""
     joint_weight: float = 1e-3
-    """Of the value loss in the actor's, for "joint". A mean-reduced policy gradient is about 1/sqrt(N) of
-    the value's, so 1/sqrt(N) weighs them alike."""
+    """Weight of the value loss in the actor's, for "joint". A mean-reduced policy gradient is about 1/sqrt(N)
+    of the value's, so 1/sqrt(N) weighs them alike."""
     lora_rank: int = 16
-    """Of the trunk "lora"."""
+    """Rank of the adapter of the trunk "lora"."""
 
     def __post_init__(self) -> None:
         known_trunks = (*TRUNKS, *REGISTERED_TRUNKS)
@@ -127,13 +127,13 @@ class LoRAConfig:
     """A low-rank adapter through peft. It has no dropout: a ratio must be 1 before the first update."""
 
     rank: int = 32
-    """Of the change of every weight. flow_grpo: 32."""
+    """Rank of the change of every weight, >= 1. flow_grpo: 32."""
     alpha: int | None = None
     """The change is scaled by alpha / rank. None: alpha = rank; flow_grpo: 2 rank."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the adapted modules. None: the family's attention projections."""
     seed: int = 0
-    """Of the first weights; the adapter starts as the identity whatever they are."""
+    """Seed of the first weights; the adapter starts as the identity whatever they are."""
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"rank={self.rank} must be at least 1")

@@ -109,12 +109,12 @@ class PPOConfig:
     warmup_steps: int = 0
     """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
     final_learning_rate: float | None = None
-    """Towards which the policy's rate falls linearly until the run ends: with TrainConfig.iterations, or with
+    """Rate towards which the policy's falls linearly until the run ends: with TrainConfig.iterations, or with
     the iterations or seconds that `train` was given. None: it stays."""
     value_learning_rate: float = 1e-3
-    """Of the value head. [paper]"""
+    """AdamW's rate of the value head, > 0. [paper]"""
     trunk_learning_rate: float = 3e-4
-    """Of the critic's own blocks."""
+    """AdamW's rate of the critic's own blocks, > 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW. [paper]"""
     weight_decay: float = 1e-4
@@ -122,7 +122,7 @@ class PPOConfig:
     adam_eps: float = 1e-15
     """Far below the gradients of a mean-reduced log-prob, whose RMS is near 5e-9."""
     max_grad_norm: float = 1.0
-    """Of actor and critic, each on its own."""
+    """Bound of the gradients' norm, of actor and critic each on its own."""
     cfg_grad: str = "cond"
     """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
     reuse_uncond: bool = True

@@ -27,20 +27,20 @@ class SteeringConfig:
     """N, trajectories per image: at the start of pruning (a power of two), of smc, beams that are kept.
     1 without guidance is plain sampling."""
     prune_fractions: tuple[float, ...] = (0.5, 0.75)
-    """Of pruning: when to halve the trajectories, as fractions of the steps."""
+    """Steps at which pruning halves the trajectories, as fractions of all."""
     candidates: int = 4
     """M of beam, children of each kept trajectory; one survives per beam (SVDD, arXiv 2408.08252)."""
     temperature: float = 0.5
     """tau of smc and beam, in standard deviations of the reward; 0 lets beam keep the best, always."""
     annealing: float = 1.0
-    """Of smc: at step k of T the potential is (k / T)^annealing V; 0 trusts V from the first step on."""
+    """Exponent of smc: the potential at step k of T is (k / T)^annealing V; 0 trusts V at once."""
     ess_threshold: float = 0.5
-    """Of smc: resample below this share of effective particles (Doucet and Johansen 2009: 1/2)."""
+    """Share of effective particles below which smc resamples (Doucet and Johansen 2009: 1/2)."""
     selection: str = "value"
     """What chooses among the trajectories that reach the end: "value", V of the last noisy state, or
     "reward", which scores them all. smc then aims at exp(R / temperature)."""
     final_choice: str = "draw"
-    """Of smc: one image is drawn by weight, "draw", or the one of highest V or R is taken, "best"."""
+    """How smc ends: one image is drawn by weight, "draw", or that of highest V or R is taken, "best"."""
     guidance_weight: float = 0.0
     """w, 0: no gradient. A fraction for "relative", else per unit of V; 1/tau aims at exp(V / tau)."""
     guidance_form: str = "relative"
@@ -54,7 +54,7 @@ class SteeringConfig:
     batch_size: int = 256
     """Latents per call of the model; as many images are in flight as fit, at least one."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def __post_init__(self) -> None:
         for name, known in (

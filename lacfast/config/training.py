@@ -65,7 +65,7 @@ class EarlyStoppingConfig:
     score: str = ""
     """A reward or an evaluation reward (a gold score shows hacking). Empty: the first reward."""
     min_improvement: float = 0.0
-    """By how much a better score must be better; the standard error of an evaluation is a good choice."""
+    """Rise of the score that counts as better; the standard error of an evaluation is a good choice."""
 
     def __post_init__(self) -> None:
         require(self.patience >= 0, f"patience={self.patience} must be >= 0 (0: never stop early)")
@@ -81,7 +81,7 @@ class TrainConfig:
     """One training run."""
 
     seed: int = 0
-    """Of noise, prompts and initial weights."""
+    """Seed of noise, prompts and initial weights."""
     batch_size: int = 128
     """Trajectories per rollout, one per prompt draw."""
     rollout_batch_size: int = 0
@@ -107,7 +107,7 @@ class TrainConfig:
     """torch.compile the blocks that model and critic repeat. The first iteration and the first
     evaluation then wait for the compiler, seconds to minutes per kind of block."""
     rollout_precision: str = "model"
-    """Of the policy that samples rollouts. "model": the policy itself; "fp8": its blocks in float8, on Ada,
+    """Precision of the policy that samples rollouts. "model": its own; "fp8": its blocks in float8, on Ada,
     Hopper and later; "fp8_weights": their weights alone, on any device, slower. The ratio is then the exact
     one to the quantised policy, and the distance is logged. Needs lacfast[fp8]. Evaluation does without."""
     eval_every: int = 0

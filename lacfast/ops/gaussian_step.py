@@ -91,7 +91,7 @@ class GaussianStepOutputs(NamedTuple):
     prev_sample: Tensor
     log_prob: Tensor
     guided_output: Tensor | None
-    """With guidance."""
+    """The output after guidance, None without."""
 
 
 def _allocate(inputs: GaussianStep) -> GaussianStepOutputs:
@@ -102,7 +102,7 @@ def _allocate(inputs: GaussianStep) -> GaussianStepOutputs:
 
 
 def _gradients(inputs: GaussianStep, outputs: GaussianStepOutputs, grads: Gradients) -> Gradients:
-    """Of sample, model_output, uncond_output: dx' = a dx + b dv, dlog_prob = scale (x' - mu) / std^2 dmu."""
+    """Gradients of sample, both outputs: dx' = a dx + b dv, dlog_prob = scale (x' - mu) / std^2 dmu."""
     sample, guidance_scale = inputs.sample, inputs.guidance_scale
     used_output = inputs.model_output if outputs.guided_output is None else outputs.guided_output
     dtype = arithmetic_dtype(sample)

@@ -21,7 +21,7 @@ class TrainingTables:
         self.sampler = sampler
         self.seed = seed
         self.whole = backbone.transition_table(sampler)
-        """With all of the window stochastic: evaluation and steering."""
+        """The table with all of the window stochastic, for evaluation and steering."""
         self._places = {
             place: backbone.transition_table(place) if sampler.moves else self.whole
             for place in sampler.places
@@ -35,7 +35,7 @@ class TrainingTables:
                 )
 
     def at(self, iteration: int) -> TransitionTable:
-        """That of an iteration's rollout."""
+        """The table of an iteration's rollout."""
         return self._places[self.sampler.at(iteration, seed=self.seed)]
 
     def pretraining(self, iteration: int) -> TransitionTable:

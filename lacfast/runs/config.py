@@ -33,7 +33,7 @@ class RunConfig:
     device: str = ""
     """Where the model lives. Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
-    """That the model runs in; trained weights are float32 all the same."""
+    """Dtype that the model runs in; trained weights are float32 all the same."""
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""
     full_finetuning: bool = False
@@ -96,11 +96,11 @@ class EvaluationRun:
     batch_size: int = 16
     """Images at a time."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     device: str = ""
     """Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
-    """That the model runs in."""
+    """Dtype that the model runs in."""
     out: Path | None = None
     """Write scores.json and samples.png here. None: only print."""
 
@@ -129,4 +129,4 @@ class SteeringRun:
     device: str = ""
     """Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
-    """That the model runs in."""
+    """Dtype that the model runs in."""

@@ -27,14 +27,14 @@ ADAM_BYTES = 8
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one iteration; FLOPs count a multiply-add as two, bytes are those that live at the same time."""
+    """Costs of one iteration; a multiply-add is two FLOPs, bytes are those that live at the same time."""
 
     parameters: int
-    """Of the model, adapters included."""
+    """Weights of the model, adapters included."""
     trained_parameters: int
-    """Of the policy."""
+    """Weights of the policy that are trained."""
     critic_parameters: int
-    """Trained for the critic besides."""
+    """Weights that are trained for the critic besides."""
     images: int
     """Generated and scored."""
     sampling_forwards: int
@@ -68,7 +68,7 @@ class Costs:
 
     @property
     def update_flops(self) -> int:
-        """Of the policy."""
+        """FLOPs of the policy's update, the anchor's forward included."""
         return self.reference_flops + self.update_forward_flops + self.update_backward_flops
 
     @property

@@ -137,7 +137,7 @@ class SteeringStats:
     gradient_gain: float
     """Mean rise of V after a small move along its gradient, the sign test. NaN without guidance."""
     particles: ParticleStats | None = None
-    """Of method "smc"."""
+    """Statistics of method "smc"; None for the others."""
 
 
 class EvaluationCounter:

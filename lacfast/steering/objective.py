@@ -32,7 +32,7 @@ class Objective:
         config: SteeringConfig,
         device: torch.device,
     ) -> Objective:
-        """Of critics with equally many heads; of `num_rewards` raw rewards without any.
+        """The objective of critics with equally many heads, or of `num_rewards` raw rewards without any.
 
         Raises:
             ValueError: where heads, rewards and weights are not equally many.
