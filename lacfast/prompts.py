@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lacfast.seeds import derived_seed
+
 
 class PromptLike(Protocol):
     """A caption and what a reward needs to judge an image of it."""
@@ -66,7 +68,7 @@ class PromptSet:
 
     def _shuffled_row(self, position: int, seed: int) -> int:
         epoch, offset = divmod(position, len(self))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
         return int(torch.randperm(len(self), generator=generator)[offset])
 
 

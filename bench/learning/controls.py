@@ -22,6 +22,7 @@ from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.config import CriticConfig, CriticValues
 from lacfast.critic.trunk import Features, register_trunk
 from lacfast.records import Conditioning, Rollout
+from lacfast.seeds import derived_seed
 
 FIRST_CHANNELS = 16
 """Channels of the first map of "pixel", doubled with every halving."""
@@ -162,7 +163,7 @@ def with_values_of_others(estimator: ShuffledCritic, rollout: Rollout) -> Rollou
     count = rollout.batch_size
     if count < 2:
         raise ValueError(f"a batch of {count} has no other trajectory whose values it could take")
-    key = int(rollout.noise.seed) * 1_000_003 + int(rollout.noise.sample_ids[0])
+    key = derived_seed(int(rollout.noise.seed), int(rollout.noise.sample_ids[0]))
     # torch takes seeds of 64 bits.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(key % 2**63))
     # Along the cycle that the permutation lists, nobody follows himself.

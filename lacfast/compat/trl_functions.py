@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lacfast.compat.trl_config import DDPOConfig
 from lacfast.prompts import PromptSet
+from lacfast.seeds import derived_seed
 
 RewardFunction = Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any, Any]]
 """(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (rewards (B,), anything for the hook)."""
@@ -64,7 +65,7 @@ class PromptFunction(PromptSet):
     function: Callable[[], tuple[str, Any]]
 
     def draw(self, count: int, *, seed: int, iteration: int, repeats: int = 1) -> PromptSet:
-        with _seeded(seed * 1_000_003 + iteration):
+        with _seeded(derived_seed(seed, iteration)):
             drawn = [self.function() for _ in range(count)]
         repeated = [entry for entry in drawn for _ in range(repeats)]
         return PromptSet([str(prompt) for prompt, _ in repeated], [about for _, about in repeated])

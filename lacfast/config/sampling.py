@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from lacfast.config.checks import require
 from lacfast.config.choice import Choice, require_choice
+from lacfast.seeds import derived_seed
 
 Steps = tuple[int, int]
 """From the first to before the second."""
@@ -135,7 +136,7 @@ class SamplerConfig:
         places = self.places
         if isinstance(self.window, Random):
             # Python promises that random() stays the same, of all its generators' methods.
-            drawn = random.Random(seed * 1_000_003 + iteration).random()
+            drawn = random.Random(derived_seed(seed, iteration)).random()
             return places[int(drawn * len(places))]
         return places[iteration // self.iterations_per_place % len(places)]
 

@@ -34,6 +34,7 @@ from lacfast.learning.step_tables import StepTables, step_tables
 from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
+from lacfast.seeds import derived_seed
 
 
 class Learner:
@@ -107,7 +108,7 @@ class Learner:
         is_stopped = False
         try:
             for epoch in range(ppo.num_inner_epochs):
-                seed = (self.config.seed * 1_000_003 + iteration) * 97 + epoch
+                seed = derived_seed(self.config.seed, iteration) * 97 + epoch
                 generator = torch.Generator().manual_seed(seed)
                 is_stopped = is_stopped or self._policy_pass(source, generator, records)
                 if experience is not None:

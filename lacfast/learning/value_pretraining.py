@@ -32,6 +32,7 @@ from lacfast.metrics import MetricsLog
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.seeds import derived_seed
 
 INITIAL_RATE_FACTOR = 3.0
 """Multiple of the critic's learning rates at the start; it falls linearly to 1 over the iterations."""
@@ -125,7 +126,7 @@ def pretrain_values(
         images += rollout.batch_size
         recent.append(rollout)
         rollout = update_statistics(critic, normalizer, rollout)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + iteration)
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, iteration))
         _set_rates(optimizer, rates, INITIAL_RATE_FACTOR, iteration / settings.iterations)
         _learn_from(recent, update, normalizer, config, generator)
         if held_out is None:

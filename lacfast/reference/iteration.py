@@ -23,6 +23,7 @@ from lacfast.reference.advantages import normalized_advantages
 from lacfast.reference.noise import normal_noise
 from lacfast.reference.policy import ppo_loss
 from lacfast.reference.transition import gaussian_step
+from lacfast.seeds import derived_seed
 
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(sample (P, ...), timestep (P,), conditioning (P, ...)) -> output (P, ...), or a critic's values (P, M)."""
@@ -88,14 +89,14 @@ def train_iteration(
 
     # Learn. Every pair of a step and a trajectory is a sample; a run that is resumed draws them alike.
     for epoch in range(num_inner_epochs):
-        generator = torch.Generator().manual_seed((int(noise.seed) * 1_000_003 + iteration) * 97 + epoch)
+        generator = torch.Generator().manual_seed(derived_seed(int(noise.seed), iteration) * 97 + epoch)
         for steps, rows in minibatches(trained, len(rewards), num_minibatches, generator):
             state = latents[steps, rows], timesteps[steps], conditioning.select(rows)
             policy_loss, _ = ppo_loss(
                 *(policy(*state), model_outputs[steps, rows], advantages[rows, steps], coefficients, steps),
                 noise=noise.select(rows),
                 clip_range=clip_range,
-                reference_output=None if anchor is None else anchor(*state),
+                anchor_output=None if anchor is None else anchor(*state),
                 kl_weight=kl_weight,
             )
             descend(policy_loss, policy_optimizer, max_grad_norm)
