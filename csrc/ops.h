@@ -126,7 +126,7 @@ struct StepLogProbOutputs {
 
 struct LogRatio {
   SizedTensor model_output;
-  Tensor old_model_output, reference_output;
+  Tensor old_model_output, anchor_output;
   Transition transition;
   Noise noise;
   double scale;

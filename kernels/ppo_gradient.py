@@ -21,12 +21,12 @@ import triton.language as tl
 from . import launch
 from .gaussian_step import transition_row
 from .philox import block_offsets, innovation_block, load_key
-from .ppo_rows import reference_gain
+from .ppo_rows import kl_gain
 
 
 @triton.jit
 def transition_grad_kernel(
-    model_output_ptr, old_model_output_ptr, reference_output_ptr,
+    model_output_ptr, old_model_output_ptr, anchor_output_ptr,
     coefficients_ptr, steps_ptr, noise_ptr, seed_ptr, sample_ids_ptr,
     kl_gains_ptr, scale, grad_terms_ptr, grad_loss_ptr, grad_model_output_ptr, N, num_splits,
     BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, HAS_NOISE: tl.constexpr, IS_NORMALIZED: tl.constexpr,
@@ -55,7 +55,7 @@ def transition_grad_kernel(
     else:
         along_noise = grad_ratio * gain
         along_old = (grad_old - grad_ratio) * gain * gain
-    along_ref = 2.0 * grad_ref * reference_gain(kl_gains_ptr, step, gain)
+    along_ref = 2.0 * grad_ref * kl_gain(kl_gains_ptr, step, gain)
     has_gradient = (std > 0) & ((along_noise != 0) | (along_old != 0) | (along_ref != 0))
     limit = N * has_gradient.to(tl.int32)
     for i_block in tl.static_range(BLOCKS):
@@ -66,8 +66,8 @@ def transition_grad_kernel(
         b_v_old = tl.load(old_model_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         b_eps = innovation_block(noise_ptr, seed, sample_id, step, row, first, limit, BLOCK_N, HAS_NOISE)
         b_grad = along_noise * b_eps + along_old * (b_v - b_v_old)
-        if reference_output_ptr is not None:
-            b_v_ref = tl.load(reference_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if anchor_output_ptr is not None:
+            b_v_ref = tl.load(anchor_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             b_grad += along_ref * (b_v - b_v_ref)
         b_grad = tl.where(has_gradient, b_grad, 0.0).to(grad_model_output_ptr.dtype.element_ty)
         tl.store(grad_model_output_ptr + row + offs_n, b_grad, mask=offs_n < N)
@@ -93,7 +93,7 @@ def _gradient(
         "ppo_loss_backward", num_elements, architecture
     )
     transition_grad_kernel[(batch * num_splits,)](
-        inputs.model_output, inputs.old_model_output, inputs.reference_output,
+        inputs.model_output, inputs.old_model_output, inputs.anchor_output,
         inputs.coefficients, inputs.steps, inputs.noise, inputs.seed, inputs.sample_ids,
         inputs.kl_gains, inputs.scale, grad_terms, grad_loss, grad_model_output, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, HAS_NOISE=inputs.noise is not None,

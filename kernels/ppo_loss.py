@@ -38,7 +38,7 @@ def store_terms(cross, squares, squares_ref, i_b, b, inverse_std, scale, terms_p
 
 @triton.jit
 def transition_sums_kernel(
-    model_output_ptr, old_model_output_ptr, reference_output_ptr,
+    model_output_ptr, old_model_output_ptr, anchor_output_ptr,
     coefficients_ptr, steps_ptr, noise_ptr, seed_ptr, sample_ids_ptr, scale,
     advantages_ptr, weights_ptr, step_weights_ptr, mask_ptr, kl_gains_ptr, IS_NORMALIZED: tl.constexpr,
     clip_low, clip_high, dual_clip, kl_threshold, kl_weight, rows_ptr, shares_ptr,
@@ -70,12 +70,12 @@ def transition_sums_kernel(
         b_difference = b_v - b_v_old
         b_cross += b_eps * b_difference
         b_squares += b_difference * b_difference
-        if reference_output_ptr is not None:
-            b_v_ref = tl.load(reference_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if anchor_output_ptr is not None:
+            b_v_ref = tl.load(anchor_output_ptr + row + offs_n, mask=mask_n, other=0.0).to(tl.float32)
             b_squares_ref += (b_v - b_v_ref) * (b_v - b_v_ref)
     cross = tl.sum(b_cross, axis=0)
     squares = tl.sum(b_squares, axis=0)
-    squares_ref = tl.sum(b_squares_ref, axis=0) if reference_output_ptr is not None else 0.0
+    squares_ref = tl.sum(b_squares_ref, axis=0) if anchor_output_ptr is not None else 0.0
     if IS_SPLIT:
         cell_ptr = partial_ptr + i_b.to(tl.int64) * 3 * num_splits + i_split
         tl.store(cell_ptr, cross)

@@ -57,7 +57,7 @@ def surrogate_gain(log_ratio, kl_old, advantage, clip_low, clip_high, dual_clip,
 
 
 @triton.jit
-def reference_gain(kl_gains_ptr, step, gain):
+def kl_gain(kl_gains_ptr, step, gain):
     """g of kl_ref = reduce( g (v - v_ref)^2 )."""
     return 0.5 * gain * gain if kl_gains_ptr is None else tl.load(kl_gains_ptr + step)
 
@@ -73,7 +73,7 @@ def store_row(
     gain = b * inverse_std
     kl_old = scale * (0.5 * gain * gain * squares)
     log_ratio = scale * (b * cross) if IS_NORMALIZED else scale * (gain * cross) - kl_old
-    kl_ref = scale * reference_gain(kl_gains_ptr, step, gain) * squares_ref
+    kl_ref = scale * kl_gain(kl_gains_ptr, step, gain) * squares_ref
     advantage = tl.load(advantages_ptr + i_b)
     surrogate, grad_log_ratio, side = surrogate_gain(
         log_ratio, kl_old, advantage, clip_low, clip_high, dual_clip, kl_threshold

@@ -175,7 +175,7 @@ class TransitionTerms:
     kl_old: Tensor
     """(B,) KL from the rollout's policy."""
     kl_ref: Tensor
-    """(B,) KL from the reference model; 0 without one."""
+    """(B,) KL from the anchor; 0 without one."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class PPOStats:
 
     @property
     def kl_ref(self) -> Tensor:
-        """(B,) KL from the reference model; 0 without one."""
+        """(B,) KL from the anchor; 0 without one."""
         return self.rows[:, 2]
 
     @property

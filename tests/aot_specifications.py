@@ -269,7 +269,7 @@ def _transition_arguments(
     return _key_arguments(noise) | {
         "model_output_ptr": POINTER[output],
         "old_model_output_ptr": POINTER[output],
-        "reference_output_ptr": POINTER[output] if reference else None,
+        "anchor_output_ptr": POINTER[output] if reference else None,
         "coefficients_ptr": "*fp32",
         "steps_ptr": "*i64",
         "N": "i32",

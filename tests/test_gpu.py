@@ -190,7 +190,7 @@ def test_ppo_loss_and_its_gradient_equal_the_float64_reference(
         TABLE.coefficients("cuda"),
         STEPS.cuda(),
         noise=eps.cuda(),
-        reference_output=ref.cuda(),
+        anchor_output=ref.cuda(),
         **settings,
     )
     exact_loss, exact_stats = reference.ppo_loss(
@@ -200,7 +200,7 @@ def test_ppo_loss_and_its_gradient_equal_the_float64_reference(
         TABLE.coefficients().double(),
         STEPS,
         noise=eps.double(),
-        reference_output=ref.double(),
+        anchor_output=ref.double(),
         **settings,
     )
     torch.testing.assert_close(loss.cpu().double(), exact_loss, rtol=1e-4, atol=1e-6)

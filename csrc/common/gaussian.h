@@ -74,7 +74,7 @@ LACFAST_INLINE double log_prob_from_sum(double squared_distance, double std, dou
 struct RatioSums {
   double noise_dot;        // sum eps (v - v_old)
   double old_squared;      // sum (v - v_old)^2
-  double reference_squared;  // sum (v - v_ref)^2
+  double anchor_squared;  // sum (v - v_ref)^2
 };
 
 struct RatioTerms {
@@ -87,14 +87,14 @@ LACFAST_INLINE double innovation_gain(double b, double std) { return std == 0.0 
 // log_ratio = sum (eps r dv - (r dv)^2 / 2),  kl_old = sum (r dv)^2 / 2,  kl_ref = sum (r (v - v_ref))^2 / 2
 LACFAST_INLINE RatioTerms ratio_terms(const RatioSums& sums, double gain, double scale) {
   const double kl_old = 0.5 * scale * gain * gain * sums.old_squared;
-  return {scale * gain * sums.noise_dot - kl_old, kl_old, 0.5 * scale * gain * gain * sums.reference_squared};
+  return {scale * gain * sums.noise_dot - kl_old, kl_old, 0.5 * scale * gain * gain * sums.anchor_squared};
 }
 
 struct RatioGradient {
-  double noise, old_difference, reference_difference;
+  double noise, old_difference, anchor_difference;
 };
 
-// d (g0 log_ratio + g1 kl_old + g2 kl_ref) / dv = noise eps + old_difference dv + reference_difference (v - v_ref)
+// d (g0 log_ratio + g1 kl_old + g2 kl_ref) / dv = noise eps + old_difference dv + anchor_difference (v - v_ref)
 LACFAST_INLINE RatioGradient ratio_gradient(double g0, double g1, double g2, double gain, double scale) {
   return {scale * g0 * gain, scale * (g1 - g0) * gain * gain, scale * g2 * gain * gain};
 }

@@ -25,7 +25,7 @@ void for_each_row(const LogRatio& op, const bool* mask, Threads threads, const F
       const RatioSums& part = partial[static_cast<std::size_t>(i)];
       sums.noise_dot += part.noise_dot;
       sums.old_squared += part.old_squared;
-      sums.reference_squared += part.reference_squared;
+      sums.anchor_squared += part.anchor_squared;
     }
     finish(row, sums);
   }
@@ -43,7 +43,7 @@ void write_gradient(const LogRatio& op, Result grad_model_output, Threads thread
 }
 
 // g of kl_ref = reduce( g (v - v_ref)^2 )
-double reference_gain(const PPOLoss& op, std::int64_t row, double gain) {
+double kl_gain(const PPOLoss& op, std::int64_t row, double gain) {
   const Transition& transition = op.ratio.transition;
   return op.kl_gains.data == nullptr ? 0.5 * gain * gain
                                      : scalar_at(op.kl_gains.data, step_of(transition, row), is_wide(op.ratio));
@@ -53,7 +53,7 @@ RatioTerms terms_of(const PPOLoss& op, std::int64_t row, const RatioSums& sums, 
   const double scale = op.ratio.scale;
   RatioTerms terms = ratio_terms(sums, coefficients.gain, scale);
   if (op.is_normalized != 0) terms.log_ratio = scale * coefficients.gain * coefficients.std * sums.noise_dot;
-  terms.kl_ref = scale * reference_gain(op, row, coefficients.gain) * sums.reference_squared;
+  terms.kl_ref = scale * kl_gain(op, row, coefficients.gain) * sums.anchor_squared;
   return terms;
 }
 
@@ -142,8 +142,8 @@ void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const P
     const RowCoefficients coefficients = coefficients_of(ratio.transition, row, wide);
     RatioGradient gradient = ratio_gradient(grad_log_ratio, 0.0, 0.0, coefficients.gain, ratio.scale);
     if (op.is_normalized != 0) gradient = {gradient.noise * coefficients.std, 0.0, 0.0};
-    gradient.reference_difference =
-        ratio.scale * 2.0 * grad_kl_ref * reference_gain(op, row, coefficients.gain);
+    gradient.anchor_difference =
+        ratio.scale * 2.0 * grad_kl_ref * kl_gain(op, row, coefficients.gain);
     return gradient;
   });
 }

@@ -1,6 +1,6 @@
 """Regional compilation: torch.compile of a model's repeated blocks, one compiled forward for all uses.
 
-Rollout, update, evaluation, reference and the critic's copies of a block call the same compiled function.
+Rollout, update, evaluation, anchor and the critic's copies of a block call the same compiled function.
 Only `forward` is compiled: hooks run around it in Python, so the critic's taps see every call, and no
 module is renamed or wrapped, so checkpoints keep their names.
 """

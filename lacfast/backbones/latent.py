@@ -258,13 +258,13 @@ class LatentBackbone(ABC):
 
     def frozen_anchor(self) -> LatentBackbone:
         """The policy of today: with LoRA its weights without the adapter, at no cost; else a frozen copy."""
-        reference = copy.copy(self)
-        reference.critic = None
+        anchor = copy.copy(self)
+        anchor.critic = None
         if self.lora is None:
-            reference.model = copy.deepcopy(self.model).requires_grad_(False)
+            anchor.model = copy.deepcopy(self.model).requires_grad_(False)
         else:
-            reference._without_adapter = True
-        return reference
+            anchor._without_adapter = True
+        return anchor
 
     def enable_gradient_checkpointing(self) -> None:
         self.model.enable_gradient_checkpointing()

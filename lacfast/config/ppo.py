@@ -11,7 +11,7 @@ from lacfast.config.choice import Choice, require_choice
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
 KL_KINDS = ("exact", "velocity", "flow_grpo")
-"""Kinds of KL to the reference model; see PPOConfig.kl."""
+"""Kinds of KL to the anchor; see PPOConfig.kl."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class PPOConfig:
     """"innovation": the transitions' likelihood ratio; "ratio_norm": GRPO-Guard's, on another scale per step,
     so its clip is another one too."""
     kl_weight: float = 0.0
-    """beta of the KL to the reference model; 0 keeps no reference. [paper] 0."""
+    """beta of the KL to the anchor, the policy as it was before training; 0 keeps none. [paper] 0."""
     kl_target: float | None = None
-    """KL to the reference model per element, in the unit of `kl`, towards which kl_weight is doubled or
+    """KL to the anchor per element, in the unit of `kl`, towards which kl_weight is doubled or
     halved after every iteration (PPO's adaptive penalty), from where it is set. None: kl_weight stays."""
     kl: str = "exact"
     """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""

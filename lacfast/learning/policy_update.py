@@ -102,7 +102,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             ratio=config.ratio,
             step_weights=tables.weights,
             mask=batch.mask,
-            reference_output=anchor_output,
+            anchor_output=anchor_output,
             kl_weight=self.kl_weight,
             kl_gains=None if anchor_output is None else tables.kl_gains,
         )

@@ -32,7 +32,7 @@ class PPOLoss(NamedTuple):
 
     model_output: Sized
     old_model_output: Tensor
-    reference_output: Tensor | None
+    anchor_output: Tensor | None
     coefficients: Sized
     steps: Sized
     noise: Tensor | None
@@ -111,7 +111,7 @@ def log_ratio(
     steps: Tensor,
     *,
     noise: Tensor | NoiseKey,
-    reference_output: Tensor | None = None,
+    anchor_output: Tensor | None = None,
     reduction: str = "mean",
 ) -> TransitionTerms:
     """Log of the new over the old transition probability, from the noise that was drawn.
@@ -130,16 +130,16 @@ def log_ratio(
         coefficients: (T, 3) columns a, b, std; float32, or float64 for float64 outputs.
         steps: (B,) int64 row of `coefficients`. Only the CPU kernels notice a row beyond the table.
         noise: (B, ...) the rollout's eps in float32 or the outputs' dtype, or the key that regenerates it.
-        reference_output: (B, ...) of the reference model, like model_output.
+        anchor_output: (B, ...) of the anchor, like model_output.
         reduction: "mean" over elements or "sum".
 
     Returns:
-        log_ratio, kl_old and kl_ref (0 without a reference), each (B,) in the dtype of the maths.
+        log_ratio, kl_old and kl_ref (0 without an anchor), each (B,) in the dtype of the maths.
 
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    key = _check(model_output, old_model_output, coefficients, steps, noise, reference_output)
+    key = _check(model_output, old_model_output, coefficients, steps, noise, anchor_output)
     scale = reduction_scale(reduction, model_output)
     chosen = LOG_RATIO.chosen(model_output)
     if chosen == "reference":
@@ -149,10 +149,10 @@ def log_ratio(
             coefficients,
             steps,
             noise=noise,
-            reference_output=reference_output,
+            anchor_output=anchor_output,
             reduction=reduction,
         )
-    inputs = PPOLoss(model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
+    inputs = PPOLoss(model_output, old_model_output, anchor_output, coefficients, steps, *key, scale)
     return TransitionTerms(*LOG_RATIO(chosen, inputs).terms.unbind(dim=1))
 
 
@@ -172,12 +172,12 @@ def ppo_loss(
     weights: Tensor | None = None,
     step_weights: Tensor | None = None,
     mask: Tensor | None = None,
-    reference_output: Tensor | None = None,
+    anchor_output: Tensor | None = None,
     kl_weight: float = 0.0,
     kl_gains: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, PPOStats]:
-    """PPO's surrogate over transitions (arXiv 1707.06347, eq. 7), with a KL to the reference.
+    """PPO's surrogate over transitions (arXiv 1707.06347, eq. 7), with a KL to the anchor.
 
         rho  = exp(log_ratio),   log_ratio of "innovation": see log_ratio; of "ratio_norm": reduce( eps b dv )
         loss = mean_i w_i step_weights[step_i] [ -gain(rho, A) + kl_weight kl_ref ]
@@ -205,8 +205,8 @@ def ppo_loss(
         weights: (B,) of the pairs, like advantages. None: 1.
         step_weights: (T,) of the steps, like coefficients. None: 1.
         mask: (B,) bool. False: the row's latents count nothing, whatever they hold. None: all True.
-        reference_output: (B, ...) of the reference model.
-        kl_weight: beta, needs `reference_output`.
+        anchor_output: (B, ...) of the anchor.
+        kl_weight: beta, needs `anchor_output`.
         kl_gains: (T,) of lacfast.schedule.kl_gains, like coefficients. None: "exact", b^2 / (2 std^2).
         reduction: "mean" over elements or "sum".
 
@@ -215,13 +215,13 @@ def ppo_loss(
 
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit; not exactly one of the three
-            bounds, or one out of its range; a KL setting without a reference.
+            bounds, or one out of its range; a KL setting without an anchor.
     """
-    key = _check(model_output, old_model_output, coefficients, steps, noise, reference_output)
+    key = _check(model_output, old_model_output, coefficients, steps, noise, anchor_output)
     _check_pairs(model_output, coefficients, advantages, weights, step_weights, mask, kl_gains)
-    if reference_output is None and (kl_weight != 0 or kl_gains is not None):
+    if anchor_output is None and (kl_weight != 0 or kl_gains is not None):
         raise ValueError(
-            f"kl_weight is {kl_weight} but there is no reference_output; "
+            f"kl_weight is {kl_weight} but there is no anchor_output; "
             "pass one, or kl_weight=0 and no kl_gains"
         )
     if ratio not in RATIOS:
@@ -245,12 +245,12 @@ def ppo_loss(
             weights=weights,
             step_weights=step_weights,
             mask=mask,
-            reference_output=reference_output,
+            anchor_output=anchor_output,
             kl_weight=kl_weight,
             kl_gains=kl_gains,
             reduction=reduction,
         )
-    transition = (model_output, old_model_output, reference_output, coefficients, steps, *key, scale)
+    transition = (model_output, old_model_output, anchor_output, coefficients, steps, *key, scale)
     inputs = PPOLoss(
         *transition,
         advantages=advantages,
@@ -297,12 +297,12 @@ def _check(
     coefficients: Tensor,
     steps: Tensor,
     noise: Tensor | NoiseKey,
-    reference_output: Tensor | None,
+    anchor_output: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     check_latents("model_output", model_output)
     like = ("model_output", model_output, model_output.shape, (model_output.dtype,))
     check_operand("old_model_output", old_model_output, *like)
-    if reference_output is not None:
-        check_operand("reference_output", reference_output, *like)
+    if anchor_output is not None:
+        check_operand("anchor_output", anchor_output, *like)
     check_transition(coefficients, steps, "model_output", model_output)
     return split_noise(noise, "model_output", model_output)

@@ -21,7 +21,7 @@ def log_ratio(
     steps: Tensor,
     *,
     noise: Tensor | NoiseKey,
-    reference_output: Tensor | None = None,
+    anchor_output: Tensor | None = None,
     reduction: str = "mean",
 ) -> TransitionTerms:
     """Log of the new over the old transition probability, from the noise that was drawn.
@@ -39,7 +39,7 @@ def log_ratio(
         coefficients: (T, 3) columns a, b, std.
         steps: (B,) int64 row of `coefficients`.
         noise: (B, ...) eps of the rollout, or the key that it was drawn from.
-        reference_output: (B, ...) v_ref, of the anchor. None: kl_ref is 0.
+        anchor_output: (B, ...) v_ref, of the anchor. None: kl_ref is 0.
         reduction: "mean" over elements or "sum".
     """
     dtype = arithmetic_dtype(model_output)
@@ -50,9 +50,9 @@ def log_ratio(
     shift = gain * torch.where(stochastic, _difference(model_output, old_model_output), 0.0)
     kl_old = reduce(shift**2 / 2, reduction)
     ratio_terms = reduce(eps * shift - shift**2 / 2, reduction)
-    if reference_output is None:
+    if anchor_output is None:
         return TransitionTerms(ratio_terms, kl_old, torch.zeros_like(kl_old))
-    shift_ref = gain * torch.where(stochastic, _difference(model_output, reference_output), 0.0)
+    shift_ref = gain * torch.where(stochastic, _difference(model_output, anchor_output), 0.0)
     return TransitionTerms(ratio_terms, kl_old, reduce(shift_ref**2 / 2, reduction))
 
 
@@ -77,10 +77,10 @@ def _normalized_log_ratio(
 
 
 def _weighted_distance(
-    model_output: Tensor, reference_output: Tensor, kl_gains: Tensor, steps: Tensor, reduction: str
+    model_output: Tensor, anchor_output: Tensor, kl_gains: Tensor, steps: Tensor, reduction: str
 ) -> Tensor:
     """reduce( gain (v - v_ref)^2 ) with the gain of each sample's step; see lacfast.schedule.kl_gains."""
-    squares = reduce(_difference(model_output, reference_output) ** 2, reduction)
+    squares = reduce(_difference(model_output, anchor_output) ** 2, reduction)
     return kl_gains.to(squares.dtype)[steps] * squares
 
 
@@ -100,7 +100,7 @@ def ppo_loss(
     weights: Tensor | None = None,
     step_weights: Tensor | None = None,
     mask: Tensor | None = None,
-    reference_output: Tensor | None = None,
+    anchor_output: Tensor | None = None,
     kl_weight: float = 0.0,
     kl_gains: Tensor | None = None,
     reduction: str = "mean",
@@ -131,8 +131,8 @@ def ppo_loss(
         weights: (B,) w of the pairs. None: 1.
         step_weights: (T,) weights of the steps. None: 1.
         mask: (B,) bool. False: the row's latents count nothing, whatever they hold. None: all True.
-        reference_output: (B, ...) of the anchor, the frozen policy of the KL. None: no KL.
-        kl_weight: weight of that KL, which needs `reference_output`.
+        anchor_output: (B, ...) of the anchor, the frozen policy of the KL. None: no KL.
+        kl_weight: weight of that KL, which needs `anchor_output`.
         kl_gains: (T,) of lacfast.schedule.kl_gains. None: "exact", b^2 / (2 std^2).
         reduction: "mean" over elements or "sum".
 
@@ -156,15 +156,15 @@ def ppo_loss(
     )
     if isinstance(noise, Tensor):
         noise = torch.where(keep, noise, 0.0)
-    if reference_output is not None:
-        reference_output = torch.where(keep, reference_output, 0.0)
+    if anchor_output is not None:
+        anchor_output = torch.where(keep, anchor_output, 0.0)
     transition = (model_output, old_model_output, coefficients, steps)
-    terms = log_ratio(*transition, noise=noise, reference_output=reference_output, reduction=reduction)
+    terms = log_ratio(*transition, noise=noise, anchor_output=anchor_output, reduction=reduction)
     log_rho, kl_ref = terms.log_ratio, terms.kl_ref
     if ratio == "ratio_norm":
         log_rho = _normalized_log_ratio(*transition, noise, reduction)
-    if kl_gains is not None and reference_output is not None:
-        kl_ref = _weighted_distance(model_output, reference_output, kl_gains, steps, reduction)
+    if kl_gains is not None and anchor_output is not None:
+        kl_ref = _weighted_distance(model_output, anchor_output, kl_gains, steps, reduction)
     gain, side = surrogate_gain(log_rho, terms.kl_old, advantages.to(dtype), limits)
     losses = -gain + kl_weight * kl_ref
     if weights is not None:

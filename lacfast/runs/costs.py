@@ -46,8 +46,8 @@ class Costs:
     value_flops: int
     """The critic's values of the sampled states."""
     decode_flops: int
-    reference_flops: int
-    """The reference model's forwards for the KL; 0 without one."""
+    anchor_flops: int
+    """The anchor's forwards for the KL; 0 without one."""
     update_forward_flops: int
     update_backward_flops: int
     critic_flops: int
@@ -69,7 +69,7 @@ class Costs:
     @property
     def update_flops(self) -> int:
         """FLOPs of the policy's update, the anchor's forward included."""
-        return self.reference_flops + self.update_forward_flops + self.update_backward_flops
+        return self.anchor_flops + self.update_forward_flops + self.update_backward_flops
 
     @property
     def flops(self) -> int:
@@ -147,7 +147,7 @@ def count(
         sampling_flops=batch * steps * step_flops,
         value_flops=batch * steps * value_flops,
         decode_flops=batch * decode_flops,
-        reference_flops=pairs * step_flops if ppo.kl_weight > 0 else 0,
+        anchor_flops=pairs * step_flops if ppo.kl_weight > 0 else 0,
         update_forward_flops=pairs * step_flops - known * uncond_flops,
         # What checkpointing recomputes is counted with the backward pass, where it runs.
         update_backward_flops=pairs * (pair_flops - step_flops),

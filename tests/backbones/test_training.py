@@ -75,7 +75,7 @@ def differing(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
     return [name for name in before if not torch.equal(before[name], after[name])]
 
 
-def reference_output(trainer: LatentActorCriticTrainer) -> Tensor:
+def anchor_output(trainer: LatentActorCriticTrainer) -> Tensor:
     assert trainer.learner.anchor is not None
     generator = torch.Generator().manual_seed(5)
     sample = torch.randn((2, *trainer.backbone.latent_shape), generator=generator)
@@ -91,7 +91,7 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
 ) -> None:
     guidance_scale = 1.0 if lora is None else 4.3
     trainer = trainer_of(backbone_of(tiny_pipeline(family), lora=lora), guidance_scale=guidance_scale)
-    before, base = clones(trainer.backbone.policy_state()), reference_output(trainer)
+    before, base = clones(trainer.backbone.policy_state()), anchor_output(trainer)
     frozen = clones(dict(trainer.backbone.model.named_parameters()))
     first = trainer.train_iteration()
     assert first["first_max_abs_log_ratio"] == 0
@@ -101,7 +101,7 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
     assert torch.isfinite(torch.tensor([second["policy_loss"], second["value_loss"]])).all()
     assert float(second["kl_ref"].nan_to_num().sum()) > 0
     assert differing(before, trainer.backbone.policy_state())
-    assert torch.equal(reference_output(trainer), base)
+    assert torch.equal(anchor_output(trainer), base)
     if lora is not None:
         trained = differing(frozen, dict(trainer.backbone.model.named_parameters()))
         assert all("lora_" in name for name in trained)
@@ -112,7 +112,7 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
     for name in ("policy_loss", "value_loss", "reward/brightness", "policy_grad_norm"):
         assert second[name] == again[name], name
     assert not differing(trainer.backbone.policy_state(), resumed.backbone.policy_state())
-    assert torch.equal(reference_output(resumed), base)
+    assert torch.equal(anchor_output(resumed), base)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -32,7 +32,7 @@ def test_drawing_noise_costs_operations_and_no_bytes() -> None:
     assert drawn.operations - neither.operations == roofline.OPERATIONS_PER_NORMAL * 64
 
 
-def test_a_reference_output_is_one_more_read() -> None:
+def test_an_anchor_output_is_one_more_read() -> None:
     plain = roofline.elementwise("ppo_loss, backward", 10, torch.bfloat16)
     assert (
         roofline.elementwise("ppo_loss, backward", 10, torch.bfloat16, reference=True).bytes

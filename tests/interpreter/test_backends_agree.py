@@ -68,7 +68,7 @@ def test_guided_steps_agree(
 def test_losses_and_gradients_agree(
     draw: Callable[..., Tensor], coefficients: Tensor, steps: Tensor, noise_key: NoiseKey
 ) -> None:
-    old, shift, reference_output = draw(*SHAPE), draw(*SHAPE), draw(*SHAPE)
+    old, shift, anchor_output = draw(*SHAPE), draw(*SHAPE), draw(*SHAPE)
     advantages, weights = draw(4), torch.tensor([1.0, 0.5, 2.0, 1.5])
     results = []
     for name in BACKENDS:
@@ -76,7 +76,7 @@ def test_losses_and_gradients_agree(
         with ops.backend(name):
             loss, stats = ops.ppo_loss(
                 model_output, old, advantages, coefficients, steps, noise=noise_key, clip_range=0.01,
-                weights=weights, reference_output=reference_output, kl_weight=0.1,
+                weights=weights, anchor_output=anchor_output, kl_weight=0.1,
             )  # fmt: skip
             loss.backward()
         results.append((loss.detach(), stats, model_output.grad))

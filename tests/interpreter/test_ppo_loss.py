@@ -38,7 +38,7 @@ class Pairs:
 
     model_output: Tensor
     old_model_output: Tensor
-    reference_output: Tensor | None
+    anchor_output: Tensor | None
     coefficients: Tensor
     steps: Tensor
     noise: Tensor | None
@@ -49,7 +49,7 @@ class Pairs:
         return PPOLoss(
             self.model_output,
             self.old_model_output,
-            self.reference_output,
+            self.anchor_output,
             self.coefficients,
             self.steps,
             self.noise,
@@ -67,7 +67,7 @@ class Pairs:
             self,
             **{
                 name: None if getattr(self, name) is None else getattr(self, name)[rows]
-                for name in ("model_output", "old_model_output", "reference_output", "steps", "noise")
+                for name in ("model_output", "old_model_output", "anchor_output", "steps", "noise")
             },
             key=self.key and (self.key[0], self.key[1][rows]),
         )
@@ -83,7 +83,7 @@ class Pairs:
             "coefficients": self.coefficients.double(),
             "steps": self.steps,
             "noise": noise.double(),
-            "reference_output": None if self.reference_output is None else self.reference_output.double(),
+            "anchor_output": None if self.anchor_output is None else self.anchor_output.double(),
         }
 
 

@@ -60,7 +60,7 @@ def inputs(elements: int, dtype: torch.dtype, *, distance: float = 0.05, seed: i
     return {
         "model_output": (old + distance * shift).to(dtype),
         "old_model_output": old.to(dtype),
-        "reference_output": (old + distance * far).to(dtype),
+        "anchor_output": (old + distance * far).to(dtype),
         "advantages": torch.tensor([1.0, -1.0, 2.0, -0.5, -2.0, 0.7], dtype=wide),
         "coefficients": TABLE.coefficients(dtype=wide),
         "steps": STEPS,
@@ -157,7 +157,7 @@ def test_the_gain_is_what_the_papers_say(log_ratio, advantage, limits, gain, sid
 def test_masked_rows_are_not_read(backend_name):
     clean = inputs(300, torch.float32) | {"clip_range": 1e-3, "kl_weight": 0.1, "mask": MASK}
     poisoned = dict(clean)
-    for name in ("model_output", "old_model_output", "reference_output", "noise", "advantages"):
+    for name in ("model_output", "old_model_output", "anchor_output", "noise", "advantages"):
         poisoned[name] = torch.where(MASK.view(-1, *(1,) * (clean[name].ndim - 1)), clean[name], torch.nan)
     (loss, stats, gradient), (expected_loss, expected_stats, expected) = (
         loss_and_gradient(ops.ppo_loss, arguments) for arguments in (poisoned, clean)

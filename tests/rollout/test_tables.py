@@ -27,7 +27,7 @@ from lacfast.rollout.tables import TrainingTables
 
 SLIDING = SamplerConfig(num_steps=5, window=Sliding(2, every=1))
 RANDOM = SamplerConfig(num_steps=5, window=Random(2))
-# Balanced steps, KL to the reference and two passes: all that an update reads of a table is used.
+# Balanced steps, KL to the anchor and two passes: all that an update reads of a table is used.
 PPO = PPOConfig(
     clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, balance_steps=True, kl_weight=0.1, adam_eps=1e-4
 )
