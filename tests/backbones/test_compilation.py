@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same_sum
 from diffusers import SD3Transformer2DModel
 from tiny_backbones import PROMPTS, brightness, tiny_config
 from tiny_backbones import tiny_backbone as tiny_backbone_of
@@ -68,30 +69,33 @@ def test_inductor_s_forward_is_near_eager_s_and_the_same_bits_with_and_without_g
         rollout, _ = output(backbone)
     update, _ = output(backbone)
     update.square().mean().backward()
-    torch.testing.assert_close(rollout, eager, rtol=1e-5, atol=1e-6)
+    assert_same_sum(rollout, eager, unit=eager.abs().max())
     assert torch.equal(rollout, update)
     assert all(parameter.grad is not None for parameter in backbone.policy_parameters())
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2)], ids=["all weights", "lora"])
 def test_a_compiled_run_starts_at_ratio_one_and_compiles_in_its_first_iteration_only(
     lora: LoRAConfig | None,
 ) -> None:
-    # Batches of 8 and 4 only: a matrix product's rounding may depend on its size, compiled or not.
+    # Batches of 8 and 4 only.
     config = tiny_config(batch_size=12, rollout_batch_size=8, eval_batch_size=4)
     config = replace(config, ppo=replace(config.ppo, kl_weight=0.1, num_minibatches=3, microbatch_size=8))
     backbone = one_block_backbone(lora=lora)
     backbone.compile_blocks(backend="eager")
     trainer = LatentActorCriticTrainer(backbone, brightness, PROMPTS, config)
     first = trainer.train_iteration()
-    assert first["first_max_abs_log_ratio"] == first["forward_mismatch"] == 0
+    # A pair may be in a batch of 8 in the rollout and of 4 in the update, whose products round otherwise.
+    assert_same_sum(first["first_max_abs_log_ratio"], 0, unit=1)
+    assert_same_sum(first["forward_mismatch"], 0, unit=1)
     before = compiled_graphs()
     assert before > 0
     # Other batch sizes, an evaluation, other steps.
     trainer.evaluate(samples=7)
     trainer.tables = TrainingTables(backbone, SamplerConfig(num_steps=3), seed=0)
     shorter = trainer.train_iteration()
-    assert shorter["first_max_abs_log_ratio"] == 0
+    assert_same_sum(shorter["first_max_abs_log_ratio"], 0, unit=1)
     assert len(shorter["explained_variance"]) == 3
     assert compiled_graphs() == before
 

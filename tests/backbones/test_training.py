@@ -98,7 +98,6 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
     trainer.save(tmp_path / "run")
     second = trainer.train_iteration()
     assert second["first_max_abs_log_ratio"] == 0
-    assert torch.isfinite(torch.tensor([second["policy_loss"], second["value_loss"]])).all()
     assert float(second["kl_ref"].nan_to_num().sum()) > 0
     assert differing(before, trainer.backbone.policy_state())
     assert torch.equal(anchor_output(trainer), base)
@@ -225,7 +224,7 @@ def test_adapters_of_policy_and_critic_share_one_base() -> None:
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_bfloat16_runs_on_float32_masters(family: str) -> None:
     """A frozen base in bfloat16; a trained one in float32 that runs in bfloat16."""
-    losses = []
+    rewards = []
     for lora in (LORA, None):
         backbone = backbone_of(tiny_pipeline(family), lora=lora, dtype=torch.bfloat16)
         assert {parameter.dtype for parameter in backbone.policy_parameters()} == {torch.float32}
@@ -244,8 +243,9 @@ def test_bfloat16_runs_on_float32_masters(family: str) -> None:
         assert metrics["first_max_abs_log_ratio"] == 0
         assert trainer.critic is not None
         assert {parameter.dtype for parameter in trainer.critic.parameters()} == {torch.float32}
-        losses.append(metrics["value_loss"])
-    assert torch.isfinite(torch.tensor(losses)).all()
+        rewards.append(next(value for name, value in metrics.items() if name.startswith("reward/")))
+    # An adapter that has learnt nothing samples what its base does.
+    assert rewards[0] == pytest.approx(rewards[1], rel=2**-10)
 
 
 @pytest.mark.parametrize(("family", "trunk"), [("sd15", "lora"), ("sd3", "joint")])

@@ -105,7 +105,7 @@ def test_without_noise_it_is_the_schedulers_own_step_with_log_prob_zero(kind: st
     for timestep in made.timesteps:
         prev_sample, log_prob = ddim_step_with_logprob(made, output, timestep, sample)
         expected = made.step(output, timestep, sample, eta=0.0)[0]
-        assert torch.allclose(prev_sample, expected, rtol=1e-5, atol=1e-6)
+        assert_close(prev_sample, expected)
         assert not log_prob.any()
     log_prob = ddim_step_with_logprob(made, output, 501, sample, prev_sample=latents(3))[1]
     log_prob.sum().backward()
@@ -165,7 +165,7 @@ def test_half_precision_latents_have_the_log_prob_of_what_is_stored(clip: bool) 
     assert prev_sample.dtype == torch.bfloat16
     assert log_prob.dtype == torch.float32
     assert_close(log_prob, density(prev_sample, mean, std), 1e-5)
-    assert torch.allclose(log_prob, again, rtol=1e-6)
+    assert_close(again, log_prob)
 
 
 @pytest.mark.parametrize(

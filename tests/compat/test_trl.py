@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import threading
 import warnings
@@ -177,7 +176,8 @@ def test_it_trains_and_shows_its_batches_before_each_update(tmp_path: Path) -> N
     first = metrics_of(tmp_path)[0]
     # The forwards of 8 and of 4 samples may differ in their last bits.
     assert first["first_max_abs_log_ratio"] < 1e-5
-    assert math.isfinite(first["policy_loss"])
+    shown = torch.cat([torch.as_tensor(batch[3]) for batch in seen[0][1]])
+    assert first["reward/redness"] == pytest.approx(float(shown.mean()), abs=1e-6)
     assert len(list((tmp_path / "samples").glob("*/*.png"))) == 2
 
 
@@ -300,8 +300,12 @@ def test_a_wrapper_without_lora_trains_every_weight(tmp_path: Path) -> None:
 
 def test_a_critic_on_request(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, critic=CriticConfig(trunk="shared"))
+    assert trainer.engine.critic is not None
+    output = trainer.engine.critic.head.output.weight
+    assert not output.any()
     trainer.train(1)
-    assert math.isfinite(metrics_of(tmp_path)[0]["value_loss"])
+    assert output.any()
+    assert metrics_of(tmp_path)[0]["value_loss"] > 0
 
 
 def test_rewards_may_run_in_threads(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def test_the_captured_anchor_is_the_eager_one_after_the_policy_moved(
     assert runner.statistics.captures == 3
 
 
+@pytest.mark.isa
 def test_a_tail_is_padded_to_the_one_shape_that_is_captured() -> None:
     backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
     frozen, runner = backbone.frozen_anchor(), GraphRunner(FAKE)

@@ -21,6 +21,7 @@ def trainer(reward: Any = brightness, **changes: Any) -> LatentActorCriticTraine
     return LatentActorCriticTrainer(tiny_backbone("dit"), reward, PROMPTS, config)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("part_size", [1, 3, 8, 100])
 def test_parts_make_the_same_rollout(part_size: int) -> None:
     prompts = PromptSet.create(PROMPTS).cycle(8)

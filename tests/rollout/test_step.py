@@ -69,6 +69,7 @@ def test_a_step_writes_into_the_buffers_it_was_given() -> None:
     assert int(buffers.step) == STEPS
 
 
+@pytest.mark.isa
 def test_a_trajectory_does_not_depend_on_its_batch() -> None:
     backbone = tiny_backbone("dit")
     whole = rollout_of(backbone, PROMPTS[:4], range(10, 14))

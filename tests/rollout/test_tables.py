@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_same_step, assert_same_sum
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
@@ -46,10 +47,14 @@ def trained_steps(metrics: dict[str, Any], name: str = "kl_old") -> list[int]:
     return [step for step, number in enumerate(metrics[name].tolist()) if number == number]
 
 
-def weights(trainer: LatentActorCriticTrainer) -> list[Tensor]:
+def weights(trainer: LatentActorCriticTrainer) -> dict[str, Tensor]:
     assert trainer.critic is not None
-    modules = (trainer.backbone.model, trainer.critic)
-    return [tensor for module in modules for tensor in module.state_dict().values()]
+    modules = {"model": trainer.backbone.model, "critic": trainer.critic}
+    return {
+        f"{owner}.{name}": tensor.clone()
+        for owner, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def test_a_sliding_window_goes_from_noise_to_image_and_starts_over() -> None:
@@ -104,7 +109,7 @@ def test_a_place_without_noise_and_an_evaluation_that_would_move_are_refused() -
 
 def test_each_iteration_trains_its_window_and_the_critic_values_every_state() -> None:
     trainer = trainer_for(SLIDING)
-    for start in (0, 1, 2, 0):
+    for iteration, start in enumerate((0, 1, 2, 0)):
         metrics = trainer.train_iteration()
         assert metrics["first_max_abs_log_ratio"] == 0
         for name in ("kl_old", "kl_ref", "clip_fraction_high", "advantage_std"):
@@ -113,7 +118,8 @@ def test_each_iteration_trains_its_window_and_the_critic_values_every_state() ->
         rollout = trainer.last_rollout
         assert rollout is not None
         assert rollout.table.trainable_steps == [start, start + 1]
-        assert bool(rollout.values.isfinite().all())
+        # A new critic's value is 0.
+        assert rollout.values.any(dim=(1, 2)).tolist() == [iteration > 0] * 5
         deterministic = [step for step in range(5) if step not in (start, start + 1)]
         assert bool((rollout.log_probs[deterministic] == 0).all())
 
@@ -152,24 +158,27 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     second.load(tmp_path / "run")
     for _ in range(2):
         second.train_iteration()
-    assert all(
-        torch.equal(ours, theirs) for ours, theirs in zip(weights(second), weights(whole), strict=True)
-    )
+    expected = weights(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(second).items())
 
 
+@pytest.mark.isa
 def test_a_window_that_moves_captures_nothing_again_and_learns_what_eager_steps_do() -> None:
     graph = GraphConfig(mode="fake", strict=True, warmup_steps=1)
     graphed, eager = trainer_for(SLIDING, graph=graph), trainer_for(SLIDING, graph=GraphConfig(mode="off"))
-    captures = []
+    captures, before = [], weights(eager)
     for _ in range(4):
         ours, theirs = graphed.train_iteration(), eager.train_iteration()
         captures.append(graphed.graphs.statistics.captures)
         assert trained_steps(ours) == trained_steps(theirs)
-        for name in ("policy_loss", "value_loss", "policy_grad_norm", "mean_kl_old"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+        assert_same_sum(ours["policy_loss"], theirs["policy_loss"], unit=1)
+        # Squares cancel nothing, but the critic's AdamW carries rounding from one iteration to the next.
+        assert ours["value_loss"] == pytest.approx(theirs["value_loss"], rel=1e-4)
+        assert_same_sum(ours["policy_grad_norm"], theirs["policy_grad_norm"], unit=theirs["policy_grad_norm"])
+        # The mean of log_ratio^2 / 2, whose log-ratios are what rounds.
+        assert_same_sum((2 * ours["mean_kl_old"]) ** 0.5, (2 * theirs["mean_kl_old"]) ** 0.5, unit=1)
     # The second iteration is the first whose window has moved; what warms up is captured by then.
     assert captures[1] == captures[2] == captures[3] > 0
     assert graphed.graphs.statistics.fallbacks == 0
     assert graphed.graphs.statistics.replays > 12
-    for ours, theirs in zip(weights(graphed), weights(eager), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert_same_step(weights(graphed), weights(eager), before)

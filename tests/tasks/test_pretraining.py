@@ -11,6 +11,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import BackboneName, predict_velocity, tiny_backbone
 from lacfast.tasks.pretraining import Pretrained, pretrain
+from lacfast.tasks.scenes import BACKGROUND
 from lacfast.tasks.shapes import (
     all_prompts,
     ground_truth,
@@ -70,11 +71,12 @@ def test_the_codec_is_differentiable_and_keeps_its_latents(codec: PatchCodec) ->
     assert gradient.abs().sum() > 0
 
 
-def test_decoded_images_stay_in_range(codec: PatchCodec) -> None:
+def test_decoding_cuts_at_the_range_and_squeezes_nothing_into_it(codec: PatchCodec) -> None:
     images = codec.decode(5 * torch.randn((2, 16, 8, 8), generator=torch.Generator().manual_seed(4)))
     assert images.shape == (2, 3, 32, 32)
-    assert images.min() >= 0
-    assert images.max() <= 1
+    assert (float(images.min()), float(images.max())) == (0, 1)
+    # The empty patch is latent zero.
+    assert torch.equal(codec.decode(torch.zeros(1, 16, 8, 8)), torch.full((1, 3, 32, 32), BACKGROUND))
 
 
 def test_the_codec_is_fitted_the_same_every_time(codec: PatchCodec) -> None:
