@@ -16,6 +16,5 @@ sampler = lacfast.SamplerConfig(kind="ddim", num_steps=20, noise_level=1.0, guid
 ppo = lacfast.PPOConfig(clip=Ratio(1e-5), microbatch_size=8, timestep_fraction=0.5)
 config = lacfast.TrainConfig(batch_size=16, sampler=sampler, ppo=ppo)
 trainer = lacfast.LatentActorCriticTrainer(backbone, "jpeg_compressibility", prompts, config)
-for _ in range(int(given.get(3, 100))):
-    print(trainer.train_iteration()["reward/jpeg_compressibility"])
+trainer.train(int(given.get(3, 100)), on_iteration=lambda m: print(m["reward/jpeg_compressibility"]))
 trainer.save(out)

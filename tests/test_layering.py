@@ -184,6 +184,24 @@ def test_no_module_bears_the_name_of_a_dependency() -> None:
     assert [path for path in modules if path.stem in DEPENDENCIES] == []
 
 
+def _docstrings(tree: ast.AST) -> Iterator[str]:
+    """Strings that stand alone: of modules, classes and functions, and those under fields."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
+            yield node.value.value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstrings_begin_with_the_noun_that_they_describe(path: Path) -> None:
+    hanging = {"Of", "That", "With", "By", "In", "As", "For", "Whose", "Towards"}
+    texts = _docstrings(ast.parse(path.read_text(encoding="utf-8")))
+    assert [text for text in texts if text.split(maxsplit=1)[0] in hanging] == []
+
+
 def test_no_module_is_a_drawer_for_leftovers() -> None:
     drawers = {"utils", "util", "helpers", "common", "misc"}
     assert [path for path in SOURCES if path.stem in drawers or path.parent.name in drawers] == []

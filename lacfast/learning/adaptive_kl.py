@@ -7,7 +7,7 @@ import math
 TOLERANCE = 1.5
 """The KL may lie this factor off its target. arXiv 1707.06347."""
 FACTOR = 2.0
-"""By which the weight moves when it does not. arXiv 1707.06347."""
+"""Factor by which the weight moves when it does not. arXiv 1707.06347."""
 
 
 def adapted_weight(weight: float, kl: float, target: float) -> float:

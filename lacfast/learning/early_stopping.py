@@ -19,13 +19,13 @@ class EarlyStopping:
     patience: int
     """Evaluations without a better score before it stops; 0: never."""
     min_improvement: float = 0.0
-    """By how much a better score must be better."""
+    """Rise of the score that counts as better."""
     best: float = -math.inf
     evaluations_since_best: int = 0
 
     @staticmethod
     def create(config: EarlyStoppingConfig, known: Sequence[str]) -> EarlyStopping:
-        """Of the configured score, one of the `known` ones, whose first is the default.
+        """A watch on the configured score, one of the `known` ones, whose first is the default.
 
         Raises:
             ValueError: for a score that no evaluation has.

@@ -66,7 +66,7 @@ class Pairs:
         return self.select(rows), torch.arange(size, device=device) < len(self)
 
     def shuffled(self, generator: torch.Generator) -> Pairs:
-        """In an order that depends on the generator alone, which lives on the host."""
+        """The pairs in an order that depends on the generator alone, which lives on the host."""
         order = torch.randperm(len(self), generator=generator)
         if self.rows.is_cuda:
             # From pinned memory the copy does not make the host wait for the device.

@@ -127,7 +127,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
 def known_output(
     backbone: Backbone, batch: PolicyBatch, guidance_scale: float, *, critic: Critic | None, detach: bool
 ) -> tuple[Tensor, Features]:
-    """As guided_output, of the weights that made the rollout, whose detached unconditional half need not run.
+    """Output like guided_output's, by the weights that made the rollout: its unconditional half need not run.
 
         v = v_old + scale (v_cond - stop(v_cond))
 

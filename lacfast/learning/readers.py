@@ -15,7 +15,7 @@ class Reader:
     """What the critic takes from the policy's training forward; this one takes nothing."""
 
     critic: Critic | None = None
-    """Whose features the forward records."""
+    """The critic whose features the forward records."""
     is_detached = True
     """Cut them off the actor's graph."""
 

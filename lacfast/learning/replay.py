@@ -89,7 +89,7 @@ class ValueReplay:
         self._kept.append(experience)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Of all that is kept."""
+        """State of all that is kept."""
         return [
             vars(experience) | {"conditioning": experience.conditioning.tensors} for experience in self._kept
         ]

@@ -18,7 +18,7 @@ from lacfast.runtime.graph import GraphRunner, StaticStep
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
 
 ROUNDING = 1e-3
-"""Of gradients: attention and convolutions may add theirs up in any order, in bfloat16 too."""
+"""Relative error of gradients: attention and convolutions may add theirs up in any order, in bfloat16 too."""
 
 
 class UpdateRunner:

@@ -77,11 +77,11 @@ class PolicyRecord:
     grad_norm: float
     max_abs_log_ratio: float
     mean_abs_log_ratio: float
-    """Over the pairs that counted."""
+    """Mean over the pairs that counted."""
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
     pairs: float
-    """That counted."""
+    """Pairs that counted."""
     mean_kl_old: float
     """KL per element from the rollout's policy, over the pairs."""
     forward_mismatch: float
@@ -132,9 +132,9 @@ class UpdateRecords:
 
     def __init__(self) -> None:
         self.policy: list[PolicyRecord] = []
-        """Of the steps that were read, in their order."""
+        """Records of the steps that were read, in their order."""
         self.critic: list[CriticRecord] = []
-        """The same of the critic."""
+        """The same for the critic."""
         self.policy_steps = 0
         """Read or not."""
         self._pending: list[tuple[Tensor, Callable[[Tensor], None]]] = []

@@ -75,7 +75,7 @@ class Update(ABC, Generic[Batch, Sums]):
 
     @property
     def tables(self) -> StepTables:
-        """Of the rollout that is learned from."""
+        """Tables of the rollout that is learned from."""
         assert self._tables is not None, "prepare comes first"
         return self._tables
 

@@ -21,7 +21,7 @@ class ValueConfidence:
     explained_variance: Tensor | None = None
     """(T, M) running average, None before the first rollout."""
     decay: float = 0.8
-    """Of the average, per rollout: one rollout's figure is noisy."""
+    """Decay of the average per rollout: one rollout's figure is noisy."""
 
     def update(self, explained_variance: Tensor) -> None:
         """Take in (T, M) of a rollout that the critic has not learned from."""
