@@ -214,3 +214,8 @@ def test_no_python_file_is_longer_than_400_lines() -> None:
         if len(path.read_text().splitlines()) > 400
     ]
     assert long == []
+
+
+def test_the_whole_iteration_is_one_page() -> None:
+    page = PACKAGE / "reference" / "iteration.py"
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 150

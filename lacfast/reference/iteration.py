@@ -60,8 +60,7 @@ def train_iteration(
         reward_statistics: takes in rewards (B, M) and returns their running mean and deviation (M,); rescales
             the critic's last layer, so that no raw prediction changes (PopArt, arXiv 1602.07714).
         table: the sampler; the policy is trained where its std is not 0.
-        conditioning: (B, ...) of the prompts.
-        noise: seed and B sample ids; every eps is a function of them.
+        conditioning, noise: (B, ...) of the prompts; seed and B sample ids, which every eps is a function of.
         latent_shape: (C, H, W), or (L, D) for packed latents.
         weights: (M,) of the rewards in the advantage.
         policy_optimizer: Adam's eps near 1e-15, far below the gradients of a log-ratio per element.
