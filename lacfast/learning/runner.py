@@ -141,6 +141,8 @@ class GraphedUpdate(UpdateRunner):
             self.graphs.release(step)
         self._gradients.clear()
         self._optimizer = None
+        # The next minibatch may be a larger one.
+        self._size = None
 
     def _steps(self) -> list[StaticStep]:
         optimizer = [] if self._optimizer is None else [self._optimizer]

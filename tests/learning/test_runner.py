@@ -16,6 +16,7 @@ from torch import Tensor
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, GraphConfig, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.learner import Learner
+from lacfast.learning.runner import GraphedUpdate
 from lacfast.runtime.graph import GraphRunner
 
 # Minibatches of 12, 12 and 8 states, and of 8 pairs each: tails are padded. The rate changes at every step.
@@ -128,3 +129,12 @@ def test_without_graphs_nothing_is_padded() -> None:
         off.train_iteration()
     assert all(parameter.grad is not None for parameter in off.backbone.policy_parameters()[:1])
     assert not any(update.runner.keeps_gradients for update in off.learner.updates)
+
+
+def test_a_runner_that_was_released_takes_larger_microbatches_again() -> None:
+    runner = GraphedUpdate("policy", fake_graphs(), dict, list, lambda: None)
+    assert runner.size(4, 8) == 4
+    # A tail is padded to the size that was captured.
+    assert runner.size(16, 8) == 4
+    runner.release()
+    assert runner.size(16, 8) == 8
