@@ -271,9 +271,9 @@ class LatentActorCriticTrainer:
         """
         planned = max(self.config.iterations, 1)
         self.learner.progress = min(self.iteration / planned, 1.0) if progress is None else progress
-        start, graphs = time.perf_counter(), compiled_graphs()
+        start, graphs = time.perf_counter(), compiled_graphs() if self.config.compile else 0
         rollout = self._training_rollout(self.iteration)
-        sampled = time.perf_counter()
+        scored = time.perf_counter()
         metrics: dict[str, Any] = {"skipped": True}
         if rollout is not None:
             if on_rollout is not None:
@@ -289,8 +289,8 @@ class LatentActorCriticTrainer:
         metrics |= {
             "iteration": self.iteration,
             "images": self.images,
-            "seconds_rollout": sampled - start,
-            "seconds_update": time.perf_counter() - sampled,
+            "seconds_rollout": scored - start,
+            "seconds_update": time.perf_counter() - scored,
             **graph_metrics(self.graphs),
         }
         self.log.write("train", **metrics)
