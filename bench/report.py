@@ -140,15 +140,14 @@ def _beside_baseline(row: dict[str, Any] | None, cells: dict[tuple[str, str, str
     return f"{baseline['microseconds'] / 1e3:.2f} | {row['microseconds'] / 1e3:.2f} ({row['speed_up']:.1f}x)"
 
 
-PHASES = ("sampling", "reference", "update", "iteration")
-
-
+PHASES = {"sampling": "sampling", "reference": "anchor", "update": "update", "iteration": "iteration"}
+"""A phase in the records -> its column."""
 PEERS = {"flow_grpo": "flow_grpo", "ddpo": "ddpo-pytorch"}
 
 
 def iterations(record: dict[str, Any]) -> str:
     """How many times as fast as a peer's loop every phase is, as Markdown."""
-    lines = [f"| | peer's batches | {' | '.join(PHASES)} |", "|---|---|---|---|---|---|"]
+    lines = [f"| | peer's batches | {' | '.join(PHASES.values())} |", "|---|---|---|---|---|---|"]
     for contest in record["contests"]:
         rows = [row for row in record["rows"] if contest["model"].endswith(row["model"])]
         batches = f"{contest['published_batch']}, {contest['tuned_batch']}"
