@@ -320,6 +320,7 @@ def test_a_table_of_choices_has_all_of_them(page: str, column: str, known: Colle
     assert set(named) - {"RemoteReward"} == set(known)
 
 
-def test_structure_is_what_the_modules_say() -> None:
-    script = runpy.run_path(str(ROOT / "docs" / "structure.py"))
-    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run `python docs/structure.py`"
+@pytest.mark.parametrize("name", ["structure", "errors"])
+def test_a_generated_page_is_what_its_script_writes(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), f"run `python docs/{name}.py`"

@@ -9,6 +9,7 @@ import pytest
 from lacfast.cli import USAGE_ERROR, main
 from lacfast.config import Fixed, KLMask, Nats, PPOConfig, Random, Ratio, SamplerConfig, Sliding
 from lacfast.config.choice import parse, usage, variants
+from refusals import Refusal
 
 CLIPS = variants(get_type_hints(PPOConfig)["clip"])
 WINDOWS = variants(get_type_hints(SamplerConfig)["window"])
@@ -58,7 +59,9 @@ def test_a_word_that_does_not_fit_says_how_to_write_one(word: str, message: str)
 
 
 def test_a_window_of_one_number_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"steps=5 must be \(start, stop\)"):
+    with Refusal(
+        "steps=5 must be (start, stop)", cause="A fixed window of one number.", remedy="(start, stop)"
+    ).raised():
         parse("fixed:5", WINDOWS)
 
 
