@@ -41,7 +41,7 @@ class PoolCase:
     heads: int = 4
 
     def __str__(self) -> str:
-        return f"{self.model}, B = {self.batch}, L = {self.tokens}, D = {self.features}, H = {self.heads}"
+        return f"{self.model}, B = {self.batch}, L = {self.tokens}, D = {self.features}, Q = {self.heads}"
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Attention of single queries over normalised tokens, all heads and the norm in one read of the features.
 
-    n_l = r_l x_l w,  r_l = 1 / sqrt(mean(x_l^2) + eps);   out_h = sum_l softmax_l(query_h . n_l) n_l
+    n_l = r_l x_l w,  r_l = 1 / sqrt(mean(x_l^2) + eps);   out_q = sum_l softmax_l(query_q . n_l) n_l
 with q' = query w, so that the norm's weight w never meets a token:
     s_l = r_l (q' . x_l);   p = softmax(s);   pooled = sum_l p_l r_l x_l;   out = w pooled
 
-Bytes: the features are read once; H (D + 1) + L (H + 1) numbers per sample are written, the latter only
+Bytes: the features are read once; Q (D + 1) + L (Q + 1) numbers per sample are written, the latter only
 where a backward will come. Eagerly the features are read three times, and a normalised copy in float32 is
 written once and read twice.
 
@@ -35,10 +35,10 @@ MAX_REGISTERS = 128
 
 
 @triton.jit
-def weighted_head(heads_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT: tl.constexpr):
+def weighted_head(heads_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT: tl.constexpr):
     """(BLOCK_D,) vector of one head times the norm's weight, in float32; 0 for a head beyond the last."""
-    mask = (offs_d < D) & (i_h < H)
-    b_head = tl.load(heads_ptr + (i_b.to(tl.int64) * H + i_h) * D + offs_d, mask=mask, other=0.0).to(
+    mask = (offs_d < D) & (i_q < Q)
+    b_head = tl.load(heads_ptr + (i_b.to(tl.int64) * Q + i_q) * D + offs_d, mask=mask, other=0.0).to(
         tl.float32
     )
     if HAS_WEIGHT:
@@ -56,15 +56,15 @@ def token_tile(features_ptr, i_b, offs_l, offs_d, L, D):
 
 @triton.jit
 def store_pooled(
-    b_pooled, log_sum_exp, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D,
+    b_pooled, log_sum_exp, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_q, offs_d, Q, D,
     HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_D,) of one head: times the norm's weight to `out`, as it is to what backward needs."""
-    mask = (offs_d < D) & (i_h < H)
-    row = i_b.to(tl.int64) * H + i_h
+    mask = (offs_d < D) & (i_q < Q)
+    row = i_b.to(tl.int64) * Q + i_q
     if IS_SAVED:
         tl.store(tokens_ptr + row * D + offs_d, b_pooled, mask=mask)
-        tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=i_h < H)
+        tl.store(log_sum_exp_ptr + row, log_sum_exp, mask=i_q < Q)
     if HAS_WEIGHT:
         b_pooled *= tl.load(norm_weight_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     tl.store(pooled_ptr + row * D + offs_d, b_pooled.to(pooled_ptr.dtype.element_ty), mask=mask)
@@ -73,7 +73,7 @@ def store_pooled(
 @triton.jit
 def pool_kernel(
     features_ptr, query_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, token_stats_ptr,
-    partial_ptr, extrema_ptr, L, D, H, eps, num_splits, num_groups, tiles,
+    partial_ptr, extrema_ptr, L, D, Q, eps, num_splits, num_groups, tiles,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, IS_SPLIT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
@@ -83,12 +83,12 @@ def pool_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     stats_ptr = token_stats_ptr
     if IS_SAVED:
-        stats_ptr += i_b.to(tl.int64) * (H + 1) * L
+        stats_ptr += i_b.to(tl.int64) * (Q + 1) * L
     # One block per head: a block of all heads would change its layout in every tile.
     queries, sums, maxima, totals = (), (), (), ()
     for i in tl.static_range(HEADS):
-        i_h = i_group * HEADS + i
-        b_query = weighted_head(query_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT)
+        i_q = i_group * HEADS + i
+        b_query = weighted_head(query_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT)
         queries = queries + (b_query,)
         sums = sums + (tl.zeros((BLOCK_D,), tl.float32),)
         maxima = maxima + (float("-inf"),)
@@ -103,8 +103,8 @@ def pool_kernel(
         for i in tl.static_range(HEADS):
             b_score = tl.sum(queries[i][None, :] * b_x, axis=1) * b_scale
             if IS_SAVED:
-                i_h = i_group * HEADS + i
-                tl.store(stats_ptr + i_h * L + offs_l, b_score, mask=mask_l & (i_h < H))
+                i_q = i_group * HEADS + i
+                tl.store(stats_ptr + i_q * L + offs_l, b_score, mask=mask_l & (i_q < Q))
             b_score = tl.where(mask_l, b_score, float("-inf"))
             maximum = tl.maximum(maxima[i], tl.max(b_score, axis=0))
             decay = tl.exp(maxima[i] - maximum)
@@ -115,44 +115,44 @@ def pool_kernel(
         sums, maxima, totals = new_sums, new_maxima, new_totals
         if IS_SAVED:
             # Every group has the same scales; one writes them.
-            tl.store(stats_ptr + H * L + offs_l, b_scale, mask=mask_l & (i_group == 0))
+            tl.store(stats_ptr + Q * L + offs_l, b_scale, mask=mask_l & (i_group == 0))
     for i in tl.static_range(HEADS):
-        i_h = i_group * HEADS + i
+        i_q = i_group * HEADS + i
         if IS_SPLIT:
-            row = (i_b.to(tl.int64) * num_splits + i_split) * H + i_h
-            tl.store(partial_ptr + row * D + offs_d, sums[i], mask=(offs_d < D) & (i_h < H))
-            tl.store(extrema_ptr + row * 2, maxima[i], mask=i_h < H)
-            tl.store(extrema_ptr + row * 2 + 1, totals[i], mask=i_h < H)
+            row = (i_b.to(tl.int64) * num_splits + i_split) * Q + i_q
+            tl.store(partial_ptr + row * D + offs_d, sums[i], mask=(offs_d < D) & (i_q < Q))
+            tl.store(extrema_ptr + row * 2, maxima[i], mask=i_q < Q)
+            tl.store(extrema_ptr + row * 2 + 1, totals[i], mask=i_q < Q)
         else:
             store_pooled(
                 sums[i] / totals[i], maxima[i] + tl.log(totals[i]), norm_weight_ptr,
-                pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
+                pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT, IS_SAVED,
             )  # fmt: skip
 
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, extrema_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, D, H, num_splits,
+    partial_ptr, extrema_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, D, Q, num_splits,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
-    i_b = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
+    i_b = tl.program_id(0) // Q
+    i_q = tl.program_id(0) % Q
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = i_b.to(tl.int64) * num_splits * H + i_h
+    first = i_b.to(tl.int64) * num_splits * Q + i_q
     offs_s = tl.arange(0, BLOCK_S)
     mask_s = offs_s < num_splits
-    b_max = tl.load(extrema_ptr + (first + offs_s * H) * 2, mask=mask_s, other=float("-inf"))
-    b_total = tl.load(extrema_ptr + (first + offs_s * H) * 2 + 1, mask=mask_s, other=0.0)
+    b_max = tl.load(extrema_ptr + (first + offs_s * Q) * 2, mask=mask_s, other=float("-inf"))
+    b_total = tl.load(extrema_ptr + (first + offs_s * Q) * 2 + 1, mask=mask_s, other=0.0)
     maximum = tl.max(b_max, axis=0)
     total = tl.sum(b_total * tl.exp(b_max - maximum), axis=0)
     b_sums = tl.zeros((BLOCK_D,), tl.float32)
     for i_split in range(num_splits):
-        row = first + i_split * H
+        row = first + i_split * Q
         share = tl.exp(tl.load(extrema_ptr + row * 2) - maximum)
         b_sums += share * tl.load(partial_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
     store_pooled(
         b_sums / total, maximum + tl.log(total), norm_weight_ptr,
-        pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT, IS_SAVED,
+        pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT, IS_SAVED,
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def pool_launch(features: torch.Tensor, num_heads: int) -> tuple[dict[str, int],
 
 
 def value_pool(inputs: Any, outputs: Any) -> None:
-    """Fill pooled (B, H, D), and for a backward tokens, log_sum_exp (B, H) and token_stats (B, H + 1, L)."""
+    """Fill pooled (B, Q, D), and for a backward tokens, log_sum_exp (B, Q) and token_stats (B, Q + 1, L)."""
     features, query, norm_weight, eps, _ = inputs
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]

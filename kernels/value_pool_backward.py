@@ -3,12 +3,12 @@
 With grad' = grad w, q' = query w (w the norm's weight), p = exp(s - log_sum_exp):
     t_l = r_l (grad' . x_l);   ds_l = p_l (t_l - grad' . pooled);   z = sum_l ds_l r_l x_l
     grad_query = w z;   grad_w = sum_{b,h} query z + grad pooled
-    grad_x_l = w r_l sum_h (ds_l query + p_l grad) - x_l r_l^2 / D sum_h (ds_l s_l + p_l t_l)
+    grad_x_l = w r_l sum_q (ds_l query + p_l grad) - x_l r_l^2 / D sum_q (ds_l s_l + p_l t_l)
 
 Bytes: the features are read once for z; for grad_x once more, and as much is written. Where the features are
 detached nothing of their size is written and the backward of the norm does not exist. Their one read cannot
 be saved: z is the covariance of the tokens under p times grad', known only now, and a table that gives it
-for every grad' is of the rank of the tokens. The scores are kept instead of computed again: H + 1 numbers per
+for every grad' is of the rank of the tokens. The scores are kept instead of computed again: Q + 1 numbers per
 token, for D multiplications of each head.
 
 Sums over tokens and over samples are in a fixed order without atomics; those of one sample do not depend on
@@ -35,7 +35,7 @@ WEIGHT_BLOCK = (16, 64, 4)
 @triton.jit
 def pool_grad_kernel(
     features_ptr, norm_weight_ptr, tokens_ptr, log_sum_exp_ptr, token_stats_ptr, grad_ptr,
-    partial_ptr, along_ptr, delta_ptr, L, D, H, num_splits, num_groups, tiles,
+    partial_ptr, along_ptr, delta_ptr, L, D, Q, num_splits, num_groups, tiles,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_ALONG: tl.constexpr,
 ):  # fmt: skip
@@ -44,16 +44,16 @@ def pool_grad_kernel(
     i_split = tl.program_id(0) // num_groups % num_splits
     i_b = tl.program_id(0) // num_groups // num_splits
     offs_d = tl.arange(0, BLOCK_D)
-    stats_ptr = token_stats_ptr + i_b.to(tl.int64) * (H + 1) * L
-    heads_ptr = i_b.to(tl.int64) * H
+    stats_ptr = token_stats_ptr + i_b.to(tl.int64) * (Q + 1) * L
+    heads_ptr = i_b.to(tl.int64) * Q
     grads, sums, deltas = (), (), ()
     for i in tl.static_range(HEADS):
-        i_h = i_group * HEADS + i
-        b_grad = weighted_head(grad_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT)
-        b_tokens = weighted_head(tokens_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, False)
+        i_q = i_group * HEADS + i
+        b_grad = weighted_head(grad_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT)
+        b_tokens = weighted_head(tokens_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, False)
         delta = tl.sum(b_grad * b_tokens, axis=0)
         if HAS_ALONG:
-            tl.store(delta_ptr + heads_ptr + i_h, delta, mask=(i_h < H) & (i_split == 0))
+            tl.store(delta_ptr + heads_ptr + i_q, delta, mask=(i_q < Q) & (i_split == 0))
         grads = grads + (b_grad,)
         sums = sums + (tl.zeros((BLOCK_D,), tl.float32),)
         deltas = deltas + (delta,)
@@ -62,18 +62,18 @@ def pool_grad_kernel(
         offs_l = first + i_tile * BLOCK_L + tl.arange(0, BLOCK_L)
         mask_l = offs_l < L
         b_x = token_tile(features_ptr, i_b, offs_l, offs_d, L, D)
-        b_scale = tl.load(stats_ptr + H * L + offs_l, mask=mask_l, other=0.0)
+        b_scale = tl.load(stats_ptr + Q * L + offs_l, mask=mask_l, other=0.0)
         new_sums = ()
         for i in tl.static_range(HEADS):
-            i_h = i_group * HEADS + i
-            mask_s = mask_l & (i_h < H)
+            i_q = i_group * HEADS + i
+            mask_s = mask_l & (i_q < Q)
             b_along = tl.sum(grads[i][None, :] * b_x, axis=1) * b_scale
             if HAS_ALONG:
-                tl.store(along_ptr + (heads_ptr + i_h) * L + offs_l, b_along, mask=mask_s)
+                tl.store(along_ptr + (heads_ptr + i_q) * L + offs_l, b_along, mask=mask_s)
             if HAS_SUMS:
-                b_score = tl.load(stats_ptr + i_h * L + offs_l, mask=mask_s, other=float("-inf"))
+                b_score = tl.load(stats_ptr + i_q * L + offs_l, mask=mask_s, other=float("-inf"))
                 # Read again for every tile: a register per head decides whether the rest fits.
-                shift = tl.load(log_sum_exp_ptr + heads_ptr + i_h, mask=i_h < H, other=0.0)
+                shift = tl.load(log_sum_exp_ptr + heads_ptr + i_q, mask=i_q < Q, other=0.0)
                 b_grad_score = tl.exp(b_score - shift) * (b_along - deltas[i])
                 b_tile_sum = tl.sum((b_grad_score * b_scale)[:, None] * b_x, axis=0)
                 new_sums = new_sums + (sums[i] + b_tile_sum,)
@@ -81,25 +81,25 @@ def pool_grad_kernel(
             sums = new_sums
     if HAS_SUMS:
         for i in tl.static_range(HEADS):
-            i_h = i_group * HEADS + i
-            row = (i_b.to(tl.int64) * num_splits + i_split) * H + i_h
-            tl.store(partial_ptr + row * D + offs_d, sums[i], mask=(offs_d < D) & (i_h < H))
+            i_q = i_group * HEADS + i
+            row = (i_b.to(tl.int64) * num_splits + i_split) * Q + i_q
+            tl.store(partial_ptr + row * D + offs_d, sums[i], mask=(offs_d < D) & (i_q < Q))
 
 
 @triton.jit
 def finish_heads_kernel(
     partial_ptr, query_ptr, norm_weight_ptr, tokens_ptr, grad_ptr, grad_query_ptr, products_ptr,
-    D, H, num_splits, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    D, Q, num_splits, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_QUERY_GRAD: tl.constexpr, HAS_WEIGHT_GRAD: tl.constexpr,
 ):  # fmt: skip
     """z of one head from its splits; grad_query, and query z + grad pooled for the norm's weight."""
     i_row = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    first = (i_row // H).to(tl.int64) * num_splits * H + i_row % H
+    first = (i_row // Q).to(tl.int64) * num_splits * Q + i_row % Q
     b_z = tl.zeros((BLOCK_D,), tl.float32)
     for i_split in range(num_splits):
-        b_z += tl.load(partial_ptr + (first + i_split * H) * D + offs_d, mask=mask_d, other=0.0)
+        b_z += tl.load(partial_ptr + (first + i_split * Q) * D + offs_d, mask=mask_d, other=0.0)
     offs = i_row.to(tl.int64) * D + offs_d
     if HAS_WEIGHT_GRAD:
         b_query = tl.load(query_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
@@ -132,7 +132,7 @@ def norm_weight_grad_kernel(
 @triton.jit
 def features_grad_kernel(
     features_ptr, query_ptr, norm_weight_ptr, log_sum_exp_ptr, token_stats_ptr, grad_ptr,
-    along_ptr, delta_ptr, grad_features_ptr, L, D, H,
+    along_ptr, delta_ptr, grad_features_ptr, L, D, Q,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(L, BLOCK_L)
@@ -140,18 +140,18 @@ def features_grad_kernel(
     offs_l = tl.program_id(0) % tiles * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_l = offs_l < L
-    stats_ptr = token_stats_ptr + i_b.to(tl.int64) * (H + 1) * L
-    heads_ptr = i_b.to(tl.int64) * H
-    b_scale = tl.load(stats_ptr + H * L + offs_l, mask=mask_l, other=0.0)
+    stats_ptr = token_stats_ptr + i_b.to(tl.int64) * (Q + 1) * L
+    heads_ptr = i_b.to(tl.int64) * Q
+    b_scale = tl.load(stats_ptr + Q * L + offs_l, mask=mask_l, other=0.0)
     b_sums = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
     b_shrink = tl.zeros((BLOCK_L,), tl.float32)
-    for i_h in range(H):
-        b_score = tl.load(stats_ptr + i_h * L + offs_l, mask=mask_l, other=0.0)
-        b_along = tl.load(along_ptr + (heads_ptr + i_h) * L + offs_l, mask=mask_l, other=0.0)
-        b_share = tl.exp(b_score - tl.load(log_sum_exp_ptr + heads_ptr + i_h))
-        b_grad_score = b_share * (b_along - tl.load(delta_ptr + heads_ptr + i_h))
-        b_query = weighted_head(query_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT)
-        b_grad = weighted_head(grad_ptr, norm_weight_ptr, i_b, i_h, offs_d, H, D, HAS_WEIGHT)
+    for i_q in range(Q):
+        b_score = tl.load(stats_ptr + i_q * L + offs_l, mask=mask_l, other=0.0)
+        b_along = tl.load(along_ptr + (heads_ptr + i_q) * L + offs_l, mask=mask_l, other=0.0)
+        b_share = tl.exp(b_score - tl.load(log_sum_exp_ptr + heads_ptr + i_q))
+        b_grad_score = b_share * (b_along - tl.load(delta_ptr + heads_ptr + i_q))
+        b_query = weighted_head(query_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT)
+        b_grad = weighted_head(grad_ptr, norm_weight_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT)
         b_sums += b_grad_score[:, None] * b_query[None, :] + b_share[:, None] * b_grad[None, :]
         b_shrink += b_grad_score * b_score + b_share * b_along
     b_x = token_tile(features_ptr, i_b, offs_l, offs_d, L, D)

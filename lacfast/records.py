@@ -365,9 +365,9 @@ class Advantages:
     policy: Tensor
     """(K, B) combined and clipped."""
     targets: Tensor
-    """(B, H) standardised value targets, clipped: the Monte-Carlo return, the same all along a trajectory;
-    H = 0 without a critic."""
+    """(B, M) standardised value targets, clipped: the Monte-Carlo return, the same all along a trajectory;
+    M = 0 without a critic."""
     raw: Tensor
-    """(K, B, H) per head, before combination."""
+    """(K, B, M) per head, before combination."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Counts of the estimator, by metric name."""

@@ -390,8 +390,8 @@ def _pool_spec(
     arguments |= dict.fromkeys(
         ("tokens_ptr", "log_sum_exp_ptr", "token_stats_ptr"), "*fp32" if saved else None
     )
-    arguments |= dict.fromkeys(("L", "D", "H", "num_splits", "num_groups", "tiles"), "i32")
-    name = f"value_pool-{features}-D{dim}-H{heads}"
+    arguments |= dict.fromkeys(("L", "D", "Q", "num_splits", "num_groups", "tiles"), "i32")
+    name = f"value_pool-{features}-D{dim}-Q{heads}"
     return AotSpec(
         name,
         value_pool.pool_kernel,
@@ -416,7 +416,7 @@ VALUE_POOL = [
         "value_pool_combine",
         value_pool.combine_kernel,
         {"partial_ptr": "*fp32", "extrema_ptr": "*fp32", "norm_weight_ptr": "*fp32", "pooled_ptr": "*fp32"}
-        | {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "D": "i32", "H": "i32", "num_splits": "i32"}
+        | {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "D": "i32", "Q": "i32", "num_splits": "i32"}
         | {
             "BLOCK_S": value_pool.MAX_SPLITS,
             "BLOCK_D": value_pool.COMBINE_BLOCK,
@@ -431,7 +431,7 @@ VALUE_POOL = [
 
 
 _SAVED = {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "token_stats_ptr": "*fp32"}
-_SIZES = {"L": "i32", "D": "i32", "H": "i32"}
+_SIZES = {"L": "i32", "D": "i32", "Q": "i32"}
 
 
 def _pool_grad_spec(features: str, dim: int, heads: int, *, along: bool, sums: bool) -> AotSpec:
@@ -446,7 +446,7 @@ def _pool_grad_spec(features: str, dim: int, heads: int, *, along: bool, sums: b
         "HEADS": min(heads, value_pool.MAX_HEADS),
     }
     arguments |= {"HAS_WEIGHT": True, "HAS_SUMS": sums, "HAS_ALONG": along}
-    name = f"value_pool_grad-{features}-D{dim}-H{heads}"
+    name = f"value_pool_grad-{features}-D{dim}-Q{heads}"
     return AotSpec(
         name,
         value_pool_backward.pool_grad_kernel,
@@ -495,7 +495,7 @@ VALUE_POOL_BACKWARD = [
         dict.fromkeys((*_POINTERS, "products_ptr"), "*fp32")
         | {
             "D": "i32",
-            "H": "i32",
+            "Q": "i32",
             "num_splits": "i32",
             "BLOCK_D": value_pool.COMBINE_BLOCK,
             "HAS_WEIGHT": True,

@@ -10,7 +10,7 @@ from lacfast.schedule import flow_sde, uniform_sigmas
 
 
 def made_rollout(values: Tensor, rewards: dict[str, Tensor], prompts: list[str] | None = None) -> Rollout:
-    """A rollout with values (T, B, H) whose last step is deterministic, and rewards (B,)."""
+    """A rollout with values (T, B, M) whose last step is deterministic, and rewards (B,)."""
     steps, batch = values.shape[:2]
     latents = torch.zeros(steps + 1, batch, 1, 1, 1)
     return Rollout(

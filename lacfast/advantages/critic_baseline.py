@@ -30,8 +30,8 @@ def critic_advantages(
 
     Args:
         rollout: with rewards.
-        normalizer: already updated with this rollout's rewards; it knows what the H heads predict.
-        weights: (H,) of the heads.
+        normalizer: already updated with this rollout's rewards; it knows what the M heads predict.
+        weights: (M,) of the heads.
         gamma: discount.
         gae_lambda: of the policy's advantages, one or (T,) of each step's value; value targets use 1, so they
             are the rewards themselves.
@@ -63,6 +63,6 @@ def with_baseline(estimator: CriticValues, rollout: Rollout) -> Rollout:
     """The rollout whose values are the baseline: as it is, with the critic's.
 
     `with_baseline.register` on a subclass of CriticValues, which AdvantageConfig.estimator then takes, puts
-    other values (T, B, H) in their place. The critic still learns the rewards.
+    other values (T, B, M) in their place. The critic still learns the rewards.
     """
     return rollout

@@ -55,7 +55,7 @@ class AdvantageEstimator:
 
     @property
     def weights(self) -> Tensor:
-        """(H,) of the heads' advantages, now."""
+        """(M,) of the heads' advantages, now."""
         return self._weights if self.multipliers is None else self.multipliers.weights
 
     def __call__(self, rollout: Rollout, gae_lambda: float | Tensor | None = None) -> Advantages:
@@ -92,7 +92,7 @@ class AdvantageEstimator:
         )
 
     def _relative_rewards(self, rewards: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B, H) of rewards (B, H)."""
+        """(B, M) of rewards (B, M)."""
         estimator = self.config.estimator
         if isinstance(estimator, DDPO):
             return prompt_advantages(rewards, prompts, self.prompt_statistics)

@@ -27,13 +27,13 @@ def group_advantages(
         std: of the population of all ranks' rewards ("global"), of the group's ("group"), or no division
 
     Args:
-        rewards: (B, H); consecutive `samples_per_prompt` trajectories share a prompt.
+        rewards: (B, M); consecutive `samples_per_prompt` trajectories share a prompt.
         samples_per_prompt: n, size of a group, at least 2.
         std: "global", "group" or "none".
         leave_one_out: compare with the others only; n / (n - 1) times the distance from the group's mean.
 
     Returns:
-        (B, H) in the rewards' dtype.
+        (B, M) in the rewards' dtype.
     """
     groups = rewards.double().reshape(-1, samples_per_prompt, rewards.shape[1])
     centred = groups - groups.mean(dim=1, keepdim=True)
@@ -47,7 +47,7 @@ def group_advantages(
 
 
 def zero_std_groups(rewards: Tensor, samples_per_prompt: int) -> int:
-    """Groups of this rank whose rewards (B, H) are all equal: they teach nothing."""
+    """Groups of this rank whose rewards (B, M) are all equal: they teach nothing."""
     groups = rewards.reshape(-1, samples_per_prompt, rewards.shape[1])
     return int((groups == groups[:, :1]).all(dim=2).all(dim=1).sum())
 
@@ -58,10 +58,10 @@ def batch_advantages(rewards: Tensor) -> Tensor:
     REINFORCE with a constant baseline, DDPO (arXiv 2305.13301) without statistics per prompt.
 
     Args:
-        rewards: (B, H)
+        rewards: (B, M)
 
     Returns:
-        (B, H) in the rewards' dtype.
+        (B, M) in the rewards' dtype.
     """
     _, mean, variance = moments(rewards)
     return ((rewards.double() - mean) / (variance.sqrt() + BATCH_EPSILON)).to(rewards)
@@ -75,12 +75,12 @@ def prompt_advantages(
         A_i = (R_i - mean(kept rewards of the prompt)) / (their std + 1e-6)
 
     Args:
-        rewards: (B, H); taken into the statistics.
+        rewards: (B, M); taken into the statistics.
         prompts: (B,)
         statistics: one for each head.
 
     Returns:
-        (B, H) in the rewards' dtype.
+        (B, M) in the rewards' dtype.
     """
     everyone, first = gathered(list(zip(prompts, rewards.double().cpu().tolist(), strict=True)))
     names = [prompt for prompt, _ in everyone]
@@ -91,7 +91,7 @@ def prompt_advantages(
 
 
 def combined(advantages: Tensor, weights: Tensor) -> Tensor:
-    """(B,) of advantages (B, H): sum_h w_h A_h / sum_h |w_h|, so that one reward's weight does not matter."""
+    """(B,) of advantages (B, M): sum_m w_m A_m / sum_m |w_m|, so that one reward's weight does not matter."""
     like = weights.to(advantages)
     total = like.abs().sum()
     return (advantages * like).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))

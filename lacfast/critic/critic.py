@@ -13,7 +13,7 @@ from lacfast.critic.head import ValueHead
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.critic.value_loss import SquaredError, build_value_loss
 from lacfast.records import Conditioning
-from lacfast.reference.objective import masked_mean
+from lacfast.reference.surrogate import masked_mean
 from lacfast.runtime.precision import running_in
 
 

@@ -31,11 +31,11 @@ class Experience:
     conditioning: Conditioning
     """(B, ...)"""
     targets: Tensor
-    """(B, H) standardised and clipped, in the units of that time."""
+    """(B, M) standardised and clipped, in the units of that time."""
     reward_mean: Tensor
-    """(H,) raw reward of target 0."""
+    """(M,) raw reward of target 0."""
     reward_std: Tensor
-    """(H,) raw reward in one unit of the targets."""
+    """(M,) raw reward in one unit of the targets."""
 
     @staticmethod
     def of(rollout: Rollout, targets: Tensor, critic: Critic) -> Experience:
@@ -58,7 +58,7 @@ class Experience:
         return self.latents.shape[1]
 
     def targets_for(self, critic: Critic) -> Tensor:
-        """(B, H) in the critic's units of today."""
+        """(B, M) in the critic's units of today."""
         raw = self.targets * self.reward_std + self.reward_mean
         return ((raw - critic.reward_mean) / critic.reward_std).to(self.targets.dtype)
 

@@ -43,7 +43,7 @@ class ValueConfidence:
         return torch.where(passed, gae_lambda, 1.0).float()
 
     def metrics(self, explained_variance: Tensor) -> dict[str, Any]:
-        """Floor, ceiling and score of an explained variance (T, H), means over heads; {} without bounds."""
+        """Floor, ceiling and score of an explained variance (T, M), means over heads; {} without bounds."""
         if self.bounds is None:
             return {}
         return {

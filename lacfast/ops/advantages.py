@@ -50,7 +50,8 @@ def normalized_advantages(
 
     Args:
         rewards: (B, M) at the end of each trajectory, or (B, T, M) after each step, raw, in the maths' dtype.
-        values: (B, T, H) before each step, standardised; H = M heads, or 1 when scalarized.
+        values: (B, T, M) before each step, standardised, one head for each reward; (B, T, 1) when
+            scalarized, and so are the results' and the moments' M.
         reward_mean: (M,) running mean of a trajectory's summed reward, like rewards.
         reward_std: (M,) its standard deviation, > 0.
         weights: (M,) w, like rewards.
@@ -63,11 +64,11 @@ def normalized_advantages(
         value_lambda: of the value targets, 0 to 1.
         advantage_clip: bound of the advantages, > 0.
         target_clip: bound of the targets, > 0.
-        all_reduce: adds its argument, (1 + H + H^2,) float64 moments, over all ranks in place, so that every
+        all_reduce: adds its argument, (1 + M + M^2,) float64 moments, over all ranks in place, so that every
             rank normalises alike; for example torch.distributed.all_reduce. None: one rank.
 
     Returns:
-        advantages (B, T), raw (B, T, H) and targets (B, T, H).
+        advantages (B, T), raw (B, T, M) and targets (B, T, M).
 
     Raises:
         ValueError: a setting, shape, dtype, device or memory order that does not fit.
@@ -121,7 +122,7 @@ def _check(
     if combination not in COMBINATIONS:
         raise ValueError(f"unknown combination {combination!r}; known: {', '.join(COMBINATIONS)}")
     if values.ndim != 3 or 0 in values.shape:
-        raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, T, H), none of them 0")
+        raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, T, M), none of them 0")
     check_first("values", values)
     num_rewards = rewards.shape[-1] if rewards.ndim in (2, 3) else 0
     if not 1 <= num_rewards <= MAX_REWARDS:
@@ -180,7 +181,7 @@ class AdvantageSumsOutputs(NamedTuple):
     raw: Tensor
     targets: Tensor
     sums: Sized
-    """(P, 1 + H + H^2) float64: the moments in P parts, each n, sum A_m, sum A_i A_j."""
+    """(P, 1 + M + M^2) float64: the moments in P parts, each n, sum A_m, sum A_i A_j."""
 
 
 class AdvantageApply(NamedTuple):

@@ -20,7 +20,7 @@ from lacfast.ops.checks import (
 )
 from lacfast.ops.op import Op, Sized
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
-from lacfast.reference.objective import Clip, bounds
+from lacfast.reference.surrogate import Clip, bounds
 
 # Columns: log_ratio, kl_old, kl_ref, clipped | count, three sums, clipped from above, from below |
 # a row's share of the loss, and its derivatives by log_ratio and by kl_ref.
@@ -181,7 +181,7 @@ def ppo_loss(
 
         rho  = exp(log_ratio),   log_ratio of "innovation": see log_ratio; of "ratio_norm": reduce( eps b dv )
         loss = mean_i w_i step_weights[step_i] [ -gain(rho, A) + kl_weight kl_ref ]
-        gain = min(rho A, clip(rho) A); variants and sources: lacfast.reference.objective.surrogate_gain
+        gain = min(rho A, clip(rho) A); variants and sources: lacfast.reference.surrogate.surrogate_gain
         kl_ref = reduce( kl_gains[step] (v - v_ref)^2 )
 
     Exactly one of `clip_range`, `clip_nats` and `kl_threshold` is given. The mean runs over the rows of

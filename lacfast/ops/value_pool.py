@@ -22,7 +22,7 @@ def value_pool(
 
     The key projection is folded into the query, the value projection into the caller.
 
-        n_l = RMSNorm(features_l) norm_weight;   out_h = sum_l softmax_l(query_h . n_l) n_l
+        n_l = RMSNorm(features_l) norm_weight;   out_q = sum_l softmax_l(query_q . n_l) n_l
 
     Each tensor is read in its own dtype and the maths is float32 (float64 for float64 features), inside
     autocast too. Gradients flow to all three tensors. Where the features need none, backward writes nothing
@@ -30,12 +30,12 @@ def value_pool(
 
     Args:
         features: (B, L, D) tokens.
-        query: (B, H, D), the caller's scale folded in.
+        query: (B, Q, D), the caller's scale folded in.
         norm_weight: (D,), or None for 1.
         eps: of the RMSNorm.
 
     Returns:
-        (B, H, D) in the query's dtype.
+        (B, Q, D) in the query's dtype.
 
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
@@ -62,7 +62,7 @@ def _check(features: Tensor, query: Tensor, norm_weight: Tensor | None) -> None:
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be (B, L, D), none of them 0")
     check_first("features", features)
     if query.ndim != 3 or query.shape[1] == 0:
-        raise ValueError(f"query has shape {tuple(query.shape)}; it must be (B, H, D), none of them 0")
+        raise ValueError(f"query has shape {tuple(query.shape)}; it must be (B, Q, D), none of them 0")
     batch, _, dim = features.shape
     # Storage dtypes mix freely; float64 stays among itself.
     dtypes = (torch.float64,) if features.dtype == torch.float64 else FLOATS[:3]
@@ -84,11 +84,11 @@ class ValuePoolOutputs(NamedTuple):
 
     pooled: Tensor
     tokens: Tensor | None
-    """(B, H, D) `pooled` before the norm's weight."""
+    """(B, Q, D) `pooled` before the norm's weight."""
     log_sum_exp: Tensor | None
-    """(B, H) of the scores."""
+    """(B, Q) of the scores."""
     token_stats: Tensor | None
-    """(B, H + 1, L) every head's scores, then 1 / rms."""
+    """(B, Q + 1, L) every head's scores, then 1 / rms."""
 
 
 def _allocate(inputs: ValuePool) -> ValuePoolOutputs:

@@ -9,7 +9,7 @@ Read `iteration` first, which is all of training on one page; then what it is ma
     noise        1. a counter-based generator, so that noise need not be kept
     transition   2. one step of a sampler and its log-probability
     advantages   3. GAE, and one number per step from several rewards
-    policy       4. ratio, KL and loss, on `objective`, which has PPO's bounds
+    policy       4. ratio, KL and loss, on `surrogate`, which has PPO's bounds
     critic       5. what a value head reads, and what it explains
     particles    6. resampling, for steering at inference; training does without
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from lacfast.config import RATIOS
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
 from lacfast.reference.noise import noise_for
-from lacfast.reference.objective import Clip, bounds, masked_mean, sums_per_step, surrogate_gain
+from lacfast.reference.surrogate import Clip, bounds, masked_mean, sums_per_step, surrogate_gain
 from lacfast.reference.transition import arithmetic_dtype, reduce, rows_of
 
 
@@ -109,7 +109,7 @@ def ppo_loss(
 
         rho  = exp(log_ratio),   log_ratio of "innovation": see log_ratio; of "ratio_norm": reduce( eps b dv )
         loss = mean_i w_i step_weights[step_i] [ -gain(rho, A) + kl_weight kl_ref ]
-        gain = min(rho A, clip(rho) A); variants and sources: lacfast.reference.objective.surrogate_gain
+        gain = min(rho A, clip(rho) A); variants and sources: lacfast.reference.surrogate.surrogate_gain
         kl_ref = reduce( kl_gains[step] (v - v_ref)^2 )
 
     Exactly one of `clip_range`, `clip_nats` and `kl_threshold` is given. The mean runs over the rows of

@@ -24,10 +24,10 @@ def stack_rewards(rollout: Rollout) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardHeads:
-    """H heads of the critic over M rewards: one each, gated by one another, or one on their weighted sum."""
+    """Heads of a critic over M rewards: one each, gated by one another, or one on their weighted sum."""
 
     names: tuple[str, ...]
-    """(H,)"""
+    """M of them, or one under "scalarized"."""
     mixing: Tensor | None = None
     """(M,) weights of the raw rewards in the one head; None: a head for each reward."""
     conditions: tuple[RewardCondition, ...] = ()
@@ -61,7 +61,7 @@ class RewardHeads:
         )
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """(B, H) of raw rewards (B, M)."""
+        """(B, M) of raw rewards (B, M); (B, 1) on their weighted sum."""
         if self.mixing is not None:
             return (rewards * self.mixing.to(rewards)).sum(dim=1, keepdim=True)
         gated = rewards.clone()

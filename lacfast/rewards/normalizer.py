@@ -16,12 +16,15 @@ _TINY = 1e-8
 
 @dataclass
 class RewardNormalizer:
-    """Running mean and standard deviation per head over all samples and ranks (Chan et al.'s update)."""
+    """Running mean and standard deviation per head over all samples and ranks (Chan et al.'s update).
+
+    M is the number of rewards and of heads; where one head predicts their weighted sum, there is 1.
+    """
 
     mean: Tensor
-    """(H,) float64"""
+    """(M,) float64"""
     variance: Tensor
-    """(H,) float64, of the population."""
+    """(M,) float64, of the population."""
     count: float = 0.0
     """Samples seen, bounded by `window`."""
     window: float = 5000.0
@@ -38,12 +41,12 @@ class RewardNormalizer:
 
     @property
     def std(self) -> Tensor:
-        """(H,) float64; 1 for a head whose reward has not varied."""
+        """(M,) float64; 1 for a head whose reward has not varied."""
         std = self.variance.sqrt()
         return torch.where(std > _TINY, std, torch.ones_like(std))
 
     def head_rewards(self, rewards: Tensor) -> Tensor:
-        """(B, H) raw, of rewards (B, M)."""
+        """(B, M) raw, of rewards (B, M)."""
         return rewards if self.heads is None else self.heads(rewards)
 
     def update(self, rewards: Tensor) -> None:
@@ -61,7 +64,7 @@ class RewardNormalizer:
         self.mean, self.variance, self.count = other.mean, other.variance, other.count
 
     def standardize(self, rewards: Tensor) -> Tensor:
-        """(B, H) of rewards (B, M), in units of their standard deviation."""
+        """(B, M) of rewards (B, M), in units of their standard deviation."""
         return (self.head_rewards(rewards) - self.mean.to(rewards)) / self.std.to(rewards)
 
     def state_dict(self) -> dict[str, Any]:

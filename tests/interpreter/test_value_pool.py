@@ -14,7 +14,7 @@ from lacfast.ops.value_pool import ValuePool, ValuePoolOutputs
 
 pytestmark = pytest.mark.interpreter
 
-# B, L, H, D: one program; ragged tile; two groups of heads, split; a group lacks a head; several blocks of D.
+# B, L, Q, D: one program; ragged tile; two groups of heads, split; a group lacks a head; several blocks of D.
 SHAPES = [(1, 1, 1, 1), (2, 5, 2, 16), (1, 11, 5, 24), (1, 19, 3, 70), (1, 5, 1, 300)]
 EPS = 1e-6
 

@@ -267,7 +267,7 @@ def test_pipeline_runs_under_fake_tensors_compiles_and_passes_opcheck():
     ("change", "settings_", "message"),
     [
         (lambda r, v, *s: (r, v, *s), {"combination": "product"}, "unknown combination 'product'"),
-        (lambda r, v, *s: (r, v[..., 0], *s), {}, r"values has shape \(4, 3\); it must be \(B, T, H\)"),
+        (lambda r, v, *s: (r, v[..., 0], *s), {}, r"values has shape \(4, 3\); it must be \(B, T, M\)"),
         (lambda r, v, *s: (r[:3], v, *s), {}, r"rewards has shape \(3, 2\).*must be \(4, 2\)"),
         (lambda r, v, *s: (r.double(), v, *s), {}, "rewards has dtype torch.float64.*must be torch.float32"),
         (lambda r, v, *s: (torch.zeros(4, 17), v, *s), {}, "with 1 to 16 rewards"),

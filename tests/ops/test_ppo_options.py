@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import ops, reference
-from lacfast.reference.objective import bounds, surrogate_gain
+from lacfast.reference.surrogate import bounds, surrogate_gain
 from lacfast.schedule import flow_sde, kl_gains, uniform_sigmas
 
 TABLE = flow_sde(uniform_sigmas(5), 0.7, window=(0, 4))

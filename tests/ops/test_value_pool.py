@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast import ops, reference
 
-# B, L, H, D: one of each; odd and less than a tile; several tiles and heads; two runs of tokens; one real.
+# B, L, Q, D: one of each; odd and less than a tile; several tiles and heads; two runs of tokens; one real.
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 5, 70), (1, 530, 2, 17), (2, 16, 4, 96)]
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -217,7 +217,7 @@ def test_nothing_is_kept_where_nothing_is_trained():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda x: x):
         ops.value_pool(features, query, weight)
-    # The three inputs, the pooled tokens, log-sum-exp, and H + 1 numbers per token.
+    # The three inputs, the pooled tokens, log-sum-exp, and Q + 1 numbers per token.
     assert sorted(tensor.numel() for tensor in kept) == sorted([144, 48, 8, 48, 6, 2 * 4 * 9])
 
 
@@ -269,7 +269,7 @@ def test_it_runs_under_fake_tensors_and_passes_opcheck():
     ("change", "message"),
     [
         (lambda f, q, w: (f[0], q, w), r"features has shape \(6, 8\); it must be \(B, L, D\)"),
-        (lambda f, q, w: (f, q[:, 0], w), r"query has shape \(4, 8\); it must be \(B, H, D\)"),
+        (lambda f, q, w: (f, q[:, 0], w), r"query has shape \(4, 8\); it must be \(B, Q, D\)"),
         (lambda f, q, w: (f, q[:2], w), r"query has shape \(2, 3, 8\).*must be \(4, 3, 8\)"),
         (lambda f, q, w: (f, q, w[:7]), r"norm_weight has shape \(7,\).*must be \(8,\)"),
         (lambda f, q, w: (f, q.double(), w), "query has dtype torch.float64.*must be torch.float32 or"),

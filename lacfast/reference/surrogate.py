@@ -1,4 +1,4 @@
-"""4. Objective of PPO on per-sample numbers (B,): bounds on the policy's move, the surrogate's gain, means.
+"""4. Surrogate of PPO on per-sample numbers (B,): bounds on the policy's move, the gain, means.
 
 `ppo_loss` composes these; the fused kernels do the same for each row.
 """
