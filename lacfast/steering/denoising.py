@@ -13,8 +13,8 @@ from lacfast.config import SteeringConfig
 from lacfast.records import Conditioning, NoiseKey, TransitionTable
 from lacfast.steering import guidance
 from lacfast.steering.forward import StateForward, SteeredModel
+from lacfast.steering.method import Method
 from lacfast.steering.particles import Particles
-from lacfast.steering.selection import Selection
 
 
 @dataclass
@@ -55,7 +55,7 @@ def denoise(
     model: SteeredModel,
     table: TransitionTable,
     config: SteeringConfig,
-    selection: Selection,
+    method: Method,
     particles: Particles,
     conditioning: Conditioning,
     guidance_scale: float,
@@ -67,7 +67,7 @@ def denoise(
         model: forwards.
         table: the sampler.
         config: of guidance, and the seed.
-        selection: the method's decisions; its state is of these images.
+        method: the method's decisions; its state is of these images.
         particles: pure noise.
         conditioning: (G, ...) of the images.
         guidance_scale: of classifier-free guidance, used where the model has an unconditional half.
@@ -84,10 +84,10 @@ def denoise(
         sign_test.run(model, particles, forward, timestep, conditioning)
         if forward.values is not None:
             particles = particles.with_values(forward.values)
-            kept = selection.keep(particles, forward.values, step)
-            particles, forward = _chosen(selection, particles, forward, kept)
-        parents = selection.multiply(particles, step)
-        particles, forward = _chosen(selection, particles, forward, parents)
+            kept = method.keep(particles, forward.values, step)
+            particles, forward = _chosen(method, particles, forward, kept)
+        parents = method.multiply(particles, step)
+        particles, forward = _chosen(method, particles, forward, parents)
         noise = NoiseKey.create(config.seed, particles.ids, device)
         steps = torch.full_like(particles.ids, step)
         uncond_output = None if forward.uncond_output is None else forward.uncond_output.contiguous()
@@ -109,15 +109,15 @@ def denoise(
             if config.method == "smc":
                 drawn = ops.normal_noise(tuple(displacement.shape), steps, noise)
                 std = float(table.std[step])
-                selection.correct(guidance.log_proposal_ratio(displacement, drawn, std))
+                method.correct(guidance.log_proposal_ratio(displacement, drawn, std))
     return particles
 
 
 def _chosen(
-    selection: Selection, particles: Particles, forward: StateForward, positions: Tensor | None
+    method: Method, particles: Particles, forward: StateForward, positions: Tensor | None
 ) -> tuple[Particles, StateForward]:
     """Trajectories at `positions` with what the model said of them: nothing runs again."""
     if positions is None:
         return particles, forward
     particles = particles.select(positions)
-    return particles.renamed(selection.names(particles)), forward.select(positions)
+    return particles.renamed(method.names(particles)), forward.select(positions)

@@ -19,11 +19,11 @@ from lacfast import ops
 from lacfast.config import SteeringConfig
 from lacfast.records import NoiseKey, TransitionTable
 from lacfast.steering.cost import ParticleStats
+from lacfast.steering.method import Method
 from lacfast.steering.particles import Particles, best_positions, gumbel_noise
-from lacfast.steering.selection import Selection
 
 
-class SequentialMonteCarlo(Selection):
+class SequentialMonteCarlo(Method):
     """Weights of N particles of each of G images, float64, and what became of them."""
 
     def __init__(self, config: SteeringConfig, table: TransitionTable, images: Tensor) -> None:

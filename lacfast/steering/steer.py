@@ -24,17 +24,10 @@ from lacfast.steering.cost import (
 from lacfast.steering.denoising import SignTest, denoise
 from lacfast.steering.forward import SteeredModel
 from lacfast.steering.guidance import guided_steps
+from lacfast.steering.method import Method
 from lacfast.steering.objective import Objective
 from lacfast.steering.particles import Particles
-from lacfast.steering.selection import Beam, Halving, Selection
-from lacfast.steering.smc import SequentialMonteCarlo
-
-METHODS: dict[str, type[Selection]] = {
-    "best_of_n": Selection,
-    "pruning": Halving,
-    "beam": Beam,
-    "smc": SequentialMonteCarlo,
-}
+from lacfast.steering.selection import METHODS
 
 
 def steer(
@@ -92,18 +85,18 @@ def steer(
         for part in prompts.split(max(config.batch_size // config.width, 1)):
             first = sum(len(batch.images) for batch in batches)
             numbers = torch.arange(first, first + len(part), device=device)
-            selection = METHODS[config.method](config, table, numbers)
+            method = METHODS[config.method](config, table, numbers)
             particles = denoise(
                 model,
                 table,
                 config,
-                selection,
+                method,
                 Particles.start(backbone.latent_shape, numbers, config.particles, config.seed),
                 backbone.encode_prompts(part.texts),
                 sampler.guidance_scale,
                 sign_test,
             )
-            batches.append(_finished(model, selection, particles, part, by_reward, scorer, gold_scorer))
+            batches.append(_finished(model, method, particles, part, by_reward, scorer, gold_scorer))
     particle_stats = [batch.particle_stats for batch in batches if batch.particle_stats is not None]
     stats = SteeringStats(
         FunctionEvaluations(model.counter.forwards, model.counter.backwards, len(prompts)),
@@ -139,7 +132,7 @@ class _Batch:
 
 def _finished(
     model: SteeredModel,
-    selection: Selection,
+    method: Method,
     particles: Particles,
     prompts: PromptSet,
     by_reward: RewardSet | None,
@@ -151,13 +144,13 @@ def _finished(
         candidates = prompts.take(particles.rows.tolist())
         decoded = _decoded(model, particles.sample)
         scores = by_reward.score(decoded, candidates.texts, candidates.metadata)
-        chosen = selection.finish(particles, model.objective.of_rewards(scores).to(decoded.device))
+        chosen = method.finish(particles, model.objective.of_rewards(scores).to(decoded.device))
         images = decoded[chosen]
         rewards = {name: tensor[chosen.cpu()] for name, tensor in scores.items()}
     else:
         # Without a critic there is one trajectory per image.
         only = particles.sample.new_zeros(len(particles.ids))
-        chosen = selection.finish(particles, particles.values[-1] if len(particles.values) else only)
+        chosen = method.finish(particles, particles.values[-1] if len(particles.values) else only)
         images = _decoded(model, particles.sample[chosen])
         rewards = _scores(scorer, images, prompts)
     return _Batch(
@@ -166,7 +159,7 @@ def _finished(
         rewards,
         _scores(gold, images, prompts),
         0 if by_reward is None else len(particles.ids),
-        selection.stats(),
+        method.stats(),
     )
 
 
