@@ -28,6 +28,7 @@ from lacfast.backbones.sd3 import SD3Backbone, SD3Pipelines
 from lacfast.backbones.sdxl import SDXLPipelines
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
+from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
 from lacfast.tasks.codec import PatchCodec
@@ -63,6 +64,7 @@ def adapt(
     Raises:
         ValueError: for a class without an adapter; the known ones are listed.
     """
+    require_plain_model(model, "model")
     name = type(model).__name__
     if name not in MODELS:
         raise ValueError(f"no backbone for {name}; known: {', '.join(MODELS)}")
@@ -261,6 +263,7 @@ def _family(class_name: str) -> PipelineFamily:
 
 def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     family = _family(type(pipeline).__name__)
+    require_plain_parts(pipeline.components, family.model_part)
     settings = request.settings or PipelineSettings()
     if request.device is not None:
         pipeline.to(request.device)
