@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from threading import BoundedSemaphore
 from typing import Any
 
@@ -14,7 +17,13 @@ from torch import Tensor
 
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
+from lacfast.rewards.workers import Workers
 from lacfast.runtime.profiling import span
+
+log = logging.getLogger(__name__)
+
+_LEAVE_BEHIND_S = 5.0
+"""How long the end of a failed or interrupted run waits for the batch in work."""
 
 
 class DecodeError(RewardError):
@@ -42,7 +51,7 @@ class _Stage:
     """A thread that works off one batch after the other, on one CUDA stream per device."""
 
     def __init__(self, name: str) -> None:
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.worker = Workers(1, name)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @contextmanager
@@ -118,16 +127,23 @@ class RewardQueue:
         self._places.acquire()
         ready = _Ready.of(batch.detach())
         images = self._decoded(ready, prompts)
-        future = self._scoring.thread.submit(self._score, images, prompts, metadata)
+        future = self._scoring.worker.submit(partial(self._score, images, prompts, metadata))
         future.add_done_callback(lambda _: self._places.release())
         return future
 
     def close(self, *, cancel: bool = False) -> None:
-        """Wait for the batch in work, and for the others too unless `cancel`; then end the threads."""
+        """End the threads: after all batches, or with `cancel` within seconds.
+
+        Then batches that have not begun are dropped, and rewards that can are told to `cancel`. A batch that
+        is still in work after five seconds is left behind; it does not keep the process.
+        """
         self._closed = True
-        if self._decoding is not None:
-            self._decoding.thread.shutdown(wait=True, cancel_futures=cancel)
-        self._scoring.thread.shutdown(wait=True, cancel_futures=cancel)
+        if cancel:
+            self.rewards.cancel()
+        for stage in (self._decoding, self._scoring):
+            wait_s = _LEAVE_BEHIND_S if cancel else math.inf
+            if stage is not None and not stage.worker.close(cancel=cancel, wait_s=wait_s):
+                log.warning("%s are still at work and left behind", self.rewards.names)
 
     def __enter__(self) -> RewardQueue:
         return self
@@ -138,7 +154,7 @@ class RewardQueue:
 
     def _decoded(self, batch: _Ready, prompts: list[str]) -> Future[_Ready]:
         if self._decoding is not None:
-            return self._decoding.thread.submit(self._decode, batch, prompts)
+            return self._decoding.worker.submit(partial(self._decode, batch, prompts))
         done: Future[_Ready] = Future()
         try:
             done.set_result(self._decode(batch, prompts))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lacfast.rewards.reward import Reward, RewardError
+from lacfast.rewards.reward import Cancellable, Reward, RewardError
 from lacfast.runtime.profiling import span
 
 BUILT_IN: dict[str, str] = {
@@ -101,6 +101,13 @@ class RewardSet:
                 name: _checked(name, function, images, prompts, metadata)
                 for name, function in self.functions.items()
             }
+
+    def cancel(self) -> None:
+        """End the calls that other threads have in work, of rewards that can."""
+        rewards: list[object] = list(self.functions.values())
+        for reward in rewards:
+            if isinstance(reward, Cancellable):
+                reward.cancel()
 
 
 def registered_rewards() -> dict[str, str]:

@@ -11,9 +11,11 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from threading import Event
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from lacfast.rewards.reward import BadAnswerError, RewardError
 from lacfast.rewards.wire import JSONFormat, WireFormat
+from lacfast.rewards.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +85,11 @@ class RemoteReward:
     retry: RetryConfig = field(default_factory=RetryConfig)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Further headers of every request, such as Authorization."""
-    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
-    """Waits some seconds; tests put in their own."""
+    pause: Callable[[Event, float], object] = field(default=Event.wait, repr=False)
+    """Waits some seconds or for the event; tests put in their own."""
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     """Seconds; tests put in their own."""
+    _calls: set[Workers] = field(default_factory=set, init=False, repr=False)
     _avoid_until: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     # Not the global generator: retries must not change what a seeded run draws.
     _random: random.Random = field(default_factory=random.Random, init=False, repr=False)
@@ -120,16 +124,40 @@ class RemoteReward:
             RewardError: when a batch is given up; it names the servers and what each of them last did.
         """
         images = images.detach().cpu()
-        with ThreadPoolExecutor(len(self.urls) * self.concurrency) as pool:
+        workers = Workers(len(self.urls) * self.concurrency, "lacfast-remote")
+        self._calls.add(workers)
+        try:
             futures = [
-                pool.submit(self._scored, number, images[rows], prompts[rows], metadata[rows])
+                workers.submit(
+                    partial(
+                        self._scored, workers.stopped, number, images[rows], prompts[rows], metadata[rows]
+                    )
+                )
                 for number, first in enumerate(range(0, len(prompts), self.batch_size))
                 for rows in [slice(first, first + self.batch_size)]
             ]
+            # Of the batches that ended: one that was given up ends the call before the others are asked.
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
             return torch.tensor([score for future in futures for score in future.result()]).float()
+        except CancelledError as error:
+            raise RewardError(f"remote reward {self.name!r} was cancelled") from error
+        finally:
+            self._calls.discard(workers)
+            workers.close(cancel=True, wait_s=0)
+
+    def cancel(self) -> None:
+        """End the calls that other threads have in work; each raises RewardError at once."""
+        for workers in tuple(self._calls):
+            workers.close(cancel=True, wait_s=0)
 
     def _scored(
-        self, number: int, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+        self,
+        stopped: Event,
+        number: int,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
     ) -> list[float]:
         """The scores of batch `number`, from the first server that gives them."""
         body = self.wire.request(images, prompts, metadata)
@@ -137,6 +165,8 @@ class RemoteReward:
         last_fault: dict[str, str] = {}
         for attempt in count():
             for url in self._order(number):
+                if stopped.is_set():
+                    raise CancelledError
                 left = self.retry.give_up_s - (self.clock() - start)
                 if failures and left <= 0:
                     waited = self.clock() - start
@@ -160,13 +190,13 @@ class RemoteReward:
                     return scores
                 if bad_answers >= self.retry.max_bad_answers:
                     raise self._given_up(last_fault, f"{bad_answers} answers without usable scores")
-            pause = min(self.retry.backoff_s * 2.0 ** min(attempt, 60), self.retry.max_backoff_s)
-            pause *= 1 - self.retry.jitter * self._random.random()
+            pause_s = min(self.retry.backoff_s * 2.0 ** min(attempt, 60), self.retry.max_backoff_s)
+            pause_s *= 1 - self.retry.jitter * self._random.random()
             waited = self.clock() - start
-            if waited + pause > self.retry.give_up_s:
+            if waited + pause_s > self.retry.give_up_s:
                 raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s")
-            log.warning("%s: batch %d is tried again in %.1f s", self.name, number, pause)
-            self.sleep(pause)
+            log.warning("%s: batch %d is tried again in %.1f s", self.name, number, pause_s)
+            self.pause(stopped, pause_s)
         raise AssertionError("unreachable")
 
     def _given_up(self, last_fault: Mapping[str, str], summary: str) -> RewardError:
@@ -245,10 +275,19 @@ def _left(deadline: float) -> float:
     return left
 
 
+def _addresses(host: str, port: int, deadline: float) -> list[Any]:
+    # The system's resolver has no time limit, so it may be left behind.
+    resolver = Workers(1, "lacfast-resolver")
+    found = resolver.submit(partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
+    try:
+        return found.result(_left(deadline))
+    finally:
+        resolver.close(cancel=True, wait_s=0)
+
+
 def _connected(host: str, port: int, *, tls: bool, deadline: float) -> socket.socket:
     fault: OSError = OSError(f"{host} has no address")
-    addresses: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, address in addresses:
+    for *_, address in _addresses(host, port, deadline):
         try:
             connected = socket.create_connection(address[:2], timeout=_left(deadline))
         except OSError as error:
@@ -286,6 +325,11 @@ def _post(url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -
         raise BadAnswerError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes") from error
     except TimeoutError as error:
         raise _UnavailableError(f"no whole answer within {timeout_s:g} s") from error
+    except ssl.SSLCertVerificationError as error:
+        raise BadAnswerError(
+            f"its certificate is not trusted: {error.verify_message}; "
+            "name a file that vouches for it in SSL_CERT_FILE"
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         raise _UnavailableError(f"{type(error).__name__}: {error}") from error
     finally:

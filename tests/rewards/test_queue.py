@@ -111,6 +111,22 @@ def test_an_error_of_the_caller_drops_the_batches_that_wait() -> None:
             future.result()
 
 
+def test_a_reward_that_does_not_return_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lacfast.rewards.queue._LEAVE_BEHIND_S", 0.05)
+    gate = Gate()
+    queue = RewardQueue(RewardSet.create(gate))
+    future = queue.submit(*batch(1.0))
+    while not future.running():
+        time.sleep(0.001)
+    queue.close(cancel=True)
+    with pytest.raises(CancelledError):
+        future.result()
+    assert "['gate'] are still at work and left behind" in caplog.text
+    gate.open.set()
+
+
 def test_a_queue_must_let_a_batch_in() -> None:
     with pytest.raises(ValueError, match="max_pending=0"):
         RewardQueue(RewardSet.create(brightness), max_pending=0)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 
+from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.remote import RemoteReward, RetryConfig
 from lacfast.rewards.reward import RewardError
@@ -93,14 +101,14 @@ def start() -> Iterator[Callable[..., Server]]:
 
 
 class Clock:
-    """Time that passes in `sleep` only."""
+    """Time that passes in `pause` only."""
 
     def __init__(self, on_sleep: Callable[[float], None] = lambda now: None) -> None:
         self.now = 0.0
         self.pauses: list[float] = []
         self.on_sleep = on_sleep
 
-    def sleep(self, seconds: float) -> None:
+    def pause(self, stopped: threading.Event, seconds: float) -> None:
         self.now += seconds
         self.pauses.append(seconds)
         self.on_sleep(self.now)
@@ -110,7 +118,7 @@ def remote(*urls: str, clock: Clock | None = None, batch_size: int = 64, **retry
     clock = clock or Clock()
     settings = RetryConfig(**{"timeout_s": 5.0, "jitter": 0.0, **retry})
     return RemoteReward(
-        urls=urls, retry=settings, batch_size=batch_size, sleep=clock.sleep, clock=lambda: clock.now
+        urls=urls, retry=settings, batch_size=batch_size, pause=clock.pause, clock=lambda: clock.now
     )
 
 
@@ -249,6 +257,51 @@ def test_a_deadline_holds_for_continues_and_slow_headers(opening: bytes, drop: b
         thread.join()
 
 
+def test_a_deadline_holds_for_a_resolver_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: release.wait(10))
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"no whole answer within 0\.2 s"):
+        remote("http://host.invalid/score", timeout_s=0.2, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
+    assert time.monotonic() - start < 2
+    release.set()
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate of localhost, signed by nobody else."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
+    files = ["-keyout", str(path), "-out", str(path.with_suffix(".crt"))]
+    subprocess.run([*make, *subject, *files], check=True, capture_output=True)
+    path.write_text(path.read_text() + path.with_suffix(".crt").read_text())
+    return path
+
+
+def test_https_speaks_to_a_server_whose_certificate_is_trusted_only(
+    start: Callable[..., Server], certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, context = start(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    port = server.http.server_port
+    with Refusal(
+        "its certificate is not trusted: self",
+        cause="A reward server whose certificate no known authority has signed.",
+        remedy="name a file that vouches for it in SSL_CERT_FILE",
+        error=RewardError,
+    ).raised():
+        remote(f"https://localhost:{port}/score")(IMAGES, PROMPTS, METADATA)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    scores = remote(f"https://localhost:{port}/score")(IMAGES, PROMPTS, METADATA)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(RewardError, match="not valid for '127"):
+        remote(f"https://127.0.0.1:{port}/score")(IMAGES, PROMPTS, METADATA)
+
+
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_without_end_is_refused(start: Callable[..., Server], status: int) -> None:
     server = start(*[lambda prompts: (status, b" " * (5 * 2**20))] * 9)
@@ -317,6 +370,50 @@ def test_a_server_that_stays_down_is_given_up_in_time() -> None:
         remote(url, clock=clock, give_up_s=100.0)(IMAGES, PROMPTS, METADATA)
     assert 60 < clock.now <= 100
     assert max(clock.pauses) == 30.0
+
+
+def test_no_batch_is_asked_for_after_one_is_given_up(start: Callable[..., Server]) -> None:
+    server = start(*[failing(404)] * 99)
+    with pytest.raises(RewardError, match="3 answers without usable scores"):
+        remote(server.url, batch_size=1)(IMAGES, PROMPTS, METADATA)
+    time.sleep(0.2)
+    # The next one may have begun before the first was given up.
+    assert len(server.requests) <= 4
+
+
+@contextmanager
+def silent_server() -> Iterator[str]:
+    """The URL of a server that lets everybody in and never says a word."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def dead_server() -> Iterator[str]:
+    yield f"http://127.0.0.1:{free_port()}"
+
+
+def score_aside(rewards: RewardSet) -> None:
+    """As an iteration of the trainer does it."""
+    with RewardQueue(rewards) as queue:
+        queue.submit(IMAGES, PROMPTS, METADATA)
+        queue.close()
+
+
+@pytest.mark.parametrize("server", [silent_server, dead_server])
+def test_one_interrupt_ends_a_run_within_seconds(
+    server: Callable[[], AbstractContextManager[str]],
+) -> None:
+    with server() as url:
+        rewards = RewardSet.create(RemoteReward(urls=[url], retry=RetryConfig(give_up_s=20, timeout_s=20)))
+        interrupt = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+        start = time.monotonic()
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            score_aside(rewards)
+        assert time.monotonic() - start < 3
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("lacfast-re")]
+    assert all(thread.daemon for thread in ours), "they would be waited for when the process ends"
 
 
 def test_jitter_shortens_pauses_by_at_most_its_share() -> None:
