@@ -56,10 +56,10 @@ py::tuple philox_words(const std::array<std::uint32_t, 4>& counter, const std::a
   return py::make_tuple(words.w0, words.w1, words.w2, words.w3);
 }
 
-#if defined(LACFAST_WITH_CUDA)
-std::string cuda_unusable_reason() { return cuda::unusable_reason(); }
+#if defined(LACFAST_CUDA_MISSING)
+std::string cuda_unusable_reason() { return "built without CUDA: " LACFAST_CUDA_MISSING; }
 #else
-std::string cuda_unusable_reason() { return "built without CUDA (LACFAST_CUDA=OFF, or no CUDA compiler was found)"; }
+std::string cuda_unusable_reason() { return cuda::unusable_reason(); }
 #endif
 
 }  // namespace

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+TRITON_MIN_CAPABILITY = (8, 0)
 
 
 class _Kernel(NamedTuple):
@@ -77,6 +78,10 @@ def unusable_reason(name: str) -> str:
     if name == "triton":
         if not torch.cuda.is_available():
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        capability = torch.cuda.get_device_capability()
+        if capability < TRITON_MIN_CAPABILITY:
+            had, needed = (".".join(map(str, each)) for each in (capability, TRITON_MIN_CAPABILITY))
+            return f"compute capability {had}; the Triton kernels need {needed}, the first with bfloat16"
         return _import_error("triton")
     error = _import_error("lacfast._C")
     if error or name == "cpu":
