@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lacfast import ops
 from lacfast.config import GraphConfig, SamplerConfig
 from lacfast.records import NoiseKey, TrajectorySlab
+from lacfast.runtime.cuda_graph import CudaCapture
 from lacfast.runtime.graph import GraphRunner, StaticStep
 
 pytestmark = pytest.mark.gpu
@@ -121,8 +122,17 @@ def test_a_step_that_waits_for_the_device_falls_back_and_leaves_capture_usable(
         expected.add_(expected.sum().item() + 1)
     assert torch.equal(x, expected)
     assert runner.statistics.fallbacks == 1
+    # The default generator, which a capture registers, draws as before.
+    assert torch.isfinite(torch.randn(3, device="cuda")).all()
     assert_walks_alike(runner, Walk(), Walk(), times=6)
     assert runner.statistics.captures == 1
+
+
+def test_a_device_without_an_index_is_the_one_that_was_current() -> None:
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        capture = CudaCapture(torch.device("cuda"))
+    assert capture.device == capture.stream.device == torch.device("cuda", last)
 
 
 def test_a_number_that_changes_in_python_is_found_at_first_use(

@@ -19,8 +19,10 @@ class CudaCapture:
     """One pool and one side stream for all captures of a runner."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # One without an index is the current one today, and may be another tomorrow.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device("cuda", index)
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
 
@@ -40,6 +42,8 @@ class CudaCapture:
     def capture(self, run: Callable[[], None]) -> CudaGraph:
         graph = CudaGraph()
         held = self._pool_bytes()
+        generator = torch.cuda.default_generators[self.device.index]
+        drawn = generator.clone_state()
         # The outer context gives the stream back where the inner one, whose capture failed, does not.
         with self.side_stream():
             try:
@@ -49,6 +53,8 @@ class CudaCapture:
                     run()
             except RuntimeError:
                 self._abandon(graph)
+                # Its state may still be that of a capture, in which every later draw would be refused.
+                generator.graphsafe_set_state(drawn)
                 raise
         graph.num_bytes = self._pool_bytes() - held
         return graph
@@ -62,8 +68,8 @@ class CudaCapture:
         self._failed.append(graph)
         with contextlib.suppress(RuntimeError):
             # Refused where the capture did end, and then there is nothing to do.
-            torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
-            torch._C._cuda_releasePool(self.device.index or 0, self.pool)
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
         self.pool = torch.cuda.graph_pool_handle()
 
     def _pool_bytes(self) -> int:

@@ -213,20 +213,23 @@ class GraphRunner:
         return host, first.elapsed_time(last) / 1e3
 
     def _first_use(self, step: StaticStep, program: _Program, repeats: int) -> None:
-        """Capture `repeats` steps and advance by them eagerly and by replay, which must agree in all bits."""
+        """Advance by `repeats` steps eagerly, capture them, and do it again by replay: all bits must agree.
+
+        The eager run comes first, so that its activations are free before the pool holds the graph's.
+        """
         written = list(step.written())
-        try:
-            graph = self._capture(step, written, repeats)
-        except RuntimeError as error:
-            self._fall_back(step, program, f"cannot be captured: {error}", error)
-            self._run_eagerly(step, repeats)
-            return
         # On the host: a slab of features may be too large for the device to hold it three times.
         before = [tensor.detach().to("cpu", copy=True) for tensor in written]
         with self._side_stream():
             self._run_eagerly(step, repeats)
         expected = [tensor.detach().to("cpu", copy=True) for tensor in written]
         _restore(written, before)
+        try:
+            graph = self._capture(step, written, repeats)
+        except RuntimeError as error:
+            _restore(written, expected)
+            self._fall_back(step, program, f"cannot be captured: {error}", error)
+            return
         graph.replay()
         different = [
             index

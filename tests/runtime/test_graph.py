@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lacfast import ops
 from lacfast.config import GraphConfig
@@ -207,6 +210,23 @@ def test_a_step_that_cannot_be_captured_runs_eagerly_after_one_warning() -> None
     for _ in range(7):
         expected.add_(float(expected.sum()) + 1)
     assert torch.equal(x, expected)
+
+
+def test_the_check_of_a_graph_does_not_need_the_memory_of_a_step_twice() -> None:
+    x, activations = torch.zeros(3), []
+
+    def run() -> None:
+        # What an earlier run allocated is gone when the next one allocates.
+        assert all(activation() is None for activation in activations)
+        activation = x + 1
+        activations.append(weakref.ref(activation))
+        x.copy_(activation)
+        runs.append("capture" if is_in_torch_dispatch_mode() else "eager")
+
+    runs: list[str] = []
+    GraphRunner(replace(FAKE, warmup_steps=1)).run(step_of(run, x), 3)
+    assert runs == ["eager", "eager", "capture"]
+    assert torch.equal(x, torch.full((3,), 3.0))
 
 
 def test_a_replay_that_differs_leaves_the_eager_result() -> None:
