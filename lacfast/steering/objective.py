@@ -14,14 +14,17 @@ from lacfast.critic.critic import Critic
 
 @dataclass(frozen=True)
 class Objective:
-    """V = combine_m w_m V_m over heads, then the minimum of critics; R so of the standardised rewards."""
+    """V = combine_m w_m V_m over heads, then the minimum of critics; R so of the standardised rewards.
+
+    All values are in units of the first critic's statistics: V' = (V std + mean - mean_0) / std_0.
+    """
 
     weights: Tensor
     """(M,) float32 weight of each head and reward."""
     reward_mean: Tensor
-    """(M,) float64 raw reward at V = 0."""
+    """(E, M) float64 raw reward at V = 0 of each of E critics; one row without any."""
     reward_std: Tensor
-    """(M,) float64 raw reward in one unit of V."""
+    """(E, M) float64 raw reward in one unit of V."""
     head_combination: str
 
     @staticmethod
@@ -48,11 +51,10 @@ class Objective:
                 "match; pass the rewards that the critic was trained on, in their order"
             )
         (size,) = sizes
-        units = critics[0] if critics else None
         return Objective(
             (torch.ones(size) if weights is None else weights).to(device, torch.float32),
-            torch.zeros(size).double() if units is None else units.reward_mean.cpu(),
-            torch.ones(size).double() if units is None else units.reward_std.cpu(),
+            torch.stack([critic.reward_mean.cpu() for critic in critics] or [torch.zeros(size).double()]),
+            torch.stack([critic.reward_std.cpu() for critic in critics] or [torch.ones(size).double()]),
             config.head_combination,
         )
 
@@ -61,12 +63,21 @@ class Objective:
 
         Of several critics the minimum counts: pessimism against adversarial gradients.
         """
-        return torch.stack([self._of_heads(heads.float()) for heads in values]).amin(dim=0)
+        common = [self._in_first_units(heads.float(), critic) for critic, heads in enumerate(values)]
+        return torch.stack([self._of_heads(heads) for heads in common]).amin(dim=0)
 
     def of_rewards(self, rewards: dict[str, Tensor]) -> Tensor:
         """R (B,) float64 in units of V, of raw rewards name -> (B,)."""
         raw = torch.stack(list(rewards.values()), dim=1).double()
-        return self._of_heads((raw - self.reward_mean) / self.reward_std)
+        return self._of_heads((raw - self.reward_mean[0]) / self.reward_std[0])
+
+    def _in_first_units(self, values: Tensor, critic: int) -> Tensor:
+        """Values (B, M) of a critic in the first one's units; its own stay bit for bit what they are."""
+        if critic == 0:
+            return values
+        scale = self.reward_std[critic] / self.reward_std[0]
+        offset = (self.reward_mean[critic] - self.reward_mean[0]) / self.reward_std[0]
+        return values * scale.to(values) + offset.to(values)
 
     def _of_heads(self, values: Tensor) -> Tensor:
         weighted = values * self.weights.to(values)

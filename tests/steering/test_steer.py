@@ -32,11 +32,12 @@ class LatentMean(nn.Module):
 
     num_rewards = 1
 
-    def __init__(self, sign: float = 1.0) -> None:
+    def __init__(self, sign: float = 1.0, mean: float = 0.0, std: float = 1.0) -> None:
+        """`mean` and `std`: of the raw reward, the latent's mean times `sign`."""
         super().__init__()
         self.sign = sign
         self.trunk = Trunk()
-        self.reward_mean, self.reward_std = torch.zeros(1).double(), torch.ones(1).double()
+        self.reward_mean, self.reward_std = torch.tensor([mean]).double(), torch.tensor([std]).double()
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)
@@ -44,7 +45,8 @@ class LatentMean(nn.Module):
     def forward(
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        return self.sign * sample.mean(dim=(1, 2, 3), keepdim=True)[:, 0, 0]
+        reward = self.sign * sample.mean(dim=(1, 2, 3), keepdim=True)[:, 0, 0]
+        return (reward - self.reward_mean.float()) / self.reward_std.float()
 
 
 def backbone_with(critic: nn.Module | None) -> LatentBackbone:
@@ -230,6 +232,18 @@ def test_an_ensemble_takes_the_minimum_and_shares_the_forward() -> None:
     stats = steer(backbone, PROMPTS, plain(), sampler=SAMPLER, more_critics=critics[1:])[1]
     assert stats.evaluations.per_image == 8
     torch.testing.assert_close(stats.values[0], torch.minimum(*alone))
+
+
+def test_critics_of_other_statistics_are_compared_in_the_units_of_the_first() -> None:
+    perfect, other = LatentMean(mean=21.0, std=1.0), LatentMean(mean=22.0, std=0.5)
+    alone = steer(backbone_with(perfect), PROMPTS, plain(), sampler=SAMPLER)[1].values
+    both = steer(backbone_with(perfect), PROMPTS, plain(), sampler=SAMPLER, more_critics=[other])[1].values
+    # Float32 values near -21 and -44.
+    torch.testing.assert_close(both, alone, rtol=0, atol=1e-5)
+    pessimist = LatentMean(mean=20.0, std=0.5)
+    pessimist.sign = 0.5
+    low = steer(backbone_with(perfect), PROMPTS, plain(), sampler=SAMPLER, more_critics=[pessimist])[1].values
+    torch.testing.assert_close(low, torch.minimum(alone, (alone + 21.0) / 2 - 21.0), rtol=0, atol=1e-5)
 
 
 def test_heads_are_summed_by_weight_or_their_minimum_is_taken() -> None:
