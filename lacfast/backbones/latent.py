@@ -193,8 +193,7 @@ class LatentBackbone(ABC):
         own = LoRAConfig(
             rank=config.lora_rank, target_modules=None if self.lora is None else self.lora.target_modules
         )
-        weights = adapters.add_adapter(self.model, adapters.CRITIC, own, self.lora_targets)
-        return LoRATrunk(self.model, weights, shared, self.predict_with)
+        return LoRATrunk(self.model, own, self.lora_targets, shared, self.predict_with)
 
     def any_prompt(self) -> Conditioning:
         """Conditioning (1, ...), for its widths."""

@@ -10,7 +10,9 @@ import copy
 import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from peft import LoraConfig
@@ -23,7 +25,10 @@ from lacfast.config import LoRAConfig
 POLICY = "policy"
 """Name of the policy's adapter."""
 CRITIC = "critic"
-"""Name of the critic's adapter, for the critic trunk "lora"."""
+"""Name of the first critic's adapter, for the critic trunk "lora"; others have a number behind it."""
+
+_OWNERS = "lacfast_critics"
+"""Attribute of a model: name of a critic's adapter -> its trunk, as long as that lives."""
 
 
 class MasterLinear(nn.Linear):
@@ -53,7 +58,7 @@ def add_adapter(
 
     Args:
         model: a diffusers model; its other weights stay as they are.
-        name: POLICY or CRITIC; an adapter of that name is replaced.
+        name: POLICY or a critic's; an adapter of that name is replaced.
         config: rank, alpha and modules.
         default_targets: the family's modules, where the config names none.
 
@@ -76,7 +81,7 @@ def add_adapter(
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft draws on the CPU, and warns of a second adapter, which is what the critic's is.
+        # peft draws on the CPU, and warns of a second adapter, which is what a critic's is.
         torch.default_generator.manual_seed(config.seed)
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(settings, adapter_name=name)
@@ -90,6 +95,15 @@ def add_adapter(
         parameter.requires_grad_(needed)
     activate(model, POLICY if POLICY in model.peft_config else None)
     return weights
+
+
+def critic_name(model: nn.Module, trunk: nn.Module) -> str:
+    """The name of an adapter that is to be `trunk`'s alone: that of a critic which is gone, or a new one."""
+    owners: WeakValueDictionary[str, nn.Module] = model.__dict__.setdefault(_OWNERS, WeakValueDictionary())
+    names = (f"{CRITIC}_{number}" if number > 1 else CRITIC for number in count(1))
+    name = next(name for name in names if name not in owners)
+    owners[name] = trunk
+    return name
 
 
 def _is_target(module_name: str, targets: list[str]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.taps import Tap, record_taps
+from lacfast.config import LoRAConfig
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
 
@@ -71,11 +72,17 @@ class LoRATrunk(OwnForwardTrunk):
     """The actor's base with the critic's own LoRA instead of the policy's."""
 
     def __init__(
-        self, model: nn.Module, weights: list[nn.Parameter], shared: SharedTrunk, predict: Predict
+        self,
+        model: nn.Module,
+        config: LoRAConfig,
+        targets: tuple[str, ...],
+        shared: SharedTrunk,
+        predict: Predict,
     ) -> None:
-        """`weights`: of the critic's adapter in `model`; they become the trunk's too."""
+        """`config` and `targets` as lora.add_adapter; the adapter's weights become the trunk's too."""
         super().__init__()
-        self.weights = nn.ParameterList(weights)
+        self.adapter = adapters.critic_name(model, self)
+        self.weights = nn.ParameterList(adapters.add_adapter(model, self.adapter, config, targets))
         # In a tuple, so that the base is no part of the critic's own weights.
         self.base = (model,)
         self.shared = shared
@@ -87,7 +94,7 @@ class LoRATrunk(OwnForwardTrunk):
     ) -> list[Tensor]:
         (model,) = self.base
         with (
-            adapters.activated(model, adapters.CRITIC),
+            adapters.activated(model, self.adapter),
             _without_checkpointing(model),
             self.shared.record(model, detach=False) as own_features,
         ):

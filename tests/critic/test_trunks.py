@@ -201,3 +201,28 @@ def test_a_registered_trunk_is_built_saved_and_loaded(
 def test_the_name_of_a_trunk_is_given_once(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is taken"):
         register_trunk(name, lambda backbone, config: _Mean())
+
+
+def test_every_critic_with_an_adapter_has_its_own_on_one_backbone() -> None:
+    backbone = tiny_backbone("dit")
+    sample, timestep = state(backbone)
+    critics = []
+    for seed in (1, 2):
+        critic = critic_of(backbone, trunk="lora", lora_rank=2)
+        with torch.no_grad():
+            for weight in critic.trunk.weights:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+        critics.append((critic, values(backbone, critic, sample, timestep, PROMPTS[:3])))
+    for critic, alone in critics:
+        assert torch.equal(values(backbone, critic, sample, timestep, PROMPTS[:3]), alone)
+    assert not torch.allclose(critics[0][1], critics[1][1])
+
+
+def test_the_adapter_of_a_critic_that_is_gone_makes_room_for_the_next() -> None:
+    backbone = tiny_backbone("dit")
+    kept = critic_of(backbone, trunk="lora", lora_rank=2)
+    for _ in range(2):
+        gone = critic_of(backbone, trunk="lora", lora_rank=2)
+        del gone
+    assert sorted(backbone.model.peft_config) == ["critic", "critic_2"]
+    assert kept.trunk.adapter == "critic"
