@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
+from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.presets import RUNS
@@ -18,18 +19,18 @@ USAGE_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Config):
     """Pretrain a tiny diffusion model, teach it by actor-critic PPO to obey its prompts, and show it."""
 
     out: Path
     """Directory for summary.json, metrics.jsonl, images/, report.html and the models."""
-    budget: float = 450.0
+    budget: Positive = 450.0
     """Seconds in all; reinforcement learning gets what the other phases leave."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights, prompts and noise."""
     backbone: Literal["dit", "unet"] = "dit"
     """dit: SD3's transformer; unet: Stable Diffusion's, slower on a CPU: give it a larger budget."""
-    threads: int = 1
+    threads: Count = 1
     """CPU threads of torch; more than one only pays on idle cores."""
     quick: bool = False
     """Cut every phase short: shows that it runs, not that it learns. Stops long before the budget."""

@@ -6,6 +6,7 @@ L tokens, D features, M rewards, N elements of one latent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
@@ -14,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+MIN_STD = 1e-6
+"""Smallest standard deviation of a stochastic step: a few roundings of a float32 latent."""
 INITIAL_STEP = -1
 """Step counter of the noise that starts a trajectory; denoising steps count from 0."""
 
@@ -123,6 +126,18 @@ class TransitionTable:
     """(T + 1,) float64, noise level before each step and after the last. 1: pure noise; DDIM: sqrt(1 - A)."""
     prediction_type: str = "flow"
     """What the model predicts: "flow" (noise - data), "epsilon", "v_prediction" or "sample"."""
+
+    def __post_init__(self) -> None:
+        for step, row in enumerate(zip(self.a.tolist(), self.b.tolist(), self.std.tolist(), strict=True)):
+            if not all(map(math.isfinite, row)):
+                raise ValueError(
+                    f"step {step} of {self.kind!r} has (a, b, std) = {row}; use a smaller noise_level"
+                )
+            if row[-1] < 0 or 0 < row[-1] < MIN_STD:
+                raise ValueError(
+                    f"step {step} of {self.kind!r} has std {row[-1]:.3g}, and a log-prob would be made of "
+                    f"rounding errors; use a larger noise_level, or leave the step out of the window"
+                )
 
     @property
     def num_steps(self) -> int:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from lacfast.config import KL_KINDS
+from lacfast.config.checks import unknown
+from lacfast.config.sampling import require_noise_level
 from lacfast.records import TransitionTable
 
 Window = tuple[int, int]
@@ -30,11 +32,6 @@ def _check_sigmas(sigmas: Tensor) -> Tensor:
     if not bool((sigmas[:-1] > sigmas[1:]).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
     return sigmas
-
-
-def _check_noise_level(kind: str, noise_level: float) -> None:
-    if not noise_level >= 0:
-        raise ValueError(f"noise_level={noise_level} of {kind!r} must be >= 0")
 
 
 def _windowed(
@@ -67,7 +64,7 @@ def _flow_table(
     window: Window | None,
 ) -> TransitionTable:
     sigmas = _check_sigmas(sigmas)
-    _check_noise_level(kind, noise_level)
+    require_noise_level(kind, noise_level)
     s, n = sigmas[:-1], sigmas[1:]
     deterministic = torch.stack([torch.ones_like(s), n - s, torch.zeros_like(s)], dim=1)
     stochastic = torch.stack(rows(s, n), dim=1) if noise_level > 0 else deterministic
@@ -109,7 +106,7 @@ def dance_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = Non
 
 
 def cps(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
-    """Coefficients-preserving sampling, std = n sin(pi noise_level / 2). Arguments as `flow_sde`."""
+    """Coefficients-preserving sampling, std = n sin(pi noise_level / 2); at most 1. As `flow_sde`."""
     angle = math.pi * noise_level / 2
 
     def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,11 +117,11 @@ def cps(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> 
 
 
 def flow_ddim(sigmas: Tensor, noise_level: float, *, window: Window | None = None) -> TransitionTable:
-    """DDIM's transition in flow coordinates, noise_level = DDIM's eta. Arguments as `flow_sde`."""
+    """DDIM's transition in flow coordinates, noise_level = DDIM's eta, at most 1. Arguments as `flow_sde`."""
 
     def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         std = noise_level * n * (1 - (n * (1 - s)) ** 2 / (s * (1 - n)) ** 2).sqrt()
-        kept = (n**2 - std**2).sqrt()
+        kept = (n**2 - std**2).clamp(min=0).sqrt()
         return (1 - n) + kept, -s * (1 - n) + (1 - s) * kept, std
 
     return _flow_table("flow_ddim", sigmas, noise_level, rows, window)
@@ -132,10 +129,7 @@ def flow_ddim(sigmas: Tensor, noise_level: float, *, window: Window | None = Non
 
 def ode(sigmas: Tensor, noise_level: float = 0.0, *, window: Window | None = None) -> TransitionTable:
     """The probability-flow ODE by Euler steps: evaluation. `noise_level` must be 0."""
-    if noise_level != 0:
-        raise ValueError(
-            f"the ode sampler draws no noise, got noise_level={noise_level}; use 'flow_sde' to explore"
-        )
+    require_noise_level("ode", noise_level)
     sigmas = _check_sigmas(sigmas)
     rows = torch.stack(
         [torch.ones(len(sigmas) - 1).double(), sigmas[1:] - sigmas[:-1], torch.zeros(len(sigmas) - 1)], dim=1
@@ -165,9 +159,9 @@ def ddim(
         window: (start, stop) steps that are stochastic. None: all.
 
     Raises:
-        ValueError: for an unknown prediction type, a negative eta, or an eta that leaves no direction term.
+        ValueError: for an unknown prediction type, or an eta out of [0, 1].
     """
-    _check_noise_level("ddim", eta)
+    require_noise_level("ddim", eta)
     timesteps = torch.as_tensor(timesteps, device="cpu").long()
     if prev_timesteps is None:
         prev_timesteps = torch.cat([timesteps[1:], torch.tensor([-1])])
@@ -177,8 +171,6 @@ def ddim(
         prev_timesteps < 0, torch.tensor(final_alpha_cumprod).double(), alphas[prev_timesteps.clamp(min=0)]
     )
     std = eta * ((1 - prev_signal) / (1 - signal) * (1 - signal / prev_signal)).clamp(min=0).sqrt()
-    if bool((1 - prev_signal - std**2 < -1e-12).any()):
-        raise ValueError(f"eta={eta} asks for more noise than a DDIM step holds; use eta <= 1")
     stochastic = _ddim_rows(signal, prev_signal, std, prediction_type)
     deterministic = _ddim_rows(signal, prev_signal, torch.zeros_like(std), prediction_type)
     sigmas = torch.cat([(1 - signal).sqrt(), (1 - prev_signal[-1:]).sqrt()])
@@ -209,7 +201,8 @@ FLOW_KINDS: dict[str, Callable[..., TransitionTable]] = {
     "flow_ddim": flow_ddim,
     "ode": ode,
 }
-"""Kinds for models that predict a flow's velocity. A new kind is such a function and an entry here."""
+"""Kinds for models that predict a flow's velocity. A new kind is such a function, an entry here and the
+range of its noise level in lacfast.config.sampling."""
 
 
 def flow_table(
@@ -221,7 +214,7 @@ def flow_table(
         ValueError: for an unknown kind; the message lists the known ones.
     """
     if kind not in FLOW_KINDS:
-        raise ValueError(f"unknown sampler kind {kind!r}; known: {', '.join(sorted(FLOW_KINDS))}")
+        raise unknown("sampler kind", kind, sorted(FLOW_KINDS))
     return FLOW_KINDS[kind](sigmas, noise_level, window=window)
 
 
@@ -252,7 +245,7 @@ def kl_gains(
     step_sizes = table.sigmas[:-1] - table.sigmas[1:]
     kinds = dict(zip(KL_KINDS, (exact, torch.ones_like(exact), step_sizes * exact), strict=True))
     if kind not in kinds:
-        raise ValueError(f"unknown kl kind {kind!r}; known: {', '.join(kinds)}")
+        raise unknown("kl kind", kind, kinds)
     return torch.where(stochastic, kinds[kind], 0.0).to(device, dtype)
 
 

@@ -12,19 +12,20 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.config.checks import Config, Count, NonNegative
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineSettings:
+class PipelineSettings(Config):
     """How a pipeline is used; a saved directory keeps them."""
 
-    resolution: tuple[int, int] | None = None
+    resolution: tuple[Count, Count] | None = None
     """(height, width) in pixels. None: the pipeline's own."""
     negative_prompt: str | None = None
     """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
-    max_sequence_length: int | None = None
+    max_sequence_length: Count | None = None
     """Tokens of the T5 encoder of SD3 and FLUX. None: the pipeline's own, 256 and 512."""
-    embedded_guidance: float = 3.5
+    embedded_guidance: NonNegative = 3.5
     """Guidance that a distilled FLUX is told; not classifier-free guidance."""
     vae_dtype: str | None = None
     """torch's name of the dtype that the decoder runs in, "bfloat16". None: the decoder's own."""
@@ -34,6 +35,7 @@ class PipelineSettings:
     """Decode an image in tiles."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.vae_dtype is not None and not isinstance(getattr(torch, self.vae_dtype, None), torch.dtype):
             raise ValueError(
                 f"vae_dtype={self.vae_dtype!r} is no dtype of torch; use 'bfloat16' or 'float32'"

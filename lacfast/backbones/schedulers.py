@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lacfast.config.sampling import require_noise_level
 from lacfast.records import TransitionTable
 from lacfast.schedule import FLOW_KINDS, Window, ddim, flow_table
 
@@ -58,13 +59,8 @@ def from_scheduler(
                 f"use {name}.from_config(scheduler.config, {setting}=False)"
             )
     own.set_timesteps(num_steps)
-    if kind == "ode" and noise_level != 0:
-        raise ValueError(
-            f"the ode sampler draws no noise, got noise_level={noise_level}; use 'ddim' to explore"
-        )
-    return (
-        _from_ddpm(own, noise_level, window) if kind == "ddpm" else _from_ddim(own, kind, noise_level, window)
-    )
+    require_noise_level(kind, noise_level)
+    return _from_ddpm(own, window) if kind == "ddpm" else _from_ddim(own, kind, noise_level, window)
 
 
 def _from_flow_match(
@@ -109,13 +105,8 @@ def _from_ddim(scheduler: Any, kind: str, eta: float, window: Window | None) -> 
     )
 
 
-def _from_ddpm(scheduler: Any, noise_level: float, window: Window | None) -> TransitionTable:
+def _from_ddpm(scheduler: Any, window: Window | None) -> TransitionTable:
     """DDPM's posterior is DDIM at eta = 1; only a `fixed_large` variance differs."""
-    if noise_level != 1:
-        raise ValueError(
-            f"kind 'ddpm' has the scheduler's own variance, noise_level must be 1, got {noise_level}; "
-            "use kind 'ddim'"
-        )
     table = _from_ddim(scheduler, "ddpm", 1.0, window)
     variance_type = scheduler.config.variance_type
     if variance_type in ("fixed_small", "fixed_small_log"):

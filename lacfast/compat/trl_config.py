@@ -7,7 +7,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -22,20 +22,22 @@ from lacfast.config import (
     SamplerConfig,
     TrainConfig,
 )
+from lacfast.config.checks import Bound, Config, Count, NonNegative, Positive, Range, Seed
 
+_Beta = Annotated[float, Range(least=0, below=1)]
 _PROJECT_KEYS = ("automatic_checkpoint_naming", "logging_dir", "project_dir", "total_limit")
 
 
 # Not frozen: scripts set project_kwargs after parsing, as TRL's own example does.
 @dataclass
-class DDPOConfig:
+class DDPOConfig(Config):
     """The fields and defaults of TRL 0.23, its last release with a DDPO trainer; see `train_config`."""
 
     exp_name: str = field(default_factory=lambda: os.path.basename(sys.argv[0]).removesuffix(".py"))
     """Name of the script; logged."""
     run_name: str = ""
     """Name of the run; logged."""
-    seed: int = 0
+    seed: Seed = 0
     """TrainConfig.seed."""
     log_with: str | None = None
     """"tensorboard" or "wandb" besides metrics.jsonl, which is always written."""
@@ -49,11 +51,11 @@ class DDPOConfig:
     """Project of Weights & Biases."""
     logdir: str = "logs"
     """Where metrics.jsonl, checkpoints/ and samples/ go."""
-    num_epochs: int = 100
+    num_epochs: Count = 100
     """TrainConfig.iterations: an epoch is a rollout and its update."""
-    save_freq: int = 1
+    save_freq: Count = 1
     """Epochs between checkpoints; epoch 0 is not saved."""
-    num_checkpoint_limit: int = 5
+    num_checkpoint_limit: Count = 5
     """Checkpoints that are kept, the latest."""
     mixed_precision: str = "fp16"
     """"no", "bf16" or "fp16"; the last runs in bfloat16, where gradients near 5e-9 do not underflow."""
@@ -61,54 +63,54 @@ class DDPOConfig:
     """On a GPU."""
     resume_from: str = ""
     """A checkpoint, or a directory whose latest checkpoint is taken."""
-    sample_num_steps: int = 50
+    sample_num_steps: Count = 50
     """SamplerConfig.num_steps."""
-    sample_eta: float = 1.0
-    """SamplerConfig.noise_level of the kind "ddim", > 0."""
-    sample_guidance_scale: float = 5.0
+    sample_eta: Annotated[float, Range(above=0, most=1)] = 1.0
+    """SamplerConfig.noise_level of the kind "ddim"."""
+    sample_guidance_scale: Annotated[float, Range(least=1)] = 5.0
     """SamplerConfig.guidance_scale."""
-    sample_batch_size: int = 1
+    sample_batch_size: Count = 1
     """TrainConfig.rollout_batch_size: images sampled at a time and per call of the reward."""
-    sample_num_batches_per_epoch: int = 2
+    sample_num_batches_per_epoch: Count = 2
     """TrainConfig.batch_size is this times sample_batch_size."""
-    train_batch_size: int = 1
+    train_batch_size: Count = 1
     """PPOConfig.microbatch_size: (sample, step) pairs per forward and backward."""
     train_use_8bit_adam: bool = False
     """Must be False."""
-    train_learning_rate: float = 3e-4
+    train_learning_rate: Positive = 3e-4
     """PPOConfig.policy_learning_rate."""
-    train_adam_beta1: float = 0.9
+    train_adam_beta1: _Beta = 0.9
     """PPOConfig.betas."""
-    train_adam_beta2: float = 0.999
+    train_adam_beta2: _Beta = 0.999
     """PPOConfig.betas."""
-    train_adam_weight_decay: float = 1e-4
+    train_adam_weight_decay: NonNegative = 1e-4
     """PPOConfig.weight_decay."""
-    train_adam_epsilon: float = 1e-8
+    train_adam_epsilon: Positive = 1e-8
     """PPOConfig.adam_eps; 1e-15 does not damp the gradients of a mean-reduced log-prob."""
-    train_gradient_accumulation_steps: int = 1
+    train_gradient_accumulation_steps: Count = 1
     """An optimizer step takes this times train_batch_size samples' worth of pairs; sets num_minibatches."""
-    train_max_grad_norm: float = 1.0
+    train_max_grad_norm: Bound = 1.0
     """PPOConfig.max_grad_norm."""
-    train_num_inner_epochs: int = 1
+    train_num_inner_epochs: Count = 1
     """PPOConfig.num_inner_epochs."""
     train_cfg: bool = True
     """PPOConfig.cfg_grad="both". False is only consistent without guidance."""
-    train_adv_clip_max: float = 5.0
+    train_adv_clip_max: Bound = 5.0
     """PPOConfig.advantage_clip."""
-    train_clip_range: float = 1e-4
+    train_clip_range: Positive = 1e-4
     """PPOConfig.clip, as a Ratio."""
-    train_timestep_fraction: float = 1.0
+    train_timestep_fraction: Annotated[float, Range(above=0, most=1)] = 1.0
     """PPOConfig.timestep_fraction."""
     per_prompt_stat_tracking: bool = False
     """Advantages relative to the prompt's own rewards (ddpo.PerPromptStatTracker), not to the batch."""
-    per_prompt_stat_tracking_buffer_size: int = 16
+    per_prompt_stat_tracking_buffer_size: Count = 16
     """Rewards kept per prompt."""
-    per_prompt_stat_tracking_min_count: int = 16
+    per_prompt_stat_tracking_min_count: Count = 16
     """Rewards from which on a prompt has a baseline of its own."""
     async_reward_computation: bool = False
     """Judge max_workers batches at once, in threads; they are sampled together. Without it a reward runs
     beside the sampling of the next batch all the same."""
-    max_workers: int = 2
+    max_workers: Count = 2
     """Threads of async_reward_computation."""
     negative_prompts: str = ""
     """One negative prompt, PipelineSettings.negative_prompt; TRL never split it at commas."""

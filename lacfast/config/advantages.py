@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
+from typing import Annotated
 
-from lacfast.config.checks import require
-from lacfast.config.choice import Choice, require_choice, variants
+from lacfast.config.checks import Config, Count, Finite, OneOf, Positive, require
+from lacfast.config.choice import Choice, variants
 
 GROUP_STDS = ("global", "group", "none")
 """See GroupBaseline.std."""
@@ -24,12 +24,9 @@ class CriticValues(Choice, name="critic"):
 class GroupBaseline(Choice):
     """What estimators have in common that compare the trajectories of one prompt within a rollout."""
 
-    std: str = "global"
+    std: Annotated[str, OneOf(GROUP_STDS)] = "global"
     """What the distance from the group is divided by: "global": the deviation of the rollout's rewards
     (flow_grpo); "group": of the group's own (DanceGRPO); "none": nothing."""
-
-    def __post_init__(self) -> None:
-        require(self.std in GROUP_STDS, f"unknown std {self.std!r}; known: {', '.join(GROUP_STDS)}")
 
 
 @dataclass(frozen=True)
@@ -46,14 +43,15 @@ class LeaveOneOut(GroupBaseline):
 class DDPO(Choice):
     """A reward against the last ones of its prompt (arXiv 2305.13301)."""
 
-    buffer_size: int = 16
-    """Rewards that are kept per prompt, >= 1. ddpo-pytorch: 16."""
-    min_count: int = 16
+    buffer_size: Count = 16
+    """Rewards that are kept per prompt. ddpo-pytorch: 16."""
+    min_count: Count = 16
     """Rewards from which on a prompt has a baseline of its own, and not the rollout's. ddpo-pytorch: 16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
-            1 <= self.min_count <= self.buffer_size,
+            self.min_count <= self.buffer_size,
             f"min_count={self.min_count} must lie in [1, buffer_size={self.buffer_size}], or no prompt would "
             "ever have a baseline of its own",
         )
@@ -79,25 +77,25 @@ _READERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdvantageConfig:
+class AdvantageConfig(Config):
     """Baseline and combination of rewards; gamma, lambda and the bounds are PPOConfig's."""
 
     estimator: Estimator = CriticValues()
     """What a trajectory is compared with. All but CriticValues train without a critic."""
-    combination: str = "sum_normalized"
+    combination: Annotated[str, OneOf(COMBINATIONS)] = "sum_normalized"
     """How several rewards join. "sum_normalized": advantages per reward, each in its own deviation, then the
     weighted sum; "sum": the weighted sum of a critic's advantages of standardised rewards as they are;
     "scalarized": one reward, the weighted sum of the raw ones, and one head; "conditional": "sum_normalized"
     where an easy reward counts only if a hard one passes, see `conditions`; "constrained": "sum_normalized"
     whose weights rise where a reward lies below its floor, see `floors`."""
-    conditions: tuple[tuple[str, str, float], ...] = ()
+    conditions: tuple[tuple[str, str, Finite], ...] = ()
     """(easy, hard, threshold): reward `easy` counts as 0 where reward `hard`, raw, is below the threshold."""
-    floors: tuple[tuple[str, float], ...] = ()
+    floors: tuple[tuple[str, Finite], ...] = ()
     """(reward, raw mean that it must reach): a constraint; its weight is the first multiplier. The other
     rewards are the objective."""
-    multiplier_learning_rate: float = 0.1
+    multiplier_learning_rate: Positive = 0.1
     """Per iteration, in weight per standard deviation that a mean lies below its floor."""
-    multiplier_maximum: float = 10.0
+    multiplier_maximum: Positive = 10.0
     """Bound of a multiplier, for a floor that cannot be reached."""
 
     @property
@@ -106,9 +104,7 @@ class AdvantageConfig:
         return isinstance(self.estimator, CriticValues)
 
     def __post_init__(self) -> None:
-        require_choice("estimator", self.estimator, Estimator)
-        known = ", ".join(COMBINATIONS)
-        require(self.combination in COMBINATIONS, f"unknown combination {self.combination!r}; known: {known}")
+        super().__post_init__()
         defaults = {field.name: field.default for field in fields(self)}
         for name, reader in _READERS.items():
             value = getattr(self, name)
@@ -129,6 +125,3 @@ class AdvantageConfig:
             self.combination != "constrained" or len(self.floors) > 0,
             "combination='constrained' needs floors=((reward, raw mean), ...)",
         )
-        require(all(math.isfinite(floor) for _, floor in self.floors), f"floors={self.floors} must be finite")
-        for name in ("multiplier_learning_rate", "multiplier_maximum"):
-            require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be > 0")

@@ -7,8 +7,10 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin
 
+from lacfast.config.checks import Config
 
-class Choice:
+
+class Choice(Config):
     """Base of the records of which a field holds one, as in `clip: Ratio | Nats | KLMask`.
 
     Its word, in messages and on the command line, is its name and its settings, in order or by name, where
@@ -36,17 +38,6 @@ def variants(annotation: Any) -> dict[str, type[Choice]]:
     """The choices among the types of a field, by name."""
     members = get_args(annotation) if get_origin(annotation) in (UnionType, Union) else (annotation,)
     return {member.name: member for member in members if _is_choice(member)}
-
-
-def require_choice(option: str, value: object, annotation: Any) -> None:
-    """
-    Raises:
-        ValueError: for a value of an option that is none of its choices.
-    """
-    known = variants(annotation)
-    if not isinstance(value, tuple(known.values())):
-        classes = ", ".join(variant.__name__ for variant in known.values())
-        raise ValueError(f"{option}={value!r} is no choice; use one of lacfast.config's {classes}")
 
 
 def usage(known: dict[str, type[Choice]]) -> str:

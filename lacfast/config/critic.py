@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from lacfast.config.checks import require
+from lacfast.config.checks import Bound, Config, Count, OneOf, Positive, Range, Seed, require, unknown
 
 TRUNKS = (
     "branch",
@@ -32,7 +32,7 @@ TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CriticConfig:
+class CriticConfig(Config):
     """The value function on noisy latents."""
 
     trunk: str = "branch"
@@ -41,7 +41,7 @@ class CriticConfig:
     actor's frozen or trained base; "copy": own full trunk; "clean_net": a small net on the actor's estimate
     of the clean latent; "none": no critic (group-relative baselines); or a name that `register_trunk` of
     lacfast.critic.trunk was given."""
-    num_blocks: int = 1
+    num_blocks: Count = 1
     """k, blocks of the branch; 1 of 3 in the tiny DiT, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
     """Rollouts keep what the critic reads. False, for trunks that read the actor's forward ("branch",
@@ -49,64 +49,58 @@ class CriticConfig:
     forward, in steps of its own beside each of the actor's. Those are of the actor as it then is, and of the
     trained pairs alone: deterministic steps are left out. Value pretraining, where the actor has no such
     forward, keeps them all the same."""
-    taps: tuple[float, ...] | None = None
+    taps: tuple[Annotated[float, Range(above=0, most=1)], ...] | None = None
     """Depths of the tapped blocks as fractions of all, for "shared", "joint", "lora" and "copy". None: 1/3,
     2/3 and 1 of a transformer [paper], the mid and every up block of a UNet."""
     time_conditioning: bool = True
     """The timestep modulates the head's queries and hidden layer. [paper] essential."""
-    text_conditioning: str = "none"
+    text_conditioning: Annotated[str, OneOf(TEXT_CONDITIONINGS)] = "none"
     """What the head reads besides the trunk's taps: "none"; "pooled": the pooled prompt embedding, the mean
     token where the family has none; "tokens": all prompt tokens. [paper] matters less."""
-    loss: str = "mse"
+    loss: Annotated[str, OneOf(VALUE_LOSSES)] = "mse"
     """"mse"; "bce": V is a probability, for rewards in [0, 1]; "hl_gauss": classification over bins
     (arXiv 2403.03950). Steering and GAE read values in the same units whatever it is."""
-    num_bins: int = 51
+    num_bins: Annotated[int, Range(least=2)] = 51
     """Bins of "hl_gauss" (arXiv 2403.03950)."""
-    bin_range: float = 6.0
+    bin_range: Positive = 6.0
     """"hl_gauss": bins reach so many standard deviations of the first rewards to each side of their mean; a
     little more than PPOConfig.target_clip, so that no clipped target lies at the edge."""
-    value_clip: float = math.inf
+    value_clip: Bound = math.inf
     """"mse": PPO's bound on a value's move from that of the rollout, in standard deviations of the reward
     (openai/baselines' ppo2, 0.2 there); inf: off."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention queries per tap."""
-    head_dim: int = 32
+    head_dim: Count = 32
     """Features that each query returns."""
-    hidden_dim: int = 128
+    hidden_dim: Count = 128
     """Width of the MLP behind the queries; small heads overfit less."""
-    joint_weight: float = 1e-3
+    joint_weight: Positive = 1e-3
     """Weight of the value loss in the actor's, for "joint". A mean-reduced policy gradient is about 1/sqrt(N)
     of the value's, so 1/sqrt(N) weighs them alike."""
-    lora_rank: int = 16
+    lora_rank: Count = 16
     """Rank of the adapter of the trunk "lora"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known_trunks = (*TRUNKS, *REGISTERED_TRUNKS)
-        require(
-            self.trunk in known_trunks,
-            f"unknown critic trunk {self.trunk!r}; known: {', '.join(known_trunks)}. One that was registered "
-            "is known after importing the module that registers it: bench.learning.controls has "
-            "'latent_net', 'prompt_only' and 'pixel'",
-        )
-        for option, known in (("loss", VALUE_LOSSES), ("text_conditioning", TEXT_CONDITIONINGS)):
-            chosen = getattr(self, option)
-            require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
-        require(self.value_clip > 0, f"value_clip={self.value_clip} must be > 0 (inf: off)")
+        if self.trunk not in known_trunks:
+            raise unknown(
+                "critic trunk",
+                self.trunk,
+                known_trunks,
+                "One that was registered is known after importing the module that registers it: "
+                "bench.learning.controls has 'latent_net', 'prompt_only' and 'pixel'",
+            )
         require(
             self.loss == "mse" or math.isinf(self.value_clip),
             f"value_clip={self.value_clip} bounds a squared error; use value_clip=math.inf with "
             f"loss={self.loss!r}",
         )
-        require(self.num_bins >= 2, f"num_bins={self.num_bins} must be at least 2")
-        require(self.bin_range > 0, f"bin_range={self.bin_range} must be > 0")
         self._check_taps()
         require(
             self.keep_features or self.trunk in ACTOR_TRUNKS,
             f"keep_features=False is for {', '.join(ACTOR_TRUNKS)}, which read the actor, not {self.trunk!r}",
         )
-        require(self.joint_weight > 0, f"joint_weight={self.joint_weight} must be > 0; or use 'shared'")
-        for name in ("num_blocks", "num_heads", "head_dim", "hidden_dim", "lora_rank"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
 
     def _check_taps(self) -> None:
         if self.taps is None:
@@ -116,25 +110,18 @@ class CriticConfig:
             f"taps={self.taps} would be ignored: {self.trunk!r} is not one of {', '.join(TAPPED_TRUNKS)}; "
             "leave it out",
         )
-        require(
-            len(self.taps) > 0 and all(0 < fraction <= 1 for fraction in self.taps),
-            f"taps={self.taps} must be fractions of the depth, above 0 and at most 1",
-        )
+        require(len(self.taps) > 0, "taps=() has no depth to read; leave it out for the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
+class LoRAConfig(Config):
     """A low-rank adapter through peft. It has no dropout: a ratio must be 1 before the first update."""
 
-    rank: int = 32
-    """Rank of the change of every weight, >= 1. flow_grpo: 32."""
-    alpha: int | None = None
+    rank: Count = 32
+    """Rank of the change of every weight. flow_grpo: 32."""
+    alpha: Count | None = None
     """The change is scaled by alpha / rank. None: alpha = rank; flow_grpo: 2 rank."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the adapted modules. None: the family's attention projections."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights; the adapter starts as the identity whatever they are."""
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 1, f"rank={self.rank} must be at least 1")
-        require(self.alpha is None or self.alpha > 0, f"alpha={self.alpha} must be > 0")

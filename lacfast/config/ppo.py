@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from lacfast.config.checks import require
-from lacfast.config.choice import Choice, require_choice
+from lacfast.config.checks import (
+    Bound,
+    Config,
+    Count,
+    CountOrNone,
+    NonNegative,
+    OneOf,
+    Positive,
+    Range,
+    Share,
+    require,
+)
+from lacfast.config.choice import Choice
 
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
 KL_KINDS = ("exact", "velocity", "flow_grpo")
 """Kinds of KL to the anchor; see PPOConfig.kl."""
+_Beta = Annotated[float, Range(least=0, below=1)]
 
 
 @dataclass(frozen=True)
 class Ratio(Choice):
     """PPO's clip of the likelihood ratio (arXiv 1707.06347, eq. 7)."""
 
-    clip_range: float | tuple[float, float]
+    clip_range: Positive | tuple[Positive, Positive]
     """Both sides, or (low, high), > 0, in nats per element, as flow_grpo's: 1e-5 to 1e-4."""
-
-    def __post_init__(self) -> None:
-        _require_bound("clip_range", self.clip_range)
 
 
 @dataclass(frozen=True)
 class Nats(Choice):
     """The same clip on the joint ratio of all N elements: Ratio(clip_nats / N)."""
 
-    clip_nats: float | tuple[float, float]
+    clip_nats: Positive | tuple[Positive, Positive]
     """Both sides, or (low, high), > 0, in nats."""
-
-    def __post_init__(self) -> None:
-        _require_bound("clip_nats", self.clip_nats)
 
 
 @dataclass(frozen=True)
@@ -41,127 +48,99 @@ class KLMask(Choice):
     """No clip, but the mask of Flow-DPPO (arXiv 2606.11025): a pair far out that moves with its advantage is
     dropped."""
 
-    kl_threshold: float
+    kl_threshold: Positive
     """KL(old, new) per element from which on it is, > 0. Flow-DPPO: 1e-5."""
-
-    def __post_init__(self) -> None:
-        _require_bound("kl_threshold", self.kl_threshold)
-
-
-def _require_bound(name: str, bound: float | tuple[float, float]) -> None:
-    values = bound if isinstance(bound, tuple) else (bound,)
-    require(all(value > 0 for value in values), f"{name} must be > 0, got {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig:
+class PPOConfig(Config):
     """Advantages, loss and optimizers."""
 
     clip: Ratio | Nats | KLMask = Ratio(1e-4)
     """How far an update may move a pair. [paper] Ratio(1e-4) for SD3.5-M, Ratio(1e-5) for SD1.5."""
-    dual_clip: float = math.inf
+    dual_clip: Annotated[float, Range(above=1, off=math.inf)] = math.inf
     """c > 1: where A < 0 the gain is at least c A (arXiv 1912.09729, 3 there); inf: off."""
-    ratio: str = "innovation"
+    ratio: Annotated[str, OneOf(RATIOS)] = "innovation"
     """"innovation": the transitions' likelihood ratio; "ratio_norm": GRPO-Guard's, on another scale per step,
     so its clip is another one too."""
-    kl_weight: float = 0.0
+    kl_weight: NonNegative = 0.0
     """beta of the KL to the anchor, the policy as it was before training; 0 keeps none. [paper] 0."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """KL to the anchor per element, in the unit of `kl`, towards which kl_weight is doubled or
     halved after every iteration (PPO's adaptive penalty), from where it is set. None: kl_weight stays."""
-    kl: str = "exact"
+    kl: Annotated[str, OneOf(KL_KINDS)] = "exact"
     """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
-    kl_limit: float = math.inf
+    kl_limit: Bound = math.inf
     """Mean KL(old, new) per element that ends the updates on a rollout."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount; the horizon is fixed, so 1."""
-    gae_lambda: float = 1.0
+    gae_lambda: Share = 1.0
     """Lambda of the policy's advantages. [paper] 1; lower only helps once the critic explains something."""
-    lambda_gate: float = -math.inf
+    lambda_gate: Annotated[float, Range(off=-math.inf)] = -math.inf
     """Score of the critic's explained variance from which on gae_lambda holds at a step; below it lambda is 1
     there, which trusts no value. The score is the explained variance itself, or its place between floor and
     ceiling where value pretraining measured them. -inf: no gate."""
-    advantage_clip: float = 10.0
+    advantage_clip: Bound = 10.0
     """Bound of the normalised advantages. [paper]"""
-    target_clip: float = 5.0
+    target_clip: Bound = 5.0
     """Bound of the standardised value targets. [paper]"""
     balance_steps: bool = False
     """Weight every step by std / |b|, mean 1. For one change of the model a late step's ratio moves |b| / std
     times as far and drowns the early steps' gradient; GRPO-Guard's RatioNorm has the same aim."""
-    num_minibatches: int = 4
+    num_minibatches: Count = 4
     """Optimizer steps per pass over a rollout. [paper] 4."""
-    critic_minibatches: int = 0
+    critic_minibatches: CountOrNone = 0
     """Optimizer steps of the critic per pass, which together see as many states as a rollout has; 0:
     num_minibatches."""
-    critic_rollouts: int = 1
+    critic_rollouts: Count = 1
     """Last rollouts whose states a pass of the critic draws from; 1: today's alone. The latents and features
     of the others stay in memory and go into checkpoints."""
-    num_inner_epochs: int = 1
+    num_inner_epochs: Count = 1
     """Passes over a rollout."""
-    timestep_fraction: float = 1.0
+    timestep_fraction: Annotated[float, Range(above=0, most=1)] = 1.0
     """Share of a rollout's (sample, step) pairs that a pass trains the policy on, drawn at random."""
-    microbatch_size: int = 0
+    microbatch_size: CountOrNone = 0
     """(sample, step) pairs per forward and backward; bounds memory, changes the result by the order of sums
     alone. 0: found at the first update from the free memory, at most 256 on a CPU. Halved when memory runs
     out."""
-    policy_learning_rate: float = 1e-4
+    policy_learning_rate: Positive = 1e-4
     """[paper]"""
-    warmup_steps: int = 0
+    warmup_steps: CountOrNone = 0
     """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
-    final_learning_rate: float | None = None
+    final_learning_rate: NonNegative | None = None
     """Rate towards which the policy's falls linearly until the run ends: with TrainConfig.iterations, or with
     the iterations or seconds that `train` was given. None: it stays."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: Positive = 1e-3
     """AdamW's rate of the value head, > 0. [paper]"""
-    trunk_learning_rate: float = 3e-4
+    trunk_learning_rate: Positive = 3e-4
     """AdamW's rate of the critic's own blocks, > 0."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     """AdamW. [paper]"""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegative = 1e-4
     """AdamW. [paper]"""
-    adam_eps: float = 1e-15
+    adam_eps: Positive = 1e-15
     """Far below the gradients of a mean-reduced log-prob, whose RMS is near 5e-9."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Bound = 1.0
     """Bound of the gradients' norm, of actor and critic each on its own."""
-    cfg_grad: str = "cond"
+    cfg_grad: Annotated[str, OneOf(("cond", "both"))] = "cond"
     """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
     reuse_uncond: bool = True
     """Under "cond", leave the unconditional half out of the first optimizer step on a rollout but for 8
     pairs: the weights are still those that made it, so the guided output is known. False: run it."""
 
     def __post_init__(self) -> None:
-        require_choice("clip", self.clip, Ratio | Nats | KLMask)
-        require(self.dual_clip > 1, f"dual_clip={self.dual_clip} must be above 1 (inf: off)")
-        for option, known in (("ratio", RATIOS), ("kl", KL_KINDS)):
-            chosen = getattr(self, option)
-            require(chosen in known, f"unknown {option} {chosen!r}; known: {', '.join(known)}")
+        super().__post_init__()
         require(
-            self.cfg_grad in ("cond", "both"), f"unknown cfg_grad {self.cfg_grad!r}; known: 'cond', 'both'"
+            self.kl_target is None or self.kl_weight > 0,
+            f"kl_target={self.kl_target} needs kl_weight > 0 to begin with; kl_weight={self.kl_weight}",
         )
-        require(
-            0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]"
-        )
-        require(
-            self.kl_target is None or (self.kl_target > 0 and self.kl_weight > 0),
-            f"kl_target={self.kl_target} needs kl_weight > 0 to begin with and must be > 0 itself; "
-            f"kl_weight={self.kl_weight}",
-        )
-        require(0 <= self.gae_lambda <= 1, f"gae_lambda={self.gae_lambda} must lie in [0, 1]")
         require(
             math.isinf(self.lambda_gate) or self.gae_lambda < 1,
             f"lambda_gate={self.lambda_gate} would be ignored where gae_lambda is 1; use gae_lambda < 1",
         )
-        require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be >= 0 (0: none)")
         final = self.final_learning_rate
         require(
-            final is None or 0 <= final < self.policy_learning_rate,
-            f"final_learning_rate={final} must be >= 0 and less than policy_learning_rate="
+            final is None or final < self.policy_learning_rate,
+            f"final_learning_rate={final} must be less than policy_learning_rate="
             f"{self.policy_learning_rate}, or None: the rate stays",
         )
-        require(self.microbatch_size >= 0, f"microbatch_size={self.microbatch_size} must be >= 0 (0: found)")
-        require(
-            self.critic_minibatches >= 0,
-            f"critic_minibatches={self.critic_minibatches} must be >= 0 (0: num_minibatches)",
-        )
-        for name in ("num_minibatches", "num_inner_epochs", "critic_rollouts"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from lacfast.config.checks import require
-from lacfast.config.choice import Choice, require_choice
+from lacfast.config.checks import Config, Count, CountOrNone, NonNegative, OneOf, Positive, Range, require
+from lacfast.config.choice import Choice
 from lacfast.seeds import derived_seed
 
-Steps = tuple[int, int]
+Steps = tuple[CountOrNone, CountOrNone]
 """From the first to before the second."""
 
 
@@ -21,78 +22,99 @@ class Fixed(Choice):
     """(start, stop), 0 <= start <= stop <= num_steps."""
 
     def __post_init__(self) -> None:
-        _require_steps("steps", self.steps)
+        super().__post_init__()
+        _require_rising("steps", self.steps)
 
 
 @dataclass(frozen=True)
 class Random(Choice):
     """Steps in a row at a place that is drawn for every iteration (Flow-GRPO-Fast)."""
 
-    size: int
-    """Stochastic steps of an iteration, >= 1. Flow-GRPO-Fast: 2."""
+    size: Count
+    """Stochastic steps of an iteration. Flow-GRPO-Fast: 2."""
     within: Steps | None = None
     """(start, stop) that the places lie in. None: all but the last step."""
 
     def __post_init__(self) -> None:
-        require(self.size >= 1, f"size={self.size} must be at least 1")
-        _require_steps("within", self.within)
+        super().__post_init__()
+        _require_rising("within", self.within)
 
 
 @dataclass(frozen=True)
 class Sliding(Choice):
     """Steps in a row that move from noise to image and start over (MixGRPO, arXiv 2507.21802)."""
 
-    size: int
-    """Stochastic steps of an iteration, >= 1. MixGRPO: 4."""
-    every: int
-    """Iterations between two moves, >= 1. MixGRPO: 25."""
-    stride: int = 1
-    """Steps of a move, >= 1; the last place ends where `within` does. MixGRPO: 1."""
+    size: Count
+    """Stochastic steps of an iteration. MixGRPO: 4."""
+    every: Count
+    """Iterations between two moves. MixGRPO: 25."""
+    stride: Count = 1
+    """Steps of a move; the last place ends where `within` does. MixGRPO: 1."""
     within: Steps | None = None
     """(start, stop) that the places lie in. None: all but the last step."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "every", "stride"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        _require_steps("within", self.within)
+        super().__post_init__()
+        _require_rising("within", self.within)
 
 
-def _require_steps(name: str, steps: Steps | None) -> None:
-    is_pair = isinstance(steps, tuple) and len(steps) == 2
+def _require_rising(name: str, steps: Steps | None) -> None:
     require(
-        steps is None or (is_pair and 0 <= steps[0] <= steps[1]),
-        f"{name}={steps} must be (start, stop) with 0 <= start <= stop",
+        steps is None or steps[0] <= steps[1], f"{name}={steps} must be (start, stop) with 0 <= start <= stop"
     )
 
 
+_ANY = Range(least=0)
+_SHARE = Range(least=0, most=1)
+SAMPLER_KINDS = {
+    "flow_sde": _ANY,
+    "dance_sde": _ANY,
+    "cps": _SHARE,
+    "flow_ddim": _SHARE,
+    "ode": Range(least=0, most=0),
+    "ddim": _SHARE,
+    "ddpm": Range(least=1, most=1),
+}
+"""Sampler kind -> range of its noise level; lacfast.schedule makes their tables."""
+
+_REMEDIES = {
+    "ode": ": it draws no noise; explore with kind='flow_sde', or 'ddim'",
+    "ddpm": ": the variance is the scheduler's; use kind='ddim' for another",
+}
+
+
+def require_noise_level(kind: str, noise_level: float) -> None:
+    """
+    Raises:
+        ValueError: for a noise level out of the kind's range.
+    """
+    known = SAMPLER_KINDS[kind]
+    remedy = _REMEDIES.get(kind, "")
+    require(noise_level in known, f"noise_level={noise_level} of kind={kind!r} must {known}{remedy}")
+
+
 @dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
+class SamplerConfig(Config):
     """How trajectories are made."""
 
-    kind: str = "flow_sde"
+    kind: Annotated[str, OneOf(SAMPLER_KINDS, "sampler kind")] = "flow_sde"
     """Sampler kind, see lacfast.schedule. Source: Flow-GRPO."""
-    num_steps: int = 10
+    num_steps: Count = 10
     """T, denoising steps. Flow-GRPO trains with 10."""
-    noise_level: float = 0.7
-    """eta of the kind, >= 0. Flow-GRPO."""
-    shift: float = 1.0
-    """Timestep shift of the noise levels, > 0; 1 is uniform, SD3 uses 3."""
+    noise_level: NonNegative = 0.7
+    """eta of the kind, at most 1 for "cps", "flow_ddim" and "ddim", 0 for "ode". Flow-GRPO."""
+    shift: Positive = 1.0
+    """Timestep shift of the noise levels; 1 is uniform, SD3 uses 3."""
     window: Fixed | Random | Sliding | None = None
     """Which steps are stochastic and trained; the others are ODE steps. None: all but the last, whose std is
     too small to train. Evaluation, steering and the rollouts that judge value pretraining take all steps
     that a moving window can reach."""
-    guidance_scale: float = 1.0
+    guidance_scale: Annotated[float, Range(least=1)] = 1.0
     """Classifier-free guidance; 1 runs without the unconditional half, as the paper does."""
 
     def __post_init__(self) -> None:
-        if self.window is not None:
-            require_choice("window", self.window, Fixed | Random | Sliding)
-        require(self.num_steps >= 1, f"num_steps={self.num_steps} must be at least 1")
-        require(self.noise_level >= 0, f"noise_level={self.noise_level} must be >= 0")
-        require(self.shift > 0, f"shift={self.shift} must be > 0")
-        require(
-            self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} must be >= 1 (1: no guidance)"
-        )
+        super().__post_init__()
+        require_noise_level(self.kind, self.noise_level)
         start, stop = self.stochastic_window
         require(
             stop <= self.num_steps,

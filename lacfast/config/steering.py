@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from lacfast.config.checks import require
+from lacfast.config.checks import Config, Count, NonNegative, OneOf, Range, Seed, Share, require
 
 STEERING_METHODS = ("best_of_n", "pruning", "smc", "beam")
 """How trajectories of one image compete; see SteeringConfig.method."""
@@ -13,68 +14,53 @@ GUIDANCE_FORMS = ("relative", "score", "constant", "mean_shift")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringConfig:
+class SteeringConfig(Config):
     """Steering of sampling by the critic at inference.
 
     V is the weighted sum of the critic's heads in standard deviations of the rewards. A method says how the
     trajectories of one image compete; guidance moves each of them besides, where guidance_weight > 0.
     """
 
-    method: str = "pruning"
+    method: Annotated[str, OneOf(STEERING_METHODS)] = "pruning"
     """"best_of_n": all run to the end; "pruning": the worse half is dropped at prune_fractions; "smc":
     resampled to exp(V / temperature); "beam": every trajectory tries `candidates` at each step."""
-    particles: int = 4
+    particles: Count = 4
     """N, trajectories per image: at the start of pruning (a power of two), of smc, beams that are kept.
     1 without guidance is plain sampling."""
-    prune_fractions: tuple[float, ...] = (0.5, 0.75)
+    prune_fractions: tuple[Annotated[float, Range(above=0, below=1)], ...] = (0.5, 0.75)
     """Steps at which pruning halves the trajectories, as fractions of all."""
-    candidates: int = 4
+    candidates: Count = 4
     """M of beam, children of each kept trajectory; one survives per beam (SVDD, arXiv 2408.08252)."""
-    temperature: float = 0.5
+    temperature: NonNegative = 0.5
     """tau of smc and beam, in standard deviations of the reward; 0 lets beam keep the best, always."""
-    annealing: float = 1.0
+    annealing: NonNegative = 1.0
     """Exponent of smc: the potential at step k of T is (k / T)^annealing V; 0 trusts V at once."""
-    ess_threshold: float = 0.5
+    ess_threshold: Share = 0.5
     """Share of effective particles below which smc resamples (Doucet and Johansen 2009: 1/2)."""
-    selection: str = "value"
+    selection: Annotated[str, OneOf(("value", "reward"))] = "value"
     """What chooses among the trajectories that reach the end: "value", V of the last noisy state, or
     "reward", which scores them all. smc then aims at exp(R / temperature)."""
-    final_choice: str = "draw"
+    final_choice: Annotated[str, OneOf(("draw", "best"))] = "draw"
     """How smc ends: one image is drawn by weight, "draw", or that of highest V or R is taken, "best"."""
-    guidance_weight: float = 0.0
+    guidance_weight: NonNegative = 0.0
     """w, 0: no gradient. A fraction for "relative", else per unit of V; 1/tau aims at exp(V / tau)."""
-    guidance_form: str = "relative"
+    guidance_form: Annotated[str, OneOf(GUIDANCE_FORMS)] = "relative"
     """"relative": w times the length of the step's own drift; "score": the score becomes score + w grad V
     (the DDIM and flow forms); "constant": model output +- w grad V (arXiv 2605.27736); "mean_shift":
     mean + w std^2 grad V, which moves stochastic steps only."""
-    guidance_window: tuple[float, float] = (0.2, 0.9)
+    guidance_window: tuple[Share, Share] = (0.2, 0.9)
     """Noise levels between which the gradient is used, where the critic explains something."""
-    head_combination: str = "sum"
+    head_combination: Annotated[str, OneOf(("sum", "minimum"))] = "sum"
     """"sum" of the weighted heads, or the "minimum" of them: for heads that judge the same thing."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Latents per call of the model; as many images are in flight as fit, at least one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("method", STEERING_METHODS),
-            ("guidance_form", GUIDANCE_FORMS),
-            ("selection", ("value", "reward")),
-            ("final_choice", ("draw", "best")),
-            ("head_combination", ("sum", "minimum")),
-        ):
-            value = getattr(self, name)
-            require(value in known, f"unknown {name}={value!r}; known: {', '.join(known)}")
-        for name in ("particles", "candidates", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("guidance_weight", "annealing", "temperature"):
-            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be >= 0")
+        super().__post_init__()
         low, high = self.guidance_window
-        require(
-            0 <= low < high <= 1, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1"
-        )
-        require(0 <= self.ess_threshold <= 1, f"ess_threshold={self.ess_threshold} must lie in [0, 1]")
+        require(low < high, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")
         self._check_method()
 
     def _check_method(self) -> None:
@@ -82,10 +68,6 @@ class SteeringConfig:
             require(
                 self.particles & (self.particles - 1) == 0,
                 f"particles={self.particles} must be a power of two to be pruned by halves",
-            )
-            require(
-                all(0 < fraction < 1 for fraction in self.prune_fractions),
-                f"prune_fractions={self.prune_fractions} must lie between 0 and 1",
             )
         require(
             self.method != "smc" or self.temperature > 0,

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from lacfast.config.advantages import AdvantageConfig, GroupBaseline
-from lacfast.config.checks import require
+from lacfast.config.checks import (
+    Config,
+    Count,
+    CountOrNone,
+    NonNegative,
+    OneOf,
+    Positive,
+    Range,
+    Seed,
+    require,
+)
 from lacfast.config.critic import CriticConfig
 from lacfast.config.graph import GraphConfig
 from lacfast.config.ppo import PPOConfig
@@ -14,37 +25,37 @@ from lacfast.config.sampling import SamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValuePretrainingConfig:
+class ValuePretrainingConfig(Config):
     """Value pretraining: the actor is frozen, the critic learns Monte-Carlo returns."""
 
-    iterations: int = 15
+    iterations: Count = 15
     """Rollouts. [paper] about 15, more is worse."""
-    kept_rollouts: int = 15
+    kept_rollouts: Count = 15
     """Rollouts to learn from, the latest; the actor is frozen, so old ones stay true. [paper] 3."""
-    passes: float = 0.5
+    passes: Positive = 0.5
     """Passes over the kept states per iteration."""
-    minibatch_size: int = 256
+    minibatch_size: Count = 256
     """(sample, step) pairs per optimizer step."""
-    held_out_samples: int = 512
+    held_out_samples: CountOrNone = 512
     """Trajectories on held-out prompts that choose when to stop and which critic is kept. 0: every rollout
     measures the critic before it learns from it, and the last critic is kept; no image is spent."""
-    patience: int = 4
+    patience: Count = 4
     """Iterations without a better explained variance before it stops."""
-    stop_score: float = math.inf
+    stop_score: Annotated[float, Range(off=math.inf)] = math.inf
     """Overall score at which it stops, 0 at the prompts' floor and 1 at the states' ceiling, see
     lacfast.learning.value_bounds. inf: patience alone."""
-    completions: int = 0
+    completions: CountOrNone = 0
     """Branched completions of each state that measure the ceiling, at least 2; their images count. 0: neither
     floor nor ceiling is measured."""
-    bound_states: int = 64
+    bound_states: Annotated[int, Range(least=2)] = 64
     """States per measured step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.completions == 0 or self.completions >= 2,
             f"completions={self.completions} must be at least 2 to be compared (0: no bounds)",
         )
-        require(self.held_out_samples >= 0, f"held_out_samples={self.held_out_samples} must be >= 0")
         require(
             self.completions == 0 or self.held_out_samples > 0,
             f"completions={self.completions} are those of held-out states; set held_out_samples",
@@ -53,23 +64,18 @@ class ValuePretrainingConfig:
             self.completions > 0 or math.isinf(self.stop_score),
             f"stop_score={self.stop_score} needs floor and ceiling; set completions, for example 4",
         )
-        require(self.bound_states >= 2, f"bound_states={self.bound_states} must be at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EarlyStoppingConfig:
+class EarlyStoppingConfig(Config):
     """When a run ends before its last iteration; the run's directory keeps the best weights."""
 
-    patience: int = 0
+    patience: CountOrNone = 0
     """Evaluations without a better score before it stops; 0: never."""
     score: str = ""
     """A reward or an evaluation reward (a gold score shows hacking). Empty: the first reward."""
-    min_improvement: float = 0.0
+    min_improvement: NonNegative = 0.0
     """Rise of the score that counts as better; the standard error of an evaluation is a good choice."""
-
-    def __post_init__(self) -> None:
-        require(self.patience >= 0, f"patience={self.patience} must be >= 0 (0: never stop early)")
-        require(self.min_improvement >= 0, f"min_improvement={self.min_improvement} must be >= 0")
 
 
 ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
@@ -77,19 +83,19 @@ ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """One training run."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of noise, prompts and initial weights."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Trajectories per rollout, one per prompt draw."""
-    rollout_batch_size: int = 0
+    rollout_batch_size: CountOrNone = 0
     """Trajectories sampled at a time; the rewards of one part are computed while the next is sampled. Bounds
     memory, does not change the result. 0: the whole rollout at once."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Consecutive trajectories that share a prompt; 1 for the critic, a group for group-relative methods."""
-    iterations: int = 300
+    iterations: Count = 300
     """Rollout and update cycles. [paper] 300."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -97,7 +103,7 @@ class TrainConfig:
     """Trunk "none" where the advantages need no critic."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     pretrain: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Range(least=0, below=1)] = 0.0
     """Decay per iteration of the average of the policy's weights that evaluation uses; 0 keeps none."""
     graph: GraphConfig = field(default_factory=GraphConfig)
     """Capture of the steps of sampling and update, see lacfast.runtime.graph."""
@@ -106,51 +112,37 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the blocks that model and critic repeat. The first iteration and the first
     evaluation then wait for the compiler, seconds to minutes per kind of block."""
-    rollout_precision: str = "model"
+    rollout_precision: Annotated[str, OneOf(ROLLOUT_PRECISIONS)] = "model"
     """Precision of the policy that samples rollouts. "model": its own; "fp8": its blocks in float8, on Ada,
     Hopper and later; "fp8_weights": their weights alone, on any device, slower. The ratio is then the exact
     one to the quantised policy, and the distance is logged. Needs lacfast[fp8]. Evaluation does without."""
-    eval_every: int = 0
+    eval_every: CountOrNone = 0
     """Iterations between evaluations on held-out prompts; 0: only when asked."""
-    eval_samples: int = 1024
+    eval_samples: Count = 1024
     """Images per evaluation; below about 1000 rankings flip."""
-    eval_batch_size: int = 256
+    eval_batch_size: Count = 256
     """Images per batch of an evaluation."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     eval_sampler: SamplerConfig | None = None
     """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
-    on_reward_error: str = "raise"
+    on_reward_error: Annotated[str, OneOf(("raise", "skip"))] = "raise"
     """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
     "skip": the rollout is dropped with a warning and never trained on."""
 
     def __post_init__(self) -> None:
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        super().__post_init__()
         require(
-            self.samples_per_prompt >= 1 and self.batch_size % self.samples_per_prompt == 0,
+            self.batch_size % self.samples_per_prompt == 0,
             f"batch_size={self.batch_size} must be a multiple of "
             f"samples_per_prompt={self.samples_per_prompt}",
-        )
-        require(
-            self.rollout_batch_size >= 0,
-            f"rollout_batch_size={self.rollout_batch_size} must be >= 0 (0: the whole rollout)",
         )
         require(
             self.critic.loss != "bce" or math.isinf(self.ppo.target_clip),
             f"target_clip={self.ppo.target_clip} would cut a rare 1 out of the targets of loss='bce'; "
             "set PPOConfig(target_clip=math.inf)",
         )
-        require(
-            self.rollout_precision in ROLLOUT_PRECISIONS,
-            f"unknown rollout_precision {self.rollout_precision!r}; known: {', '.join(ROLLOUT_PRECISIONS)}",
-        )
         if self.rollout_precision != "model":
             self._require_exact_correction()
-        require(self.eval_batch_size >= 1, f"eval_batch_size={self.eval_batch_size} must be at least 1")
-        require(0 <= self.ema_decay < 1, f"ema_decay={self.ema_decay} must lie in [0, 1)")
-        require(
-            self.on_reward_error in ("raise", "skip"),
-            f"unknown on_reward_error {self.on_reward_error!r}; known: 'raise', 'skip'",
-        )
         self._require_fitting_advantages()
         self._require_fitting_replay()
         require(

@@ -34,7 +34,7 @@ from lacfast.learning.step_tables import StepTables, step_tables
 from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
-from lacfast.seeds import derived_seed
+from lacfast.seeds import epoch_seed
 
 
 class Learner:
@@ -108,8 +108,7 @@ class Learner:
         is_stopped = False
         try:
             for epoch in range(ppo.num_inner_epochs):
-                seed = derived_seed(self.config.seed, iteration) * 97 + epoch
-                generator = torch.Generator().manual_seed(seed)
+                generator = torch.Generator().manual_seed(epoch_seed(self.config.seed, iteration, epoch))
                 is_stopped = is_stopped or self._policy_pass(source, generator, records)
                 if experience is not None:
                     self._critic_pass(experience, rollout.values, generator, records)

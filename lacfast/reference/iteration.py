@@ -23,7 +23,7 @@ from lacfast.reference.advantages import normalized_advantages
 from lacfast.reference.noise import normal_noise
 from lacfast.reference.policy import ppo_loss
 from lacfast.reference.transition import gaussian_step
-from lacfast.seeds import derived_seed
+from lacfast.seeds import epoch_seed
 
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(sample (P, ...), timestep (P,), conditioning (P, ...)) -> output (P, ...), or a critic's values (P, M)."""
@@ -88,7 +88,7 @@ def train_iteration(
 
     # Learn. Every pair of a step and a trajectory is a sample; a run that is resumed draws them alike.
     for epoch in range(num_inner_epochs):
-        generator = torch.Generator().manual_seed(derived_seed(int(noise.seed), iteration) * 97 + epoch)
+        generator = torch.Generator().manual_seed(epoch_seed(int(noise.seed), iteration, epoch))
         for steps, rows in minibatches(trained, len(rewards), num_minibatches, generator):
             state = latents[steps, rows], timesteps[steps], conditioning.select(rows)
             policy_loss, _ = ppo_loss(

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from lacfast.config.checks import Config, Count, NonNegative, Positive, Share
 from lacfast.rewards.reward import BadAnswerError, RewardError
 from lacfast.rewards.wire import JSONFormat, WireFormat
 from lacfast.rewards.workers import Workers
@@ -35,33 +36,23 @@ _MAX_SCORE = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetryConfig:
+class RetryConfig(Config):
     """When a request is tried again, and when a batch is given up."""
 
-    timeout_s: float = 120.0
+    timeout_s: Positive = 120.0
     """Seconds that one request may take, from connecting to the answer's last byte; flow_grpo's too."""
-    give_up_s: float = 600.0
+    give_up_s: NonNegative = 600.0
     """Seconds of unreachable, slow or failing (5xx) servers after which a batch fails. Only its first request
     may last longer, for `timeout_s`."""
-    max_bad_answers: int = 3
-    """Answers without usable scores (4xx, wrong length, NaN, unreadable) after which a batch fails, >= 1:
+    max_bad_answers: Count = 3
+    """Answers without usable scores (4xx, wrong length, NaN, unreadable) after which a batch fails:
     time rarely mends these."""
-    backoff_s: float = 0.5
+    backoff_s: Positive = 0.5
     """Pause after the first round in which every server failed; doubled after each further one."""
-    max_backoff_s: float = 30.0
+    max_backoff_s: Positive = 30.0
     """Longest pause; also how long a server that failed is asked last."""
-    jitter: float = 0.5
-    """Share of each pause that is random, in [0, 1]: many trainers must not come back at the same moment."""
-
-    def __post_init__(self) -> None:
-        for name in ("timeout_s", "backoff_s", "max_backoff_s"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.give_up_s < 0 or self.max_bad_answers < 1 or not 0 <= self.jitter <= 1:
-            raise ValueError(
-                f"give_up_s={self.give_up_s} must be >= 0, max_bad_answers={self.max_bad_answers} >= 1 and "
-                f"jitter={self.jitter} in [0, 1]"
-            )
+    jitter: Share = 0.5
+    """Share of each pause that is random: many trainers must not come back at the same moment."""
 
 
 class _UnavailableError(Exception):

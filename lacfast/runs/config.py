@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 import tyro
 
 from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig
+from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     """One run of `lacfast train`; a preset gives the defaults."""
 
     out: str
@@ -26,7 +27,7 @@ class RunConfig:
     """A .txt, .jsonl or .parquet file, a `datasets` directory, or "animals", "shapes"."""
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
-    rewards: tuple[tuple[str, float], ...]
+    rewards: tuple[tuple[str, Finite], ...]
     """(reward, weight) pairs; a registered name, "package.module:callable" or the URL of a server."""
     evaluation_rewards: tuple[str, ...] = ()
     """Rewards that are only reported."""
@@ -38,7 +39,7 @@ class RunConfig:
     """Train this adapter. None: all weights."""
     full_finetuning: bool = False
     """Train all weights although there is a `lora`."""
-    resolution: tuple[int, int] | None = None
+    resolution: tuple[Count, Count] | None = None
     """(height, width) in pixels. None: the pipeline's own."""
     attention_backend: str = ""
     """"sdpa", "xformers" or a name of diffusers' dispatcher. Empty: the model's own."""
@@ -46,9 +47,9 @@ class RunConfig:
     """False encodes all prompts at the start and frees the encoders' memory."""
     value_pretraining: bool = True
     """Fit the critic before the first policy update, where there is one."""
-    save_every: int = 10
+    save_every: CountOrNone = 10
     """Iterations between checkpoints; 0: only at the end."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Checkpoints that are kept besides the best one."""
     best: str = ""
     """Score of evaluations whose best checkpoint is kept. Empty: early stopping's, or the first reward."""
@@ -68,17 +69,14 @@ class RunConfig:
         return None if self.full_finetuning else self.lora
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("out", "model", "prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; every run needs it")
-        if self.save_every < 0:
-            raise ValueError(f"save_every={self.save_every} must be >= 0 (0: only at the end)")
-        if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last} must be at least 1, or no run could be resumed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRun:
+class EvaluationRun(Config):
     """One run of `lacfast evaluate`."""
 
     model: str
@@ -91,11 +89,11 @@ class EvaluationRun:
         default_factory=lambda: SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
     )
     """How images are made."""
-    samples: int = 1024
+    samples: Count = 1024
     """Images; the prompts are repeated as often as it takes."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images at a time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the noise."""
     device: str = ""
     """Empty: a GPU if there is one."""
@@ -106,7 +104,7 @@ class EvaluationRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringRun:
+class SteeringRun(Config):
     """One run of `lacfast steer`."""
 
     source: tyro.conf.Positional[str]
@@ -121,7 +119,7 @@ class SteeringRun:
     """The critic's rewards, to report and for --selection reward."""
     gold: tuple[str, ...] = ()
     """Rewards that are only reported."""
-    samples: int = 0
+    samples: CountOrNone = 0
     """Images; the prompts are repeated as often as it takes. 0: one per prompt."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """Left as it is, the run's own; any flag of it replaces that as a whole."""

@@ -10,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
+from lacfast.config.checks import Config, Count
 from lacfast.tasks.codec import CHANNELS, PATCH_SIZE
 from lacfast.tasks.task import BASE_SIZE
 from lacfast.tasks.text import WIDTH
@@ -20,16 +21,16 @@ HEAD_DIM = 24
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSize:
+class ModelSize(Config):
     """How large the backbones are; the defaults are the tiny ones."""
 
-    image_size: int = BASE_SIZE
+    image_size: Count = BASE_SIZE
     """H = W of their pictures."""
-    num_layers: int = 3
+    num_layers: Count = 3
     """Blocks of the DiT."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads of the DiT; its width is HEAD_DIM times that."""
-    channels: tuple[int, int] = (32, 64)
+    channels: tuple[Count, Count] = (32, 64)
     """Channels of the UNet's two levels."""
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lacfast.config.checks import Config, Count, CountOrNone, Positive
 from lacfast.tasks import scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import TINY, BackboneName, ModelSize, predict_velocity, tiny_backbone
@@ -18,18 +19,18 @@ from lacfast.tasks.text import WordEncoder, word_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(Config):
     """The recipe of one backbone: short on purpose, so that post-training has something to mend."""
 
-    steps: int
+    steps: Count
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images per step."""
-    learning_rate: float = 8e-3
+    learning_rate: Positive = 8e-3
     """Peak of AdamW's rate: linear warm-up, then half a cosine to zero."""
-    warmup_steps: int = 30
+    warmup_steps: CountOrNone = 30
     """Steps of the warm-up."""
-    pictures_per_prompt: int = 32
+    pictures_per_prompt: Count = 32
     """Pictures rendered per prompt before the first step, or fewer where the steps draw fewer."""
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, get_type_hints
 
 import pytest
+from refusals import Refusal
 
 from lacfast.cli import USAGE_ERROR, main
 from lacfast.config import Fixed, KLMask, Nats, PPOConfig, Random, Ratio, SamplerConfig, Sliding
 from lacfast.config.choice import parse, usage, variants
-from refusals import Refusal
 
 CLIPS = variants(get_type_hints(PPOConfig)["clip"])
 WINDOWS = variants(get_type_hints(SamplerConfig)["window"])
@@ -48,8 +48,8 @@ def test_usage_names_every_choice_and_what_it_needs() -> None:
         ("ration:1", "unknown choice 'ration:1'; write ratio:CLIP_RANGE|nats"),
         ("ratio", "'ratio' does not fit ratio, whose settings are clip_range: .*missing"),
         ("ratio:1e-4,2e-4", "does not fit ratio"),
-        ("ratio:wide", "does not fit ratio"),
-        ("nats:-1", "clip_nats must be > 0, got -1"),
+        ("ratio:wide", "clip_range='wide' must be a number or a tuple"),
+        ("nats:-1", "clip_nats=-1 must be > 0"),
         ("ratio:clip=1", "whose settings are clip_range: .*unexpected keyword argument 'clip'"),
     ],
 )
@@ -60,7 +60,9 @@ def test_a_word_that_does_not_fit_says_how_to_write_one(word: str, message: str)
 
 def test_a_window_of_one_number_is_refused() -> None:
     with Refusal(
-        "steps=5 must be (start, stop)", cause="A fixed window of one number.", remedy="(start, stop)"
+        "steps=5 must be a tuple",
+        cause="A fixed window of one number.",
+        remedy="(a whole number, a whole number)",
     ).raised():
         parse("fixed:5", WINDOWS)
 

@@ -28,5 +28,5 @@ def test_a_policy_that_answers_the_weight_ends_near_the_target() -> None:
 def test_a_target_without_a_weight_to_begin_with_is_refused() -> None:
     with pytest.raises(ValueError, match="needs kl_weight > 0"):
         PPOConfig(kl_target=1e-3)
-    with pytest.raises(ValueError, match="must be > 0 itself"):
+    with pytest.raises(ValueError, match="kl_target=0.0 must be > 0"):
         PPOConfig(kl_target=0.0, kl_weight=0.1)
