@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.published import PUBLISHED, PublishedModel
 from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import CriticConfig, PPOConfig, SamplerConfig, TrainConfig
+from lacfast.config import CriticConfig, KLPenalty, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.learning.batches import PolicySource
 from lacfast.learning.kl_anchor import KLAnchor
@@ -46,7 +46,7 @@ DDIM = TrainConfig(
 FLOW = TrainConfig(
     batch_size=BATCH,
     sampler=SamplerConfig(num_steps=10, noise_level=0.7, guidance_scale=4.5),
-    ppo=PPOConfig(kl_weight=0.04, num_minibatches=2),
+    ppo=PPOConfig(kl=KLPenalty(0.04), num_minibatches=2),
 )
 """flow_grpo's for SD3.5-M."""
 FLUX = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=6, noise_level=0.9))
@@ -171,7 +171,7 @@ class Workload:
         )
         config, rollout = self.config, self.rollout()
         anchor = None
-        if config.ppo.kl_weight > 0:
+        if config.ppo.kl is not None:
             scale = config.sampler.guidance_scale
             anchor = KLAnchor(self.backbone.frozen_anchor(), GraphRunner(), scale)
         optimizer = torch.optim.SGD(self.backbone.policy_parameters(), lr=0.0)
@@ -229,7 +229,7 @@ def measure(name: str) -> dict[str, Any]:
     critic_costs = {trunk: work.critic_costs(critic) for trunk, critic in critics.items()}
     microbatch = work.microbatch()
     num_steps, trained = work.table.num_steps, len(work.table.trainable_steps)
-    num_references = 1 if work.config.ppo.kl_weight > 0 else 0
+    num_references = 0 if work.config.ppo.kl is None else 1
     backward = microbatch.flops - (1 + num_references) * plain.flops
     # The 8 pairs per rollout that run it all the same are none per image.
     known = microbatch.flops - work.microbatch(is_first=True).flops

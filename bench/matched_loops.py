@@ -30,6 +30,7 @@ from lacfast.config import (
     BatchMean,
     CriticConfig,
     Fixed,
+    KLPenalty,
     LoRAConfig,
     PPOConfig,
     Ratio,
@@ -105,7 +106,10 @@ def engine(
     """lacfast's trainer; `changes` go to TrainConfig."""
     guided: dict[str, Any] = {"cfg_grad": "both"}
     if match.peer == "flow_grpo":
-        guided = {"cfg_grad": "cond", "kl_weight": match.kl_weight, "kl": "flow_grpo"}
+        guided = {
+            "cfg_grad": "cond",
+            "kl": KLPenalty(match.kl_weight, "flow_grpo") if match.kl_weight else None,
+        }
     config = TrainConfig(
         batch_size=match.trajectories,
         samples_per_prompt=match.samples_per_prompt,

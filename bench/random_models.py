@@ -18,7 +18,7 @@ from bench.matched_loops import LEARNING_RATE, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_cache import PromptCache
-from lacfast.config import Fixed, LoRAConfig, PPOConfig, SamplerConfig
+from lacfast.config import Fixed, KLPenalty, LoRAConfig, PPOConfig, SamplerConfig
 
 if TYPE_CHECKING:
     from bench.published import PublishedModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROMPT = "one red circle"
 """Known to the tiny models; the full-size ones read no text here."""
 PPO: dict[Peer | None, PPOConfig] = {
-    "flow_grpo": PPOConfig(kl_weight=0.04, kl="flow_grpo", policy_learning_rate=LEARNING_RATE),
+    "flow_grpo": PPOConfig(kl=KLPenalty(0.04, "flow_grpo"), policy_learning_rate=LEARNING_RATE),
     "ddpo": PPOConfig(cfg_grad="both", policy_learning_rate=LEARNING_RATE),
     None: PPOConfig(policy_learning_rate=LEARNING_RATE),
 }

@@ -103,7 +103,10 @@ def test_a_window_leaves_ode_steps_outside() -> None:
         (lambda: schedule.flow_sde(SIGMAS, -1.0), "noise_level=-1.0"),
         (lambda: schedule.flow_sde(SIGMAS, 0.7, window=(3, 12)), r"window=\(3, 12\)"),
         (lambda: schedule.ode(SIGMAS, 0.7), "draws no noise"),
-        (lambda: schedule.flow_ddim(SIGMAS, 1.5), r"noise_level=1.5 of kind='flow_ddim' must lie in \[0, 1\]"),
+        (
+            lambda: schedule.flow_ddim(SIGMAS, 1.5),
+            r"=1.5 of kind='flow_ddim' must lie in \[0, 1\]",
+        ),
         (lambda: schedule.cps(SIGMAS, 2.0), r"noise_level=2.0 of kind='cps' must lie in \[0, 1\]"),
         (lambda: schedule.flow_sde(SIGMAS, 1e-9), "has std .* use a larger noise_level"),
         (lambda: schedule.dance_sde(SIGMAS, math.inf), "must be >= 0"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refusals import Refusal
 
 from lacfast.config import TrainConfig
 from lacfast.seeds import derived_seed, epoch_seed
-from refusals import Refusal
 
 
 @pytest.mark.parametrize("seed", [0, 2**40, 2**62])

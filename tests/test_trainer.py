@@ -15,7 +15,7 @@ from conftest import assert_same_step
 from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.rewards.reward import RewardError
 
 
@@ -111,7 +111,7 @@ def test_value_pretraining_leaves_the_actor_alone_and_resets_the_optimizer() -> 
 
 
 def test_a_kl_weight_keeps_a_reference_that_does_not_move() -> None:
-    trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, num_minibatches=2))
+    trainer = trainer_for(ppo=PPOConfig(clip=Ratio(1e-3), kl=KLPenalty(0.1), num_minibatches=2))
     assert trainer.learner.anchor is not None
     frozen = trainer.learner.anchor.backbone.model
     before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}

@@ -186,7 +186,7 @@ def _forwards(trainer: LatentActorCriticTrainer) -> int:
     config, table = trainer.config, trainer.tables.at(0)
     halves = 2 if config.sampler.guidance_scale > 1 else 1
     pairs = config.ppo.timestep_fraction * len(table.trainable_steps) * config.batch_size
-    updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl_weight > 0))
+    updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl is not None))
     return round(halves * (trainer.images * table.num_steps + updates))
 
 

@@ -77,7 +77,7 @@ class DDPOConfig(Config):
     """PPOConfig.microbatch_size: (sample, step) pairs per forward and backward."""
     train_use_8bit_adam: bool = False
     """Must be False."""
-    train_learning_rate: Positive = 3e-4
+    train_learning_rate: NonNegative = 3e-4
     """PPOConfig.policy_learning_rate."""
     train_adam_beta1: _Beta = 0.9
     """PPOConfig.betas."""

@@ -20,7 +20,7 @@ from lacfast.config.critic import (
     LoRAConfig,
 )
 from lacfast.config.graph import GraphConfig, GraphMode
-from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, Nats, PPOConfig, Ratio
+from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, KLPenalty, Nats, PPOConfig, Ratio
 from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
 from lacfast.config.stored import from_json, to_json
@@ -49,6 +49,7 @@ __all__ = [
     "GraphMode",
     "GroupBaseline",
     "KLMask",
+    "KLPenalty",
     "LeaveOneOut",
     "LoRAConfig",
     "Nats",

@@ -19,9 +19,14 @@ def today(kind: str, stored: Settings) -> Settings:
 
 
 def _ppo(stored: Settings) -> Settings:
-    """Three options of which exactly one was set are `clip`."""
+    """Three options of which exactly one was set are `clip`; three that a weight turned on are `kl`."""
     choices = {"clip_range": "ratio", "clip_nats": "nats", "kl_threshold": "kl_mask"}
-    kept = {name: value for name, value in stored.items() if name not in choices}
+    kept = {name: value for name, value in stored.items() if name not in (*choices, "kl_weight", "kl_target")}
+    if "kl_weight" in stored or isinstance(stored.get("kl"), str):
+        kept["kl"] = None
+        if stored.get("kl_weight"):
+            kept["kl"] = {"choice": "penalty", "weight": stored["kl_weight"]}
+            kept["kl"] |= {"kind": stored.get("kl", "exact"), "target": stored.get("kl_target")}
     for name, choice in choices.items():
         if stored.get(name) is not None:
             kept["clip"] = {"choice": choice, name: stored[name]}

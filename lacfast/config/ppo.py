@@ -23,7 +23,7 @@ from lacfast.config.choice import Choice
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
 KL_KINDS = ("exact", "velocity", "flow_grpo")
-"""Kinds of KL to the anchor; see PPOConfig.kl."""
+"""Kinds of KL to the anchor; see KLPenalty.kind."""
 _Beta = Annotated[float, Range(least=0, below=1)]
 
 
@@ -52,6 +52,19 @@ class KLMask(Choice):
     """KL(old, new) per element from which on it is, > 0. Flow-DPPO: 1e-5."""
 
 
+@dataclass(frozen=True)
+class KLPenalty(Choice, name="penalty"):
+    """The KL to the anchor, the policy as it was before training, in the policy's loss."""
+
+    weight: Positive
+    """beta. flow_grpo: 0.04."""
+    kind: Annotated[str, OneOf(KL_KINDS)] = "exact"
+    """Which KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
+    target: Positive | None = None
+    """KL per element, in the unit of its kind, that the weight holds by a rule of proportion, from where it
+    is set; see lacfast.learning.adaptive_kl. None: the weight stays."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(Config):
     """Advantages, loss and optimizers."""
@@ -63,13 +76,8 @@ class PPOConfig(Config):
     ratio: Annotated[str, OneOf(RATIOS)] = "innovation"
     """"innovation": the transitions' likelihood ratio; "ratio_norm": GRPO-Guard's, on another scale per step,
     so its clip is another one too."""
-    kl_weight: NonNegative = 0.0
-    """beta of the KL to the anchor, the policy as it was before training; 0 keeps none. [paper] 0."""
-    kl_target: Positive | None = None
-    """KL to the anchor per element, in the unit of `kl`, towards which kl_weight is doubled or
-    halved after every iteration (PPO's adaptive penalty), from where it is set. None: kl_weight stays."""
-    kl: Annotated[str, OneOf(KL_KINDS)] = "exact"
-    """Kind of that KL, see lacfast.schedule.kl_gains: "exact", "velocity" or "flow_grpo"."""
+    kl: KLPenalty | None = None
+    """Penalty on the distance from the policy as it was before training. [paper] None."""
     kl_limit: Bound = math.inf
     """Mean KL(old, new) per element that ends the updates on a rollout."""
     gamma: Share = 1.0
@@ -103,7 +111,7 @@ class PPOConfig(Config):
     """(sample, step) pairs per forward and backward; bounds memory, changes the result by the order of sums
     alone. 0: found at the first update from the free memory, at most 256 on a CPU. Halved when memory runs
     out."""
-    policy_learning_rate: Positive = 1e-4
+    policy_learning_rate: NonNegative = 1e-4
     """[paper]"""
     warmup_steps: CountOrNone = 0
     """Optimizer steps of the policy over which its rate rises linearly to policy_learning_rate."""
@@ -130,10 +138,6 @@ class PPOConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.kl_target is None or self.kl_weight > 0,
-            f"kl_target={self.kl_target} needs kl_weight > 0 to begin with; kl_weight={self.kl_weight}",
-        )
         require(
             math.isinf(self.lambda_gate) or self.gae_lambda < 1,
             f"lambda_gate={self.lambda_gate} would be ignored where gae_lambda is 1; use gae_lambda < 1",

@@ -1,29 +1,26 @@
-"""A KL weight that follows the KL: PPO's adaptive penalty, on the KL to the anchor."""
+"""A KL weight that follows the KL to the anchor, by the rule of RLHF."""
 
 from __future__ import annotations
 
 import math
 
-TOLERANCE = 1.5
-"""The KL may lie this factor off its target. arXiv 1707.06347."""
-FACTOR = 2.0
-"""Factor by which the weight moves when it does not. arXiv 1707.06347."""
+GAIN = 0.1
+"""K_beta, how fast the weight moves. arXiv 1909.08593."""
+LARGEST_ERROR = 0.2
+"""Bound of the proportional error, so that at a KL of 0, as at the start, the weight falls by 2 %."""
 
 
 def adapted_weight(weight: float, kl: float, target: float) -> float:
-    """The weight beta of the KL in the policy's loss after an iteration (arXiv 1707.06347, section 4).
+    """The weight beta of the KL in the policy's loss after an iteration (arXiv 1909.08593, section 2.2).
 
-        KL > 1.5 target:  beta <- 2 beta;      KL < target / 1.5:  beta <- beta / 2
-
-    There the KL is that of one update; here it is the distance from the anchor, as in RLHF.
+        e = clip(KL / target - 1, -0.2, 0.2);   beta <- beta (1 + 0.1 e)
 
     Args:
         weight: beta > 0, until now.
         kl: of the iteration, per element; one that is not finite says nothing.
-        target: that the weight aims at, > 0, in the unit of PPOConfig.kl.
+        target: that the weight aims at, > 0, in the unit of KLPenalty.kind.
     """
     if not math.isfinite(kl):
         return weight
-    if kl > TOLERANCE * target:
-        return weight * FACTOR
-    return weight / FACTOR if kl < target / TOLERANCE else weight
+    error = min(max(kl / target - 1, -LARGEST_ERROR), LARGEST_ERROR)
+    return weight * (1 + GAIN * error)

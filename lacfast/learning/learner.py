@@ -55,7 +55,7 @@ class Learner:
         """Share of the run that is behind, for PPOConfig.final_learning_rate."""
         self._graphs = GraphRunner() if graphs is None else graphs
         self.anchor = None
-        if ppo.kl_weight > 0:
+        if ppo.kl is not None:
             self.anchor = KLAnchor(backbone.frozen_anchor(), self._graphs, config.sampler.guidance_scale)
         self.critic_update = None
         if backbone.critic is not None:
@@ -121,10 +121,10 @@ class Learner:
         if self.average is not None:
             self.average.update()
         metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
-        if ppo.kl_target is not None:
+        if ppo.kl is not None and ppo.kl.target is not None:
             weight, kl = self.policy_update.kl_weight, float(metrics["kl_ref"].nanmean())
             metrics["kl_weight"] = weight
-            self.policy_update.kl_weight = adapted_weight(weight, kl, ppo.kl_target)
+            self.policy_update.kl_weight = adapted_weight(weight, kl, ppo.kl.target)
         return metrics
 
     def _policy_pass(self, source: PolicySource, generator: torch.Generator, records: UpdateRecords) -> bool:
@@ -240,7 +240,8 @@ class Learner:
         policy.version += 1
         policy.optimizer.load_state_dict(state["policy_optimizer"])
         self.policy_schedule.load_state_dict(state["policy_schedule"])
-        if self.config.ppo.kl_target is not None and state["kl_weight"] is not None:
+        penalty = self.config.ppo.kl
+        if penalty is not None and penalty.target is not None and state["kl_weight"]:
             policy.kl_weight = state["kl_weight"]
         if critic is not None:
             critic.optimizer.load_state_dict(state["critic_optimizer"])

@@ -49,14 +49,15 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             anchor: that the KL is measured from. None: no KL.
             reader: the critic's part in the forward.
         """
+        penalty = config.ppo.kl
         # A graph would freeze a weight that adapts.
-        runner = runner if config.ppo.kl_target is None else EAGER
+        runner = runner if penalty is None or penalty.target is None else EAGER
         super().__init__(PolicyTotals, optimizer, config.ppo, failed, runner)
         self.backbone = backbone
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
         self.reader = reader
-        self.kl_weight = config.ppo.kl_weight
+        self.kl_weight = 0.0 if penalty is None else penalty.weight
         self.version = 0
         """Changes with the weights of the policy."""
 

@@ -29,12 +29,12 @@ class StepTables(Static):
 
 def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> StepTables:
     """The tables for latents `like`, in the dtype of their maths."""
-    dtype = arithmetic_dtype(like)
+    dtype, kind = arithmetic_dtype(like), "exact" if config.kl is None else config.kl.kind
     return StepTables(
         coefficients=table.coefficients(like.device, dtype),
         timesteps=table.timesteps.to(like.device),
         weights=step_weights(table, balanced=config.balance_steps).to(like.device, dtype),
-        kl_gains=kl_gains(table, config.kl, device=like.device, dtype=dtype),
+        kl_gains=kl_gains(table, kind, device=like.device, dtype=dtype),
     )
 
 

@@ -163,7 +163,7 @@ def _no_hacking(evaluations: Records, train: Records) -> Iterator[Finding]:
             f"{gold} has fallen by {_fall(evaluations, gold):.3g} from its best at iteration "
             f"{best['iteration']}, while {' and '.join(at_best)}, which trains, is at its best",
             f"Go back to the checkpoint of iteration {best['iteration']}; let early_stopping.score or --best "
-            f"watch {gold}, train a second reward beside {' and '.join(at_best)}, or set kl_weight",
+            f"watch {gold}, train a second reward beside {' and '.join(at_best)}, or set PPOConfig.kl",
             int(last["iteration"]),
         )
 
@@ -179,7 +179,7 @@ def _stays_diverse(evaluations: Records, train: Records) -> Iterator[Finding]:
         yield Finding(
             "The policy collapses",
             f"two images of one prompt differ by {last:.3g}, {first:.3g} at the start",
-            "Set kl_weight, lower policy_learning_rate, or stop earlier",
+            "Set PPOConfig.kl, lower policy_learning_rate, or stop earlier",
             int(evaluations[-1]["iteration"]),
         )
 

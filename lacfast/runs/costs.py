@@ -147,7 +147,7 @@ def count(
         sampling_flops=batch * steps * step_flops,
         value_flops=batch * steps * value_flops,
         decode_flops=batch * decode_flops,
-        anchor_flops=pairs * step_flops if ppo.kl_weight > 0 else 0,
+        anchor_flops=pairs * step_flops if ppo.kl is not None else 0,
         update_forward_flops=pairs * step_flops - known * uncond_flops,
         # What checkpointing recomputes is counted with the backward pass, where it runs.
         update_backward_flops=pairs * (pair_flops - step_flops),

@@ -10,6 +10,7 @@ from lacfast.config import (
     AdvantageConfig,
     CriticConfig,
     Fixed,
+    KLPenalty,
     LoRAConfig,
     PPOConfig,
     Ratio,
@@ -193,8 +194,7 @@ def flow_grpo_geneval() -> RunConfig:
             advantages=AdvantageConfig(estimator=GRPO(std="global"), combination="scalarized"),
             ppo=PPOConfig(
                 clip=Ratio(1e-4),
-                kl_weight=0.04,
-                kl="flow_grpo",
+                kl=KLPenalty(0.04, "flow_grpo"),
                 advantage_clip=5.0,
                 num_minibatches=2,
                 policy_learning_rate=3e-4,

@@ -10,7 +10,7 @@ import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import AdvantageConfig, EarlyStoppingConfig, LatentActorCriticTrainer
-from lacfast.config import DDPO, ESTIMATORS, GRPO, BatchMean, PPOConfig, Ratio
+from lacfast.config import DDPO, ESTIMATORS, GRPO, BatchMean, KLPenalty, PPOConfig, Ratio
 
 
 def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
@@ -83,7 +83,7 @@ CONSTRAINED = {
     [
         {"advantages": AdvantageConfig(**CONSTRAINED)},
         {"advantages": AdvantageConfig(estimator=DDPO(min_count=2)), "prompts": PROMPTS[:3]},
-        {"ppo": PPOConfig(clip=Ratio(1e-3), kl_weight=0.1, kl_target=1e-3, num_minibatches=2)},
+        {"ppo": PPOConfig(clip=Ratio(1e-3), kl=KLPenalty(0.1, target=1e-3), num_minibatches=2)},
     ],
     ids=["constrained", "ddpo", "adaptive KL"],
 )
@@ -110,8 +110,8 @@ def test_a_saved_run_goes_on_with_its_statistics(changes: dict[str, Any], tmp_pa
         # Ten is never reached, so the multiplier has risen in each of the three iterations.
         assert first["weight/redness"] > 0.5 + 3 * 0.01
     if "ppo" in changes:
-        assert first["kl_weight"] == 0.1 / 4
-        assert trainer.learner.policy_update.kl_weight == 0.1 / 8
+        assert first["kl_weight"] == pytest.approx(0.1 * 0.98**2)
+        assert trainer.learner.policy_update.kl_weight == pytest.approx(0.1 * 0.98**3)
 
 
 def test_a_checkpoint_of_another_estimator_changes_nothing(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import adapt, load_backbone
 from lacfast.backbones.compilation import CompiledForward
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import LoRAConfig
+from lacfast.config import KLPenalty, LoRAConfig
 from lacfast.metrics import compiled_graphs
 from lacfast.rollout.tables import TrainingTables
 from lacfast.tasks.codec import CHANNELS
@@ -81,7 +81,7 @@ def test_a_compiled_run_starts_at_ratio_one_and_compiles_in_its_first_iteration_
 ) -> None:
     # Batches of 8 and 4 only.
     config = tiny_config(batch_size=12, rollout_batch_size=8, eval_batch_size=4)
-    config = replace(config, ppo=replace(config.ppo, kl_weight=0.1, num_minibatches=3, microbatch_size=8))
+    config = replace(config, ppo=replace(config.ppo, kl=KLPenalty(0.1), num_minibatches=3, microbatch_size=8))
     backbone = one_block_backbone(lora=lora)
     backbone.compile_blocks(backend="eager")
     trainer = LatentActorCriticTrainer(backbone, brightness, PROMPTS, config)

@@ -35,7 +35,7 @@ from lacfast import (
 )
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
-from lacfast.config import Ratio
+from lacfast.config import KLPenalty, Ratio
 
 LORA = LoRAConfig(rank=4, alpha=8)
 TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net")
@@ -46,7 +46,7 @@ def config_for(
 ) -> TrainConfig:
     is_ddim = "DDIM" in type(backbone.scheduler).__name__
     ppo = PPOConfig(
-        clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, kl_weight=0.1, policy_learning_rate=1e-3
+        clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, kl=KLPenalty(0.1), policy_learning_rate=1e-3
     )
     config = TrainConfig(
         batch_size=4,

@@ -17,7 +17,18 @@ import lacfast.config
 import lacfast.runs.config
 from lacfast.cli import Demo
 from lacfast.compat.trl_config import DDPOConfig
-from lacfast.config import Fixed, KLMask, LoRAConfig, Nats, PPOConfig, Random, Ratio, SamplerConfig, Sliding
+from lacfast.config import (
+    Fixed,
+    KLMask,
+    KLPenalty,
+    LoRAConfig,
+    Nats,
+    PPOConfig,
+    Random,
+    Ratio,
+    SamplerConfig,
+    Sliding,
+)
 from lacfast.config.checks import Config, Range, field_types, unknown
 from lacfast.config.choice import Choice
 from lacfast.rewards.remote import RetryConfig
@@ -44,9 +55,9 @@ def config_classes() -> list[type[Config]]:
 
 CONFIGS = config_classes()
 MADE: dict[type[Config], Any] = {
-    Ratio: Ratio(1e-4), Nats: Nats(1.0), KLMask: KLMask(1e-5), Fixed: Fixed((0, 2)), Random: Random(2),
-    Sliding: Sliding(2, 25), RunConfig: RunConfig(**REQUIRED[RunConfig]),
-    EvaluationRun: EvaluationRun(**REQUIRED[EvaluationRun]),
+    Ratio: Ratio(1e-4), Nats: Nats(1.0), KLMask: KLMask(1e-5), KLPenalty: KLPenalty(0.1),
+    Fixed: Fixed((0, 2)), Random: Random(2), Sliding: Sliding(2, 25),
+    RunConfig: RunConfig(**REQUIRED[RunConfig]), EvaluationRun: EvaluationRun(**REQUIRED[EvaluationRun]),
 }  # fmt: skip
 
 

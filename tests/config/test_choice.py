@@ -76,8 +76,11 @@ def test_the_command_line_takes_the_word(capsys: pytest.CaptureFixture[str]) -> 
     printed = "".join(capsys.readouterr().out.split())
     assert '"clip":{"choice":"nats","clip_nats":5}' in printed
     assert '"window":{"choice":"sliding","size":4,"every":25,"stride":1,"within":null}' in printed
-    assert main(dry_run("--train.sampler.window", "none")) == 0
-    assert '"window":null' in "".join(capsys.readouterr().out.split())
+    assert '"kl":null' in printed
+    assert main(dry_run("--train.sampler.window", "none", "--train.ppo.kl", "penalty:0.1,kind=velocity")) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    assert '"window":null' in printed
+    assert '"kl":{"choice":"penalty","weight":0.1,"kind":"velocity","target":null}' in printed
 
 
 def test_help_shows_how_to_write_a_choice(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from lacfast.config import (
     CriticValues,
     Fixed,
     KLMask,
+    KLPenalty,
     LoRAConfig,
     Nats,
     PPOConfig,
@@ -51,6 +52,7 @@ def test_a_preset_is_the_same_after_json(name: str) -> None:
         PPOConfig(clip=Ratio((1e-4, 2e-4))),
         PPOConfig(clip=Nats(5.0)),
         PPOConfig(clip=KLMask(1e-5)),
+        PPOConfig(kl=KLPenalty(0.04, target=1e-3)),
         SamplerConfig(window=Fixed((0, 5))),
         SamplerConfig(window=Random(2, within=(1, 8))),
         SamplerConfig(window=Sliding(4, every=25)),
@@ -94,6 +96,19 @@ def test_three_bounds_of_which_one_was_set_are_the_clip(earlier: dict[str, Any],
 )
 def test_five_options_of_a_window_are_the_window(earlier: dict[str, Any], today: Any) -> None:
     assert from_json(SamplerConfig, earlier) == SamplerConfig(window=today)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ({"kl_weight": 0.0, "kl_target": None, "kl": "exact"}, None),
+        ({"kl_weight": 0.04, "kl_target": None, "kl": "flow_grpo"}, KLPenalty(0.04, "flow_grpo")),
+        ({"kl_weight": 0.1, "kl_target": 1e-3, "kl": "exact"}, KLPenalty(0.1, target=1e-3)),
+        ({}, None),
+    ],
+)
+def test_three_options_of_the_kl_are_its_penalty(earlier: dict[str, Any], today: Any) -> None:
+    assert from_json(PPOConfig, earlier).kl == today
 
 
 def test_what_no_version_knows_is_refused_with_what_to_do() -> None:

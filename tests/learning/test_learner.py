@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lacfast import LatentActorCriticTrainer, reference
-from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning import totals
 from lacfast.learning.batches import PolicySource
 from lacfast.learning.pairs import all_pairs, all_states, minibatches
@@ -79,7 +79,8 @@ def plain_policy_pass(
             clip = float(ppo.clip.clip_range)  # type: ignore[arg-type]
             gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
             away = float(table.b[step]) * (model_output - output(frozen).detach())
-            loss = -gain + ppo.kl_weight * (away**2).mean() / (2 * std**2)
+            kl_weight = 0.0 if ppo.kl is None else ppo.kl.weight
+            loss = -gain + kl_weight * (away**2).mean() / (2 * std**2)
             (loss / len(minibatch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, ppo.max_grad_norm)
         optimizer.step()
@@ -118,18 +119,18 @@ def named_critic(trainer: LatentActorCriticTrainer) -> dict[str, Tensor]:
 
 @pytest.mark.isa
 @pytest.mark.parametrize(
-    ("sampler", "kl_weight", "epochs"),
-    [(SamplerConfig(num_steps=4), 0.0, 1), (GUIDED, 0.1, 1), (GUIDED, 0.1, 2)],
+    ("sampler", "kl", "epochs"),
+    [(SamplerConfig(num_steps=4), None, 1), (GUIDED, KLPenalty(0.1), 1), (GUIDED, KLPenalty(0.1), 2)],
     ids=["plain", "guided, KL", "guided, KL, two epochs"],
 )
 def test_learning_equals_a_plain_loop_over_single_pairs(
-    sampler: SamplerConfig, kl_weight: float, epochs: int
+    sampler: SamplerConfig, kl: KLPenalty | None, epochs: int
 ) -> None:
     ppo = PPOConfig(
         clip=Ratio(1e-3),
         num_minibatches=2,
         microbatch_size=8,
-        kl_weight=kl_weight,
+        kl=kl,
         num_inner_epochs=epochs,
         # AdamW divides by the gradient's size, so rounding of a gradient near 0 would be a step of full size.
         adam_eps=1e-4,
@@ -167,7 +168,12 @@ class NoHostSync(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("ppo", "reads"),
     [
-        (PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=5, kl_weight=0.1, warmup_steps=2), 1),
+        (
+            PPOConfig(
+                clip=Ratio(1e-3), num_minibatches=2, microbatch_size=5, kl=KLPenalty(0.1), warmup_steps=2
+            ),
+            1,
+        ),
         (PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=8, kl_limit=1.0), 4),
     ],
     ids=["once", "once per policy step with a KL limit, and once for the critic"],

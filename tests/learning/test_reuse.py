@@ -12,7 +12,7 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.batches import MEASURED
 from lacfast.records import Advantages, Rollout
 
@@ -63,9 +63,9 @@ def gradient_of_first_step(
 
 
 @pytest.mark.isa
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
-def test_the_known_half_gives_the_gradient_of_the_whole(kl_weight: float) -> None:
-    ppo = replace(PPO, kl_weight=kl_weight)
+@pytest.mark.parametrize("kl", [None, KLPenalty(0.1)])
+def test_the_known_half_gives_the_gradient_of_the_whole(kl: KLPenalty | None) -> None:
+    ppo = replace(PPO, kl=kl)
     known, whole = trainer_for(ppo), trainer_for(replace(ppo, reuse_uncond=False))
     rollout, advantages = rollout_of(known)
     first, expected = (gradient_of_first_step(one, rollout, advantages) for one in (known, whole))

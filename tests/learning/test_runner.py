@@ -14,14 +14,14 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, GraphConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import CriticConfig, GraphConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.learner import Learner
 from lacfast.learning.runner import GraphedUpdate
 from lacfast.runtime.graph import GraphRunner
 
 # Minibatches of 12, 12 and 8 states, and of 8 pairs each: tails are padded. The rate changes at every step.
 PPO = PPOConfig(
-    clip=Ratio(1e-3), num_minibatches=3, microbatch_size=5, warmup_steps=8, adam_eps=1e-4, kl_weight=0.1
+    clip=Ratio(1e-3), num_minibatches=3, microbatch_size=5, warmup_steps=8, adam_eps=1e-4, kl=KLPenalty(0.1)
 )
 GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
 

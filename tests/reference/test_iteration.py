@@ -16,7 +16,7 @@ from lacfast import LatentActorCriticTrainer, PPOConfig, SamplerConfig, TrainCon
 from lacfast.backbone import Backbone
 from lacfast.backbones.taps import Tap
 from lacfast.backbones.trunks import SharedTrunk
-from lacfast.config import CriticConfig
+from lacfast.config import CriticConfig, KLPenalty
 from lacfast.critic.trunk import Trunk
 from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout
 from lacfast.reference import iteration as page
@@ -177,6 +177,12 @@ def assert_weights_near(actual: nn.Module, expected: nn.Module, learning_rate: f
         torch.testing.assert_close(weight, others[name], rtol=rounding, atol=1e-2 * learning_rate)
 
 
+def as_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The page's options as PPOConfig has them."""
+    kept = {name: value for name, value in options.items() if name != "kl_weight"}
+    return kept | ({"kl": KLPenalty(options["kl_weight"])} if "kl_weight" in options else {})
+
+
 def assert_same_training(
     backbone: Backbone,
     rewards: dict[Reward, float],
@@ -191,7 +197,7 @@ def assert_same_training(
         batch_size=BATCH_SIZE,
         sampler=SamplerConfig(num_steps=4, guidance_scale=guidance_scale),
         critic=CriticConfig(hidden_dim=16, head_dim=8, num_heads=2),
-        ppo=PPOConfig(**PASSES, **options),
+        ppo=PPOConfig(**PASSES, **as_settings(options)),
     )
     trainer = RecordingTrainer(backbone, rewards, list(prompts), config)
     run = PageRun(trainer, rewards)

@@ -16,6 +16,7 @@ from lacfast import LatentActorCriticTrainer
 from lacfast.config import (
     Fixed,
     GraphConfig,
+    KLPenalty,
     PPOConfig,
     Random,
     Ratio,
@@ -30,7 +31,12 @@ SLIDING = SamplerConfig(num_steps=5, window=Sliding(2, every=1))
 RANDOM = SamplerConfig(num_steps=5, window=Random(2))
 # Balanced steps, KL to the anchor and two passes: all that an update reads of a table is used.
 PPO = PPOConfig(
-    clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, balance_steps=True, kl_weight=0.1, adam_eps=1e-4
+    clip=Ratio(1e-3),
+    num_minibatches=2,
+    microbatch_size=8,
+    balance_steps=True,
+    kl=KLPenalty(0.1),
+    adam_eps=1e-4,
 )
 
 

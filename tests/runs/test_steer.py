@@ -63,7 +63,7 @@ def test_a_run_becomes_images_and_statistics(run: Path, tmp_path: Path) -> None:
     [
         (["--prompts", "missing.txt"], "there is no prompt file 'missing.txt'"),
         (["--prompts", "a", "--selection", "reward"], "--selection reward has no reward to select by"),
-        (["--prompts", "a", "--method", "genetic"], "unknown method='genetic'"),
+        (["--prompts", "a", "--method", "genetic"], "unknown method 'genetic'"),
         (["--prompts", "a", "--rewards", "beauty"], "unknown reward 'beauty'"),
     ],
 )

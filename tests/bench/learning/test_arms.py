@@ -8,7 +8,7 @@ import pytest
 
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
-from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, TrainConfig
+from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, KLPenalty, TrainConfig
 from lacfast.runs.presets import RUNS, shapes
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
@@ -75,7 +75,7 @@ def test_the_rules_for_two_rewards_differ_in_the_rule_alone() -> None:
 def test_published_baselines_are_presets() -> None:
     names = ("flow-grpo-geneval", "dance-grpo-hpsv2", "ddpo-compressibility")
     flow, dance, ddpo = (RUNS[name]().train for name in names)
-    assert (flow.batch_size, flow.samples_per_prompt, flow.ppo.kl_weight) == (1152, 24, 0.04)
+    assert (flow.batch_size, flow.samples_per_prompt, flow.ppo.kl) == (1152, 24, KLPenalty(0.04, "flow_grpo"))
     assert (dance.batch_size, dance.samples_per_prompt, dance.advantages.estimator) == (
         192,
         12,
