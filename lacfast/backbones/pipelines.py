@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.config.checks import Config, Count, NonNegative
 
 
@@ -169,28 +169,6 @@ def latent_map(
     if any(side % (factor * multiple) for side in resolution):
         raise ValueError(f"resolution={resolution} must be a multiple of {factor * multiple} pixels")
     return (channels, resolution[0] // factor, resolution[1] // factor)
-
-
-def ddim_scheduler(scheduler: Any) -> Any:
-    """DDIM on the noise levels of any scheduler of an epsilon or v model; flow matching stays itself.
-
-    Raises:
-        ValueError: for noise levels that DDIM does not have (Karras, exponential, beta).
-    """
-    if (
-        "FlowMatch" in type(scheduler).__name__
-        or scheduler.config.get("prediction_type") == "flow_prediction"
-    ):
-        return flow_scheduler(scheduler)
-    # Schedulers without a clip would get DDIM's default, which clips latents to [-1, 1].
-    return DDIMScheduler.from_config(  # type: ignore[no-untyped-call]
-        scheduler.config, clip_sample=False
-    )
-
-
-def flow_scheduler(scheduler: Any) -> Any:
-    """Euler steps on the noise levels of any flow-matching scheduler."""
-    return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)  # type: ignore[no-untyped-call]
 
 
 def dynamic_shift(scheduler: Any, tokens: int, *, max_shift: float) -> dict[str, Any]:

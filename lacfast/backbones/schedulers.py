@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lacfast.backbones.scheduler_choice import NOT_AFFINE, require_ddim_step, require_forward_time
 from lacfast.config.sampling import require_noise_level
 from lacfast.records import TransitionTable
 from lacfast.schedule import FLOW_KINDS, Window, ddim, flow_table
@@ -52,12 +53,13 @@ def from_scheduler(
     own = type(scheduler).from_config(scheduler.config)
     if name == "FlowMatchEulerDiscreteScheduler":
         return _from_flow_match(own, num_steps, kind, noise_level, window, sigmas, mu)
-    for setting in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+    for setting in NOT_AFFINE:
         if own.config.get(setting, False):
             raise ValueError(
-                f"{setting}=True makes {name}'s step not affine (or singular); "
+                f"{setting}=True makes {name}'s step not affine; "
                 f"use {name}.from_config(scheduler.config, {setting}=False)"
             )
+    require_ddim_step(name, own.config)
     own.set_timesteps(num_steps)
     require_noise_level(kind, noise_level)
     return _from_ddpm(own, window) if kind == "ddpm" else _from_ddim(own, kind, noise_level, window)
@@ -72,10 +74,7 @@ def _from_flow_match(
     sigmas: Tensor | None,
     mu: float | None,
 ) -> TransitionTable:
-    if scheduler.config.get("invert_sigmas", False):
-        raise ValueError(
-            "invert_sigmas=True runs time backwards; set invert_sigmas=False in the scheduler's config"
-        )
+    require_forward_time(scheduler)
     shift = {} if mu is None else {"mu": mu}
     if sigmas is None:
         scheduler.set_timesteps(num_steps, **shift)

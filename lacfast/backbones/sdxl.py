@@ -12,9 +12,9 @@ from lacfast.backbones.pipelines import (
     Embeddings,
     PipelineFamily,
     PipelineSettings,
-    ddim_scheduler,
     encoder_device,
 )
+from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.unet import UNetBackbone, unet_latent_map
 from lacfast.records import Conditioning
 

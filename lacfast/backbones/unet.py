@@ -13,10 +13,10 @@ from lacfast.backbones.pipelines import (
     Embeddings,
     PipelineFamily,
     PipelineSettings,
-    ddim_scheduler,
     encoder_device,
     latent_map,
 )
+from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.taps import Tap, blocks_at, feature_map_tokens, record_taps
 from lacfast.backbones.trunks import SharedTrunk
 from lacfast.critic.trunk import Features, Trunk
@@ -28,6 +28,15 @@ class UNetBackbone(LatentBackbone):
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Arguments as LatentBackbone.
+
+        Raises:
+            ValueError: for a UNet that wants more than latents, timestep and prompt.
+        """
+        _require_known_inputs(model)
+        super().__init__(model, *args, **kwargs)
 
     def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
         return Conditioning({"encoder_hidden_states": tokens})
@@ -50,6 +59,26 @@ class UNetBackbone(LatentBackbone):
 
     def branch_trunk(self, num_blocks: int) -> Trunk:
         return BranchTrunk(self.model, num_blocks)
+
+
+def _require_known_inputs(model: Any) -> None:
+    config, name = model.config, type(model).__name__
+    if config.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"the {name} takes guidance as an embedding (time_cond_proj_dim={config.time_cond_proj_dim}), as "
+            "models distilled by LCM do; load the model that it was distilled from"
+        )
+    if config.in_channels != config.out_channels:
+        raise ValueError(
+            f"the {name} takes {config.in_channels} channels and gives {config.out_channels}: it inpaints or "
+            "edits; load a model that makes images from prompts alone"
+        )
+    if config.encoder_hid_dim_type is not None:
+        raise ValueError(
+            f"the {name} takes images beside the prompt "
+            f"(encoder_hid_dim_type={config.encoder_hid_dim_type!r}); "
+            "call pipeline.unload_ip_adapter(), or load a model without it"
+        )
 
 
 def _up_widths(model: Any) -> tuple[int, ...]:
