@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# What raises, why, and what to do
 
-To look up a message. Every row is a test that raises it: `python docs/errors.py` collects them, and a test compares.
-The command line prints the message alone and exits with 2 where the settings are wrong, with 1 where the run failed.
+To look up a message. Every row is a test that raises it: `python docs/errors.py` collects them.
+The command line prints the message alone, and exits with 2 where the settings are wrong, with 1 where the run failed.
 """
 
 
@@ -52,7 +52,10 @@ def page() -> str:
     for room, refusals in rooms.items():
         if refusals:
             lines += [f"## {room}", "", "| message | cause | remedy |", "|---|---|---|"]
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row).replace("\n", " ") + " |" for row in dict.fromkeys(refusals)]
+            lines += [
+                "| " + " | ".join(cell.replace("|", "\\|") for cell in row).replace("\n", " ") + " |"
+                for row in dict.fromkeys(refusals)
+            ]
             lines.append("")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What raises, and the row of docs/errors.md that tells of it: message, cause and remedy are one assertion."""
+"""What raises, and its row of docs/errors.md: message, cause and remedy are one assertion."""
 
 from __future__ import annotations
 
