@@ -13,7 +13,8 @@ PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# What raises, why, and what to do
 
 To look up a message. Every row is a test that raises it: `python docs/errors.py` collects them.
-The command line prints the message alone, and exits with 2 where the settings are wrong, with 1 where the run failed.
+The command line prints the message alone. It exits with 2 where the settings are wrong, with 1 where the run
+failed, with 130 where it was stopped.
 """
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
-from lacfast.runtime.files import writing_to
+from lacfast.runtime.files import needing_space, writing_to
 
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_DESCRIPTION = "lacfast_critic"
@@ -34,12 +34,14 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: when the parent cannot be written.
+        OSError: when the disk is full; `target` is as before.
     """
     temporary = target.parent / f".{target.name}-{os.getpid()}"
     with writing_to(target):
         temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with needing_space(target):
+            yield temporary
         replaced = temporary.with_name(temporary.name + "-replaced")
         if target.exists():
             os.replace(target, replaced)
@@ -122,7 +124,9 @@ def save_run(backbone: Backbone, state: dict[str, Any], directory: Path) -> None
     """Backbone, critic and the trainer's own `state`, which torch.load(weights_only=True) can read."""
     with whole_directory(directory) as target:
         write_backbone(backbone, target)
-        torch.save(state, target / TRAINER_STATE)
+        # A file of Python's: its error, which the writer of a path hides, says that the disk is full.
+        with (target / TRAINER_STATE).open("wb") as file:
+            torch.save(state, file)
 
 
 def read_state(directory: Path) -> dict[str, Any]:

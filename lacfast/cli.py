@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,6 @@ from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.presets import RUNS
-
-USAGE_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,27 +157,36 @@ def _one_word(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code, 2 for settings that cannot work."""
+    """Run a command; returns its exit code, see lacfast.runs.endings. A bug of ours is raised."""
     try:
-        command = tyro.cli(
-            Command,
-            prog="lacfast",
-            description="Latent actor-critic post-training of diffusion models.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-            registry=_REGISTRY,
-        )
-        command.run()
-    except ValueError as error:
-        print(f"lacfast: {error}", file=sys.stderr)
-        return USAGE_ERROR
-    except FloatingPointError as error:
-        print(f"lacfast: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("lacfast: stopped", file=sys.stderr)
-        return 130
+        try:
+            _parsed(arguments).run()
+        finally:
+            # Here, where it can be said that nobody reads; not when the interpreter ends.
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        from lacfast.runs.endings import ending
+
+        if (found := ending(error)) is None:
+            raise
+        if found.line:
+            print(f"lacfast: {found.line}", file=sys.stderr)
+        else:
+            # What is still buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return found.code
     return 0
+
+
+def _parsed(arguments: list[str] | None) -> Command:
+    return tyro.cli(
+        Command,
+        prog="lacfast",
+        description="Latent actor-critic post-training of diffusion models.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+        registry=_REGISTRY,
+    )
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from torch import Tensor
 from lacfast.records import Advantages, Evaluation, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
-from lacfast.runtime.files import writing_to
+from lacfast.runtime.files import needing_space, writing_to
 from lacfast.runtime.graph import GraphRunner
 
 
 class MetricsLog:
-    """Appends to a JSONL file, flushed line by line so that a killed run keeps what it logged."""
+    """Appends to a JSONL file, line by line so that a killed run keeps what it logged."""
 
     def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()) -> None:
         """`path` None keeps no file; `trackers` get the numbers besides.
@@ -31,25 +31,38 @@ class MetricsLog:
             ValueError: when the file cannot be written.
         """
         self.trackers = tuple(trackers)
-        self._file = None
+        self._path = path
         if path is not None:
             with writing_to(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("a", encoding="utf-8")
+                _drop_cut_line(path)
 
     def write(self, phase: str, iteration: int, **values: Any) -> None:
+        """Log an entry.
+
+        Raises:
+            OSError: when the disk is full.
+        """
         for tracker in self.trackers:
             tracker.numbers(iteration, curve_points(phase, values))
-        if self._file is not None:
+        if self._path is not None:
             entry = {"phase": phase, "iteration": iteration, **values}
-            self._file.write(json.dumps(entry, default=_plain) + "\n")
-            self._file.flush()
+            with needing_space(self._path), self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry, default=_plain) + "\n")
 
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
-        if self._file is not None:
-            self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    """A kill may cut the last line; the next one would be joined to it, and both be lost."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        written = file.read()
+        whole = written.rfind(b"\n") + 1
+        if whole < len(written):
+            file.truncate(whole)
 
 
 def _plain(value: Any) -> Any:

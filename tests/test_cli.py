@@ -9,8 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from refusals import Refusal
 
-from lacfast.cli import USAGE_ERROR, main
+from lacfast.cli import main
+from lacfast.runs import train
+from lacfast.runs.endings import USAGE
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
 
@@ -45,15 +49,6 @@ def test_demo_help_explains_every_flag() -> None:
         assert flag in result.stdout
 
 
-def test_unwritable_out_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    result = lacfast("demo", "--out", str(tmp_path / "file" / "demo"))
-    assert result.returncode == USAGE_ERROR
-    assert result.stderr.startswith("lacfast: cannot write to --out")
-    assert len(result.stderr.splitlines()) == 1
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize(
     "arguments",
     [["demo"], ["demo", "--out", "x", "--backbone", "vit"], ["fly"], ["demo", "--out", "x", "--seed", "one"]],
@@ -61,8 +56,127 @@ def test_unwritable_out_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert exit_info.value.code == USAGE_ERROR
+    assert exit_info.value.code == USAGE
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (
+            ["train", "shapes", "--device", "cuda"],
+            Refusal(
+                "device='cuda' cannot be used here",
+                cause="A GPU where there is none, or where torch is built without CUDA.",
+                remedy="see `lacfast info`, or leave the option out",
+            ),
+        ),
+        (
+            ["train", "shapes", "--device", "gpu"],
+            Refusal(
+                "device='gpu' is no device of torch",
+                cause="A device by a name that torch does not have.",
+                remedy="write cpu, cuda or cuda:1",
+            ),
+        ),
+        (
+            [
+                "evaluate",
+                "--model",
+                "none",
+                "--prompts",
+                "shapes",
+                "--rewards",
+                "shapes",
+                "--out",
+                "file",
+            ],
+            Refusal(
+                "cannot write to --out file",
+                cause="Results into a file's place, or into a directory of somebody else's.",
+                remedy="choose a directory that you may write to",
+            ),
+        ),
+        (
+            ["demo", "--out", "file/demo"],
+            Refusal(
+                "cannot write to --out file/demo",
+                cause="A directory that cannot be made.",
+                remedy="choose a directory that you may write to",
+            ),
+        ),
+        (
+            ["train", "shapes", "--prompts", "prompts.parquet"],
+            Refusal(
+                "prompts.parquet needs pyarrow",
+                cause="Prompts in a format whose optional package is not installed.",
+                remedy="pip install pyarrow",
+            ),
+        ),
+        (
+            ["train", "shapes", "--prompts", "folder"],
+            Refusal(
+                "the datasets directory folder needs datasets",
+                cause="A directory of datasets where that package is not installed.",
+                remedy="pip install datasets",
+            ),
+        ),
+        (
+            ["train", "shapes", "--rewards", "ocr", "1"],
+            Refusal(
+                "engine='rapidocr' needs its package",
+                cause="The OCR reward without its engine.",
+                remedy="pip install rapidocr onnxruntime",
+            ),
+        ),
+        (
+            ["train", "shapes", "--tensorboard"],
+            Refusal(
+                "tensorboard is not installed",
+                cause="A tracker whose package is not installed.",
+                remedy="pip install 'lacfast[tensorboard]'",
+            ),
+        ),
+        (
+            ["train", "shapes", "--best", "beauty"],
+            Refusal(
+                "best='beauty' is no score of the evaluation",
+                cause="A best checkpoint by a score that nothing measures.",
+                remedy="use one of shapes, shapes_strict, shapes_gold, or name it with --evaluation-rewards",
+            ),
+        ),
+        (
+            ["report", "folder"],
+            Refusal(
+                "folder holds no metrics.jsonl",
+                cause="A report on a directory that is no run's.",
+                remedy="give the directory of a training run",
+            ),
+        ),
+    ],
+    ids=lambda value: value.message if isinstance(value, Refusal) else "",
+)
+def test_what_cannot_work_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    refused: Refusal,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "prompts.parquet"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for package in ("pyarrow", "datasets", "rapidocr", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    # Nobody waits for work that cannot be used.
+    monkeypatch.setattr(train, "pretrain", pytest.fail)
+    assert main(arguments) == USAGE
+    printed = capsys.readouterr().err
+    refused.check(printed)
+    assert printed.startswith("lacfast: ")
+    assert printed.count("\n") == 1
 
 
 def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,12 +201,12 @@ def test_info_lists_the_extras_of_the_project() -> None:
         assert set(packages) == {name for name in named if not name.startswith("lacfast")}, extra
 
 
-def test_info_table_tells_why_a_backend_is_not_usable() -> None:
-    result = lacfast("info")
-    assert result.returncode == 0
+def test_info_table_tells_why_a_backend_is_not_usable(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
     for section in ("versions", "processor", "cuda", "kernels", "extras"):
-        assert section in result.stdout
-    assert "usable" in result.stdout
+        assert section in printed
+    assert "usable" in printed
 
 
 def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
@@ -111,6 +225,6 @@ def test_flags_reach_the_parts_of_a_preset(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = ["--model", str(tmp_path), "--lora.rank", "7", "--train.eval-sampler.num-steps", "3"]
-    assert main(["train", "sd15-ddpo", *flags, "--rewards", "pickscore", "0.5", "--dry-run"]) == USAGE_ERROR
+    assert main(["train", "sd15-ddpo", *flags, "--rewards", "pickscore", "0.5", "--dry-run"]) == USAGE
     # Nothing was at --model, which only settings that were understood can say.
     assert str(tmp_path) in capsys.readouterr().err

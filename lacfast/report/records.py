@@ -15,8 +15,24 @@ Records = Sequence[Record]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics file, without a last one that a kill or a full disk cut.
+
+    Raises:
+        ValueError: for any other line that is no entry, by its number.
+    """
+    *whole, _cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [_entry(line, f"{path}:{number}") for number, line in enumerate(whole, start=1)]
+
+
+def _entry(line: str, place: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+        entry["phase"], entry["iteration"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{place} is no entry of a run's log: {line[:60]!r}; remove the line, or give another directory"
+        ) from error
+    return dict(entry)
 
 
 def phase(records: Records, name: str) -> list[Record]:

@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -31,7 +30,7 @@ from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
 from lacfast.runs.terminal import PhaseLog, done_fraction
-from lacfast.runtime.files import write_json, writing_to
+from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import SteeringStats, steer
 from lacfast.tasks.models import BackboneName
@@ -106,10 +105,7 @@ def run_demo(
     """
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
     require(threads >= 1, f"--threads {threads} must be at least 1")
-    with writing_to(f"--out {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+    require_writable(out, "--out")
     torch.set_num_threads(threads)
     log = log or PhaseLog()
     (out / "metrics.jsonl").unlink(missing_ok=True)

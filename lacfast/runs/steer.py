@@ -18,7 +18,7 @@ from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
 from lacfast.runs.directory import RunDirectory
 from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
-from lacfast.runtime.files import write_json, writing_to
+from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats, steer
 
 PROMPT_FILES = (".txt", ".jsonl", ".parquet")
@@ -80,7 +80,7 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
     """
-    prompts = prompts_to_steer(settings.prompts, settings.samples)
+    device, prompts = torch_device(settings.device), prompts_to_steer(settings.prompts, settings.samples)
     rewards, gold = (
         RewardSet.create(names) if names else None for names in (settings.rewards, settings.gold)
     )
@@ -89,12 +89,11 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
     model, sampler = saved_model(settings.source), settings.sampler
     if sampler == SamplerConfig():
         sampler = trained_sampler(settings.critic or model) or sampler
-    with writing_to(f"--out {settings.out}"):
-        (settings.out / "images").mkdir(parents=True, exist_ok=True)
+    require_writable(settings.out / "images", "--out")
     backbone = load_backbone(
         model,
         critic_file=settings.critic or None,
-        device=torch_device(settings.device),
+        device=device,
         dtype=torch_dtype(settings.dtype),
     )
     images, stats = steer(backbone, prompts, settings.settings, sampler=sampler, rewards=rewards, gold=gold)

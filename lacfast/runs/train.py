@@ -14,6 +14,7 @@ from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import read_state, save_backbone, whole_directory
 from lacfast.config import GraphConfig, to_json
+from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
@@ -25,7 +26,7 @@ from lacfast.rollout.scored import evaluate, sampled
 from lacfast.runs.config import Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import RunDirectory
-from lacfast.runtime.files import write_json
+from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
@@ -58,8 +59,25 @@ def prompts_of(source: str) -> PromptSet:
 
 
 def torch_device(name: str) -> str:
-    """The device of that name; for an empty one a GPU if there is one."""
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of that name; for an empty one a GPU if there is one.
+
+    Raises:
+        ValueError: for one that torch does not know or that is not here.
+    """
+    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(found)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is no device of torch; write cpu, cuda or cuda:1") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"device={name!r} cannot be used here: {reason}; see `lacfast info`, or leave the option out for "
+            "what there is"
+        ) from error
+    return found
 
 
 def torch_dtype(name: Dtype) -> torch.dtype | None:
@@ -94,18 +112,38 @@ def _pretrained(config: RunConfig, *, steps: int | None = None) -> Pretrained:
     return pretrain(backbone, task, seed=config.train.seed, steps=steps)
 
 
+def check(config: RunConfig) -> None:
+    """Ask for what a run needs before any work: its device, its rewards and the score that says what is best.
+
+    Raises:
+        ValueError: for what is unknown or not here.
+        ImportError: when a reward's optional package is not installed.
+    """
+    torch_device(config.device)
+    names = RewardSet.create(dict(config.rewards)).names
+    if config.evaluation_rewards:
+        names += RewardSet.create(config.evaluation_rewards).names
+    EarlyStopping.create(config.train.early_stopping, names)
+    if config.best and config.best not in names:
+        raise ValueError(
+            f"best={config.best!r} is no score of the evaluation; use one of {', '.join(names)}, or name it "
+            "with --evaluation-rewards"
+        )
+
+
 def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCriticTrainer:
     """The trainer of a run, before any checkpoint is loaded."""
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
-    backbone = build_backbone(config, directory)
-    if not config.keep_text_encoders:
-        backbone.free_text_encoders(sorted({*prompts.texts, *held_out.texts}))
     trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoardTracker(directory.path / "tensorboard"))
     if config.wandb_project:
         trackers.append(WandbTracker(config.wandb_project, directory.path, to_json(config)))
+    # Last, for it may take minutes.
+    backbone = build_backbone(config, directory)
+    if not config.keep_text_encoders:
+        backbone.free_text_encoders(sorted({*prompts.texts, *held_out.texts}))
     return LatentActorCriticTrainer(
         backbone,
         dict(config.rewards),
@@ -124,6 +162,7 @@ def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | No
     Raises:
         ValueError: for settings that cannot work, before any training.
     """
+    check(config)
     directory = RunDirectory(Path(config.out), keep_last=config.keep_last)
     checkpoint = directory.resumed(config.resume)
     if checkpoint is not None:
@@ -131,10 +170,6 @@ def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | No
         directory.rewind_metrics(read_state(checkpoint)["iteration"])
     trainer = build_trainer(config, directory)
     score = config.best or trainer.early_stopping.score
-    if score not in trainer.score_names:
-        raise ValueError(
-            f"best={score!r} is no score of the evaluation; known: {', '.join(trainer.score_names)}"
-        )
     if checkpoint is not None:
         trainer.load(checkpoint)
     else:
@@ -183,15 +218,20 @@ def plan(config: RunConfig) -> Costs:
 
 
 def evaluate_model(settings: EvaluationRun) -> Evaluation:
-    """Scores of a saved model on prompts that nothing trains on here."""
-    backbone = load_backbone(
-        settings.model, device=torch_device(settings.device), dtype=torch_dtype(settings.dtype)
-    )
-    scorer = RewardSet.create(settings.rewards)
+    """Scores of a saved model on prompts that nothing trains on here.
+
+    Raises:
+        ValueError: for settings that cannot work, before the model is loaded where that can be told.
+    """
+    device, scorer = torch_device(settings.device), RewardSet.create(settings.rewards)
+    prompts = prompts_of(settings.prompts).cycle(settings.samples)
+    if settings.out is not None:
+        require_writable(settings.out, "--out")
+    backbone = load_backbone(settings.model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
         backbone.transition_table(settings.sampler),
-        prompts_of(settings.prompts).cycle(settings.samples),
+        prompts,
         seed=settings.seed,
         first_id=FirstSampleId.EVALUATION,
         guidance_scale=settings.sampler.guidance_scale,
@@ -200,7 +240,6 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     )
     evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
     if settings.out is not None:
-        settings.out.mkdir(parents=True, exist_ok=True)
         told = {name: getattr(settings, name) for name in ("model", "samples", "seed")}
         scores = told | {"sampler": to_json(settings.sampler), "means": evaluation.means()}
         write_json(settings.out / "scores.json", scores)

@@ -143,7 +143,7 @@ def test_a_prompt_baseline_beside_a_critic_is_refused() -> None:
 
 
 def test_no_noise_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="sample_eta=0.0 must lie in"):
+    with pytest.raises(ValueError, match=r"sample_eta=0\.0 must lie in"):
         trainer_in(tmp_path, sample_eta=0.0)
 
 

@@ -7,9 +7,10 @@ from typing import Any, get_type_hints
 import pytest
 from refusals import Refusal
 
-from lacfast.cli import USAGE_ERROR, main
+from lacfast.cli import main
 from lacfast.config import Fixed, KLMask, Nats, PPOConfig, Random, Ratio, SamplerConfig, Sliding
 from lacfast.config.choice import parse, usage, variants
+from lacfast.runs.endings import USAGE
 
 CLIPS = variants(get_type_hints(PPOConfig)["clip"])
 WINDOWS = variants(get_type_hints(SamplerConfig)["window"])
@@ -95,5 +96,5 @@ def test_help_shows_how_to_write_a_choice(capsys: pytest.CaptureFixture[str]) ->
 def test_a_word_that_is_wrong_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(dry_run("--train.ppo.clip", "nat:5"))
-    assert exit_info.value.code == USAGE_ERROR
+    assert exit_info.value.code == USAGE
     assert "unknown choice 'nat:5'" in capsys.readouterr().err

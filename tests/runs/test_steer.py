@@ -15,8 +15,9 @@ from torch import nn
 
 import lacfast
 from lacfast.checkpoint import CRITIC_WEIGHTS, save_backbone
-from lacfast.cli import USAGE_ERROR, main
+from lacfast.cli import main
 from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig
+from lacfast.runs.endings import USAGE
 from lacfast.runs.steer import prompts_to_steer, saved_model, trained_sampler
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -75,7 +76,7 @@ def test_what_cannot_work_is_one_line_before_the_model_is_loaded(
         code = main(["steer", "no/such/model", *arguments, "--out", str(out)])
     except SystemExit as stopped:
         code = stopped.code
-    assert code == USAGE_ERROR
+    assert code == USAGE
     assert message in capsys.readouterr().err
     assert not out.exists()
 
