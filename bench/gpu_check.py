@@ -42,6 +42,10 @@ from bench.learning import units  # noqa: E402
 
 TAIL = 4000
 """Characters kept of a process's output."""
+SANITIZERS = ("memcheck", "racecheck")
+"""Tools of compute-sanitizer."""
+SANITIZED = ("-k", "float64 and bfloat16")
+"""They slow a kernel a hundredfold, so one dtype of every op, forward and backward."""
 
 
 @dataclass
@@ -77,10 +81,13 @@ class Setting:
     """Claims of bench.learning; empty: "baselines"."""
 
 
-def run(arguments: list[str], seconds: float) -> tuple[int | None, str]:
-    """Exit code (None: stopped after `seconds`) and output of a Python or other process in the checkout."""
+def run(arguments: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
+    """Exit code (None: stopped after `seconds`) and output of a Python or other process in the checkout.
+
+    `variables` are added to its environment.
+    """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)} | variables
     try:
         done = subprocess.run(
             arguments,
@@ -120,35 +127,34 @@ def tests(setting: Setting) -> Part:
     if setting.device == "cpu":
         return Part("skipped", "the tests of tests/test_gpu*.py need a CUDA device")
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-    command += ["tests/test_gpu.py", "tests/test_gpu_graph.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *gpu_tests()]
     code, output = run(command, setting.seconds)
     summary = test_counts(output)
     part = judged(code, output, setting.seconds, summary, {"pytest": summary})
     sanitizer = shutil.which("compute-sanitizer")
-    left = setting.seconds - (time.monotonic() - start)
-    if part.is_failure or sanitizer is None or left < 30:
-        reason = "not installed" if sanitizer is None else "no time left" if left < 30 else "not run"
-        part.summary += f"; compute-sanitizer {reason}"
+    if part.is_failure or sanitizer is None:
+        part.summary += f"; compute-sanitizer {'not installed' if sanitizer is None else 'not run'}"
         return part
-    # It slows a kernel a hundredfold, so one dtype of every op, forward and backward.
-    checked = [
-        sanitizer,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "86",
-        *command,
-        "-k",
-        "float64 and bfloat16",
-    ]
-    code, output = run(checked, left)
-    outcome = test_counts(output) if code == 0 else "stopped" if code is None else f"exit code {code}"
-    part.result["compute-sanitizer"] = outcome
-    part.summary += f"; compute-sanitizer: {outcome}"
-    if code != 0:
-        part.status, part.output = "failed" if code else "timed out", output[-TAIL:]
+    for tool in SANITIZERS:
+        left = setting.seconds - (time.monotonic() - start)
+        if left < 30:
+            part.summary += f"; {tool}: no time left"
+            break
+        checked = [sanitizer, "--tool", tool, "--error-exitcode", "86", *command, *SANITIZED]
+        # Without the caching allocator every tensor has bounds of its own to be checked.
+        code, output = run(checked, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcome = test_counts(output) if code == 0 else "stopped" if code is None else f"exit code {code}"
+        part.result[tool] = outcome
+        part.summary += f"; {tool}: {outcome}"
+        if code != 0:
+            part.status, part.output = "failed" if code else "timed out", output[-TAIL:]
+            break
     return part
+
+
+def gpu_tests() -> list[str]:
+    """The files of tests that need a CUDA device, relative to the checkout."""
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_gpu*.py"))
 
 
 def test_counts(output: str) -> str:

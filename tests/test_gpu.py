@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.shapes import AdvantageCase, Case, LatentCase, ParticleCase, PoolCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS, OURS_DRAWN, Inputs, Workload
-from lacfast import LatentActorCriticTrainer, ops, reference
+from lacfast import ops, reference
 from lacfast.records import NoiseKey
 from lacfast.schedule import flow_sde, uniform_sigmas
 
@@ -298,10 +298,11 @@ def test_ancestors_are_the_cpu_s_bit_for_bit(shape: tuple[int, int], dtype: torc
 def test_two_iterations_train_on_the_device() -> None:
     # A lent GPU machine may lack diffusers; the kernels are tested there all the same.
     tiny = pytest.importorskip("tiny_backbones")
+    trainer_type = pytest.importorskip("lacfast.trainer").LatentActorCriticTrainer
     backbone = tiny.tiny_backbone("dit")
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()
-    trainer = LatentActorCriticTrainer(backbone, tiny.brightness, tiny.PROMPTS, tiny.tiny_config())
+    trainer = trainer_type(backbone, tiny.brightness, tiny.PROMPTS, tiny.tiny_config())
     first = trainer.train_iteration()
     assert first["first_max_abs_log_ratio"] < 1e-5
     assert trainer.train_iteration()["iteration"] == 2

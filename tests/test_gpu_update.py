@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lacfast import LatentActorCriticTrainer
 from lacfast.config import GraphConfig, PPOConfig, Ratio, SamplerConfig
-from lacfast.learning import totals
+
+if TYPE_CHECKING:
+    from lacfast import LatentActorCriticTrainer
 
 pytestmark = pytest.mark.gpu
 
@@ -22,14 +24,14 @@ PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=5, warmup_s
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
+    # A lent GPU machine may lack diffusers.
     tiny = pytest.importorskip("tiny_backbones")
+    trainer_type = pytest.importorskip("lacfast.trainer").LatentActorCriticTrainer
     backbone = tiny.tiny_backbone("dit")
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()
     settings = {"ppo": PPO, "sampler": SamplerConfig(num_steps=4, guidance_scale=2.5)}
-    return LatentActorCriticTrainer(
-        backbone, tiny.brightness, tiny.PROMPTS, tiny.tiny_config(**(settings | changes))
-    )
+    return trainer_type(backbone, tiny.brightness, tiny.PROMPTS, tiny.tiny_config(**(settings | changes)))
 
 
 def test_an_update_on_graphs_is_the_eager_one() -> None:
@@ -63,6 +65,7 @@ def test_the_host_waits_only_where_it_reads_the_records(mode: Any, monkeypatch: 
     rollout = trainer.collect(trainer.prompts, 0)
     assert rollout is not None
     advantages = trainer.advantages(rollout)
+    totals = importlib.import_module("lacfast.learning.totals")
     reads, read = [], totals.UpdateRecords.read
 
     def counted(self: Any, *args: Any) -> Tensor:

@@ -50,6 +50,23 @@ def test_record_is_kept_when_a_later_part_kills_the_process(setting: Setting, tm
     assert list(json.loads(out.read_text(encoding="utf-8"))["parts"]) == ["kernels"]
 
 
+def test_the_gpu_tests_are_all_named_and_import_without_what_a_gpu_machine_lacks() -> None:
+    files = gpu_check.gpu_tests()
+    marked = {
+        f"tests/{path.name}"
+        for path in (ROOT / "tests").glob("test_*.py")
+        if "mark.gpu\n" in path.read_text()
+    }
+    assert set(files) == marked
+    script = (
+        "import importlib, sys\n"
+        "sys.modules |= dict.fromkeys(['diffusers', 'transformers', 'peft', 'tyro', 'nvtx'])\n"
+        f"for name in {[Path(file).stem for file in files]}: importlib.import_module(name)"
+    )
+    code, output = gpu_check.run([sys.executable, "-c", script], 60.0, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert code == 0, output
+
+
 def test_a_process_is_stopped_at_its_limit() -> None:
     script = "import time; print('half done', flush=True); time.sleep(60)"
     code, output = gpu_check.run([sys.executable, "-c", script], 1.5)
