@@ -33,12 +33,7 @@ def require_plain_model(model: Any, name: str) -> None:
     if hook is not None:
         raise ValueError(
             f"{name} is offloaded by accelerate's {type(hook).__name__}, which moves its weights at "
-<<<<<<< HEAD
             "every call; call pipeline.remove_all_hooks(), or load the pipeline without device_map"
-=======
-            "every call; call pipeline.remove_all_hooks(), or load the pipeline without offloading or "
-            "device_map"
->>>>>>> 61b86c6 (Keep lines within their length)
         )
 
 
