@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
+from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
@@ -105,7 +107,10 @@ if TYPE_CHECKING:
 else:
     # One subcommand per preset; an optional part of one becomes flags of its own, not a subcommand.
     Preset = tyro.conf.AvoidSubcommands[
-        tyro.extras.subcommand_type_from_defaults({name: preset() for name, preset in RUNS.items()})
+        tyro.extras.subcommand_type_from_defaults(
+            {name: preset() for name, preset in RUNS.items()},
+            {name: preset.__doc__.partition("\n")[0] for name, preset in RUNS.items()},
+        )
     ]
 
 
@@ -156,8 +161,40 @@ def _one_word(
     )
 
 
+_SHORT = tyro.constructors.ConstructorRegistry()
+_SHORT.primitive_rule(_one_word)
+
+
+@_SHORT.struct_rule
+def _common_settings(
+    info: tyro.constructors.StructTypeInfo,
+) -> tyro.constructors.StructConstructorSpec | None:
+    """The settings of a run without those that few people change."""
+    if info.type not in COMMON or _SHORT in info.markers:
+        return None
+    marked = replace(info, markers=(*info.markers, _SHORT))
+    whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
+    assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+    hidden: Any = tyro.conf.Suppress
+    fields = (
+        field if field.name in COMMON[info.type] else replace(field, type=hidden[field.type])
+        for field in whole.fields
+    )
+    return replace(whole, fields=tuple(fields))
+
+
+COMMON: dict[type, tuple[str, ...]] = {
+    RunConfig: ("out", "model", "prompts", "held_out", "rewards", "device", "resume", "dry_run", "train"),
+    TrainConfig: ("seed", "iterations", "batch_size", "ppo"),
+    PPOConfig: ("policy_learning_rate",),
+}
+"""What `lacfast train PRESET --help` shows: twelve flags, and the parts that some of them are in."""
+_REST = "\nThese are the settings that most runs change. All of them: {command} --help-all"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code, see lacfast.runs.endings. A bug of ours is raised."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
             _parsed(arguments).run()
@@ -178,15 +215,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parsed(arguments: list[str] | None) -> Command:
-    return tyro.cli(
-        Command,
-        prog="lacfast",
-        description="Latent actor-critic post-training of diffusion models.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-        registry=_REGISTRY,
-    )
+def _parsed(arguments: list[str]) -> Command:
+    if arguments == ["--version"]:
+        print(f"lacfast {version('lacfast')}")
+        raise SystemExit(0)
+    is_short = arguments[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(arguments[2:])
+    try:
+        return tyro.cli(
+            Command,
+            prog="lacfast",
+            description="Latent actor-critic post-training of diffusion models. --version tells the version.",
+            args=["--help" if word == "--help-all" else word for word in arguments],
+            config=(tyro.conf.FlagCreatePairsOff,),
+            registry=_SHORT if is_short else _REGISTRY,
+        )
+    except SystemExit:
+        if is_short:
+            print(_REST.format(command=" ".join(["lacfast", *arguments[:2]])))
+        raise
 
 
 if __name__ == "__main__":

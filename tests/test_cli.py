@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from refusals import Refusal
 from lacfast.cli import main
 from lacfast.runs import train
 from lacfast.runs.endings import USAGE
+from lacfast.runs.presets import RUNS
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
 
@@ -47,6 +50,40 @@ def test_demo_help_explains_every_flag() -> None:
     assert result.returncode == 0
     for flag in ("--out", "--budget", "--seed", "--backbone", "--threads", "--quick"):
         assert flag in result.stdout
+
+
+def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_a_preset_has_the_twelve_flags_that_people_use_and_says_where_the_rest_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    short = help_of(["train", "sd15-ddpo", "--help"], capsys)
+    flags = {
+        "out", "model", "prompts", "held-out", "rewards", "device", "resume", "dry-run", "train.seed",
+        "train.iterations", "train.batch-size", "train.ppo.policy-learning-rate",
+    }  # fmt: skip
+    assert set(re.findall(r"^\W --(\w[\w.-]*)", short, re.MULTILINE)) == flags
+    assert "DDPO's first task" in short
+    assert "lacfast train sd15-ddpo --help-all" in short
+    whole = help_of(["train", "sd15-ddpo", "--help-all"], capsys)
+    found = set(re.findall(r"^\W --(\w[\w.-]*)", whole, re.MULTILINE))
+    assert flags < found
+    assert {"lora.rank", "train.critic.trunk", "train.ppo.clip", "keep-last"} < found
+
+
+def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = help_of(["train", "--help"], capsys)
+    assert all(name in printed for name in RUNS)
+    assert "without downloads" in printed
+
+
+def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert help_of(["--version"], capsys) == f"lacfast {version('lacfast')}\n"
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,9 @@ def _options(subcommand: str) -> set[str]:
     printed = io.StringIO()
     preset = ["shapes"] if subcommand == "train" else []
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
-        cli.main([subcommand, *preset, "--help"])
+        cli.main([subcommand, *preset, "--help-all"])
     assert stopped.value.code == 0
-    return set(re.findall(r"--[a-z][\w.-]*", printed.getvalue()))
+    return {"--help-all", *re.findall(r"--[a-z][\w.-]*", printed.getvalue())}
 
 
 @functools.cache
