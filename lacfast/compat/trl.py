@@ -118,11 +118,15 @@ class DDPOTrainer:
             lora = LORA
         if config.allow_tf32 and torch.cuda.is_available():
             torch.backends.cuda.matmul.allow_tf32 = True
+        prompts = PromptFunction([], [], prompt_function)
+        # Value pretraining judges the critic on prompts that stay the same.
+        held_out = None if critic is None else prompts.cycle(settings.pretrain.held_out_samples)
         self.engine = LatentActorCriticTrainer(
             _backbone(self.sd_pipeline, config, lora),
             self._reward,
-            PromptFunction([], [], prompt_function),
+            prompts,
             settings,
+            held_out=held_out,
             metrics_path=config.logging_directory / "metrics.jsonl",
             trackers=trackers,
         )

@@ -6,7 +6,7 @@ import json
 import random
 import threading
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -306,6 +306,18 @@ def test_a_critic_on_request(tmp_path: Path) -> None:
     trainer.train(1)
     assert output.any()
     assert metrics_of(tmp_path)[0]["value_loss"] > 0
+
+
+def test_a_critic_is_pretrained_on_what_the_prompt_function_draws(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, critic=CriticConfig(trunk="shared"), **FAST)
+    engine = trainer.engine
+    assert len(set(engine.held_out.texts) - set(PROMPTS)) == 0
+    few = replace(engine.config.pretrain, iterations=1, held_out_samples=8)
+    engine.config = replace(engine.config, pretrain=few)
+    result = engine.pretrain_critic()
+    assert result.images == 8 + engine.config.batch_size
+    trainer.train(1)
+    assert len(metrics_of(tmp_path)) == 1
 
 
 def test_rewards_may_run_in_threads(tmp_path: Path) -> None:
