@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from huggingface_hub import get_token
 
 from lacfast.config import (
     DDPO,
@@ -57,8 +58,8 @@ class DDPOConfig(Config):
     """Epochs between checkpoints; epoch 0 is not saved."""
     num_checkpoint_limit: Count = 5
     """Checkpoints that are kept, the latest."""
-    mixed_precision: str = "fp16"
-    """"no", "bf16" or "fp16"; the last runs in bfloat16, where gradients near 5e-9 do not underflow."""
+    mixed_precision: str | None = "fp16"
+    """None or "no", "bf16" or "fp16"; the last is run in bfloat16, where gradients do not underflow."""
     allow_tf32: bool = True
     """On a GPU."""
     resume_from: str = ""
@@ -115,7 +116,14 @@ class DDPOConfig(Config):
     negative_prompts: str = ""
     """One negative prompt, PipelineSettings.negative_prompt; TRL never split it at commas."""
     push_to_hub: bool = False
-    """Must be False."""
+    """For scripts, which call `trainer.push_to_hub`; True needs a login."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; those of a dict by "name/key"."""
+        fields = asdict(self)
+        nested = {key: value for key, value in fields.items() if isinstance(value, dict)}
+        inner = {f"{name}/{key}": value for name, entries in nested.items() for key, value in entries.items()}
+        return {key: value for key, value in fields.items() if key not in nested} | inner
 
     @property
     def samples_per_epoch(self) -> int:
@@ -142,7 +150,7 @@ class DDPOConfig(Config):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype that the model runs in."""
-        return torch.float32 if self.mixed_precision == "no" else torch.bfloat16
+        return torch.float32 if self.mixed_precision in (None, "no") else torch.bfloat16
 
 
 def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> TrainConfig:
@@ -219,7 +227,6 @@ def _refuse_ignored(config: DDPOConfig, critic: CriticConfig | None) -> None:
         "accelerator_kwargs": bool(config.accelerator_kwargs),
         f"project_kwargs {unknown}; known: {', '.join(_PROJECT_KEYS)}": bool(unknown),
         "train_use_8bit_adam; AdamW runs in float32": config.train_use_8bit_adam,
-        "push_to_hub; upload what trainer.save_pretrained writes": config.push_to_hub,
         "train_cfg=False, since the rollout is guided and ratios would not start at 1; keep it True "
         "or set sample_guidance_scale=1": not config.train_cfg and config.sample_guidance_scale > 1,
         "per_prompt_stat_tracking beside a critic, which is the baseline": config.per_prompt_stat_tracking
@@ -230,5 +237,7 @@ def _refuse_ignored(config: DDPOConfig, critic: CriticConfig | None) -> None:
             raise ValueError(f"this setting would be ignored: {what}")
     if config.log_with not in (None, "tensorboard", "wandb"):
         raise ValueError(f"unknown log_with {config.log_with!r}; known: None, 'tensorboard', 'wandb'")
-    if config.mixed_precision not in ("no", "bf16", "fp16"):
+    if config.mixed_precision not in (None, "no", "bf16", "fp16"):
         raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}; known: 'no', 'bf16', 'fp16'")
+    if config.push_to_hub and get_token() is None:
+        raise ValueError("push_to_hub=True without a login to the hub; run `hf auth login` or set HF_TOKEN")

@@ -21,14 +21,22 @@ RewardFunction = Callable[[Tensor, tuple[str, ...], tuple[Any, ...]], tuple[Any,
 """(images (B, 3, H, W) in [0, 1], prompts, metadata) -> (rewards (B,), anything for the hook)."""
 
 
+Judged = tuple[tuple[Tensor, ...], tuple[Any, ...]]
+"""Rewards (B,) and reward metadata of every batch."""
+
+
 class BatchedReward:
     """TRL's reward as ours: in sample batches, which are kept for the hook."""
 
-    def __init__(self, config: DDPOConfig, function: RewardFunction) -> None:
+    def __init__(
+        self, config: DDPOConfig, function: RewardFunction, compute: Callable[[list[list[Any]], bool], Judged]
+    ) -> None:
+        """`compute` is the trainer's compute_rewards, which a subclass may have changed."""
         self.__name__ = getattr(function, "__name__", type(function).__name__)
         self._function = function
+        self._compute = compute
         self._size = config.sample_batch_size
-        self._workers = config.reward_threads
+        self._aside = config.async_reward_computation
         self._batches: list[list[Any]] = []
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[Any]) -> Tensor:
@@ -36,12 +44,15 @@ class BatchedReward:
         batches: list[list[Any]] = [
             [images[part], tuple(prompts[part]), tuple(metadata[part])] for part in parts
         ]
-        with ThreadPoolExecutor(self._workers) as pool:
-            for batch, result in zip(batches, pool.map(self._judge, batches), strict=True):
-                batch.extend(result)
-        self._batches += batches
-        rewards: list[Tensor] = [batch[3] for batch in batches]
-        return torch.cat(rewards)
+        rewards, about = self._compute(batches, self._aside)
+        self._batches += [[*batch, *more] for batch, *more in zip(batches, rewards, about, strict=True)]
+        return torch.cat([reward.detach().float().cpu() for reward in rewards])
+
+    def judge(self, batches: list[list[Any]], workers: int) -> Judged:
+        """The reward's answers for [images, prompts, metadata] batches, so many at a time."""
+        with ThreadPoolExecutor(workers) as pool:
+            rewards, about = zip(*pool.map(self._judge, batches), strict=True)
+        return rewards, about
 
     def take_batches(self) -> list[list[Any]]:
         """[images, prompts, metadata, rewards, reward metadata] of every batch since the last call."""

@@ -18,8 +18,9 @@ from tiny_pipelines import PROMPTS, load_pipeline, saved_pipeline, tiny_pipeline
 from torch import Tensor
 
 from lacfast.compat.ddpo import PerPromptStatTracker, ddim_step_with_logprob
-from lacfast.compat.trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline, ImageLog
+from lacfast.compat.trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 from lacfast.compat.trl_config import train_config
+from lacfast.compat.trl_tracking import HookLog
 from lacfast.config import CriticConfig, Ratio
 
 SMALL: dict[str, Any] = {
@@ -124,7 +125,6 @@ def test_the_defaults_are_trls() -> None:
         ({"accelerator_kwargs": {"cpu": True}}, "accelerator_kwargs"),
         ({"project_kwargs": {"iteration": 3}}, r"\['iteration'\]; known: automatic_checkpoint_naming"),
         ({"train_use_8bit_adam": True}, "8bit_adam"),
-        ({"push_to_hub": True}, "push_to_hub"),
         ({"train_cfg": False}, "sample_guidance_scale=1"),
         ({"mixed_precision": "fp8"}, "known: 'no', 'bf16', 'fp16'"),
         ({"train_batch_size": 3}, "4 must be a multiple of 3"),
@@ -150,7 +150,7 @@ def test_no_noise_is_refused(tmp_path: Path) -> None:
 def test_it_trains_and_shows_its_batches_before_each_update(tmp_path: Path) -> None:
     seen: list[tuple[int, list[list[Any]]]] = []
 
-    def hook(batches: list[list[Any]], global_step: int, log: ImageLog) -> None:
+    def hook(batches: list[list[Any]], global_step: int, log: HookLog) -> None:
         assert all(torch.equal(*pair) for pair in zip(weights_of(trainer), current, strict=True))
         seen.append((global_step, batches))
         images, prompts, _, rewards, _ = batches[-1]
