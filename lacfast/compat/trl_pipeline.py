@@ -67,8 +67,9 @@ class DefaultDDPOStableDiffusionPipeline:
         self.use_lora = _load_lora(
             self.sd_pipeline, pretrained_model_name, pretrained_model_revision, use_lora
         )
+        from_config: Any = DDIMScheduler.from_config
         config = self.sd_pipeline.scheduler.config
-        self.sd_pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+        self.sd_pipeline.scheduler = from_config(config, clip_sample=False)
         self.sd_pipeline.safety_checker = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> DDPOPipelineOutput:
