@@ -38,7 +38,7 @@ _tables: ScheduleCache[_StepTables] = ScheduleCache()
 
 
 def ddim_step_with_logprob(
-    scheduler: Any,
+    self: Any,
     model_output: Tensor,
     timestep: Tensor | int,
     sample: Tensor,
@@ -58,7 +58,7 @@ def ddim_step_with_logprob(
     x' carries gradients to sample and model_output; log_prob takes x' as a constant.
 
     Args:
-        scheduler: DDIMScheduler after `set_timesteps`; read, never changed.
+        self: the scheduler, by the original's name: DDIMScheduler after `set_timesteps`; read, never changed.
         model_output: (B, ...) the model's prediction, after guidance.
         timestep: (B,) or one for all, integers.
         sample: (B, ...) latents.
@@ -76,7 +76,7 @@ def ddim_step_with_logprob(
     """
     if prev_sample is not None and generator is not None:
         raise ValueError("prev_sample and generator are both given; a given prev_sample draws nothing")
-    tables, steps = _look_up(scheduler, timestep, sample, eta)
+    tables, steps = _look_up(self, timestep, sample, eta)
     noise = None
     if prev_sample is None:
         noise = randn_tensor(
@@ -85,10 +85,10 @@ def ddim_step_with_logprob(
             device=model_output.device,
             dtype=model_output.dtype,
         )
-    config = scheduler.config
+    config = self.config
     if config.thresholding or config.clip_sample or use_clipped_model_output:
         state, output = _clipped_parts(
-            scheduler, sample, model_output, tables.signals[steps], use_clipped_model_output
+            self, sample, model_output, tables.signals[steps], use_clipped_model_output
         )
         coefficients = tables.parts
     else:

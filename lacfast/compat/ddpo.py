@@ -23,7 +23,7 @@ __all__ = ["PerPromptStatTracker", "ddim_step_with_logprob", "pipeline_with_logp
 
 @torch.no_grad()
 def pipeline_with_logprob(
-    pipeline: Any,
+    self: Any,
     prompt: str | list[str] | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -46,7 +46,8 @@ def pipeline_with_logprob(
     """Sample a StableDiffusionPipeline with a DDIMScheduler and keep every latent and log-prob.
 
     Args:
-        pipeline: diffusers' StableDiffusionPipeline; its scheduler's timesteps are set.
+        self: the pipeline, by the original's name: a StableDiffusionPipeline, whose scheduler's timesteps
+            are set.
         prompt: P prompts, or prompt_embeds; B = P num_images_per_prompt.
         height: of the images in pixels. None: the UNet's sample_size.
         width: likewise.
@@ -73,6 +74,7 @@ def pipeline_with_logprob(
     Raises:
         ValueError: inputs that the pipeline's own call refuses, or another scheduler.
     """
+    pipeline = self
     height = height or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     width = width or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     pipeline.check_inputs(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import UniPCMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -56,11 +57,11 @@ _tables: ScheduleCache[_StepTables] = ScheduleCache()
 
 
 def sde_step_with_logprob(
-    scheduler: Any,
+    self: Any,
     model_output: Tensor,
     timestep: Tensor | float,
     sample: Tensor,
-    noise_level: float = 0.7,
+    noise_level: float | Tensor = 0.7,
     prev_sample: Tensor | None = None,
     generator: Generators = None,
     sde_type: str = "sde",
@@ -76,11 +77,14 @@ def sde_step_with_logprob(
     log_prob takes x' as a constant.
 
     Args:
-        scheduler: FlowMatchEulerDiscreteScheduler after `set_timesteps`; read, never changed.
+        self: the scheduler, by the original's name: FlowMatchEulerDiscreteScheduler after `set_timesteps`;
+            read, never changed.
         model_output: (B, ...) predicted velocity.
-        timestep: (B,) or one for all: entries of scheduler.timesteps, not rounded.
+        timestep: (B,) or one for all: entries of the scheduler's timesteps as they are, or truncated to
+            integers where that leaves no doubt.
         sample: (B, ...) latents of any rank.
-        noise_level: eta; 0 gives the ODE step, for "cps" at most 1.
+        noise_level: eta; 0 gives the ODE step, for "cps" at most 1. A tensor of one element, or for "sde"
+            (B, 1, ...); the host waits for one on a GPU.
         prev_sample: (B, ...) the transition's result, for its log-prob under another model. None: drawn.
         generator: draws the noise, of model_output's shape, as diffusers' randn_tensor does.
         sde_type: "sde" or "cps".
@@ -95,9 +99,9 @@ def sde_step_with_logprob(
         ValueError: an unknown sde_type or noise level, a timestep that the scheduler does not have (on a GPU
             the results are NaN then), or the arguments of the first signature.
     """
-    _require_number(noise_level)
     sample = sample.float().contiguous()
-    tables, rows = _look_up(scheduler, timestep, sample, sde_type, float(noise_level))
+    levels = _noise_levels(noise_level, sample, sde_type)
+    tables, rows = _look_up(self, timestep, sample, sde_type, levels)
     steps = per_sample(rows, len(sample))
     model_output = _kernel_input(model_output)
     mean = _mean(sample, model_output, tables, steps)
@@ -122,7 +126,7 @@ def sde_step_with_logprob(
 
 
 def sde_step_with_logprob_v1(
-    scheduler: Any,
+    self: Any,
     model_output: Tensor,
     timestep: Tensor | float,
     sample: Tensor,
@@ -133,9 +137,11 @@ def sde_step_with_logprob_v1(
     """flow_grpo's function as it was until July 2025: noise level 0.7, and the transition's own deviation.
 
     Args:
-        scheduler: FlowMatchEulerDiscreteScheduler after `set_timesteps`; read, never changed.
+        self: the scheduler, by the original's name: FlowMatchEulerDiscreteScheduler after `set_timesteps`;
+            read, never changed.
         model_output: (B, ...) predicted velocity.
-        timestep: (B,) or one for all: entries of scheduler.timesteps, not rounded.
+        timestep: (B,) or one for all: entries of the scheduler's timesteps as they are, or truncated to
+            integers where that leaves no doubt.
         sample: (B, ...) latents of any rank.
         prev_sample: (B, ...) the transition's result. None: drawn.
         generator: draws the noise in model_output's dtype.
@@ -146,12 +152,19 @@ def sde_step_with_logprob_v1(
         prev_sample (B, ...), log_prob (B,), mu (B, ...) and g sqrt(dt) (B, 1, ...), in float32.
 
     Raises:
-        ValueError: both prev_sample and generator, or a timestep that the scheduler does not have.
+        ValueError: both prev_sample and generator, a timestep that the scheduler does not have, or Wan's
+            scheduler, for which flow_grpo had another function of this name.
     """
+    if isinstance(self, UniPCMultistepScheduler):
+        raise ValueError(
+            "sde_step_with_logprob_v1 is the function for SD3 and FLUX; that for Wan with a "
+            "UniPCMultistepScheduler has other noise and is not here: keep importing it from "
+            "flow_grpo.diffusers_patch.wan_pipeline_with_logprob"
+        )
     if prev_sample is not None and generator is not None:
         raise ValueError("prev_sample and generator are both given; a given prev_sample draws nothing")
     sample = sample.float().contiguous()
-    tables, rows = _look_up(scheduler, timestep, sample, "sde", 0.7)
+    tables, rows = _look_up(self, timestep, sample, "sde", (0.7,))
     steps = per_sample(rows, len(sample))
     noise = None
     if prev_sample is None:
@@ -173,12 +186,25 @@ def sde_step_with_logprob_v1(
     return prev_sample, log_prob, mean, std_dev * sqrt_dt
 
 
-def _require_number(noise_level: object) -> None:
-    if not isinstance(noise_level, Real):
+def _noise_levels(noise_level: object, sample: Tensor, sde_type: str) -> tuple[float, ...]:
+    """One for all samples, or one for each."""
+    if isinstance(noise_level, Real):
+        return (float(noise_level),)
+    first_signature = (
+        "the first signature had prev_sample in its place: pass prev_sample=..., or import "
+        "sde_step_with_logprob_v1"
+    )
+    per_sample_shape = (len(sample),) + (1,) * (sample.ndim - 1)
+    if not isinstance(noise_level, Tensor):
+        raise ValueError(f"noise_level is a {type(noise_level).__name__}; {first_signature}")
+    if noise_level.numel() == 1:
+        return (float(noise_level),)
+    if noise_level.shape != per_sample_shape or sde_type != "sde":
         raise ValueError(
-            f"noise_level is a {type(noise_level).__name__}; the first signature had prev_sample in its "
-            "place: pass prev_sample=..., or import sde_step_with_logprob_v1"
+            f"noise_level of shape {tuple(noise_level.shape)} is neither a number nor, for 'sde', one per "
+            f"sample of shape {per_sample_shape}; {first_signature}"
         )
+    return tuple(noise_level.flatten().tolist())
 
 
 def _kernel_input(model_output: Tensor) -> Tensor:
@@ -199,27 +225,33 @@ def _scales(tables: _StepTables, rows: Tensor, sample: Tensor) -> tuple[Tensor, 
 
 
 def _look_up(
-    scheduler: Any, timestep: Tensor | float, sample: Tensor, sde_type: str, noise_level: float
+    scheduler: Any, timestep: Tensor | float, sample: Tensor, sde_type: str, levels: tuple[float, ...]
 ) -> tuple[_StepTables, Tensor]:
-    """The schedule's tables on the sample's device and the row (len(timestep),) of each timestep."""
+    """The schedule's tables on the sample's device and the row of each timestep, or of each sample.
+
+    Where samples have noise levels of their own, the tables of the levels stand below one another.
+    """
     if sde_type not in KINDS:
         raise ValueError(f"unknown sde_type {sde_type!r}; known: {', '.join(map(repr, KINDS))}")
-    if sde_type == "cps" and not 0 <= noise_level <= 1:
-        raise ValueError(f"noise_level={noise_level} of 'cps' must lie in [0, 1]")
+    distinct = tuple(sorted(set(levels)))
+    if sde_type == "cps" and not 0 <= distinct[0] <= 1:
+        raise ValueError(f"noise_level={distinct[0]} of 'cps' must lie in [0, 1]")
 
     host = _tables.get(
         scheduler.sigmas,
-        (sde_type, noise_level),
-        lambda: _build(scheduler, KINDS[sde_type], noise_level),
+        (sde_type, distinct),
+        lambda: _stacked([_build(scheduler, KINDS[sde_type], level) for level in distinct]),
     )
 
     def tables_on(device: torch.device) -> _StepTables:
-        return _tables.get(scheduler.sigmas, (sde_type, noise_level, device), lambda: host.to(device))
+        return _tables.get(scheduler.sigmas, (sde_type, distinct, device), lambda: host.to(device))
 
-    timesteps = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1)
+    timesteps = torch.as_tensor(timestep).reshape(-1)
     known = tables_on(timesteps.device).timesteps
-    matches = timesteps[:, None] == known
-    rows = torch.where(matches.any(dim=1), matches.int().argmax(dim=1), len(known))
+    # int64 holds the integers of pipelines that truncate; two steps of one integer fit neither.
+    comparable = known if timesteps.is_floating_point() else known.trunc()
+    matches = timesteps.to(torch.float32)[:, None] == comparable
+    rows = torch.where(matches.sum(dim=1) == 1, matches.int().argmax(dim=1), len(known))
     require_known(
         rows,
         len(known),
@@ -228,7 +260,17 @@ def _look_up(
             "scheduler.timesteps as they are, neither rounded nor in half precision"
         ),
     )
-    return tables_on(sample.device), rows.to(sample.device)
+    rows = rows.to(sample.device)
+    if len(distinct) > 1:
+        blocks = torch.tensor([distinct.index(level) for level in levels], device=sample.device)
+        rows = per_sample(rows, len(sample)) + blocks * (len(known) + 1)
+    return tables_on(sample.device), rows
+
+
+def _stacked(tables: list[_StepTables]) -> _StepTables:
+    parts = ([table.transition for table in tables], [table.drift for table in tables])
+    scales = torch.cat([table.scales for table in tables])
+    return _StepTables(tables[0].timesteps, torch.cat(parts[0]), torch.cat(parts[1]), scales)
 
 
 def _build(scheduler: Any, kind: str, noise_level: float) -> _StepTables:

@@ -26,6 +26,7 @@ class GroupStatTracker:
         self,
         prompts: Sequence[str],
         rewards: npt.ArrayLike,
+        dists: npt.ArrayLike | str | None = None,
         type: str = "grpo",  # noqa: A002 - the original's keyword
     ) -> npt.NDArray[np.float64]:
         """Take in rewards and return advantages of their shape.
@@ -33,22 +34,34 @@ class GroupStatTracker:
             "grpo": (R - mean of the prompt's rewards) / (std + 1e-4)        "rwr": R
             "sft": 1 for a prompt's best of this batch, else 0
             "dpo": +1 for the best, -1 for the worst of this batch, else 0
+            "gardo": R - mean of the prompt's rewards, times the novelty where that is positive: the sample's
+                cosine distance to the nearest other one of its prompt, over the mean of those
 
         Args:
             prompts: (n,)
             rewards: (n,) or, one per step, (n, T); (n,) for "dpo".
+            dists: (n, D) features of the images, for "gardo" alone. A word here is the type, which stood in
+                this place in earlier versions.
             type: one of the above.
 
         Raises:
-            ValueError: an unknown type, lengths that differ, or "dpo" without a pair to compare.
+            ValueError: an unknown type, lengths that differ, "dpo" or "gardo" without a pair to compare, or
+                features that would be ignored.
         """
-        known = ("grpo", "rwr", "sft", "dpo")
+        if isinstance(dists, str):
+            dists, type = None, dists  # noqa: A001
+        known = ("grpo", "rwr", "sft", "dpo", "gardo")
         if not (isinstance(type, str) and type in known):
             raise ValueError(f"unknown type {type!r}; known: {', '.join(map(repr, known))}")
         scores = np.asarray(rewards, dtype=np.float64)
         names, group, counts = np.unique(np.asarray(prompts), return_inverse=True, return_counts=True)
         if len(group) != len(scores):
             raise ValueError(f"got {len(group)} prompts and {len(scores)} rewards; they must match")
+        if (dists is None) != (type != "gardo"):
+            raise ValueError(
+                f"type={type!r} {'needs' if dists is None else 'would ignore'} dists, the images' features; "
+                "pass both dists=... and type='gardo', or neither"
+            )
         starts = np.cumsum(counts) - counts
         order = np.argsort(group, kind="stable")
         for name, part in zip(names.tolist(), np.split(scores[order], starts[1:]), strict=True):
@@ -63,7 +76,12 @@ class GroupStatTracker:
         if type == "sft":
             best = np.maximum.reduceat(scores[order].reshape(len(scores), -1).max(axis=1), starts)
             return np.asarray(scores == best[group].reshape(-1, *[1] * (scores.ndim - 1)), dtype=np.float64)
-        return _best_and_worst(scores, np.split(order, starts[1:]))
+        groups = np.split(order, starts[1:])
+        if dists is None:
+            return _best_and_worst(scores, groups)
+        centred = scores - self._moments(names.tolist())[0][group]
+        novelty = _novelty(np.asarray(dists, dtype=np.float64), groups)
+        return np.where(centred < 0, centred, centred * novelty.reshape(-1, *[1] * (scores.ndim - 1)))
 
     def _moments(self, names: list[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and population deviation of each prompt's kept rewards."""
@@ -83,6 +101,26 @@ class GroupStatTracker:
     def clear(self) -> None:
         """Forget the rewards; the prompts seen stay counted."""
         self.stats = {}
+
+
+def _novelty(
+    features: npt.NDArray[np.float64], groups: list[npt.NDArray[np.intp]]
+) -> npt.NDArray[np.float64]:
+    """(n,) the cosine distance to the nearest other sample of the group, over the group's mean of it."""
+    if min(len(rows) for rows in groups) < 2 or len(features) != sum(map(len, groups)):
+        raise ValueError(
+            "'gardo' compares samples of one prompt: pass dists (n, D) with at least two for every prompt"
+        )
+    directions = features / np.linalg.norm(features, axis=1, keepdims=True)
+    novelty = np.ones(len(features))
+    for rows in groups:
+        distances = 1 - np.clip(directions[rows] @ directions[rows].T, -1, 1)
+        np.fill_diagonal(distances, np.inf)
+        nearest = distances.min(axis=1)
+        # Samples that are all the same are as novel as each other.
+        if nearest.mean() > 0:
+            novelty[rows] = nearest / nearest.mean()
+    return novelty
 
 
 def _best_and_worst(

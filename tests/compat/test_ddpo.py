@@ -175,12 +175,12 @@ def test_half_precision_latents_have_the_log_prob_of_what_is_stored(clip: bool) 
         ({"timestep": torch.tensor([0.5])}, "training timesteps"),
         ({"eta": -1.0}, "must be >= 0"),
         ({"prev_sample": latents(3), "generator": torch.Generator()}, "both given"),
-        ({"scheduler": DDIMScheduler()}, "set_timesteps"),
-        ({"scheduler": FlowMatchEulerDiscreteScheduler()}, "no DDIMScheduler"),
+        ({"self": DDIMScheduler()}, "set_timesteps"),
+        ({"self": FlowMatchEulerDiscreteScheduler()}, "no DDIMScheduler"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str) -> None:
-    call = {"scheduler": scheduler(), "timestep": 501, **arguments}
+    call = {"self": scheduler(), "timestep": 501, **arguments}
     with pytest.raises(ValueError, match=message):
         ddim_step_with_logprob(model_output=latents(2), sample=latents(1), **call)
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from refusals import Refusal
 from torch import Tensor
 
 from lacfast.compat.flow_grpo import sde_step_with_logprob, sde_step_with_logprob_v1
@@ -225,6 +226,8 @@ def test_a_schedule_made_in_inference_mode_can_be_trained_with() -> None:
         ({"sde_type": "ddim"}, "known: 'sde', 'cps'"),
         ({"noise_level": latents(3)}, "sde_step_with_logprob_v1"),
         ({"noise_level": None}, "sde_step_with_logprob_v1"),
+        ({"noise_level": torch.ones(3)}, r"shape \(3,\) is neither a number nor.*\(3, 1, 1, 1\)"),
+        ({"noise_level": torch.ones(3, 1, 1, 1), "sde_type": "cps"}, "neither a number nor, for 'sde'"),
         ({"noise_level": -0.1}, "noise_level=-0.1"),
         ({"noise_level": 1.5, "sde_type": "cps"}, r"must lie in \[0, 1\]"),
         ({"timestep": torch.tensor([960.0])}, "not among the scheduler's"),
@@ -236,6 +239,64 @@ def test_what_cannot_be_meant_is_refused(arguments: dict[str, Any], message: str
     call = {"timestep": made.timesteps[:1], **arguments}
     with pytest.raises(ValueError, match=message):
         sde_step_with_logprob(made, latents(2), sample=latents(1), **call)
+
+
+@pytest.mark.parametrize(
+    "level", [torch.tensor(0.3), torch.full((1, 1, 1, 1), 0.3), torch.full((3, 1, 1, 1), 0.3)]
+)
+def test_a_noise_level_may_be_a_tensor(level: torch.Tensor) -> None:
+    made, sample, velocity = scheduler(), latents(1), latents(2)
+    landed = latents(3)
+    call = {"timestep": made.timesteps[[0, 5, 9]], "sample": sample, "prev_sample": landed}
+    one = sde_step_with_logprob(made, velocity, noise_level=level, **call)
+    other = sde_step_with_logprob(made, velocity, noise_level=0.3, **call)
+    assert all(torch.allclose(*pair, rtol=1e-6) for pair in zip(one, other, strict=True))
+
+
+def test_samples_may_have_noise_levels_of_their_own() -> None:
+    made, sample, velocity, landed = scheduler(), latents(1), latents(2), latents(3)
+    levels = [0.7, 0.0, 0.3]
+    together = sde_step_with_logprob(
+        self=made,
+        model_output=velocity,
+        timestep=made.timesteps[4:5],
+        sample=sample,
+        noise_level=torch.tensor(levels, dtype=torch.float64).view(3, 1, 1, 1),
+        prev_sample=landed,
+        return_sqrt_dt=True,
+    )
+    for row, level in enumerate(levels):
+        one = slice(row, row + 1)
+        alone = sde_step_with_logprob(
+            made, velocity[one], made.timesteps[4], sample[one], level, landed[one], return_sqrt_dt=True
+        )
+        assert all(torch.equal(many[one], single) for many, single in zip(together, alone, strict=True))
+
+
+def test_timesteps_that_a_pipeline_truncated_to_integers_are_understood() -> None:
+    made, sample, velocity = scheduler(), latents(1), latents(2)
+    exact = made.timesteps[[1, 4, 8]]
+    assert not torch.equal(exact, exact.trunc())
+    truncated = sde_step_with_logprob(made, velocity, exact.long(), sample, prev_sample=latents(3))
+    for one, other in zip(
+        truncated, sde_step_with_logprob(made, velocity, exact, sample, prev_sample=latents(3)), strict=True
+    ):
+        assert torch.equal(one, other)
+    # Two steps of one integer leave a doubt.
+    made.set_timesteps(sigmas=[0.5009, 0.5001])
+    with pytest.raises(ValueError, match=r"timestep \[500\] is not among"):
+        sde_step_with_logprob(made, velocity, torch.tensor([500]), sample)
+
+
+def test_the_first_signature_refuses_wans_scheduler() -> None:
+    made = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    made.set_timesteps(10)
+    with Refusal(
+        "sde_step_with_logprob_v1 is the function for SD3 and FLUX",
+        cause="flow_grpo's call for Wan with UniPC, whose function of this name had other noise.",
+        remedy="keep importing it from flow_grpo.diffusers_patch.wan_pipeline_with_logprob",
+    ).raised():
+        sde_step_with_logprob_v1(made, latents(2), made.timesteps[:1], latents(1))
 
 
 def test_the_first_signature_refuses_a_result_with_a_generator() -> None:

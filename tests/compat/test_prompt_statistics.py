@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 
 import numpy as np
 import pytest
+from refusals import Refusal
 
 from lacfast.compat.ddpo import PerPromptStatTracker as BufferedStatTracker
 from lacfast.compat.flow_grpo import PerPromptStatTracker as GroupStatTracker
@@ -50,10 +51,55 @@ def test_the_other_kinds_of_weights() -> None:
     assert tracker.update(prompts, rewards, type="dpo").tolist() == [-1, -1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("shape", [(9,), (9, 4)])
+def test_gardo_weighs_what_is_good_by_how_unlike_the_others_it_is(shape: tuple[int, ...]) -> None:
+    random, tracker = RANDOM(2), GroupStatTracker()
+    prompts, rewards = ["a", "b", "c"] * 3, random.normal(size=shape)
+    features = random.normal(size=(9, 5))
+    advantages = tracker.update(prompts, rewards, dists=features, type="gardo")
+    for prompt in "abc":
+        rows = [row for row in range(9) if prompts[row] == prompt]
+        nearest = []
+        for row in rows:
+            cosines = [
+                features[row]
+                @ features[other]
+                / np.linalg.norm(features[row])
+                / np.linalg.norm(features[other])
+                for other in rows
+                if other != row
+            ]
+            nearest.append(1 - max(cosines))
+        for row, distance in zip(rows, nearest, strict=True):
+            centred = rewards[row] - rewards[rows].mean(axis=0)
+            expected = np.where(centred < 0, centred, centred * distance / np.mean(nearest))
+            np.testing.assert_allclose(advantages[row], expected, rtol=1e-10)
+    twins = GroupStatTracker().update(["a", "a"], [1.0, 3.0], np.ones((2, 3)), "gardo")
+    assert twins.tolist() == [-1.0, 1.0]
+
+
+def test_the_type_may_stand_third_as_it_once_did() -> None:
+    assert GroupStatTracker().update(["a", "a"], [1.0, 2.0], "sft").tolist() == [0.0, 1.0]
+
+
 def test_group_statistics_refuse_what_they_cannot_compare() -> None:
     tracker = GroupStatTracker()
-    with pytest.raises(ValueError, match="known: 'grpo', 'rwr', 'sft', 'dpo'"):
+    with pytest.raises(ValueError, match="known: 'grpo', 'rwr', 'sft', 'dpo', 'gardo'"):
+        tracker.update(["a"], [1.0], type="ppo")
+    with Refusal(
+        "type='gardo' needs dists",
+        cause="GARDO's advantages without the features that say how unlike the images are.",
+        remedy="pass both dists=... and type='gardo'",
+    ).raised():
         tracker.update(["a"], [1.0], type="gardo")
+    with Refusal(
+        "type='grpo' would ignore dists",
+        cause="Features of the images for advantages that do not read them.",
+        remedy="or neither",
+    ).raised():
+        tracker.update(["a"], [1.0], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="'gardo' compares samples of one prompt"):
+        tracker.update(["a"], [1.0], np.ones((1, 2)), "gardo")
     with pytest.raises(ValueError, match="2 prompts and 3 rewards"):
         tracker.update(["a", "b"], [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="at least two"):
