@@ -116,10 +116,10 @@ class DDPOConfig(Config):
     negative_prompts: str = ""
     """One negative prompt, PipelineSettings.negative_prompt; TRL never split it at commas."""
     push_to_hub: bool = False
-    """For scripts, which call `trainer.push_to_hub`; True needs a login."""
+    """Whether the script uploads, by `trainer.push_to_hub`; True needs a login."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; those of a dict by "name/key"."""
+        """Field name -> value; the entries of a dict as "name/key"."""
         fields = asdict(self)
         nested = {key: value for key, value in fields.items() if isinstance(value, dict)}
         inner = {f"{name}/{key}": value for name, entries in nested.items() for key, value in entries.items()}

@@ -30,7 +30,7 @@ class DDPOPipelineOutput:
     """What a call of the wrapper returns."""
 
     images: Any
-    """Of the call's output_type."""
+    """Images of the call's output_type."""
     latents: list[Tensor]
     """T + 1 of (B, C, H, W), from pure noise to clean."""
     log_probs: list[Tensor]
