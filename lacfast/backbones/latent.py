@@ -87,8 +87,10 @@ class LatentBackbone(ABC):
         """
         if adapters.tuner_layers(model):
             raise ValueError(
-                f"the {type(model).__name__} already has adapters {list(model.peft_config)}; merge them with "
-                "pipeline.fuse_lora() and pipeline.unload_lora_weights(), or load the pipeline anew"
+                f"the {type(model).__name__} already has adapters {list(model.peft_config)}; load the "
+                "pipeline anew, or merge them with pipeline.fuse_lora() and pipeline.unload_lora_weights() "
+                "and keep the result with pipeline.save_pretrained(): what is trained on it belongs to that "
+                "directory"
             )
         self.dtype: torch.dtype = dtype or model.dtype
         self.lora = lora

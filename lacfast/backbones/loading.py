@@ -14,6 +14,7 @@ from torch import nn
 
 from lacfast.backbone import build_critic
 from lacfast.backbones.attention import set_attention_backend
+from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.flux import FluxPipelines
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import LatentCodec, PromptEncoder
@@ -271,6 +272,9 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
         encoder: nn.Module | None = getattr(pipeline, name)
         if encoder is not None:
             encoder.eval().requires_grad_(False)
+    scheduler = family.scheduler(pipeline.scheduler)
+    weights = {name: getattr(pipeline, name) for name in (family.model_part, "vae", *family.text_parts)}
+    fingerprint = Fingerprint.of(weights, scheduler)
     map_shape = family.latent_map(pipeline, settings.resolution or _default_resolution(pipeline, family))
     return family.backbone(
         pipeline,
@@ -278,8 +282,8 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
         map_shape,
         prompt_encoder=PipelineEncoder(pipeline, family, settings),
         codec=VAECodec(prepare_vae(pipeline.vae, settings), family, map_shape),
-        scheduler=family.scheduler(pipeline.scheduler),
-        storage=PipelineStorage(pipeline, family, settings, _origin(pipeline)),
+        scheduler=scheduler,
+        storage=PipelineStorage(pipeline, family, settings, _origin(pipeline), fingerprint),
         lora=request.lora,
         dtype=request.dtype,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lacfast.backbones import lora as adapters
+from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
 from lacfast.config import LoRAConfig, from_json, to_json
@@ -49,13 +51,26 @@ class PipelineStorage:
     """
 
     def __init__(
-        self, pipeline: Any, family: PipelineFamily, settings: PipelineSettings, base: str | None
+        self,
+        pipeline: Any,
+        family: PipelineFamily,
+        settings: PipelineSettings,
+        base: str | None,
+        fingerprint: Fingerprint,
     ) -> None:
-        """`base`: directory or hub id of the untrained pipeline, None when it has none."""
+        """
+        Args:
+            pipeline: whose model is trained.
+            family: its class's.
+            settings: it is used with.
+            base: directory or hub id of the untrained pipeline, None when it has none.
+            fingerprint: of the untrained pipeline.
+        """
         self.pipeline = pipeline
         self.family = family
         self.settings = settings
         self.base = base
+        self.fingerprint = fingerprint
 
     def write(self, backbone: LatentBackbone, directory: Path) -> None:
         part = self.family.model_part
@@ -76,6 +91,7 @@ class PipelineStorage:
             settings=to_json(self.settings),
             lora=None if backbone.lora is None else to_json(backbone.lora),
             dtype=str(backbone.dtype).removeprefix("torch."),
+            fingerprint=self.fingerprint.to_json(),
         )
 
     def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
@@ -89,11 +105,31 @@ class PipelineStorage:
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
         part = self.family.model_part
+        # The model itself is there when all its weights were trained.
+        self._require_same_base(directory, trained=() if backbone.lora is not None else (part,))
         if backbone.lora is not None:
             prefix = f"{part}."
             saved = load_file(directory / LORA_WEIGHT_NAME_SAFE)
             return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
         return _model_state(backbone.model, directory / part)
+
+    def _require_same_base(self, directory: Path, *, trained: tuple[str, ...]) -> None:
+        stored = read_description(directory).get("fingerprint")
+        if stored is None:
+            warnings.warn(
+                f"{directory} is of an earlier version and does not tell which weights it was trained on: "
+                "make sure that they are this pipeline's; saving it again writes them down",
+                stacklevel=2,
+            )
+            return
+        differences = self.fingerprint.differences(Fingerprint.from_json(stored), ignored=trained)
+        if differences:
+            raise ValueError(
+                f"{directory} was trained on another pipeline than this one: {'; '.join(differences)}. "
+                "Pass the pipeline that it was trained on, say load_backbone(..., base=pipeline); one that "
+                "was changed in memory (a fused LoRA, another scheduler or VAE) is kept by "
+                "pipeline.save_pretrained()"
+            )
 
 
 def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:

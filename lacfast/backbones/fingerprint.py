@@ -1,0 +1,111 @@
+"""A pipeline's fingerprint: by it a saved LoRA knows the weights and noise levels that it was trained on.
+
+Of every tensor a few values are kept, rounded to bfloat16: kilobytes for a model of any size. Where all
+values agree up to that rounding, the weights are the same, whichever dtypes they were loaded in. A LoRA that
+was fused, or another model of the same architecture, moves values by more.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lacfast.backbones.scheduler_choice import own_settings
+
+VALUES_PER_TENSOR = 4
+RELATIVE = 2**-7
+"""A step of bfloat16: values of one weight that came through float16 and through float32 differ by one."""
+ABSOLUTE = 1e-7
+"""Three times what float16 rounds below its smallest normal number."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Of the parts of a pipeline that give images, before training."""
+
+    parts: Mapping[str, Tensor]
+    """Component -> (N,) bfloat16 values on the CPU."""
+    scheduler: Mapping[str, Any]
+    """Class and settings, as they stand in JSON."""
+
+    @staticmethod
+    def of(modules: Mapping[str, nn.Module | None], scheduler: Any) -> Fingerprint:
+        """
+        Args:
+            modules: components by name; what is missing or has no weights yet is left out.
+            scheduler: the sampler's, as family.scheduler made it.
+        """
+        parts = {name: _values(module) for name, module in modules.items() if _has_weights(module)}
+        settings = {"class": type(scheduler).__name__} | own_settings(scheduler)
+        return Fingerprint(parts, json.loads(json.dumps(settings, default=_plain)))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads: the values' bytes as text."""
+        texts = {
+            name: base64.b64encode(values.view(torch.uint8).numpy().tobytes()).decode()
+            for name, values in self.parts.items()
+        }
+        return {"parts": texts, "scheduler": dict(self.scheduler)}
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> Fingerprint:
+        """A fingerprint from a saved directory."""
+        parts = {
+            name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.bfloat16)
+            for name, text in stored["parts"].items()
+        }
+        return Fingerprint(parts, stored["scheduler"])
+
+    def differences(self, saved: Fingerprint, *, ignored: Iterable[str] = ()) -> list[str]:
+        """What differs, in words; empty for the same pipeline. Only what both have is compared.
+
+        Args:
+            saved: the other one.
+            ignored: parts that may differ.
+        """
+        names = [name for name in self.parts if name in saved.parts and name not in set(ignored)]
+        found = [
+            f"the weights of its {name} are others"
+            for name in names
+            if not _agree(self.parts[name], saved.parts[name])
+        ]
+        for name, here in self.scheduler.items():
+            there = saved.scheduler.get(name, here)
+            if there != here:
+                found.append(f"its scheduler's {name} was {there!r} and is {here!r}")
+        return found
+
+
+def _has_weights(module: nn.Module | None) -> bool:
+    first = None if module is None else next(module.parameters(), None)
+    return first is not None and not first.is_meta
+
+
+@torch.no_grad()
+def _values(module: Any) -> Tensor:
+    taken = []
+    for _, parameter in sorted(module.named_parameters()):
+        size = parameter.numel()
+        count = min(VALUES_PER_TENSOR, size)
+        places = [(2 * index + 1) * size // (2 * count) for index in range(count)]
+        taken.append(parameter.take(torch.tensor(places, device=parameter.device)).float())
+    return torch.cat(taken).bfloat16().cpu()
+
+
+def _agree(here: Tensor, there: Tensor) -> bool:
+    if here.shape != there.shape:
+        return False
+    ours, theirs = here.float(), there.float()
+    allowed = RELATIVE * torch.maximum(ours.abs(), theirs.abs()) + ABSOLUTE
+    return bool(((ours - theirs).abs() <= allowed).all())
+
+
+def _plain(value: Any) -> Any:
+    """A setting's array as a list: betas of one's own."""
+    return value.tolist()
