@@ -27,7 +27,7 @@ ABSOLUTE = 1e-7
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Of the parts of a pipeline that give images, before training."""
+    """Values of the parts of a pipeline that give images, and its noise levels, before training."""
 
     parts: Mapping[str, Tensor]
     """Component -> (N,) bfloat16 values on the CPU."""
@@ -36,7 +36,8 @@ class Fingerprint:
 
     @staticmethod
     def of(modules: Mapping[str, nn.Module | None], scheduler: Any) -> Fingerprint:
-        """
+        """The fingerprint of a pipeline.
+
         Args:
             modules: components by name; what is missing or has no weights yet is left out.
             scheduler: the sampler's, as family.scheduler made it.
@@ -63,7 +64,7 @@ class Fingerprint:
         return Fingerprint(parts, stored["scheduler"])
 
     def differences(self, saved: Fingerprint, *, ignored: Iterable[str] = ()) -> list[str]:
-        """What differs, in words; empty for the same pipeline. Only what both have is compared.
+        """Sentences on what differs, empty for the same pipeline. Only what both have is compared.
 
         Args:
             saved: the other one.
