@@ -174,8 +174,8 @@ struct GaeOutputs {
 
 constexpr int kMaxRewards = 16;
 
-// GAE of standardised rewards. Everything but `values` is in the arithmetic type. Reward m counts only where reward
-// conditions_on[m] of the trajectory reaches thresholds[m]; -1: always.
+// GAE of standardised rewards. Everything but `values` is in the arithmetic type. Reward m is its mean where
+// reward conditions_on[m] of the trajectory is below thresholds[m]; -1: never.
 struct AdvantageSums {
   SizedTensor rewards;             // (rows, rewards), or (rows, steps, rewards) per step
   SizedTensor values;              // (rows, steps, heads); as many heads as rewards, or one when scalarized

@@ -13,6 +13,7 @@ from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk
 from lacfast.records import Conditioning, TransitionTable
+from lacfast.rewards.heads import RewardHeads
 
 
 class Backbone(Protocol):
@@ -90,12 +91,12 @@ def build_critic(
     return critic.to(next(backbone.model.parameters()).device)
 
 
-def attach_critic(backbone: Backbone, heads: Sequence[str], config: CriticConfig, *, seed: int = 0) -> None:
-    """Give a backbone the critic that `config` describes, if it has none yet.
+def attach_critic(backbone: Backbone, heads: RewardHeads, config: CriticConfig, *, seed: int = 0) -> None:
+    """Give a backbone the critic that `config` describes, if it has none yet; it says what it predicts.
 
     Args:
         backbone: its critic is set.
-        heads: names of what is valued, one head each.
+        heads: what is valued.
         config: of the critic; trunk "none" takes the backbone's critic away.
         seed: of a new critic's weights.
 
@@ -106,10 +107,12 @@ def attach_critic(backbone: Backbone, heads: Sequence[str], config: CriticConfig
     if config.trunk == "none":
         backbone.critic = None
     elif attached is None:
-        backbone.critic = build_critic(backbone, len(heads), config, seed=seed)
-    elif (attached.num_rewards, attached.config) != (len(heads), config):
+        backbone.critic = build_critic(backbone, len(heads.names), config, seed=seed)
+    elif (attached.num_rewards, attached.config) != (len(heads.names), config):
         raise ValueError(
-            f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; {len(heads)} "
-            f"rewards {list(heads)} and {config} do not fit it. Train with the critic's own, or set "
-            "backbone.critic = None for a new one"
+            f"the backbone's critic has {attached.num_rewards} heads and {attached.config}; "
+            f"{len(heads.names)} rewards {list(heads.names)} and {config} do not fit it. Train with the "
+            "critic's own, or set backbone.critic = None for a new one"
         )
+    if backbone.critic is not None:
+        backbone.critic.rewards = heads

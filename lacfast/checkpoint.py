@@ -18,6 +18,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
+from lacfast.rewards.heads import RewardHeads
 from lacfast.runtime.files import needing_space, writing_to
 
 CRITIC_WEIGHTS = "critic.safetensors"
@@ -60,9 +61,14 @@ def save_backbone(backbone: Backbone, directory: Path) -> None:
 def write_backbone(backbone: Backbone, target: Path) -> None:
     backbone.save_pretrained(target)
     if backbone.critic is not None:
-        description = {"config": to_json(backbone.critic.config), "num_rewards": backbone.critic.num_rewards}
+        critic = backbone.critic
+        description = {
+            "config": to_json(critic.config),
+            "num_rewards": critic.num_rewards,
+            "rewards": None if critic.rewards is None else critic.rewards.to_json(),
+        }
         save_file(
-            {name: tensor.contiguous() for name, tensor in backbone.critic.state_dict().items()},
+            {name: tensor.contiguous() for name, tensor in critic.state_dict().items()},
             target / CRITIC_WEIGHTS,
             {CRITIC_DESCRIPTION: json.dumps(description)},
         )
@@ -94,6 +100,9 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
     critic = build_critic(backbone, description["num_rewards"], config)
     if critic is not None:
         load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
+        # Earlier versions did not say what the heads predict.
+        rewards = description.get("rewards")
+        critic.rewards = None if rewards is None else RewardHeads.from_json(rewards)
     return critic
 
 

@@ -232,7 +232,7 @@ class RewardCondition:
     on: int
     """Index of the hard reward."""
     threshold: float
-    """Raw value that the hard reward must reach; below it the easy one counts as 0."""
+    """Raw value that the hard reward must reach; below it the easy one counts as its mean."""
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class LatentActorCriticTrainer:
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
-        attach_critic(backbone, self.estimator.head_names, self.config.critic, seed=self.config.seed)
+        attach_critic(backbone, self.estimator.heads, self.config.critic, seed=self.config.seed)
         if self.config.compile:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
@@ -257,6 +257,9 @@ class LatentActorCriticTrainer:
             self.confidence.update(variance)
         with span("advantages"):
             advantages = self.advantages(rollout)
+        if self.critic is not None:
+            # The weights of rewards with floors have moved.
+            self.critic.rewards = self.estimator.heads
         metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
         if variance is not None:
             metrics |= self.confidence.metrics(variance)
@@ -384,5 +387,7 @@ class LatentActorCriticTrainer:
         if "confidence" in state:  # not in runs from before there were bounds
             self.confidence.load_state_dict(state["confidence"])
         self.estimator.load_state_dict(state["advantages"])
+        if self.critic is not None:
+            self.critic.rewards = self.estimator.heads
         self.early_stopping.load_state_dict(state["early_stopping"])
         self.iteration, self.images = state["iteration"], state["images"]

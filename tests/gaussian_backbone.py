@@ -100,6 +100,7 @@ class ClosedFormCritic(nn.Module):
         self.timesteps = table.timesteps.tolist()
         self.trunk = Trunk()
         self.reward_mean, self.reward_std = torch.zeros(1).double(), torch.ones(1).double()
+        self.rewards = None
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         return record_taps(model, [], detach=detach)

@@ -21,11 +21,11 @@ LACFAST_INLINE bool rewards_per_step(const AdvantageSums& op) { return op.reward
 
 // ---- Rewards
 
-// Reward m of one trajectory, 0 where the reward that it depends on has not passed.
+// Reward m of one trajectory; its mean, which counts nothing, where the reward that it depends on has not passed.
 template <typename A>
 LACFAST_INLINE A conditioned_reward(const AdvantageSums& op, const A* row, int reward) {
   const std::int64_t on = op.conditions_on.at[reward];
-  if (on >= 0 && !(static_cast<double>(row[on]) >= op.thresholds.at[reward])) return A{0};
+  if (on >= 0 && !(static_cast<double>(row[on]) >= op.thresholds.at[reward])) return op.reward_mean.as<const A>()[reward];
   return row[reward];
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class AdvantageEstimator:
         self.config = config.advantages
         self.ppo = config.ppo
         self.samples_per_prompt = config.samples_per_prompt
-        heads = RewardHeads.create(names, weights, self.config)
+        self._heads = heads = RewardHeads.create(names, weights, self.config)
         self.normalizer = RewardNormalizer.create(len(heads.names), heads=heads)
         self.head_names = heads.names
         self.multipliers: LagrangeMultipliers | None = None
@@ -51,7 +52,14 @@ class AdvantageEstimator:
         if isinstance(chosen, DDPO):
             buffers = (chosen.buffer_size, chosen.min_count)
             self.prompt_statistics = [PromptStatistics(*buffers) for _ in heads.names]
-        self._weights = torch.ones(1) if heads.mixing is not None else weights
+        self._weights = heads.head_weights
+
+    @property
+    def heads(self) -> RewardHeads:
+        """What a critic predicts; its weights are those of now."""
+        if self.multipliers is None:
+            return self._heads
+        return replace(self._heads, weights=tuple(self.multipliers.weights.tolist()))
 
     @property
     def weights(self) -> Tensor:

@@ -89,7 +89,8 @@ class AdvantageConfig(Config):
     where an easy reward counts only if a hard one passes, see `conditions`; "constrained": "sum_normalized"
     whose weights rise where a reward lies below its floor, see `floors`."""
     conditions: tuple[tuple[str, str, Finite], ...] = ()
-    """(easy, hard, threshold): reward `easy` counts as 0 where reward `hard`, raw, is below the threshold."""
+    """(easy, hard, threshold): reward `easy` counts as its running mean, 0 in standard deviations, where
+    reward `hard`, raw, is below the threshold. A raw 0 is the best of a reward that is never above 0."""
     floors: tuple[tuple[str, Finite], ...] = ()
     """(reward, raw mean that it must reach): a constraint; its weight is the first multiplier. The other
     rewards are the objective."""

@@ -14,6 +14,7 @@ from lacfast.critic.trunk import Features, Trunk
 from lacfast.critic.value_loss import SquaredError, build_value_loss
 from lacfast.records import Conditioning
 from lacfast.reference.surrogate import masked_mean
+from lacfast.rewards.heads import RewardHeads
 from lacfast.runtime.precision import running_in
 
 
@@ -27,6 +28,8 @@ class Critic(nn.Module):
     """(M,) float64 raw reward that V = 0 stands for."""
     reward_std: Tensor
     """(M,) float64 raw reward in one unit of V."""
+    rewards: RewardHeads | None
+    """What the heads predict, as the training said; None: nobody did, as in files of earlier versions."""
 
     def __init__(self, trunk: Trunk, num_rewards: int, config: CriticConfig) -> None:
         super().__init__()
@@ -34,6 +37,7 @@ class Critic(nn.Module):
         self.value_loss = build_value_loss(num_rewards, config)
         self.head = ValueHead(trunk.tap_dims, num_rewards, config, num_outputs=self.value_loss.num_outputs)
         self.config = config
+        self.rewards = None
         # In the weights' file, so that a critic knows its units wherever it is used.
         self.register_buffer("reward_mean", torch.zeros(num_rewards, dtype=torch.float64))
         self.register_buffer("reward_std", torch.ones(num_rewards, dtype=torch.float64))

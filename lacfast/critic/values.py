@@ -68,7 +68,7 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rol
         ValueError: for rewards that the critic's loss cannot express; nothing is changed then.
     """
     rewards = stack_rewards(rollout)
-    critic.value_loss.require_representable(normalizer.head_rewards(rewards))
+    critic.value_loss.require_representable(normalizer.combined(rewards))
     seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
     normalizer.update(rewards)
     new = normalizer.mean, normalizer.std

@@ -57,7 +57,7 @@ def normalized_advantages(
         weights: (M,) w, like rewards.
         mask: (B,) bool, False for trajectories that only pad the batch. None: all count.
         combination: "sum_normalized", "sum" or "scalarized".
-        conditions: easy rewards that count as 0 where a hard one fails; at most one for each reward.
+        conditions: easy rewards that count as their mean where a hard one fails; at most one for each reward.
         gamma: discount per step, 0 to 1.
         gae_lambda: of the policy's advantages, 0 to 1, or (T,) of each step's value (see reference.gae). One
             per step runs the reference on every device.

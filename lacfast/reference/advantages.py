@@ -96,7 +96,7 @@ def normalized_advantages(
         weights: (M,) of the rewards.
         mask: (B,) bool, trajectories that count. None: all.
         combination: "sum_normalized", "sum" (A = sum_m w_m A_m) or "scalarized" (r = sum_m w_m r_m).
-        conditions: rewards that count as 0 where another one is below a threshold.
+        conditions: rewards that count as their mean where another one is below a threshold.
         gamma: discount.
         gae_lambda: lambda of the policy's advantages, one for all steps or (T,).
         value_lambda: lambda of the value targets.
@@ -126,15 +126,27 @@ def _standardized_rewards(
     rewards: Tensor, values: Tensor, mean: Tensor, std: Tensor, conditions: Sequence[RewardCondition]
 ) -> Tensor:
     """(B, T, M): each step's reward over std; the mean is that of the sum, so it leaves at the last step."""
-    for condition in conditions:
-        passed = rewards[:, condition.on] >= condition.threshold
-        gated = torch.where(passed, rewards[:, condition.reward], 0.0)
-        index = torch.tensor([condition.reward], device=rewards.device)
-        rewards = rewards.index_copy(1, index, gated[:, None])
+    rewards = gated_rewards(rewards, mean, conditions)
     if rewards.ndim == 2:
         earlier = rewards.new_zeros(values.shape[0], values.shape[1] - 1, rewards.shape[1])
         return torch.cat([earlier, ((rewards - mean) / std)[:, None]], dim=1)
     return torch.cat([rewards[:, :-1] / std, (rewards[:, -1:] - mean) / std], dim=1)
+
+
+def gated_rewards(rewards: Tensor, mean: Tensor, conditions: Sequence[RewardCondition]) -> Tensor:
+    """Rewards (B, M) of which an easy one is its mean, 0 once standardised, where its hard one does not pass.
+
+        R_easy <- R_easy  if R_hard >= threshold  else  mean_easy          each by the raw R_hard
+
+    A raw 0 would be the best there is of a reward whose range is negative. `mean` is (M,).
+    """
+    if not conditions:
+        return rewards
+    gated = list(rewards.unbind(dim=1))
+    for condition in conditions:
+        passed = rewards[:, condition.on] >= condition.threshold
+        gated[condition.reward] = torch.where(passed, rewards[:, condition.reward], mean[condition.reward])
+    return torch.stack(gated, dim=1)
 
 
 def advantage_sums(raw: Tensor, mask: Tensor | None = None) -> Tensor:

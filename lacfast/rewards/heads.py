@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lacfast.config import AdvantageConfig
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import RewardCondition, Rollout
+from lacfast.reference.advantages import gated_rewards
 
 SCALARIZED = "scalarized"
 """Name of the one head on the weighted sum."""
@@ -24,14 +26,19 @@ def stack_rewards(rollout: Rollout) -> Tensor:
 
 @dataclass(frozen=True)
 class RewardHeads:
-    """Heads of a critic over M rewards: one each, gated by one another, or one on their weighted sum."""
+    """Heads of a critic over M rewards: one each, gated by one another, or one on their weighted sum.
 
-    names: tuple[str, ...]
-    """M of them, or one under "scalarized"."""
-    mixing: Tensor | None = None
-    """(M,) weights of the raw rewards in the one head; None: a head for each reward."""
-    conditions: tuple[RewardCondition, ...] = ()
-    """Easy rewards that count as 0 where a hard one fails."""
+    A critic's file has them, so that steering makes of the rewards what training made of them.
+    """
+
+    rewards: tuple[str, ...]
+    """Names of the M rewards."""
+    weights: tuple[float, ...]
+    """M of them, of the rewards."""
+    combination: str = "sum_normalized"
+    """AdvantageConfig.combination; "scalarized" has one head on the weighted sum of raw rewards."""
+    conditions: tuple[tuple[str, str, float], ...] = ()
+    """AdvantageConfig.conditions."""
 
     @staticmethod
     def create(names: Sequence[str], weights: Tensor, config: AdvantageConfig) -> RewardHeads:
@@ -45,30 +52,54 @@ class RewardHeads:
         Raises:
             ValueError: a condition on a reward that is not trained on, or two on one.
         """
-        if config.combination == "scalarized":
-            return RewardHeads((SCALARIZED,), weights)
         easy = [condition[0] for condition in config.conditions]
         if len(set(easy)) < len(easy):
             raise ValueError(f"conditions={config.conditions} gate a reward twice; give one for each")
+        for easy_name, hard, _ in config.conditions:
+            reward_index(names, easy_name), reward_index(names, hard)
+        return RewardHeads(tuple(names), tuple(weights.tolist()), config.combination, config.conditions)
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> RewardHeads:
+        """What `to_json` made, back."""
+        conditions = tuple((easy, hard, float(threshold)) for easy, hard, threshold in stored["conditions"])
         return RewardHeads(
-            tuple(names),
-            conditions=tuple(
-                RewardCondition(
-                    reward=reward_index(names, easy), on=reward_index(names, hard), threshold=threshold
-                )
-                for easy, hard, threshold in config.conditions
-            ),
+            tuple(stored["rewards"]), tuple(stored["weights"]), stored["combination"], conditions
         )
 
-    def __call__(self, rewards: Tensor) -> Tensor:
-        """(B, M) of raw rewards (B, M); (B, 1) on their weighted sum."""
-        if self.mixing is not None:
-            return (rewards * self.mixing.to(rewards)).sum(dim=1, keepdim=True)
-        gated = rewards.clone()
-        for condition in self.conditions:
-            passed = rewards[:, condition.on] >= condition.threshold
-            gated[:, condition.reward] = torch.where(passed, rewards[:, condition.reward], 0.0)
-        return gated
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        return (SCALARIZED,) if self.combination == SCALARIZED else self.rewards
+
+    @property
+    def head_weights(self) -> Tensor:
+        """Weight of each head's value, (M,) float32; (1,) for the one on a sum that is weighted already."""
+        return torch.tensor([1.0] if self.combination == SCALARIZED else self.weights)
+
+    def combined(self, rewards: Tensor) -> Tensor:
+        """(B, M) raw rewards as they are; (B, 1) their weighted sum."""
+        if self.combination != SCALARIZED:
+            return rewards
+        return (rewards * torch.tensor(self.weights).to(rewards)).sum(dim=1, keepdim=True)
+
+    def __call__(self, rewards: Tensor, mean: Tensor) -> Tensor:
+        """Raw reward of each head of rewards (B, M): its mean (M,), where a condition fails."""
+        if not self.conditions:
+            return self.combined(rewards)
+        index = self.rewards.index
+        conditions = [
+            RewardCondition(reward=index(easy), on=index(hard), threshold=threshold)
+            for easy, hard, threshold in self.conditions
+        ]
+        return gated_rewards(rewards, mean.to(rewards), conditions)
+
+    def standardize(self, rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """What the heads predict of rewards (B, M): (R - mean) / std, 0 where a condition fails."""
+        return (self(rewards, mean) - mean.to(rewards)) / std.to(rewards)
 
 
 def reward_index(names: Sequence[str], name: str) -> int:

@@ -46,12 +46,16 @@ class RewardNormalizer:
         return torch.where(std > _TINY, std, torch.ones_like(std))
 
     def head_rewards(self, rewards: Tensor) -> Tensor:
-        """(B, M) raw, of rewards (B, M)."""
-        return rewards if self.heads is None else self.heads(rewards)
+        """Raw reward of each head of rewards (B, M); the head's mean, where a condition fails."""
+        return rewards if self.heads is None else self.heads(rewards, self.mean)
+
+    def combined(self, rewards: Tensor) -> Tensor:
+        """Raw reward of each head of rewards (B, M) whatever the conditions: what the statistics are of."""
+        return rewards if self.heads is None else self.heads.combined(rewards)
 
     def update(self, rewards: Tensor) -> None:
         """Take in rewards (B, M); with several ranks each calls this with its own."""
-        batch_count, batch_mean, batch_variance = moments(self.head_rewards(rewards))
+        batch_count, batch_mean, batch_variance = moments(self.combined(rewards))
         total = self.count + batch_count
         shift = batch_mean.cpu() - self.mean
         within = self.count * self.variance + batch_count * batch_variance.cpu()

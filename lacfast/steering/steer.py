@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.prompts import PromptEntry, PromptSet
 from lacfast.records import TransitionTable
+from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.steering.cost import (
     EvaluationCounter,
@@ -48,10 +49,12 @@ def steer(
         prompts: n of them, with metadata where the rewards need some.
         config: method and strength.
         sampler: as in training, guidance_scale included; the critic knows the states of that sampler.
-        rewards: the critic's rewards in its order, for selection="reward" and for the report.
+        rewards: the critic's rewards in its order, for selection="reward" and for the report. Weights of
+            theirs must be those of the training: `head_weights` gives others.
         gold: rewards that are only reported.
-        head_weights: (M,) weight of each value head. None: the rewards' weights, or equal ones.
-        more_critics: an ensemble beside the backbone's own, of which the minimum counts.
+        head_weights: (M,) weight of each value head. None: those of the critic's training; without a critic
+            the rewards'.
+        more_critics: an ensemble beside the backbone's own on the same rewards, of which the minimum counts.
 
     Returns:
         images (n, 3, H, W) float in [0, 1], and what they cost and scored.
@@ -67,13 +70,12 @@ def steer(
     table = backbone.transition_table(sampler)
     _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
     device = next(backbone.model.parameters()).device
-    if head_weights is None and scorer is not None:
-        head_weights = scorer.weights
-    num_rewards = 0 if scorer is None else len(scorer.names)
+    if head_weights is None and scorer is not None and critics:
+        head_weights = _asked_weights(rewards, scorer, critics[0].rewards)
     model = SteeredModel(
         backbone,
         critics,
-        Objective.create(critics, head_weights, num_rewards, config, device),
+        Objective.create(critics, scorer, head_weights, config, device),
         EvaluationCounter(),
         backbone.encode_unconditional(1) if sampler.guidance_scale > 1 else None,
         config.batch_size,
@@ -116,6 +118,23 @@ def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
     return rewards if rewards is None or isinstance(rewards, RewardSet) else RewardSet.create(rewards)
+
+
+def _asked_weights(
+    rewards: RewardSet | RewardSpec | None, scorer: RewardSet, trained: RewardHeads | None
+) -> Tensor | None:
+    """Weights that a call gives with its rewards; None where it names them alone."""
+    is_weighted = isinstance(rewards, Mapping) or bool((scorer.weights != 1).any())
+    if not is_weighted or (trained is not None and tuple(scorer.names) != trained.rewards):
+        return None
+    if trained is None:
+        return scorer.weights
+    if not torch.allclose(scorer.weights, torch.tensor(trained.weights)):
+        raise ValueError(
+            f"rewards weigh {scorer.weights.tolist()}, in the critic's training {list(trained.weights)}; "
+            "leave the weights out, or give others as head_weights"
+        )
+    return None
 
 
 @dataclass(frozen=True)

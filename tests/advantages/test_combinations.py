@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from lacfast.advantages import AdvantageEstimator, LagrangeMultipliers
 from lacfast.config import GRPO, AdvantageConfig, TrainConfig
-from lacfast.records import RewardCondition
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.normalizer import RewardNormalizer
 
@@ -29,8 +29,12 @@ def standardized(values: Tensor, correction: int = 1) -> Tensor:
 
 
 def result_of(
-    advantages: AdvantageConfig, weights: tuple[float, ...] = (1.0, 1.0), values: Tensor | None = None
+    advantages: AdvantageConfig,
+    weights: tuple[float, ...] = (1.0, 1.0),
+    values: Tensor | None = None,
+    rewards: dict[str, Tensor] | None = None,
 ) -> tuple[AdvantageEstimator, Any]:
+    rewards = {"hard": HARD, "easy": EASY} if rewards is None else rewards
     config = TrainConfig(
         batch_size=BATCH,
         samples_per_prompt=3,
@@ -40,8 +44,8 @@ def result_of(
     estimator = AdvantageEstimator(config, ("hard", "easy"), torch.tensor(weights))
     heads = len(estimator.head_names) if advantages.uses_critic else 0
     given = torch.zeros(STEPS, BATCH, heads) if values is None else values
-    estimator.normalizer.update(REWARDS)
-    return estimator, estimator(made_rollout(given, {"hard": HARD, "easy": EASY}))
+    estimator.normalizer.update(torch.stack(list(rewards.values()), dim=1))
+    return estimator, estimator(made_rollout(given, rewards))
 
 
 def over_steps(advantage: Tensor, steps: int = STEPS - 1) -> Tensor:
@@ -85,14 +89,21 @@ def test_scalarized_has_one_head_on_the_weighted_sum() -> None:
     torch.testing.assert_close(estimator.normalizer.std, total.double().std(correction=0)[None])
 
 
-def test_a_condition_gates_targets_statistics_and_advantages_alike() -> None:
-    estimator, result = result_of(
-        AdvantageConfig(combination="conditional", conditions=(("easy", "hard", 0.5),))
-    )
-    gated = EASY * HARD
-    torch.testing.assert_close(estimator.normalizer.mean[1], gated.double().mean())
-    torch.testing.assert_close(result.targets[:, 1], standardized(gated, 0))
+@pytest.mark.parametrize("shift", [0.0, -100.0], ids=["positive", "negative"])
+def test_a_reward_that_is_gated_out_is_neither_for_nor_against_an_image(shift: float) -> None:
+    """Whatever the reward's range: as a raw 0 it would be the best of one that is never positive."""
+    conditional = AdvantageConfig(combination="conditional", conditions=(("easy", "hard", 0.5),))
+    rewards = {"hard": HARD, "easy": EASY + shift}
+    estimator, result = result_of(conditional, rewards=rewards)
+    gated = HARD * standardized(EASY, 0)
+    torch.testing.assert_close(estimator.normalizer.mean[1], (EASY.double() + shift).mean())
+    torch.testing.assert_close(result.targets[:, 1], gated)
     torch.testing.assert_close(result.policy, over_steps(standardized(HARD) + standardized(gated)))
+    # Without a critic the gated reward is compared with its group's.
+    _, grouped = result_of(replace(conditional, estimator=GRPO("none")), (0.0, 1.0), rewards=rewards)
+    raw = torch.where(HARD > 0, EASY + shift, (EASY + shift).mean()).view(2, 3)
+    expected = (raw - raw.mean(dim=1, keepdim=True)).flatten().clamp(-10, 10)
+    torch.testing.assert_close(grouped.policy[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_constrained_weights_rise_below_the_floor_and_are_the_combination_s() -> None:
@@ -146,14 +157,8 @@ def test_rules_on_rewards_that_are_not_there_are_refused() -> None:
 
 
 def test_heads_gate_by_the_raw_reward_not_by_a_gated_one() -> None:
-    heads = RewardHeads(
-        ("a", "b", "c"),
-        conditions=(
-            RewardCondition(reward=1, on=0, threshold=0.5),
-            RewardCondition(reward=2, on=1, threshold=0.5),
-        ),
-    )
-    assert heads(torch.tensor([[0.0, 1.0, 1.0]])).tolist() == [[0.0, 0.0, 1.0]]
+    heads = RewardHeads(("a", "b", "c"), (1.0,) * 3, "conditional", (("b", "a", 0.5), ("c", "b", 0.5)))
+    assert heads(torch.tensor([[0.0, 1.0, 1.0]]), torch.zeros(3)).tolist() == [[0.0, 0.0, 1.0]]
 
 
 def multipliers(learning_rate: float, maximum: float = 3.0) -> LagrangeMultipliers:

@@ -128,6 +128,22 @@ def test_an_easy_reward_counts_only_where_the_hard_one_passes(backend_name):
     assert result.targets[:, 0, 1].tolist() == [0.0, 3.0, 1.0, 0.0]
 
 
+def test_a_reward_that_is_gated_out_counts_as_its_mean_whatever_its_range(backend_name):
+    rewards = torch.tensor([[0.0, -9.0], [1.0, -5.0], [1.0, -3.0], [0.0, -1.0]])
+    values, mean, std = torch.zeros(4, 2, 2), torch.tensor([0.5, -4.0]), torch.tensor([0.5, 2.0])
+    condition = RewardCondition(reward=1, on=0, threshold=0.5)
+    result = ops.normalized_advantages(rewards, values, mean, std, torch.ones(2), conditions=[condition])
+    assert result.targets[:, 0, 1].tolist() == [0.0, -0.5, 0.5, 0.0]
+
+
+def test_a_condition_reads_the_reward_as_it_is_and_not_as_another_condition_left_it(backend_name):
+    rewards = torch.tensor([[0.0, 9.0, 9.0], [1.0, 9.0, 9.0]])
+    values, mean, ones = torch.zeros(2, 2, 3), torch.tensor([0.5, 1.0, 1.0]), torch.ones(3)
+    chain = [RewardCondition(reward=1, on=0, threshold=0.5), RewardCondition(reward=2, on=1, threshold=5.0)]
+    result = ops.normalized_advantages(rewards, values, mean, ones, ones, conditions=chain, target_clip=9.0)
+    assert result.targets[:, 0].tolist() == [[-0.5, 0.0, 8.0], [0.5, 8.0, 8.0]]
+
+
 def test_targets_with_lambda_one_are_exactly_the_standardised_rewards():
     rewards, values, mean, std, weights = inputs(64, 10, 2)
     result = ops.normalized_advantages(rewards, values, mean, std, weights, gae_lambda=0.9, target_clip=100.0)

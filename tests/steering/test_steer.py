@@ -18,6 +18,7 @@ from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning, NoiseKey
+from lacfast.rewards.heads import RewardHeads
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import planned_evaluations, trajectories_per_step
@@ -31,6 +32,7 @@ class LatentMean(nn.Module):
     """A critic in closed form: V is the mean of the noisy latent, so its gradient is the same everywhere."""
 
     num_rewards = 1
+    rewards: RewardHeads | None = None
 
     def __init__(self, sign: float = 1.0, mean: float = 0.0, std: float = 1.0) -> None:
         """`mean` and `std`: of the raw reward, the latent's mean times `sign`."""
@@ -304,12 +306,3 @@ def test_what_a_sampler_or_critic_cannot_serve_is_refused_before_any_forward(
     backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=message):
         steer(backbone, PROMPTS, config, sampler=sampler)
-
-
-def test_rewards_that_are_not_the_critics_are_refused() -> None:
-    backbone = tiny_backbone("dit")
-    backbone.critic = real_critic(backbone, heads=2)
-    with pytest.raises(
-        ValueError, match=r"critics with \[2\] heads, 1 rewards and 1 head_weights do not match"
-    ):
-        steer(backbone, PROMPTS, SteeringConfig(), sampler=SAMPLER, rewards=brightness)
