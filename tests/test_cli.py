@@ -119,7 +119,6 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
         (
             [
                 "evaluate",
-                "--model",
                 "none",
                 "--prompts",
                 "shapes",

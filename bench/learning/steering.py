@@ -36,7 +36,7 @@ from lacfast.config import SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
 from lacfast.runs import presets
-from lacfast.runs.steer import saved_model, trained_sampler
+from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.steering import steer
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName

@@ -13,6 +13,9 @@ from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
+"""How a model is judged of which no run tells how."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
@@ -79,16 +82,14 @@ class RunConfig(Config):
 class EvaluationRun(Config):
     """One run of `lacfast evaluate`."""
 
-    model: str
-    """A pipeline's directory or hub id, or a directory of lacfast: a checkpoint, checkpoints/best."""
+    source: tyro.conf.Positional[str]
+    """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
     prompts: str
     """Prompts, as `lacfast train` takes them."""
     rewards: tuple[str, ...]
     """Names of rewards, "package.module:callable" or URLs."""
-    sampler: SamplerConfig = field(
-        default_factory=lambda: SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
-    )
-    """How images are made."""
+    sampler: SamplerConfig = EVALUATION_SAMPLER
+    """Left as it is, that of the run's own evaluations; any flag of it replaces that as a whole."""
     samples: Count = 1024
     """Images; the prompts are repeated as often as it takes."""
     batch_size: Count = 16
@@ -119,6 +120,8 @@ class SteeringRun(Config):
     """The critic's rewards, to report and for --selection reward."""
     gold: tuple[str, ...] = ()
     """Rewards that are only reported."""
+    head_weights: tuple[Finite, ...] = ()
+    """Weight of each head of the critic. Empty: those of its training."""
     samples: CountOrNone = 0
     """Images; the prompts are repeated as often as it takes. 0: one per prompt."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lacfast.backbones import load_backbone
-from lacfast.config import SamplerConfig, from_json, to_json
+from lacfast.config import SamplerConfig, to_json
 from lacfast.prompts import PromptSet
 from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
-from lacfast.runs.directory import RunDirectory
+from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
 from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats, steer
 
 PROMPT_FILES = (".txt", ".jsonl", ".parquet")
-
-
-def saved_model(source: str) -> str:
-    """The directory to load for a run of `lacfast train` (its best checkpoint, else the last) or of the demo.
-
-    Anything else stays what it is: a checkpoint, a pipeline's directory, a hub id.
-
-    Raises:
-        ValueError: for a run without a checkpoint.
-    """
-    path = Path(source)
-    if (path / "checkpoints").is_dir():
-        run = RunDirectory(path, keep_last=1)
-        if run.best.is_dir():
-            return str(run.best)
-        checkpoints = run.checkpoints()
-        if not checkpoints:
-            raise ValueError(f"the run {source} has no checkpoint yet; train it, or pass a saved model")
-        return str(checkpoints[-1])
-    trained = path / "trained"
-    return str(trained) if trained.is_dir() else source
-
-
-def trained_sampler(saved: str) -> SamplerConfig | None:
-    """The sampler that a saved model or critic was trained with; None where no run.json above it tells."""
-    path = Path(saved).absolute()
-    for directory in (path, *path.parents[:3]):
-        settings = directory / "run.json"
-        if settings.is_file():
-            stored = json.loads(settings.read_text(encoding="utf-8"))
-            return from_json(SamplerConfig, stored["train"]["sampler"])
-    return None
 
 
 def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
@@ -96,7 +64,18 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
         device=device,
         dtype=torch_dtype(settings.dtype),
     )
-    images, stats = steer(backbone, prompts, settings.settings, sampler=sampler, rewards=rewards, gold=gold)
+    if backbone.critic is not None and backbone.critic.rewards is None:
+        backbone.critic.rewards = trained_heads(settings.critic or model)
+    weights = torch.tensor(settings.head_weights) if settings.head_weights else None
+    images, stats = steer(
+        backbone,
+        prompts,
+        settings.settings,
+        sampler=sampler,
+        rewards=rewards,
+        gold=gold,
+        head_weights=weights,
+    )
     told = {"model": model, "critic": settings.critic, "sampler": to_json(sampler)}
     told["steering"] = to_json(settings.settings)
     _write(settings.out, images.cpu(), prompts, stats, told)

@@ -23,9 +23,10 @@ from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled
-from lacfast.runs.config import Dtype, EvaluationRun, RunConfig
+from lacfast.runs.config import EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import RunDirectory
+from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.tasks import glyphs, scenes
@@ -225,23 +226,26 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     """
     device, scorer = torch_device(settings.device), RewardSet.create(settings.rewards)
     prompts = prompts_of(settings.prompts).cycle(settings.samples)
+    model, sampler = saved_model(settings.source), settings.sampler
+    if sampler == EVALUATION_SAMPLER:
+        sampler = evaluation_sampler(model) or sampler
     if settings.out is not None:
         require_writable(settings.out, "--out")
-    backbone = load_backbone(settings.model, device=device, dtype=torch_dtype(settings.dtype))
+    backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
-        backbone.transition_table(settings.sampler),
+        backbone.transition_table(sampler),
         prompts,
         seed=settings.seed,
         first_id=FirstSampleId.EVALUATION,
-        guidance_scale=settings.sampler.guidance_scale,
+        guidance_scale=sampler.guidance_scale,
         keep_features=False,
         part_size=min(settings.batch_size, settings.samples),
     )
     evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
     if settings.out is not None:
-        told = {name: getattr(settings, name) for name in ("model", "samples", "seed")}
-        scores = told | {"sampler": to_json(settings.sampler), "means": evaluation.means()}
+        told = {"model": model, "samples": settings.samples, "seed": settings.seed}
+        scores = told | {"sampler": to_json(sampler), "means": evaluation.means()}
         write_json(settings.out / "scores.json", scores)
         contact_sheet(evaluation.images).save(settings.out / "samples.png")
     return evaluation

@@ -139,8 +139,8 @@ def _weights(
         return torch.ones(1) if rewards is None else rewards.weights
     if critics[0].num_rewards > 1:
         raise ValueError(
-            f"nobody knows the weights of the critic's {critics[0].num_rewards} heads: its file, of an "
-            "earlier version, does not name its rewards; pass head_weights, one for each head in their order"
+            f"nobody knows the weights of the critic's {critics[0].num_rewards} heads: it was not trained, "
+            "or its file is of an earlier version and does not say; pass head_weights, one for each head"
         )
     return torch.ones(1)
 

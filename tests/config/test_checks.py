@@ -36,7 +36,7 @@ from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 
 REQUIRED: dict[type[Config], dict[str, Any]] = {
     RunConfig: {"out": "x", "model": "shapes-dit", "prompts": "shapes", "rewards": (("shapes", 1.0),)},
-    EvaluationRun: {"model": "shapes-dit", "prompts": "shapes", "rewards": ("shapes",)},
+    EvaluationRun: {"source": "shapes-dit", "prompts": "shapes", "rewards": ("shapes",)},
 }
 WRONG = (-1, 0, 0.5, math.nan, math.inf, -math.inf, "x", None, True, [1], 2**80)
 

@@ -15,7 +15,7 @@ from lacfast import load_backbone
 from lacfast.report.records import read_metrics
 from lacfast.runs import presets
 from lacfast.runs.demo import DemoScale, run_demo
-from lacfast.runs.steer import saved_model, trained_sampler
+from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
 
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)

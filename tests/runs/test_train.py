@@ -20,6 +20,7 @@ from lacfast.config import (
     SamplerConfig,
     TrainConfig,
     ValuePretrainingConfig,
+    from_json,
 )
 from lacfast.metrics import curve_points
 from lacfast.runs import train as run
@@ -122,7 +123,7 @@ def test_an_unknown_best_score_is_refused_with_the_known_ones(model: Path, tmp_p
         run.train(wrong)
 
 
-def test_a_saved_best_model_is_evaluated_like_in_the_run(model: Path, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_as_it_evaluated_itself(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = run_config(model, out)
     run.train(config)
@@ -130,10 +131,9 @@ def test_a_saved_best_model_is_evaluated_like_in_the_run(model: Path, tmp_path: 
     assert config.train.eval_sampler is not None
     evaluation = run.evaluate_model(
         EvaluationRun(
-            model=str(out / "checkpoints" / "best"),
+            source=str(out),
             prompts=config.prompts,
             rewards=("jpeg_incompressibility",),
-            sampler=config.train.eval_sampler,
             samples=4,
             batch_size=4,
             device="cpu",
@@ -142,6 +142,8 @@ def test_a_saved_best_model_is_evaluated_like_in_the_run(model: Path, tmp_path: 
     )
     assert evaluation.means()["jpeg_incompressibility"] == pytest.approx(best, rel=1e-3)
     assert (tmp_path / "scores" / "samples.png").exists()
+    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())
+    assert from_json(SamplerConfig, scores["sampler"]) == config.train.eval_sampler
 
 
 def test_curves_name_the_phase_and_the_step() -> None:

@@ -1,0 +1,72 @@
+"""A saved model as evaluate and steer take it: where it lies, and what the settings of its run say of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lacfast.config import AdvantageConfig, SamplerConfig, from_json
+from lacfast.rewards.heads import RewardHeads
+from lacfast.runs.directory import RunDirectory
+
+
+def saved_model(source: str) -> str:
+    """The directory to load for a run of `lacfast train` (its best checkpoint, else the last) or of the demo.
+
+    Anything else stays what it is: a checkpoint, a pipeline's directory, a hub id.
+
+    Raises:
+        ValueError: for a run without a checkpoint.
+    """
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
+        run = RunDirectory(path, keep_last=1)
+        if run.best.is_dir():
+            return str(run.best)
+        checkpoints = run.checkpoints()
+        if not checkpoints:
+            raise ValueError(f"the run {source} has no checkpoint yet; train it, or pass a saved model")
+        return str(checkpoints[-1])
+    trained = path / "trained"
+    return str(trained) if trained.is_dir() else source
+
+
+def trained_sampler(saved: str) -> SamplerConfig | None:
+    """The sampler that a saved model or critic was trained with; None where no run.json above it tells."""
+    stored = _run_settings(saved)
+    return None if stored is None else from_json(SamplerConfig, stored["train"]["sampler"])
+
+
+def evaluation_sampler(saved: str) -> SamplerConfig | None:
+    """The sampler of a saved model's evaluations in its run; None where no run.json above it tells."""
+    stored = _run_settings(saved)
+    if stored is None:
+        return None
+    own = stored["train"].get("eval_sampler")
+    return from_json(SamplerConfig, stored["train"]["sampler"] if own is None else own)
+
+
+def trained_heads(saved: str) -> RewardHeads | None:
+    """What a critic predicts whose file does not say it; None where no run.json above it tells."""
+    stored = _run_settings(saved)
+    if stored is None or "rewards" not in stored:
+        return None
+    names, weights = zip(*stored["rewards"], strict=True)
+    advantages = from_json(AdvantageConfig, stored["train"].get("advantages", {}))
+    # "package.module:callable" is called by its last part, a URL by itself.
+    called = [name if "://" in name else name.rpartition(":")[2] for name in names]
+    return RewardHeads.create(called, torch.tensor(weights), advantages)
+
+
+def _run_settings(saved: str) -> dict[str, Any] | None:
+    """The run.json of the directory or of one of three above it."""
+    path = Path(saved).absolute()
+    for directory in (path, *path.parents[:3]):
+        settings = directory / "run.json"
+        if settings.is_file():
+            stored: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
+            return stored
+    return None
