@@ -24,6 +24,8 @@ COLOURS = (BLUE, ORANGE, GREEN, RED, "#8250df", "#0598bc")
 _INK = "#010203"
 """Stands for the page's text colour; replaced by currentColor."""
 GRID = "#8b949e"
+_LEGEND_CHARACTERS = 45
+"""Characters of labels that fit beside each other."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lacfast",
@@ -76,7 +78,8 @@ def drawings(records: Records) -> Iterator[Drawing]:
     if _has(train, "explained_variance"):
         yield from _critic(train, evaluations, phase(records, "value_pretraining"))
     for title, meaning, name, label in _MAPS:
-        if _has(train, name):
+        # What was 0 everywhere, as the KL without an anchor, would be a map of one colour.
+        if any(np.nan_to_num(_array(record.get(name))).any() for record in train):
             yield Drawing(title, meaning, _map(train, name, label))
     norms = {"policy": "policy_grad_norm", "critic": "critic_grad_norm"}
     yield Drawing(
@@ -167,9 +170,10 @@ def _curves(
             colour = COLOURS[number % len(COLOURS)]
             values = np.array([average([record], name) for record in records])
             axes.plot(iterations, values, color=colour, alpha=0.35 if smooth else 1.0, linewidth=1)
-            axes.plot(
-                iterations, running_mean(values) if smooth else values, color=colour, linewidth=2, label=title
-            )
+            line = running_mean(values) if smooth else values
+            # A single point makes no line.
+            marker = "o" if len(values) == 1 else None
+            axes.plot(iterations, line, color=colour, linewidth=2, label=title, marker=marker)
         if level is not None:
             axes.axhline(level, color=GRID, linewidth=0.9, linestyle="--")
         if log:
@@ -265,7 +269,11 @@ def _svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
         if legend:
             # Over the chart, so that it covers no curve.
             place = (-0.02, 1.0)
-            axes.legend(loc="lower left", bbox_to_anchor=place, borderaxespad=0, ncols=3, columnspacing=1.2)
+            longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
+            columns = min(max(_LEGEND_CHARACTERS // longest, 1), 3)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=place, borderaxespad=0, ncols=columns, columnspacing=1.2
+            )
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

@@ -53,17 +53,17 @@ def png_data_uri(image: Image.Image) -> str:
 
 
 def grid(images: Tensor, *, columns: int = GRID_COLUMNS, scale: int = SCALE, gap: int = 2) -> Image.Image:
-    """Images (n, 3, H, W) row by row on white."""
+    """Images (n, 3, H, W) row by row; the ground shows through, white where there is none."""
     count, _, height, width = images.shape
     rows = -(-count // columns)
     step_y, step_x = height * scale + gap, width * scale + gap
-    sheet = np.full((rows * step_y + gap, min(columns, count) * step_x + gap, 3), 255, dtype=np.uint8)
+    sheet = np.full((rows * step_y + gap, min(columns, count) * step_x + gap, 4), 255, dtype=np.uint8)
+    sheet[..., 3] = 0
     for index in range(count):
         row, column = divmod(index, columns)
         top, left = gap + row * step_y, gap + column * step_x
-        sheet[top : top + height * scale, left : left + width * scale] = np.asarray(
-            to_image(images[index], scale)
-        )
+        cell = sheet[top : top + height * scale, left : left + width * scale]
+        cell[..., :3], cell[..., 3] = np.asarray(to_image(images[index], scale)), 255
     return Image.fromarray(sheet)
 
 

@@ -106,7 +106,7 @@ def _cards(train: Records, evaluations: Records) -> Iterable[str]:
         yield card(
             escape(reward),
             f"{average(last, f'reward/{reward}'):.3g}",
-            f"mean of the last {len(last)} iterations' own images; first: {start:.3g}",
+            f"mean of the last {_iterations(len(last))} own images; first: {start:.3g}",
         )
     for name in named(evaluations[-1], "standard_error") if evaluations else []:
         first, final = float(evaluations[0][name]), float(evaluations[-1][name])
@@ -125,6 +125,10 @@ def _cards(train: Records, evaluations: Records) -> Iterable[str]:
     )
 
 
+def _iterations(count: int) -> str:
+    return "iteration's" if count == 1 else f"{count} iterations'"
+
+
 def _pictures(pictures: Sequence[Path]) -> Iterable[str]:
     if not pictures:
         yield '<p class="soft">No evaluation has kept any; set eval_every.</p>'
@@ -134,8 +138,10 @@ def _pictures(pictures: Sequence[Path]) -> Iterable[str]:
     for index in chosen:
         with Image.open(pictures[index]) as picture:
             source = png_data_uri(picture)
-        title = pictures[index].stem.lstrip("0") or "0"
+        name = pictures[index].stem
+        # A run's own are numbers; a file of another trainer has a name of its own.
+        title = escape(f"iteration {int(name)}" if name.isdecimal() else name)
         yield (
-            f'<figure><img class="grid" src="{source}" alt="images of iteration {escape(title)}">'
-            f"<figcaption>iteration {escape(title)}</figcaption></figure>"
+            f'<figure><img class="grid" src="{source}" alt="images of {title}">'
+            f"<figcaption>{title}</figcaption></figure>"
         )

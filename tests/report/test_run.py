@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,6 +83,57 @@ def test_the_last_evaluation_s_calibration_is_a_diagram_with_a_line_per_head(tmp
     chart = chart[: chart.index("</svg>")]
     assert "Calibration over the run" in text
     assert all(label in chart for label in ("quality", "size", "mean return"))
+
+
+def test_a_picture_is_called_by_its_number_or_by_its_own_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", evaluations=1)
+    samples = tmp_path / "run" / "samples"
+    (samples / "iteration 5.png").write_bytes((samples / "00000000.png").read_bytes())
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == ["iteration 0", "iteration 5"]
+
+
+def test_a_map_of_nothing_but_zeros_is_not_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path / "without", evaluations=0)
+    write_run(tmp_path / "with", evaluations=0, kl_ref=[0.0, 1e-6, 0.0, 0.0])
+    without, drawn = (
+        write_run_report(tmp_path / name).read_text(encoding="utf-8") for name in ("without", "with")
+    )
+    assert "KL to the anchor" not in without
+    assert "KL to the anchor" in drawn
+    assert "KL, per step" in without
+
+
+def test_cells_without_an_image_show_the_page() -> None:
+    pixels = np.asarray(grid(torch.zeros(12, 3, 8, 8), columns=10, scale=1, gap=2))
+    assert pixels[3, 3].tolist() == [0, 0, 0, 255]
+    assert pixels[13, -3].tolist() == [255, 255, 255, 0]
+
+
+def test_no_column_is_wider_than_the_narrowest_phone() -> None:
+    """320 pixels, of which the margins leave 285: a column is at most as wide as what there is."""
+    style = resources.files("lacfast.report").joinpath("style.css").read_text(encoding="utf-8")
+    page = resources.files("lacfast.report").joinpath("run.html").read_text(encoding="utf-8")
+    widths = re.findall(r"minmax\((.*?), 1fr\)", style + page)
+    assert len(widths) >= 4
+    assert all(re.fullmatch(r"min\([\d.]+rem, 100%\)", width) for width in widths)
+    cards = re.findall(r"^\.cards \{.*|^\.card \{.*", style, re.MULTILINE)
+    assert "auto-fit" in cards[0]
+    assert "min-width: 0; overflow-wrap: anywhere" in cards[1]
+
+
+def test_long_names_stand_below_each_other_in_a_legend(tmp_path: Path) -> None:
+    names = {"reward/jpeg_compressibility_of_all_pictures": 1.0, "reward/another_long_name": 2.0}
+    write_run(tmp_path / "run", evaluations=0, **names)
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    chart = text[text.index("Rewards that train") :].partition("</svg>")[0]
+    places = [
+        re.search(rf'<text[^>]*transform="translate\(([\d.]+) ([\d.]+)\)"[^>]*>{name}<', chart)
+        or re.search(rf'<text[^>]*x="([\d.]+)" y="([\d.]+)"[^>]*>{name}<', chart)
+        for name in ("jpeg_compressibility_of_all_pictures", "another_long_name")
+    ]
+    assert all(places), chart[-3000:]
+    assert len({place[2] for place in places if place}) == 2
 
 
 def test_the_headline_says_which_way_it_went() -> None:
