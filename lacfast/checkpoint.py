@@ -1,12 +1,30 @@
-"""Checkpoints: a directory that appears whole or not at all, and is loaded in place or not at all."""
+"""Checkpoints: a directory that appears whole or not at all, and is loaded in place or not at all.
+
+What lies in the directory of a trainer's checkpoint:
+
+    lacfast-manifest.json   format, and the checksum of every other file
+    lacfast.json            how the model was made: base, LoRA, settings
+    the policy              a LoRA, or the model, as load_backbone and plain diffusers read it
+    critic.safetensors      the critic, its settings in the metadata
+    trainer.pt              what else lives between iterations, see below
+
+trainer.pt is a dictionary of plain values and tensors:
+
+    iteration, images       counts; prompts and noise are functions of the seed and them
+    evaluated               the iteration that was last evaluated
+    config                  TrainConfig, of which a run that goes on may change some
+    rewards, weights        names, and the weights of their advantages
+    advantages              reward statistics, multipliers, buffers per prompt
+    early_stopping          the best score and its age
+    learner                 moments of both optimizers, the rate's step, KL weight, average, kept rollouts
+    confidence              what value pretraining measured
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +37,8 @@ from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
 from lacfast.rewards.heads import RewardHeads
-from lacfast.runtime.files import needing_space, writing_to
+from lacfast.runtime.directories import DamagedError, recover, require_whole, whole_directory
+from lacfast.runtime.files import write_json
 
 CRITIC_WEIGHTS = "critic.safetensors"
 CRITIC_DESCRIPTION = "lacfast_critic"
@@ -29,33 +48,24 @@ EARLIER_DESCRIPTION = "critic.json"
 TRAINER_STATE = "trainer.pt"
 
 
-@contextmanager
-def whole_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends without an error.
+Notes = Mapping[str, Any]
+"""Name of a file that lies beside what is saved -> its JSON."""
+
+
+def save_backbone(backbone: Backbone, directory: Path, notes: Notes | None = None) -> None:
+    """Model, prompt encoder, codec and, where there is one, the critic: what load_backbone reads.
 
     Raises:
-        ValueError: when the parent cannot be written.
-        OSError: when the disk is full; `target` is as before.
+        ValueError: when that would delete something in `directory` that no save has written.
     """
-    temporary = target.parent / f".{target.name}-{os.getpid()}"
-    with writing_to(target):
-        temporary.mkdir(parents=True)
-    try:
-        with needing_space(target):
-            yield temporary
-        replaced = temporary.with_name(temporary.name + "-replaced")
-        if target.exists():
-            os.replace(target, replaced)
-        os.replace(temporary, target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save_backbone(backbone: Backbone, directory: Path) -> None:
-    """Model, prompt encoder, codec and, where there is one, the critic: what load_backbone reads."""
     with whole_directory(directory) as target:
         write_backbone(backbone, target)
+        _write_notes(target, notes)
+
+
+def _write_notes(target: Path, notes: Notes | None) -> None:
+    for name, value in (notes or {}).items():
+        write_json(target / name, value)
 
 
 def write_backbone(backbone: Backbone, target: Path) -> None:
@@ -129,24 +139,36 @@ def load_in_place(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
             tensor.copy_(saved[name])
 
 
-def save_run(backbone: Backbone, state: dict[str, Any], directory: Path) -> None:
-    """Backbone, critic and the trainer's own `state`, which torch.load(weights_only=True) can read."""
+def save_run(backbone: Backbone, state: dict[str, Any], directory: Path, notes: Notes | None = None) -> None:
+    """Backbone, critic and the trainer's own `state`, which torch.load(weights_only=True) can read.
+
+    Raises:
+        ValueError: when that would delete something in `directory` that no save has written.
+    """
     with whole_directory(directory) as target:
         write_backbone(backbone, target)
         # A file of Python's: its error, which the writer of a path hides, says that the disk is full.
         with (target / TRAINER_STATE).open("wb") as file:
             torch.save(state, file)
+        _write_notes(target, notes)
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The `state` of save_run.
+    """The `state` of save_run, of a directory that is compared with its checksums.
 
     Raises:
-        ValueError: when the directory holds none.
+        ValueError: when the directory holds none, is damaged, or is of a later version's format.
     """
+    recover(directory)
+    require_whole(directory)
     if not (directory / TRAINER_STATE).exists():
         raise ValueError(f"{directory} holds no {TRAINER_STATE}; pass a directory that trainer.save() wrote")
-    state: dict[str, Any] = torch.load(directory / TRAINER_STATE, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(directory / TRAINER_STATE, weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        raise DamagedError(
+            f"{directory} is damaged: {TRAINER_STATE} cannot be read; go on from the checkpoint before it"
+        ) from error
     return state
 
 
@@ -156,10 +178,18 @@ def load_weights(backbone: Backbone, directory: Path) -> None:
     Raises:
         ValueError: when one does not fit; both are checked before either is changed.
     """
-    policy, saved_policy = backbone.policy_state(), backbone.read_policy(directory)
-    critic = {} if backbone.critic is None else backbone.critic.state_dict()
+    policy, critic = backbone.policy_state(), {}
+    if backbone.critic is not None:
+        critic = backbone.critic.state_dict()
     has_critic = (directory / CRITIC_WEIGHTS).exists()
-    saved_critic = load_file(directory / CRITIC_WEIGHTS) if has_critic else {}
+    try:
+        saved_policy = backbone.read_policy(directory)
+        saved_critic = load_file(directory / CRITIC_WEIGHTS) if has_critic else {}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(
+            f"{directory} is damaged: its weights cannot be read ({error}); go on from the checkpoint before "
+            "it"
+        ) from error
     require_same_shapes(policy, saved_policy, f"model in {directory}")
     require_same_shapes(critic, saved_critic, f"critic in {directory}")
     load_in_place(policy, saved_policy, f"model in {directory}")

@@ -15,11 +15,11 @@ from bench.learning.dual_encoder import STEPS, DualEncoder, SimilarityReward, tr
 from bench.learning.gauges import frechet_distance, off_palette
 from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained
-from lacfast.checkpoint import whole_directory
 from lacfast.metrics import diversity
 from lacfast.records import Evaluation
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.rewards.reward import Reward
+from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.models import TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig, pretrain

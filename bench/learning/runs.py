@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from bench.learning.problems import Materials, Problem, Prompts, gauges
-from lacfast.checkpoint import whole_directory
 from lacfast.config import TrainConfig
 from lacfast.records import Evaluation
+from lacfast.runtime.directories import whole_directory
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
 

@@ -7,7 +7,7 @@ does not suffer from how latents are stored. docs/migration.md lists what differ
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from lacfast.backbones import PipelineSettings, load_backbone
-from lacfast.checkpoint import TRAINER_STATE, save_backbone, whole_directory
+from lacfast.checkpoint import TRAINER_STATE, save_backbone
 from lacfast.compat.ddpo import ddim_step_with_logprob, pipeline_with_logprob
 from lacfast.compat.trl_config import DDPOConfig, train_config
 from lacfast.compat.trl_functions import BatchedReward, PromptFunction, RewardFunction
@@ -35,7 +35,7 @@ from lacfast.compat.trl_tracking import HookLog, SingleProcess
 from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.records import Rollout
-from lacfast.runtime.files import write_json
+from lacfast.runtime.directories import remove
 from lacfast.trainer import LatentActorCriticTrainer
 
 __all__ = ["DDPOConfig", "DDPOTrainer", "DefaultDDPOStableDiffusionPipeline"]
@@ -278,11 +278,10 @@ class DDPOTrainer:
         return self.config.project_directory / "checkpoints"
 
     def _save(self, epoch: int) -> None:
-        with whole_directory(self._checkpoints / f"checkpoint_{epoch}") as target:
-            self.engine.save(target)
-            write_json(target / PROGRESS, {"global_step": self.global_step + self._steps_per_epoch})
+        progress = {"global_step": self.global_step + self._steps_per_epoch}
+        self.engine.save(self._checkpoints / f"checkpoint_{epoch}", notes={PROGRESS: progress})
         for path in _numbered(self._checkpoints)[: -self.config.kept_checkpoints]:
-            shutil.rmtree(path)
+            remove(path)
 
     def _load(self, directory: Path) -> None:
         self.engine.load(directory)
@@ -369,8 +368,11 @@ def _backbone(pipeline: Any, config: DDPOConfig, lora: LoRAConfig | None) -> Any
 
 def _numbered(directory: Path) -> list[Path]:
     """Complete checkpoints in a directory, oldest first."""
-    found = [path for path in directory.glob("checkpoint_*") if (path / TRAINER_STATE).exists()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    found = {
+        path: re.fullmatch(r"checkpoint_(0|[1-9]\d*)", path.name) for path in directory.glob("checkpoint_*")
+    }
+    epochs = {path: int(name[1]) for path, name in found.items() if name and (path / TRAINER_STATE).exists()}
+    return sorted(epochs, key=epochs.__getitem__)
 
 
 def _latest(path: Path) -> Path:

@@ -29,11 +29,16 @@ def write_run_report(directory: Path) -> Path:
             any run.json and samples/*.png.
 
     Raises:
-        ValueError: when there are no metrics.
+        ValueError: when there are no metrics, or they are a demo's, which has a report of its own.
     """
     metrics = directory / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"{directory} holds no metrics.jsonl; give the directory of a training run")
+    if (directory / "summary.json").exists():
+        raise ValueError(
+            f"{directory} holds a demo, whose report.html this one would replace; open that, or give the "
+            "directory of a training run"
+        )
     records = read_metrics(metrics)
     settings = directory / "run.json"
     page = directory / PAGE

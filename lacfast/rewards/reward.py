@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from lacfast.runtime.failures import FailedError
+
 Reward = Callable[[Tensor, list[str], list[dict[str, Any]]], Any]
 """(images (B, 3, H, W) float in [0, 1], prompts, metadata) -> (B,) tensor or array."""
 
@@ -19,7 +21,7 @@ class Cancellable(Protocol):
         """End the calls that other threads have in work; each raises."""
 
 
-class RewardError(ValueError):
+class RewardError(FailedError):
     """A reward failed or returned something that must not be learned from."""
 
 

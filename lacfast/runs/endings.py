@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from lacfast.rewards.reward import RewardError
+from lacfast.runtime.failures import FailedError
 from lacfast.runtime.files import is_full
+from lacfast.runtime.signals import Stopped
 
 USAGE = 2
 """Exit code where the command cannot be done as it was asked: nothing was trained."""
 FAILURE = 1
 """Exit code of a command that began and failed."""
 INTERRUPTED = 130
-"""Exit code of a command that was stopped by Ctrl-C, as shells know it."""
+"""Exit code of a command that was stopped by Ctrl-C, as shells know it: 128 and the signal's number."""
 
 
 class Ending(NamedTuple):
@@ -28,11 +29,13 @@ class Ending(NamedTuple):
 def ending(error: BaseException) -> Ending | None:
     """The ending by an error; None for one that no setting and no machine explains: a bug of ours."""
     match error:
+        case Stopped():
+            return Ending(error.exit_code, f"stopped by {error}")
         case KeyboardInterrupt():
             return Ending(INTERRUPTED, "stopped")
         case BrokenPipeError():
             return Ending(FAILURE, "")
-        case RewardError() | FloatingPointError():
+        case FailedError() | FloatingPointError():
             return Ending(FAILURE, _one_line(error))
         case ValueError() | ImportError():
             return Ending(USAGE, _one_line(error))

@@ -17,11 +17,11 @@ from refusals import Refusal
 from safetensors import SafetensorError
 
 from lacfast import cli
-from lacfast.checkpoint import whole_directory
 from lacfast.metrics import MetricsLog
 from lacfast.report.records import read_metrics
 from lacfast.rewards.reward import RewardError
 from lacfast.runs.endings import FAILURE, INTERRUPTED, USAGE, ending
+from lacfast.runtime.directories import whole_directory
 
 
 @pytest.fixture

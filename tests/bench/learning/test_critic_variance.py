@@ -15,10 +15,10 @@ from bench.learning.critic_variance import ITERATIONS, MEASURES, Cell, cells
 from bench.learning.critics import SMOKE
 from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig
-from lacfast.checkpoint import whole_directory
 from lacfast.config import TRUNKS
 from lacfast.records import FirstSampleId
 from lacfast.runs import presets
+from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained

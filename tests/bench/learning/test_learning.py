@@ -20,9 +20,9 @@ from bench.learning.dual_encoder import train_dual_encoder
 from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Materials, Prompts
 from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
-from lacfast.checkpoint import whole_directory
 from lacfast.config import GRPO
 from lacfast.rewards.jpeg import jpeg_incompressibility
+from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained

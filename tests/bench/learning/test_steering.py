@@ -13,10 +13,11 @@ from bench.learning import steering, steering_section, units
 from bench.learning.problems import Materials, Prompts
 from bench.learning.steering_arms import BASELINE, UNSTEERED, arms
 from lacfast import schedule
-from lacfast.checkpoint import save_backbone, whole_directory
+from lacfast.checkpoint import save_backbone
 from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.prompts import PromptSet
 from lacfast.runs import presets
+from lacfast.runtime.directories import whole_directory
 from lacfast.steering import planned_evaluations, steer
 from lacfast.steering.cost import BACKWARD_COST
 from lacfast.tasks import scenes
