@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast import checkpoint
 from lacfast.advantages import AdvantageEstimator
 from lacfast.backbone import Backbone, attach_critic
+from lacfast.checkpoint import Notes
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.learner import Learner
+from lacfast.learning.run_state import Counts, Part, RunState
 from lacfast.learning.value_bounds import ValueBounds, value_bounds
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.learning.value_pretraining import PretrainResult, pretrain_values, selection_prompts
@@ -38,10 +38,11 @@ from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import collect, evaluate, sampled
+from lacfast.rollout.scored import RewardFailures, collect, evaluate, sampled
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.profiling import span
+from lacfast.runtime.signals import held_back
 
 
 class LatentActorCriticTrainer:
@@ -100,9 +101,13 @@ class LatentActorCriticTrainer:
         self.learner = Learner(backbone, self.config, self.graphs)
         self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
-        self.iteration = 0
-        self.images = 0
+        self.iteration = self.images = 0
+        self.evaluated = -1
+        """Iteration that `train` evaluated last."""
+        self.is_whole = True
+        """Whether the weights are those after a whole iteration, not of an update that was cut off."""
         self.last_rollout: Rollout | None = None
+        self._failures = RewardFailures(self.config.on_reward_error)
 
     @property
     def table(self) -> TransitionTable:
@@ -169,28 +174,24 @@ class LatentActorCriticTrainer:
         stochastic.
 
         Raises:
-            RewardError: under "raise"; the rollout stays in `last_rollout`.
+            RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.
         """
         self.behaviour.requantize()
         parts = self._sampled(prompts, first_id, keep_features, table)
         self.last_rollout, error = collect(parts, self.backbone, self.rewards)
+        self._failures.take_in(error, images=len(prompts))
         self.images += len(prompts)
-        if error is None:
-            return self.last_rollout
-        if self.config.on_reward_error == "raise":
-            raise error
-        warnings.warn(f"rollout of {len(prompts)} images skipped: {error}", stacklevel=2)
-        return None
+        return self.last_rollout if error is None else None
 
-    def _training_rollout(self, iteration: int, namespace: int = 0) -> Rollout | None:
+    def next_rollout(self) -> Rollout | None:
+        """The next iteration's rollout with its rewards, for `update`; None as in `collect`."""
+        return self._rollout_of(self.iteration)
+
+    def _rollout_of(self, iteration: int, namespace: int = 0) -> Rollout | None:
         """The rollout of an iteration, of training or of another kind with sample ids of its own."""
-        config = self.config
-        prompts = self.prompts.draw(
-            config.batch_size // config.samples_per_prompt,
-            seed=config.seed + (namespace != 0),
-            iteration=iteration,
-            repeats=config.samples_per_prompt,
-        )
+        config, repeats = self.config, self.config.samples_per_prompt
+        count, seed = config.batch_size // repeats, config.seed + (namespace != 0)
+        prompts = self.prompts.draw(count, seed=seed, iteration=iteration, repeats=repeats)
         return self.collect(
             prompts,
             namespace + iteration * config.batch_size,
@@ -202,15 +203,12 @@ class LatentActorCriticTrainer:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
         if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
-
         settings, namespace = self.config.pretrain, FirstSampleId.VALUE_PRETRAINING
         held_out = None
         if settings.held_out_samples:
             held_out = self.collect(selection_prompts(self.held_out, settings), FirstSampleId.SELECTION)
             if held_out is None:
-                raise ValueError(
-                    "the rewards failed on the held-out rollout, which measures value pretraining"
-                )
+                raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
         self.confidence = ValueConfidence()
         if held_out is not None and settings.completions:
             self.confidence.bounds = self.measure_bounds(held_out)
@@ -219,7 +217,7 @@ class LatentActorCriticTrainer:
             self.learner.critic_update.optimizer,
             self.normalizer,
             held_out,
-            (self._training_rollout(number, namespace) for number in range(settings.iterations)),
+            (self._rollout_of(number, namespace) for number in range(settings.iterations)),
             self.config,
             confidence=self.confidence,
             log=self.log,
@@ -246,22 +244,40 @@ class LatentActorCriticTrainer:
         gated = self.confidence.gated_lambda(ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
         return self.estimator(rollout, gated)
 
-    def update(self, rollout: Rollout) -> dict[str, Any]:
-        """Learn from a rollout with rewards; returns the metrics of the iteration.
+    def update(self, rollout: Rollout, *, progress: float | None = None) -> dict[str, Any]:
+        """Learn from a rollout with rewards, which ends the iteration; returns its metrics.
+
+        `update(next_rollout())` learns what `train_iteration` does, bit for bit. `progress` of the run, 0 to
+        1; None: by config.iterations.
 
         Raises:
             FloatingPointError: for a gradient that is not finite, before the optimizer step.
         """
-        variance = None if self.critic is None else rollout_variance(rollout, self.normalizer)
-        if variance is not None and not math.isinf(self.config.ppo.lambda_gate):
-            self.confidence.update(variance)
+        behind = min(self.iteration / max(self.config.iterations, 1), 1.0)
+        self.learner.progress = behind if progress is None else progress
+        with held_back(f"the update of iteration {self.iteration + 1}"):
+            self.is_whole = False
+            metrics = self._learn(rollout)
+            self.iteration += 1
+            self.is_whole = True
+        return metrics
+
+    def _learn(self, rollout: Rollout) -> dict[str, Any]:
+        """Statistics of the rewards, advantages, and all passes over the rollout."""
+        variance = None
+        if self.critic is None:
+            self.normalizer.update(stack_rewards(rollout))
+        else:
+            rollout = update_statistics(self.critic, self.normalizer, rollout)
+            variance = rollout_variance(rollout, self.normalizer)
+            if not math.isinf(self.config.ppo.lambda_gate):
+                self.confidence.update(variance)
         with span("advantages"):
             advantages = self.advantages(rollout)
-        if self.critic is not None:
+        metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
+        if self.critic is not None and variance is not None:
             # The weights of rewards with floors have moved.
             self.critic.rewards = self.estimator.heads
-        metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
-        if variance is not None:
             metrics |= self.confidence.metrics(variance)
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
 
@@ -270,33 +286,26 @@ class LatentActorCriticTrainer:
     ) -> dict[str, Any]:
         """One rollout and its update; returns its metrics, which are logged too.
 
-        `on_rollout` gets the scored rollout first. `progress` of the run, 0 to 1; None: by config.iterations.
+        `on_rollout` gets the scored rollout first. `progress` is that of `update`.
         """
-        planned = max(self.config.iterations, 1)
-        self.learner.progress = min(self.iteration / planned, 1.0) if progress is None else progress
         start, graphs = time.perf_counter(), compiled_graphs() if self.config.compile else 0
-        rollout = self._training_rollout(self.iteration)
+        rollout = self.next_rollout()
         scored = time.perf_counter()
-        metrics: dict[str, Any] = {"skipped": True}
-        if rollout is not None:
-            if on_rollout is not None:
-                on_rollout(rollout)
-            if self.critic is None:
-                self.normalizer.update(stack_rewards(rollout))
+        if rollout is not None and on_rollout is not None:
+            on_rollout(rollout)
+        # What is learned is logged too, or a run that goes on would miss a line.
+        with held_back(f"iteration {self.iteration + 1}"):
+            if rollout is None:
+                metrics: dict[str, Any] = {"skipped": True}
+                self.iteration += 1
             else:
-                rollout = update_statistics(self.critic, self.normalizer, rollout)
-            metrics = self.update(rollout)
-        self.iteration += 1
-        if self.config.compile:
-            metrics["recompiles"] = compiled_graphs() - graphs
-        metrics |= {
-            "iteration": self.iteration,
-            "images": self.images,
-            "seconds_rollout": scored - start,
-            "seconds_update": time.perf_counter() - scored,
-            **graph_metrics(self.graphs),
-        }
-        self.log.write("train", **metrics)
+                metrics = self.update(rollout, progress=progress)
+            if self.config.compile:
+                metrics["recompiles"] = compiled_graphs() - graphs
+            metrics |= {"iteration": self.iteration, "images": self.images}
+            metrics |= {"seconds_rollout": scored - start, "seconds_update": time.perf_counter() - scored}
+            metrics |= graph_metrics(self.graphs)
+            self.log.write("train", **metrics)
         return metrics
 
     def train(
@@ -309,25 +318,35 @@ class LatentActorCriticTrainer:
     ) -> int:
         """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran.
 
-        An evaluation that is due comes before `on_iteration`, so that what is saved there knows of it. Ends
-        early by config.early_stopping.
+        With config.eval_every the start is evaluated first, so that the best may be the start. An evaluation
+        that is due comes before `on_iteration`, so that what is saved there knows of it. Ends early by
+        config.early_stopping.
         """
         start = time.perf_counter()
-        planned = self.config.iterations - self.iteration if iterations is None else iterations
+        planned = max(self.config.iterations - self.iteration if iterations is None else iterations, 0)
+        self._evaluate_when_due(on_evaluation)
         for done in range(planned):
             elapsed = time.perf_counter() - start
             if self.early_stopping.is_exhausted or elapsed >= seconds:
                 return done
             behind = self.iteration / (self.iteration + planned - done)
             metrics = self.train_iteration(progress=max(behind, elapsed / seconds))
-            if self.config.eval_every and self.iteration % self.config.eval_every == 0:
-                evaluation = self.evaluate()
-                self.early_stopping.update(evaluation.means()[self.early_stopping.score])
-                if on_evaluation is not None:
-                    on_evaluation(evaluation)
+            self._evaluate_when_due(on_evaluation)
             if on_iteration is not None:
                 on_iteration(metrics)
         return planned
+
+    def _evaluate_when_due(self, on_evaluation: Callable[[Evaluation], None] | None) -> None:
+        """Evaluate, unless it was done at this iteration, also before a run was stopped."""
+        every = self.config.eval_every
+        if not every or self.iteration % every or self.evaluated == self.iteration:
+            return
+        evaluation = self.evaluate()
+        if on_evaluation is not None:
+            on_evaluation(evaluation)
+        with held_back("this evaluation"):
+            self.early_stopping.update(evaluation.means()[self.early_stopping.score])
+            self.evaluated = self.iteration
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
@@ -356,38 +375,26 @@ class LatentActorCriticTrainer:
         self.rollout_sampler.close()
         self.graphs.close()
 
-    def save(self, directory: str | Path) -> None:
-        """Write everything that `load` needs; the directory appears whole or not at all."""
-        state = {
-            "iteration": self.iteration,
-            "images": self.images,
-            "rewards": self.rewards.names,
-            "advantages": self.estimator.state_dict(),
-            "early_stopping": self.early_stopping.state_dict(),
-            "learner": self.learner.state_dict(),
-            "confidence": self.confidence.state_dict(),
-        }
-        checkpoint.save_run(self.backbone, state, Path(directory))
+    def save(self, directory: str | Path, *, notes: Notes | None = None) -> None:
+        """Write everything that `load` needs; the directory appears whole or not at all.
 
-    def load(self, directory: str | Path) -> None:
-        """Continue from what `save` wrote, in place.
+        `notes` are JSON files by name that lie beside it.
 
         Raises:
-            ValueError: when it does not fit this trainer; nothing is changed then.
+            ValueError: when that would delete something in `directory` that no save has written.
         """
-        state = checkpoint.read_state(Path(directory))
-        if state["rewards"] != self.rewards.names:
-            raise ValueError(
-                f"the checkpoint was trained on rewards {state['rewards']}, this trainer has "
-                f"{self.rewards.names}; use the same"
-            )
-        self.estimator.require_fit(state["advantages"])
-        checkpoint.load_weights(self.backbone, Path(directory))
-        self.learner.load_state_dict(state["learner"])
-        if "confidence" in state:  # not in runs from before there were bounds
-            self.confidence.load_state_dict(state["confidence"])
-        self.estimator.load_state_dict(state["advantages"])
-        if self.critic is not None:
-            self.critic.rewards = self.estimator.heads
-        self.early_stopping.load_state_dict(state["early_stopping"])
-        self.iteration, self.images = state["iteration"], state["images"]
+        counts = Counts(self.iteration, self.images, self.evaluated)
+        self._state().save(Path(directory), counts, notes, is_whole=self.is_whole)
+
+    def load(self, directory: str | Path) -> None:
+        """Continue from what `save` wrote, in place, with those settings of this trainer's that may change.
+
+        Raises:
+            ValueError: when it is damaged or does not fit this trainer; nothing is changed then.
+        """
+        self.iteration, self.images, self.evaluated = self._state().load(Path(directory))
+        self.is_whole = True
+
+    def _state(self) -> RunState:
+        parts: dict[str, Part] = {"early_stopping": self.early_stopping, "confidence": self.confidence}
+        return RunState(self.backbone, self.config, self.rewards, self.estimator, self.learner, parts)

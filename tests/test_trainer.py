@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import signal
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -12,17 +14,29 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_step
+from refusals import Refusal
 from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import (
+    AdvantageConfig,
+    BatchMean,
+    CriticConfig,
+    EarlyStoppingConfig,
+    KLPenalty,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+)
 from lacfast.rewards.reward import RewardError
+from lacfast.runtime.directories import MANIFEST, DamagedError
 
 
 def trainer_for(
-    family: Any = "dit", reward: Any = brightness, *, seed: int = 0, **changes: Any
+    family: Any = "dit", reward: Any = brightness, *, model_seed: int = 0, **changes: Any
 ) -> LatentActorCriticTrainer:
-    return LatentActorCriticTrainer(tiny_backbone(family, seed=seed), reward, PROMPTS, tiny_config(**changes))
+    backbone = tiny_backbone(family, seed=model_seed)
+    return LatentActorCriticTrainer(backbone, reward, PROMPTS, tiny_config(**changes))
 
 
 def weights(trainer: LatentActorCriticTrainer) -> dict[str, torch.Tensor]:
@@ -70,8 +84,7 @@ def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
     optimizer, rates = trainer.learner.policy_update.optimizer, []
     optimizer.register_step_pre_hook(lambda *_: rates.append(float(optimizer.param_groups[0]["lr"])))
     trainer.train()
-    # A step has the rate that was set behind the one before it, by the iteration of that one.
-    behind = [0, 0, 0, 1 / 4, 1 / 4, 2 / 4, 2 / 4, 3 / 4]
+    behind = [0, 0, 1 / 4, 1 / 4, 2 / 4, 2 / 4, 3 / 4, 3 / 4]
     warm = [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]
     expected = [1e-3 * rise * (1 - 0.8 * share) for rise, share in zip(warm, behind, strict=True)]
     assert rates == pytest.approx(expected)
@@ -149,12 +162,232 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     trainer.pretrain_critic()
     trainer.train_iteration()
     trainer.save(tmp_path / "run")
-    resumed = trainer_for(seed=1)
+    resumed = trainer_for(model_seed=1)
     resumed.load(tmp_path / "run")
     first, second = trainer.train_iteration(), resumed.train_iteration()
     for name in ("policy_loss", "value_loss", "reward/brightness", "policy_grad_norm", "iteration", "images"):
         assert first[name] == second[name], name
     assert not changed(weights(trainer), weights(resumed))
+
+
+@pytest.mark.parametrize("critic", [CriticConfig(hidden_dim=16, head_dim=8), CriticConfig(trunk="none")])
+def test_a_rollout_and_its_update_are_an_iteration_bit_for_bit(critic: CriticConfig) -> None:
+    ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, policy_learning_rate=1e-3, final_learning_rate=0.0)
+    advantages = AdvantageConfig() if critic.trunk != "none" else AdvantageConfig(estimator=BatchMean())
+    one, other = (trainer_for(critic=critic, ppo=ppo, advantages=advantages, iterations=2) for _ in range(2))
+    for _ in range(2):
+        expected = one.train_iteration()
+        rollout = other.next_rollout()
+        assert rollout is not None
+        found = other.update(rollout)
+        for name, value in found.items():
+            assert torch.equal(
+                torch.as_tensor(value).nan_to_num(-1), torch.as_tensor(expected[name]).nan_to_num(-1)
+            ), name
+        assert not changed(weights(one), weights(other))
+        assert torch.equal(one.normalizer.mean, other.normalizer.mean)
+        if one.critic is not None and other.critic is not None:
+            assert not changed(one.critic.state_dict(), other.critic.state_dict())
+    assert other.iteration == 2
+
+
+def test_the_start_is_evaluated_and_an_evaluation_is_not_repeated(tmp_path: Path) -> None:
+    judged: list[int] = []
+    trainer = trainer_for(eval_every=2, iterations=4, early_stopping=EarlyStoppingConfig(patience=9))
+    trainer.train(3, on_evaluation=lambda _: judged.append(trainer.iteration))
+    assert judged == [0, 2]
+    trainer.save(tmp_path / "run")
+    resumed = trainer_for(eval_every=2, iterations=4)
+    resumed.load(tmp_path / "run")
+    assert resumed.train(on_evaluation=lambda _: judged.append(resumed.iteration)) == 1
+    assert judged == [0, 2, 4]
+    assert resumed.train() == 0
+    resumed.config = replace(resumed.config, iterations=2)
+    assert resumed.train() == 0
+
+
+def test_an_evaluation_that_was_stopped_is_made_when_the_run_goes_on(tmp_path: Path) -> None:
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    trainer = trainer_for(eval_every=1, iterations=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(on_evaluation=stop)
+    trainer.save(tmp_path / "run")
+    resumed = trainer_for(eval_every=1, iterations=1)
+    resumed.load(tmp_path / "run")
+    judged: list[int] = []
+    resumed.train(on_evaluation=lambda _: judged.append(resumed.iteration))
+    assert judged == [0, 1]
+
+
+def test_what_may_change_when_a_run_goes_on_changes(tmp_path: Path) -> None:
+    trainer = trainer_for()
+    trainer.train_iteration()
+    trainer.save(tmp_path / "run")
+    ppo = replace(
+        trainer.config.ppo,
+        policy_learning_rate=7e-4,
+        value_learning_rate=8e-4,
+        betas=(0.8, 0.9),
+        weight_decay=0.5,
+        adam_eps=1e-7,
+    )
+    resumed = trainer_for(ppo=ppo, iterations=9, eval_samples=4)
+    resumed.load(tmp_path / "run")
+    policy = resumed.learner.policy_update.optimizer.param_groups[0]
+    assert policy["lr"] == 7e-4
+    assert (policy["betas"], policy["weight_decay"], policy["eps"]) == ((0.8, 0.9), 0.5, 1e-7)
+    assert resumed.learner.critic_update is not None
+    critic = resumed.learner.critic_update.optimizer.param_groups[0]
+    assert (critic["lr"], critic["betas"], critic["weight_decay"]) == (8e-4, (0.8, 0.9), 0.5)
+    moments = trainer.learner.policy_update.optimizer.state_dict()["state"][0]
+    found = resumed.learner.policy_update.optimizer.state_dict()["state"][0]
+    assert all(torch.equal(moments[name], found[name]) for name in moments)
+    resumed.train_iteration()
+    assert float(policy["lr"]) == 7e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (
+            {"seed": 1},
+            Refusal(
+                "seed was 0 and is 1 now",
+                cause="A run goes on from a checkpoint with another seed.",
+                remedy="take the old value, or start another run",
+            ),
+        ),
+        (
+            {"batch_size": 16, "samples_per_prompt": 2},
+            Refusal(
+                "batch_size was 8 and is 16 now; samples_per_prompt was 1 and is 2 now",
+                cause="A run goes on with another number of trajectories per rollout.",
+                remedy="take the old value, or start another run",
+            ),
+        ),
+        (
+            {"sampler": SamplerConfig(num_steps=4, noise_level=0.5)},
+            Refusal(
+                "sampler.noise_level was 0.7 and is 0.5 now",
+                cause="A run goes on with another sampler, whose states its critic does not know.",
+                remedy="take the old value, or start another run",
+            ),
+        ),
+        (
+            {"critic": CriticConfig(hidden_dim=32, head_dim=8, num_heads=2)},
+            Refusal(
+                "critic.hidden_dim was 16 and is 32 now",
+                cause="A run goes on with a critic of another shape.",
+                remedy="take the old value, or start another run",
+            ),
+        ),
+    ],
+)
+def test_what_must_stay_when_a_run_goes_on_is_refused_with_both_values(
+    saved_run: Path, change: dict[str, Any], refusal: Refusal
+) -> None:
+    trainer = trainer_for(model_seed=1, **change)
+    before = weights(trainer)
+    with refusal.raised():
+        trainer.load(saved_run)
+    assert not changed(before, weights(trainer))
+    assert trainer.iteration == 0
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved") / "run"
+    trainer = trainer_for()
+    trainer.train_iteration()
+    trainer.save(directory)
+    return directory
+
+
+def test_other_reward_weights_are_refused(saved_run: Path) -> None:
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), {brightness: 2.0}, PROMPTS, tiny_config())
+    with Refusal(
+        "was trained on rewards {'brightness': 1.0}, this trainer has {'brightness': 2.0}",
+        cause="A run goes on with other rewards or weights.",
+        remedy="use the same",
+    ).raised():
+        trainer.load(saved_run)
+
+
+def test_an_optimizer_of_other_parameters_is_refused_before_a_weight_changes(saved_run: Path) -> None:
+    trainer = trainer_for(model_seed=1)
+    before = weights(trainer)
+    frozen = next(trainer.backbone.model.parameters())
+    optimizer = trainer.learner.policy_update.optimizer
+    group = optimizer.param_groups[0]
+    group["params"] = [parameter for parameter in group["params"] if parameter is not frozen]
+    with pytest.raises(ValueError, match="the optimizer of the policy does not fit: group 0"):
+        trainer.load(saved_run)
+    assert not changed(before, weights(trainer))
+
+
+def test_a_damaged_checkpoint_changes_nothing(saved_run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved_run, tmp_path / "run")
+    weight = copy / "critic.safetensors"
+    weight.write_bytes(weight.read_bytes()[:-1])
+    trainer = trainer_for(model_seed=1)
+    before = weights(trainer)
+    with pytest.raises(DamagedError, match=r"critic\.safetensors has"):
+        trainer.load(copy)
+    # Earlier versions wrote no checksums.
+    (copy / MANIFEST).unlink()
+    with Refusal(
+        "is damaged: its weights cannot be read",
+        cause="The weights of a checkpoint without checksums are cut off.",
+        remedy="go on from the checkpoint before it",
+        error=DamagedError,
+    ).raised():
+        trainer.load(copy)
+    state = copy / "trainer.pt"
+    state.write_bytes(state.read_bytes()[:100])
+    with Refusal(
+        "is damaged: trainer.pt cannot be read",
+        cause="The state of a checkpoint without checksums is cut off.",
+        remedy="go on from the checkpoint before it",
+        error=DamagedError,
+    ).raised():
+        trainer.load(copy)
+    assert not changed(before, weights(trainer))
+
+
+def test_a_signal_within_an_update_waits_for_its_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer, through = trainer_for(), trainer_for()
+    learn = trainer.learner.learn
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGINT)
+        return learn(*arguments)
+
+    monkeypatch.setattr(trainer.learner, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_iteration()
+    through.train_iteration()
+    assert not changed(weights(trainer), weights(through))
+    assert trainer.iteration == 1
+    trainer.save(tmp_path / "run")
+
+
+def test_an_update_that_was_cut_off_is_not_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer = trainer_for()
+
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.learner, "learn", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train_iteration()
+    with Refusal(
+        "an update was cut off",
+        cause="`save` after an error or a second Ctrl-C within an update.",
+        remedy="load the checkpoint of iteration 0 or one before it",
+    ).raised():
+        trainer.save(tmp_path / "run")
 
 
 def test_an_average_of_the_weights_is_evaluated_saved_and_left_out_of_training(tmp_path: Path) -> None:
@@ -171,7 +404,7 @@ def test_an_average_of_the_weights_is_evaluated_saved_and_left_out_of_training(t
     assert not changed(own, weights(trainer))
     assert not torch.equal(trainer.evaluate().images, plain.evaluate().images)
     trainer.save(tmp_path / "run")
-    resumed = trainer_for(seed=1, ema_decay=0.5)
+    resumed = trainer_for(model_seed=1, ema_decay=0.5)
     resumed.load(tmp_path / "run")
     with resumed.averaged():
         assert not changed(averaged, weights(resumed))
@@ -186,11 +419,9 @@ def test_saving_twice_replaces_the_checkpoint_and_leaves_no_temporary(tmp_path: 
 
 def test_a_checkpoint_of_another_shape_changes_nothing(tmp_path: Path) -> None:
     trainer_for(critic=CriticConfig(hidden_dim=32)).save(tmp_path / "run")
-    trainer = trainer_for(seed=1)
+    trainer = trainer_for(model_seed=1)
     before = weights(trainer)
-    with pytest.raises(
-        ValueError, match=r"critic in .* does not fit: head\.\S+ is \(.*\) there and \(.*\) here"
-    ):
+    with pytest.raises(ValueError, match=r"critic\.hidden_dim was 32 and is 16 now"):
         trainer.load(tmp_path / "run")
     assert not changed(before, weights(trainer))
     with pytest.raises(ValueError, match=r"holds no trainer\.pt"):
@@ -241,6 +472,24 @@ def test_a_failed_reward_is_never_trained_on_when_skipping() -> None:
         metrics = trainer.train_iteration()
     assert metrics["skipped"]
     assert not changed(before, weights(trainer))
+
+
+@pytest.mark.filterwarnings("ignore:rollout of 8 images skipped")
+def test_a_reward_that_always_fails_ends_the_run_when_skipping() -> None:
+    works = iter([False] * 4 + [True] + [False] * 9)
+
+    def sometimes(images: torch.Tensor, *_: Any) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) if next(works) else failing(images, [""] * len(images), [])
+
+    trainer = trainer_for(reward=sometimes, on_reward_error="skip")
+    with Refusal(
+        "the rewards of 5 rollouts in a row failed, so nothing is learned",
+        cause='on_reward_error="skip" with a reward that always fails.',
+        remedy="mend the reward",
+        error=RewardError,
+    ).raised():
+        trainer.train(20)
+    assert trainer.iteration == 9
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:

@@ -50,8 +50,14 @@ class EarlyStopping:
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""
-        return {"best": self.best, "evaluations_since_best": self.evaluations_since_best}
+        return {
+            "score": self.score,
+            "best": self.best,
+            "evaluations_since_best": self.evaluations_since_best,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`, with this run's own patience."""
+        """Continue from a `state_dict`, with this run's own patience; another score starts anew."""
+        if state.get("score", self.score) != self.score:
+            return
         self.best, self.evaluations_since_best = state["best"], state["evaluations_since_best"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lacfast.backbone import Backbone
+from lacfast.checkpoint import require_same_shapes
 from lacfast.config import TrainConfig
 from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
@@ -20,9 +21,12 @@ from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.optimizers import (
     critic_optimizer,
+    load_moments,
     missing_moments,
     policy_optimizer,
     policy_schedule,
+    refresh,
+    require_same_parameters,
     take_back,
 )
 from lacfast.learning.pairs import minibatches
@@ -105,6 +109,7 @@ class Learner:
         self._find_sizes(source, experience)
         source = replace(source, anchor_outputs=self.policy_update.anchor_outputs(source))
         self.failed.zero_()
+        refresh(self.policy_schedule)
         is_stopped = False
         try:
             for epoch in range(ppo.num_inner_epochs):
@@ -218,33 +223,60 @@ class Learner:
     def _sums(self) -> list[Tensor]:
         return [*(tensor for update in self.updates for tensor in update.totals.tensors), self.failed]
 
+    @property
+    def _first_kl_weight(self) -> float:
+        penalty = self.config.ppo.kl
+        return 0.0 if penalty is None else penalty.weight
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs besides the weights."""
         policy, critic = self.policy_update, self.critic_update
         return {
             "kl_weight": policy.kl_weight,
+            "first_kl_weight": self._first_kl_weight,
             "average": None if self.average is None else self.average.weights,
             "policy_optimizer": policy.optimizer.state_dict(),
-            "policy_schedule": self.policy_schedule.state_dict(),
+            "policy_schedule": {"last_epoch": self.policy_schedule.last_epoch},
             "critic_optimizer": None if critic is None else critic.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "microbatch_sizes": (policy.microbatch.size, 0 if critic is None else critic.microbatch.size),
         }
 
+    def require_fit(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: when a `state_dict` is of other weights.
+        """
+        require_same_parameters(self.policy_update.optimizer, state["policy_optimizer"], "policy")
+        if (self.critic_update is None) != (state["critic_optimizer"] is None):
+            there, here = (
+                "no critic" if missing else "a critic"
+                for missing in (state["critic_optimizer"] is None, self.critic_update is None)
+            )
+            raise ValueError(
+                f"the checkpoint was trained with {there}, this trainer has {here}; use its critic.trunk"
+            )
+        if self.critic_update is not None:
+            require_same_parameters(self.critic_update.optimizer, state["critic_optimizer"], "critic")
+        if self.average is not None and state["average"] is not None:
+            require_same_shapes(self.average.weights, state["average"], "average of the weights")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a `state_dict`; the weights are loaded before."""
+        """Continue from a `state_dict` that fits, with this run's rates; the weights are loaded before."""
         policy, critic = self.policy_update, self.critic_update
         for update in self.updates:
             # torch makes new moments, not at the addresses of the old.
             update.runner.release()
         policy.version += 1
-        policy.optimizer.load_state_dict(state["policy_optimizer"])
-        self.policy_schedule.load_state_dict(state["policy_schedule"])
+        load_moments(policy.optimizer, state["policy_optimizer"])
+        self.policy_schedule.last_epoch = state["policy_schedule"]["last_epoch"]
+        refresh(self.policy_schedule)
         penalty = self.config.ppo.kl
-        if penalty is not None and penalty.target is not None and state["kl_weight"]:
+        is_same = state.get("first_kl_weight", self._first_kl_weight) == self._first_kl_weight
+        if penalty is not None and penalty.target is not None and state["kl_weight"] and is_same:
             policy.kl_weight = state["kl_weight"]
         if critic is not None:
-            critic.optimizer.load_state_dict(state["critic_optimizer"])
+            load_moments(critic.optimizer, state["critic_optimizer"])
         # Runs that were saved before rollouts were kept have none.
         self.replay.load_state_dict(state.get("replay", []), self.failed.device)
         # What was found by the free memory is kept: another size would round sums in another order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +45,19 @@ def policy_schedule(optimizer: Optimizer, config: PPOConfig, progress: Callable[
     return LambdaLR(optimizer, factor)
 
 
+def refresh(schedule: LambdaLR) -> None:
+    """Set the rate by today's progress, which the step before could not know."""
+    factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
+    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+        rate = group["lr"]
+        # A graph reads it where it is.
+        group["lr"] = rate.fill_(base * factor) if isinstance(rate, Tensor) else base * factor
+
+
 def take_back(schedule: LambdaLR, steps: int) -> None:
     """Set a schedule back by optimizer steps that were turned off."""
-    schedule.last_epoch -= steps + 1
-    schedule.step()
+    schedule.last_epoch -= steps
+    refresh(schedule)
 
 
 def critic_optimizer(critic: Critic, config: PPOConfig) -> torch.optim.AdamW:
@@ -71,6 +81,37 @@ def make_capturable(optimizer: Optimizer) -> None:
         if not isinstance(rate, Tensor):
             group["lr"] = torch.full((), rate, dtype=torch.float32, device=device)
         group["capturable"] = device.type == "cuda"
+
+
+def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take over moments and step counts of a state_dict; rates, betas and decay stay this run's own."""
+    groups = [
+        group | {"params": saved["params"]}
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def require_same_parameters(optimizer: Optimizer, state: dict[str, Any], what: str) -> None:
+    """
+    Raises:
+        ValueError: when a state_dict is of an optimizer of other parameters.
+    """
+    own: dict[str, Any] = {}
+    saved: dict[str, Any] = {}
+    for found, groups in ((own, optimizer.param_groups), (saved, state["param_groups"])):
+        found |= {f"group {number}": len(group["params"]) for number, group in enumerate(groups)}
+    for number, parameter in enumerate(parameters_of(optimizer)):
+        moments = state["state"].get(number)
+        if moments is not None:
+            own[f"moments {number}"] = tuple(parameter.shape)
+            saved[f"moments {number}"] = tuple(moments["exp_avg"].shape)
+    for name in {**own, **saved}:
+        if own.get(name) != saved.get(name):
+            raise ValueError(
+                f"the optimizer of the {what} does not fit: {name} is {saved.get(name)} there and "
+                f"{own.get(name)} here; build model and critic with the configuration of the checkpoint"
+            )
 
 
 def missing_moments(optimizer: Optimizer) -> int:

@@ -94,9 +94,24 @@ def all_states(source: StateSource) -> Pairs:
 def minibatches(
     pairs: Pairs, count: int, generator: torch.Generator, *, fraction: float = 1.0
 ) -> Iterator[Pairs]:
-    """A random `fraction` of the pairs in `count` parts of about equal size."""
+    """A random `fraction` of the pairs in `count` parts, whose sizes differ by one at most.
+
+    Raises:
+        ValueError: for fewer pairs than parts.
+    """
     chosen = math.ceil(fraction * len(pairs))
-    return next(pairs.shuffled(generator).split(chosen)).split(math.ceil(chosen / count))
+    if chosen < count:
+        raise ValueError(
+            f"{chosen} of {len(pairs)} (sample, step) pairs make no {count} minibatches; lower "
+            "num_minibatches (critic_minibatches), or raise batch_size or timestep_fraction"
+        )
+    shuffled = pairs.shuffled(generator)
+    size, larger = divmod(chosen, count)
+    first = 0
+    for part in range(count):
+        behind = first + size + (part < larger)
+        yield shuffled.select(slice(first, behind))
+        first = behind
 
 
 def states_of(source: StateSource, timesteps: Tensor, pairs: Pairs) -> States:

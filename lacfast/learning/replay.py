@@ -73,16 +73,18 @@ class ValueReplay:
     def minibatches(
         self, today: Experience, count: int, generator: torch.Generator
     ) -> Iterator[tuple[Experience, Pairs]]:
-        """At most `count` minibatches, which together have as many states as today's rollout.
+        """`count` minibatches, which together have as many states as today's rollout.
 
         Each is of one rollout, drawn at random, and has states of it that no earlier one had.
+
+        Raises:
+            ValueError: for fewer states than minibatches.
         """
         known = [*self._kept, today]
         parts = [list(minibatches(all_states(experience), count, generator)) for experience in known]
-        for _ in range(len(parts[-1])):
-            left = [index for index, remaining in enumerate(parts) if remaining]
-            drawn = left[int(torch.randint(len(left), (), generator=generator))] if self._kept else 0
-            yield known[drawn], parts[drawn].pop(0)
+        for part in range(count):
+            drawn = int(torch.randint(len(known), (), generator=generator)) if self._kept else 0
+            yield known[drawn], parts[drawn][part]
 
     def add(self, experience: Experience) -> None:
         """Keep what has been learned from, and forget the oldest."""

@@ -6,6 +6,7 @@ Parts are sampled one after the other while the one before is decoded and scored
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -26,6 +27,8 @@ from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.profiling import span
 
 RELIABILITY_BINS = 10
+SKIPPED_IN_A_ROW = 5
+"""Rollouts after which on_reward_error="skip" gives up: one may meet a server's restart, five do not."""
 
 Scores = Future[dict[str, Tensor]]
 """name -> (B,) float32 of a part, once they are there."""
@@ -131,6 +134,34 @@ def collect(
         return Rollout.concatenate([part.with_rewards(scores.result()) for part, scores in scored]), None
     except RewardError as error:
         return Rollout.concatenate([part for part, _ in scored]), error
+
+
+class RewardFailures:
+    """What becomes of rollouts whose rewards failed."""
+
+    def __init__(self, policy: str) -> None:
+        """`policy`: TrainConfig.on_reward_error."""
+        self.policy = policy
+        self.in_a_row = 0
+
+    def take_in(self, error: RewardError | None, *, images: int) -> None:
+        """Take in how the scoring of a rollout of so many images ended; warns of one that is skipped.
+
+        Raises:
+            RewardError: under "raise", and where one rollout after the other failed: nothing is learned then.
+        """
+        if error is None:
+            self.in_a_row = 0
+            return
+        if self.policy == "raise":
+            raise error
+        self.in_a_row += 1
+        if self.in_a_row >= SKIPPED_IN_A_ROW:
+            raise RewardError(
+                f"the rewards of {self.in_a_row} rollouts in a row failed, so nothing is learned; mend the "
+                f"reward and go on. The last error: {error}"
+            ) from error
+        warnings.warn(f"rollout of {images} images skipped: {error}", stacklevel=4)
 
 
 def evaluate(

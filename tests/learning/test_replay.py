@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
@@ -65,15 +65,26 @@ def test_a_pass_draws_from_the_last_rollouts_and_forgets_older_ones() -> None:
     assert set(seen.values()) == {1}
 
 
-@pytest.mark.parametrize("count", [5, 17, 1000])
+@pytest.mark.parametrize("count", [5, 17, 29, 32])
 def test_any_number_of_minibatches_makes_up_a_rollout(count: int) -> None:
     first, today = experiences(2)
     replay = ValueReplay(2)
     replay.add(first)
-    states = today.num_steps * today.batch_size
-    seen = drawn(replay, today, count)
-    # The last part of a rollout is smaller where the parts are not even.
-    assert states - math.ceil(states / count) <= sum(seen.values()) <= states + math.ceil(states / count)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [len(pairs) for _, pairs in replay.minibatches(today, count, generator)]
+    assert len(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+    assert sum(sizes) == today.num_steps * today.batch_size
+
+
+def test_more_minibatches_than_states_are_refused() -> None:
+    (today,) = experiences(1)
+    with Refusal(
+        "32 of 32 (sample, step) pairs make no 33 minibatches",
+        cause="More optimizer steps per pass than a rollout has states.",
+        remedy="lower num_minibatches (critic_minibatches), or raise batch_size or timestep_fraction",
+    ).raised():
+        drawn(ValueReplay(1), today, 33)
 
 
 def test_old_targets_follow_the_units_of_today() -> None:
