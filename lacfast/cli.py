@@ -17,6 +17,7 @@ from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.presets import RUNS
+from lacfast.runtime.signals import raised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            _parsed(arguments).run()
+            with raised():
+                _parsed(arguments).run()
         finally:
             # Here, where it can be said that nobody reads; not when the interpreter ends.
             sys.stdout.flush()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig
+from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig, resumption
 from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -76,6 +76,14 @@ class RunConfig(Config):
         for name in ("out", "model", "prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; every run needs it")
+
+
+CHANGEABLE = {
+    *("out", "prompts", "held_out", "rewards", "evaluation_rewards", "device", "attention_backend"),
+    *("keep_text_encoders", "save_every", "keep_last", "best", "resume", "tensorboard", "wandb_project"),
+    *("dry_run", *(f"train.{name}" for name in resumption.CHANGEABLE)),
+}
+"""Settings that may change when a run goes on; the trainer itself compares the rewards."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lacfast.backbone import Backbone
 from lacfast.backbones import adapt_pretrained, load_backbone
-from lacfast.checkpoint import save_backbone, whole_directory
+from lacfast.checkpoint import save_backbone
 from lacfast.config import SteeringConfig, TrainConfig, to_json
 from lacfast.config.checks import require
 from lacfast.records import Evaluation, NoiseKey
@@ -29,7 +29,9 @@ from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
+from lacfast.runs.directory import DEMO, require_own
 from lacfast.runs.terminal import PhaseLog, done_fraction
+from lacfast.runtime.directories import whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import SteeringStats, steer
@@ -105,6 +107,7 @@ def run_demo(
     """
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
     require(threads >= 1, f"--threads {threads} must be at least 1")
+    require_own(out, DEMO)
     require_writable(out, "--out")
     torch.set_num_threads(threads)
     log = log or PhaseLog()

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
-from lacfast.checkpoint import TRAINER_STATE
+from lacfast.checkpoint import TRAINER_STATE, read_state
+from lacfast.runtime.directories import MANIFEST, DamagedError, recover_all, remove
 from lacfast.runtime.files import write_json, writing_to
 
 BEST = "best"
-_SCORE = "score.json"
+SCORE = "score.json"
+SETTINGS = "run.json"
+_NUMBERED = re.compile(r"\d{8}|[1-9]\d{8,}")
+
+
+_KINDS = {
+    "a run of lacfast train": ("checkpoints",),
+    "a demo": ("pretrained", "summary.json"),
+    "steered images": ("statistics.json",),
+    "an evaluation": ("scores.json",),
+    "a saved model": (MANIFEST, TRAINER_STATE, "lacfast.json", "model_index.json"),
+}
+"""What a directory holds -> the names that tell."""
+RUN, DEMO, STEERED, EVALUATION, _ = _KINDS
+
+
+def require_own(directory: Path, kind: str) -> None:
+    """Refuse a directory whose files are those of another command, which some of `kind` would overwrite.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    names = ((found, name) for found, names in _KINDS.items() for name in names)
+    held = next((found for found, name in names if (directory / name).exists()), kind)
+    if held != kind:
+        raise ValueError(f"{directory} holds {held}, with which {kind} would mix; choose another --out")
 
 
 class RunDirectory:
@@ -50,45 +79,42 @@ class RunDirectory:
         return self.path / "samples" / f"{iteration:08d}.png"
 
     def checkpoints(self) -> list[Path]:
-        """The numbered checkpoints that are complete, oldest first."""
-        found = (self.path / "checkpoints").glob("[0-9]*")
-        return sorted(path for path in found if (path / TRAINER_STATE).exists())
+        """The numbered checkpoints, oldest first; what else lies there is none of the run's."""
+        found = [path for path in (self.path / "checkpoints").iterdir() if _NUMBERED.fullmatch(path.name)]
+        return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name))
 
     def prune(self) -> None:
         """Remove all but the latest checkpoints."""
         for path in self.checkpoints()[: -self.keep_last]:
-            shutil.rmtree(path)
+            remove(path)
 
-    def best_score(self) -> float | None:
-        """What the best checkpoint scored; None before there is one."""
-        path = self.best / _SCORE
-        return float(json.loads(path.read_text(encoding="utf-8"))["score"]) if path.exists() else None
-
-    def write_best_score(self, score: float, iteration: int) -> None:
-        write_json(self.best / _SCORE, {"score": score, "iteration": iteration})
-
-    def rewind_metrics(self, iteration: int) -> None:
-        """Drop what was logged after the checkpoint that a run goes on from: it will be logged again."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not _is_later(line, iteration)]
-        temporary = self.metrics.with_suffix(".rewound")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.metrics)
+    def best_score(self, name: str) -> float | None:
+        """What the best checkpoint scored; None before there is one by the score of that name."""
+        path = self.best / SCORE
+        if not path.exists():
+            return None
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        # Earlier versions kept no name.
+        return float(kept["score"]) if kept.get("name", name) == name else None
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        write_json(self.path / "run.json", settings)
+        write_json(self.path / SETTINGS, settings)
 
     def resumed(self, resume: str) -> Path | None:
         """The checkpoint to go on from: "auto" the latest here if any, "never" none, else the path itself.
 
+        What dead saves left is removed. A checkpoint that is damaged is set aside under "auto", with a
+        warning, and the one before it taken.
+
         Raises:
             ValueError: when "never" would mix a new run into an old one, or the path holds no checkpoint.
+            DamagedError: when the path is damaged, or every checkpoint here.
         """
+        for parent in (self.path, self.path / "checkpoints"):
+            recover_all(parent)
         found = self.checkpoints()
         if resume == "auto":
-            return found[-1] if found else None
+            return self._latest_whole(found)
         if resume == "never":
             if found or self.metrics.exists():
                 raise ValueError(
@@ -99,13 +125,107 @@ class RunDirectory:
             raise ValueError(
                 f"{resume} holds no {TRAINER_STATE}; pass a checkpoint directory, 'auto' or 'never'"
             )
+        read_state(Path(resume))
         return Path(resume)
 
+    def _latest_whole(self, found: list[Path]) -> Path | None:
+        damaged = []
+        for path in reversed(found):
+            try:
+                read_state(path)
+            except DamagedError as error:
+                warnings.warn(str(error), stacklevel=3)
+                damaged.append(path)
+                continue
+            self._set_aside(damaged)
+            return path
+        if damaged:
+            raise DamagedError(
+                f"every checkpoint in {self.path / 'checkpoints'} is damaged; restore one from a copy, or "
+                "start again with another --out"
+            )
+        return None
 
-def _is_later(line: str, iteration: int) -> bool:
+    def settings_of(self, checkpoint: Path) -> dict[str, Any] | None:
+        """The settings that a checkpoint was trained with; None where a trainer of one's own wrote it."""
+        # Earlier versions wrote them beside the checkpoints alone.
+        for path in (checkpoint / SETTINGS, checkpoint.absolute().parent.parent / SETTINGS):
+            if path.is_file():
+                settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return settings
+        return None
+
+    def begin(self) -> None:
+        """Forget what a run left here that ended before its first checkpoint.
+
+        Raises:
+            ValueError: for metrics that no run of `lacfast train` wrote.
+        """
+        if not self.metrics.exists():
+            return
+        if not (self.path / SETTINGS).exists():
+            raise ValueError(
+                f"{self.metrics} is of no run of lacfast train, which would replace it; choose another --out"
+            )
+        self.metrics.unlink()
+
+    def go_on_from(self, checkpoint: Path, iteration: int, evaluated: int, *, is_same: bool) -> None:
+        """Make the checkpoint the last word: what was logged later will be logged again.
+
+        What lies here of another branch that went on from there, or of another run, is set aside.
+
+        Args:
+            checkpoint: of this directory or another.
+            iteration: of the checkpoint.
+            evaluated: the iteration that it was last evaluated at.
+            is_same: the run goes on with the settings that it had, so it makes the same again.
+        """
+        is_own = checkpoint.absolute().parent == (self.path / "checkpoints").absolute()
+        first = iteration + 1 if is_own else 0
+        later = [path for path in self.checkpoints() if int(path.name) >= first]
+        if later or not is_same:
+            score = self.best / SCORE
+            if score.exists() and json.loads(score.read_text(encoding="utf-8"))["iteration"] >= first:
+                later.append(self.best)
+            pictures = [path for path in (self.path / "samples").iterdir() if _NUMBERED.fullmatch(path.stem)]
+            later += sorted(path for path in pictures if int(path.stem) >= first)
+            self._set_aside(later, copied=[self.metrics])
+        if not is_own:
+            self.metrics.unlink(missing_ok=True)
+        self._rewind_metrics(iteration, evaluated)
+
+    def _set_aside(self, paths: list[Path], copied: list[Path] | None = None) -> None:
+        """Move what is replaced to replaced/1, 2 and so on, under the names that it has here."""
+        if not paths:
+            return
+        root = self.path / "replaced"
+        number = 1 + max((int(path.name) for path in root.glob("[0-9]*") if path.name.isdigit()), default=0)
+        target = root / str(number)
+        for path in paths:
+            moved = target / path.relative_to(self.path)
+            moved.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, moved)
+        for path in copied or []:
+            if path.exists():
+                shutil.copy2(path, target / path.relative_to(self.path))
+        there = f"{len(paths)} later or damaged entries of {self.path}"
+        warnings.warn(f"{there} are in {target} now", stacklevel=4)
+
+    def _rewind_metrics(self, iteration: int, evaluated: int) -> None:
+        if not self.metrics.exists():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if not _is_later(line, iteration, evaluated)]
+        temporary = self.metrics.with_suffix(".rewound")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.metrics)
+
+
+def _is_later(line: str, iteration: int, evaluated: int) -> bool:
     """Whether a line of metrics.jsonl is of a later iteration, or was cut off by a kill."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return True
-    return entry["phase"] != "value_pretraining" and int(entry.get("iteration", 0)) > iteration
+    last = {"train": iteration, "evaluate": evaluated}.get(entry["phase"], math.inf)
+    return bool(entry.get("iteration", 0) > last)

@@ -16,6 +16,7 @@ from lacfast.prompts import PromptSet
 from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
+from lacfast.runs.directory import STEERED, require_own
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
 from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
 from lacfast.runtime.files import require_writable, write_json
@@ -57,6 +58,7 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
     model, sampler = saved_model(settings.source), settings.sampler
     if sampler == SamplerConfig():
         sampler = trained_sampler(settings.critic or model) or sampler
+    require_own(settings.out, STEERED)
     require_writable(settings.out / "images", "--out")
     backbone = load_backbone(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.blueprint import load_blueprint, unconditional
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.checkpoint import read_state, save_backbone, whole_directory
-from lacfast.config import GraphConfig, to_json
+from lacfast.checkpoint import save_backbone
+from lacfast.config import GraphConfig, from_json, to_json
+from lacfast.config.resumption import changes, require_resumable
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
@@ -21,12 +23,14 @@ from lacfast.records import Evaluation, FirstSampleId
 from lacfast.report.pictures import contact_sheet
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
+from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled
-from lacfast.runs.config import EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
+from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
-from lacfast.runs.directory import RunDirectory
+from lacfast.runs.directory import EVALUATION, RUN, SCORE, SETTINGS, RunDirectory, require_own
 from lacfast.runs.saved import evaluation_sampler, saved_model
+from lacfast.runtime.directories import locked, require_whole, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.tasks import glyphs, scenes
@@ -102,9 +106,14 @@ def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone
 
 
 def _tiny_backbone(config: RunConfig, base: Path, device: str) -> LatentBackbone:
-    if not base.exists():
+    recipe, file = {"model": config.model, "seed": config.train.seed}, base / "recipe.json"
+    # Earlier versions wrote no recipe.
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else recipe
+    if not base.exists() or kept != recipe:
         with whole_directory(base) as target:
             save_pretrained(_pretrained(config), target)
+            write_json(target / file.name, recipe)
+    require_whole(base)
     return adapt_pretrained(load_pretrained(base), device=device, lora=config.adapter)
 
 
@@ -157,41 +166,92 @@ def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCrit
     )
 
 
-def train(config: RunConfig, on_iteration: Callable[[dict[str, Any]], None] | None = None) -> Path:
+def train(
+    config: RunConfig,
+    on_iteration: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    tell: Callable[[str], None] = print,
+) -> Path:
     """Run `config` to its end, or go on with it; returns the last checkpoint.
+
+    A reward that fails, and a signal that asks to end, leave a checkpoint of the last whole iteration.
+
+    Args:
+        config: of the run.
+        on_iteration: gets the metrics of every iteration.
+        tell: gets lines that say where the run goes on, with which changes, and how it ended.
 
     Raises:
         ValueError: for settings that cannot work, before any training.
+        RewardError: see TrainConfig.on_reward_error.
     """
+    out = Path(config.out)
+    require_own(out, RUN)
     check(config)
-    directory = RunDirectory(Path(config.out), keep_last=config.keep_last)
-    checkpoint = directory.resumed(config.resume)
-    if checkpoint is not None:
-        # Before the trainer opens the log.
-        directory.rewind_metrics(read_state(checkpoint)["iteration"])
+    with locked(out):
+        return _train(config, RunDirectory(out, keep_last=config.keep_last), on_iteration, tell)
+
+
+def _train(
+    config: RunConfig,
+    directory: RunDirectory,
+    on_iteration: Callable[[dict[str, Any]], None] | None,
+    tell: Callable[[str], None],
+) -> Path:
+    source = directory.resumed(config.resume)
+    changed = {} if source is None else _changed(config, directory, source)
+    if source is None:
+        directory.begin()
+        directory.write_settings(to_json(config))
     trainer = build_trainer(config, directory)
     score = config.best or trainer.early_stopping.score
-    if checkpoint is not None:
-        trainer.load(checkpoint)
-    else:
+    keeper = Keeper(trainer, directory, score, to_json(config))
+    if source is not None:
+        trainer.load(source)
+        tell(f"goes on from {source}, iteration {trainer.iteration} of {config.train.iterations}")
+        for name, (old, new) in changed.items():
+            tell(f"{name} was {old!r} and is {new!r} from here on")
+        directory.go_on_from(source, trainer.iteration, trainer.evaluated, is_same=not changed)
         directory.write_settings(to_json(config))
-        if config.value_pretraining and trainer.critic is not None:
-            trainer.pretrain_critic()
-        _save(trainer, directory)
+        keeper.has_saved(source)
+    elif config.value_pretraining and trainer.critic is not None:
+        trainer.pretrain_critic()
+    keeper.save()
 
     def after_iteration(metrics: dict[str, Any]) -> None:
         if config.save_every and trainer.iteration % config.save_every == 0:
-            _save(trainer, directory)
+            keeper.save()
         if on_iteration is not None:
             on_iteration(metrics)
 
-    trainer.train(
-        on_iteration=after_iteration,
-        on_evaluation=lambda evaluation: _keep(trainer, directory, evaluation, score),
-    )
-    last = _save(trainer, directory)
-    trainer.close()
+    try:
+        done = trainer.train(on_iteration=after_iteration, on_evaluation=keeper.keep)
+        last = keeper.save()
+    except (KeyboardInterrupt, RewardError):
+        if trainer.is_whole:
+            tell(f"stopped; {keeper.save()} has the last whole iteration, and --resume auto goes on from it")
+        raise
+    finally:
+        trainer.close()
+    if trainer.early_stopping.is_exhausted:
+        tell(f"ended early: {trainer.early_stopping.patience} evaluations in a row without a better score")
+    elif not done:
+        tell(f"all {config.train.iterations} iterations were done before; --train.iterations asks for more")
     return last
+
+
+def _changed(config: RunConfig, directory: RunDirectory, source: Path) -> dict[str, tuple[Any, Any]]:
+    """The settings that change where a run goes on, with both values.
+
+    Raises:
+        ValueError: for one that must not.
+    """
+    stored = directory.settings_of(source)
+    if stored is None:
+        return {}
+    before = from_json(RunConfig, stored)
+    require_resumable(before, config, CHANGEABLE)
+    return {name: pair for name, pair in changes(before, config).items() if name not in ("out", "resume")}
 
 
 def plan(config: RunConfig) -> Costs:
@@ -230,6 +290,7 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     if sampler == EVALUATION_SAMPLER:
         sampler = evaluation_sampler(model) or sampler
     if settings.out is not None:
+        require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
     backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
@@ -251,24 +312,47 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     return evaluation
 
 
-def _save(trainer: LatentActorCriticTrainer, directory: RunDirectory) -> Path:
-    target = directory.checkpoint(trainer.iteration)
-    if target not in directory.checkpoints():
-        trainer.save(target)
-        directory.prune()
-    return target
+class Keeper:
+    """Writes what a run keeps: numbered checkpoints, the best one, pictures."""
 
+    def __init__(
+        self,
+        trainer: LatentActorCriticTrainer,
+        directory: RunDirectory,
+        score: str,
+        settings: dict[str, Any],
+    ) -> None:
+        """`score` chooses the best; `settings` of the run lie beside every save as run.json."""
+        self.trainer = trainer
+        self.directory = directory
+        self.score = score
+        self.settings = settings
+        self._saved: tuple[int, int] | None = None
 
-def _keep(
-    trainer: LatentActorCriticTrainer, directory: RunDirectory, evaluation: Evaluation, score: str
-) -> None:
-    """A picture of the evaluation, and the weights it judged if they are the best so far."""
-    picture = contact_sheet(evaluation.images)
-    picture.save(directory.samples(trainer.iteration))
-    for tracker in trainer.log.trackers:
-        tracker.picture(trainer.iteration, "samples", picture)
-    best, found = directory.best_score(), evaluation.means()[score]
-    if best is None or found > best:
-        with trainer.averaged():
-            save_backbone(trainer.backbone, directory.best)
-        directory.write_best_score(found, trainer.iteration)
+    def has_saved(self, checkpoint: Path) -> None:
+        """Take in that the trainer is as it is in `checkpoint`, which may be this run's own."""
+        if checkpoint.resolve() == self.directory.checkpoint(self.trainer.iteration).resolve():
+            self._saved = (self.trainer.iteration, self.trainer.evaluated)
+
+    def save(self) -> Path:
+        """A checkpoint of now, unless it was the last thing that was saved; returns it."""
+        trainer = self.trainer
+        target, now = self.directory.checkpoint(trainer.iteration), (trainer.iteration, trainer.evaluated)
+        if self._saved != now:
+            trainer.save(target, notes={SETTINGS: self.settings})
+            self._saved = now
+            self.directory.prune()
+        return target
+
+    def keep(self, evaluation: Evaluation) -> None:
+        """A picture of the evaluation, and the weights it judged if they are the best so far."""
+        trainer, directory = self.trainer, self.directory
+        picture = contact_sheet(evaluation.images)
+        picture.save(directory.samples(trainer.iteration))
+        for tracker in trainer.log.trackers:
+            tracker.picture(trainer.iteration, "samples", picture)
+        best, found = directory.best_score(self.score), evaluation.means()[self.score]
+        if best is None or found > best:
+            kept = {"score": found, "name": self.score, "iteration": trainer.iteration}
+            with trainer.averaged():
+                save_backbone(trainer.backbone, directory.best, notes={SCORE: kept, SETTINGS: self.settings})

@@ -100,7 +100,7 @@ def test_it_keeps_the_last_checkpoints_the_best_one_and_pictures(model: Path, tm
     assert kept == ["00000003", "00000004", "best"]
     scores = [entry["jpeg_incompressibility"] for entry in lines(out) if entry["phase"] == "evaluate"]
     assert json.loads((out / "checkpoints" / "best" / "score.json").read_text())["score"] == max(scores)
-    assert [entry["iteration"] for entry in lines(out) if entry["phase"] == "evaluate"] == [2, 4]
+    assert [entry["iteration"] for entry in lines(out) if entry["phase"] == "evaluate"] == [0, 2, 4]
     with Image.open(out / "samples" / "00000004.png") as picture:
         assert picture.width > 4 * 16
     assert json.loads((out / "run.json").read_text())["train"]["iterations"] == 4
@@ -180,6 +180,6 @@ def test_trackers_get_numbers_and_pictures(
     run.train(run_config(model, tmp_path / "run", tensorboard=True))
     (recorder,) = made
     assert recorder.closed
-    assert recorder.pictures == [2, 4]
+    assert recorder.pictures == [0, 2, 4]
     assert {"train/reward/jpeg_incompressibility", "train/policy_loss"} <= recorder.points[1].keys()
     assert "evaluate/jpeg_incompressibility" in recorder.points[4]

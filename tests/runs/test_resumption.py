@@ -1,0 +1,338 @@
+"""A run goes on with what may change, from what is whole, loses nothing, and says what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_backbones
+import torch
+from refusals import Refusal
+from safetensors.torch import load_file
+from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
+
+from lacfast.cli import main
+from lacfast.config import AdvantageConfig, BatchMean, LoRAConfig, PPOConfig, Ratio
+from lacfast.rewards.reward import RewardError
+from lacfast.runs import train as run
+from lacfast.runs.config import RunConfig
+from lacfast.runs.directory import RunDirectory
+from lacfast.runs.endings import FAILURE, USAGE
+from lacfast.runtime.directories import DamagedError, locked
+from lacfast.runtime.signals import Stopped, raised
+
+REWARD = "tiny_backbones:brightness"
+
+
+@pytest.fixture(autouse=True)
+def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "build_backbone", lambda config, directory: tiny_backbone("dit"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    """A run of three iterations without a critic, which takes a second."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, policy_learning_rate=1e-3)
+    return RunConfig(
+        out=str(tmp_path / "run"),
+        model="tiny",
+        prompts=str(prompts),
+        rewards=((REWARD, 1.0),),
+        save_every=1,
+        keep_last=9,
+        train=tiny_config(ppo=ppo, iterations=3, advantages=AdvantageConfig(estimator=BatchMean())),
+    )
+
+
+def changed(config: RunConfig, **changes: Any) -> RunConfig:
+    return replace(config, train=replace(config.train, **changes))
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    loaded = load_file(checkpoint / "model" / "diffusion_pytorch_model.safetensors")
+    # A loaded tensor is the file itself.
+    return {name: tensor.clone() for name, tensor in loaded.items()}
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def same(one: Path, other: Path) -> bool:
+    return equal(weights(one), weights(other))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def train(config: RunConfig, **arguments: Any) -> tuple[Path, list[str]]:
+    """The last checkpoint, and what was told."""
+    told: list[str] = []
+    return run.train(config, tell=told.append, **arguments), told
+
+
+def test_a_finished_run_says_so_and_changes_nothing(config: RunConfig) -> None:
+    last, told = train(config)
+    assert told == []
+    before = (Path(config.out) / "metrics.jsonl").read_text()
+    again, told = train(config)
+    assert again == last
+    assert told == [
+        f"goes on from {last}, iteration 3 of 3",
+        "all 3 iterations were done before; --train.iterations asks for more",
+    ]
+    assert (Path(config.out) / "metrics.jsonl").read_text() == before
+
+
+def test_settings_that_may_change_are_told_and_written(config: RunConfig) -> None:
+    train(config)
+    ppo = replace(config.train.ppo, policy_learning_rate=5e-4)
+    last, told = train(changed(config, iterations=4, ppo=ppo))
+    assert last.name == "00000004"
+    assert told[1:] == [
+        "train.iterations was 3 and is 4 from here on",
+        "train.ppo.policy_learning_rate was 0.001 and is 0.0005 from here on",
+    ]
+    for place in (Path(config.out), last):
+        written = json.loads((place / "run.json").read_text())["train"]
+        assert (written["iterations"], written["ppo"]["policy_learning_rate"]) == (4, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "refusal"),
+    [
+        (
+            {"model": "shapes-unet"},
+            Refusal(
+                "model was 'tiny' and is 'shapes-unet' now",
+                cause="`lacfast train --model B` goes on in the directory of A's run.",
+                remedy="or start another run from the checkpoint's weights: --model CHECKPOINT --out NEW",
+            ),
+        ),
+        (
+            {"lora": LoRAConfig(rank=4, alpha=8)},
+            Refusal(
+                "lora.alpha was None and is 8 now",
+                cause="A run goes on with a LoRA of another scale.",
+                remedy="take the old value",
+            ),
+        ),
+        (
+            {"resolution": (64, 64)},
+            Refusal(
+                "resolution was None and is (64, 64) now",
+                cause="A run goes on with images of another size.",
+                remedy="take the old value",
+            ),
+        ),
+    ],
+)
+def test_settings_that_must_stay_are_refused_before_anything_changes(
+    config: RunConfig, change: dict[str, Any], refusal: Refusal
+) -> None:
+    started = replace(config, lora=LoRAConfig(rank=4)) if "lora" in change else config
+    train(changed(started, iterations=1))
+    before = {path: path.read_bytes() for path in Path(config.out).rglob("*.json*")}
+    with refusal.raised():
+        train(replace(started, **change))
+    assert {path: path.read_bytes() for path in Path(config.out).rglob("*.json*")} == before
+
+
+def test_a_run_from_an_older_checkpoint_is_saved_and_loses_nothing_of_the_newer_ones(
+    config: RunConfig,
+) -> None:
+    out = Path(config.out)
+    last, _ = train(changed(config, eval_every=3))
+    third = weights(last)
+    pictures, metrics = names(out / "samples"), (out / "metrics.jsonl").read_text()
+    ppo = replace(config.train.ppo, policy_learning_rate=1e-2)
+    older = replace(changed(config, ppo=ppo, eval_every=3), resume=str(out / "checkpoints" / "00000001"))
+    with pytest.warns(UserWarning, match=r"later or damaged entries .* are in .*replaced/1 now"):
+        branch, _ = train(older)
+    assert branch == last
+    assert not equal(third, weights(branch))
+    kept = out / "replaced" / "1"
+    assert {"00000002", "00000003"} <= set(names(kept / "checkpoints"))
+    assert equal(third, weights(kept / "checkpoints" / "00000003"))
+    assert (kept / "metrics.jsonl").read_text() == metrics
+    assert pictures == ["00000000.png", "00000003.png"] == names(out / "samples")
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["iteration"] for entry in entries if entry["phase"] == "train"] == [1, 2, 3]
+
+
+def test_a_run_goes_on_from_another_directory(config: RunConfig, tmp_path: Path) -> None:
+    last, _ = train(config)
+    other = replace(config, out=str(tmp_path / "other"), resume=str(last.parent / "00000002"))
+    moved, told = train(other)
+    assert told[0].endswith("iteration 2 of 3")
+    assert same(last, moved)
+    assert names(moved.parent) == ["00000002", "00000003"]
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(config: RunConfig) -> None:
+    out = Path(config.out)
+    last, _ = train(config)
+    intact = weights(last)
+    (file,) = (last / "model").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DamagedError, match=r"00000003 is damaged"):
+        train(replace(config, resume=str(last)))
+    with pytest.warns(UserWarning, match=r"00000003 is damaged: model/.* has \d+ bytes of"):
+        again, told = train(config)
+    assert told[0] == f"goes on from {last.with_name('00000002')}, iteration 2 of 3"
+    assert equal(intact, weights(again))
+    assert names(out / "replaced" / "1" / "checkpoints") == ["00000003"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(config: RunConfig) -> None:
+    last, _ = train(changed(config, iterations=1))
+    for checkpoint in last.parent.iterdir():
+        (checkpoint / "trainer.pt").unlink()
+    with Refusal(
+        "every checkpoint in",
+        cause="All checkpoints of a run were damaged.",
+        remedy="restore one from a copy, or start again with another --out",
+        error=DamagedError,
+    ).raised():
+        train(config)
+
+
+def test_only_exact_names_are_taken_for_checkpoints(config: RunConfig) -> None:
+    out = Path(config.out)
+    last, _ = train(changed(replace(config, keep_last=1), iterations=1))
+    mine = ["00000004_good", "9-backup", "000000009", "12"]
+    for name in mine:
+        (out / "checkpoints" / name).mkdir()
+    (out / "checkpoints" / "00000008").write_text("a file")
+    assert RunDirectory(out, keep_last=1).checkpoints() == [last]
+    train(changed(replace(config, keep_last=1), iterations=2))
+    assert set(mine) < set(names(out / "checkpoints"))
+    (out / "checkpoints" / "00000002" / "notes.txt").write_text("mine")
+    train(changed(replace(config, keep_last=1), iterations=3))
+    assert {"00000002", "00000003"} < set(names(out / "checkpoints"))
+
+
+def test_one_process_at_a_time_trains_into_a_directory(config: RunConfig) -> None:
+    with locked(Path(config.out)), pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on "):
+        train(config)
+
+
+def test_metrics_of_another_trainer_are_not_deleted(config: RunConfig) -> None:
+    out = Path(config.out)
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("mine")
+    with Refusal(
+        "is of no run of lacfast train, which would replace it",
+        cause="`lacfast train --out` names the directory of a trainer of one's own.",
+        remedy="choose another --out",
+    ).raised():
+        train(config)
+    assert (out / "metrics.jsonl").read_text() == "mine"
+
+
+def fails_at(calls: int) -> Callable[..., torch.Tensor]:
+    left = [calls]
+
+    def reward(images: torch.Tensor, *_: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("the server is gone")
+        return images.mean(dim=(1, 2, 3))
+
+    return reward
+
+
+@pytest.mark.parametrize("calls", [2, 5])
+def test_a_reward_that_fails_leaves_the_last_whole_iteration(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Also in an evaluation, which is made again: what the run gives is what it gives without a failure."""
+    config = changed(replace(config, save_every=0), eval_every=1)
+    through, _ = train(replace(config, out=str(tmp_path / "through")))
+    monkeypatch.setattr(tiny_backbones, "brightness", fails_at(calls))
+    told: list[str] = []
+    with pytest.raises(RewardError, match="the server is gone"):
+        run.train(config, tell=told.append)
+    saved = Path(config.out) / "checkpoints" / f"{calls // 2:08d}"
+    assert told == [f"stopped; {saved} has the last whole iteration, and --resume auto goes on from it"]
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "build_backbone", lambda config, directory: tiny_backbone("dit"))
+    last, told = train(config)
+    assert told[0].startswith(f"goes on from {saved}")
+    assert same(through, last)
+    logs = [
+        [
+            {name: value for name, value in json.loads(line).items() if not name.startswith("seconds")}
+            for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()
+        ]
+        for checkpoint in (through, last)
+    ]
+    assert str(logs[0]) == str(logs[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_the_last_whole_iteration(config: RunConfig, number: signal.Signals) -> None:
+    config = replace(config, save_every=0)
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["iteration"] == 2:
+            signal.raise_signal(number)
+
+    with pytest.raises(Stopped) as caught, raised():
+        run.train(config, stop, tell=lambda _: None)
+    assert caught.value.exit_code == 128 + number
+    assert names(Path(config.out) / "checkpoints") == ["00000000", "00000002"]
+
+
+def test_one_signal_ends_a_run_within_seconds_while_a_reward_server_is_dead(config: RunConfig) -> None:
+    dead = replace(config, rewards=(("http://127.0.0.1:9/score", 1.0),))
+    sent: list[float] = []
+
+    def interrupt() -> None:
+        while not (Path(config.out) / "checkpoints" / "00000000").exists():
+            time.sleep(0.05)
+        time.sleep(1)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(Stopped), raised():
+        train(dead)
+    assert time.monotonic() - sent[0] < 15
+    assert names(Path(config.out) / "checkpoints") == ["00000000"]
+
+
+def test_exit_codes_tell_usage_from_failure_and_signals(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends_with(error: BaseException) -> Callable[..., Any]:
+        def work(*_: Any, **__: Any) -> None:
+            raise error
+
+        return work
+
+    expected = {
+        ValueError("settings"): USAGE,
+        RewardError("reward"): FAILURE,
+        DamagedError("disk"): FAILURE,
+        FloatingPointError("weights"): FAILURE,
+        Stopped(signal.SIGINT): 130,
+        Stopped(signal.SIGTERM): 143,
+        Stopped(signal.SIGHUP): 129,
+    }
+    for error, code in expected.items():
+        monkeypatch.setattr(run, "train", ends_with(error))
+        assert main(["train", "shapes", "--out", config.out]) == code
+        assert str(error) in capsys.readouterr().err
