@@ -45,7 +45,7 @@ def test_a_run_does_not_mix_with_other_files(tmp_path: Path, name: str, refusal:
     [
         ["train", "shapes"],
         ["demo", "--quick"],
-        ["evaluate", "--model", "m", "--prompts", "shapes", "--rewards", "shapes"],
+        ["evaluate", "m", "--prompts", "shapes", "--rewards", "shapes"],
         ["steer", "m", "--prompts", "a dog"],
     ],
 )
