@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.published import PUBLISHED, PublishedModel
+from bench.published import PUBLISHED, encode_prompt, prompt_conditioning, trained_backbone
 from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.published import PublishedModel
 from lacfast.config import CriticConfig, KLPenalty, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.learning.batches import PolicySource
@@ -91,11 +92,11 @@ class Workload:
     def __init__(self, name: str) -> None:
         self.model: PublishedModel = PUBLISHED[name]
         self.config = CONFIGS[name]
-        self.backbone: LatentBackbone = self.model.backbone()
+        self.backbone: LatentBackbone = trained_backbone(self.model)
         self.table = self.backbone.transition_table(self.config.sampler)
-        self.conditioning = self.model.conditioning(self.backbone, BATCH)
+        self.conditioning = prompt_conditioning(self.model, self.backbone, BATCH)
         guided = self.config.sampler.guidance_scale > 1
-        self.uncond_conditioning = self.model.conditioning(self.backbone, BATCH) if guided else None
+        self.uncond_conditioning = prompt_conditioning(self.model, self.backbone, BATCH) if guided else None
 
     def critic(self, trunk: str) -> Critic:
         with torch.device("meta"):
@@ -209,7 +210,7 @@ class Workload:
         """FLOPs of forward and backward of one pair in flow_grpo's loop: both halves go through both."""
         sample = self.empty(2, *self.backbone.latent_shape)
         timestep = self.empty(2)
-        conditioning = self.model.conditioning(self.backbone, 2)
+        conditioning = prompt_conditioning(self.model, self.backbone, 2)
 
         def guided() -> Tensor:
             uncond, cond = self.backbone.predict(sample, timestep, conditioning).chunk(2)
@@ -234,7 +235,7 @@ def measure(name: str) -> dict[str, Any]:
     # The 8 pairs per rollout that run it all the same are none per image.
     known = microbatch.flops - work.microbatch(is_first=True).flops
     pairs, steps_per_rollout = trained * BATCH, work.config.ppo.num_minibatches
-    prompt = counted(work.model.encode).flops
+    prompt = counted(lambda: encode_prompt(work.model)).flops
     flops = {
         "prompt": prompt // IMAGES_PER_PROMPT.get(name, 1),
         "sampling": num_steps * plain.flops // BATCH,

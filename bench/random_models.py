@@ -21,7 +21,7 @@ from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.config import Fixed, KLPenalty, LoRAConfig, PPOConfig, SamplerConfig
 
 if TYPE_CHECKING:
-    from bench.published import PublishedModel
+    from lacfast.backbones.published import PublishedModel
 
 PROMPT = "one red circle"
 """Known to the tiny models; the full-size ones read no text here."""
@@ -73,8 +73,7 @@ def random_pipeline(published: PublishedModel, device: torch.device, dtype: torc
     torch.set_default_dtype(dtype)
     try:
         # Made where and as it stays: 12 billion float32 weights would not fit beside another model.
-        with torch.device(device):
-            pipeline = published.pipeline()
+        pipeline = published.build(device=device, text_encoders=False)
     finally:
         torch.set_default_dtype(default)
     backbone = load_backbone(

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.loading import load_backbone
+from lacfast.backbones.loading import PIPELINES, load_backbone
 from lacfast.backbones.pipelines import PipelineSettings
+from lacfast.backbones.prompt_cache import PromptCache
+from lacfast.backbones.published import PublishedModel, published_as
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A backbone on the meta device, and what else its pipeline holds in memory."""
+
+    backbone: LatentBackbone
+    decoder_bytes: int
+    text_encoder_bytes: int
+
+    def conditioning(self) -> Conditioning:
+        """(1, ...) on the meta device; the cache of prompts wants numbers and cannot hold it."""
+        return self.backbone.any_prompt()
 
 
 def load_blueprint(
@@ -24,8 +40,10 @@ def load_blueprint(
     dtype: torch.dtype | None = None,
     lora: LoRAConfig | None = None,
     settings: PipelineSettings | None = None,
-) -> LatentBackbone:
-    """The backbone of a pipeline's directory or hub id on the meta device; only its configs are read.
+) -> Blueprint:
+    """The blueprint of a pipeline's directory or hub id; only its configs are read.
+
+    Those of the models that presets train come with the package; for another hub id the hub is asked.
 
     Args:
         source: directory or hub id of a diffusers pipeline.
@@ -36,25 +54,56 @@ def load_blueprint(
     Raises:
         ValueError: when the configs cannot be read.
     """
+    published = None if Path(source).is_dir() else published_as(str(source))
+    pipeline = published.build() if published is not None else _described(str(source))
+    backbone = load_backbone(pipeline, dtype=dtype, lora=lora, settings=settings)
+    if published is not None:
+        backbone.prompts = PromptCache(ShapesOnly(published))
+    encoders = [getattr(pipeline, name) for name in PIPELINES[type(pipeline).__name__].text_parts]
+    return Blueprint(backbone, _bytes([pipeline.vae], dtype), _bytes(encoders, dtype))
+
+
+class ShapesOnly:
+    """A PromptEncoder without tokenizer: embeddings of the published shapes on the meta device."""
+
+    def __init__(self, model: PublishedModel) -> None:
+        self.model = model
+
+    def encode(self, prompts: Any) -> tuple[Tensor, Tensor]:
+        count = len(prompts)
+        return (
+            torch.empty(count, self.model.tokens, self.model.token_dim, device="meta"),
+            torch.empty(count, self.model.pooled_dim, device="meta"),
+        )
+
+    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+        return self.encode([""])
+
+    def free(self) -> None:
+        """Nothing: there are no weights."""
+
+
+def _described(source: str) -> Any:
     try:
-        description = DiffusionPipeline.load_config(str(source))
+        description = DiffusionPipeline.load_config(source)
         parts = {
-            name: _part(str(source), name, *entry)
+            name: _part(source, name, *entry)
             for name, entry in description.items()
             if not name.startswith("_") and isinstance(entry, list)
         }
     except OSError as error:
         raise ValueError(
-            f"the configs of {str(source)!r} cannot be read: {error}; pass a pipeline's directory or hub id"
+            f"the configs of {source!r} cannot be read: {error}; pass a pipeline's directory or hub id"
         ) from error
-    pipeline = getattr(diffusers, description["_class_name"])(**parts)
-    return load_backbone(pipeline, dtype=dtype, lora=lora, settings=settings)
+    return getattr(diffusers, description["_class_name"])(**parts)
 
 
-def unconditional(backbone: LatentBackbone) -> Conditioning:
-    """(1, ...) on the meta device; the cache of prompts wants numbers and cannot hold it."""
-    tokens, pooled = backbone.prompt_encoder.encode_unconditional()
-    return backbone.conditioning(tokens.to(backbone.dtype), pooled.to(backbone.dtype))
+def _bytes(modules: list[nn.Module | None], dtype: torch.dtype | None) -> int:
+    """In `dtype`, which a directory's parts are loaded in; None is float32."""
+    counts = [
+        parameter.numel() for module in modules if module is not None for parameter in module.parameters()
+    ]
+    return sum(counts) * (dtype or torch.float32).itemsize
 
 
 def _part(source: str, name: str, library: str | None, class_name: str | None) -> Any:

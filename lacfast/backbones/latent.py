@@ -11,11 +11,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
@@ -151,9 +153,7 @@ class LatentBackbone(ABC):
         switch: AbstractContextManager[None] = nullcontext()
         if self._without_adapter:
             switch = adapters.activated(self.model, None)
-        # A frozen base has the dtype itself.
-        dtype = self.dtype if self.lora is None else torch.float32
-        with switch, running_in(dtype, sample):
+        with switch, self._running_dtype(sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
         # The update guides in float32 too: the first ratio is then exactly 1.
         return output.to(arithmetic_dtype(sample))
@@ -268,7 +268,19 @@ class LatentBackbone(ABC):
         return anchor
 
     def enable_gradient_checkpointing(self) -> None:
-        self.model.enable_gradient_checkpointing()
+        if self.device.type != "meta":
+            self.model.enable_gradient_checkpointing()
+            return
+        # torch takes its own autocast along to where a forward is recomputed, not the meta device's stand-in.
+        weight = next(self.model.parameters())
+        again = partial(
+            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._running_dtype(weight))
+        )
+        self.model.enable_gradient_checkpointing(again)
+
+    def _running_dtype(self, like: Tensor) -> AbstractContextManager[Any]:
+        # A frozen base has the dtype itself.
+        return running_in(self.dtype if self.lora is None else torch.float32, like)
 
     def compile_blocks(self, *, backend: str = "inductor", mode: str | None = None) -> None:
         """Compile the repeated blocks of the model and of its critic's trunk, for sampling and training.

@@ -53,7 +53,9 @@ class Costs:
     critic_flops: int
     """The critic's own update."""
     weight_bytes: int
-    """Model and critic."""
+    """Model and critic, and the anchor's copy of a model that is trained without LoRA."""
+    beside_bytes: int
+    """Decoder and text encoders, where these are kept."""
     training_bytes: int
     """Gradients, moments and the average of trained weights."""
     rollout_bytes: int
@@ -71,6 +73,11 @@ class Costs:
         """FLOPs of the policy's update, the anchor's forward included."""
         return self.anchor_flops + self.update_forward_flops + self.update_backward_flops
 
+    def memory_bytes(self, pairs: int) -> int:
+        """All that lives at the same time while `pairs` are updated at a time."""
+        kept = self.weight_bytes + self.beside_bytes + self.training_bytes + self.rollout_bytes
+        return kept + pairs * self.activation_bytes
+
     @property
     def flops(self) -> int:
         return self.rollout_flops + self.update_flops + self.critic_flops
@@ -82,6 +89,8 @@ def count(
     table: TransitionTable,
     conditioning: Conditioning,
     config: TrainConfig,
+    *,
+    beside_bytes: int = 0,
 ) -> Costs:
     """Count an iteration of `config` by running one sample through the model.
 
@@ -91,6 +100,7 @@ def count(
         table: the sampler.
         conditioning: (1, ...) of a prompt.
         config: what would be trained.
+        beside_bytes: of decoder and text encoders.
     """
     is_guided = config.sampler.guidance_scale > 1
     ppo, batch, steps = config.ppo, config.batch_size, table.num_steps
@@ -134,6 +144,8 @@ def count(
     known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs)
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
+    anchor = backbone if ppo.kl is None else backbone.frozen_anchor()
+    anchor_bytes = 0 if anchor.model is backbone.model else _bytes(anchor.model)
     states = [*features.values(), sample]
     # Of older rollouts only what the critic reads is kept.
     kept = [*states * ppo.critic_rollouts, sample]
@@ -152,7 +164,8 @@ def count(
         # What checkpointing recomputes is counted with the backward pass, where it runs.
         update_backward_flops=pairs * (pair_flops - step_flops),
         critic_flops=batch * steps * ppo.num_inner_epochs * state_flops,
-        weight_bytes=_bytes(backbone.model) + (0 if critic is None else _bytes(critic)),
+        weight_bytes=_bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + anchor_bytes,
+        beside_bytes=beside_bytes,
         training_bytes=(trained + learned) * (4 + ADAM_BYTES) + (4 * trained if config.ema_decay else 0),
         rollout_bytes=batch * steps * sum(tensor.numel() * tensor.element_size() for tensor in kept),
         activation_bytes=activation_bytes,

@@ -137,14 +137,14 @@ def show_steering(stats: SteeringStats, out: Path, console: Console | None = Non
 
 
 def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
-    """The resolved settings, and what an iteration of them costs."""
+    """What an iteration costs, and the resolved settings behind it."""
     console = console or Console()
-    console.print_json(json.dumps(to_json(config)))
     table = Table(title="One iteration", title_justify="left", title_style="bold", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     microbatch = config.train.ppo.microbatch_size
-    together = f"at most, {microbatch} pairs" if microbatch else "per pair"
+    pairs = microbatch or 1
+    together = f"{microbatch} pairs at a time" if microbatch else "a pair at a time"
     rows = (
         ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
         ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
@@ -155,14 +155,17 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
         ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
         ("weights", _size(costs.weight_bytes)),
+        ("decoder and text encoders", _size(costs.beside_bytes)),
         ("gradients, moments, average", _size(costs.training_bytes)),
         ("rollout", _size(costs.rollout_bytes)),
-        (f"activations, {together}", _size(costs.activation_bytes * max(microbatch, 1))),
+        (f"activations, {together}", _size(costs.activation_bytes * pairs)),
+        ("memory, all of it", _size(costs.memory_bytes(pairs))),
     )
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print("Counted, not timed. Text encoders and reward models come on top.")
+    console.print("Counted, not timed. Reward models and the allocator's reserve come on top.")
+    console.print_json(json.dumps(to_json(config)))
 
 
 def _size(count: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
-from lacfast.backbones.blueprint import load_blueprint, unconditional
+from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
 from lacfast.config import GraphConfig, from_json, to_json
@@ -264,18 +264,20 @@ def plan(config: RunConfig) -> Costs:
     if config.model in TINY_MODELS:
         # The weights do not matter, so one step of pretraining does.
         backbone = adapt_pretrained(_pretrained(config, steps=1), lora=config.adapter)
-        conditioning = backbone.encode_unconditional(1)
+        conditioning, beside = backbone.encode_unconditional(1), 0
     else:
-        backbone = load_blueprint(
+        blueprint = load_blueprint(
             config.model,
             dtype=torch_dtype(config.dtype),
             lora=config.adapter,
             settings=PipelineSettings(resolution=config.resolution),
         )
-        conditioning = unconditional(backbone)
+        backbone, conditioning = blueprint.backbone, blueprint.conditioning()
+        kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
+        beside = blueprint.decoder_bytes + kept
     critic = build_critic(backbone, len(config.rewards), config.train.critic)
     table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
-    return count(backbone, critic, table, conditioning, config.train)
+    return count(backbone, critic, table, conditioning, config.train, beside_bytes=beside)
 
 
 def evaluate_model(settings: EvaluationRun) -> Evaluation:

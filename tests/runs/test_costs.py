@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_pipelines import FAMILIES, tiny_pipeline
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, load_backbone
-from lacfast.backbones.blueprint import load_blueprint, unconditional
-from lacfast.config import LoRAConfig, SamplerConfig, TrainConfig
+from lacfast.backbones.blueprint import load_blueprint
+from lacfast.config import KLPenalty, LoRAConfig, SamplerConfig, TrainConfig
 from lacfast.runs.costs import Costs, count
 
 LORA = LoRAConfig(rank=2)
@@ -26,10 +27,11 @@ def config_for(family: str, **changes: Any) -> TrainConfig:
 
 
 def counted(directory: Path, config: TrainConfig) -> Costs:
-    backbone = load_blueprint(directory, lora=LORA, settings=SETTINGS)
+    blueprint = load_blueprint(directory, lora=LORA, settings=SETTINGS)
+    backbone = blueprint.backbone
     critic = build_critic(backbone, 1, config.critic)
     table = backbone.transition_table(config.sampler)
-    return count(backbone, critic, table, unconditional(backbone), config)
+    return count(backbone, critic, table, blueprint.conditioning(), config)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -70,3 +72,33 @@ def test_guidance_doubles_the_forwards_and_detaching_half_saves_a_fifth_of_the_u
     assert guided.sampling_forwards == 2 * free.sampling_forwards == 2 * 8 * 4
     assert guided.update_pairs == 8 * 3
     assert both.update_flops > 1.2 * guided.update_flops
+
+
+def test_all_weights_in_half_precision_are_counted_with_checkpointing(tmp_path: Path) -> None:
+    tiny_pipeline("flux").save_pretrained(tmp_path)
+    blueprint = load_blueprint(tmp_path, dtype=torch.bfloat16, settings=SETTINGS)
+    config = config_for("flux", gradient_checkpointing=True)
+    table = blueprint.backbone.transition_table(config.sampler)
+    costs = count(blueprint.backbone, None, table, blueprint.conditioning(), config)
+    assert costs.trained_parameters == costs.parameters
+    assert costs.update_backward_flops > 1.5 * costs.update_forward_flops
+
+
+def test_the_total_is_all_that_lives_at_the_same_time(tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path)
+    config = config_for("sd3")
+    config = replace(config, ppo=replace(config.ppo, kl=KLPenalty(weight=0.01)))
+    blueprint = load_blueprint(tmp_path, settings=SETTINGS)
+    table = blueprint.backbone.transition_table(config.sampler)
+    arguments = (blueprint.backbone, None, table, blueprint.conditioning(), config)
+    costs = count(*arguments, beside_bytes=blueprint.decoder_bytes + blueprint.text_encoder_bytes)
+    # Without LoRA the anchor is a copy of the model, and 4 + 8 bytes follow every weight.
+    assert costs.weight_bytes == 2 * 4 * costs.parameters
+    assert costs.memory_bytes(3) == (
+        (8 + 12) * costs.parameters
+        + costs.beside_bytes
+        + costs.rollout_bytes
+        + 3 * costs.activation_bytes
+        + (4 * costs.parameters if config.ema_decay else 0)
+    )
+    assert costs.beside_bytes > 0

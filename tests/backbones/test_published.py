@@ -1,0 +1,64 @@
+"""The published models stand in full size without the hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lacfast.backbones import PipelineSettings
+from lacfast.backbones.blueprint import load_blueprint
+from lacfast.backbones.published import published_as, published_models
+from lacfast.runs.presets import RUNS
+from lacfast.runs.train import TINY_MODELS
+
+PARAMETERS = {"sd15": 859.5, "sdxl": 2567.5, "sd35_medium": 2243.2, "flux_dev": 11901.4}
+"""Millions, of the denoising model."""
+ENCODERS = {
+    "sd15": [123.1],
+    "sdxl": [123.1, 694.7],
+    "sd35_medium": [123.7, 694.7, 4762.3],
+    "flux_dev": [123.1, 4762.3],
+}
+"""Millions: CLIP-L with and without projection, bigG, T5-XXL."""
+
+
+def millions(module: Any) -> float:
+    return round(sum(parameter.numel() for parameter in module.parameters()) / 1e6, 1)
+
+
+def test_every_published_model_is_known() -> None:
+    assert set(published_models()) == set(PARAMETERS)
+    models = {run().model for run in RUNS.values()} - set(TINY_MODELS)
+    assert all(published_as(model) is not None for model in models), models
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_sizes_are_the_published_ones_and_the_hub_is_not_asked(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"the hub was asked: {args}")
+
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", ask)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", ask)
+    model = published_models()[name]
+    blueprint = load_blueprint(
+        model.hub_ids[0],
+        dtype=torch.bfloat16,
+        settings=PipelineSettings(resolution=model.resolution),
+    )
+    denoiser = blueprint.backbone.model
+    assert millions(denoiser) == PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == model.parameters
+    encoders = model.text_encoders()
+    assert [millions(encoder) for encoder in encoders] == ENCODERS[name]
+    assert blueprint.text_encoder_bytes == 2 * sum(p.numel() for e in encoders for p in e.parameters())
+    assert round(blueprint.decoder_bytes / 2e6, 1) in (83.7, 83.8)
+    tensors = blueprint.conditioning().tensors
+    assert tensors["encoder_hidden_states"].shape == (1, model.tokens, model.token_dim)
+
+
+def test_a_model_whose_configs_are_not_here_is_looked_up() -> None:
+    assert published_as("somebody/another-model") is None
