@@ -99,7 +99,7 @@ def _described(source: str) -> Any:
 
 
 def _bytes(modules: list[nn.Module | None], dtype: torch.dtype | None) -> int:
-    """In `dtype`, which a directory's parts are loaded in; None is float32."""
+    """Size in `dtype`, which a directory's parts are loaded in; None is float32."""
     counts = [
         parameter.numel() for module in modules if module is not None for parameter in module.parameters()
     ]
