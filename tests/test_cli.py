@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from refusals import Refusal
 
 from lacfast.cli import main
 from lacfast.runs import train
-from lacfast.runs.endings import USAGE
+from lacfast.runs.endings import FAILURE, USAGE
 from lacfast.runs.presets import RUNS
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
@@ -213,6 +214,19 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
     refused.check(printed)
     assert printed.startswith("lacfast: ")
     assert printed.count("\n") == 1
+
+
+def test_a_dead_reward_server_ends_a_run_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "pretrain", pytest.fail)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    assert main(["train", "shapes", "--rewards", f"taste={url}", "1"]) == FAILURE
+    printed = capsys.readouterr().err
+    assert f"lacfast: remote reward 'taste' has no server that answers: {url}: ConnectionRefused" in printed
 
 
 def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[str]) -> None:

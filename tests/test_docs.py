@@ -22,7 +22,7 @@ from lacfast import cli
 from lacfast.config.advantages import COMBINATIONS, ESTIMATORS
 from lacfast.config.critic import TRUNKS, VALUE_LOSSES
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS
-from lacfast.rewards.registry import registered_rewards
+from lacfast.rewards.names import registered_rewards
 from lacfast.runs.config import RunConfig
 from lacfast.runs.presets import RUNS
 

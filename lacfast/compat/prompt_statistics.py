@@ -48,18 +48,18 @@ class GroupStatTracker:
             ValueError: an unknown type, lengths that differ, "dpo" or "gardo" without a pair to compare, or
                 features that would be ignored.
         """
-        if isinstance(dists, str):
-            dists, type = None, dists  # noqa: A001
+        kind = dists if isinstance(dists, str) else type
+        features = None if isinstance(dists, str) else dists
         known = ("grpo", "rwr", "sft", "dpo", "gardo")
-        if not (isinstance(type, str) and type in known):
-            raise ValueError(f"unknown type {type!r}; known: {', '.join(map(repr, known))}")
+        if not (isinstance(kind, str) and kind in known):
+            raise ValueError(f"unknown type {kind!r}; known: {', '.join(map(repr, known))}")
         scores = np.asarray(rewards, dtype=np.float64)
         names, group, counts = np.unique(np.asarray(prompts), return_inverse=True, return_counts=True)
         if len(group) != len(scores):
             raise ValueError(f"got {len(group)} prompts and {len(scores)} rewards; they must match")
-        if (dists is None) != (type != "gardo"):
+        if (features is None) != (kind != "gardo"):
             raise ValueError(
-                f"type={type!r} {'needs' if dists is None else 'would ignore'} dists, the images' features; "
+                f"type={kind!r} {'needs' if features is None else 'would ignore'} dists, the features; "
                 "pass both dists=... and type='gardo', or neither"
             )
         starts = np.cumsum(counts) - counts
@@ -67,20 +67,20 @@ class GroupStatTracker:
         for name, part in zip(names.tolist(), np.split(scores[order], starts[1:]), strict=True):
             self.stats[name] = np.concatenate([self.stats[name], part]) if name in self.stats else part
             self.history_prompts.add(name)
-        if type == "rwr":
+        if kind == "rwr":
             return scores.copy()
-        if type == "grpo":
+        if kind == "grpo":
             mean, std = self._moments(names.tolist())
             scale = scores.std(axis=0, keepdims=True) if self.global_std else std[group]
             return np.asarray((scores - mean[group]) / (scale + 1e-4))
-        if type == "sft":
+        if kind == "sft":
             best = np.maximum.reduceat(scores[order].reshape(len(scores), -1).max(axis=1), starts)
             return np.asarray(scores == best[group].reshape(-1, *[1] * (scores.ndim - 1)), dtype=np.float64)
         groups = np.split(order, starts[1:])
-        if dists is None:
+        if features is None:
             return _best_and_worst(scores, groups)
         centred = scores - self._moments(names.tolist())[0][group]
-        novelty = _novelty(np.asarray(dists, dtype=np.float64), groups)
+        novelty = _novelty(np.asarray(features, dtype=np.float64), groups)
         return np.where(centred < 0, centred, centred * novelty.reshape(-1, *[1] * (scores.ndim - 1)))
 
     def _moments(self, names: list[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

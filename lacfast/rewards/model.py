@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import gc
+import re
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
 from torch import Tensor, nn
+
+from lacfast.rewards.exchange import UnavailableError, reach
+from lacfast.rewards.reward import BadAnswerError, RewardError
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_REACH_S = 10.0
+"""Seconds in which the hub must let a run in that begins."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -76,6 +87,37 @@ class ModelReward(ABC):
                 network.to("cpu")
         return scores
 
+    def check(self) -> None:
+        """Ask for the files: a model that is not on this disk needs the hub.
+
+        Raises:
+            RewardError: when it cannot be asked.
+        """
+        missing = [source for source in self._hub_ids() if not _is_cached(source)]
+        # A proxy would be asked in its place.
+        if self._network is not None or not missing or getproxies():
+            return None
+        fault = "HF_HUB_OFFLINE is set"
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                return reach(constants.ENDPOINT, _REACH_S)
+            except (UnavailableError, BadAnswerError) as error:
+                fault = f"{constants.ENDPOINT}: {error}"
+        raise RewardError(
+            f"reward {self.name!r} needs {', '.join(missing)}, not on this disk, and the hub cannot be asked "
+            f"({fault}); run `hf download {missing[0]}` where there is a network, or pass directories"
+        )
+
+    def prepare(self) -> None:
+        """Load the network now, and not at the first call."""
+        with self._lock:
+            self._loaded()
+
+    def _hub_ids(self) -> list[str]:
+        """The settings that name a repository of the hub."""
+        values = [str(getattr(self, each.name)) for each in fields(self) if not each.name.startswith("_")]
+        return [value for value in values if _HUB_ID.fullmatch(value) and not Path(value).exists()]
+
     def unload(self) -> None:
         """Forget the network; the next call loads it again."""
         with self._lock:
@@ -94,11 +136,15 @@ class ModelReward(ABC):
         return scores.float().reshape(-1)
 
     def _network_on(self, device: torch.device) -> nn.Module:
-        if self._network is None:
-            self._network = self.load().requires_grad_(False).eval()
+        network = self._loaded()
         automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else automatic
-        self.place(self._network, device, dtype)
+        self.place(network, device, dtype)
+        return network
+
+    def _loaded(self) -> nn.Module:
+        if self._network is None:
+            self._network = self.load().requires_grad_(False).eval()
         return self._network
 
     def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -114,6 +160,11 @@ class ModelReward(ABC):
             self._stream.wait_stream(torch.cuda.current_stream(images.device))
             images.record_stream(self._stream)
         return torch.cuda.stream(self._stream)
+
+
+def _is_cached(hub_id: str) -> bool:
+    folder = repo_folder_name(repo_id=hub_id, repo_type="model")
+    return (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir()
 
 
 def checkpoint_file(source: str | Path, filename: str) -> Path:

@@ -61,11 +61,20 @@ class OCRAccuracy:
         # Before an engine is loaded or run.
         wanted = [wanted_text(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
         with self._lock:
-            if self._read is None:
-                self._read = _ENGINES[self.engine]() if isinstance(self.engine, str) else self.engine
-            found = ["".join(self._read(pixels)) for pixels in to_uint8(images)]
+            read = self._loaded()
+            found = ["".join(read(pixels)) for pixels in to_uint8(images)]
         scores = [accuracy(read, target) for read, target in zip(found, wanted, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
+
+    def prepare(self) -> None:
+        """Load the engine now, and not at the first call."""
+        with self._lock:
+            self._loaded()
+
+    def _loaded(self) -> OCREngine:
+        if self._read is None:
+            self._read = _ENGINES[self.engine]() if isinstance(self.engine, str) else self.engine
+        return self._read
 
 
 def wanted_text(prompt: str, metadata: dict[str, Any]) -> str:

@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lacfast.rewards.reward import Cancellable, Reward, RewardError
+from lacfast.config.checks import unknown
+from lacfast.rewards.names import registered_rewards, server
+from lacfast.rewards.reward import Cancellable, Checkable, Loadable, Reward, RewardError
 from lacfast.runtime.profiling import span
 
-BUILT_IN: dict[str, str] = {
-    "aesthetic": "lacfast.rewards.aesthetic:AestheticScore",
-    "clip_score": "lacfast.rewards.clip:CLIPScore",
-    "hpsv2": "lacfast.rewards.hpsv2:HPSv2",
-    "image_reward": "lacfast.rewards.image_reward:ImageReward",
-    "jpeg_compressibility": "lacfast.rewards.jpeg:jpeg_compressibility",
-    "jpeg_incompressibility": "lacfast.rewards.jpeg:jpeg_incompressibility",
-    "ocr": "lacfast.rewards.ocr:OCRAccuracy",
-    "pickscore": "lacfast.rewards.clip:PickScore",
-}
-"""Reward name -> "module:callable", imported at first use; a class is made with its default settings."""
-
-ENTRY_POINTS = "lacfast.rewards"
-"""Group of the entry points by which installed packages name rewards of theirs, in the same form."""
-
 _REMOTE = "lacfast.rewards.remote:RemoteReward"
-_FLOW_GRPO = "flow_grpo+"
 _FLOW_GRPO_WIRE = "lacfast.rewards.wire:FlowGRPOFormat"
 
 RewardSpec = str | Reward | Sequence[str | Reward] | Mapping[str | Reward, float]
 """One reward, several of equal weight, or reward -> weight; each a callable, a registered name, the
-"package.module:callable" of one of yours, or the http(s) URL of a reward server, after
-"flow_grpo+" of one that speaks flow_grpo's format."""
+"package.module:callable" of one of yours, or the http(s) URL of a reward server, after "flow_grpo+" of one
+that speaks flow_grpo's format, and after "name=" where the scores shall have a name that stays."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +37,14 @@ class RewardSet:
     """(M,) float32, in the order of `functions`."""
 
     @staticmethod
-    def create(spec: RewardSpec) -> RewardSet:
-        """Resolve names and callables.
+    def create(spec: RewardSet | RewardSpec) -> RewardSet:
+        """Resolve names and callables; a set is itself.
 
         Raises:
             ValueError: for an unknown name (the known are listed), two rewards of one name, or no reward.
         """
+        if isinstance(spec, RewardSet):
+            return spec
         weighted: Mapping[str | Reward, float]
         if isinstance(spec, Mapping):
             weighted = spec
@@ -102,6 +92,36 @@ class RewardSet:
                 for name, function in self.functions.items()
             }
 
+    def check(self) -> None:
+        """Ask, in seconds, for what the rewards need: servers, files of models.
+
+        Raises:
+            RewardError: for what is not there.
+        """
+        rewards: list[object] = list(self.functions.values())
+        for reward in rewards:
+            if isinstance(reward, Checkable):
+                reward.check()
+
+    def prepare(self) -> None:
+        """Ask for what the rewards need and load their models, before there are images to judge.
+
+        Raises:
+            RewardError: for what is not there or cannot be loaded.
+        """
+        self.check()
+        rewards: dict[str, object] = dict(self.functions)
+        for name, reward in rewards.items():
+            if isinstance(reward, Loadable):
+                try:
+                    reward.prepare()
+                except Exception as error:
+                    reason = str(error).strip().partition("\n")[0]
+                    raise RewardError(
+                        f"reward {name!r} cannot be loaded: {type(error).__name__}: {reason}; download its "
+                        "model where there is a network, or pass the reward with its directory"
+                    ) from error
+
     def cancel(self) -> None:
         """End the calls that other threads have in work, of rewards that can."""
         rewards: list[object] = list(self.functions.values())
@@ -110,45 +130,85 @@ class RewardSet:
                 reward.cancel()
 
 
-def registered_rewards() -> dict[str, str]:
-    """Reward name -> "module:callable": the built-in ones, and those that installed packages name."""
-    found = {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
-    return dict(sorted({**found, **BUILT_IN}.items()))
-
-
 def _named(entry: str | Reward) -> tuple[str, Reward]:
     """The name of a reward and the reward."""
     if not isinstance(entry, str):
         given = getattr(entry, "name", None)
         return given if isinstance(given, str) else getattr(entry, "__name__", type(entry).__name__), entry
-    url = entry.removeprefix(_FLOW_GRPO)
-    if url.startswith(("http://", "https://")):
-        made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if url != entry else {}
-        return entry, _imported(_REMOTE)(urls=(url,), **made)
-    if ":" in entry:
-        reward = _imported(entry)
-        return entry.partition(":")[2], reward() if isinstance(reward, type) else reward
+    address = server(entry)
+    if address is not None:
+        made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if address.speaks_flow_grpo else {}
+        return address.name, _imported(_REMOTE)(urls=(address.url,), name=address.name, **made)
     registered = registered_rewards()
-    if entry not in registered:
-        raise ValueError(
-            f"unknown reward {entry!r}; known: {', '.join(registered)}; or pass a callable, "
-            "'package.module:callable', or the URL of a reward server"
+    if ":" not in entry and entry not in registered:
+        raise unknown(
+            "reward",
+            entry,
+            registered,
+            "or pass a callable, 'package.module:callable', or the URL of a reward server",
         )
-    reward = _imported(registered[entry])
-    return entry, reward() if isinstance(reward, type) else reward
+    location = registered.get(entry, entry)
+    reward = _imported(location)
+    if isinstance(reward, type):
+        reward = _made(location, reward)
+    if not callable(reward):
+        raise ValueError(
+            f"reward {entry!r} is a {type(reward).__name__}, which cannot be called; write a function of "
+            "(images, prompts, metadata)"
+        )
+    return entry if entry in registered else entry.partition(":")[2], reward
+
+
+def _made(location: str, kind: type) -> Any:
+    try:
+        return kind()
+    except TypeError as error:
+        raise ValueError(
+            f"reward {location!r} cannot be made without settings: {error}; give them defaults, or pass an "
+            "instance in Python"
+        ) from error
 
 
 def _imported(location: str) -> Any:
-    """The object that "module:name" says.
+    """The object that "module:name" says; a module may lie in the current directory.
 
     Raises:
-        ValueError: when there is no such module or name; other errors of the import pass through.
+        ValueError: when there is no such module or name, or the module cannot be run.
     """
     module_name, _, name = location.partition(":")
+    top = module_name.partition(".")[0]
+    here = Path.cwd()
+    # A console script does not look there, where `python -m` does.
+    if str(here) not in sys.path and ((here / top).is_dir() or (here / f"{top}.py").is_file()):
+        sys.path.append(str(here))
     try:
-        return getattr(importlib.import_module(module_name), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"reward {location!r} cannot be imported: {error}") from error
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = str(error.name)
+        if missing == module_name or module_name.startswith(f"{missing}."):
+            raise ValueError(
+                f"reward {location!r} cannot be imported: there is no module {missing!r} in {here} or "
+                "installed; start in its directory, or install its package"
+            ) from error
+        raise ValueError(
+            f"reward {location!r} cannot be imported: its module needs {missing!r}, which is not installed; "
+            f"install it, say by pip install {missing.partition('.')[0]}"
+        ) from error
+    except SyntaxError as error:
+        raise ValueError(
+            f"reward {location!r} cannot be imported: {error.msg} in {error.filename}, line {error.lineno}; "
+            "mend it there"
+        ) from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"reward {location!r} cannot be imported: {type(error).__name__}: {error} in {place.filename}, "
+            f"line {place.lineno}; mend it there"
+        ) from error
+    if not hasattr(module, name):
+        names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
+        raise unknown(f"name in module {module_name!r}", name, names, f"The reward was {location!r}")
+    return getattr(module, name)
 
 
 def _checked(

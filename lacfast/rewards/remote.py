@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import io
 import logging
 import math
 import random
-import socket
-import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, wait
@@ -23,6 +19,9 @@ import torch
 from torch import Tensor
 
 from lacfast.config.checks import Config, Count, NonNegative, Positive, Share
+from lacfast.rewards.credentials import authorization
+from lacfast.rewards.exchange import UnavailableError, post, reach
+from lacfast.rewards.names import require_url
 from lacfast.rewards.reward import BadAnswerError, RewardError
 from lacfast.rewards.wire import JSONFormat, WireFormat
 from lacfast.rewards.workers import Workers
@@ -30,8 +29,8 @@ from lacfast.rewards.workers import Workers
 log = logging.getLogger(__name__)
 
 _BUSY_STATUSES = {408, 425, 429}
-_MAX_ANSWER_BYTES = 4 * 2**20
-_CHUNK_BYTES = 2**16
+_REACH_S = 10.0
+"""Seconds in which a server must let a run in that begins."""
 _MAX_SCORE = torch.finfo(torch.float32).max
 
 
@@ -55,10 +54,6 @@ class RetryConfig(Config):
     """Share of each pause that is random: many trainers must not come back at the same moment."""
 
 
-class _UnavailableError(Exception):
-    """A server could not be reached, took too long or said that it failed."""
-
-
 @dataclass(kw_only=True, eq=False)
 class RemoteReward:
     """Scores from HTTP servers. Each batch goes to one of them; what one cannot do, the next one does."""
@@ -75,11 +70,12 @@ class RemoteReward:
     """Requests in flight per server, >= 1."""
     retry: RetryConfig = field(default_factory=RetryConfig)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Further headers of every request, such as Authorization."""
+    """Further headers of every request. Without Authorization: what lacfast.rewards.credentials finds."""
     pause: Callable[[Event, float], object] = field(default=Event.wait, repr=False)
     """Waits some seconds or for the event; tests put in their own."""
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     """Seconds; tests put in their own."""
+    _credentials: dict[str, dict[str, str]] = field(default_factory=dict, init=False, repr=False)
     _calls: set[Workers] = field(default_factory=set, init=False, repr=False)
     _avoid_until: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     # Not the global generator: retries must not change what a seeded run draws.
@@ -89,18 +85,33 @@ class RemoteReward:
         if isinstance(self.urls, str) or not self.urls:
             raise ValueError(f"urls={self.urls!r}; pass a list of at least one server")
         for url in self.urls:
-            parts = urlsplit(url)
-            if "@" in parts.netloc:
-                shown = f"{parts.scheme}://...@{parts.netloc.rpartition('@')[2]}"
-                raise ValueError(
-                    f"{shown} has a user name or a password in it, which logs would show and nothing sends; "
-                    "leave it out and pass RemoteReward(headers={'Authorization': ...})"
-                )
-            if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(url):
-                raise ValueError(f"{url!r} is no server; write http://host:port/path")
+            require_url(url)
+            host = str(urlsplit(url).hostname)
+            given = {name.lower() for name in self.headers}
+            found = None if "authorization" in given else authorization(host)
+            if found is not None:
+                self._credentials[url] = {"Authorization": found}
         if self.batch_size < 1 or self.concurrency < 1:
             raise ValueError(
                 f"batch_size={self.batch_size} and concurrency={self.concurrency} must be 1 or more"
+            )
+
+    def check(self) -> None:
+        """Connect to every server, which must be up when work begins: later it may be down for a while.
+
+        Raises:
+            RewardError: when none can be reached; where some can, the others are warned of.
+        """
+        workers = Workers(len(self.urls), "lacfast-reach")
+        futures = {url: workers.submit(partial(reach, url, _REACH_S)) for url in self.urls}
+        workers.close(wait_s=_REACH_S + 1)
+        faults = {url: str(error) for url, future in futures.items() if (error := future.exception())}
+        for url, fault in faults.items():
+            log.warning("%s: %s", url, fault)
+        if len(faults) == len(self.urls):
+            told = "; ".join(f"{url}: {fault}" for url, fault in faults.items())
+            raise RewardError(
+                f"remote reward {self.name!r} has no server that answers: {told}; start it, or mend its URL"
             )
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
@@ -165,7 +176,7 @@ class RemoteReward:
                 limit = min(self.retry.timeout_s, left) if failures else self.retry.timeout_s
                 try:
                     scores = self._ask(url, body, len(prompts), limit)
-                except (_UnavailableError, BadAnswerError) as fault:
+                except (UnavailableError, BadAnswerError) as fault:
                     failures += 1
                     bad_answers += isinstance(fault, BadAnswerError)
                     last_fault[url] = str(fault)
@@ -205,12 +216,14 @@ class RemoteReward:
         """The scores of one request.
 
         Raises:
-            _UnavailableError: when the server cannot be reached, is slow or fails.
+            UnavailableError: when the server cannot be reached, is slow or fails.
             BadAnswerError: when what it says is of no use.
         """
-        status, answer = _post(url, body, {"Content-Type": self.wire.content_type, **self.headers}, timeout_s)
+        own = {"Content-Type": self.wire.content_type, **self._credentials.get(url, {})}
+        headers = {**own, **self.headers}
+        status, answer = post(url, body, headers, timeout_s)
         if status >= 500 or status in _BUSY_STATUSES:
-            raise _UnavailableError(f"HTTP status {status}, {_last_line(answer)}")
+            raise UnavailableError(f"HTTP status {status}, {_last_line(answer)}")
         if status != 200:
             raise BadAnswerError(f"HTTP status {status}, {_last_line(answer)}")
         scores = self.wire.scores(answer)
@@ -221,119 +234,6 @@ class RemoteReward:
         if unusable:
             raise BadAnswerError(f"a score is {unusable[0]}")
         return scores
-
-
-class _TooLongError(Exception):
-    """More bytes than any scores need. No ValueError, which http.client would take for its own."""
-
-
-class _BoundedSocket(io.RawIOBase):
-    """One deadline and budget of bytes over an exchange: a socket's own limit starts anew with each byte."""
-
-    def __init__(self, connected: socket.socket, deadline: float) -> None:
-        self.socket = connected
-        self.deadline = deadline
-        self.left = _MAX_ANSWER_BYTES
-
-    def sendall(self, message: bytes) -> None:
-        rest = memoryview(message)
-        while rest:
-            self.socket.settimeout(_left(self.deadline))
-            rest = rest[self.socket.send(rest[:_CHUNK_BYTES]) :]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.socket.settimeout(_left(self.deadline))
-        count = self.socket.recv_into(buffer)
-        self.left -= count
-        if self.left < 0:
-            raise _TooLongError
-        return count
-
-    def close(self) -> None:
-        """Nothing: http.client closes its socket while the answer is still being read."""
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _addresses(host: str, port: int, deadline: float) -> list[Any]:
-    # The system's resolver has no time limit, so it may be left behind.
-    resolver = Workers(1, "lacfast-resolver")
-    found = resolver.submit(partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM))
-    try:
-        return found.result(_left(deadline))
-    finally:
-        resolver.close(cancel=True, wait_s=0)
-
-
-def _connected(host: str, port: int, *, tls: bool, deadline: float) -> socket.socket:
-    fault: OSError = OSError(f"{host} has no address")
-    for *_, address in _addresses(host, port, deadline):
-        try:
-            connected = socket.create_connection(address[:2], timeout=_left(deadline))
-        except OSError as error:
-            fault = error
-        else:
-            connected.settimeout(_left(deadline))
-            return (
-                ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-                if tls
-                else connected
-            )
-    raise fault
-
-
-def _post(url: str, body: bytes, headers: Mapping[str, str], timeout_s: float) -> tuple[int, bytes]:
-    """Status and body of the answer to a POST request, all within `timeout_s`."""
-    parts = urlsplit(url)
-    deadline, tls = time.monotonic() + timeout_s, parts.scheme == "https"
-    host = str(parts.hostname)
-    connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, parts.port)
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connected = None
-    try:
-        connected = _connected(host, parts.port or connection.default_port, tls=tls, deadline=deadline)
-        connection.sock = _BoundedSocket(connected, deadline)
-        connection.request("POST", path, body, dict(headers))
-        response = connection.getresponse()
-        answer = bytearray()
-        while chunk := response.read1(_CHUNK_BYTES):
-            answer += chunk
-        if response.length:
-            raise _UnavailableError("the connection ended within the answer")
-        return response.status, bytes(answer)
-    except _TooLongError as error:
-        raise BadAnswerError(f"the answer is longer than {_MAX_ANSWER_BYTES} bytes") from error
-    except TimeoutError as error:
-        raise _UnavailableError(f"no whole answer within {timeout_s:g} s") from error
-    except ssl.SSLCertVerificationError as error:
-        raise BadAnswerError(
-            f"its certificate is not trusted: {error.verify_message}; "
-            "name a file that vouches for it in SSL_CERT_FILE"
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _UnavailableError(f"{type(error).__name__}: {error}") from error
-    finally:
-        if connected is not None:
-            connected.close()
-
-
-def _has_port(url: str) -> bool:
-    """Whether the port is a number, or the scheme's own."""
-    try:
-        return urlsplit(url).port != 0
-    except ValueError:
-        return False
 
 
 def _last_line(answer: bytes) -> str:

@@ -21,6 +21,22 @@ class Cancellable(Protocol):
         """End the calls that other threads have in work; each raises."""
 
 
+@runtime_checkable
+class Checkable(Protocol):
+    """A reward that needs something that may be missing: a server, files of a model."""
+
+    def check(self) -> None:
+        """Ask for it, in seconds; raises when it is not there."""
+
+
+@runtime_checkable
+class Loadable(Protocol):
+    """A reward that loads something before it can judge."""
+
+    def prepare(self) -> None:
+        """Load it now; raises when that cannot be done."""
+
+
 class RewardError(FailedError):
     """A reward failed or returned something that must not be learned from."""
 

@@ -10,6 +10,7 @@ import tyro
 
 from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig, resumption
 from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed
+from lacfast.rewards.names import require_servers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -31,7 +32,7 @@ class RunConfig(Config):
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
     rewards: tuple[tuple[str, Finite], ...]
-    """(reward, weight) pairs; a registered name, "package.module:callable" or the URL of a server."""
+    """(reward, weight) pairs; a registered name, "package.module:callable", or a server: URL or name=URL."""
     evaluation_rewards: tuple[str, ...] = ()
     """Rewards that are only reported."""
     device: str = ""
@@ -76,6 +77,8 @@ class RunConfig(Config):
         for name in ("out", "model", "prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; every run needs it")
+        # Before the settings are shown or written anywhere.
+        require_servers([*(name for name, _ in self.rewards), *self.evaluation_rewards])
 
 
 CHANGEABLE = {
@@ -111,6 +114,10 @@ class EvaluationRun(Config):
     out: Path | None = None
     """Write scores.json and samples.png here. None: only print."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_servers(self.rewards)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringRun(Config):
@@ -139,3 +146,7 @@ class SteeringRun(Config):
     """Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
     """Dtype that the model runs in."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_servers([*self.rewards, *self.gold])

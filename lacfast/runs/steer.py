@@ -53,6 +53,9 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
     rewards, gold = (
         RewardSet.create(names) if names else None for names in (settings.rewards, settings.gold)
     )
+    for judge in (rewards, gold):
+        if judge is not None:
+            judge.check()
     if settings.settings.selection == "reward" and rewards is None:
         raise ValueError("--selection reward has no reward to select by; name it with --rewards")
     model, sampler = saved_model(settings.source), settings.sampler

@@ -126,13 +126,16 @@ def check(config: RunConfig) -> None:
     """Ask for what a run needs before any work: its device, its rewards and the score that says what is best.
 
     Raises:
-        ValueError: for what is unknown or not here.
+        ValueError: for what is unknown or not here; a RewardError for a reward's server or model.
         ImportError: when a reward's optional package is not installed.
     """
     torch_device(config.device)
-    names = RewardSet.create(dict(config.rewards)).names
+    scorers = [RewardSet.create(dict(config.rewards))]
     if config.evaluation_rewards:
-        names += RewardSet.create(config.evaluation_rewards).names
+        scorers.append(RewardSet.create(config.evaluation_rewards))
+    names = [name for scorer in scorers for name in scorer.names]
+    for scorer in scorers:
+        scorer.check()
     EarlyStopping.create(config.train.early_stopping, names)
     if config.best and config.best not in names:
         raise ValueError(
@@ -294,6 +297,7 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
+    scorer.prepare()
     backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),

@@ -69,6 +69,9 @@ def steer(
     scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
     table = backbone.transition_table(sampler)
     _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
+    for judge in (scorer, gold_scorer):
+        if judge is not None:
+            judge.prepare()
     device = next(backbone.model.parameters()).device
     if head_weights is None and scorer is not None and critics:
         head_weights = _asked_weights(rewards, scorer, critics[0].rewards)
@@ -117,7 +120,7 @@ def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
-    return rewards if rewards is None or isinstance(rewards, RewardSet) else RewardSet.create(rewards)
+    return None if rewards is None else RewardSet.create(rewards)
 
 
 def _asked_weights(

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_backbones import brightness
+from refusals import Refusal
+from tiny_backbones import brightness, tiny_backbone
 
-from lacfast.rewards.registry import RewardSet, registered_rewards
+from lacfast.rewards.names import registered_rewards
+from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
+from lacfast.trainer import LatentActorCriticTrainer
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["one red circle", "one blue square"]
@@ -121,7 +124,7 @@ def test_a_reward_that_raises_is_named_with_its_error() -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("clipscore", "unknown reward 'clipscore'; known: aesthetic, clip_score, .*hpsv2"),
+        ("clipscore", "unknown reward 'clipscore'; did you mean 'clip_score'.*: aesthetic, .*hpsv2"),
         ([], "there is no reward"),
         ({}, "there is no reward"),
     ],
@@ -161,10 +164,111 @@ def test_a_callable_of_ones_own_may_be_named_by_its_module() -> None:
     )
 
 
-@pytest.mark.parametrize("location", ["no_such_module:reward", "tiny_backbones:no_such_reward"])
-def test_a_module_or_name_that_does_not_exist_is_named(location: str) -> None:
-    with pytest.raises(ValueError, match=f"reward '{location}' cannot be imported: .*no_such"):
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with modules in it that the path does not know."""
+    for name, source in {
+        "own_good": "def ok(images, prompts, metadata):\n    return [1.0] * len(prompts)\nNUMBER = 3\n"
+        "class Needs:\n    def __init__(self, size):\n        pass\n",
+        "own_syntax": "def ok(:\n",
+        "own_import": "import no_such_package.part\n",
+        "own_raise": "x = 1\nraise KeyError('weights')\n",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def test_a_module_of_the_current_directory_is_found(modules: Path) -> None:
+    assert str(modules) not in sys.path
+    assert score("own_good:ok")["ok"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("location", "refusal"),
+    [
+        (
+            "no_such_module:reward",
+            Refusal(
+                "reward 'no_such_module:reward' cannot be imported: there is no module 'no_such_module' in",
+                cause="A reward in a module that is neither installed nor in the current directory.",
+                remedy="start in its directory, or install its package",
+            ),
+        ),
+        (
+            "own_good:okay",
+            Refusal(
+                "unknown name in module 'own_good' 'okay'; did you mean 'ok'?",
+                cause="A reward that its module does not have.",
+                remedy="Known: ok, Needs",
+            ),
+        ),
+        (
+            "own_syntax:ok",
+            Refusal(
+                "reward 'own_syntax:ok' cannot be imported: invalid syntax",
+                cause="A reward of one's own with a syntax error.",
+                remedy="own_syntax.py, line 1; mend it there",
+            ),
+        ),
+        (
+            "own_import:ok",
+            Refusal(
+                "its module needs 'no_such_package', which is not installed",
+                cause="A reward of one's own that imports what is not installed.",
+                remedy="pip install no_such_package",
+            ),
+        ),
+        (
+            "own_raise:ok",
+            Refusal(
+                "reward 'own_raise:ok' cannot be imported: KeyError: 'weights' in",
+                cause="A reward of one's own whose module fails while it is imported.",
+                remedy="own_raise.py, line 2; mend it there",
+            ),
+        ),
+        (
+            "own_good:Needs",
+            Refusal(
+                "reward 'own_good:Needs' cannot be made without settings",
+                cause="A class of rewards that cannot be made without arguments.",
+                remedy="give them defaults, or pass an instance in Python",
+            ),
+        ),
+        (
+            "own_good:NUMBER",
+            Refusal(
+                "reward 'own_good:NUMBER' is a int, which cannot be called",
+                cause="The name of something that is no reward.",
+                remedy="write a function of (images, prompts, metadata)",
+            ),
+        ),
+    ],
+)
+def test_what_cannot_be_imported_says_why(modules: Path, location: str, refusal: Refusal) -> None:
+    with refusal.raised():
         RewardSet.create(location)
+
+
+def test_a_trainer_asks_for_what_its_rewards_need_before_any_work() -> None:
+    class Judge:
+        name = "judge"
+
+        def check(self) -> None:
+            told.append("check")
+
+        def prepare(self) -> None:
+            told.append("prepare")
+            raise FileNotFoundError("judge.safetensors")
+
+        def __call__(self, images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+            raise AssertionError("was asked for scores")
+
+    told: list[str] = []
+    with pytest.raises(RewardError, match="reward 'judge' cannot be loaded: FileNotFoundError"):
+        LatentActorCriticTrainer(tiny_backbone("dit"), Judge(), ["one red circle"])
+    assert told == ["check", "prepare"]
 
 
 def test_an_object_may_say_its_name() -> None:

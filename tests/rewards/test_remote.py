@@ -313,7 +313,44 @@ def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
     with pytest.raises(ValueError, match="has a user name or a password in it") as caught:
         RemoteReward(urls=["http://me:secret@host:80/score"])
     assert "secret" not in str(caught.value)
-    assert "secret" not in repr(RemoteReward(urls=["http://host"], headers={"Authorization": "secret"}))
+
+
+def test_credentials_are_sent_and_never_shown(
+    start: Callable[..., Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login bearer password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server = start(failing(401, "who are you?"))
+    rewards = RewardSet.create(f"taste={server.url}")
+    assert rewards.names == ["taste"]
+    rewards.score(IMAGES, PROMPTS, METADATA)
+    assert [headers["Authorization"] for headers in server.headers] == ["Bearer secret"] * 2
+    # What is said in Python counts more than the file.
+    given = RemoteReward(urls=[server.url], headers={"authorization": "Basic other"})
+    given(IMAGES, PROMPTS, METADATA)
+    sent = [value for name, value in server.headers[-1].items() if name.lower() == "authorization"]
+    assert sent == ["Basic other"]
+    for shown in (repr(rewards), repr(given), caplog.text):
+        assert "secret" not in shown
+        assert "other" not in shown
+
+
+def test_a_run_begins_only_with_a_server_that_answers(
+    start: Callable[..., Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    up, down = start().url, f"http://127.0.0.1:{free_port()}"
+    remote(up, down).check()
+    assert f"{down}: ConnectionRefusedError" in caplog.text
+    with Refusal(
+        "has no server that answers: http://127.0.0.1:",
+        cause="A reward server that is not running, or another address.",
+        remedy="start it, or mend its URL",
+        error=RewardError,
+    ).raised():
+        RewardSet.create(f"taste={down}").prepare()
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
