@@ -77,16 +77,13 @@ class LatentActorCriticTrainer:
             trackers: services that get the numbers besides.
 
         Raises:
-            ValueError: for settings that cannot train; the message says which and what to do. A RewardError
-                for a reward whose model or server is not there.
+            ValueError: for settings that cannot train, or a reward whose model or server is not there.
         """
         self.config = config or TrainConfig()
         self.backbone = backbone
-        self.rewards = RewardSet.create(rewards)
-        gold = [] if evaluation_rewards is None else [RewardSet.create(evaluation_rewards)]
+        self.rewards = RewardSet.create(rewards).prepared()
+        gold = [] if evaluation_rewards is None else [RewardSet.create(evaluation_rewards).prepared()]
         self.scorers = [self.rewards, *gold]
-        for scorer in self.scorers:
-            scorer.prepare()
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)

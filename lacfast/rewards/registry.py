@@ -103,8 +103,8 @@ class RewardSet:
             if isinstance(reward, Checkable):
                 reward.check()
 
-    def prepare(self) -> None:
-        """Ask for what the rewards need and load their models, before there are images to judge.
+    def prepared(self) -> RewardSet:
+        """The set itself, after it asked for what its rewards need and loaded their models.
 
         Raises:
             RewardError: for what is not there or cannot be loaded.
@@ -121,6 +121,7 @@ class RewardSet:
                         f"reward {name!r} cannot be loaded: {type(error).__name__}: {reason}; download its "
                         "model where there is a network, or pass the reward with its directory"
                     ) from error
+        return self
 
     def cancel(self) -> None:
         """End the calls that other threads have in work, of rewards that can."""

@@ -297,7 +297,7 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
-    scorer.prepare()
+    scorer = scorer.prepared()
     backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),

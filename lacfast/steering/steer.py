@@ -69,9 +69,7 @@ def steer(
     scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
     table = backbone.transition_table(sampler)
     _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
-    for judge in (scorer, gold_scorer):
-        if judge is not None:
-            judge.prepare()
+    scorer, gold_scorer = (judge and judge.prepared() for judge in (scorer, gold_scorer))
     device = next(backbone.model.parameters()).device
     if head_weights is None and scorer is not None and critics:
         head_weights = _asked_weights(rewards, scorer, critics[0].rewards)

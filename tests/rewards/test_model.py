@@ -57,7 +57,7 @@ def test_a_model_that_is_missing_is_noticed_within_seconds(no_hub: Path) -> None
         remedy="run `hf download nobody/mean` where there is a network, or pass directories",
         error=RewardError,
     ).raised():
-        RewardSet.create(Mean()).prepare()
+        RewardSet.create(Mean()).prepared()
     assert time.monotonic() - start < 5
 
 
@@ -78,8 +78,7 @@ def test_a_network_is_loaded_once_when_it_is_told_to(no_hub: Path) -> None:
     rewards = RewardSet.create(reward)
     rewards.check()
     assert reward.loads == 0
-    rewards.prepare()
-    rewards.prepare()
+    assert rewards.prepared().prepared() is rewards
     scores = rewards.score(torch.ones(2, 3, 4, 4), ["a", "b"], [{}, {}])
     assert (reward.loads, scores["mean"].tolist()) == (1, [1.0, 1.0])
 
@@ -91,4 +90,4 @@ def test_a_network_that_cannot_be_loaded_names_its_reward() -> None:
         remedy="download its model where there is a network, or pass the reward with its directory",
         error=RewardError,
     ).raised():
-        RewardSet.create(Mean(model="broken")).prepare()
+        RewardSet.create(Mean(model="broken")).prepared()

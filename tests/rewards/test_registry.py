@@ -78,9 +78,14 @@ def test_what_is_no_tensor_names_the_reward_and_the_remedy(returned: Any) -> Non
     def bad(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
         return returned
 
-    kind = type(returned).__name__
-    with pytest.raises(RewardError, match=f"reward 'bad' returned a {kind} .*one number per image"):
+    with Refusal(
+        "reward 'bad' returned a ",
+        cause="A reward that returns None, a dict, a string, a generator, a pair or a ragged list.",
+        remedy="return one number per image, as a tensor, an array or a list",
+        error=RewardError,
+    ).raised() as caught:
         score(bad)
+    assert f"returned a {type(returned).__name__} that is no tensor of numbers" in str(caught.value)
 
 
 def test_a_reward_cannot_change_what_others_see() -> None:

@@ -350,7 +350,7 @@ def test_a_run_begins_only_with_a_server_that_answers(
         remedy="start it, or mend its URL",
         error=RewardError,
     ).raised():
-        RewardSet.create(f"taste={down}").prepare()
+        RewardSet.create(f"taste={down}").prepared()
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
