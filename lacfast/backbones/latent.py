@@ -229,12 +229,13 @@ class LatentBackbone(ABC):
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window
-        if self.scheduler is not None:
-            if config.shift != 1.0:
-                raise ValueError(
-                    f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} sets the noise "
-                    "levels; set the shift in its config"
-                )
+        is_flow = self.scheduler is None or "FlowMatch" in type(self.scheduler).__name__
+        if config.shift != 1.0 and not is_flow:
+            raise ValueError(
+                f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} has the noise levels "
+                "of its training, and only a flow's can be shifted; leave shift out"
+            )
+        if self.scheduler is not None and config.shift == 1.0:
             return from_scheduler(
                 self.scheduler,
                 config.num_steps,

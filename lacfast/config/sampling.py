@@ -104,7 +104,8 @@ class SamplerConfig(Config):
     noise_level: NonNegative = 0.7
     """eta of the kind, at most 1 for "cps", "flow_ddim" and "ddim", 0 for "ode". Flow-GRPO."""
     shift: Positive = 1.0
-    """Timestep shift of the noise levels; 1 is uniform, SD3 uses 3."""
+    """Timestep shift of uniform noise levels, which take the place of a flow's scheduler's; DanceGRPO: 3.
+    1: the scheduler's own, uniform where there is none."""
     window: Fixed | Random | Sliding | None = None
     """Which steps are stochastic and trained; the others are ODE steps. None: all but the last, whose std is
     too small to train. Evaluation, steering and the rollouts that judge value pretraining take all steps

@@ -85,7 +85,8 @@ def shapes_run() -> RunConfig:
 def sd15_ddpo() -> RunConfig:
     """Stable Diffusion 1.5, DDPO's first task (arXiv 2305.13301): images that compress well as JPEG.
 
-    DDIM with eta 1, 50 steps and guidance 5 are ddpo-pytorch's; clip and rates are the critic paper's.
+    Nobody's script: DDIM with eta 1, 50 steps and guidance 5 are ddpo-pytorch's; clip and rates are the
+    critic paper's.
     """
     return RunConfig(
         out="runs/sd15-ddpo",
@@ -179,8 +180,9 @@ def flux_pickscore() -> RunConfig:
 def flow_grpo_geneval() -> RunConfig:
     """Flow-GRPO (arXiv 2505.05470) on GenEval's prompts: `geneval_sd3` of its config/grpo.py.
 
-    There 32 GPUs share the 48 groups of 24 images. Its moving average decays by 0.9 every eight optimizer
-    steps, which is every four iterations.
+    Revision: yifan123/flow_grpo at ac4c86e8cae0. There 32 GPUs share the 48 groups of 24 images. Its moving
+    average decays by 0.9 every eight optimizer steps, which is every four iterations. Its last step draws
+    noise and is not trained; here it is an ODE step.
     """
     return replace(
         sd35m_geneval(),
@@ -213,8 +215,9 @@ def flow_grpo_geneval() -> RunConfig:
 def dance_grpo_hpsv2() -> RunConfig:
     """DanceGRPO (arXiv 2505.07818) on FLUX with HPSv2.1: scripts/finetune/finetune_flux_grpo.sh.
 
-    There 16 GPUs take a prompt each. Its trajectories of one prompt share their first noise; here they do
-    not. The deviation is that of the group, of the population.
+    Revision: XueZeyue/DanceGRPO at 15cc71d53cc2. There 16 GPUs take a prompt each. Its trajectories of one
+    prompt share their first noise, its timesteps are cut to whole numbers, and a group's deviation divides by
+    N - 1; here the noise is each trajectory's own, timesteps are exact, and it divides by N.
     """
     return RunConfig(
         out="runs/dance-grpo-hpsv2",
@@ -229,7 +232,7 @@ def dance_grpo_hpsv2() -> RunConfig:
             samples_per_prompt=12,
             rollout_batch_size=12,
             iterations=300,
-            sampler=SamplerConfig(kind="dance_sde", num_steps=16, noise_level=0.3),
+            sampler=SamplerConfig(kind="dance_sde", num_steps=16, noise_level=0.3, shift=3.0),
             critic=CriticConfig(trunk="none"),
             advantages=AdvantageConfig(estimator=GRPO(std="group")),
             ppo=PPOConfig(
@@ -253,15 +256,18 @@ def dance_grpo_hpsv2() -> RunConfig:
 def ddpo_compressibility() -> RunConfig:
     """DDPO (arXiv 2305.13301) on JPEG compressibility: config/base.py and config/dgx.py of ddpo-pytorch.
 
-    There eight GPUs share the 256 images of an epoch, and all weights are trained.
+    Revision: kvablack/ddpo-pytorch at 1958463f0201. There eight GPUs share the 256 images of an epoch, in
+    float16. Its prompts are the first 398 lines of its ddpo_pytorch/assets/imagenet_classes.txt.
     """
     return replace(
         sd15_ddpo(),
         out="runs/ddpo-compressibility",
-        lora=None,
+        model="CompVis/stable-diffusion-v1-4",
+        prompts="imagenet_animals.txt",
+        lora=LoRAConfig(rank=4),
         train=TrainConfig(
             batch_size=8 * 32,
-            rollout_batch_size=16,
+            rollout_batch_size=8,
             iterations=100,
             # Every step is stochastic, the last one too.
             sampler=SamplerConfig(
@@ -271,9 +277,9 @@ def ddpo_compressibility() -> RunConfig:
             advantages=AdvantageConfig(estimator=DDPO(buffer_size=16, min_count=16)),
             ppo=PPOConfig(
                 clip=Ratio(1e-4),
-                advantage_clip=10.0,
+                advantage_clip=5.0,
                 num_minibatches=4,
-                policy_learning_rate=3e-5,
+                policy_learning_rate=3e-4,
                 betas=(0.9, 0.999),
                 adam_eps=1e-8,
                 cfg_grad="both",

@@ -16,6 +16,7 @@ from lacfast.backbones import adapt
 from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
 from lacfast.checkpoint import save_backbone
 from lacfast.config import CriticConfig, SamplerConfig
+from lacfast.schedule import uniform_sigmas
 
 
 @pytest.fixture(params=FAMILIES)
@@ -137,7 +138,7 @@ def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
         load_backbone(tmp_path)
 
 
-def test_a_scheduler_sets_the_noise_levels_and_a_shift_beside_it_is_refused() -> None:
+def test_a_scheduler_sets_the_noise_levels_and_a_shift_takes_their_place() -> None:
     backbone = tiny_backbone("dit")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     adapted = adapt(
@@ -150,5 +151,5 @@ def test_a_scheduler_sets_the_noise_levels_and_a_shift_beside_it_is_refused() ->
     table = adapted.transition_table(SamplerConfig(num_steps=4))
     scheduler.set_timesteps(4)
     torch.testing.assert_close(table.timesteps, scheduler.timesteps)
-    with pytest.raises(ValueError, match=r"shift=2\.0 would be ignored: FlowMatchEulerDiscreteScheduler"):
-        adapted.transition_table(SamplerConfig(num_steps=4, shift=2.0))
+    shifted = adapted.transition_table(SamplerConfig(num_steps=4, shift=2.0))
+    assert torch.equal(shifted.sigmas, uniform_sigmas(4, shift=2.0))

@@ -20,6 +20,7 @@ from diffusers import (
 from refusals import Refusal
 from tiny_pipelines import PROMPTS, backbone_of, ode_images, own_call, sd_noise, tiny_pipeline, unet
 
+from lacfast import SamplerConfig
 from lacfast.backbones.scheduler_choice import BECOME_DDIM, DDIM_ALREADY, ddim_scheduler, flow_scheduler
 from lacfast.backbones.schedulers import from_scheduler
 
@@ -210,6 +211,15 @@ def test_another_solver_of_a_flow_is_refused_at_load(scheduler: Any, refusal: Re
     pipeline.scheduler = scheduler
     with refusal.raised():
         backbone_of(pipeline)
+
+
+def test_a_shift_of_an_epsilon_model_is_refused() -> None:
+    with Refusal(
+        "shift=3.0 would be ignored: DDIMScheduler has the noise levels of its training",
+        cause="`SamplerConfig.shift` on a model of epsilon or v.",
+        remedy="leave shift out",
+    ).raised():
+        backbone_of(tiny_pipeline("sd15")).transition_table(SamplerConfig(kind="ddim", shift=3.0))
 
 
 def test_settings_of_another_class_that_diffusers_keeps_do_not_count() -> None:

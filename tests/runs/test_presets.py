@@ -1,0 +1,109 @@
+"""A preset that follows a script names its revision and has its noise levels and settings."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lacfast import PipelineSettings
+from lacfast.backbones.blueprint import load_blueprint
+from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Ratio
+from lacfast.records import TransitionTable
+from lacfast.runs.presets import RUNS
+from lacfast.runs.train import torch_dtype
+
+SCRIPTS = {
+    "flow-grpo-geneval": "yifan123/flow_grpo",
+    "dance-grpo-hpsv2": "XueZeyue/DanceGRPO",
+    "ddpo-compressibility": "kvablack/ddpo-pytorch",
+}
+"""Presets that do what somebody's script does."""
+
+
+def table_of(name: str) -> TransitionTable:
+    """Through the published model's own scheduler."""
+    config = RUNS[name]()
+    blueprint = load_blueprint(
+        config.model,
+        dtype=torch_dtype(config.dtype),
+        lora=config.adapter,
+        settings=PipelineSettings(resolution=config.resolution),
+    )
+    return blueprint.backbone.transition_table(config.train.sampler)
+
+
+def flow_grpo_levels() -> np.ndarray:
+    """SD3.5's scheduler shifts 1000 uniform levels by 3, takes ten between the ends, shifts again."""
+    ends = 3 * np.array([1.0, 0.001]) / (1 + 2 * np.array([1.0, 0.001]))
+    levels = np.linspace(*ends, 10)
+    return np.append(3 * levels / (1 + 2 * levels), 0.0)
+
+
+def dance_grpo_levels() -> np.ndarray:
+    """17 uniform levels, shifted by 3; FLUX's own shift at 720 pixels is not asked."""
+    levels = np.linspace(1, 0, 17)
+    return 3 * levels / (1 + 2 * levels)
+
+
+def ddpo_levels() -> np.ndarray:
+    """DDIM's 50 leading timesteps of SD 1.4, offset by one; the last alpha is that of timestep 0."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    timesteps = np.append(np.arange(981, 0, -20), 0)
+    return np.sqrt(1 - np.cumprod(1 - betas)[timesteps])
+
+
+LEVELS = {
+    "flow-grpo-geneval": flow_grpo_levels,
+    "dance-grpo-hpsv2": dance_grpo_levels,
+    "ddpo-compressibility": ddpo_levels,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_preset_has_the_noise_levels_of_its_script_and_names_the_revision(name: str) -> None:
+    found: Tensor = table_of(name).sigmas
+    torch.testing.assert_close(found.numpy(), LEVELS[name](), rtol=2e-5, atol=2e-6)
+    assert re.search(rf"Revision: {SCRIPTS[name]} at [0-9a-f]{{12}}\.", RUNS[name].__doc__ or "")
+
+
+def test_dance_grpo_has_the_settings_of_its_script() -> None:
+    config = RUNS["dance-grpo-hpsv2"]()
+    sampler, ppo = config.train.sampler, config.train.ppo
+    assert (sampler.num_steps, sampler.noise_level, sampler.shift) == (16, 0.3, 3.0)
+    assert (config.train.batch_size, config.train.samples_per_prompt) == (16 * 12, 12)
+    assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-4), 5.0, 1e-5)
+    # Four gradients are added up for a step of a prompt's twelve trajectories.
+    assert ppo.num_minibatches == 12 // 4
+    # 0.6 of the fifteen steps before the last.
+    assert len(table_of("dance-grpo-hpsv2").trainable_steps) * ppo.timestep_fraction == 9
+    assert config.resolution == (720, 720)
+
+
+def test_ddpo_has_the_settings_of_its_script() -> None:
+    config = RUNS["ddpo-compressibility"]()
+    sampler, ppo = config.train.sampler, config.train.ppo
+    assert config.lora == LoRAConfig(rank=4)
+    assert (sampler.num_steps, sampler.noise_level, sampler.guidance_scale) == (50, 1.0, 5.0)
+    assert sampler.window == Fixed((0, 50))
+    assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-4), 5.0, 3e-4)
+    # 8 GPUs of 8 images in 4 batches; 32 images per GPU by 4 in 2 accumulated gradients.
+    assert (config.train.batch_size, ppo.num_minibatches) == (8 * 8 * 4, 32 // (4 * 2))
+    assert config.train.advantages.estimator == DDPO(buffer_size=16, min_count=16)
+
+
+def test_flow_grpo_has_the_settings_of_its_script() -> None:
+    config = RUNS["flow-grpo-geneval"]()
+    sampler, ppo = config.train.sampler, config.train.ppo
+    assert config.lora == LoRAConfig(rank=32, alpha=64)
+    assert (sampler.num_steps, sampler.noise_level, sampler.guidance_scale) == (10, 0.7, 4.5)
+    assert (config.train.batch_size, config.train.samples_per_prompt) == (48 * 24, 24)
+    assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-4), 5.0, 3e-4)
+    assert ppo.kl is not None
+    assert (ppo.kl.weight, ppo.kl.kind) == (0.04, "flow_grpo")
+    assert config.train.advantages.estimator == GRPO(std="global")
+    # int(0.99 10) steps are trained.
+    assert len(table_of("flow-grpo-geneval").trainable_steps) == 9
