@@ -232,8 +232,8 @@ class LatentBackbone(ABC):
         is_flow = self.scheduler is None or "FlowMatch" in type(self.scheduler).__name__
         if config.shift != 1.0 and not is_flow:
             raise ValueError(
-                f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} has the noise levels "
-                "of its training, and only a flow's can be shifted; leave shift out"
+                f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} has the levels of "
+                "its training, and only a flow's can be shifted; leave shift out"
             )
         if self.scheduler is not None and config.shift == 1.0:
             return from_scheduler(

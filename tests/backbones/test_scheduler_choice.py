@@ -215,7 +215,7 @@ def test_another_solver_of_a_flow_is_refused_at_load(scheduler: Any, refusal: Re
 
 def test_a_shift_of_an_epsilon_model_is_refused() -> None:
     with Refusal(
-        "shift=3.0 would be ignored: DDIMScheduler has the noise levels of its training",
+        "shift=3.0 would be ignored: DDIMScheduler has the levels of its training",
         cause="`SamplerConfig.shift` on a model of epsilon or v.",
         remedy="leave shift out",
     ).raised():
