@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,7 @@ def test_a_window_leaves_ode_steps_outside() -> None:
         (lambda: schedule.cps(SIGMAS, 2.0), r"noise_level=2.0 of kind='cps' must lie in \[0, 1\]"),
         (lambda: schedule.flow_sde(SIGMAS, 1e-9), "has std .* use a larger noise_level"),
         (lambda: schedule.dance_sde(SIGMAS, math.inf), "must be >= 0"),
+        (lambda: replace(schedule.ode(SIGMAS), std=torch.full((10,), math.nan)), "use a smaller noise_level"),
     ],
 )
 def test_bad_input_gets_one_error_with_value_and_remedy(call: Any, message: str) -> None:

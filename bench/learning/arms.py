@@ -80,9 +80,11 @@ def at_rate(config: TrainConfig, rate: float) -> TrainConfig:
 
 def without_critic(backbone: str) -> TrainConfig:
     """All but the method: what the baselines start from."""
+    config = latent_critic(backbone)
     return replace(
-        latent_critic(backbone),
+        config,
         critic=CriticConfig(trunk="none"),
+        ppo=replace(config.ppo, gae_lambda=1.0),
         advantages=AdvantageConfig(estimator=BatchMean()),
     )
 

@@ -20,7 +20,6 @@ def critic_advantages(
     normalizer: RewardNormalizer,
     weights: Tensor,
     *,
-    gamma: float,
     gae_lambda: float | Tensor,
     advantage_clip: float,
     target_clip: float,
@@ -32,7 +31,6 @@ def critic_advantages(
         rollout: with rewards.
         normalizer: already updated with this rollout's rewards; it knows what the M heads predict.
         weights: (M,) of the heads.
-        gamma: discount.
         gae_lambda: of the policy's advantages, one or (T,) of each step's value; value targets use 1, so they
             are the rewards themselves.
         advantage_clip: bound of the result.
@@ -49,7 +47,6 @@ def critic_advantages(
         normalizer.std.to(rewards),
         weights.to(rewards),
         combination=combination,
-        gamma=gamma,
         gae_lambda=gae_lambda.to(values)[steps] if isinstance(gae_lambda, Tensor) else gae_lambda,
         advantage_clip=advantage_clip,
         target_clip=target_clip,

@@ -81,7 +81,6 @@ class AdvantageEstimator:
                 with_baseline(config.estimator, rollout),
                 self.normalizer,
                 self.weights,
-                gamma=self.ppo.gamma,
                 gae_lambda=self.ppo.gae_lambda if gae_lambda is None else gae_lambda,
                 advantage_clip=self.ppo.advantage_clip,
                 target_clip=self.ppo.target_clip,

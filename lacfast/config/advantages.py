@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
-from lacfast.config.checks import Config, Count, Finite, OneOf, Positive, require
+from lacfast.config.checks import Config, Count, Finite, OneOf, Positive, require, require_readers
 from lacfast.config.choice import Choice, variants
 
 GROUP_STDS = ("global", "group", "none")
@@ -68,17 +68,17 @@ ESTIMATORS = variants(Estimator)
 COMBINATIONS = ("sum_normalized", "sum", "scalarized", "conditional", "constrained")
 """See AdvantageConfig.combination."""
 _READERS = {
-    "conditions": "conditional",
-    "floors": "constrained",
-    "multiplier_learning_rate": "constrained",
-    "multiplier_maximum": "constrained",
+    "conditions": ("conditional",),
+    "floors": ("constrained",),
+    "multiplier_learning_rate": ("constrained",),
+    "multiplier_maximum": ("constrained",),
 }
 """Setting -> the combination that reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageConfig(Config):
-    """Baseline and combination of rewards; gamma, lambda and the bounds are PPOConfig's."""
+    """Baseline and combination of rewards; lambda and the bounds are PPOConfig's."""
 
     estimator: Estimator = CriticValues()
     """What a trajectory is compared with. All but CriticValues train without a critic."""
@@ -106,14 +106,7 @@ class AdvantageConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, reader in _READERS.items():
-            value = getattr(self, name)
-            require(
-                value == defaults[name] or self.combination == reader,
-                f"{name}={value!r} would be ignored by combination={self.combination!r}; only {reader!r} "
-                "reads it",
-            )
+        require_readers(self, "combination", _READERS)
         require(
             self.combination != "sum" or self.uses_critic,
             f"combination='sum' of {self.estimator} is what 'scalarized' gives; use that",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from lacfast.config import earlier
 
 
 def require(condition: bool, message: str) -> None:
@@ -88,11 +90,63 @@ Seed = Annotated[int, Range(least=0, most=2**62)]
 """Seeds derived from it are taken modulo 2^63, see lacfast.seeds."""
 
 
+def require_readers(settings: Config, option: str, readers: Mapping[str, Sequence[str]]) -> None:
+    """Check that the choice of `option` reads all that was set.
+
+    Args:
+        settings: a config.
+        option: one of its fields, which names a choice.
+        readers: other field -> the choices that read it.
+
+    Raises:
+        ValueError: for a field that was set and that the choice does not read.
+    """
+    defaults = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
+    chosen = getattr(settings, option)
+    for name, choices in readers.items():
+        value = getattr(settings, name)
+        known = " and ".join(map(repr, choices))
+        require(
+            value == defaults[name] or chosen in choices,
+            f"{name}={value!r} would be ignored by {option}={chosen!r}; leave it out, or use {known}",
+        )
+
+
 class Config:
     """Base of all settings: frozen dataclasses whose values are checked against their annotations."""
 
+    # Named as a dataclass's own constructor takes them, which type checkers see in its place.
+    def __new__(cls, *values: Any, **options: Any) -> Self:
+        for name in options.keys() - field_types(cls).keys():
+            raise _unknown_option(cls, name, options[name])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def _unknown_option(kind: type, name: str, value: Any) -> TypeError:
+    """The error for an option that a config does not have: how it is spelled today, or one that is near."""
+    today = earlier.today(kind.__name__, {name: value})
+    near = difflib.get_close_matches(name, field_types(kind), n=1)
+    if today and name not in today:
+        words = ", ".join(f"{key}={_spelled(kind, key, setting)}" for key, setting in today.items())
+        remedy = f"write {kind.__name__}({words})"
+    elif near:
+        remedy = f"did you mean {near[0]!r}?"
+    else:
+        remedy = f"known: {', '.join(field_types(kind))}"
+    return TypeError(f"{kind.__name__} has no option {name!r}; {remedy}")
+
+
+def _spelled(kind: type, name: str, setting: Any) -> str:
+    """A setting in Python, where files have a choice as {"choice": its name, ...}."""
+    if not isinstance(setting, dict):
+        return repr(setting)
+    members = {getattr(member, "name", ""): member for member in get_args(field_types(kind)[name])}
+    given = {key: value for key, value in setting.items() if key != "choice" and value is not None}
+    words = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return f"{members[setting['choice']].__name__}({words})"
 
 
 def check_fields(settings: Any) -> None:
@@ -101,14 +155,17 @@ def check_fields(settings: Any) -> None:
     Raises:
         ValueError: a value of another type, a number out of its range or not finite, an unknown word.
     """
-    # mypy takes a class for unhashable.
-    for name, annotation in field_types(type(settings)).items():  # type: ignore[arg-type]
+    for name, annotation in field_types(type(settings)).items():
         _check(name, getattr(settings, name), annotation)
 
 
-@functools.cache
 def field_types(kind: type) -> dict[str, Any]:
     """Field -> its type with all that is annotated, in the order of the fields."""
+    return _field_types(kind)
+
+
+@functools.cache
+def _field_types(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in fields(kind)}
 

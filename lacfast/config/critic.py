@@ -7,7 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from lacfast.config.checks import Bound, Config, Count, OneOf, Positive, Range, Seed, require, unknown
+from lacfast.config.checks import (
+    Bound,
+    Config,
+    Count,
+    OneOf,
+    Positive,
+    Range,
+    Seed,
+    require,
+    require_readers,
+    unknown,
+)
 
 TRUNKS = (
     "branch",
@@ -27,6 +38,15 @@ ACTOR_TRUNKS = ("branch", "shared", "clean_net")
 """Trunks that can learn on what the actor's own training forward gives them."""
 VALUE_LOSSES = ("mse", "bce", "hl_gauss")
 """What values are trained with; see CriticConfig.loss."""
+_TRUNK_READERS = {
+    "num_blocks": ("branch",),
+    "taps": TAPPED_TRUNKS,
+    "joint_weight": ("joint",),
+    "lora_rank": ("lora",),
+    "keep_features": ACTOR_TRUNKS,
+}
+"""Setting -> the trunks of lacfast that read it; one that was registered may read all."""
+_LOSS_READERS = {"num_bins": ("hl_gauss",), "bin_range": ("hl_gauss",), "value_clip": ("mse",)}
 TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
 """What the head reads of the prompt; see CriticConfig.text_conditioning."""
 
@@ -39,8 +59,8 @@ class CriticConfig(Config):
     """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
     detached taps; "joint": the same, and the value's gradient trains the actor too; "lora": own LoRA on the
     actor's frozen or trained base; "copy": own full trunk; "clean_net": a small net on the actor's estimate
-    of the clean latent; "none": no critic (group-relative baselines); or a name that `register_trunk` of
-    lacfast.critic.trunk was given."""
+    of the clean latent; "none": no critic (group-relative baselines), and what describes its head says
+    nothing; or a name that `register_trunk` of lacfast.critic.trunk was given."""
     num_blocks: Count = 1
     """k, blocks of the branch; 1 of 3 in the tiny DiT, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
@@ -91,26 +111,10 @@ class CriticConfig(Config):
                 "One that was registered is known after importing the module that registers it: "
                 "bench.learning.controls has 'latent_net', 'prompt_only' and 'pixel'",
             )
-        require(
-            self.loss == "mse" or math.isinf(self.value_clip),
-            f"value_clip={self.value_clip} bounds a squared error; use value_clip=math.inf with "
-            f"loss={self.loss!r}",
-        )
-        self._check_taps()
-        require(
-            self.keep_features or self.trunk in ACTOR_TRUNKS,
-            f"keep_features=False is for {', '.join(ACTOR_TRUNKS)}, which read the actor, not {self.trunk!r}",
-        )
-
-    def _check_taps(self) -> None:
-        if self.taps is None:
-            return
-        require(
-            self.trunk in TAPPED_TRUNKS,
-            f"taps={self.taps} would be ignored: {self.trunk!r} is not one of {', '.join(TAPPED_TRUNKS)}; "
-            "leave it out",
-        )
-        require(len(self.taps) > 0, "taps=() has no depth to read; leave it out for the model's own")
+        require_readers(self, "loss", _LOSS_READERS)
+        if self.trunk in TRUNKS:
+            require_readers(self, "trunk", _TRUNK_READERS)
+        require(self.taps != (), "taps=() has no depth to read; leave it out for the model's own")
 
 
 @dataclass(frozen=True, kw_only=True)

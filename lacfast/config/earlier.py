@@ -68,7 +68,9 @@ _SPELLINGS: dict[str, Callable[[Settings], Settings]] = {
 }
 """Dataclass -> what makes today's settings of its earlier ones."""
 _GONE: dict[str, Settings] = {
-    "GraphConfig": {"launch_bound": 0.7},
+    "EarlyStoppingConfig": {"min_improvement": 0.0},
+    "GraphConfig": {"launch_bound": 0.7, "max_steps": 0, "unroll": 1},
+    "PPOConfig": {"gamma": 1.0, "reuse_uncond": True},
     "ValuePretrainingConfig": {"bound_steps": None, "initial_rate_factor": 3.0},
 }
 """Dataclass -> option that is gone -> its default."""

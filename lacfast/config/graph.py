@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lacfast.config.checks import Config, Count, CountOrNone
+from lacfast.config.checks import Config, Count
 
 GraphMode = Literal["auto", "on", "off", "fake"]
 
@@ -17,10 +17,6 @@ class GraphConfig(Config):
     mode: GraphMode = "auto"
     """"auto": a CUDA device captures the steps whose launches bound them; "on": it captures all; "off": none;
     "fake": recorded and replayed on any device, slowly, to find what a graph would freeze."""
-    unroll: Count = 1
-    """Steps per graph, a launch of which costs some 10 us; 4 to 10 for steps below about 150 us."""
-    max_steps: CountOrNone = 0
-    """Denoising steps that the sampler's memory holds; a longer schedule captures anew. 0: the first's."""
     warmup_steps: Count = 3
     """Eager steps before a capture: they compile kernels, fill caches and are timed; none is lost."""
     strict: bool = False

@@ -80,14 +80,13 @@ class PPOConfig(Config):
     """Penalty on the distance from the policy as it was before training. [paper] None."""
     kl_limit: Bound = math.inf
     """Mean KL(old, new) per element that ends the updates on a rollout."""
-    gamma: Share = 1.0
-    """Discount; the horizon is fixed, so 1."""
     gae_lambda: Share = 1.0
     """Lambda of the policy's advantages. [paper] 1; lower only helps once the critic explains something."""
-    lambda_gate: Annotated[float, Range(off=-math.inf)] = -math.inf
-    """Score of the critic's explained variance from which on gae_lambda holds at a step; below it lambda is 1
-    there, which trusts no value. The score is the explained variance itself, or its place between floor and
-    ceiling where value pretraining measured them. -inf: no gate."""
+    lambda_gate: Annotated[float, Range(above=0, off=-math.inf)] = -math.inf
+    """Score of the critic's explained variance from which on gae_lambda holds at a step, above 0, that of a
+    critic which explains nothing; below it lambda is 1 there, which trusts no value. The score is the
+    explained variance itself, or its place between floor and ceiling where value pretraining measured them.
+    -inf: no gate."""
     advantage_clip: Bound = 10.0
     """Bound of the normalised advantages. [paper]"""
     target_clip: Bound = 5.0
@@ -131,10 +130,8 @@ class PPOConfig(Config):
     max_grad_norm: Bound = 1.0
     """Bound of the gradients' norm, of actor and critic each on its own."""
     cfg_grad: Annotated[str, OneOf(("cond", "both"))] = "cond"
-    """"cond": the unconditional half runs without gradient (flow_grpo); "both": DDPO, TRL."""
-    reuse_uncond: bool = True
-    """Under "cond", leave the unconditional half out of the first optimizer step on a rollout but for 8
-    pairs: the weights are still those that made it, so the guided output is known. False: run it."""
+    """"cond": the unconditional half runs without gradient (flow_grpo), and in the first optimizer step on a
+    rollout, whose weights made it, for 8 pairs alone; "both": DDPO, TRL."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -116,16 +116,17 @@ class SamplerConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_noise_level(self.kind, self.noise_level)
+        require(
+            self.window is None or (self.kind != "ode" and self.noise_level > 0),
+            f"window={self.window} says which steps are stochastic, and kind={self.kind!r} with "
+            f"noise_level={self.noise_level} has none; leave it out, or use 'flow_sde' with noise_level > 0",
+        )
         start, stop = self.stochastic_window
         require(
             stop <= self.num_steps,
             f"window={self.window} must lie within the {self.num_steps} steps of num_steps",
         )
         if isinstance(self.window, Random | Sliding):
-            require(
-                self.kind != "ode",
-                f"window={self.window} moves stochastic steps, and kind='ode' has none; use 'flow_sde'",
-            )
             require(
                 self.window.size <= stop - start,
                 f"window={self.window} must fit into the {stop - start} steps {(start, stop)} it moves in",

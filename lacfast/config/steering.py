@@ -5,12 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from lacfast.config.checks import Config, Count, NonNegative, OneOf, Range, Seed, Share, require
+from lacfast.config.checks import (
+    Config,
+    Count,
+    NonNegative,
+    OneOf,
+    Range,
+    Seed,
+    Share,
+    require,
+    require_readers,
+)
 
 STEERING_METHODS = ("best_of_n", "pruning", "smc", "beam")
 """How trajectories of one image compete; see SteeringConfig.method."""
 GUIDANCE_FORMS = ("relative", "score", "constant", "mean_shift")
 """How far a step moves along the value gradient; see SteeringConfig.guidance_form."""
+
+
+_READERS = {
+    "prune_fractions": ("pruning",),
+    "candidates": ("beam",),
+    "temperature": ("smc", "beam"),
+    "annealing": ("smc",),
+    "ess_threshold": ("smc",),
+    "final_choice": ("smc",),
+}
+"""Setting -> the methods that read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +82,7 @@ class SteeringConfig(Config):
         super().__post_init__()
         low, high = self.guidance_window
         require(low < high, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")
+        require_readers(self, "method", _READERS)
         self._check_method()
 
     def _check_method(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated
 
 from lacfast.config.advantages import AdvantageConfig, GroupBaseline
@@ -11,7 +11,6 @@ from lacfast.config.checks import (
     Config,
     Count,
     CountOrNone,
-    NonNegative,
     OneOf,
     Positive,
     Range,
@@ -74,10 +73,10 @@ class EarlyStoppingConfig(Config):
     """Evaluations without a better score before it stops; 0: never."""
     score: str = ""
     """A reward or an evaluation reward (a gold score shows hacking). Empty: the first reward."""
-    min_improvement: NonNegative = 0.0
-    """Rise of the score that counts as better; the standard error of an evaluation is a good choice."""
 
 
+_CRITIC_OPTIONS = ("gae_lambda", "lambda_gate", "critic_minibatches", "critic_rollouts")
+"""Options of PPOConfig that only a critic reads and that change what is computed."""
 ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
 """What a rollout's policy computes in; see TrainConfig.rollout_precision."""
 
@@ -169,6 +168,18 @@ class TrainConfig(Config):
                 trunk == "none",
                 f"advantages.estimator={estimator} trains without a critic, so critic.trunk={trunk!r} would "
                 "be ignored; use critic=CriticConfig(trunk='none')",
+            )
+            ignored = {
+                each.name: each.default
+                for each in fields(self.ppo)
+                if each.name in _CRITIC_OPTIONS and getattr(self.ppo, each.name) != each.default
+            }
+            given = ", ".join(f"{name}={getattr(self.ppo, name)}" for name in ignored)
+            remedy = ", ".join(f"{name}={default}" for name, default in ignored.items())
+            require(
+                not ignored,
+                f"{given} would be ignored: advantages.estimator={estimator} has no critic; "
+                f"use PPOConfig({remedy}), which are the defaults",
             )
         require(
             not isinstance(estimator, GroupBaseline) or self.samples_per_prompt > 1,

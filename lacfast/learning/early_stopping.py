@@ -18,8 +18,6 @@ class EarlyStopping:
     """What it watches."""
     patience: int
     """Evaluations without a better score before it stops; 0: never."""
-    min_improvement: float = 0.0
-    """Rise of the score that counts as better."""
     best: float = -math.inf
     evaluations_since_best: int = 0
 
@@ -35,11 +33,11 @@ class EarlyStopping:
             raise ValueError(
                 f"early_stopping.score={score!r} is no score of an evaluation; known: {', '.join(known)}"
             )
-        return EarlyStopping(score, config.patience, config.min_improvement)
+        return EarlyStopping(score, config.patience)
 
     def update(self, score: float) -> None:
         """Take in the score of an evaluation; a score that is not finite is not better."""
-        if score > self.best + self.min_improvement:
+        if score > self.best:
             self.best, self.evaluations_since_best = score, 0
         else:
             self.evaluations_since_best += 1

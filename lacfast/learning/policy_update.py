@@ -79,7 +79,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
     def _knows(self, rollout: Rollout) -> bool:
         """Whether the unconditional half of `rollout` is known: the weights are those that made it."""
         is_detached = rollout.uncond_conditioning is not None and self.config.cfg_grad == "cond"
-        return is_detached and self.config.reuse_uncond and rollout.policy_version == self.version
+        return is_detached and rollout.policy_version == self.version
 
     def begin(self) -> None:
         super().begin()

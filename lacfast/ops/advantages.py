@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.config.checks import unknown
 from lacfast.ops.checks import arithmetic_dtype, check_first, check_operand
 from lacfast.ops.op import Op, Sized
 from lacfast.records import NormalizedAdvantages, RewardCondition
@@ -120,7 +121,7 @@ def _check(
     combination: str,
 ) -> None:
     if combination not in COMBINATIONS:
-        raise ValueError(f"unknown combination {combination!r}; known: {', '.join(COMBINATIONS)}")
+        raise unknown("combination", combination, COMBINATIONS)
     if values.ndim != 3 or 0 in values.shape:
         raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, T, M), none of them 0")
     check_first("values", values)

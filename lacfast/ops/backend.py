@@ -20,6 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from lacfast.config.checks import unknown
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 TRITON_MIN_CAPABILITY = (8, 0)
 
@@ -49,7 +51,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: unknown, or not usable on this machine.
     """
     if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+        raise unknown("backend", name, BACKENDS)
     reason = unusable_reason(name)
     if reason and not (name == "triton" and _interpreted()):
         raise ValueError(f"backend {name!r} is not usable here: {reason}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.config import RATIOS
+from lacfast.config.checks import unknown
 from lacfast.ops.checks import (
     arithmetic_dtype,
     check_latents,
@@ -225,7 +226,7 @@ def ppo_loss(
             "pass one, or kl_weight=0 and no kl_gains"
         )
     if ratio not in RATIOS:
-        raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")
+        raise unknown("ratio", ratio, RATIOS)
     scale = reduction_scale(reduction, model_output)
     limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=1 / scale)
     chosen = PPO_LOSS.chosen(model_output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lacfast.config import RATIOS
+from lacfast.config.checks import unknown
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
 from lacfast.reference.noise import noise_for
 from lacfast.reference.surrogate import Clip, bounds, masked_mean, sums_per_step, surrogate_gain
@@ -143,7 +144,7 @@ def ppo_loss(
         ValueError: for an unknown ratio, or for none or several of the three bounds.
     """
     if ratio not in RATIOS:
-        raise ValueError(f"unknown ratio {ratio!r}; known: {', '.join(RATIOS)}")
+        raise unknown("ratio", ratio, RATIOS)
     nats_per_unit = model_output[0].numel() if reduction == "mean" else 1
     limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=nats_per_unit)
     dtype = arithmetic_dtype(model_output)

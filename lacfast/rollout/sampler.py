@@ -141,7 +141,7 @@ class RolloutSampler:
             self._release(key)
         elif len(self._captured) == KEPT_SHAPES:
             self._release(next(iter(self._captured)))
-        buffers = self._allocate(inputs.with_room(self.runner.config.max_steps).clone(), keep_features)
+        buffers = self._allocate(inputs.clone(), keep_features)
         step = StaticStep(
             name=f"the denoising step of {tuple(buffers.sample.shape)}",
             run=lambda: denoise_step(self.backbone, self.critic, buffers),

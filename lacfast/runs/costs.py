@@ -133,7 +133,7 @@ def count(
         backbone.enable_gradient_checkpointing()
     pair_flops = counted(lambda: _differentiated(forward())).flops
     uncond_flops = 0
-    if is_guided and ppo.cfg_grad == "cond" and ppo.reuse_uncond:
+    if is_guided and ppo.cfg_grad == "cond":
         uncond_flops = counted(lambda: _unconditional(backbone, sample, timestep, conditioning)).flops
     activation_bytes = saved_bytes(forward, backbone.model)
     state_flops = 0

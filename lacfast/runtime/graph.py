@@ -54,7 +54,7 @@ class GraphStatistics:
     captures: int = 0
     """Graphs captured."""
     replays: int = 0
-    """Graphs launched, of one step or of `unroll` steps."""
+    """Graphs launched."""
     eager_steps: int = 0
     """Steps run without a graph, warm-up included."""
     fallbacks: int = 0
@@ -77,8 +77,7 @@ class _Program:
 
     warmup_left: int
     is_eager: bool = False
-    graphs: dict[int, _Graph] = field(default_factory=dict)
-    """Number of steps in a graph -> the graph."""
+    graph: _Graph | None = None
     addresses: dict[str, int] = field(default_factory=dict)
 
 
@@ -132,21 +131,16 @@ class GraphRunner:
             raise ValueError(
                 f"autocast is on around {step.name}; enter it inside the step, so that the graph casts"
             )
-        done = 0
-        while done < times:
-            repeats = self.config.unroll if times - done >= self.config.unroll else 1
+        for _ in range(times):
             if program.is_eager:
-                self._run_eagerly(step, times - done)
-                return
-            if program.warmup_left:
-                repeats = 1
+                self._run_eagerly(step, 1)
+            elif program.warmup_left:
                 self._warm_up(step, program)
-            elif repeats in program.graphs:
-                program.graphs[repeats].replay()
+            elif program.graph is not None:
+                program.graph.replay()
                 self.statistics.replays += 1
             else:
-                self._first_use(step, program, repeats)
-            done += repeats
+                self._first_use(step, program)
 
     def check_addresses(self, step: StaticStep) -> None:
         """Compare where the parameters are with where the graphs of `step` read them; once per iteration.
@@ -155,7 +149,7 @@ class GraphRunner:
             ValueError: naming the tensor that has moved.
         """
         program = self._programs.get(step)
-        if program is None or not program.graphs:
+        if program is None or program.graph is None:
             return
         for name, tensor in step.read().items():
             if program.addresses.get(name) != tensor.data_ptr():
@@ -168,11 +162,10 @@ class GraphRunner:
     def release(self, step: StaticStep) -> None:
         """Free the graphs of one step, whose buffers go away."""
         program = self._programs.pop(step, None)
-        if program is not None and program.graphs:
+        if program is not None and program.graph is not None:
             self._synchronize()
-            for graph in program.graphs.values():
-                self.statistics.graph_bytes -= graph.num_bytes
-                graph.reset()
+            self.statistics.graph_bytes -= program.graph.num_bytes
+            program.graph.reset()
 
     def close(self) -> None:
         """Free all graphs and their pool. A later run warms up and captures again."""
@@ -212,8 +205,8 @@ class GraphRunner:
         last.synchronize()
         return host, first.elapsed_time(last) / 1e3
 
-    def _first_use(self, step: StaticStep, program: _Program, repeats: int) -> None:
-        """Advance by `repeats` steps eagerly, capture them, and do it again by replay: all bits must agree.
+    def _first_use(self, step: StaticStep, program: _Program) -> None:
+        """Take the step eagerly, capture it, and take it again by replay: all bits must agree.
 
         The eager run comes first, so that its activations are free before the pool holds the graph's.
         """
@@ -221,11 +214,11 @@ class GraphRunner:
         # On the host: a slab of features may be too large for the device to hold it three times.
         before = [tensor.detach().to("cpu", copy=True) for tensor in written]
         with self._side_stream():
-            self._run_eagerly(step, repeats)
+            self._run_eagerly(step, 1)
         expected = [tensor.detach().to("cpu", copy=True) for tensor in written]
         _restore(written, before)
         try:
-            graph = self._capture(step, written, repeats)
+            graph = self._capture(step, written)
         except RuntimeError as error:
             _restore(written, expected)
             self._fall_back(step, program, f"cannot be captured: {error}", error)
@@ -246,20 +239,16 @@ class GraphRunner:
             )
             self._fall_back(step, program, problem, None)
             return
-        program.graphs[repeats] = graph
+        program.graph = graph
         program.addresses = {name: tensor.data_ptr() for name, tensor in step.read().items()}
         self.statistics.captures += 1
         self.statistics.replays += 1
         self.statistics.graph_bytes += graph.num_bytes
 
-    def _capture(self, step: StaticStep, written: list[Tensor], repeats: int) -> _Graph:
-        def run() -> None:
-            for _ in range(repeats):
-                step.run()
-
+    def _capture(self, step: StaticStep, written: list[Tensor]) -> _Graph:
         if self.config.mode == "fake":
-            return FakeGraph(run, written)
-        return self._cuda().capture(run)
+            return FakeGraph(step.run, written)
+        return self._cuda().capture(step.run)
 
     def _fall_back(
         self, step: StaticStep, program: _Program, problem: str, cause: RuntimeError | None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lacfast.config import SteeringConfig
+from lacfast.config.checks import unknown
 from lacfast.records import TransitionTable
 
 SIGN_TEST_MOVE = 0.01
@@ -48,7 +49,7 @@ def output_per_score(prediction_type: str, sigma: float) -> float:
     signal = math.sqrt(1 - sigma**2)
     known = {"flow", "epsilon", "v_prediction", "sample"}
     if prediction_type not in known:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(sorted(known))}")
+        raise unknown("prediction_type", prediction_type, sorted(known))
     if prediction_type == "flow":
         return -sigma / (1 - sigma)
     if prediction_type == "epsilon":

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+from lacfast.config.checks import unknown
 from lacfast.tasks.prompts import KINDS, Thing
 
 RELATION_MARGIN = 6.0
@@ -47,7 +48,7 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     """
     kind, wanted = metadata["kind"], [tuple(thing) for thing in metadata["objects"]]
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of prompt {kind!r}; known: {', '.join(KINDS)}")
+        raise unknown("kind of prompt", kind, KINDS)
     # More than six objects never match; the cut bounds the permutations on images of noise.
     seen = list(detections[:6])
     best_likeness, obeyed = _best_matching(kind, wanted, seen)

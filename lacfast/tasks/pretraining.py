@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lacfast.config.checks import Config, Count, CountOrNone, Positive
+from lacfast.config.checks import Config, Count, CountOrNone, Positive, unknown
 from lacfast.tasks import scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import TINY, BackboneName, ModelSize, predict_velocity, tiny_backbone
@@ -84,7 +84,7 @@ def pretrain(
         ValueError: the backbone is unknown, steps is not positive, or the size is not the pictures'.
     """
     if backbone not in CONFIGS:
-        raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(CONFIGS)}")
+        raise unknown("backbone", backbone, CONFIGS)
     if size.image_size != task.image_size:
         raise ValueError(
             f"a model of {size.image_size} pixels cannot learn the task {task.name!r} of {task.image_size}; "

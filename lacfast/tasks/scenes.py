@@ -8,6 +8,7 @@ from functools import cache, partial
 
 import numpy as np
 
+from lacfast.config.checks import unknown
 from lacfast.tasks.prompts import SHAPES, Thing, all_prompts
 from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task
 
@@ -52,7 +53,7 @@ def coverage(shape: str, scale: int = 1) -> FloatArray:
     elif shape == "triangle":
         inside = (np.abs(y) <= half) & (2 * np.abs(x) <= y + half)
     else:
-        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+        raise unknown("shape", shape, SHAPES)
     blocks = inside.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING)
     result: FloatArray = blocks.mean(axis=(1, 3)).astype(np.float32)
     result.setflags(write=False)

@@ -26,7 +26,7 @@ def critic_result(
     normalizer = RewardNormalizer.create(len(rewards))
     normalizer.update(torch.stack(list(rewards.values()), dim=1))
     return critic_advantages(
-        made, normalizer, weights, gamma=1.0, gae_lambda=gae_lambda, advantage_clip=clip, target_clip=5.0
+        made, normalizer, weights, gae_lambda=gae_lambda, advantage_clip=clip, target_clip=5.0
     )
 
 

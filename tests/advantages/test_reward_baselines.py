@@ -199,13 +199,19 @@ def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, An
     [
         (
             {"estimator": "grpo"},
-            "is no choice; use one of lacfast.config's CriticValues",
+            "estimator='grpo' must be a CriticValues or a GRPO",
         ),
         ({"combination": "product"}, "known: sum_normalized"),
-        ({"floors": (("r", 0.5),)}, "only 'constrained' reads it"),
+        (
+            {"floors": (("r", 0.5),)},
+            "would be ignored by combination='sum_normalized'; leave it out, or use 'constrained'",
+        ),
         ({"combination": "constrained"}, "needs floors"),
         ({"combination": "conditional"}, "needs conditions"),
-        ({"combination": "constrained", "floors": (("r", float("nan")),)}, "must be finite"),
+        (
+            {"combination": "constrained", "floors": (("r", float("nan")),)},
+            r"floors\[0\]\[1\]=nan must be finite",
+        ),
         ({"estimator": DDPO(), "combination": "sum"}, "use that"),
         (
             {"combination": "constrained", "floors": (("r", 1.0),), "multiplier_maximum": 0.0},
@@ -219,7 +225,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 
 
 def test_an_estimator_s_own_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="unknown std 'local'; known: global, group, none"):
+    with pytest.raises(ValueError, match="unknown std 'local'; did you mean 'global'"):
         GRPO(std="local")
     with pytest.raises(ValueError, match=r"min_count=16 must lie in \[1, buffer_size=4\]"):
         DDPO(buffer_size=4)

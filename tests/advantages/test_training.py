@@ -127,8 +127,9 @@ def test_a_run_stops_when_its_held_out_score_no_longer_rises(tmp_path: Path) -> 
     changes: dict[str, Any] = {
         "iterations": 20,
         "eval_every": 1,
-        # No score can rise by that much, so the first evaluation stays the best.
-        "early_stopping": EarlyStoppingConfig(patience=2, min_improvement=100.0),
+        # The policy stands still, so the first evaluation stays the best.
+        "ppo": PPOConfig(clip=Ratio(1e-3), policy_learning_rate=0.0),
+        "early_stopping": EarlyStoppingConfig(patience=2),
         "advantages": AdvantageConfig(estimator=BatchMean()),
     }
     trainer = trainer_for(**changes)

@@ -16,6 +16,7 @@ from lacfast.backbones import adapt, quantization
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.quantization import ALIGNMENT, quantized_copy
 from lacfast.config import CriticConfig, LoRAConfig, PPOConfig, Ratio, SamplerConfig
+from lacfast.learning.policy_update import PolicyUpdate
 from lacfast.prompts import PromptSet
 from lacfast.records import NoiseKey, Rollout
 
@@ -119,14 +120,18 @@ def test_the_joint_ratio_to_the_quantised_policy_is_an_unbiased_importance_weigh
 
 
 @pytest.mark.usefixtures("_rounding")
-def test_a_guided_update_does_not_take_the_quantised_output_for_the_policy_s() -> None:
+def test_a_guided_update_does_not_take_the_quantised_output_for_the_policy_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The unconditional half of a first step is known only where the policy itself made the rollout."""
     metrics = []
-    for reuse in (False, True):
-        ppo = PPOConfig(clip=Ratio(1.0), num_minibatches=1, reuse_uncond=reuse)
+    for reuse in (True, False):
+        if not reuse:
+            monkeypatch.setattr(PolicyUpdate, "_knows", lambda self, rollout: False)
+        ppo = PPOConfig(clip=Ratio(1.0), num_minibatches=1)
         sampler = SamplerConfig(num_steps=4, guidance_scale=3.0)
         metrics.append(trainer_of(tiny_backbone("dit"), ppo=ppo, sampler=sampler).train_iteration())
-    run, known = metrics
+    known, run = metrics
     assert known["first_max_abs_log_ratio"] == run["first_max_abs_log_ratio"] > 0
     assert known["first_mean_abs_log_ratio"] == run["first_mean_abs_log_ratio"] > 0
 

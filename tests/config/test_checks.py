@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import pickle
 import pkgutil
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ import lacfast.runs.config
 from lacfast.cli import Demo
 from lacfast.compat.trl_config import DDPOConfig
 from lacfast.config import (
+    GRPO,
+    AdvantageConfig,
+    CriticConfig,
     Fixed,
     KLMask,
     KLPenalty,
@@ -28,11 +32,13 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
     Sliding,
+    TrainConfig,
 )
 from lacfast.config.checks import Config, Range, field_types, unknown
 from lacfast.config.choice import Choice
 from lacfast.rewards.remote import RetryConfig
-from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
+from lacfast.runs.config import EMBEDDED_MODELS, EvaluationRun, RunConfig, SteeringRun
+from lacfast.runs.train import TINY_MODELS
 
 REQUIRED: dict[type[Config], dict[str, Any]] = {
     RunConfig: {"out": "x", "model": "shapes-dit", "prompts": "shapes", "rewards": (("shapes", 1.0),)},
@@ -198,6 +204,90 @@ def test_a_noise_level_that_the_kind_cannot_make_is_refused(kind: str, level: fl
 def test_a_sampler_kind_is_known_before_any_model_is() -> None:
     with Refusal("unknown sampler kind 'heun'", cause="A kind that nobody wrote.", remedy="known: ").raised():
         SamplerConfig(kind="heun")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "refusal"),
+    [
+        (
+            PPOConfig,
+            {"clip_range": 1e-4},
+            Refusal(
+                "PPOConfig has no option 'clip_range'",
+                cause="An option that an earlier version had.",
+                remedy="write PPOConfig(clip=Ratio(clip_range=0.0001))",
+                error=TypeError,
+            ),
+        ),
+        (
+            PPOConfig,
+            {"kl_weight": 0.04},
+            Refusal(
+                "PPOConfig has no option 'kl_weight'",
+                cause="A weight that is a part of a choice today.",
+                remedy="write PPOConfig(kl=KLPenalty(weight=0.04, kind='exact'))",
+                error=TypeError,
+            ),
+        ),
+        (
+            SamplerConfig,
+            {"nose_level": 0.7},
+            Refusal(
+                "SamplerConfig has no option 'nose_level'",
+                cause="A misspelled option.",
+                remedy="did you mean 'noise_level'?",
+                error=TypeError,
+            ),
+        ),
+        (
+            LoRAConfig,
+            {"dropout": 0.1},
+            Refusal(
+                "LoRAConfig has no option 'dropout'",
+                cause="An option that never was.",
+                remedy="known: rank, alpha, target_modules, seed",
+                error=TypeError,
+            ),
+        ),
+    ],
+)
+def test_an_option_that_a_config_does_not_have_is_told_its_name_of_today(
+    kind: type[Config], options: dict[str, Any], refusal: Refusal
+) -> None:
+    with refusal.raised():
+        kind(**options)
+
+
+def test_a_config_survives_pickle_and_replace() -> None:
+    settings = PPOConfig(clip=Nats(5.0))
+    assert pickle.loads(pickle.dumps(settings)) == replace(settings, num_minibatches=4) == settings
+
+
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "bfloat16"}, {"resolution": (64, 64)}, {"attention_backend": "xformers"}]
+)
+def test_a_model_that_is_made_on_the_spot_takes_no_option_of_a_pipeline(changes: dict[str, Any]) -> None:
+    with Refusal(
+        "would be ignored by model='shapes-dit'",
+        cause="A pipeline's option for a model that is pretrained on the spot.",
+        remedy="leave it out, or name a pipeline's directory",
+    ).raised():
+        RunConfig(**REQUIRED[RunConfig], **changes)
+    assert set(EMBEDDED_MODELS) == set(TINY_MODELS)
+
+
+def test_a_baseline_without_a_critic_takes_no_option_of_one() -> None:
+    grpo = {
+        "advantages": AdvantageConfig(estimator=GRPO()),
+        "critic": CriticConfig(trunk="none"),
+        "samples_per_prompt": 8,
+    }
+    with Refusal(
+        "gae_lambda=0.95, critic_rollouts=4 would be ignored",
+        cause="Options of a critic for an estimator that has none.",
+        remedy="use PPOConfig(gae_lambda=1.0, critic_rollouts=1)",
+    ).raised():
+        TrainConfig(**grpo, ppo=PPOConfig(gae_lambda=0.95, critic_rollouts=4))  # type: ignore[arg-type]
 
 
 def test_a_name_far_from_all_gets_no_guess() -> None:

@@ -130,13 +130,20 @@ def test_bins_reach_beyond_the_clipped_targets() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "mae"}, "unknown loss 'mae'; known: mse, bce, hl_gauss"),
+        ({"loss": "mae"}, "unknown loss 'mae'; did you mean 'mse'"),
         ({"text_conditioning": "clip"}, "unknown text_conditioning 'clip'; known: none, pooled, tokens"),
-        ({"loss": "bce", "value_clip": 0.2}, r"value_clip=0.2 .* use value_clip=math.inf"),
+        (
+            {"loss": "bce", "value_clip": 0.2},
+            "value_clip=0.2 would be ignored by loss='bce'; leave it out, or use 'mse'",
+        ),
         ({"value_clip": 0.0}, r"value_clip=0.0 must be > 0"),
-        ({"trunk": "branch", "taps": (0.5,)}, r"taps=\(0.5,\) would be ignored: 'branch'"),
-        ({"trunk": "shared", "taps": (0.0, 1.0)}, r"taps=\(0.0, 1.0\) must be fractions"),
-        ({"num_bins": 1}, "num_bins=1 must be at least 2"),
+        ({"trunk": "branch", "taps": (0.5,)}, r"taps=\(0.5,\) would be ignored by trunk='branch'"),
+        ({"trunk": "shared", "taps": (0.0, 1.0)}, r"taps\[0\]=0.0 must lie in \(0, 1\]"),
+        ({"num_bins": 1}, "num_bins=1 must be >= 2"),
+        ({"num_bins": 101}, "num_bins=101 would be ignored by loss='mse'; leave it out, or use 'hl_gauss'"),
+        ({"trunk": "shared", "num_blocks": 2}, "num_blocks=2 would be ignored by trunk='shared'"),
+        ({"lora_rank": 4}, "lora_rank=4 would be ignored by trunk='branch'; leave it out, or use 'lora'"),
+        ({"joint_weight": 1.0}, "joint_weight=1.0 would be ignored by trunk='branch'"),
     ],
 )
 def test_settings_that_would_be_ignored_or_cannot_work_are_refused(

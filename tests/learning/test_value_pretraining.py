@@ -136,7 +136,7 @@ def test_a_gated_run_goes_on_with_what_it_knew_of_its_critic() -> None:
         ({"stop_score": 0.9}, r"stop_score=0.9 needs floor and ceiling; set completions"),
         ({"completions": 2, "held_out_samples": 0}, r"completions=2 are those of held-out states"),
         ({"held_out_samples": -1}, r"held_out_samples=-1 must be >= 0"),
-        ({"completions": 2, "bound_states": 1}, r"bound_states=1 must be at least 2"),
+        ({"completions": 2, "bound_states": 1}, r"bound_states=1 must be >= 2"),
     ],
 )
 def test_bounds_that_cannot_be_measured_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_step, assert_same_sum
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
@@ -88,9 +89,9 @@ def test_a_fixed_window_stays() -> None:
 @pytest.mark.parametrize(
     ("window", "message"),
     [
-        (lambda: Random(0), "size=0 must be at least 1"),
-        (lambda: Sliding(2, every=0), "every=0 must be at least 1"),
-        (lambda: Sliding(2, every=1, stride=0), "stride=0 must be at least 1"),
+        (lambda: Random(0), "size=0 must be >= 1"),
+        (lambda: Sliding(2, every=0), "every=0 must be >= 1"),
+        (lambda: Sliding(2, every=1, stride=0), "stride=0 must be >= 1"),
         (lambda: Random(10), r"random:10 must fit into the 9 steps \(0, 9\)"),
         (lambda: Sliding(4, every=1, within=(2, 5)), r"the 3 steps \(2, 5\) it moves in"),
     ],
@@ -101,8 +102,14 @@ def test_windows_that_cannot_move_are_refused(window: Callable[[], Random | Slid
 
 
 def test_a_window_does_not_move_where_no_step_is_stochastic() -> None:
-    with pytest.raises(ValueError, match="kind='ode' has none; use 'flow_sde'"):
-        SamplerConfig(kind="ode", window=Random(2))
+    with Refusal(
+        "window=random:2 says which steps are stochastic, and kind='ode'",
+        cause="A window of stochastic steps for a sampler that has none.",
+        remedy="leave it out, or use 'flow_sde' with noise_level > 0",
+    ).raised():
+        SamplerConfig(kind="ode", noise_level=0.0, window=Random(2))
+    with pytest.raises(ValueError, match=r"noise_level=0.0 has none"):
+        SamplerConfig(noise_level=0.0, window=Fixed((0, 2)))
 
 
 def test_a_place_without_noise_and_an_evaluation_that_would_move_are_refused() -> None:

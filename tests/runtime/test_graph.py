@@ -60,16 +60,15 @@ def assert_walks_alike(runner: GraphRunner, ours: Walk, eager: Walk, *, times: i
     assert int(ours.k) == times
 
 
-@pytest.mark.parametrize("unroll", [1, 3, 4])
-def test_replay_equals_eager_for_any_number_of_steps_and_any_weights(unroll: int) -> None:
-    runner = GraphRunner(GraphConfig(mode="fake", strict=True, unroll=unroll))
+def test_replay_equals_eager_for_any_number_of_steps_and_any_weights() -> None:
+    runner = GraphRunner(FAKE)
     ours, eager = Walk(), Walk()
     for times in (9, 5, 1, 8):
         for walk in (ours, eager):
             walk.weight.mul_(0.9)
             walk.bias.add_(0.1)
         assert_walks_alike(runner, ours, eager, times=times)
-    assert runner.statistics.captures == (1 if unroll == 1 else 2)
+    assert runner.statistics.captures == 1
 
 
 def test_warm_up_and_the_check_of_a_graph_lose_no_step() -> None:
@@ -81,16 +80,6 @@ def test_warm_up_and_the_check_of_a_graph_lose_no_step() -> None:
     # One warm-up is left, the first graph is checked against an eager step, three replays follow.
     assert (runner.statistics.eager_steps, runner.statistics.captures) == (4, 1)
     assert runner.statistics.replays == 4
-
-
-def test_an_unrolled_graph_is_launched_once_for_all_its_steps() -> None:
-    runner = GraphRunner(GraphConfig(mode="fake", strict=True, unroll=4, warmup_steps=1))
-    walk = Walk()
-    runner.run(walk.step, 9)
-    before = runner.statistics.replays
-    walk.begin(1.0)
-    runner.run(walk.step, 9)
-    assert runner.statistics.replays - before == 3
 
 
 def test_capture_leaves_no_trace_in_memory() -> None:
@@ -369,10 +358,8 @@ def test_on_a_cpu_auto_runs_eagerly_in_silence_and_on_says_so() -> None:
 
 def test_settings_out_of_range_are_named() -> None:
     for settings, message in (
-        ({"mode": "always"}, "unknown graph mode 'always'; known: auto, on, off, fake"),
-        ({"unroll": 0}, "unroll=0"),
+        ({"mode": "always"}, "mode='always' must be one of 'auto', 'on', 'off', 'fake'"),
         ({"warmup_steps": 0}, "warmup_steps=0"),
-        ({"max_steps": -1}, "max_steps=-1"),
     ):
         with pytest.raises(ValueError, match=message):
             GraphConfig(**settings)  # type: ignore[arg-type]

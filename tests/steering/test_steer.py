@@ -156,7 +156,9 @@ def test_classifier_free_guidance_is_that_of_sampling() -> None:
 @pytest.mark.parametrize("name", ["best of 4", "pruning", "smc", "svdd", "beam"])
 def test_every_method_raises_the_value(name: str) -> None:
     backbone = backbone_with(LatentMean())
-    config = replace(METHODS[name][0], temperature=0.01)
+    config = METHODS[name][0]
+    if config.method in ("smc", "beam"):
+        config = replace(config, temperature=0.01)
     assert final_value(backbone, config) > final_value(backbone, plain())
 
 
@@ -271,9 +273,13 @@ def test_heads_are_summed_by_weight_or_their_minimum_is_taken() -> None:
         ({"particles": 3}, "particles=3 must be a power of two"),
         ({"guidance_weight": -1.0}, "guidance_weight=-1.0"),
         ({"guidance_window": (0.9, 0.2)}, "guidance_window"),
-        ({"method": "genetic"}, "unknown method='genetic'; known: best_of_n, pruning, smc, beam"),
+        ({"method": "genetic"}, "unknown method 'genetic'; known: best_of_n, pruning, smc, beam"),
         ({"method": "smc", "temperature": 0.0}, "temperature=0 leaves smc no target"),
         ({"prune_fractions": (0.5, 1.5)}, "prune_fractions"),
+        ({"method": "best_of_n", "prune_fractions": (0.5,)}, "would be ignored by method='best_of_n'"),
+        ({"method": "best_of_n", "temperature": 0.1}, "leave it out, or use 'smc' and 'beam'"),
+        ({"method": "beam", "ess_threshold": 0.9}, "ess_threshold=0.9 would be ignored by method='beam'"),
+        ({"candidates": 2}, "candidates=2 would be ignored by method='pruning'"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:

@@ -149,7 +149,7 @@ def test_loading_an_empty_directory_says_what_is_missing(tmp_path: Path) -> None
 
 
 def test_an_unknown_backbone_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown backbone 'vit'; known: dit, unet"):
+    with pytest.raises(ValueError, match="unknown backbone 'vit'; did you mean 'dit'"):
         pretrain("vit")  # type: ignore[arg-type]
 
 

@@ -34,7 +34,8 @@ def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
     critic = arms.latent_critic(backbone)
     for name, arm in without_critic(backbone).items():
         assert arm.critic == CriticConfig(trunk="none"), name
-        same = replace(arm, advantages=AdvantageConfig(), critic=critic.critic, samples_per_prompt=1)
+        ppo = replace(arm.ppo, gae_lambda=critic.ppo.gae_lambda)
+        same = replace(arm, advantages=AdvantageConfig(), critic=critic.critic, samples_per_prompt=1, ppo=ppo)
         assert same == critic, name
 
 
