@@ -38,7 +38,7 @@ from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import RewardFailures, collect, evaluate, sampled
+from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, sampled, unwatched, watched
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.profiling import span
@@ -101,6 +101,7 @@ class LatentActorCriticTrainer:
         self.learner = Learner(backbone, self.config, self.graphs)
         self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
+        self.watch_evaluation: Watcher = unwatched
         self.iteration = self.images = 0
         self.evaluated = -1
         """Iteration that `train` evaluated last."""
@@ -302,9 +303,8 @@ class LatentActorCriticTrainer:
                 metrics = self.update(rollout, progress=progress)
             if self.config.compile:
                 metrics["recompiles"] = compiled_graphs() - graphs
-            metrics |= {"iteration": self.iteration, "images": self.images}
+            metrics |= {"iteration": self.iteration, "images": self.images} | graph_metrics(self.graphs)
             metrics |= {"seconds_rollout": scored - start, "seconds_update": time.perf_counter() - scored}
-            metrics |= graph_metrics(self.graphs)
             self.log.write("train", **metrics)
         return metrics
 
@@ -350,8 +350,7 @@ class LatentActorCriticTrainer:
 
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
-        config = self.config
-        settings = config.eval_sampler or config.sampler
+        config, settings = self.config, self.config.eval_sampler or self.config.sampler
         prompts = self.held_out.cycle(config.eval_samples if samples is None else samples)
         with self.averaged():
             parts = sampled(
@@ -364,6 +363,7 @@ class LatentActorCriticTrainer:
                 keep_features=False,
                 part_size=min(config.eval_batch_size, len(prompts)),
             )
+            parts = watched(parts, len(prompts), self.watch_evaluation)
             evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer)
         self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
         return evaluation

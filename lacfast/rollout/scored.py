@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -32,6 +32,14 @@ SKIPPED_IN_A_ROW = 5
 
 Scores = Future[dict[str, Tensor]]
 """name -> (B,) float32 of a part, once they are there."""
+
+
+Watcher = Callable[[int, int], None]
+"""Called as watcher(trajectories made, trajectories in all): before the first part, and after each."""
+
+
+def unwatched(made: int, planned: int) -> None:
+    """The watcher of work that nobody watches."""
 
 
 class Scorable(Protocol):
@@ -91,6 +99,16 @@ def sampled(
             batch_size=part_size,
         )
         yield replace(rollout, policy_version=policy_version)
+
+
+def watched(parts: Iterable[Rollout], count: int, watcher: Watcher) -> Iterator[Rollout]:
+    """The parts, with the watcher told how many of `count` trajectories are made."""
+    done = 0
+    watcher(done, count)
+    for part in parts:
+        yield part
+        done += len(part.prompts)
+        watcher(done, count)
 
 
 def decoded_and_scored(

@@ -30,13 +30,15 @@ from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
 from lacfast.runs.directory import DEMO, require_own
+from lacfast.runs.phases import pretrain_model, pretrain_values
 from lacfast.runs.terminal import PhaseLog, done_fraction
 from lacfast.runtime.directories import whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import SteeringStats, steer
+from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
-from lacfast.tasks.pretraining import CONFIGS, Pretrained, pretrain
+from lacfast.tasks.pretraining import CONFIGS, Pretrained
 from lacfast.tasks.shapes import held_out_prompts, train_prompts
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
@@ -128,7 +130,7 @@ def run_demo(
         metrics_path=out / "metrics.jsonl",
     )
     before = _evaluate(trainer, "Base model, held-out prompts", log)
-    _pretrain_values(trainer, log)
+    pretrain_values(trainer, log)
     steered_before = _steer(trainer, steering, "Base model, steered", log)
     _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
     after = _evaluate(trainer, "Trained model, held-out prompts", log)
@@ -204,10 +206,7 @@ def _base_model(
             phase.note = f"loaded from {directory}"
             return load_pretrained(directory)
 
-        def report(step: int, total: int, loss: float) -> None:
-            phase.update((step + 1) / total, f"step {step + 1}/{total}, loss {loss:.3f}")
-
-        model = pretrain(backbone, seed=seed, steps=steps, progress=report)
+        model = pretrain_model(backbone, scenes.TASK, seed=seed, steps=steps, phase=phase)
         with whole_directory(directory) as target:
             save_pretrained(model, target)
             write_json(target / description.name, recipe)
@@ -216,24 +215,11 @@ def _base_model(
 
 def _evaluate(trainer: LatentActorCriticTrainer, title: str, log: PhaseLog) -> Evaluation:
     with log.phase("evaluation", title) as phase:
+        trainer.watch_evaluation = phase.images
         evaluation = trainer.evaluate()
         means = evaluation.means()
         phase.note = f"obeys {means[STRICT]:.1%} of {len(evaluation.prompts)} (gold {means[GOLD]:.1%})"
     return evaluation
-
-
-def _pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> None:
-    planned = trainer.config.pretrain.iterations
-    trained = trainer.table.trainable_steps
-
-    def mean(variance: Tensor) -> str:
-        return f"explained variance {float(variance[trained].mean()):.2f} on held-out states"
-
-    with log.phase("value_pretraining", "Value pretraining, actor frozen") as phase:
-        result = trainer.pretrain_critic(
-            lambda iteration, variance: phase.update((iteration + 1) / planned, mean(variance))
-        )
-        phase.note = mean(result.explained_variance)
 
 
 def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, log: PhaseLog) -> None:

@@ -18,6 +18,7 @@ from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
 from lacfast.runs.directory import STEERED, require_own
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
+from lacfast.runs.terminal import PhaseLog
 from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats, steer
@@ -43,8 +44,8 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
     return found.cycle(count) if count else found
 
 
-def steer_model(settings: SteeringRun) -> SteeringStats:
-    """Make, write and score steered images of a saved model.
+def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringStats:
+    """Make, write and score steered images of a saved model; `log` None shows in the terminal.
 
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
@@ -63,24 +64,27 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
         sampler = trained_sampler(settings.critic or model) or sampler
     require_own(settings.out, STEERED)
     require_writable(settings.out / "images", "--out")
-    backbone = load_backbone(
-        model,
-        critic_file=settings.critic or None,
-        device=device,
-        dtype=torch_dtype(settings.dtype),
-    )
+    log = log or PhaseLog()
+    with log.phase("loading", f"Load {model}"):
+        backbone = load_backbone(
+            model,
+            critic_file=settings.critic or None,
+            device=device,
+            dtype=torch_dtype(settings.dtype),
+        )
     if backbone.critic is not None and backbone.critic.rewards is None:
         backbone.critic.rewards = trained_heads(settings.critic or model)
     weights = torch.tensor(settings.head_weights) if settings.head_weights else None
-    images, stats = steer(
-        backbone,
-        prompts,
-        settings.settings,
-        sampler=sampler,
-        rewards=rewards,
-        gold=gold,
-        head_weights=weights,
-    )
+    with log.phase("steering", f"Steer {len(prompts):,} images"):
+        images, stats = steer(
+            backbone,
+            prompts,
+            settings.settings,
+            sampler=sampler,
+            rewards=rewards,
+            gold=gold,
+            head_weights=weights,
+        )
     told = {"model": model, "critic": settings.critic, "sampler": to_json(sampler)}
     told["steering"] = to_json(settings.settings)
     _write(settings.out, images.cpu(), prompts, stats, told)

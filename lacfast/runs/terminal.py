@@ -52,6 +52,10 @@ class Phase:
             self._last_line = time.perf_counter()
             self._console.print(f"  {self._title}: {note} ({fraction:.0%})", highlight=False, soft_wrap=True)
 
+    def images(self, made: int, planned: int) -> None:
+        """Show how many images are made."""
+        self.update(made / planned, f"{made:,} of {planned:,} images")
+
 
 class PhaseLog:
     """Runs phases, shows them, and keeps the seconds that each kind of work took."""
@@ -72,6 +76,8 @@ class PhaseLog:
         start = time.perf_counter()
         bar = self._bar() if self.console.is_terminal else None
         if bar is None:
+            # At once: whoever reads a log wants to know what is being waited for.
+            self.console.print(f"  {title} ...", highlight=False, soft_wrap=True)
             phase = Phase(title, self.console, None, None)
             yield phase
         else:
@@ -105,6 +111,13 @@ def show_iteration(metrics: dict[str, Any]) -> None:
     rewards = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("reward/")]
     seconds = metrics["seconds_rollout"] + metrics["seconds_update"]
     print(f"{metrics['iteration']:>5}  {'  '.join(rewards) or 'skipped'}  {seconds:.1f} s", flush=True)
+
+
+def scores_line(evaluation: Evaluation) -> str:
+    """The scores of an evaluation with their standard errors."""
+    errors = evaluation.standard_errors()
+    scores = (f"{name} {mean:.4f} ± {errors[name]:.4f}" for name, mean in evaluation.means().items())
+    return f"{', '.join(scores)} of {len(evaluation.prompts):,}"
 
 
 def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:

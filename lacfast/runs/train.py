@@ -25,18 +25,20 @@ from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import evaluate, sampled
+from lacfast.rollout.scored import evaluate, sampled, watched
 from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import EVALUATION, RUN, SCORE, SETTINGS, RunDirectory, require_own
+from lacfast.runs.phases import EvaluationLines, pretrain_model, pretrain_values
 from lacfast.runs.saved import evaluation_sampler, saved_model
+from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.models import BackboneName
-from lacfast.tasks.pretraining import Pretrained, pretrain
+from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.tasks.task import Task
 from lacfast.trainer import LatentActorCriticTrainer
@@ -90,36 +92,35 @@ def torch_dtype(name: Dtype) -> torch.dtype | None:
     return None if name == "float32" else getattr(torch, name)
 
 
-def build_backbone(config: RunConfig, directory: RunDirectory) -> LatentBackbone:
+def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentBackbone:
     """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
     device = torch_device(config.device)
     if config.model in TINY_MODELS:
-        return _tiny_backbone(config, directory.path / "base", device)
-    return load_backbone(
-        config.model,
-        device=device,
-        dtype=torch_dtype(config.dtype),
-        lora=config.adapter,
-        attention_backend=config.attention_backend or None,
-        settings=PipelineSettings(resolution=config.resolution),
-    )
+        return _tiny_backbone(config, directory.path / "base", device, log)
+    with log.phase("loading", f"Load {config.model}"):
+        return load_backbone(
+            config.model,
+            device=device,
+            dtype=torch_dtype(config.dtype),
+            lora=config.adapter,
+            attention_backend=config.attention_backend or None,
+            settings=PipelineSettings(resolution=config.resolution),
+        )
 
 
-def _tiny_backbone(config: RunConfig, base: Path, device: str) -> LatentBackbone:
+def _tiny_backbone(config: RunConfig, base: Path, device: str, log: PhaseLog) -> LatentBackbone:
     recipe, file = {"model": config.model, "seed": config.train.seed}, base / "recipe.json"
     # Earlier versions wrote no recipe.
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else recipe
     if not base.exists() or kept != recipe:
         with whole_directory(base) as target:
-            save_pretrained(_pretrained(config), target)
+            task, backbone = TINY_MODELS[config.model]
+            with log.phase("pretraining", f"Pretrain a tiny {backbone}") as phase:
+                made = pretrain_model(backbone, task, seed=config.train.seed, steps=None, phase=phase)
+            save_pretrained(made, target)
             write_json(target / file.name, recipe)
     require_whole(base)
     return adapt_pretrained(load_pretrained(base), device=device, lora=config.adapter)
-
-
-def _pretrained(config: RunConfig, *, steps: int | None = None) -> Pretrained:
-    task, backbone = TINY_MODELS[config.model]
-    return pretrain(backbone, task, seed=config.train.seed, steps=steps)
 
 
 def check(config: RunConfig) -> None:
@@ -144,7 +145,7 @@ def check(config: RunConfig) -> None:
         )
 
 
-def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCriticTrainer:
+def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentActorCriticTrainer:
     """The trainer of a run, before any checkpoint is loaded."""
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
@@ -154,7 +155,7 @@ def build_trainer(config: RunConfig, directory: RunDirectory) -> LatentActorCrit
     if config.wandb_project:
         trackers.append(WandbTracker(config.wandb_project, directory.path, to_json(config)))
     # Last, for it may take minutes.
-    backbone = build_backbone(config, directory)
+    backbone = build_backbone(config, directory, log)
     if not config.keep_text_encoders:
         backbone.free_text_encoders(sorted({*prompts.texts, *held_out.texts}))
     return LatentActorCriticTrainer(
@@ -174,6 +175,7 @@ def train(
     on_iteration: Callable[[dict[str, Any]], None] | None = None,
     *,
     tell: Callable[[str], None] = print,
+    log: PhaseLog | None = None,
 ) -> Path:
     """Run `config` to its end, or go on with it; returns the last checkpoint.
 
@@ -183,6 +185,7 @@ def train(
         config: of the run.
         on_iteration: gets the metrics of every iteration.
         tell: gets lines that say where the run goes on, with which changes, and how it ended.
+        log: where loading, pretraining and evaluations show. None: the terminal.
 
     Raises:
         ValueError: for settings that cannot work, before any training.
@@ -192,7 +195,8 @@ def train(
     require_own(out, RUN)
     check(config)
     with locked(out):
-        return _train(config, RunDirectory(out, keep_last=config.keep_last), on_iteration, tell)
+        directory = RunDirectory(out, keep_last=config.keep_last)
+        return _train(config, directory, on_iteration, tell, log or PhaseLog())
 
 
 def _train(
@@ -200,13 +204,14 @@ def _train(
     directory: RunDirectory,
     on_iteration: Callable[[dict[str, Any]], None] | None,
     tell: Callable[[str], None],
+    log: PhaseLog,
 ) -> Path:
     source = directory.resumed(config.resume)
     changed = {} if source is None else _changed(config, directory, source)
     if source is None:
         directory.begin()
         directory.write_settings(to_json(config))
-    trainer = build_trainer(config, directory)
+    trainer = build_trainer(config, directory, log)
     score = config.best or trainer.early_stopping.score
     keeper = Keeper(trainer, directory, score, to_json(config))
     if source is not None:
@@ -218,7 +223,7 @@ def _train(
         directory.write_settings(to_json(config))
         keeper.has_saved(source)
     elif config.value_pretraining and trainer.critic is not None:
-        trainer.pretrain_critic()
+        pretrain_values(trainer, log)
     keeper.save()
 
     def after_iteration(metrics: dict[str, Any]) -> None:
@@ -227,8 +232,14 @@ def _train(
         if on_iteration is not None:
             on_iteration(metrics)
 
+    def after_evaluation(evaluation: Evaluation) -> None:
+        lines.scores(evaluation)
+        keeper.keep(evaluation)
+
     try:
-        done = trainer.train(on_iteration=after_iteration, on_evaluation=keeper.keep)
+        with EvaluationLines(log) as lines:
+            trainer.watch_evaluation = lines.images
+            done = trainer.train(on_iteration=after_iteration, on_evaluation=after_evaluation)
         last = keeper.save()
     except (KeyboardInterrupt, RewardError):
         if trainer.is_whole:
@@ -266,7 +277,8 @@ def plan(config: RunConfig) -> Costs:
     sampler = config.train.sampler
     if config.model in TINY_MODELS:
         # The weights do not matter, so one step of pretraining does.
-        backbone = adapt_pretrained(_pretrained(config, steps=1), lora=config.adapter)
+        task, name = TINY_MODELS[config.model]
+        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.adapter)
         conditioning, beside = backbone.encode_unconditional(1), 0
     else:
         blueprint = load_blueprint(
@@ -283,8 +295,8 @@ def plan(config: RunConfig) -> Costs:
     return count(backbone, critic, table, conditioning, config.train, beside_bytes=beside)
 
 
-def evaluate_model(settings: EvaluationRun) -> Evaluation:
-    """Scores of a saved model on prompts that nothing trains on here.
+def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Evaluation:
+    """Scores of a saved model on prompts that nothing trains on here; `log` None shows in the terminal.
 
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
@@ -297,8 +309,9 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
-    scorer = scorer.prepared()
-    backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
+    scorer, log = scorer.prepared(), log or PhaseLog()
+    with log.phase("loading", f"Load {model}"):
+        backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
         RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
         backbone.transition_table(sampler),
@@ -309,7 +322,10 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
         keep_features=False,
         part_size=min(settings.batch_size, settings.samples),
     )
-    evaluation = evaluate(parts, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
+    with EvaluationLines(log) as lines:
+        shown = watched(parts, len(prompts), lines.images)
+        evaluation = evaluate(shown, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
+        lines.scores(evaluation)
     if settings.out is not None:
         told = {"model": model, "samples": settings.samples, "seed": settings.seed}
         scores = told | {"sampler": to_json(sampler), "means": evaluation.means()}

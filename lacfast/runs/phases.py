@@ -1,0 +1,76 @@
+"""The phases that runs and the demo share, each with its line in the terminal."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from lacfast.learning.value_pretraining import PretrainResult
+from lacfast.records import Evaluation
+from lacfast.runs.terminal import Phase, PhaseLog, scores_line
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import Pretrained, pretrain
+from lacfast.tasks.task import Task
+from lacfast.trainer import LatentActorCriticTrainer
+
+
+def pretrain_model(
+    backbone: BackboneName, task: Task, *, seed: int, steps: int | None, phase: Phase
+) -> Pretrained:
+    """The tiny model of a task, pretrained within a phase."""
+
+    def report(step: int, total: int, loss: float) -> None:
+        phase.update((step + 1) / total, f"step {step + 1}/{total}, loss {loss:.3f}")
+
+    return pretrain(backbone, task, seed=seed, steps=steps, progress=report)
+
+
+def pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> PretrainResult:
+    """Value pretraining with what the critic explains by now."""
+    planned = trainer.config.pretrain.iterations
+    trained = trainer.table.trainable_steps
+
+    states = "held-out states" if trainer.config.pretrain.held_out_samples else "the states of its rollout"
+
+    def mean(variance: Tensor) -> str:
+        return f"explained variance {float(variance[trained].mean()):.2f} on {states}"
+
+    with log.phase("value_pretraining", "Value pretraining, actor frozen") as phase:
+        result = trainer.pretrain_critic(
+            lambda iteration, variance: phase.update((iteration + 1) / planned, mean(variance))
+        )
+        phase.note = mean(result.explained_variance)
+    return result
+
+
+class EvaluationLines:
+    """The evaluations of a run as they come: progress while images are made, then their scores."""
+
+    def __init__(self, log: PhaseLog) -> None:
+        self._log = log
+        self._open = ExitStack()
+        self._phase: Phase | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def images(self, made: int, planned: int) -> None:
+        """Tell how many images of the evaluation are made."""
+        if self._phase is None:
+            self._phase = self._open.enter_context(self._log.phase("evaluation", "Evaluation"))
+        self._phase.images(made, planned)
+
+    def scores(self, evaluation: Evaluation) -> None:
+        """End the evaluation's line with what it found."""
+        if self._phase is not None:
+            self._phase.note = scores_line(evaluation)
+        self._open.close()
+        self._phase = None
