@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,9 @@ def load_backbone(
     """
     if critic is not None and critic_file is not None:
         raise ValueError(f"critic={critic} and critic_file={str(critic_file)!r} are two critics; pass one")
+    _require_kinds(dtype=(dtype, torch.dtype), lora=(lora, LoRAConfig), settings=(settings, PipelineSettings))
     request = _Request(device, dtype, lora, settings)
-    path = None if isinstance(source, DiffusionPipeline) else Path(source)
+    path = None if isinstance(source, DiffusionPipeline) else _path(source)
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
     with torch.random.fork_rng(devices=[]):
         if path is None:
@@ -163,6 +165,23 @@ def load_backbone(
     elif path is not None and path.is_dir():
         backbone.critic = read_critic(backbone, path)
     return backbone
+
+
+def _require_kinds(**arguments: tuple[Any, type]) -> None:
+    for name, (value, kind) in arguments.items():
+        if value is not None and not isinstance(value, kind):
+            wanted = f"{kind.__module__}.{kind.__qualname__}"
+            raise ValueError(f"{name}={value!r} is a {type(value).__name__}; pass a {wanted} or None")
+
+
+def _path(source: Any) -> Path:
+    if isinstance(source, str | PathLike):
+        return Path(source)
+    what = "only a pipeline's model" if isinstance(source, nn.Module) else "no pipeline"
+    raise ValueError(
+        f"a {type(source).__name__} is {what}; pass the pipeline that holds it, its directory or its hub id: "
+        "prompts are encoded and latents decoded with its other parts"
+    )
 
 
 def _from_directory(path: Path, request: _Request, base: Any) -> LatentBackbone:
@@ -238,9 +257,10 @@ def _open_pipeline(name: str, request: _Request) -> Any:
     """The pipeline of a directory or hub id, trained weights in float32."""
     try:
         class_name = DiffusionPipeline.load_config(name)["_class_name"]
+        family = _named_family(class_name)
         dtypes: Any = request.dtype
         if request.dtype is not None and request.lora is None:
-            dtypes = {_family(class_name).model_part: torch.float32, "default": request.dtype}
+            dtypes = {family.model_part: torch.float32, "default": request.dtype}
         build: Any = DiffusionPipeline.from_pretrained
         return build(name, **({} if dtypes is None else {_dtype_argument(): dtypes}))
     except OSError as error:
@@ -256,14 +276,23 @@ def _dtype_argument() -> str:
     return "dtype" if version >= (0, 42) else "torch_dtype"
 
 
-def _family(class_name: str) -> PipelineFamily:
+def _named_family(class_name: str) -> PipelineFamily:
     if class_name not in PIPELINES:
-        raise ValueError(f"no backbone for {class_name}; known: {', '.join(PIPELINES)}")
+        raise ValueError(
+            f"no backbone for {class_name}; known: {', '.join(PIPELINES)}. A class of your own that derives "
+            "from one of them is loaded by you: pass the pipeline object"
+        )
     return PIPELINES[class_name]
 
 
+def _family(pipeline: Any) -> PipelineFamily:
+    """The family of a pipeline's class, or of the nearest that it derives from."""
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    return _named_family(next((name for name in names if name in PIPELINES), names[0]))
+
+
 def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
-    family = _family(type(pipeline).__name__)
+    family = _family(pipeline)
     require_plain_parts(pipeline.components, family.model_part)
     settings = request.settings or PipelineSettings()
     if request.device is not None:

@@ -65,7 +65,7 @@ def add_adapter(
     Raises:
         ValueError: when no module of the model is named so.
     """
-    targets = list(config.target_modules or default_targets)
+    targets = list(default_targets if config.target_modules is None else config.target_modules)
     if not any(_is_target(module_name, targets) for module_name, _ in model.named_modules()):
         raise ValueError(
             f"target_modules={targets} match no module of {type(model).__name__}; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -122,6 +123,7 @@ class BranchTrunk(Trunk):
         widths = _up_widths(model)
         self.mid_block = merged_copy(model.mid_block)
         self.up_blocks = nn.ModuleList(merged_copy(block) for block in model.up_blocks[:num_blocks])
+        self.depth = depth
         self.taps = [Tap("mid_block", _down_path)] + [_skips(level) for level in range(num_blocks)]
         self.tap_dims = (widths[0], *widths[:num_blocks])
 
@@ -138,9 +140,18 @@ class BranchTrunk(Trunk):
         up_blocks: Any = self.up_blocks
         for level, block in enumerate(up_blocks):
             skips = tuple(features[f"up_{level}_skip_{index}"] for index in range(len(block.resnets)))
-            hidden = _run(block, prompt, hidden, temb=temb, res_hidden_states_tuple=skips)
+            size = _odd_size(sample, self.depth - 1, level)
+            hidden = _run(block, prompt, hidden, temb=temb, res_hidden_states_tuple=skips, upsample_size=size)
             taps.append(feature_map_tokens(hidden))
         return taps
+
+
+def _odd_size(sample: Tensor, halvings: int, level: int) -> tuple[int, ...] | None:
+    """(height, width) behind up block `level`, which it is told where doubling would miss it."""
+    sides = sample.shape[-2:]
+    if level == halvings or not any(side % 2**halvings for side in sides):
+        return None
+    return tuple(math.ceil(side / 2 ** (halvings - 1 - level)) for side in sides)
 
 
 def _run(block: Any, prompt: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:
@@ -178,11 +189,8 @@ class SD15Pipelines(PipelineFamily):
 
 
 def unet_latent_map(pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-    """(C, H, W); the UNet halves the map between its levels."""
-    config = pipeline.unet.config
-    return latent_map(
-        pipeline, config.in_channels, resolution, multiple=2 ** (len(config.block_out_channels) - 1)
-    )
+    """(C, H, W); the UNet halves any map between its levels and finds its size again on the way up."""
+    return latent_map(pipeline, pipeline.unet.config.in_channels, resolution)
 
 
 def _encode_prompt(

@@ -7,21 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from refusals import Refusal
 from tiny_pipelines import (
     FAMILIES,
     PROMPTS,
     RESOLUTION,
     SETTINGS,
+    STEPS,
     backbone_of,
     load_pipeline,
     ode_images,
     own_call,
     saved_pipeline,
     tiny_pipeline,
+    unet,
     use_ddim,
 )
 
-from lacfast import PipelineSettings, SamplerConfig, load_backbone
+from lacfast import LoRAConfig, PipelineSettings, SamplerConfig, load_backbone
+from lacfast.backbones.taps import Tap, record_taps
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,10 +153,125 @@ def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) 
         load_backbone(tmp_path / "missing")
     with pytest.raises(ValueError, match="vae_dtype='float99' is no dtype"):
         PipelineSettings(vae_dtype="float99")
-    pipeline = tiny_pipeline("sd15")
-    pipeline.__class__ = type("OtherPipeline", (type(pipeline),), {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (
+            {"source": unet(cross_attention_dim=16)},
+            Refusal(
+                "a UNet2DConditionModel is only a pipeline's model",
+                cause="`load_backbone` got a bare UNet or transformer.",
+                remedy="pass the pipeline that holds it, its directory or its hub id",
+            ),
+        ),
+        (
+            {"source": 3},
+            Refusal(
+                "a int is no pipeline",
+                cause="`load_backbone` got something else than a pipeline or a name.",
+                remedy="pass the pipeline that holds it, its directory or its hub id",
+            ),
+        ),
+        (
+            {"source": "somewhere", "dtype": "bfloat16"},
+            Refusal(
+                "dtype='bfloat16' is a str",
+                cause="A dtype's name in the place of torch's.",
+                remedy="pass a torch.dtype or None",
+            ),
+        ),
+        (
+            {"source": "somewhere", "lora": 4},
+            Refusal(
+                "lora=4 is a int",
+                cause="A rank in the place of a LoRAConfig.",
+                remedy="pass a lacfast.config.critic.LoRAConfig or None",
+            ),
+        ),
+        (
+            {"source": "somewhere", "settings": {"resolution": (16, 16)}},
+            Refusal(
+                "settings={'resolution': (16, 16)} is a dict",
+                cause="A dict in the place of PipelineSettings.",
+                remedy="pass a lacfast.backbones.pipelines.PipelineSettings or None",
+            ),
+        ),
+    ],
+)
+def test_what_load_backbone_does_not_take_is_refused(arguments: dict[str, Any], refusal: Refusal) -> None:
+    with refusal.raised():
+        load_backbone(**arguments)
+
+
+def test_options_of_another_type_are_refused_and_no_targets_are_not_all_targets() -> None:
+    with Refusal(
+        "resolution=16 must be a tuple",
+        cause="One side in the place of height and width.",
+        remedy="(a whole number, a whole number)",
+    ).raised():
+        PipelineSettings(resolution=16)  # type: ignore[arg-type]
+    with Refusal(
+        "target_modules='to_q' must be a tuple",
+        cause="One name in the place of several.",
+        remedy="(text, ...)",
+    ).raised():
+        LoRAConfig(target_modules="to_q")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target_modules=\[\] match no module of UNet2DConditionModel"):
+        backbone_of(tiny_pipeline("sd15"), lora=LoRAConfig(target_modules=()))
+
+
+def test_a_class_of_one_s_own_is_used_as_the_one_it_derives_from_and_others_are_refused(
+    tmp_path: Path,
+) -> None:
+    pipeline = tiny_pipeline("sd3")
+    _, expected = ode_images(backbone_of(pipeline), PROMPTS[:1], 1.0)
+    pipeline.__class__ = type("OwnPipeline", (type(pipeline),), {})
+    _, images = ode_images(backbone_of(pipeline), PROMPTS[:1], 1.0)
+    assert torch.equal(images, expected)
+    pipeline.save_pretrained(tmp_path)
+    with Refusal(
+        "no backbone for OwnPipeline; known: StableDiffusionPipeline",
+        cause="A directory or hub id of a pipeline of another family, or of a class of your own.",
+        remedy="pass the pipeline object",
+    ).raised():
+        load_backbone(tmp_path)
+    pipeline.__class__ = type("OtherPipeline", (DiffusionPipeline,), {})
     with pytest.raises(ValueError, match="no backbone for OtherPipeline; known: StableDiffusionPipeline"):
         load_backbone(pipeline)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_unet_takes_every_size_that_its_pipeline_does(family: str) -> None:
+    pipeline = tiny_pipeline(family)
+    # Three halvings, as in SD 1.x: 12 latents become 6, 3 and 2, and 20 become 10, 5 and 3.
+    pipeline.unet = UNet2DConditionModel.from_config(
+        pipeline.unet.config,
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    use_ddim(pipeline)
+    backbone = load_backbone(pipeline, settings=PipelineSettings(resolution=(24, 40)))
+    assert backbone.latent_shape == (4, 12, 20)
+    latents, images = ode_images(backbone, PROMPTS[:1], 1.0)
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "pt"}
+    expected = pipeline(PROMPTS[:1], height=24, width=40, latents=latents, **arguments).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+    # The critic's copies of the up blocks find the odd sizes too.
+    trunk = backbone.branch_trunk(3)
+    sample, timestep, conditioning = latents, torch.tensor([500.0]), backbone.encode_prompts(PROMPTS[:1])
+    levels = [Tap(f"up_blocks.{level}", lambda _, output, level=level: {level: output}) for level in range(3)]
+    with (
+        torch.no_grad(),
+        record_taps(backbone.model, levels) as actor,
+        trunk.record(backbone.model) as features,
+    ):
+        backbone.predict(sample, timestep, conditioning)
+        taps = trunk(features, sample, timestep, conditioning)
+    for level, tap in enumerate(taps[1:]):
+        torch.testing.assert_close(tap, actor[level].flatten(2).mT)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3", "flux"])
@@ -171,6 +291,7 @@ def test_the_decoder_can_be_sliced_and_run_in_bfloat16() -> None:
         load_backbone(tiny_pipeline("sd3"), settings=settings).decode(latents)
         for settings in (
             SETTINGS,
+            STEPS,
             PipelineSettings(resolution=RESOLUTION, vae_slicing=True),
             PipelineSettings(resolution=RESOLUTION, vae_dtype="bfloat16"),
         )
