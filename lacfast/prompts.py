@@ -63,8 +63,14 @@ class PromptSet:
         return self.take([row for row in rows for _ in range(repeats)])
 
     def cycle(self, count: int) -> PromptSet:
-        """`count` prompts in order, starting again at the end: the same for every evaluation."""
-        return self.take([row % len(self) for row in range(count)])
+        """`count` prompts, always the same ones, each as often as any other up to one.
+
+        All in their order as often as they fit, then some in their order, drawn by a fixed shuffle: the first
+        ones of a sorted file would stand for themselves alone.
+        """
+        passes, rest = divmod(count, len(self))
+        drawn = sorted(self._shuffled_row(position, 0) for position in range(rest))
+        return self.take([*range(len(self))] * passes + drawn)
 
     def _shuffled_row(self, position: int, seed: int) -> int:
         epoch, offset = divmod(position, len(self))

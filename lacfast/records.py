@@ -34,6 +34,8 @@ class FirstSampleId(IntEnum):
     """The held-out rollout that measures value pretraining and chooses its critic."""
     COMPLETIONS = 1 << 43
     """Branched completions, which measure what a state tells of its reward."""
+    STEERING = 1 << 44
+    """Steered images; the trajectories of one image are so far apart too."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,13 @@ class TransitionTable:
     def coefficients(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """(T, 3) columns a, b, std, as every op reads them."""
         return torch.stack([self.a, self.b, self.std], dim=1).to(device, dtype)
+
+    def origin_of_nan(self, is_finite: Tensor) -> str:
+        """The first step behind which latents are not finite, by is_finite (T,) bool; or the decoder."""
+        step = int(is_finite.long().cumprod(dim=0).sum())
+        if step == self.num_steps:
+            return "the decoder, of finite latents,"
+        return f"denoising step {step} of {self.num_steps} (timestep {float(self.timesteps[step]):g})"
 
 
 @dataclass(frozen=True)
@@ -314,6 +323,10 @@ class Rollout:
         """(B, C, H, W)"""
         return self.latents[-1]
 
+    def origin_of_nan(self) -> str:
+        """What made NaN or infinity of images that have some: a denoising step, or the decoder."""
+        return self.table.origin_of_nan(self.latents[1:].isfinite().flatten(1).all(dim=1))
+
     def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
         return replace(self, rewards=rewards)
 
@@ -327,6 +340,7 @@ class Rollout:
         def stacked(name: str) -> Tensor:
             return torch.cat([getattr(part, name) for part in parts], dim=1)
 
+        versions = {part.policy_version for part in parts}
         uncond = [part.uncond_conditioning for part in parts if part.uncond_conditioning is not None]
         return Rollout(
             table=first.table,
@@ -343,9 +357,7 @@ class Rollout:
             prompts=[prompt for part in parts for prompt in part.prompts],
             metadata=[entry for part in parts for entry in part.metadata],
             rewards={name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
-            policy_version=first.policy_version
-            if all(part.policy_version == first.policy_version for part in parts)
-            else None,
+            policy_version=first.policy_version if len(versions) == 1 else None,
         )
 
 

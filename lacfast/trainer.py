@@ -48,8 +48,7 @@ from lacfast.runtime.signals import held_back
 class LatentActorCriticTrainer:
     """Latent actor-critic post-training of a diffusion model (arXiv 2605.27736).
 
-    Rollouts, prompts and minibatches are functions of (seed, iteration), so a run that is saved and loaded
-    goes on as if it had not stopped.
+    All draws are functions of (seed, iteration): a run that is saved and loaded goes on as if never stopped.
     """
 
     def __init__(
@@ -81,11 +80,12 @@ class LatentActorCriticTrainer:
         """
         self.config = config or TrainConfig()
         self.backbone = backbone
-        self.rewards = RewardSet.create(rewards).prepared()
-        gold = [] if evaluation_rewards is None else [RewardSet.create(evaluation_rewards).prepared()]
-        self.scorers = [self.rewards, *gold]
+        specs = (rewards, evaluation_rewards)
+        self.scorers = [RewardSet.create(spec).prepared() for spec in specs if spec is not None]
+        self.rewards = self.scorers[0]
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
+        RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
@@ -171,8 +171,7 @@ class LatentActorCriticTrainer:
     ) -> Rollout | None:
         """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
-        Without `keep_features` no critic can learn from it. `table` None: all of config.sampler.window is
-        stochastic.
+        Without `keep_features` no critic can learn from it. `table` None: the whole window is stochastic.
 
         Raises:
             RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.
@@ -180,7 +179,7 @@ class LatentActorCriticTrainer:
         self.behaviour.requantize()
         parts = self._sampled(prompts, first_id, keep_features, table)
         self.last_rollout, error = collect(parts, self.backbone, self.rewards)
-        self._failures.take_in(error, images=len(prompts))
+        self._failures.take_in(error, f"rollout of {len(prompts)} images")
         self.images += len(prompts)
         return self.last_rollout if error is None else None
 
@@ -277,7 +276,6 @@ class LatentActorCriticTrainer:
             advantages = self.advantages(rollout)
         metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
         if self.critic is not None and variance is not None:
-            # The weights of rewards with floors have moved.
             self.critic.rewards = self.estimator.heads
             metrics |= self.confidence.metrics(variance)
         return metrics | self.learner.learn(rollout, advantages, self.iteration)
@@ -318,9 +316,8 @@ class LatentActorCriticTrainer:
     ) -> int:
         """Train for `iterations` (None: what config.iterations leaves) or `seconds`; returns how many ran.
 
-        With config.eval_every the start is evaluated first, so that the best may be the start. An evaluation
-        that is due comes before `on_iteration`, so that what is saved there knows of it. Ends early by
-        config.early_stopping.
+        With config.eval_every the start is evaluated too, for it may be the best. An evaluation that is due
+        comes before `on_iteration`: what is saved there knows of it. Ends early by config.early_stopping.
         """
         start = time.perf_counter()
         planned = max(self.config.iterations - self.iteration if iterations is None else iterations, 0)
@@ -337,11 +334,14 @@ class LatentActorCriticTrainer:
         return planned
 
     def _evaluate_when_due(self, on_evaluation: Callable[[Evaluation], None] | None) -> None:
-        """Evaluate, unless it was done at this iteration, also before a run was stopped."""
+        """Evaluate unless it was done before a run was stopped; a skipped one is neither better nor worse."""
         every = self.config.eval_every
         if not every or self.iteration % every or self.evaluated == self.iteration:
             return
-        evaluation = self.evaluate()
+        evaluation = self._failures.unless_skipped(self.evaluate, f"evaluation of iteration {self.iteration}")
+        if evaluation is None:
+            self.log.write("skipped_evaluation", iteration=self.iteration)
+            return
         if on_evaluation is not None:
             on_evaluation(evaluation)
         with held_back("this evaluation"):

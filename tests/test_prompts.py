@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -175,3 +176,19 @@ def test_a_missing_package_gives_its_install_command(
         path.touch()
     with pytest.raises(ImportError, match=command):
         load_prompts(path)
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 33, 41])
+def test_a_cycle_takes_each_prompt_equally_often_up_to_one_and_no_run_of_a_sorted_file(count: int) -> None:
+    prompts = PromptSet.create([f"prompt {number:02d}" for number in range(20)])
+    taken = prompts.cycle(count).texts
+    assert taken == prompts.cycle(count).texts
+    counts = Counter(dict.fromkeys(prompts.texts, 0))
+    counts.update(taken)
+    assert sum(counts.values()) == count
+    assert max(counts.values()) - min(counts.values()) <= 1
+    whole, rest = divmod(count, 20)
+    assert taken[: 20 * whole] == prompts.texts * whole
+    assert taken[20 * whole :] == sorted(taken[20 * whole :])
+    if 1 < rest < 19:
+        assert taken[20 * whole :] != prompts.texts[:rest]

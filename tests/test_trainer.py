@@ -28,6 +28,7 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
 )
+from lacfast.records import Evaluation
 from lacfast.rewards.reward import RewardError
 from lacfast.runtime.directories import MANIFEST, DamagedError
 
@@ -492,6 +493,38 @@ def test_a_reward_that_always_fails_ends_the_run_when_skipping() -> None:
     assert trainer.iteration == 9
 
 
+def test_an_evaluation_that_fails_is_neither_better_nor_worse_when_skipping(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def moody(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
+        calls.append(len(prompts))
+        # Evaluation, rollout, evaluation, rollout, evaluation.
+        return images.mean(dim=(1, 2, 3)) if len(calls) != 3 else torch.full((len(prompts),), torch.nan)
+
+    trainer = LatentActorCriticTrainer(
+        tiny_backbone("dit"),
+        moody,
+        PROMPTS,
+        tiny_config(on_reward_error="skip", eval_every=1, early_stopping=EarlyStoppingConfig(patience=2)),
+        metrics_path=tmp_path / "metrics.jsonl",
+    )
+    seen: list[Evaluation] = []
+    with pytest.warns(UserWarning, match="evaluation of iteration 1 skipped: reward 'moody' returned nan"):
+        assert trainer.train(2, on_evaluation=seen.append) == 2
+    first, last = (evaluation.means()["moody"] for evaluation in seen)
+    assert trainer.early_stopping.best == max(first, last)
+    assert trainer.early_stopping.evaluations_since_best == int(last <= first)
+    trainer.close()
+    phases = [json.loads(line)["phase"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert phases == ["evaluate", "train", "skipped_evaluation", "train", "evaluate"]
+
+
+def test_a_failed_evaluation_ends_a_run_that_does_not_skip() -> None:
+    trainer = trainer_for(reward=failing, eval_every=1)
+    with pytest.raises(RewardError, match="reward 'failing' returned nan"):
+        trainer.evaluate()
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     trainer = trainer_for()
     rollout = trainer.collect(trainer.prompts, 0)
@@ -521,8 +554,8 @@ def test_a_sampler_that_cannot_train_is_refused(changes: dict[str, Any], message
 def test_a_critic_that_is_not_the_configured_one_is_refused() -> None:
     backbone = tiny_backbone("dit")
     LatentActorCriticTrainer(backbone, brightness, PROMPTS, tiny_config())
-    with pytest.raises(ValueError, match=r"critic has 1 heads .*; 2 rewards \['brightness', 'shapes'\]"):
-        LatentActorCriticTrainer(backbone, [brightness, "shapes"], PROMPTS, tiny_config())
+    with pytest.raises(ValueError, match=r"critic has 1 heads .*; 2 rewards \['brightness', 'shapes_h"):
+        LatentActorCriticTrainer(backbone, [brightness, "shapes_height"], PROMPTS, tiny_config())
     with pytest.raises(ValueError, match=r"trunk='copy'.* do not fit it.*backbone\.critic = None"):
         LatentActorCriticTrainer(
             backbone, brightness, PROMPTS, tiny_config(critic=CriticConfig(trunk="copy"))

@@ -8,6 +8,7 @@ from typing import Annotated
 from lacfast.config.checks import (
     Config,
     Count,
+    CountOrNone,
     NonNegative,
     OneOf,
     Range,
@@ -76,7 +77,10 @@ class SteeringConfig(Config):
     batch_size: Count = 256
     """Latents per call of the model; as many images are in flight as fit, at least one."""
     seed: Seed = 0
-    """Seed of the noise."""
+    """Seed of the noise, which is no noise of a training under the same seed."""
+    first_image: CountOrNone = 0
+    """Number of the call's first image: a call with the same seed and number repeats, one that goes on behind
+    n images takes n."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

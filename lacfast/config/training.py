@@ -126,7 +126,8 @@ class TrainConfig(Config):
     """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
     on_reward_error: Annotated[str, OneOf(("raise", "skip"))] = "raise"
     """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
-    "skip": the rollout is dropped with a warning and never trained on."""
+    "skip": the rollout is dropped with a warning and never trained on; of an evaluation there is a line of
+    phase "skipped_evaluation" in the log, and neither early stopping nor the best checkpoint takes note."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

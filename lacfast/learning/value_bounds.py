@@ -173,6 +173,14 @@ class _Completions:
     clean_latents: Tensor
     prompts: list[str]
     metadata: list[dict[str, Any]]
+    step: int
+    """Denoising step whose states were completed."""
+
+    def origin_of_nan(self) -> str:
+        """What made NaN or infinity of images that have some."""
+        if bool(self.clean_latents.isfinite().all()):
+            return "the decoder, of finite latents,"
+        return f"the completion from denoising step {self.step}"
 
 
 def _completed(
@@ -192,6 +200,7 @@ def _completed(
             complete(backbone, rollout, step, part.to(device), part_ids, guidance_scale=guidance_scale),
             [rollout.prompts[row] for row in numbers],
             [rollout.metadata[row] for row in numbers],
+            step,
         )
 
 

@@ -78,7 +78,7 @@ def selection_prompts(held_out: PromptSet, config: ValuePretrainingConfig) -> Pr
     """Held-out prompts of the rollout that measures value pretraining, one per trajectory."""
     # The floor needs every prompt twice.
     distinct = max(config.held_out_samples // 2, 1) if config.completions else len(held_out)
-    return held_out.take(range(min(distinct, len(held_out)))).cycle(config.held_out_samples)
+    return held_out.cycle(min(distinct, len(held_out))).cycle(config.held_out_samples)
 
 
 def pretrain_values(

@@ -78,12 +78,18 @@ def render(name: str, records: Records, pictures: Sequence[Path], settings: dict
         headline=escape(headline(evaluations, train)),
         findings="\n".join(_finding(finding) for finding in found) or _NOTHING_FOUND,
         cards="\n".join(_cards(train, evaluations)),
+        judged=_CHOSEN_HERE if evaluations else "",
         charts=charts(records),
         pictures="\n".join(_pictures(pictures)),
         settings="\n".join(settings_tables({"run.json": settings} if settings else {})),
     )
 
 
+_CHOSEN_HERE = (
+    '<p class="soft">The evaluation prompts also chose the pretrained critic, the best checkpoint and, where '
+    "it is set, the early stop, so the best score is a little high. "
+    "<code>lacfast evaluate RUN --prompts OTHERS</code> judges it on prompts that chose nothing.</p>"
+)
 _NOTHING_FOUND = '<p class="soft">None of the known signatures of failure.</p>'
 
 

@@ -47,6 +47,13 @@ class OCRAccuracy:
         if isinstance(self.engine, str) and find_spec(self.engine) is None:
             raise ImportError(f"engine={self.engine!r} needs its package: {_INSTALL[self.engine]}")
 
+    def check_prompt(self, prompt: str, metadata: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: for a prompt without a wanted text.
+        """
+        wanted_text(prompt, metadata)
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
         """(B,) float32 in [0, 1] on the CPU; no gradient.
 

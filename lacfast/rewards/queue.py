@@ -107,7 +107,11 @@ class RewardQueue:
         self._closed = False
 
     def submit(
-        self, batch: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+        self,
+        batch: Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        origin: Callable[[], str] | None = None,
     ) -> Future[dict[str, Tensor]]:
         """Scores that will come: `result()` waits and is what `RewardSet.score` returns or raises.
 
@@ -118,6 +122,7 @@ class RewardQueue:
                 scores are there.
             prompts: B of them.
             metadata: B of them.
+            origin: says what made the batch's NaN, once its images have some. None: nobody knows.
 
         Raises:
             ValueError: after `close`.
@@ -127,7 +132,7 @@ class RewardQueue:
         self._places.acquire()
         ready = _Ready.of(batch.detach())
         images = self._decoded(ready, prompts)
-        future = self._scoring.worker.submit(partial(self._score, images, prompts, metadata))
+        future = self._scoring.worker.submit(partial(self._score, images, prompts, metadata, origin))
         future.add_done_callback(lambda _: self._places.release())
         return future
 
@@ -181,7 +186,11 @@ class RewardQueue:
 
     @torch.no_grad()
     def _score(
-        self, decoded: Future[_Ready], prompts: list[str], metadata: list[dict[str, Any]]
+        self,
+        decoded: Future[_Ready],
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        origin: Callable[[], str] | None,
     ) -> dict[str, Tensor]:
         with self._scoring.reading(decoded.result()) as images:
-            return self.rewards.score(images, prompts, metadata)
+            return self.rewards.score(images, prompts, metadata, origin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from lacfast.config.checks import unknown
+from lacfast.prompts import PromptSet
 from lacfast.rewards.names import registered_rewards, server
-from lacfast.rewards.reward import Cancellable, Checkable, Loadable, Reward, RewardError
+from lacfast.rewards.reward import (
+    Cancellable,
+    Checkable,
+    Judged,
+    Loadable,
+    NotFiniteError,
+    Reward,
+    RewardError,
+)
 from lacfast.runtime.profiling import span
 
 _REMOTE = "lacfast.rewards.remote:RemoteReward"
@@ -78,14 +87,44 @@ class RewardSet:
     def names(self) -> list[str]:
         return list(self.functions)
 
-    def score(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """name -> (B,) float32 on the CPU.
+    @staticmethod
+    def require_judges(scorers: Sequence[RewardSet], prompts: PromptSet, held_out: PromptSet) -> None:
+        """A check of the rewards that train, which come first, on `prompts` and of all on `held_out`.
 
         Raises:
-            RewardError: when a reward raises, returns another length or a value that is not finite; when an
-                image is not finite, before any reward is asked.
+            ValueError: for a prompt that a reward cannot judge an image of, as far as the reward tells.
         """
-        _require_finite(images, prompts)
+        scorers[0].require_prompts(prompts)
+        for scorer in scorers:
+            scorer.require_prompts(held_out)
+
+    def require_prompts(self, prompts: PromptSet) -> None:
+        """
+        Raises:
+            ValueError: for a prompt that a reward cannot judge an image of, as far as the reward tells.
+        """
+        for name, function in self.functions.items():
+            check: Judged | None = getattr(function, "check_prompt", None)
+            for text, metadata in zip(prompts.texts, prompts.metadata, strict=True) if check else ():
+                try:
+                    check(text, metadata)
+                except ValueError as error:
+                    raise ValueError(f"reward {name!r} cannot judge prompt {text!r}: {error}") from error
+
+    def score(
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        origin: Callable[[], str] | None = None,
+    ) -> dict[str, Tensor]:
+        """name -> (B,) float32 on the CPU; `origin` as in require_finite.
+
+        Raises:
+            RewardError: when a reward raises, returns another length or a value that is not finite.
+            NotFiniteError: when an image is not finite, before any reward is asked.
+        """
+        require_finite(images, prompts, origin)
         with span("reward"):
             return {
                 name: _checked(name, function, images, prompts, metadata)
@@ -244,14 +283,25 @@ def _checked(
     return scores
 
 
-def _require_finite(images: Tensor, prompts: list[str]) -> None:
+def require_finite(images: Tensor, prompts: list[str], origin: Callable[[], str] | None = None) -> None:
+    """A check of images (B, 3, H, W) before anybody looks at them.
+
+    Args:
+        images: of `prompts`.
+        prompts: B of them.
+        origin: says where a NaN came from, once there is one. None: nobody knows.
+
+    Raises:
+        NotFiniteError: naming the prompts and the origin.
+    """
     # As a JPEG file a picture of NaN is black, and nearly the best there is.
     finite = images.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         culprits = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
-        raise RewardError(
-            f"sampling or decoding made NaN or infinity in the images of prompts {_some(culprits)}, so that "
-            "no reward was asked; lower the learning rate or the guidance scale, or use float32 or bfloat16"
+        raise NotFiniteError(
+            f"{origin() if origin else 'sampling or decoding'} made NaN or infinity in the images of prompts "
+            f"{_some(culprits)}, so that no reward was asked; lower the learning rate or the guidance scale, "
+            "or use float32 or bfloat16"
         )
 
 

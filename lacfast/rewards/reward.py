@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -37,8 +37,31 @@ class Loadable(Protocol):
         """Load it now; raises when that cannot be done."""
 
 
+Judged = Callable[[str, dict[str, Any]], object]
+"""(prompt, its metadata); raises ValueError where a reward finds there nothing to judge an image by."""
+RewardFunction = TypeVar("RewardFunction", bound=Callable[..., Any])
+
+
+def needs(check: Judged) -> Callable[[RewardFunction], RewardFunction]:
+    """Decorator of a reward that needs more of a prompt than its text.
+
+    `check` becomes its attribute `check_prompt`, which RewardSet.require_prompts asks before any work; a
+    class of rewards defines a method of that name instead.
+    """
+
+    def marked(reward: RewardFunction) -> RewardFunction:
+        reward.check_prompt = check  # type: ignore[attr-defined]
+        return reward
+
+    return marked
+
+
 class RewardError(FailedError):
     """A reward failed or returned something that must not be learned from."""
+
+
+class NotFiniteError(FloatingPointError):
+    """Images are NaN or infinite, so that there is nothing to score; no fault of a reward."""
 
 
 class BadAnswerError(ValueError):

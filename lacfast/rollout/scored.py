@@ -45,6 +45,9 @@ def unwatched(made: int, planned: int) -> None:
 class Scorable(Protocol):
     """Clean latents and what a reward needs to judge their images; a Rollout is one."""
 
+    def origin_of_nan(self) -> str:
+        """What made NaN or infinity of images that have some: a denoising step, or the decoder."""
+
     @property
     def clean_latents(self) -> Tensor:
         """(B, ...)"""
@@ -56,6 +59,7 @@ class Scorable(Protocol):
 
 
 Part = TypeVar("Part", bound=Scorable)
+Result = TypeVar("Result")
 
 
 def sampled(
@@ -133,7 +137,7 @@ def decoded_and_scored(
     on_gpu = next(backbone.model.parameters()).is_cuda
     with RewardQueue(rewards, decode=decode, decode_aside=on_gpu) as queue:
         for part in parts:
-            yield part, queue.submit(part.clean_latents, part.prompts, part.metadata)
+            yield part, queue.submit(part.clean_latents, part.prompts, part.metadata, part.origin_of_nan)
         with span("reward/wait"):
             queue.close()
 
@@ -162,11 +166,19 @@ class RewardFailures:
         self.policy = policy
         self.in_a_row = 0
 
-    def take_in(self, error: RewardError | None, *, images: int) -> None:
-        """Take in how the scoring of a rollout of so many images ended; warns of one that is skipped.
+    def unless_skipped(self, work: Callable[[], Result], what: str) -> Result | None:
+        """What `work` returns; None where its rewards fail and `what` is skipped."""
+        try:
+            return work()
+        except RewardError as error:
+            self.take_in(error, what)
+            return None
+
+    def take_in(self, error: RewardError | None, what: str) -> None:
+        """Take in how the scoring of a rollout or evaluation ended; warns of `what` is skipped.
 
         Raises:
-            RewardError: under "raise", and where one rollout after the other failed: nothing is learned then.
+            RewardError: under "raise", and where one after the other failed: nothing is learned then.
         """
         if error is None:
             self.in_a_row = 0
@@ -179,7 +191,7 @@ class RewardFailures:
                 f"the rewards of {self.in_a_row} rollouts in a row failed, so nothing is learned; mend the "
                 f"reward and go on. The last error: {error}"
             ) from error
-        warnings.warn(f"rollout of {images} images skipped: {error}", stacklevel=4)
+        warnings.warn(f"{what} skipped: {error}", stacklevel=4)
 
 
 def evaluate(

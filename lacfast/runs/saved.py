@@ -10,6 +10,7 @@ import torch
 
 from lacfast.config import AdvantageConfig, SamplerConfig, from_json
 from lacfast.rewards.heads import RewardHeads
+from lacfast.rewards.names import server
 from lacfast.runs.directory import RunDirectory
 
 
@@ -56,8 +57,12 @@ def trained_heads(saved: str) -> RewardHeads | None:
         return None
     names, weights = zip(*stored["rewards"], strict=True)
     advantages = from_json(AdvantageConfig, stored["train"].get("advantages", {}))
-    # "package.module:callable" is called by its last part, a URL by itself.
-    called = [name if "://" in name else name.rpartition(":")[2] for name in names]
+    servers = [server(name) for name in names]
+    # "package.module:callable" is called by its last part.
+    called = [
+        name.rpartition(":")[2] if found is None else found.name
+        for name, found in zip(names, servers, strict=True)
+    ]
     return RewardHeads.create(called, torch.tensor(weights), advantages)
 
 

@@ -59,6 +59,9 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
             judge.check()
     if settings.settings.selection == "reward" and rewards is None:
         raise ValueError("--selection reward has no reward to select by; name it with --rewards")
+    for scorer in (rewards, gold):
+        if scorer is not None:
+            scorer.require_prompts(prompts)
     model, sampler = saved_model(settings.source), settings.sampler
     if sampler == SamplerConfig():
         sampler = trained_sampler(settings.critic or model) or sampler

@@ -131,9 +131,11 @@ def check(config: RunConfig) -> None:
         ImportError: when a reward's optional package is not installed.
     """
     torch_device(config.device)
-    scorers = [RewardSet.create(dict(config.rewards))]
-    if config.evaluation_rewards:
-        scorers.append(RewardSet.create(config.evaluation_rewards))
+    prompts = prompts_of(config.prompts)
+    held_out = prompts_of(config.held_out) if config.held_out else prompts
+    specs = (dict(config.rewards), config.evaluation_rewards)
+    scorers = [RewardSet.create(spec) for spec in specs if spec]
+    RewardSet.require_judges(scorers, prompts, held_out)
     names = [name for scorer in scorers for name in scorer.names]
     for scorer in scorers:
         scorer.check()
@@ -306,6 +308,7 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
     model, sampler = saved_model(settings.source), settings.sampler
     if sampler == EVALUATION_SAMPLER:
         sampler = evaluation_sampler(model) or sampler
+    scorer.require_prompts(prompts)
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")

@@ -60,8 +60,8 @@ def denoise(
     conditioning: Conditioning,
     guidance_scale: float,
     sign_test: SignTest,
-) -> Particles:
-    """The trajectories that reach the end, with the values of their states.
+) -> tuple[Particles, Tensor]:
+    """The trajectories that reach the end with the values of their states, and which steps were finite, (T,).
 
     Args:
         model: forwards.
@@ -76,6 +76,7 @@ def denoise(
     device = particles.sample.device
     coefficients, timesteps = table.coefficients(device), table.timesteps.to(device)
     scale = None if model.uncond_conditioning is None else torch.full((1,), guidance_scale, device=device)
+    is_finite: list[Tensor] = []
     for step, is_guided in enumerate(guidance.guided_steps(config, table)):
         timestep = timesteps[step : step + 1]
         forward = model.evaluate(
@@ -110,7 +111,9 @@ def denoise(
                 drawn = ops.normal_noise(tuple(displacement.shape), steps, noise)
                 std = float(table.std[step])
                 method.correct(guidance.log_proposal_ratio(displacement, drawn, std))
-    return particles
+        # On the device: nobody waits for it here.
+        is_finite.append(particles.sample.isfinite().all())
+    return particles, torch.stack(is_finite)
 
 
 def _chosen(

@@ -11,7 +11,7 @@ from lacfast import ops
 from lacfast.records import INITIAL_STEP, NoiseKey
 
 SLOT_STRIDE = 1 << 44
-"""Between the sample ids of one image's trajectories: the first ones have the ids of plain sampling."""
+"""Between the sample ids of one image's trajectories. Of the first they are the image's own."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Particles:
 
     @staticmethod
     def start(latent_shape: tuple[int, ...], images: Tensor, per_image: int, seed: int) -> Particles:
-        """Pure noise for `images` (G,), the numbers of the images in the call."""
+        """Pure noise for `images` (G,), their sample ids."""
         ids = slot_ids(images, per_image)
         steps = torch.full_like(ids, INITIAL_STEP)
         noise = ops.normal_noise((len(ids), *latent_shape), steps, NoiseKey.create(seed, ids, ids.device))
@@ -56,7 +56,7 @@ class Particles:
 
 
 def slot_ids(images: Tensor, per_image: int) -> Tensor:
-    """(G N,) sample ids of N trajectories of each image (G,)."""
+    """(G N,) sample ids of N trajectories of each image (G,), by its own."""
     slots = torch.arange(per_image, device=images.device)
     return (images[:, None] + slots * SLOT_STRIDE).flatten()
 

@@ -20,7 +20,7 @@ from lacfast.config import SteeringConfig
 from lacfast.records import NoiseKey, TransitionTable
 from lacfast.steering.cost import ParticleStats
 from lacfast.steering.method import Method
-from lacfast.steering.particles import Particles, best_positions, gumbel_noise
+from lacfast.steering.particles import SLOT_STRIDE, Particles, best_positions, gumbel_noise
 
 
 class SequentialMonteCarlo(Method):
@@ -74,7 +74,9 @@ class SequentialMonteCarlo(Method):
     def _resample(self, due: Tensor, step: int) -> Tensor:
         """Positions (P,) of the ancestors; the mean weight of a resampled image goes to its evidence."""
         steps = torch.full_like(self.images, step)
-        key = NoiseKey.create(self.config.seed, self.images, self.images.device)
+        # A trajectory that is not there: its noise is no particle's.
+        unused = self.images + self.config.particles * SLOT_STRIDE
+        key = NoiseKey.create(self.config.seed, unused, self.images.device)
         drawn = ops.systematic_resample(self.log_weights.contiguous(), steps, key)
         own = torch.arange(self.config.particles, device=drawn.device)
         ancestors = torch.where(due[:, None], drawn, own)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ from lacfast.backbone import Backbone
 from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.prompts import PromptEntry, PromptSet
-from lacfast.records import TransitionTable
+from lacfast.records import FirstSampleId, TransitionTable
 from lacfast.rewards.heads import RewardHeads
-from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.rewards.registry import RewardSet, RewardSpec, require_finite
 from lacfast.steering.cost import (
     EvaluationCounter,
     FunctionEvaluations,
@@ -62,11 +63,15 @@ def steer(
     Raises:
         ValueError: for settings that cannot work or would be ignored, before any image is made; when V does
             not rise along its own gradient; when a reward fails.
+        NotFiniteError: for images that are NaN; it names the denoising step or the decoder.
     """
     config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
     prompts = PromptSet.create(prompts)
     critics = (() if backbone.critic is None else (backbone.critic,)) + tuple(more_critics)
     scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
+    for judges in (scorer, gold_scorer):
+        if judges is not None:
+            judges.require_prompts(prompts)
     table = backbone.transition_table(sampler)
     _require_usable(config, table, has_critic=bool(critics), has_rewards=scorer is not None)
     scorer, gold_scorer = (judge and judge.prepared() for judge in (scorer, gold_scorer))
@@ -86,20 +91,21 @@ def steer(
     batches: list[_Batch] = []
     with model.counter.counting(backbone.model, critics):
         for part in prompts.split(max(config.batch_size // config.width, 1)):
-            first = sum(len(batch.images) for batch in batches)
-            numbers = torch.arange(first, first + len(part), device=device)
-            method = METHODS[config.method](config, table, numbers)
-            particles = denoise(
+            first = FirstSampleId.STEERING + config.first_image + sum(len(batch.images) for batch in batches)
+            image_ids = torch.arange(first, first + len(part), device=device)
+            method = METHODS[config.method](config, table, image_ids)
+            particles, is_finite = denoise(
                 model,
                 table,
                 config,
                 method,
-                Particles.start(backbone.latent_shape, numbers, config.particles, config.seed),
+                Particles.start(backbone.latent_shape, image_ids, config.particles, config.seed),
                 backbone.encode_prompts(part.texts),
                 sampler.guidance_scale,
                 sign_test,
             )
-            batches.append(_finished(model, method, particles, part, by_reward, scorer, gold_scorer))
+            origin = partial(table.origin_of_nan, is_finite)
+            batches.append(_finished(model, method, particles, part, by_reward, scorer, gold_scorer, origin))
     particle_stats = [batch.particle_stats for batch in batches if batch.particle_stats is not None]
     stats = SteeringStats(
         FunctionEvaluations(model.counter.forwards, model.counter.backwards, len(prompts)),
@@ -158,12 +164,17 @@ def _finished(
     by_reward: RewardSet | None,
     scorer: RewardSet | None,
     gold: RewardSet | None,
+    origin: Callable[[], str],
 ) -> _Batch:
-    """Choose by the rewards `by_reward` of all that reached the end, or else by their last values."""
+    """Choose by the rewards `by_reward` of all that reached the end, or else by their last values.
+
+    Raises:
+        NotFiniteError: for images that are NaN, of which `origin` says what made them.
+    """
     if by_reward is not None:
         candidates = prompts.take(particles.rows.tolist())
         decoded = _decoded(model, particles.sample)
-        scores = by_reward.score(decoded, candidates.texts, candidates.metadata)
+        scores = by_reward.score(decoded, candidates.texts, candidates.metadata, origin)
         chosen = method.finish(particles, model.objective.of_rewards(scores).to(decoded.device))
         images = decoded[chosen]
         rewards = {name: tensor[chosen.cpu()] for name, tensor in scores.items()}
@@ -172,6 +183,7 @@ def _finished(
         only = particles.sample.new_zeros(len(particles.ids))
         chosen = method.finish(particles, particles.values[-1] if len(particles.values) else only)
         images = _decoded(model, particles.sample[chosen])
+        require_finite(images, prompts.texts, origin)
         rewards = _scores(scorer, images, prompts)
     return _Batch(
         images,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lacfast.rewards.ocr import edit_distance
+from lacfast.rewards.reward import needs
 from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task, scale_of
 
 # Pixels at scale 1.
@@ -173,12 +174,26 @@ def read_gold(images: FloatArray) -> list[str]:
     )
 
 
+def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for metadata that say not which word a picture must show.
+    """
+    if not metadata.get("word"):
+        raise ValueError(
+            "its metadata lack 'word'; take the prompts of the task, 'glyphs' or 'glyphs-held-out', or a "
+            ".jsonl file that gives it"
+        )
+
+
+@needs(check_prompt)
 def glyphs_strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """1 where the image shows exactly the word, else 0; (B,) float32 on the CPU, no gradient."""
     words = [entry["word"] for entry in metadata]
     return _scores([float(seen == word) for seen, word in zip(read(_pixels(images)), words, strict=True)])
 
 
+@needs(check_prompt)
 def glyphs_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """1 - edit distance / letters of the word, at least 0 (Flow-GRPO's OCR reward); (B,) float32."""
     words = [entry["word"] for entry in metadata]
@@ -188,6 +203,7 @@ def glyphs_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, A
     )
 
 
+@needs(check_prompt)
 def glyphs_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Accuracy like `glyphs_strict`, by the second reader, which is never trained on."""
     words = [entry["word"] for entry in metadata]

@@ -39,6 +39,21 @@ def _likeness(wanted: Thing, seen: Detection) -> float:
     return 0.5 * (seen.colour == wanted[0]) + 0.5 * (seen.shape == wanted[1])
 
 
+def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for metadata that say not what a picture must show.
+    """
+    missing = [key for key in ("kind", "objects") if key not in metadata]
+    if missing:
+        raise ValueError(
+            f"its metadata lack {' and '.join(map(repr, missing))}; take the prompts of the task, 'shapes' "
+            "or 'shapes-held-out', or a .jsonl file that gives both"
+        )
+    if metadata["kind"] not in KINDS:
+        raise unknown("kind of prompt", metadata["kind"], KINDS)
+
+
 def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[float, float]:
     """Strict and partial score of one image.
 
@@ -46,9 +61,8 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     partial = sum of likenesses over the best matching / max(wanted, seen): half a point for the colour, half
               for the shape; for a relation that counts 3/4, and two exact matches that obey it add 1/4
     """
+    check_prompt("", metadata)
     kind, wanted = metadata["kind"], [tuple(thing) for thing in metadata["objects"]]
-    if kind not in KINDS:
-        raise unknown("kind of prompt", kind, KINDS)
     # More than six objects never match; the cut bounds the permutations on images of noise.
     seen = list(detections[:6])
     best_likeness, obeyed = _best_matching(kind, wanted, seen)

@@ -53,6 +53,7 @@ def test_the_page_shows_curves_pictures_and_settings(tmp_path: Path) -> None:
     assert text.count("data:image/png;base64,") >= 3
     assert "train.seed" in text
     assert "None of the known signatures of failure" in text
+    assert "evaluation prompts also chose" in text
     assert not re.search(r'(src|href)="https?:', text)
 
 
@@ -68,6 +69,7 @@ def test_a_run_without_critic_and_evaluations_has_a_page_too(tmp_path: Path) -> 
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "Calibration" not in text
     assert "no evaluation compared them" in text
+    assert "also chose" not in text
 
 
 def test_the_last_evaluation_s_calibration_is_a_diagram_with_a_line_per_head(tmp_path: Path) -> None:

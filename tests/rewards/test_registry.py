@@ -15,9 +15,12 @@ import torch
 from refusals import Refusal
 from tiny_backbones import brightness, tiny_backbone
 
+from lacfast.prompts import PromptSet
 from lacfast.rewards.names import registered_rewards
+from lacfast.rewards.ocr import OCRAccuracy
 from lacfast.rewards.registry import RewardSet
-from lacfast.rewards.reward import RewardError
+from lacfast.rewards.reward import NotFiniteError, RewardError
+from lacfast.tasks import glyphs, scenes
 from lacfast.trainer import LatentActorCriticTrainer
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -112,7 +115,7 @@ def test_images_that_are_not_finite_are_never_scored(value: float) -> None:
     images = IMAGES.clone()
     images[1, 0, 0, 0] = value
     message = r"sampling or decoding made NaN or infinity in the images of prompts \['one blue square'\]"
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(NotFiniteError, match=message):
         RewardSet.create(asked).score(images, PROMPTS, [{}, {}])
 
 
@@ -293,3 +296,61 @@ def test_a_union_scores_once_what_two_sets_share() -> None:
     union = RewardSet.union([RewardSet.create({brightness: 2.0}), RewardSet.create([brightness, dark])])
     assert union.names == ["brightness", "dark"]
     assert union.weights.tolist() == [2.0, 1.0]
+
+
+UNJUDGED = {
+    "shapes": (
+        {"kind": "count"},
+        Refusal(
+            "reward 'shapes' cannot judge prompt 'one red square': its metadata lack 'objects'",
+            cause="The checker of shapes is given prompts of one's own.",
+            remedy="take the prompts of the task",
+        ),
+    ),
+    "shapes_gold": (
+        {"kind": "heap", "objects": []},
+        Refusal(
+            "unknown kind of prompt 'heap'",
+            cause="The metadata name a kind of prompt that no checker knows.",
+            remedy="known: count, both, left_of, above",
+        ),
+    ),
+    "glyphs": (
+        {},
+        Refusal(
+            "reward 'glyphs' cannot judge prompt 'one red square': its metadata lack 'word'",
+            cause="The reader of words is given prompts of one's own.",
+            remedy="take the prompts of the task",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "metadata", "refusal"), [(name, *row) for name, row in UNJUDGED.items()])
+def test_a_prompt_that_a_reward_cannot_judge_is_refused(
+    name: str, metadata: dict[str, Any], refusal: Refusal
+) -> None:
+    with refusal.raised():
+        RewardSet.create(name).require_prompts(PromptSet(["one red square"], [metadata]))
+
+
+def test_every_reward_of_a_task_tells_what_it_needs_of_its_prompts() -> None:
+    for task, sources in (("shapes", scenes.TASK), ("glyphs", glyphs.TASK)):
+        names = [name for name in registered_rewards() if name.startswith(task) and name != "shapes_height"]
+        assert len(names) >= 3
+        for name in names:
+            scorer = RewardSet.create(name)
+            scorer.require_prompts(PromptSet.create(sources.split()[0]))
+            with pytest.raises(ValueError, match="its metadata lack"):
+                scorer.require_prompts(PromptSet.create(["a cat"]))
+
+
+def test_the_text_to_read_is_asked_for_before_any_image() -> None:
+    scorer = RewardSet.create([OCRAccuracy(engine=lambda pixels: [])])
+    scorer.require_prompts(PromptSet.create(['a sign that says "open"']))
+    with Refusal(
+        "reward 'ocr' cannot judge prompt 'a sign': no text to read",
+        cause="An OCR reward is given a prompt that quotes no text.",
+        remedy="put it in double quotes",
+    ).raised():
+        scorer.require_prompts(PromptSet.create(["a sign"]))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
-from lacfast import LatentActorCriticTrainer
+from lacfast import LatentActorCriticTrainer, steer
+from lacfast.config import SteeringConfig
 from lacfast.prompts import PromptSet
 from lacfast.rewards.queue import DecodeError
 from lacfast.rewards.reward import RewardError
+
+BY_REWARD = SteeringConfig(method="best_of_n", particles=2, selection="reward")
 
 
 def trainer(reward: Any = brightness, **changes: Any) -> LatentActorCriticTrainer:
@@ -77,6 +82,57 @@ def test_a_part_that_cannot_be_decoded_keeps_the_rollout_and_says_so(monkeypatch
         made.collect(PromptSet.create(PROMPTS).cycle(8), 0)
     assert made.last_rollout is not None
     assert made.last_rollout.batch_size == 8
+
+
+def break_from(made: LatentActorCriticTrainer, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model give NaN from a denoising step on."""
+    predict, timesteps = made.backbone.predict, made.table.timesteps
+
+    def broken(sample: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
+        output = predict(sample, timestep, conditioning)
+        return torch.where(timestep[0] <= timesteps[step], torch.full_like(output, torch.nan), output)
+
+    monkeypatch.setattr(made.backbone, "predict", broken)
+
+
+NAN_STEP = Refusal(
+    "denoising step 2 of 4 (timestep 500) made NaN or infinity in the images of prompts",
+    cause="The model's output is NaN from a denoising step on.",
+    remedy="lower the learning rate or the guidance scale, or use float32 or bfloat16",
+    error=FloatingPointError,
+)
+NAN_DECODER = Refusal(
+    "the decoder, of finite latents, made NaN or infinity in the images of prompts",
+    cause="The decoder makes NaN of latents that are finite, as one does in half precision.",
+    remedy="use float32 or bfloat16",
+    error=FloatingPointError,
+)
+
+
+def never(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    pytest.fail("a reward was asked")
+
+
+@pytest.mark.parametrize("refusal", [NAN_STEP, NAN_DECODER], ids=["step", "decoder"])
+def test_images_of_nan_name_what_made_them_and_are_no_fault_of_a_reward_to_skip(
+    refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(never, on_reward_error="skip", eval_batch_size=4)
+    if refusal is NAN_STEP:
+        break_from(made, 2, monkeypatch)
+    else:
+        monkeypatch.setattr(
+            made.backbone, "decode", lambda latents: latents.new_full((len(latents), 3, 8, 8), torch.nan)
+        )
+    works: list[Callable[[], object]] = [
+        lambda: made.collect(PromptSet.create(PROMPTS), 0),
+        made.evaluate,
+        lambda: steer(made.backbone, PROMPTS[:2], sampler=made.config.sampler),
+        lambda: steer(made.backbone, PROMPTS[:2], BY_REWARD, sampler=made.config.sampler, rewards=never),
+    ]
+    for work in works:
+        with refusal.raised():
+            work()
 
 
 def test_evaluation_and_rollout_score_a_part_while_the_next_is_sampled(

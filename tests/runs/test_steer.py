@@ -66,6 +66,7 @@ def test_a_run_becomes_images_and_statistics(run: Path, tmp_path: Path) -> None:
         (["--prompts", "a", "--selection", "reward"], "--selection reward has no reward to select by"),
         (["--prompts", "a", "--method", "genetic"], "unknown method 'genetic'"),
         (["--prompts", "a", "--rewards", "beauty"], "unknown reward 'beauty'"),
+        (["--prompts", "a", "--gold", "shapes"], "reward 'shapes' cannot judge prompt 'a'"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_the_model_is_loaded(

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone
 from torch import Tensor, nn
 
-from lacfast import steer
+from lacfast import ops, steer
 from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.taps import record_taps
 from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features, Trunk
-from lacfast.records import Conditioning, NoiseKey
+from lacfast.records import Conditioning, FirstSampleId, NoiseKey
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import planned_evaluations, trajectories_per_step
 
 SAMPLER = SamplerConfig(num_steps=8)
+STEERED = range(FirstSampleId.STEERING, FirstSampleId.STEERING + 3)
+"""Sample ids of the first three images of a call."""
 GUIDED = SAMPLER.num_steps - 2
 """Steps of SAMPLER at sigma 0.875 to 0.25, within the default window."""
 
@@ -136,7 +139,7 @@ def test_one_trajectory_without_guidance_is_plain_sampling() -> None:
     images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=SAMPLER)
     table = backbone.transition_table(SAMPLER)
     sampler = RolloutSampler(backbone, None, GraphRunner())
-    rollout = sampler.sample(table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)))
+    rollout = sampler.sample(table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, STEERED))
     assert torch.equal(images, backbone.decode(rollout.clean_latents))
     assert stats.evaluations.per_image == 8
 
@@ -147,7 +150,7 @@ def test_classifier_free_guidance_is_that_of_sampling() -> None:
     images, stats = steer(backbone, PROMPTS[:3], plain(), sampler=sampler)
     table = backbone.transition_table(sampler)
     rollout = RolloutSampler(backbone, None, GraphRunner()).sample(
-        table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, range(3)), guidance_scale=4.0
+        table, PROMPTS[:3], [{}] * 3, NoiseKey.create(0, STEERED), guidance_scale=4.0
     )
     torch.testing.assert_close(images, backbone.decode(rollout.clean_latents), rtol=1e-5, atol=1e-5)
     assert stats.evaluations.per_image == 16
@@ -209,6 +212,53 @@ def test_images_do_not_depend_on_the_batch_size(name: str) -> None:
     # Fewer latents per call than trajectories of one image.
     parts = steer(backbone, PROMPTS, replace(config, batch_size=3), sampler=SAMPLER)[0]
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "smc"])
+def test_calls_differ_by_their_first_image_and_repeat_under_the_same(name: str) -> None:
+    backbone = backbone_with(LatentMean())
+    config = METHODS[name][0]
+    two = steer(backbone, PROMPTS[:1] * 2, config, sampler=SAMPLER)[0]
+    assert not torch.allclose(two[0], two[1])
+    behind = replace(config, first_image=1)
+    calls = [steer(backbone, PROMPTS[:1], each, sampler=SAMPLER)[0] for each in (config, behind, config)]
+    assert torch.equal(calls[0], calls[2])
+    torch.testing.assert_close(torch.cat(calls[:2]), two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["best of 4", "smc", "beam"])
+def test_no_noise_of_steering_is_that_of_training_or_drawn_twice(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, int, int]] = []
+
+    def watched(op: str, ids: Tensor, steps: Tensor) -> None:
+        drawn.extend((op, *pair) for pair in zip(ids.tolist(), steps.tolist(), strict=True))
+
+    noise, step, resample = ops.normal_noise, ops.gaussian_step, ops.systematic_resample
+
+    def normal_noise(shape: Any, steps: Tensor, key: NoiseKey) -> Tensor:
+        watched("noise", key.sample_ids, steps)
+        return noise(shape, steps, key)
+
+    def gaussian_step(sample: Tensor, *rest: Any, noise: NoiseKey, **named: Any) -> Any:
+        watched("step", noise.sample_ids, rest[2])
+        return step(sample, *rest, noise=noise, **named)
+
+    def systematic_resample(weights: Tensor, steps: Tensor, key: NoiseKey) -> Tensor:
+        watched("resample", key.sample_ids, steps)
+        return resample(weights, steps, key)
+
+    for function in (normal_noise, gaussian_step, systematic_resample):
+        monkeypatch.setattr(ops, function.__name__, function)
+    config = METHODS[name][0]
+    if name == "smc":
+        config = replace(config, ess_threshold=1.0)
+    steer(backbone_with(LatentMean()), PROMPTS[:2], config, sampler=SAMPLER)
+    assert len(drawn) > 16
+    counters = [(sample_id, at) for _, sample_id, at in drawn]
+    assert len(set(counters)) == len(counters)
+    assert min(sample_id for sample_id, _ in counters) >= max(FirstSampleId) == FirstSampleId.STEERING
 
 
 def test_best_of_n_by_reward_needs_no_critic_and_counts_reward_calls() -> None:
