@@ -173,7 +173,7 @@ def test_half_precision_latents_have_the_log_prob_of_what_is_stored(clip: bool) 
     [
         ({"timestep": 1000}, "training timesteps 0 to 999"),
         ({"timestep": torch.tensor([0.5])}, "training timesteps"),
-        ({"eta": -1.0}, "must be >= 0"),
+        ({"eta": -1.0}, "must lie in"),
         ({"prev_sample": latents(3), "generator": torch.Generator()}, "both given"),
         ({"self": DDIMScheduler()}, "set_timesteps"),
         ({"self": FlowMatchEulerDiscreteScheduler()}, "no DDIMScheduler"),

@@ -50,7 +50,7 @@ SECRET = Refusal(
         lambda: RunConfig(
             out="o", model="m", prompts="p", rewards=(("shapes", 1.0),), evaluation_rewards=(PASSWORD,)
         ),
-        lambda: EvaluationRun(model="m", prompts="p", rewards=(PASSWORD,)),
+        lambda: EvaluationRun(source="m", prompts="p", rewards=(PASSWORD,)),
         lambda: SteeringRun(source="m", prompts=("p",), out=Path("o"), gold=(PASSWORD,)),
     ],
 )
