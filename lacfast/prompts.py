@@ -128,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 if line.strip():
                     yield f"{path}:{number}", line.strip()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}; convert it") from error
+            raise ValueError(f"{path} is not UTF-8 text: {error}; convert it, say by iconv") from error
 
 
 def _read_text(path: Path) -> Iterator[tuple[str, PromptEntry]]:
@@ -209,7 +209,10 @@ def _text_and_metadata(place: str, entry: PromptEntry, column: str) -> tuple[str
     if isinstance(entry, Mapping):
         text = entry.get(column)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{place}: {column!r} is {text!r}, not a prompt; its keys are {sorted(entry)}")
+            raise ValueError(
+                f"{place}: {column!r} is {text!r}, not a prompt; its keys are {sorted(entry)}; name the one "
+                "that holds the caption with column="
+            )
         return text, dict(entry)
     if hasattr(entry, "text") and hasattr(entry, "metadata"):
         return entry.text, entry.metadata

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from refusals import Refusal
 
 import lacfast
 from lacfast.prompts import PromptSet, load_prompts
@@ -53,7 +54,12 @@ def test_metadata_travels_with_its_prompt() -> None:
 
 
 def test_no_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no prompt"):
+    empty = Refusal(
+        "there is no prompt to train on",
+        cause="An empty list of prompts.",
+        remedy="pass at least one",
+    )
+    with empty.raised():
         PromptSet.create([])
 
 
@@ -72,28 +78,80 @@ def test_geneval_rows_are_whole_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "message"),
+    ("name", "lines", "refused"),
     [
-        ("p.jsonl", ['{"prompt": "a"}', "{prompt: b}"], r"p\.jsonl:2: not JSON"),
-        ("p.jsonl", ["", '["a"]'], r"p\.jsonl:2: .* is no object"),
+        (
+            "p.jsonl",
+            ['{"prompt": "a"}', "{prompt: b}"],
+            Refusal(
+                "p.jsonl:2: not JSON", cause="A broken line of prompts.", remedy="write one object per line"
+            ),
+        ),
+        (
+            "p.jsonl",
+            ["", '["a"]'],
+            Refusal(
+                'p.jsonl:2: ["a"] is no object',
+                cause="A line of prompts that is JSON but no object.",
+                remedy="write {'prompt': ..., ...}",
+            ),
+        ),
         (
             "p.jsonl",
             ['{"text": "a"}'],
-            r"p\.jsonl:1: 'prompt' is None, not a prompt; its keys are \['text'\]",
+            Refusal(
+                "p.jsonl:1: 'prompt' is None, not a prompt",
+                cause="Captions under another key than `prompt`.",
+                remedy="its keys are ['text']; name the one that holds the caption with column=",
+            ),
         ),
-        ("p.jsonl", ['{"prompt": " "}'], r"p\.jsonl:1: 'prompt' is ' '"),
-        ("p.jsonl", ['{"tag": "counting", "include": {}, "prompt": "a"}'], r"p\.jsonl:1: 'include' is {}"),
+        (
+            "p.jsonl",
+            ['{"prompt": " "}'],
+            Refusal(
+                "p.jsonl:1: 'prompt' is ' ', not a prompt",
+                cause="An empty caption.",
+                remedy="name the one that holds the caption",
+            ),
+        ),
+        (
+            "p.jsonl",
+            ['{"tag": "counting", "include": {}, "prompt": "a"}'],
+            Refusal(
+                "p.jsonl:1: 'include' is {}",
+                cause="A GenEval row that its server could not read.",
+                remedy="GenEval wants a list of {'class': str, 'count': int, ...}",
+            ),
+        ),
         (
             "p.jsonl",
             ['{"tag": "x", "include": [{"class": "cup", "count": "1"}], "prompt": "a"}'],
-            "'count': int",
+            Refusal(
+                "'include' is [{'class': 'cup', 'count': '1'}]",
+                cause="A GenEval clause whose count is no number.",
+                remedy="'count': int",
+            ),
         ),
-        ("p.txt", ["", " "], r"no prompt to train on in .*p\.txt"),
-        ("p.csv", ["a"], "its ending says no format; pass a .txt file"),
+        (
+            "p.txt",
+            ["", " "],
+            Refusal("p.txt", cause="A file of blank lines.", remedy="pass at least one"),
+        ),
+        (
+            "p.csv",
+            ["a"],
+            Refusal(
+                "p.csv': its ending says no format",
+                cause="Prompts in a format that is not read.",
+                remedy="pass a .txt file (one prompt per line), a .jsonl file",
+            ),
+        ),
     ],
 )
-def test_a_bad_line_is_named_with_its_file(tmp_path: Path, name: str, lines: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_a_bad_line_is_named_with_its_file(
+    tmp_path: Path, name: str, lines: list[str], refused: Refusal
+) -> None:
+    with refused.raised():
         load_prompts(written(tmp_path / name, *lines))
 
 
@@ -104,7 +162,9 @@ def test_another_key_may_hold_the_caption(tmp_path: Path) -> None:
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
+    with Refusal(
+        "is not UTF-8 text", cause="Prompts in another encoding.", remedy="convert it, say by iconv"
+    ).raised():
         load_prompts(path)
 
 

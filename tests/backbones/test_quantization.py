@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor, nn
 
@@ -177,7 +178,11 @@ def test_only_the_aligned_layers_of_blocks_are_quantised_and_all_else_is_shared(
     assert {id(parameter) for parameter in copied.parameters()} - own <= originals
     sizes = {size for live, _ in linears.layers for size in live.weight.shape}
     assert all(size % ALIGNMENT == 0 for size in sizes)
-    with pytest.raises(ValueError, match="nothing can be quantised"):
+    with Refusal(
+        "so nothing can be quantised",
+        cause="A model whose blocks have no Linear layer of sizes that float8 takes.",
+        remedy="use rollout_precision='model'",
+    ).raised():
         quantized_copy(model, ("NoSuchBlock",), round_to_float8, torch.float32)
 
 
@@ -196,26 +201,69 @@ def test_off_samples_and_evaluates_with_the_policy_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refused"),
     [
-        ({"rollout_precision": "int4"}, "unknown rollout_precision 'int4'; known: model, fp8, fp8_weights"),
-        ({"ppo": PPOConfig(ratio="ratio_norm")}, "ratio='ratio_norm' is no likelihood ratio"),
-        ({"critic": CriticConfig(trunk="joint")}, "trunk='joint' reads the policy's weights in the update"),
-        ({"critic": CriticConfig(keep_features=False)}, "keep_features=False lets the critic learn on"),
-        ({"critic": CriticConfig(trunk="lora")}, "trunk='lora' reads the policy's weights in the update"),
+        (
+            {"rollout_precision": "int4"},
+            Refusal(
+                "unknown rollout_precision 'int4'",
+                cause="A precision that no rollout has.",
+                remedy="known: model, fp8, fp8_weights",
+            ),
+        ),
+        (
+            {"ppo": PPOConfig(ratio="ratio_norm")},
+            Refusal(
+                "ratio='ratio_norm' is no likelihood ratio",
+                cause="GRPO-Guard's ratio beside a quantised policy.",
+                remedy="use ratio='innovation' or rollout_precision='model'",
+            ),
+        ),
+        (
+            {"critic": CriticConfig(trunk="joint")},
+            Refusal(
+                "trunk='joint' reads the policy's weights in the update and quantised ones in the rollout",
+                cause="A critic inside the actor beside a quantised policy.",
+                remedy="use 'branch' or 'shared', which learn on the rollout's own features",
+            ),
+        ),
+        (
+            {"critic": CriticConfig(keep_features=False)},
+            Refusal(
+                "keep_features=False lets the critic learn on features of the policy",
+                cause="A critic on the training forward beside a quantised policy.",
+                remedy="use keep_features=True",
+            ),
+        ),
+        (
+            {"critic": CriticConfig(trunk="lora")},
+            Refusal(
+                "trunk='lora' reads the policy's weights in the update",
+                cause="A critic on the actor's base beside a quantised policy.",
+                remedy="or rollout_precision='model'",
+            ),
+        ),
     ],
 )
-def test_what_cannot_be_corrected_exactly_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_corrected_exactly_is_refused(changes: dict[str, Any], refused: Refusal) -> None:
+    with refused.raised():
         tiny_config(**({"rollout_precision": "fp8"} | changes))
 
 
 def test_fp8_is_refused_without_a_capable_device_and_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(rollout_precision="fp8")
-    with pytest.raises(ValueError, match=r"needs float8 matrix products, of CUDA capability 8\.9 on; cpu"):
+    with Refusal(
+        "rollout_precision='fp8' needs float8 matrix products, of CUDA capability 8.9 on; cpu has no CUDA",
+        cause="Float8 rollouts on a device without float8.",
+        remedy="use 'fp8_weights', which saves memory only, or 'model'",
+    ).raised():
         LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ValueError, match=r"needs torchao: pip install 'lacfast\[fp8\]'"):
+    with Refusal(
+        "rollout_precision='fp8_weights' needs torchao",
+        cause="Float8 rollouts without their package.",
+        remedy="pip install 'lacfast[fp8]'",
+    ).raised():
         LatentActorCriticTrainer(
             tiny_backbone("dit"), brightness, PROMPTS, replace(config, rollout_precision="fp8_weights")
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from torch import Tensor, nn
 
 from lacfast.config import CriticConfig, PPOConfig, TrainConfig
@@ -128,28 +129,86 @@ def test_bins_reach_beyond_the_clipped_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "refused"),
     [
-        ({"loss": "mae"}, "unknown loss 'mae'; did you mean 'mse'"),
-        ({"text_conditioning": "clip"}, "unknown text_conditioning 'clip'; known: none, pooled, tokens"),
+        (
+            {"loss": "mae"},
+            Refusal("unknown loss 'mae'", cause="A loss that no critic has.", remedy="did you mean 'mse'?"),
+        ),
+        (
+            {"text_conditioning": "clip"},
+            Refusal(
+                "unknown text_conditioning 'clip'",
+                cause="A way to read the prompt that no head has.",
+                remedy="known: none, pooled, tokens",
+            ),
+        ),
         (
             {"loss": "bce", "value_clip": 0.2},
-            "value_clip=0.2 would be ignored by loss='bce'; leave it out, or use 'mse'",
+            Refusal(
+                "value_clip=0.2 would be ignored by loss='bce'",
+                cause="PPO's value clip with a loss that has none.",
+                remedy="leave it out, or use 'mse'",
+            ),
         ),
-        ({"value_clip": 0.0}, r"value_clip=0.0 must be > 0"),
-        ({"trunk": "branch", "taps": (0.5,)}, r"taps=\(0.5,\) would be ignored by trunk='branch'"),
-        ({"trunk": "shared", "taps": (0.0, 1.0)}, r"taps\[0\]=0.0 must lie in \(0, 1\]"),
-        ({"num_bins": 1}, "num_bins=1 must be >= 2"),
-        ({"num_bins": 101}, "num_bins=101 would be ignored by loss='mse'; leave it out, or use 'hl_gauss'"),
-        ({"trunk": "shared", "num_blocks": 2}, "num_blocks=2 would be ignored by trunk='shared'"),
-        ({"lora_rank": 4}, "lora_rank=4 would be ignored by trunk='branch'; leave it out, or use 'lora'"),
-        ({"joint_weight": 1.0}, "joint_weight=1.0 would be ignored by trunk='branch'"),
+        (
+            {"value_clip": 0.0},
+            Refusal("value_clip=0.0", cause="A clip without room.", remedy="must be > 0 (inf: off)"),
+        ),
+        (
+            {"trunk": "branch", "taps": (0.5,)},
+            Refusal(
+                "taps=(0.5,) would be ignored by trunk='branch'",
+                cause="Taps for a trunk that reads none.",
+                remedy="leave it out, or use 'shared'",
+            ),
+        ),
+        (
+            {"trunk": "shared", "taps": (0.0, 1.0)},
+            Refusal("taps[0]=0.0", cause="A tap before the first block.", remedy="must lie in (0, 1]"),
+        ),
+        (
+            {"num_bins": 1},
+            Refusal("num_bins=1", cause="A histogram of one bin.", remedy="must be >= 2"),
+        ),
+        (
+            {"num_bins": 101},
+            Refusal(
+                "num_bins=101 would be ignored by loss='mse'",
+                cause="Bins for a loss without a histogram.",
+                remedy="leave it out, or use 'hl_gauss'",
+            ),
+        ),
+        (
+            {"trunk": "shared", "num_blocks": 2},
+            Refusal(
+                "num_blocks=2 would be ignored by trunk='shared'",
+                cause="Blocks for a trunk that has none of its own.",
+                remedy="leave it out, or use 'branch'",
+            ),
+        ),
+        (
+            {"lora_rank": 4},
+            Refusal(
+                "lora_rank=4 would be ignored by trunk='branch'",
+                cause="An adapter's rank for a trunk without an adapter.",
+                remedy="leave it out, or use 'lora'",
+            ),
+        ),
+        (
+            {"joint_weight": 1.0},
+            Refusal(
+                "joint_weight=1.0 would be ignored by trunk='branch'",
+                cause="The weight of a gradient that does not reach the actor.",
+                remedy="leave it out, or use 'joint'",
+            ),
+        ),
     ],
 )
 def test_settings_that_would_be_ignored_or_cannot_work_are_refused(
-    changes: dict[str, Any], message: str
+    changes: dict[str, Any], refused: Refusal
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with refused.raised():
         CriticConfig(**changes)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals import Refusal
 
 from lacfast.rewards.ocr import OCRAccuracy, Pixels, accuracy, edit_distance, wanted_text
 
@@ -68,7 +69,11 @@ def test_prompts_are_checked_before_an_engine_runs() -> None:
     def engine(pixels: Pixels) -> list[str]:
         raise AssertionError("must not run")
 
-    with pytest.raises(ValueError, match="no text to read"):
+    with Refusal(
+        "no text to read in prompt 'b'",
+        cause="A prompt of the OCR reward without a quoted text.",
+        remedy='put it in double quotes or give metadata {"text": ...}',
+    ).raised():
         OCRAccuracy(engine=engine)(IMAGES, ['"a"', "b"], [{}, {}])
 
 
@@ -81,9 +86,11 @@ def test_an_engine_that_fails_is_not_scored_as_unreadable() -> None:
 
 
 def test_unknown_engines_list_the_known() -> None:
-    with pytest.raises(
-        ValueError, match="unknown OCR engine 'tesseract'; known: rapidocr, easyocr, paddleocr"
-    ):
+    with Refusal(
+        "unknown OCR engine 'tesseract'",
+        cause="An engine that the OCR reward has no adapter for.",
+        remedy="known: rapidocr, easyocr, paddleocr, or a function",
+    ).raised():
         OCRAccuracy(engine="tesseract")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -123,27 +122,48 @@ def test_a_reward_that_raises_is_named_with_its_error() -> None:
     def broken(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> torch.Tensor:
         raise KeyError("aesthetic")
 
-    with pytest.raises(
-        RewardError, match=re.escape("reward 'broken' raised KeyError: 'aesthetic' for prompts")
-    ):
+    with Refusal(
+        "reward 'broken' raised KeyError: 'aesthetic' for prompts",
+        cause="A reward that raises while it scores.",
+        remedy="fix the reward, or set on_reward_error='skip' to drop such rollouts",
+        error=RewardError,
+    ).raised():
         score(broken)
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("reward", "refused"),
     [
-        ("clipscore", "unknown reward 'clipscore'; did you mean 'clip_score'.*: aesthetic, .*hpsv2"),
-        ([], "there is no reward"),
-        ({}, "there is no reward"),
+        (
+            "clipscore",
+            Refusal(
+                "unknown reward 'clipscore'",
+                cause="A reward's name that nothing has.",
+                remedy="did you mean 'clip_score'? Known: aesthetic, clip_score",
+            ),
+        ),
+        (
+            [],
+            Refusal(
+                "there is no reward to train on",
+                cause="An empty list of rewards.",
+                remedy="pass a callable or one of: aesthetic",
+            ),
+        ),
+        ({}, Refusal("there is no reward", cause="No reward at all.", remedy="pass a callable")),
     ],
 )
-def test_a_reward_that_cannot_be_found_lists_the_known_ones(reward: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_a_reward_that_cannot_be_found_lists_the_known_ones(reward: Any, refused: Refusal) -> None:
+    with refused.raised():
         RewardSet.create(reward)
 
 
 def test_two_rewards_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="two rewards share a name"):
+    with Refusal(
+        "two rewards share a name",
+        cause="Two functions of one name, such as two lambdas.",
+        remedy="wrap one in a function of another name",
+    ).raised():
         RewardSet.create([lambda images, prompts, metadata: [0, 0], lambda images, prompts, metadata: [1, 1]])
 
 

@@ -114,9 +114,17 @@ def test_a_window_does_not_move_where_no_step_is_stochastic() -> None:
 
 def test_a_place_without_noise_and_an_evaluation_that_would_move_are_refused() -> None:
     last = SamplerConfig(num_steps=4, kind="cps", window=Random(1, within=(0, 4)))
-    with pytest.raises(ValueError, match=r"window=fixed:3\.\.4 makes every step deterministic"):
+    with Refusal(
+        "kind='cps' with noise_level=0.7 and window=fixed:3..4 makes every step deterministic",
+        cause="A window that can move to a step without noise.",
+        remedy="use noise_level > 0 (0.7 for 'flow_sde') and a window that ends before a last step",
+    ).raised():
         trainer_for(last)
-    with pytest.raises(ValueError, match=r"eval_sampler.window=random:2 would be ignored"):
+    with Refusal(
+        "eval_sampler.window=random:2 would be ignored",
+        cause="An evaluation whose window would move.",
+        remedy="use Fixed((start, stop)) or None",
+    ).raised():
         TrainConfig(eval_sampler=RANDOM)
 
 

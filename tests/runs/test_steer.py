@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
 from tiny_pipelines import tiny_pipeline
@@ -120,16 +121,26 @@ def test_files_that_hold_no_critic_are_refused(tmp_path: Path) -> None:
     settings = lacfast.PipelineSettings(resolution=(16, 16))
     backbone = lacfast.load_backbone(tiny_pipeline("sd3"), settings=settings)
     save_backbone(backbone, tmp_path / "saved")
-    with pytest.raises(ValueError, match=f"holds no {CRITIC_WEIGHTS}; pass a checkpoint"):
+    with Refusal(
+        "holds no critic.safetensors",
+        cause="A directory that was saved without a critic.",
+        remedy="pass a checkpoint or the file itself",
+    ).raised():
         lacfast.load_backbone(tiny_pipeline("sd3"), critic_file=tmp_path / "saved", settings=settings)
-    with pytest.raises(ValueError, match="holds no critic; pass the"):
+    with Refusal(
+        "none holds no critic",
+        cause="A path where there is nothing.",
+        remedy="pass the critic.safetensors that trainer.save() or save_backbone() wrote",
+    ).raised():
         lacfast.load_backbone(tiny_pipeline("sd3"), critic_file=tmp_path / "none", settings=settings)
-    with pytest.raises(ValueError, match="are two critics; pass one"):
+    with Refusal("are two critics", cause="A new critic and a file at once.", remedy="pass one").raised():
         lacfast.load_backbone(
             tiny_pipeline("sd3"), critic=CriticConfig(), critic_file=tmp_path / "saved", settings=settings
         )
     weights = next((tmp_path / "saved").rglob("*.safetensors"))
-    with pytest.raises(ValueError, match="holds no critic"):
+    with Refusal(
+        "holds no critic", cause="A file of other weights.", remedy="pass the critic.safetensors"
+    ).raised():
         lacfast.load_backbone(tiny_pipeline("sd3"), critic_file=weights, settings=settings)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone
 from torch import Tensor, nn
 
@@ -196,11 +197,15 @@ class Cliff(LatentMean):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
         value = super().forward(features, sample, timestep, conditioning)
-        return value if torch.is_grad_enabled() else -value
+        return value if torch.is_grad_enabled() else value - 1
 
 
 def test_a_gradient_that_lowers_the_value_is_refused() -> None:
-    with pytest.raises(ValueError, match="along its own gradient, so it cannot guide; train the critic"):
+    with Refusal(
+        "along its own gradient, so it cannot guide",
+        cause="A critic whose value falls where its gradient points up.",
+        remedy="train the critic longer or use guidance_weight=0",
+    ).raised():
         steer(backbone_with(Cliff()), PROMPTS[:2], plain(guidance_weight=0.1), sampler=SAMPLER)
 
 
@@ -318,47 +323,165 @@ def test_heads_are_summed_by_weight_or_their_minimum_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refused"),
     [
-        ({"particles": 3}, "particles=3 must be a power of two"),
-        ({"guidance_weight": -1.0}, "guidance_weight=-1.0"),
-        ({"guidance_window": (0.9, 0.2)}, "guidance_window"),
-        ({"method": "genetic"}, "unknown method 'genetic'; known: best_of_n, pruning, smc, beam"),
-        ({"method": "smc", "temperature": 0.0}, "temperature=0 leaves smc no target"),
-        ({"prune_fractions": (0.5, 1.5)}, "prune_fractions"),
-        ({"method": "best_of_n", "prune_fractions": (0.5,)}, "would be ignored by method='best_of_n'"),
-        ({"method": "best_of_n", "temperature": 0.1}, "leave it out, or use 'smc' and 'beam'"),
-        ({"method": "beam", "ess_threshold": 0.9}, "ess_threshold=0.9 would be ignored by method='beam'"),
-        ({"candidates": 2}, "candidates=2 would be ignored by method='pruning'"),
+        (
+            {"particles": 3},
+            Refusal("particles=3", cause="Particles that cannot be halved.", remedy="must be a power of two"),
+        ),
+        (
+            {"guidance_weight": -1.0},
+            Refusal("guidance_weight=-1.0", cause="Guidance away from the value.", remedy="must be >= 0"),
+        ),
+        (
+            {"guidance_window": (0.9, 0.2)},
+            Refusal(
+                "guidance_window=(0.9, 0.2)",
+                cause="A window of noise levels from high to low.",
+                remedy="must satisfy 0 <= low < high <= 1",
+            ),
+        ),
+        (
+            {"method": "genetic"},
+            Refusal(
+                "unknown method 'genetic'",
+                cause="A steering method that there is not.",
+                remedy="known: best_of_n, pruning, smc, beam",
+            ),
+        ),
+        (
+            {"method": "smc", "temperature": 0.0},
+            Refusal(
+                "temperature=0 leaves smc no target exp(V / temperature)",
+                cause="SMC at temperature 0.",
+                remedy="use temperature > 0 or method='beam'",
+            ),
+        ),
+        (
+            {"prune_fractions": (0.5, 1.5)},
+            Refusal(
+                "prune_fractions[1]=1.5", cause="Pruning after the last step.", remedy="must lie in (0, 1)"
+            ),
+        ),
+        (
+            {"method": "best_of_n", "prune_fractions": (0.5,)},
+            Refusal(
+                "prune_fractions=(0.5,) would be ignored by method='best_of_n'",
+                cause="An option of pruning for another method.",
+                remedy="leave it out, or use 'pruning'",
+            ),
+        ),
+        (
+            {"method": "best_of_n", "temperature": 0.1},
+            Refusal(
+                "temperature=0.1 would be ignored by method='best_of_n'",
+                cause="A temperature where nothing is weighted.",
+                remedy="leave it out, or use 'smc' and 'beam'",
+            ),
+        ),
+        (
+            {"method": "beam", "ess_threshold": 0.9},
+            Refusal(
+                "ess_threshold=0.9 would be ignored by method='beam'",
+                cause="A threshold of resampling for another method.",
+                remedy="leave it out, or use 'smc'",
+            ),
+        ),
+        (
+            {"candidates": 2},
+            Refusal(
+                "candidates=2 would be ignored by method='pruning'",
+                cause="Children per step for another method.",
+                remedy="leave it out, or use 'beam'",
+            ),
+        ),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_settings_out_of_range_are_refused(settings: dict[str, object], refused: Refusal) -> None:
+    with refused.raised():
         SteeringConfig(**settings)  # type: ignore[arg-type]
 
 
 ODE = SamplerConfig(kind="ode", num_steps=8, noise_level=0.0)
 UNUSABLE = {
-    "no critic": (None, SteeringConfig(), SAMPLER, "steering needs a critic; load a backbone"),
-    "no critic to guide": (None, plain(guidance_weight=0.1), SAMPLER, "steering needs a critic"),
-    "no reward": (LatentMean(), SteeringConfig(selection="reward"), SAMPLER, "has no reward to select by"),
-    "no noise": (LatentMean(), SteeringConfig(method="smc"), ODE, "every step of the 'ode' sampler"),
-    "no noise for children": (LatentMean(), SteeringConfig(method="beam"), ODE, "beam would only copy"),
+    "no critic": (
+        None,
+        SteeringConfig(),
+        SAMPLER,
+        Refusal(
+            "steering needs a critic",
+            cause="A backbone without a critic.",
+            remedy="load a backbone that was saved with one, pass load_backbone a critic_file",
+        ),
+    ),
+    "no critic to guide": (
+        None,
+        plain(guidance_weight=0.1),
+        SAMPLER,
+        Refusal(
+            "steering needs a critic",
+            cause="Guidance without a critic.",
+            remedy="or use method='best_of_n' with selection='reward'",
+        ),
+    ),
+    "no reward": (
+        LatentMean(),
+        SteeringConfig(selection="reward"),
+        SAMPLER,
+        Refusal(
+            "selection='reward' has no reward to select by",
+            cause="Selection by a reward that nobody gave.",
+            remedy="pass rewards, or use 'value'",
+        ),
+    ),
+    "no noise": (
+        LatentMean(),
+        SteeringConfig(method="smc"),
+        ODE,
+        Refusal(
+            "every step of the 'ode' sampler is deterministic, so smc would only copy",
+            cause="Particles that are copied and never part again.",
+            remedy="use noise_level > 0 (0.7 for 'flow_sde'), or method='pruning'",
+        ),
+    ),
+    "no noise for children": (
+        LatentMean(),
+        SteeringConfig(method="beam"),
+        ODE,
+        Refusal(
+            "so beam would only copy",
+            cause="Children of a step that draws no noise.",
+            remedy="use noise_level > 0 (0.7 for 'flow_sde'), or method='pruning'",
+        ),
+    ),
     "no noise to shift": (
         LatentMean(),
         plain(guidance_weight=0.1, guidance_form="mean_shift"),
         ODE,
-        "would be ignored: no step's noise level",
+        Refusal(
+            "guidance_weight=0.1 would be ignored: no step's noise level lies within (0.2, 0.9)",
+            cause="A window of guidance that no step falls into, or a form that needs noise.",
+            remedy="the levels are [1.0, 0.875",
+        ),
     ),
-    "too few steps": (LatentMean(), SteeringConfig(), SamplerConfig(num_steps=1), "are the steps"),
+    "too few steps": (
+        LatentMean(),
+        SteeringConfig(),
+        SamplerConfig(num_steps=1),
+        Refusal(
+            "prune_fractions=(0.5, 0.75) of 1 steps are the steps [0, 1]",
+            cause="More prunings than steps.",
+            remedy="they must differ and lie between",
+        ),
+    ),
 }
 
 
-@pytest.mark.parametrize(("critic", "config", "sampler", "message"), UNUSABLE.values(), ids=UNUSABLE)
+@pytest.mark.parametrize(("critic", "config", "sampler", "refused"), UNUSABLE.values(), ids=UNUSABLE)
 def test_what_a_sampler_or_critic_cannot_serve_is_refused_before_any_forward(
-    critic: nn.Module | None, config: SteeringConfig, sampler: SamplerConfig, message: str
+    critic: nn.Module | None, config: SteeringConfig, sampler: SamplerConfig, refused: Refusal
 ) -> None:
     backbone = backbone_with(critic)
     backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(ValueError, match=message):
+    with refused.raised():
         steer(backbone, PROMPTS, config, sampler=sampler)
