@@ -175,6 +175,14 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
             ),
         ),
         (
+            ["train", "shapes", "--rewards", "shape", "1", "--dry-run"],
+            Refusal(
+                "unknown reward 'shape'; did you mean 'shapes'?",
+                cause="A reward's name with a letter missing, in a run or its dry run.",
+                remedy="or pass a callable, 'package.module:callable', or the URL of a reward server",
+            ),
+        ),
+        (
             ["train", "shapes", "--best", "beauty"],
             Refusal(
                 "best='beauty' is no score of the evaluation",

@@ -8,6 +8,8 @@ from importlib.metadata import entry_points
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+from lacfast.config.checks import unknown
+
 BUILT_IN: dict[str, str] = {
     "aesthetic": "lacfast.rewards.aesthetic:AestheticScore",
     "clip_score": "lacfast.rewards.clip:CLIPScore",
@@ -62,6 +64,18 @@ def require_servers(entries: Iterable[str]) -> None:
     """
     for entry in entries:
         server(entry)
+
+
+def require_known(entries: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: for an entry that is neither registered nor "module:callable" nor a server.
+    """
+    registered = registered_rewards()
+    for entry in entries:
+        if server(entry) is None and ":" not in entry and entry not in registered:
+            remedy = "or pass a callable, 'package.module:callable', or the URL of a reward server"
+            raise unknown("reward", entry, registered, remedy)
 
 
 def require_url(url: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lacfast.config.checks import unknown
 from lacfast.prompts import PromptSet
-from lacfast.rewards.names import registered_rewards, server
+from lacfast.rewards.names import registered_rewards, require_known, server
 from lacfast.rewards.reward import (
     Cancellable,
     Checkable,
@@ -105,7 +105,9 @@ class RewardSet:
         """
         for name, function in self.functions.items():
             check: Judged | None = getattr(function, "check_prompt", None)
-            for text, metadata in zip(prompts.texts, prompts.metadata, strict=True) if check else ():
+            if check is None:
+                continue
+            for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
                 try:
                     check(text, metadata)
                 except ValueError as error:
@@ -179,14 +181,8 @@ def _named(entry: str | Reward) -> tuple[str, Reward]:
     if address is not None:
         made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if address.speaks_flow_grpo else {}
         return address.name, _imported(_REMOTE)(urls=(address.url,), name=address.name, **made)
+    require_known([entry])
     registered = registered_rewards()
-    if ":" not in entry and entry not in registered:
-        raise unknown(
-            "reward",
-            entry,
-            registered,
-            "or pass a callable, 'package.module:callable', or the URL of a reward server",
-        )
     location = registered.get(entry, entry)
     reward = _imported(location)
     if isinstance(reward, type):

@@ -21,8 +21,9 @@ from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
 from lacfast.report.pictures import contact_sheet
+from lacfast.rewards.names import require_known
 from lacfast.rewards.normalizer import RewardNormalizer
-from lacfast.rewards.registry import RewardSet
+from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled, watched
@@ -133,7 +134,7 @@ def check(config: RunConfig) -> None:
     torch_device(config.device)
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
-    specs = (dict(config.rewards), config.evaluation_rewards)
+    specs: tuple[RewardSpec, ...] = (dict(config.rewards), config.evaluation_rewards)
     scorers = [RewardSet.create(spec) for spec in specs if spec]
     RewardSet.require_judges(scorers, prompts, held_out)
     names = [name for scorer in scorers for name in scorer.names]
@@ -274,8 +275,9 @@ def plan(config: RunConfig) -> Costs:
     """What an iteration of `config` costs; of a pipeline only the configs are read.
 
     Raises:
-        ValueError: when they cannot be read.
+        ValueError: when they cannot be read, or for an unknown reward.
     """
+    require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
     sampler = config.train.sampler
     if config.model in TINY_MODELS:
         # The weights do not matter, so one step of pretraining does.
