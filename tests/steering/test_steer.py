@@ -182,7 +182,9 @@ def test_the_gradient_of_a_real_critic_passes_its_sign_test_and_trains_nothing(t
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 0.25)
     before = [parameter.detach().clone() for parameter in parameters]
-    stats = steer(backbone, PROMPTS, plain(guidance_weight=0.1), sampler=SAMPLER)[1]
+    stats = steer(backbone, PROMPTS, plain(guidance_weight=0.1), sampler=SAMPLER, head_weights=torch.ones(2))[
+        1
+    ]
     assert stats.gradient_gain > 0
     for parameter, value in zip(parameters, before, strict=True):
         assert torch.equal(parameter, value)
