@@ -291,7 +291,6 @@ def test_the_decoder_can_be_sliced_and_run_in_bfloat16() -> None:
         load_backbone(tiny_pipeline("sd3"), settings=settings).decode(latents)
         for settings in (
             SETTINGS,
-            STEPS,
             PipelineSettings(resolution=RESOLUTION, vae_slicing=True),
             PipelineSettings(resolution=RESOLUTION, vae_dtype="bfloat16"),
         )
