@@ -73,7 +73,9 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         is_known = self._knows(source.rollout)
         numbers = self.step(replace(source, is_known=is_known), minibatch)
         self.version += 1
-        records.add_policy(numbers, measured=MEASURED if is_known else math.inf)
+        # They are of the step's first microbatch, which may have fewer.
+        size = self.runner.size(len(minibatch), self.microbatch.size)
+        records.add_policy(numbers, measured=min(MEASURED, size) if is_known else math.inf)
         self.reader.finish(records, len(minibatch))
 
     def _knows(self, rollout: Rollout) -> bool:

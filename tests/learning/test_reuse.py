@@ -12,7 +12,7 @@ from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
+from lacfast.config import CriticConfig, Fixed, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.batches import MEASURED
 from lacfast.records import Advantages, Rollout
 
@@ -183,3 +183,17 @@ def test_pretraining_keeps_features_all_the_same() -> None:
 def test_a_switch_that_would_be_ignored_is_refused(trunk: str) -> None:
     with pytest.raises(ValueError, match=f"keep_features=False would be ignored by trunk='{trunk}'; leave"):
         CriticConfig(trunk=trunk, keep_features=False)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_the_mismatch_is_that_of_the_pairs_that_were_measured(size: int) -> None:
+    """Every pair is as far from the rollout, so it does not matter how many are looked at."""
+    found = []
+    for reuse in (True, False):
+        ppo = replace(PPO, num_minibatches=1, microbatch_size=size, reuse_uncond=reuse)
+        trainer = trainer_for(ppo, sampler=replace(GUIDED, window=Fixed((0, 1))))
+        rollout, advantages = rollout_of(trainer)
+        moved = replace(rollout, model_outputs=rollout.model_outputs + 0.01)
+        found.append(trainer.learner.learn(moved, advantages, 0)["forward_mismatch"])
+    assert found[0] > 1e-3
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
