@@ -592,3 +592,31 @@ def _prompts() -> Any:
     from lacfast.tasks import scenes
 
     return scenes.TASK.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("ppo", "refusal"),
+    [
+        (
+            {"num_minibatches": 25},
+            Refusal(
+                "num_minibatches=25 cannot be made of the 24 (sample, step) pairs of a pass",
+                cause="More optimizer steps per pass than a rollout has trained pairs.",
+                remedy="lower it, or raise batch_size or timestep_fraction",
+            ),
+        ),
+        (
+            {"critic_minibatches": 33},
+            Refusal(
+                "critic_minibatches=33 cannot be made of the 32 (sample, step) pairs of a pass",
+                cause="More optimizer steps of the critic per pass than a rollout has states.",
+                remedy="lower it, or raise batch_size or timestep_fraction",
+            ),
+        ),
+    ],
+)
+def test_more_minibatches_than_pairs_are_refused_before_any_work(
+    ppo: dict[str, int], refusal: Refusal
+) -> None:
+    with refusal.raised():
+        tiny_config(ppo=PPOConfig(**ppo))

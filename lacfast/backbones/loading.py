@@ -33,6 +33,7 @@ from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
+from lacfast.runtime.directories import require_whole
 from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
@@ -185,6 +186,7 @@ def _path(source: Any) -> Path:
 
 
 def _from_directory(path: Path, request: _Request, base: Any) -> LatentBackbone:
+    require_whole(path)
     description = read_description(path)
     if "pipeline" in description:
         return _from_saved(path, description, request, base)

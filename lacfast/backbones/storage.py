@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class PartsStorage:
             write_description(directory, lora=to_json(backbone.lora))
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
+        _require_same_lora(backbone, directory)
         if backbone.lora is not None:
             return load_file(directory / LORA_WEIGHT_NAME_SAFE)
         return _model_state(backbone.model, directory / "model")
@@ -105,6 +107,7 @@ class PipelineStorage:
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
         part = self.family.model_part
+        _require_same_lora(backbone, directory)
         # The model itself is there when all its weights were trained.
         self._require_same_base(directory, trained=() if backbone.lora is not None else (part,))
         if backbone.lora is not None:
@@ -130,6 +133,20 @@ class PipelineStorage:
                 "was changed in memory (a fused LoRA, another scheduler or VAE) is kept by "
                 "pipeline.save_pretrained()"
             )
+
+
+def _require_same_lora(backbone: LatentBackbone, directory: Path) -> None:
+    """
+    Raises:
+        ValueError: when what was trained in `directory` is another LoRA, or all weights instead of one.
+    """
+    saved, own = saved_lora(read_description(directory)), backbone.lora
+    # The seed of the first weights says nothing of the trained ones.
+    if saved != (own if saved is None or own is None else replace(own, seed=saved.seed)):
+        raise ValueError(
+            f"{directory} was trained with lora={saved}, and this model has lora={own}; use the same, or "
+            "start another run from the weights"
+        )
 
 
 def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:

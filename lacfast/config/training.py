@@ -20,7 +20,7 @@ from lacfast.config.checks import (
 from lacfast.config.critic import CriticConfig
 from lacfast.config.graph import GraphConfig
 from lacfast.config.ppo import PPOConfig
-from lacfast.config.sampling import SamplerConfig
+from lacfast.config.sampling import Random, SamplerConfig, Sliding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,7 @@ class TrainConfig(Config):
             self._require_exact_correction()
         self._require_fitting_advantages()
         self._require_fitting_replay()
+        self._require_enough_pairs()
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
             f"eval_sampler.window={self.eval_sampler and self.eval_sampler.window} would be ignored: an "
@@ -200,6 +201,20 @@ class TrainConfig(Config):
             f"value_clip={self.critic.value_clip} bounds a value's move from that of its own rollout, and "
             f"critic_rollouts={rollouts} draws from older ones; use value_clip=math.inf",
         )
+
+    def _require_enough_pairs(self) -> None:
+        start, stop = self.sampler.stochastic_window
+        window = self.sampler.window
+        steps = window.size if isinstance(window, Random | Sliding) else stop - start
+        pairs = math.ceil(self.ppo.timestep_fraction * self.batch_size * steps)
+        states = self.batch_size * self.sampler.num_steps
+        for name, available in (("num_minibatches", pairs), ("critic_minibatches", states)):
+            asked = getattr(self.ppo, name)
+            require(
+                asked <= available or (name == "num_minibatches" and pairs == 0),
+                f"{name}={asked} cannot be made of the {available} (sample, step) pairs of a pass; lower it, "
+                "or raise batch_size or timestep_fraction",
+            )
 
     def _require_exact_correction(self) -> None:
         """Refuse what a quantised rollout would make wrong without a word."""

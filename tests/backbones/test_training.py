@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import brightness
 from tiny_pipelines import (
     FAMILIES,
@@ -36,6 +37,7 @@ from lacfast import (
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
 from lacfast.config import KLPenalty, Ratio
+from lacfast.runtime.directories import DamagedError
 
 LORA = LoRAConfig(rank=4, alpha=8)
 TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net")
@@ -309,3 +311,30 @@ def test_the_example_of_twenty_lines_trains_and_its_lora_loads_in_plain_diffuser
     pipeline = load_pipeline(base)
     pipeline.load_lora_weights(tmp_path / "out")
     assert pipeline.get_active_adapters()
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal(
+            "was trained with lora=LoRAConfig(rank=4, alpha=8",
+            cause="A checkpoint is loaded into a model whose LoRA has another scale, which no shape tells.",
+            remedy="use the same, or start another run from the weights",
+        )
+    ],
+)
+def test_a_lora_of_another_scale_is_refused(tmp_path: Path, refusal: Refusal) -> None:
+    save_backbone(backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(rank=4, alpha=8)), tmp_path / "saved")
+    with refusal.raised():
+        backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(rank=4, alpha=4)).read_policy(tmp_path / "saved")
+    backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(rank=4, alpha=8, seed=3)).read_policy(
+        tmp_path / "saved"
+    )
+
+
+def test_a_damaged_model_is_named_when_it_is_loaded(tmp_path: Path) -> None:
+    save_backbone(backbone_of(tiny_pipeline("sd3"), lora=LORA), tmp_path / "saved")
+    file = tmp_path / "saved" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=r"saved is damaged: pytorch_lora_weights\.safetensors has"):
+        load_backbone(tmp_path / "saved", base=tiny_pipeline("sd3"))
