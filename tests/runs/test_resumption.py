@@ -34,7 +34,7 @@ REWARD = "tiny_backbones:brightness"
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "build_backbone", lambda config, directory: tiny_backbone("dit"))
+    monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit"))
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_a_reward_that_fails_leaves_the_last_whole_iteration(
     saved = Path(config.out) / "checkpoints" / f"{calls // 2:08d}"
     assert told == [f"stopped; {saved} has the last whole iteration, and --resume auto goes on from it"]
     monkeypatch.undo()
-    monkeypatch.setattr(run, "build_backbone", lambda config, directory: tiny_backbone("dit"))
+    monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit"))
     last, told = train(config)
     assert told[0].startswith(f"goes on from {saved}")
     assert same(through, last)
@@ -307,7 +307,7 @@ def test_one_signal_ends_a_run_within_seconds_while_a_reward_server_is_dead(conf
         sent.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(Stopped), raised():
         train(dead)
     assert time.monotonic() - sent[0] < 15
