@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -297,7 +298,9 @@ def test_a_signal_leaves_the_last_whole_iteration(config: RunConfig, number: sig
 
 
 def test_one_signal_ends_a_run_within_seconds_while_a_reward_server_is_dead(config: RunConfig) -> None:
-    dead = replace(config, rewards=(("http://127.0.0.1:9/score", 1.0),))
+    # It takes a connection, and never answers.
+    server = socket.create_server(("127.0.0.1", 0))
+    dead = replace(config, rewards=((f"http://127.0.0.1:{server.getsockname()[1]}/score", 1.0),))
     sent: list[float] = []
 
     def interrupt() -> None:
@@ -308,7 +311,7 @@ def test_one_signal_ends_a_run_within_seconds_while_a_reward_server_is_dead(conf
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(Stopped), raised():
+    with server, pytest.raises(Stopped), raised():
         train(dead)
     assert time.monotonic() - sent[0] < 15
     assert names(Path(config.out) / "checkpoints") == ["00000000"]
