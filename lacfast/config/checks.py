@@ -90,6 +90,19 @@ Seed = Annotated[int, Range(least=0, most=2**62)]
 """Seeds derived from it are taken modulo 2^63, see lacfast.seeds."""
 
 
+def require_unset(settings: Config, names: Sequence[str], reason: str) -> None:
+    """Check that options which nothing reads were left at their defaults.
+
+    Raises:
+        ValueError: naming every one that was set, with the reason and the defaults.
+    """
+    every = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
+    changed = {name: every[name] for name in names if getattr(settings, name) != every[name]}
+    given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in changed)
+    remedy = ", ".join(f"{name}={default!r}" for name, default in changed.items())
+    require(not changed, f"{given} would be ignored: {reason}; leave it out, the default is {remedy}")
+
+
 def require_readers(settings: Config, option: str, readers: Mapping[str, Sequence[str]]) -> None:
     """Check that the choice of `option` reads all that was set.
 

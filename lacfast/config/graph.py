@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lacfast.config.checks import Config, Count
+from lacfast.config.checks import Config, Count, require_unset
 
 GraphMode = Literal["auto", "on", "off", "fake"]
 
@@ -21,3 +21,8 @@ class GraphConfig(Config):
     """Eager steps before a capture: they compile kernels, fill caches and are timed; none is lost."""
     strict: bool = False
     """Raise where a step cannot be captured, instead of running it eagerly after one warning."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "off":
+            require_unset(self, ("warmup_steps", "strict"), "mode='off' captures nothing")

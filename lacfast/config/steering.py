@@ -16,6 +16,7 @@ from lacfast.config.checks import (
     Share,
     require,
     require_readers,
+    require_unset,
 )
 
 STEERING_METHODS = ("best_of_n", "pruning", "smc", "beam")
@@ -87,6 +88,8 @@ class SteeringConfig(Config):
         low, high = self.guidance_window
         require(low < high, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")
         require_readers(self, "method", _READERS)
+        if not self.guided:
+            require_unset(self, ("guidance_form", "guidance_window"), "guidance_weight=0 takes no gradient")
         self._check_method()
 
     def _check_method(self) -> None:

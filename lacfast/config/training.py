@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from lacfast.config.advantages import AdvantageConfig, GroupBaseline
@@ -16,6 +16,7 @@ from lacfast.config.checks import (
     Range,
     Seed,
     require,
+    require_unset,
 )
 from lacfast.config.critic import CriticConfig
 from lacfast.config.graph import GraphConfig
@@ -63,6 +64,8 @@ class ValuePretrainingConfig(Config):
             self.completions > 0 or math.isinf(self.stop_score),
             f"stop_score={self.stop_score} needs floor and ceiling; set completions, for example 4",
         )
+        if self.completions == 0:
+            require_unset(self, ("bound_states",), "completions=0 measures no bounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,18 +174,7 @@ class TrainConfig(Config):
                 f"advantages.estimator={estimator} trains without a critic, so critic.trunk={trunk!r} would "
                 "be ignored; use critic=CriticConfig(trunk='none')",
             )
-            ignored = {
-                each.name: each.default
-                for each in fields(self.ppo)
-                if each.name in _CRITIC_OPTIONS and getattr(self.ppo, each.name) != each.default
-            }
-            given = ", ".join(f"{name}={getattr(self.ppo, name)}" for name in ignored)
-            remedy = ", ".join(f"{name}={default}" for name, default in ignored.items())
-            require(
-                not ignored,
-                f"{given} would be ignored: advantages.estimator={estimator} has no critic; "
-                f"use PPOConfig({remedy}), which are the defaults",
-            )
+            require_unset(self.ppo, _CRITIC_OPTIONS, f"advantages.estimator={estimator} has no critic")
         require(
             not isinstance(estimator, GroupBaseline) or self.samples_per_prompt > 1,
             f"advantages.estimator={estimator} compares the trajectories of one prompt, and "

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig, resumption
-from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, require
+from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, require_unset
 from lacfast.rewards.names import require_servers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -18,8 +18,6 @@ EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 """How a model is judged of which no run tells how."""
 EMBEDDED_MODELS = ("shapes-dit", "shapes-unet", "glyphs-dit", "glyphs-unet")
 """Models that are pretrained on the spot; lacfast.runs.train makes them."""
-_PIPELINE_OPTIONS = {"dtype": "float32", "resolution": None, "attention_backend": ""}
-"""Options of RunConfig that only a diffusers pipeline reads, with their defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +81,9 @@ class RunConfig(Config):
                 raise ValueError(f"{name} is empty; every run needs it")
         # Before the settings are shown or written anywhere.
         require_servers([*(name for name, _ in self.rewards), *self.evaluation_rewards])
-        for name, default in _PIPELINE_OPTIONS.items():
-            value = getattr(self, name)
-            require(
-                value == default or self.model not in EMBEDDED_MODELS,
-                f"{name}={value!r} would be ignored by model={self.model!r}, which is made in float32 at the "
-                "size of its pictures; leave it out, or name a pipeline's directory as the model",
-            )
+        if self.model in EMBEDDED_MODELS:
+            made = f"model={self.model!r} is made on the spot, in float32 at the size of its pictures"
+            require_unset(self, ("dtype", "resolution", "attention_backend"), made)
 
 
 CHANGEABLE = {

@@ -23,6 +23,7 @@ from lacfast.config import (
     AdvantageConfig,
     CriticConfig,
     Fixed,
+    GraphConfig,
     KLMask,
     KLPenalty,
     LoRAConfig,
@@ -32,7 +33,9 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
     Sliding,
+    SteeringConfig,
     TrainConfig,
+    ValuePretrainingConfig,
 )
 from lacfast.config.checks import Config, Range, field_types, unknown
 from lacfast.config.choice import Choice
@@ -268,9 +271,9 @@ def test_a_config_survives_pickle_and_replace() -> None:
 )
 def test_a_model_that_is_made_on_the_spot_takes_no_option_of_a_pipeline(changes: dict[str, Any]) -> None:
     with Refusal(
-        "would be ignored by model='shapes-dit'",
+        "would be ignored: model='shapes-dit' is made on the spot",
         cause="A pipeline's option for a model that is pretrained on the spot.",
-        remedy="leave it out, or name a pipeline's directory",
+        remedy="leave it out, the default is",
     ).raised():
         RunConfig(**REQUIRED[RunConfig], **changes)
     assert set(EMBEDDED_MODELS) == set(TINY_MODELS)
@@ -285,9 +288,23 @@ def test_a_baseline_without_a_critic_takes_no_option_of_one() -> None:
     with Refusal(
         "gae_lambda=0.95, critic_rollouts=4 would be ignored",
         cause="Options of a critic for an estimator that has none.",
-        remedy="use PPOConfig(gae_lambda=1.0, critic_rollouts=1)",
+        remedy="the default is gae_lambda=1.0, critic_rollouts=1",
     ).raised():
         TrainConfig(**grpo, ppo=PPOConfig(gae_lambda=0.95, critic_rollouts=4))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        (SteeringConfig, {"guidance_form": "score"}, "guidance_weight=0 takes no gradient"),
+        (SteeringConfig, {"guidance_window": (0.3, 0.8)}, "guidance_weight=0 takes no gradient"),
+        (ValuePretrainingConfig, {"bound_states": 32}, "completions=0 measures no bounds"),
+        (GraphConfig, {"mode": "off", "warmup_steps": 1}, "mode='off' captures nothing"),
+    ],
+)
+def test_what_a_switch_turns_off_is_not_set(kind: type[Config], changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f"would be ignored: {reason}; leave it out"):
+        kind(**changes)
 
 
 def test_a_name_far_from_all_gets_no_guess() -> None:

@@ -138,6 +138,6 @@ def test_the_score_is_zero_at_the_floor_one_at_the_ceiling_and_unknown_where_the
 def test_settings_that_measure_nothing_are_refused() -> None:
     rollout = chain_rollout(count=8)
     with pytest.raises(ValueError, match="completions=0 completes no state"):
-        bounds_of(rollout, completions=0)
+        bounds_of(rollout, completions=0, bound_states=64)
     with pytest.raises(ValueError, match="8 samples in 8 groups"):
         bounds_of(replace(rollout, prompts=[str(row) for row in range(8)]))
