@@ -34,6 +34,8 @@ TABLES = {
 
 
 def guidance(form: str, weight: float = 0.3, **settings: object) -> SteeringConfig:
+    if weight == 0:
+        return SteeringConfig(method="best_of_n", particles=1)
     return SteeringConfig(
         method="best_of_n",
         particles=1,
