@@ -207,7 +207,8 @@ def _measure(
     trainer: LatentActorCriticTrainer, cell: Cell, bounds: ValueBounds, scale: Scale
 ) -> dict[str, Any]:
     # The bounds are measured once for all critics of a seed.
-    trainer.config = replace(trainer.config, pretrain=replace(trainer.config.pretrain, completions=0))
+    unmeasured = replace(trainer.config.pretrain, completions=0, bound_states=64)
+    trainer.config = replace(trainer.config, pretrain=unmeasured)
     assert trainer.critic is not None
     start = time.process_time()
     history = trainer.pretrain_critic().history if cell.iterations else []
