@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from tiny_backbones import tiny_backbone, tiny_config
 
 from bench.learning import steering, steering_section, units
 from bench.learning.problems import Materials, Prompts
@@ -158,7 +158,8 @@ def test_the_page_compares_with_best_of_n_over_paired_seeds_and_shows_losses(tmp
 def test_saved_models_are_steered_and_one_without_a_critic_is_refused(
     tmp_path: Path, materials: Materials, quick: list[list[str]]
 ) -> None:
-    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config())
+    prompts = scenes.TASK.split()[0][:8]
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), steering.REWARD, prompts, tiny_config())
     trainer.pretrain_critic()
     save_backbone(trainer.backbone, tmp_path / "model")
     out = tmp_path / "study"
