@@ -164,7 +164,8 @@ def read_state(directory: Path) -> dict[str, Any]:
     if not (directory / TRAINER_STATE).exists():
         raise ValueError(f"{directory} holds no {TRAINER_STATE}; pass a directory that trainer.save() wrote")
     try:
-        state: dict[str, Any] = torch.load(directory / TRAINER_STATE, weights_only=True)
+        # Its parts are moved to where their owners are, which may be another device than it was saved on.
+        state: dict[str, Any] = torch.load(directory / TRAINER_STATE, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise DamagedError(
             f"{directory} is damaged: {TRAINER_STATE} cannot be read; go on from the checkpoint before it"
