@@ -130,6 +130,7 @@ def test_parts_with_models_are_skipped_without_diffusers(
         assert "needs diffusers" in part.summary
 
 
+@pytest.mark.slow
 def test_models_are_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     options = ["--device", "cpu", "--only", "sampling,update,iteration", "--out", str(out)]
@@ -145,6 +146,7 @@ def test_models_are_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert {row["phase"] for row in rows} == {"sampling", "reference", "update", "iteration"}
 
 
+@pytest.mark.slow
 def test_learning_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     folder, out = tmp_path / "learning", tmp_path / "cpu.json"
     options = ["--device", "cpu", "--only", "learning", "--learning", str(folder), "--out", str(out)]
