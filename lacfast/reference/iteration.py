@@ -138,7 +138,7 @@ def minibatches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All pairs of a step and a trajectory, (P,) each, in random order in `count` parts."""
     order = torch.randperm(len(steps) * batch_size, generator=generator).to(steps.device)
-    for part in order.chunk(count):
+    for part in order.tensor_split(count):
         yield steps[part // batch_size], part % batch_size
 
 
