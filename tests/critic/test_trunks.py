@@ -31,6 +31,7 @@ from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.checkpoint import CRITIC_WEIGHTS, EARLIER_DESCRIPTION, save_backbone
 from lacfast.critic.trunk import Features, register_trunk
 from lacfast.records import Conditioning
+from lacfast.runtime.directories import MANIFEST
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -145,12 +146,13 @@ def test_a_saved_critic_loads_as_it_was_configured(settings: dict[str, object], 
 
 
 def test_a_critic_saved_before_these_settings_existed_still_loads(tmp_path: Path) -> None:
-    """Its description lay beside its weights and knew fewer settings."""
+    """Its description lay beside its weights and knew fewer settings; there was no manifest."""
     backbone = tiny_backbone("dit")
     backbone.critic = critic_of(backbone, trunk="shared")
     save_backbone(backbone, tmp_path / "saved")
     weights = tmp_path / "saved" / CRITIC_WEIGHTS
     save_file(load_file(weights), weights)
+    (tmp_path / "saved" / MANIFEST).unlink()
     with pytest.raises(ValueError, match="holds no critic"):
         load_backbone(tmp_path / "saved")
     first = ("trunk", "num_blocks", "num_heads", "head_dim", "hidden_dim", "joint_weight", "lora_rank")

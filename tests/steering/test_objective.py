@@ -22,6 +22,7 @@ from lacfast.checkpoint import CRITIC_DESCRIPTION, CRITIC_WEIGHTS, save_backbone
 from lacfast.config import AdvantageConfig, SamplerConfig, SteeringConfig
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.registry import RewardSet
+from lacfast.runtime.directories import MANIFEST
 from lacfast.steering.objective import Objective
 
 SAMPLER = SamplerConfig(num_steps=2)
@@ -99,6 +100,7 @@ def test_a_trained_critic_says_what_its_heads_predict_also_from_its_file(tmp_pat
 
 def earlier(saved: Path) -> None:
     """Let a saved critic say no more of its rewards than that of the version before: how many they are."""
+    (saved / MANIFEST).unlink()
     file = saved / CRITIC_WEIGHTS
     with safe_open(file, framework="pt") as opened:
         description = json.loads(opened.metadata()[CRITIC_DESCRIPTION])
