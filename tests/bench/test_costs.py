@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import costs
-from bench.published import PUBLISHED
+from bench.published import PUBLISHED, prompt_conditioning
 from lacfast.runs import costs as counters
 from lacfast.runs.costs import count
 
@@ -78,7 +78,9 @@ def test_an_image_takes_fewer_flops_than_in_flow_grpo_s_loop() -> None:
 
 def test_the_plan_of_a_run_counts_what_its_steps_dispatch() -> None:
     work = costs.Workload("sd15")
-    plan = count(work.backbone, None, work.table, work.model.conditioning(work.backbone, 1), work.config)
+    plan = count(
+        work.backbone, None, work.table, prompt_conditioning(work.model, work.backbone, 1), work.config
+    )
     flops = {
         phase: total * work.config.batch_size
         for phase, total in RECORDED["sd15"]["flops_per_image"].items()

@@ -10,8 +10,8 @@ import torch
 
 from bench import gpu_arms
 from bench.gpu_arms import ARMS, EAGER, Bench, Plan, arm_changes
-from bench.published import PublishedModel
 from bench.random_models import PPO, Subject, match_of, random_pipeline, subjects, tiny_subject
+from lacfast.backbones.published import PublishedModel
 from lacfast.config import Fixed, SamplerConfig
 from tests import tiny_pipelines
 
@@ -21,17 +21,31 @@ SHAPES = {"sd15": (16, 0), "sd3": (32, 32), "flux": (32, 16)}
 """Widths of token and pooled embeddings of the tiny pipelines."""
 
 
-def tiny_published(family: str) -> PublishedModel:
+class TinyPublished(PublishedModel):
     """A published model's description, of a tiny pipeline without its text encoders."""
 
-    def pipeline() -> Any:
-        built = tiny_pipelines.BUILDERS[family]()
+    def build(self, *, device: str | torch.device = "meta", text_encoders: bool = True) -> Any:
+        built = tiny_pipelines.BUILDERS[self.title]()
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
             if hasattr(built, name):
                 setattr(built, name, None)
         return built
 
-    return PublishedModel(family, 0, pipeline, (), 12, *SHAPES[family], (16, 16))
+
+def tiny_published(family: str) -> PublishedModel:
+    token_dim, pooled_dim = SHAPES[family]
+    return TinyPublished(
+        title=family,
+        hub_ids=(),
+        pipeline="",
+        arguments={},
+        parameters=0,
+        resolution=(16, 16),
+        tokens=12,
+        token_dim=token_dim,
+        pooled_dim=pooled_dim,
+        parts={},
+    )
 
 
 @pytest.mark.parametrize("family", SHAPES)
