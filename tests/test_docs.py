@@ -44,6 +44,7 @@ FOREIGN = {
     "nvtx_gpu_proj_sum", "group_rewards", "group_strict_rewards",
     "flow_grpo", "sd3_sde_with_logprob", "stat_tracking", "ode_step_with_logprob", "ddpo_pytorch",
     "diffusers_patch", "ddim_with_logprob", "mean_ref", "std_dev_t", "train_adam_", "num_image_per_prompt",
+    "run_sampling", "trainable_layers", "stat_tracker", "rgb_with_grad",
     "num_batches_per_epoch", "gradient_accumulation_steps", "adv_clip_max", "reward_fn", "prompt_fn",
 }  # fmt: skip
 """What pages say of diffusers, Nsight, reward servers and the peers' scripts."""
