@@ -412,16 +412,13 @@ def test_an_average_of_the_weights_is_evaluated_saved_and_left_out_of_training(t
 
 
 def test_a_run_saved_on_a_gpu_goes_on_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trainer() -> LatentActorCriticTrainer:
-        return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config())
-
-    trained = trainer()
+    trained = trainer_for()
     trained.train_iteration()
     # What torch writes beside a storage that lies on a device.
     monkeypatch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
     trained.save(tmp_path / "run")
     monkeypatch.undo()
-    resumed = trainer()
+    resumed = trainer_for()
     resumed.load(tmp_path / "run")
     assert resumed.train_iteration()["policy_loss"] == trained.train_iteration()["policy_loss"]
 
