@@ -19,6 +19,7 @@ from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.storage import DESCRIPTION
 from lacfast.checkpoint import load_weights, save_backbone
+from lacfast.runtime.directories import MANIFEST
 
 LORA = LoRAConfig(rank=2, alpha=4)
 PART = "unet"
@@ -132,7 +133,8 @@ def test_a_fingerprint_survives_json_and_is_small() -> None:
 
 def test_a_directory_of_an_earlier_version_loads_with_a_warning(saved: Path, tmp_path: Path) -> None:
     for file in saved.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+        if file.name != MANIFEST:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
     description = json.loads((tmp_path / DESCRIPTION).read_text(encoding="utf-8"))
     del description["fingerprint"]
     (tmp_path / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")

@@ -189,11 +189,13 @@ def test_a_switch_that_would_be_ignored_is_refused(trunk: str) -> None:
 def test_the_mismatch_is_that_of_the_pairs_that_were_measured(size: int) -> None:
     """Every pair is as far from the rollout, so it does not matter how many are looked at."""
     found = []
-    for reuse in (True, False):
-        ppo = replace(PPO, num_minibatches=1, microbatch_size=size, reuse_uncond=reuse)
+    for is_reused in (True, False):
+        ppo = replace(PPO, num_minibatches=1, microbatch_size=size)
         trainer = trainer_for(ppo, sampler=replace(GUIDED, window=Fixed((0, 1))))
         rollout, advantages = rollout_of(trainer)
         moved = replace(rollout, model_outputs=rollout.model_outputs + 0.01)
+        if not is_reused:
+            moved = replace(moved, policy_version=None)
         found.append(trainer.learner.learn(moved, advantages, 0)["forward_mismatch"])
     assert found[0] > 1e-3
     assert found[0] == pytest.approx(found[1], rel=1e-3)

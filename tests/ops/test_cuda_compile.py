@@ -31,7 +31,7 @@ def test_source_compiles_without_warnings_and_spills(source: Path, tmp_path: Pat
     targets = [f"--generate-code=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
     command = [
         NVCC, "-c", source, "-o", tmp_path / "object.o", *targets,
-        "-std=c++17", "-O3", "--expt-relaxed-constexpr",
+        "-std=c++17", "-O3", "--expt-relaxed-constexpr", '-DLACFAST_ARCHITECTURES="80"',
         "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Wshadow,-Werror", "-Xptxas=-v",
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
