@@ -162,6 +162,28 @@ def _one_word(
     )
 
 
+class _SettingsError(Exception):
+    """What settings refuse when they are made; of a ValueError the parser would make a box of its own."""
+
+
+@_REGISTRY.struct_rule
+def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """Settings whose errors are told as those of a command are."""
+    if not (isinstance(info.type, type) and issubclass(info.type, Config)) or _REGISTRY in info.markers:
+        return None
+    marked = replace(info, markers=(*info.markers, _REGISTRY))
+    whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
+    assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+
+    def made(**settings: Any) -> Any:
+        try:
+            return whole.instantiate(**settings)
+        except ValueError as error:
+            raise _SettingsError(str(error)) from error
+
+    return replace(whole, instantiate=made)
+
+
 _SHORT = tyro.constructors.ConstructorRegistry()
 _SHORT.primitive_rule(_one_word)
 
@@ -231,6 +253,8 @@ def _parsed(arguments: list[str]) -> Command:
             config=(tyro.conf.FlagCreatePairsOff,),
             registry=_SHORT if is_short else _REGISTRY,
         )
+    except _SettingsError as error:
+        raise ValueError(str(error)) from error
     except SystemExit:
         if is_short:
             print(_REST.format(command=" ".join(["lacfast", *arguments[:2]])))

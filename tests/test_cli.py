@@ -191,6 +191,22 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
             ),
         ),
         (
+            ["train", "shapes", "--train.sampler.kind", "ddim"],
+            Refusal(
+                "unknown sampler kind 'ddim'",
+                cause="A sampler of noise prediction for a model that predicts a flow.",
+                remedy="Known: cps, dance_sde, flow_ddim, flow_sde, ode",
+            ),
+        ),
+        (
+            ["train", "shapes", "--train.batch-size", "33", "--train.samples-per-prompt", "2"],
+            Refusal(
+                "batch_size=33 must be a multiple of samples_per_prompt=2",
+                cause="A batch whose prompts cannot all have as many samples.",
+                remedy="must be a multiple",
+            ),
+        ),
+        (
             ["report", "folder"],
             Refusal(
                 "folder holds no metrics.jsonl",
