@@ -84,13 +84,15 @@ def _connected(host: str, port: int, *, tls: bool, deadline: float) -> socket.so
             connected = socket.create_connection(address[:2], timeout=_left(deadline))
         except OSError as error:
             fault = error
-        else:
+            continue
+        if not tls:
+            return connected
+        try:
             connected.settimeout(_left(deadline))
-            return (
-                ssl.create_default_context().wrap_socket(connected, server_hostname=host)
-                if tls
-                else connected
-            )
+            return ssl.create_default_context().wrap_socket(connected, server_hostname=host)
+        except BaseException:
+            connected.close()
+            raise
     raise fault
 
 
