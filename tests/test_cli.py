@@ -291,7 +291,7 @@ def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
     printed = capsys.readouterr().out
     assert '"batch_size": 24' in printed
     assert "192 forwards" in printed
-    assert printed.index("memory, all of it") < printed.index('"batch_size": 24')
+    assert printed.index("memory of an iteration") < printed.index('"batch_size": 24')
     assert list(tmp_path.iterdir()) == []
 
 

@@ -172,12 +172,15 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         ("gradients, moments, average", _size(costs.training_bytes)),
         ("rollout", _size(costs.rollout_bytes)),
         (f"activations, {together}", _size(costs.activation_bytes * pairs)),
-        ("memory, all of it", _size(costs.memory_bytes(pairs))),
+        ("memory of an iteration", _size(costs.memory_bytes(pairs))),
     )
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print("Counted, not timed. Reward models and the allocator's reserve come on top.")
+    console.print(
+        "Counted, not timed. Reward models, the rollouts that value pretraining keeps, text encoders until the "
+        "prompts are encoded, and the allocator's reserve come on top."
+    )
     console.print_json(json.dumps(to_json(config)))
 
 
