@@ -10,6 +10,7 @@ With --tool nsight only the part after warm-up lies between cudaProfilerStart an
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.tool == "nsight" and options.device != "cuda":
         print("profile: Nsight sees CUDA only; use --device cuda, or --tool torch on a CPU", file=sys.stderr)
+        return 2
+    if options.tool == "nsight" and importlib.util.find_spec("nvtx") is None:
+        print("profile: Nsight sees no range without nvtx; pip install 'lacfast[profile]'", file=sys.stderr)
         return 2
     work = (
         training(device, options.backbone)

@@ -20,6 +20,7 @@ EXTRAS = {
     "rewards": ("rapidocr", "onnxruntime"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "profile": ("nvtx",),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
     "dev": ("ruff", "mypy", "pre-commit"),
 }

@@ -3,8 +3,9 @@
     with span("decode"):
         images = backbone.decode(latents)
 
-NVTX ranges lie in the domain "lacfast". They need the nvtx package and a CUDA device; where either is missing
-a span does nothing. In torch.compile it does nothing either, and in a captured graph it marks the capture.
+NVTX ranges lie in the domain "lacfast". They need the nvtx package (lacfast[profile]) and a CUDA device; where
+either is missing a span does nothing. In torch.compile it does nothing either, and in a captured graph it
+marks the capture.
 """
 
 from __future__ import annotations

@@ -32,8 +32,14 @@ def test_table_counts_spans_and_orders_them_by_time() -> None:
     assert second.split()[:2] == ["lacfast/sync", "1"]
 
 
-def test_nsight_needs_a_gpu_and_ops_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nsight_needs_a_gpu_and_nvtx_and_ops_a_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert profile.main(["training", "--tool", "nsight"]) == 2
     assert "--tool torch" in capsys.readouterr().err
+    with monkeypatch.context() as without:
+        without.setattr(profile.importlib.util, "find_spec", lambda name: None)
+        assert profile.main(["training", "--tool", "nsight", "--device", "cuda"]) == 2
+    assert "pip install 'lacfast[profile]'" in capsys.readouterr().err
     assert profile.main(["op", "softmax"]) == 2
     assert "gaussian_step" in capsys.readouterr().err
