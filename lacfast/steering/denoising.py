@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lacfast import ops
 from lacfast.config import SteeringConfig
-from lacfast.records import Conditioning, NoiseKey, TransitionTable
+from lacfast.records import Conditioning, TransitionTable
 from lacfast.steering import guidance
 from lacfast.steering.forward import StateForward, SteeredModel
 from lacfast.steering.method import Method
 from lacfast.steering.particles import Particles
+from lacfast.transfer import to_device
 
 
 @dataclass
@@ -66,7 +67,7 @@ def denoise(
     Args:
         model: forwards.
         table: the sampler.
-        config: of guidance, and the seed.
+        config: of guidance.
         method: the method's decisions; its state is of these images.
         particles: pure noise.
         conditioning: (G, ...) of the images.
@@ -74,7 +75,7 @@ def denoise(
         sign_test: of the whole call.
     """
     device = particles.sample.device
-    coefficients, timesteps = table.coefficients(device), table.timesteps.to(device)
+    coefficients, timesteps = table.coefficients(device), to_device(table.timesteps, device)
     scale = None if model.uncond_conditioning is None else torch.full((1,), guidance_scale, device=device)
     is_finite: list[Tensor] = []
     for step, is_guided in enumerate(guidance.guided_steps(config, table)):
@@ -89,15 +90,14 @@ def denoise(
             particles, forward = _chosen(method, particles, forward, kept)
         parents = method.multiply(particles, step)
         particles, forward = _chosen(method, particles, forward, parents)
-        noise = NoiseKey.create(config.seed, particles.ids, device)
-        steps = torch.full_like(particles.ids, step)
+        steps = torch.full_like(particles.rows, step)
         uncond_output = None if forward.uncond_output is None else forward.uncond_output.contiguous()
         moved = ops.gaussian_step(
             particles.sample,
             forward.output.contiguous(),
             coefficients,
             steps,
-            noise=noise,
+            noise=particles.noise,
             uncond_output=uncond_output,
             guidance_scale=scale,
         )
@@ -108,7 +108,7 @@ def denoise(
             )
             particles = particles.at(particles.sample + displacement)
             if config.method == "smc":
-                drawn = ops.normal_noise(tuple(displacement.shape), steps, noise)
+                drawn = ops.normal_noise(tuple(displacement.shape), steps, particles.noise)
                 std = float(table.std[step])
                 method.correct(guidance.log_proposal_ratio(displacement, drawn, std))
         # On the device: nobody waits for it here.

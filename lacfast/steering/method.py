@@ -24,7 +24,7 @@ class Method:
 
     def names(self, particles: Particles) -> Tensor:
         """Sample ids (P,) of the trajectories after a choice: those that share a past get new ones."""
-        return slot_ids(self.images, len(particles.ids) // len(self.images))
+        return slot_ids(self.images, len(particles) // len(self.images))
 
     def multiply(self, particles: Particles, step: int) -> Tensor | None:
         """Positions of the parents of the trajectories that take the step, None for each its own."""

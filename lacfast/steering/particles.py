@@ -20,8 +20,8 @@ class Particles:
 
     sample: Tensor
     """(P, ...) latents."""
-    ids: Tensor
-    """(P,) int64 sample ids: where each trajectory's noise comes from."""
+    noise: NoiseKey
+    """Where each trajectory's noise comes from; its (P,) sample ids are the trajectories' names."""
     rows: Tensor
     """(P,) int64 image in the batch."""
     values: Tensor
@@ -31,15 +31,26 @@ class Particles:
     def start(latent_shape: tuple[int, ...], images: Tensor, per_image: int, seed: int) -> Particles:
         """Pure noise for `images` (G,), their sample ids."""
         ids = slot_ids(images, per_image)
-        steps = torch.full_like(ids, INITIAL_STEP)
-        noise = ops.normal_noise((len(ids), *latent_shape), steps, NoiseKey.create(seed, ids, ids.device))
+        steps, noise = torch.full_like(ids, INITIAL_STEP), NoiseKey.create(seed, ids, ids.device)
+        sample = ops.normal_noise((len(ids), *latent_shape), steps, noise)
         rows = torch.arange(len(images), device=ids.device).repeat_interleave(per_image)
-        return Particles(noise, ids, rows, noise.new_empty((0, len(ids))))
+        return Particles(sample, noise, rows, sample.new_empty((0, len(ids))))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def ids(self) -> Tensor:
+        """(P,) int64 sample ids."""
+        return self.noise.sample_ids
 
     def select(self, positions: Tensor) -> Particles:
         """The trajectories at `positions`, with their names."""
         return Particles(
-            self.sample[positions], self.ids[positions], self.rows[positions], self.values[:, positions]
+            self.sample[positions],
+            self.noise.select(positions),
+            self.rows[positions],
+            self.values[:, positions],
         )
 
     def at(self, sample: Tensor) -> Particles:
@@ -52,7 +63,7 @@ class Particles:
 
     def renamed(self, ids: Tensor) -> Particles:
         """Trajectories that share a past need names, and so noise, of their own."""
-        return replace(self, ids=ids)
+        return replace(self, noise=NoiseKey(self.noise.seed, ids))
 
 
 def slot_ids(images: Tensor, per_image: int) -> Tensor:
@@ -68,14 +79,14 @@ def best_positions(scores: Tensor, count: int) -> Tensor:
     return (kept + offsets).flatten()
 
 
-def gumbel_noise(ids: Tensor, step: int, seed: int) -> Tensor:
+def gumbel_noise(noise: NoiseKey, step: int) -> Tensor:
     """Standard Gumbel noise (P,) float64 of a choice at a step, in counters that no latent uses.
 
     The highest of log w + Gumbel is a draw by the weights w; the k highest are k draws without replacement
     (Kool et al., arXiv 1903.06059).
     """
-    steps = torch.full_like(ids, INITIAL_STEP - 1 - step)
-    normals = ops.normal_noise((len(ids), 1), steps, NoiseKey.create(seed, ids, ids.device))[:, 0]
+    steps = torch.full_like(noise.sample_ids, INITIAL_STEP - 1 - step)
+    normals = ops.normal_noise((len(steps), 1), steps, noise)[:, 0]
     uniform = torch.special.ndtr(normals.double()).clamp(1e-12, 1 - 1e-12)
     gumbel: Tensor = -(-uniform.log()).log()
     return gumbel

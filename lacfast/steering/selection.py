@@ -36,7 +36,7 @@ class Beam(Method):
         if grouped.shape[1] == self.config.particles:
             return None
         if self.config.temperature > 0:
-            noise = gumbel_noise(particles.ids, step, self.config.seed).view_as(grouped)
+            noise = gumbel_noise(particles.noise, step).view_as(grouped)
             grouped = grouped / self.config.temperature + noise
         return best_positions(grouped, self.config.particles)
 
@@ -44,7 +44,7 @@ class Beam(Method):
         count = children(self.config, self.table, step)
         if count == 1:
             return None
-        return torch.arange(len(particles.ids), device=particles.ids.device).repeat_interleave(count)
+        return torch.arange(len(particles), device=particles.rows.device).repeat_interleave(count)
 
 
 METHODS: dict[str, type[Method]] = {

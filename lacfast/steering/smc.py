@@ -45,7 +45,7 @@ class SequentialMonteCarlo(Method):
         due = (sizes < self.config.ess_threshold * self.config.particles) & is_useful
         self.sizes.append(sizes)
         self.resampled.append(due)
-        return self._resample(due, step) if is_useful else None
+        return self._resample(due, step, particles.noise.seed) if is_useful else None
 
     def correct(self, log_ratio: Tensor) -> None:
         self.log_weights = self.log_weights + log_ratio.view_as(self.log_weights)
@@ -56,7 +56,7 @@ class SequentialMonteCarlo(Method):
         self.log_evidence = self.log_evidence + self._log_mean_weight()
         if self.config.final_choice == "best":
             return best_positions(grouped, 1)
-        noise = gumbel_noise(particles.ids, self.table.num_steps, self.config.seed)
+        noise = gumbel_noise(particles.noise, self.table.num_steps)
         return best_positions(self.log_weights + noise.view_as(grouped), 1)
 
     def stats(self) -> ParticleStats | None:
@@ -71,13 +71,12 @@ class SequentialMonteCarlo(Method):
     def _log_mean_weight(self) -> Tensor:
         return self.log_weights.logsumexp(dim=1) - math.log(self.config.particles)
 
-    def _resample(self, due: Tensor, step: int) -> Tensor:
+    def _resample(self, due: Tensor, step: int, seed: Tensor) -> Tensor:
         """Positions (P,) of the ancestors; the mean weight of a resampled image goes to its evidence."""
         steps = torch.full_like(self.images, step)
         # A trajectory that is not there: its noise is no particle's.
         unused = self.images + self.config.particles * SLOT_STRIDE
-        key = NoiseKey.create(self.config.seed, unused, self.images.device)
-        drawn = ops.systematic_resample(self.log_weights.contiguous(), steps, key)
+        drawn = ops.systematic_resample(self.log_weights.contiguous(), steps, NoiseKey(seed, unused))
         own = torch.arange(self.config.particles, device=drawn.device)
         ancestors = torch.where(due[:, None], drawn, own)
         self.log_evidence = self.log_evidence + torch.where(due, self._log_mean_weight(), 0.0)

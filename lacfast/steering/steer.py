@@ -180,7 +180,7 @@ def _finished(
         rewards = {name: tensor[chosen.cpu()] for name, tensor in scores.items()}
     else:
         # Without a critic there is one trajectory per image.
-        only = particles.sample.new_zeros(len(particles.ids))
+        only = particles.sample.new_zeros(len(particles))
         chosen = method.finish(particles, particles.values[-1] if len(particles.values) else only)
         images = _decoded(model, particles.sample[chosen])
         require_finite(images, prompts.texts, origin)
@@ -190,7 +190,7 @@ def _finished(
         particles.values[:, chosen],
         rewards,
         _scores(gold, images, prompts),
-        0 if by_reward is None else len(particles.ids),
+        0 if by_reward is None else len(particles),
         method.stats(),
     )
 
