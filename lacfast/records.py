@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lacfast.transfer import to_device
+
 MIN_STD = 1e-6
 """Smallest standard deviation of a stochastic step: a few roundings of a float32 latent."""
 INITIAL_STEP = -1
@@ -100,10 +102,11 @@ class NoiseKey(Static):
     @staticmethod
     def create(seed: int, sample_ids: Tensor | range, device: torch.device | str = "cpu") -> NoiseKey:
         """Make a key from host numbers."""
-        ids = (
-            sample_ids if isinstance(sample_ids, Tensor) else torch.arange(sample_ids.start, sample_ids.stop)
-        )
-        return NoiseKey(torch.tensor([seed], dtype=torch.int64, device=device), ids.to(device, torch.int64))
+        if isinstance(sample_ids, range):
+            ids = torch.arange(sample_ids.start, sample_ids.stop, device=device)
+        else:
+            ids = to_device(sample_ids, device, torch.int64)
+        return NoiseKey(torch.full((1,), seed, dtype=torch.int64, device=device), ids)
 
     def select(self, rows: Tensor) -> NoiseKey:
         """The key of the trajectories `rows`."""
@@ -152,7 +155,7 @@ class TransitionTable:
 
     def coefficients(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
         """(T, 3) columns a, b, std, as every op reads them."""
-        return torch.stack([self.a, self.b, self.std], dim=1).to(device, dtype)
+        return to_device(torch.stack([self.a, self.b, self.std], dim=1), device, dtype)
 
     def origin_of_nan(self, is_finite: Tensor) -> str:
         """The first step behind which latents are not finite, by is_finite (T,) bool; or the decoder."""

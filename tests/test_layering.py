@@ -13,7 +13,7 @@ import lacfast
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 FLOORS = (
-    ("_C", "kernels", "seeds"),
+    ("_C", "kernels", "seeds", "transfer"),
     ("records", "config", "distributed"),
     ("schedule", "reference", "runtime"),
     ("ops", "prompts"),

@@ -36,6 +36,7 @@ from lacfast.critic.trunk import Trunk, registered_trunk
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.runtime.precision import running_in
+from lacfast.transfer import to_device
 
 
 def _unchanged(latents: Tensor) -> Tensor:
@@ -202,18 +203,20 @@ class LatentBackbone(ABC):
         if self.device.type != "meta":
             return self.encode_unconditional(1)
         # The cache wants numbers.
-        return self._conditioning(*self.prompt_encoder.encode_unconditional())
+        return self.conditioning(*self._on_device(self.prompt_encoder.encode_unconditional()))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); every distinct prompt is encoded once."""
-        return self._conditioning(*self.prompts.fetch(prompts))
+        return self.conditioning(*self._on_device(self.prompts.fetch(prompts)))
 
     def encode_unconditional(self, count: int) -> Conditioning:
-        """Conditioning (B, ...) without a prompt, or with the negative one."""
-        return self._conditioning(*self.prompts.fetch_unconditional(count))
+        """Conditioning (B, ...) without a prompt, or with the negative one; copied once for all B."""
+        tokens, pooled = self._on_device(self.prompts.fetch_unconditional(1))
+        return self.conditioning(tokens.expand(count, -1, -1), pooled.expand(count, -1))
 
-    def _conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
-        return self.conditioning(tokens.to(self.device, self.dtype), pooled.to(self.device, self.dtype))
+    def _on_device(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens, pooled = (to_device(each, self.device, self.dtype) for each in embeddings)
+        return tokens, pooled
 
     def free_text_encoders(self, prompts: Sequence[str]) -> None:
         """Encode every prompt of the run, keep the embeddings on the CPU and drop the text encoders.

@@ -17,6 +17,7 @@ from lacfast.backbones.pipelines import (
 from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.unet import UNetBackbone, unet_latent_map
 from lacfast.records import Conditioning
+from lacfast.transfer import to_device
 
 
 class SDXLBackbone(UNetBackbone):
@@ -32,7 +33,7 @@ class SDXLBackbone(UNetBackbone):
             {
                 "encoder_hidden_states": tokens,
                 "text_embeds": pooled,
-                "time_ids": self.time_ids.to(tokens.device).repeat(len(tokens), 1),
+                "time_ids": to_device(self.time_ids, tokens.device).repeat(len(tokens), 1),
             }
         )
 

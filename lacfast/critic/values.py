@@ -12,6 +12,7 @@ from lacfast.critic.critic import Critic
 from lacfast.records import Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.transfer import to_device
 
 STATES_AT_ONCE = 32
 """States that rollout_values takes together: larger products than a step's, less memory than an update's."""
@@ -23,7 +24,7 @@ def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
 
     Whole steps are valued together as long as they have at most STATES_AT_ONCE states.
     """
-    timesteps, batch = rollout.table.timesteps.to(rollout.latents.device), rollout.batch_size
+    timesteps, batch = to_device(rollout.table.timesteps, rollout.latents.device), rollout.batch_size
     steps_at_once = max(STATES_AT_ONCE // batch, 1)
     values = []
     for first in range(0, rollout.table.num_steps, steps_at_once):

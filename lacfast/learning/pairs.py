@@ -13,6 +13,7 @@ from torch import Tensor
 from lacfast.critic.trunk import Features
 from lacfast.policy import States
 from lacfast.records import Conditioning, padding_rows
+from lacfast.transfer import to_device
 
 
 class StateSource(Protocol):
@@ -68,10 +69,7 @@ class Pairs:
     def shuffled(self, generator: torch.Generator) -> Pairs:
         """The pairs in an order that depends on the generator alone, which lives on the host."""
         order = torch.randperm(len(self), generator=generator)
-        if self.rows.is_cuda:
-            # From pinned memory the copy does not make the host wait for the device.
-            order = order.pin_memory().to(self.rows.device, non_blocking=True)
-        return self.select(order.to(self.rows.device))
+        return self.select(to_device(order, self.rows.device))
 
 
 def even_size(count: int, limit: int) -> int:

@@ -11,6 +11,7 @@ from lacfast.config import PPOConfig
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Static, TransitionTable
 from lacfast.schedule import kl_gains
+from lacfast.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ def step_tables(table: TransitionTable, config: PPOConfig, like: Tensor) -> Step
     dtype, kind = arithmetic_dtype(like), "exact" if config.kl is None else config.kl.kind
     return StepTables(
         coefficients=table.coefficients(like.device, dtype),
-        timesteps=table.timesteps.to(like.device),
-        weights=step_weights(table, balanced=config.balance_steps).to(like.device, dtype),
+        timesteps=to_device(table.timesteps, like.device),
+        weights=to_device(step_weights(table, balanced=config.balance_steps), like.device, dtype),
         kl_gains=kl_gains(table, kind, device=like.device, dtype=dtype),
     )
 

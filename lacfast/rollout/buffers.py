@@ -10,6 +10,7 @@ from torch import Tensor
 from lacfast.critic.trunk import Features
 from lacfast.policy import joined_conditioning
 from lacfast.records import Conditioning, NoiseKey, Static, TrajectorySlab, TransitionTable, padding_rows
+from lacfast.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SamplerInputs(Static):
         device = noise.seed.device
         return SamplerInputs(
             table.coefficients(device),
-            table.timesteps.to(device),
+            to_device(table.timesteps, device),
             noise,
             joined_conditioning(conditioning, uncond_conditioning),
             torch.full((1,), guidance_scale, device=device),
