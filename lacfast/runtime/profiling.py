@@ -3,7 +3,7 @@
     with span("decode"):
         images = backbone.decode(latents)
 
-NVTX ranges lie in the domain "lacfast". They need the nvtx package (lacfast[profile]) and a CUDA device; where
+NVTX ranges lie in the domain "lacfast". They need the nvtx package (lacfast[profile]) and a CUDA device; if
 either is missing a span does nothing. In torch.compile it does nothing either, and in a captured graph it
 marks the capture.
 """
