@@ -269,9 +269,6 @@ class Conditioning(Static):
         """The conditioning of the samples `rows` (int64)."""
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
-
     def padded(self, count: int) -> Conditioning:
         """The conditioning of `count` samples, of which those beyond these repeat the last."""
         return self.select(padding_rows(len(self), count))
