@@ -23,6 +23,7 @@ from lacfast.backbones.published import PublishedModel
 from lacfast.config import CriticConfig, KLPenalty, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.learning.batches import PolicySource
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.pairs import all_pairs
 from lacfast.learning.policy_update import PolicyUpdate
@@ -177,7 +178,9 @@ class Workload:
             anchor = KLAnchor(self.backbone.frozen_anchor(), GraphRunner(), scale)
         optimizer = torch.optim.SGD(self.backbone.policy_parameters(), lr=0.0)
         update = PolicyUpdate(
-            *(self.backbone, optimizer, config, self.empty()), anchor=anchor, reader=Reader()
+            *(self.backbone, optimizer, config, GradientGuard("policy", "raise", self.empty())),
+            anchor=anchor,
+            reader=Reader(),
         )
         update.prepare(step_tables(self.table, config.ppo, rollout.latents))
         is_known = is_first and self.uncond_conditioning is not None

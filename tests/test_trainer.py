@@ -498,7 +498,7 @@ def test_a_reward_that_always_fails_ends_the_run_when_skipping() -> None:
     with Refusal(
         "the rewards of 5 rollouts in a row failed, so nothing is learned",
         cause='on_reward_error="skip" with a reward that always fails.',
-        remedy="mend the reward",
+        remedy="mend the cause and go on",
         error=RewardError,
     ).raised():
         trainer.train(20)
@@ -538,7 +538,7 @@ def test_a_failed_evaluation_ends_a_run_that_does_not_skip() -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
-    trainer = trainer_for()
+    trainer = trainer_for(on_bad_gradient="raise")
     rollout = trainer.collect(trainer.prompts, 0)
     assert rollout is not None
     before = weights(trainer)
@@ -546,7 +546,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step() -> None:
     with Refusal(
         "the gradient norm of the policy is",
         cause="A loss that is no longer finite.",
-        remedy="Lower the learning rate or the clip range, and check the rewards",
+        remedy="check the rewards, or set on_bad_gradient='skip'",
         error=FloatingPointError,
     ).raised():
         trainer.update(poisoned)

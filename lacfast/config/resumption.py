@@ -8,7 +8,8 @@ from typing import Any
 from lacfast.config.stored import to_json
 
 CHANGEABLE = {
-    *("iterations", "rollout_batch_size", "rollout_precision", "on_reward_error", "ema_decay"),
+    *("iterations", "rollout_batch_size", "rollout_precision", "ema_decay"),
+    *("on_reward_error", "on_bad_gradient"),
     *("graph", "gradient_checkpointing", "compile", "early_stopping"),
     *("eval_every", "eval_samples", "eval_batch_size", "eval_sampler"),
     *("critic.value_clip", "critic.joint_weight"),

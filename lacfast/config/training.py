@@ -128,9 +128,14 @@ class TrainConfig(Config):
     eval_sampler: SamplerConfig | None = None
     """How evaluation samples, e.g. kind "ode" with noise_level 0 and more steps. None: as training does."""
     on_reward_error: Annotated[str, OneOf(("raise", "skip"))] = "raise"
-    """"raise": a reward that fails ends the run, the rollout stays in trainer.last_rollout;
+    """"raise": a reward that fails, or images of NaN, end the run, the rollout stays in trainer.last_rollout;
     "skip": the rollout is dropped with a warning and never trained on; of an evaluation there is a line of
     phase "skipped_evaluation" in the log, and neither early stopping nor the best checkpoint takes note."""
+
+    on_bad_gradient: Annotated[str, OneOf(("skip", "raise"))] = "skip"
+    """"skip": an optimizer step whose gradient is not finite is left out and counted in the log; after five
+    in a row the learning rate is halved, once, and after five more the run ends. "raise": the first ends the
+    run, and one that goes on from the checkpoint meets it again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

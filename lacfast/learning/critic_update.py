@@ -9,6 +9,7 @@ from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.learning.batches import CriticBatch, CriticSource
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, UpdateRunner
 from lacfast.learning.totals import Totals, UpdateRecords
@@ -24,16 +25,16 @@ class CriticUpdate(Update[CriticBatch, Totals]):
         critic: Critic,
         optimizer: Optimizer,
         config: PPOConfig,
-        failed: Tensor,
+        guard: GradientGuard,
         runner: UpdateRunner = EAGER,
     ) -> None:
         """`critic` is trained in place; for the others see Update."""
-        super().__init__(Totals, optimizer, config, failed, runner)
+        super().__init__(Totals, optimizer, config, guard, runner)
         self.critic = critic
 
     def learn(self, source: CriticSource, minibatch: Pairs, records: UpdateRecords) -> None:
         """One optimizer step on `minibatch`, pairs of `source`."""
-        records.add_critic(self.step(source, minibatch), len(minibatch))
+        records.add_critic(self.step(source, minibatch), self.guard, pairs=len(minibatch))
 
     def gradient(self, batch: CriticBatch) -> None:
         outputs = critic_outputs(self.critic, batch.states, batch.features)

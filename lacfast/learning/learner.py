@@ -18,6 +18,7 @@ from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
 from lacfast.learning.batches import CriticSource, PolicySource
 from lacfast.learning.critic_update import CriticUpdate
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.optimizers import (
     critic_optimizer,
@@ -65,13 +66,23 @@ class Learner:
         if backbone.critic is not None:
             optimizer = critic_optimizer(backbone.critic, ppo)
             runner = self._runner("critic")
-            self.critic_update = CriticUpdate(backbone.critic, optimizer, ppo, self.failed, runner)
+            self.critic_update = CriticUpdate(backbone.critic, optimizer, ppo, self._guard("critic"), runner)
         self.policy_update = PolicyUpdate(
-            *(backbone, policy_optimizer(parameters, ppo), config, self.failed, self._runner("policy")),
+            *(
+                backbone,
+                policy_optimizer(parameters, ppo),
+                config,
+                self._guard("policy"),
+                self._runner("policy"),
+            ),
             anchor=self.anchor,
             reader=reader_for(self.critic_update),
         )
-        self.policy_schedule = policy_schedule(self.policy_update.optimizer, ppo, lambda: self.progress)
+        self.policy_schedule = policy_schedule(
+            *(self.policy_update.optimizer, ppo),
+            progress=lambda: self.progress,
+            halved=lambda: self.policy_update.guard.rate_factor,
+        )
         self.replay = ValueReplay(ppo.critic_rollouts)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
         self._table: TransitionTable | None = None
@@ -100,8 +111,8 @@ class Learner:
         The host reads from the device once, at the end; with a kl_limit also after each step of the policy.
 
         Raises:
-            FloatingPointError: for a gradient that is not finite. Neither the optimizer step that it was for
-                nor a later one has changed anything.
+            FloatingPointError: for a gradient that is not finite, where config.on_bad_gradient does not leave
+                its step out. Neither that step nor, under "raise", a later one has changed anything.
         """
         tables, records, ppo = self._prepare(rollout), UpdateRecords(), self.config.ppo
         source = PolicySource(rollout, advantages, tables.timesteps)
@@ -110,6 +121,8 @@ class Learner:
         source = replace(source, anchor_outputs=self.policy_update.anchor_outputs(source))
         self.failed.zero_()
         refresh(self.policy_schedule)
+        if self.critic_update is not None:
+            self.critic_update.set_rates()
         is_stopped = False
         try:
             for epoch in range(ppo.num_inner_epochs):
@@ -126,7 +139,9 @@ class Learner:
         if self.average is not None:
             self.average.update()
         metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
-        if ppo.kl is not None and ppo.kl.target is not None:
+        for update in self.updates:
+            metrics |= update.guard.metrics()
+        if ppo.kl is not None and ppo.kl.target is not None and records.policy:
             weight, kl = self.policy_update.kl_weight, float(metrics["kl_ref"].nanmean())
             metrics["kl_weight"] = weight
             self.policy_update.kl_weight = adapted_weight(weight, kl, ppo.kl.target)
@@ -205,6 +220,9 @@ class Learner:
             states = CriticSource(experience, experience.targets, source.timesteps)
             self.critic_update.find_size(states, reserved=reserved)
 
+    def _guard(self, what: str) -> GradientGuard:
+        return GradientGuard(what, self.config.on_bad_gradient, self.failed)
+
     def _runner(self, name: str) -> UpdateRunner:
         """How an update's steps run."""
         if not self._graphs.captures:
@@ -238,6 +256,7 @@ class Learner:
             "policy_optimizer": policy.optimizer.state_dict(),
             "policy_schedule": {"last_epoch": self.policy_schedule.last_epoch},
             "critic_optimizer": None if critic is None else critic.optimizer.state_dict(),
+            "guards": {update.guard.what: update.guard.state_dict() for update in self.updates},
             "replay": self.replay.state_dict(),
             "microbatch_sizes": (policy.microbatch.size, 0 if critic is None else critic.microbatch.size),
         }
@@ -268,6 +287,10 @@ class Learner:
             # torch makes new moments, not at the addresses of the old.
             update.runner.release()
         policy.version += 1
+        for update in self.updates:
+            # Earlier versions left no step out.
+            if "guards" in state:
+                update.guard.load_state_dict(state["guards"][update.guard.what])
         load_moments(policy.optimizer, state["policy_optimizer"])
         self.policy_schedule.last_epoch = state["policy_schedule"]["last_epoch"]
         refresh(self.policy_schedule)

@@ -1,9 +1,8 @@
-"""The optimizers of actor and critic, and a step that a bad gradient turns off on the device."""
+"""The optimizers of actor and critic, their learning rates, and the states that they can take over."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
-from lacfast.runtime.profiling import span
 
 
 def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
@@ -28,19 +26,22 @@ def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> t
     )
 
 
-def policy_schedule(optimizer: Optimizer, config: PPOConfig, progress: Callable[[], float]) -> LambdaLR:
+def policy_schedule(
+    optimizer: Optimizer, config: PPOConfig, progress: Callable[[], float], halved: Callable[[], float]
+) -> LambdaLR:
     """The policy's rate: a linear rise over warmup_steps times a linear fall to final_learning_rate.
 
     Args:
         optimizer: at policy_learning_rate.
         config: of the run.
         progress: share of the run that is behind, from 0 to 1; asked after every optimizer step.
+        halved: factor besides, see GradientGuard.
     """
     final = config.final_learning_rate
     fall = 0.0 if final is None else 1 - final / config.policy_learning_rate
 
     def factor(step: int) -> float:
-        return min((step + 1) / (config.warmup_steps + 1), 1.0) * (1 - fall * progress())
+        return min((step + 1) / (config.warmup_steps + 1), 1.0) * (1 - fall * progress()) * halved()
 
     return LambdaLR(optimizer, factor)
 
@@ -48,10 +49,15 @@ def policy_schedule(optimizer: Optimizer, config: PPOConfig, progress: Callable[
 def refresh(schedule: LambdaLR) -> None:
     """Set the rate by today's progress, which the step before could not know."""
     factors = (factor(schedule.last_epoch) for factor in schedule.lr_lambdas)
-    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
-        rate = group["lr"]
+    rates = [float(base) * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+    set_rates(schedule.optimizer, rates)
+
+
+def set_rates(optimizer: Optimizer, rates: Sequence[float]) -> None:
+    """Set the rate of every group."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         # A graph reads it where it is.
-        group["lr"] = rate.fill_(base * factor) if isinstance(rate, Tensor) else base * factor
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
 
 def take_back(schedule: LambdaLR, steps: int) -> None:
@@ -118,35 +124,3 @@ def missing_moments(optimizer: Optimizer) -> int:
     """Bytes that the optimizer's first step will allocate."""
     missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
     return sum(2 * parameter.numel() * parameter.element_size() for parameter in missing)
-
-
-@torch.no_grad()
-def guarded_step(optimizer: Optimizer, failed: Tensor, norm: Tensor, *, max_grad_norm: float) -> None:
-    """Clip the gradients and step, unless a gradient is or was not finite.
-
-    The host does not wait: fused optimizers read `failed` on the device and leave weights and moments alone
-    where it is 1. `require_finite` tells the host later.
-
-    Args:
-        optimizer: fused.
-        failed: () float32 on the device, 0; set to 1 by a norm that is not finite, and then it stays so.
-        norm: () filled with the norm of all gradients together, before they are clipped.
-        max_grad_norm: their bound.
-    """
-    norm.copy_(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm))
-    torch.maximum(failed, (~torch.isfinite(norm)).to(failed.dtype), out=failed)
-    with span("optimizer"):
-        optimizer.found_inf = failed  # type: ignore[attr-defined]
-        optimizer.step()
-
-
-def require_finite(what: str, norm: float) -> None:
-    """
-    Raises:
-        FloatingPointError: for a gradient norm that is not finite.
-    """
-    if not math.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient norm of the {what} is {norm}; no optimizer step was taken from there on and the "
-            "weights are as before it. Lower the learning rate or the clip range, and check the rewards"
-        )

@@ -15,6 +15,7 @@ from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.learning.batches import MEASURED, PolicyBatch, PolicySource
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.readers import Reader
@@ -33,7 +34,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         backbone: Backbone,
         optimizer: Optimizer,
         config: TrainConfig,
-        failed: Tensor,
+        guard: GradientGuard,
         runner: UpdateRunner = EAGER,
         *,
         anchor: KLAnchor | None = None,
@@ -42,9 +43,9 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         """
         Args:
             backbone: with the policy, which is trained in place.
-            optimizer: see Update, as for failed and runner.
+            optimizer: see Update, as for guard and runner.
             config: of the run.
-            failed: see guarded_step.
+            guard: of its steps.
             runner: of a step's parts.
             anchor: that the KL is measured from. None: no KL.
             reader: the critic's part in the forward.
@@ -52,7 +53,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         penalty = config.ppo.kl
         # A graph would freeze a weight that adapts.
         runner = runner if penalty is None or penalty.target is None else EAGER
-        super().__init__(PolicyTotals, optimizer, config.ppo, failed, runner)
+        super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner)
         self.backbone = backbone
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
@@ -75,7 +76,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.version += 1
         # They are of the step's first microbatch, which may have fewer.
         size = self.runner.size(len(minibatch), self.microbatch.size)
-        records.add_policy(numbers, measured=min(MEASURED, size) if is_known else math.inf)
+        records.add_policy(numbers, self.guard, measured=min(MEASURED, size) if is_known else math.inf)
         self.reader.finish(records, len(minibatch))
 
     def _knows(self, rollout: Rollout) -> bool:

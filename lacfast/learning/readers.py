@@ -63,7 +63,7 @@ class RecordedFeatures(Reader):
         )
 
     def finish(self, records: UpdateRecords, pairs: int) -> None:
-        records.add_critic(self.update.finish(), pairs)
+        records.add_critic(self.update.finish(), self.update.guard, pairs=pairs)
 
 
 def reader_for(update: CriticUpdate | None) -> Reader:

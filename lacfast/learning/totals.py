@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -10,10 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from lacfast.learning.optimizers import require_finite
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.step_tables import StepTables
 from lacfast.records import PPOStats
 from lacfast.runtime.profiling import span
+
+GRAD_NORM = 1
+"""Where a record has the norm of the gradient."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,8 @@ class PolicyRecord:
 
     @staticmethod
     def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """From a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole, at most all.
-
-        Raises:
-            FloatingPointError: for a gradient norm that is not finite.
-        """
+        """From a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole."""
         loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
-        require_finite("policy", grad_norm)
         step_sums = numbers[4:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
         mean_kl_old = float(step_sums[:, 2].sum()) / pairs
@@ -123,7 +122,6 @@ class CriticRecord:
     def read(numbers: Tensor, pairs: int) -> CriticRecord:
         """From the step's Totals.record (2,) on the host, of a minibatch of `pairs`."""
         loss, grad_norm = numbers.tolist()
-        require_finite("critic", grad_norm)
         return CriticRecord(loss, grad_norm, pairs)
 
 
@@ -132,46 +130,59 @@ class UpdateRecords:
 
     def __init__(self) -> None:
         self.policy: list[PolicyRecord] = []
-        """Records of the steps that were read, in their order."""
+        """Records of the steps that were read and taken, in their order."""
         self.critic: list[CriticRecord] = []
         """The same for the critic."""
         self.policy_steps = 0
         """Read or not."""
-        self._pending: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+        self._left_out: Counter[str] = Counter()
+        self._pending: list[tuple[Tensor, GradientGuard, Callable[[Tensor], None]]] = []
 
-    def add_policy(self, numbers: Tensor, *, measured: float = math.inf) -> None:
+    def add_policy(self, numbers: Tensor, guard: GradientGuard, *, measured: float = math.inf) -> None:
         """Take in a step's PolicyTotals.record; `measured` of its pairs ran in full, at most all."""
         self.policy_steps += 1
-        self._pending.append((numbers, lambda host: self.policy.append(PolicyRecord.read(host, measured))))
+        self._pending.append(
+            (numbers, guard, lambda host: self.policy.append(PolicyRecord.read(host, measured)))
+        )
 
-    def add_critic(self, numbers: Tensor, pairs: int) -> None:
+    def add_critic(self, numbers: Tensor, guard: GradientGuard, *, pairs: int) -> None:
         """Take in the Totals.record of a critic's step on `pairs` pairs."""
-        self._pending.append((numbers, lambda host: self.critic.append(CriticRecord.read(host, pairs))))
+        self._pending.append(
+            (numbers, guard, lambda host: self.critic.append(CriticRecord.read(host, pairs)))
+        )
 
     def read(self) -> None:
         """Copy everything to the host.
 
         Raises:
-            FloatingPointError: for the first step whose gradient norm is not finite. The steps before it
-                have been read.
+            FloatingPointError: by a guard. The steps before have been read.
         """
         if not self._pending:
             return
         pending, self._pending = self._pending, []
         with span("sync"):
-            flat = torch.cat([numbers for numbers, _ in pending]).cpu()
-        parts = torch.split(flat, [len(numbers) for numbers, _ in pending])
-        for part, (_, take) in zip(parts, pending, strict=True):
-            take(part)
+            flat = torch.cat([numbers for numbers, *_ in pending]).cpu()
+        parts = torch.split(flat, [len(numbers) for numbers, *_ in pending])
+        for part, (_, guard, take) in zip(parts, pending, strict=True):
+            if guard.admits(float(part[GRAD_NORM])):
+                take(part)
+            else:
+                self._left_out[guard.what] += 1
+        for guard in {guard for _, guard, _ in pending}:
+            guard.settle()
 
     def metrics(self) -> dict[str, Any]:
-        """Means over all optimizer steps; some per denoising step."""
-        metrics = policy_metrics(self.policy)
+        """Means over all optimizer steps that were taken, some per denoising step; see `left_out`."""
+        metrics = policy_metrics(self.policy) if self.policy else {}
         if self.critic:
             pairs = sum(record.pairs for record in self.critic)
             metrics["value_loss"] = sum(record.loss * record.pairs for record in self.critic) / pairs
             metrics["critic_grad_norm"] = sum(record.grad_norm for record in self.critic) / len(self.critic)
-        return metrics
+        return metrics | self.left_out()
+
+    def left_out(self) -> dict[str, int]:
+        """How many steps of what were left out, {} where none was."""
+        return {f"{what}_bad_gradients": count for what, count in self._left_out.items()}
 
 
 def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lacfast.config import PPOConfig
-from lacfast.learning.optimizers import guarded_step
+from lacfast.learning.gradient_guard import GradientGuard
+from lacfast.learning.optimizers import set_rates
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
@@ -54,7 +55,7 @@ class Update(ABC, Generic[Batch, Sums]):
         totals: type[Sums],
         optimizer: Optimizer,
         config: PPOConfig,
-        failed: Tensor,
+        guard: GradientGuard,
         runner: UpdateRunner = EAGER,
     ) -> None:
         """
@@ -62,12 +63,14 @@ class Update(ABC, Generic[Batch, Sums]):
             totals: kind of a step's sums.
             optimizer: fused.
             config: of loss and clipping.
-            failed: see guarded_step.
+            guard: of its steps.
             runner: of a step's parts.
         """
         self.optimizer = optimizer
         self.config = config
-        self.failed = failed
+        self.guard = guard
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        """Learning rates of the groups, before anything changes them."""
         self.runner = runner
         self.microbatch = MicrobatchSize(config.microbatch_size)
         self._totals_type = totals
@@ -82,6 +85,10 @@ class Update(ABC, Generic[Batch, Sums]):
     @abstractmethod
     def gradient(self, batch: Batch) -> None:
         """Forward and backward of one microbatch: adds to the weights' gradients and to the totals."""
+
+    def set_rates(self, factor: float = 1.0) -> None:
+        """Set the learning rates to `factor` times their own, and the guard's."""
+        set_rates(self.optimizer, [rate * factor * self.guard.rate_factor for rate in self.rates])
 
     def prepare(self, tables: StepTables) -> None:
         """Take a rollout's tables; graphs and sums are kept as long as they lie in the same memory.
@@ -107,7 +114,7 @@ class Update(ABC, Generic[Batch, Sums]):
             self.gradient(source.batch(source.pairs.select(slice(count)), share))
             self.optimizer.zero_grad(set_to_none=True)
 
-        self.microbatch.find(probe, self.failed.device, reserved=reserved)
+        self.microbatch.find(probe, self.guard.failed.device, reserved=reserved)
 
     def step(self, source: Source[Batch], minibatch: Pairs) -> Tensor:
         """One optimizer step on `minibatch`; returns its Totals.record, still on the device.
@@ -140,4 +147,4 @@ class Update(ABC, Generic[Batch, Sums]):
 
     def _clip_and_step(self) -> None:
         bound = self.config.max_grad_norm
-        guarded_step(self.optimizer, self.failed, self.totals.grad_norm, max_grad_norm=bound)
+        self.guard.step(self.optimizer, self.totals.grad_norm, max_grad_norm=bound)

@@ -27,7 +27,11 @@ class ValueConfidence:
         """Take in (T, M) of a rollout that the critic has not learned from."""
         fresh = explained_variance.detach().double().cpu()
         old = self.explained_variance
-        self.explained_variance = fresh if old is None else torch.lerp(fresh, old.double(), self.decay)
+        if old is not None:
+            # What is not finite would stay in the average for good.
+            moved = torch.lerp(fresh, old.double(), self.decay)
+            fresh = torch.where(fresh.isfinite(), moved, old.double())
+        self.explained_variance = fresh
 
     def scores(self, num_steps: int) -> Tensor:
         """(T,) mean over the rewards, -inf where nothing is known."""

@@ -22,6 +22,7 @@ from lacfast.critic.values import (
 )
 from lacfast.learning.batches import CriticSource
 from lacfast.learning.critic_update import CriticUpdate
+from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.optimizers import missing_moments
 from lacfast.learning.pairs import all_states
 from lacfast.learning.step_tables import step_tables
@@ -111,8 +112,8 @@ def pretrain_values(
         on_iteration: gets the iteration and its explained variance (T, M).
     """
     settings, device = config.pretrain, critic.reward_mean.device
-    update = CriticUpdate(critic, optimizer, config.ppo, torch.zeros((), device=device))
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    guard = GradientGuard("critic", config.on_bad_gradient, torch.zeros((), device=device))
+    update = CriticUpdate(critic, optimizer, config.ppo, guard)
     recent: deque[Rollout] = deque(maxlen=settings.kept_rollouts)
     history: list[float] = []
     bounds = confidence.bounds
@@ -127,8 +128,8 @@ def pretrain_values(
         recent.append(rollout)
         rollout = update_statistics(critic, normalizer, rollout)
         generator = torch.Generator().manual_seed(derived_seed(config.seed, iteration))
-        _set_rates(optimizer, rates, INITIAL_RATE_FACTOR, iteration / settings.iterations)
-        _learn_from(recent, update, normalizer, config, generator)
+        update.set_rates(_rate_factor(iteration / settings.iterations))
+        records = _learn_from(recent, update, normalizer, config, generator)
         if held_out is None:
             variance = rollout_variance(rollout, normalizer)
         else:
@@ -139,6 +140,8 @@ def pretrain_values(
             iteration=iteration,
             explained_variance=variance.mean(dim=-1),
             **confidence.metrics(variance),
+            **records.left_out(),
+            **guard.metrics(),
         )
         if on_iteration is not None:
             on_iteration(iteration, variance)
@@ -156,10 +159,9 @@ def pretrain_values(
     return PretrainResult(variance, history, images, bounds)
 
 
-def _set_rates(optimizer: Optimizer, rates: list[float], initial_factor: float, done: float) -> None:
-    """Learning rates between `initial_factor` and 1 times their own, linear in the share that is done."""
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * (initial_factor + (1 - initial_factor) * done)
+def _rate_factor(done: float) -> float:
+    """Factor of the learning rates between INITIAL_RATE_FACTOR and 1, linear in the share that is done."""
+    return INITIAL_RATE_FACTOR + (1 - INITIAL_RATE_FACTOR) * done
 
 
 def _learn_from(
@@ -168,7 +170,7 @@ def _learn_from(
     normalizer: RewardNormalizer,
     config: TrainConfig,
     generator: torch.Generator,
-) -> None:
+) -> UpdateRecords:
     """Minibatches of random states, each from one kept rollout, until they make up config.pretrain.passes."""
     settings, records = config.pretrain, UpdateRecords()
     update.prepare(step_tables(rollouts[0].table, config.ppo, rollouts[0].latents))
@@ -181,3 +183,4 @@ def _learn_from(
         update.find_size(source, reserved=missing_moments(update.optimizer))
         update.learn(source, minibatch, records)
     records.read()
+    return records

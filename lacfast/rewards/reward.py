@@ -60,8 +60,8 @@ class RewardError(FailedError):
     """A reward failed or returned something that must not be learned from."""
 
 
-class NotFiniteError(FloatingPointError):
-    """Images are NaN or infinite, so that there is nothing to score; no fault of a reward."""
+class NotFiniteError(RewardError):
+    """Images are NaN or infinite, so that no reward was asked: a run that goes on would make them again."""
 
 
 class BadAnswerError(ValueError):

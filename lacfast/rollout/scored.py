@@ -189,7 +189,7 @@ class RewardFailures:
         if self.in_a_row >= SKIPPED_IN_A_ROW:
             raise RewardError(
                 f"the rewards of {self.in_a_row} rollouts in a row failed, so nothing is learned; mend the "
-                f"reward and go on. The last error: {error}"
+                f"cause and go on. The last error: {error}"
             ) from error
         warnings.warn(f"{what} skipped: {error}", stacklevel=4)
 

@@ -200,9 +200,9 @@ def test_the_host_waits_only_where_it_reads_the_records(
     assert len(seen) == reads
 
 
-def test_a_bad_gradient_turns_off_its_step_and_all_later_ones() -> None:
+def test_a_bad_gradient_that_raises_turns_off_its_step_and_all_later_ones() -> None:
     ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=3, microbatch_size=8, warmup_steps=5)
-    trainer, shorter = trainer_for(ppo=ppo), trainer_for(ppo=ppo)
+    trainer, shorter = (trainer_for(ppo=ppo, on_bad_gradient="raise") for _ in range(2))
     rollout, advantages = rollout_of(trainer)
     # One pair of the second minibatch is poisoned.
     parts = list(

@@ -102,7 +102,7 @@ def test_a_critic_s_replay_needs_no_graph_of_its_own() -> None:
 
 
 def test_a_bad_gradient_turns_off_captured_steps_too() -> None:
-    graphed = trainer_for(fake_graphs())
+    graphed = trainer_for(fake_graphs(), on_bad_gradient="raise")
     graphed.train_iteration()
     rollout = graphed.collect(graphed.prompts, 0)
     assert rollout is not None

@@ -35,6 +35,16 @@ def test_a_rollout_moves_the_average_by_its_share() -> None:
     torch.testing.assert_close(confidence.explained_variance, VARIANCE + 0.1, check_dtype=False)
 
 
+def test_a_variance_that_is_not_finite_leaves_the_average_of_its_step() -> None:
+    confidence = ValueConfidence(explained_variance=VARIANCE)
+    fresh = VARIANCE + 0.5
+    fresh[1, 0] = torch.nan
+    confidence.update(fresh)
+    expected = VARIANCE + 0.1
+    expected[1, 0] = VARIANCE[1, 0]
+    torch.testing.assert_close(confidence.explained_variance, expected)
+
+
 def test_the_state_is_what_the_next_run_goes_on_from() -> None:
     other = ValueConfidence()
     other.load_state_dict(ValueConfidence(BOUNDS, VARIANCE).state_dict())

@@ -11,6 +11,7 @@ from PIL import Image
 from lacfast.rewards.image_files import encode_images, to_uint8
 from lacfast.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from lacfast.rewards.registry import RewardSet
+from lacfast.rewards.reward import RewardError
 
 GENERATOR = torch.Generator().manual_seed(0)
 FLAT, NOISE = torch.full((3, 64, 64), 0.5), torch.rand(3, 64, 64, generator=GENERATOR)
@@ -33,6 +34,15 @@ def test_smoother_images_are_more_compressible() -> None:
     assert small[0] > small[1] > small[2]
     assert torch.equal(scores["jpeg_incompressibility"], -small)
     assert scores["jpeg_compressibility"].dtype == torch.float32
+
+
+def test_an_image_of_nan_would_be_the_best_file_and_is_an_error() -> None:
+    images = IMAGES.clone()
+    images[2] = torch.nan
+    alone = jpeg_compressibility(images, [""] * 3, [{}] * 3)
+    assert alone[2] == pytest.approx(float(alone[0]), abs=0.01), "black is as small a file as flat grey"
+    with pytest.raises(RewardError, match="made NaN or infinity in the images"):
+        RewardSet.create("jpeg_compressibility").score(images, [""] * 3, [{}] * 3)
 
 
 def test_values_outside_the_range_are_clamped_and_others_rounded() -> None:

@@ -99,13 +99,13 @@ NAN_STEP = Refusal(
     "denoising step 2 of 4 (timestep 500) made NaN or infinity in the images of prompts",
     cause="The model's output is NaN from a denoising step on.",
     remedy="lower the learning rate or the guidance scale, or use float32 or bfloat16",
-    error=FloatingPointError,
+    error=RewardError,
 )
 NAN_DECODER = Refusal(
     "the decoder, of finite latents, made NaN or infinity in the images of prompts",
     cause="The decoder makes NaN of latents that are finite, as one does in half precision.",
     remedy="use float32 or bfloat16",
-    error=FloatingPointError,
+    error=RewardError,
 )
 
 
@@ -114,10 +114,10 @@ def never(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("refusal", [NAN_STEP, NAN_DECODER], ids=["step", "decoder"])
-def test_images_of_nan_name_what_made_them_and_are_no_fault_of_a_reward_to_skip(
+def test_images_of_nan_name_what_made_them_and_no_reward_is_asked(
     refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = trainer(never, on_reward_error="skip", eval_batch_size=4)
+    made = trainer(never, eval_batch_size=4)
     if refusal is NAN_STEP:
         break_from(made, 2, monkeypatch)
     else:
@@ -133,6 +133,24 @@ def test_images_of_nan_name_what_made_them_and_are_no_fault_of_a_reward_to_skip(
     for work in works:
         with refusal.raised():
             work()
+
+
+def test_a_rollout_with_an_image_of_nan_is_skipped_where_rewards_may_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run that ended there would make it again from its checkpoint."""
+    made, decode = trainer(on_reward_error="skip"), tiny_backbone("dit").decode
+    rollouts: list[Tensor] = []
+
+    def nan_at_first(latents: Tensor) -> Tensor:
+        rollouts.append(latents)
+        images = decode(latents)
+        return images if len(rollouts) > 1 else images.index_fill(0, torch.tensor([3]), torch.nan)
+
+    monkeypatch.setattr(made.backbone, "decode", nan_at_first)
+    with pytest.warns(UserWarning, match="rollout of 8 images skipped: the decoder, of finite latents, made"):
+        assert made.train_iteration()["skipped"]
+    assert "skipped" not in made.train_iteration()
 
 
 def test_evaluation_and_rollout_score_a_part_while_the_next_is_sampled(
