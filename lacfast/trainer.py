@@ -41,6 +41,7 @@ from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, sampled, unwatched, watched
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import span
 from lacfast.runtime.signals import held_back
 
@@ -98,6 +99,9 @@ class LatentActorCriticTrainer:
         if self.config.rollout_precision != "model":
             self.behaviour = backbone.quantized(self.config.rollout_precision)
             self.rollout_sampler = RolloutSampler(self.behaviour, self.critic, self.graphs)
+        size, eval_size = self.config.rollout_batch_size, self.config.eval_batch_size
+        self.part_size = BatchSize(size, unit="image", setting="rollout_batch_size")
+        self.eval_part_size = BatchSize(eval_size, unit="image", setting="eval_batch_size")
         self.learner = Learner(backbone, self.config, self.graphs)
         self.confidence = ValueConfidence()
         self.log = MetricsLog(metrics_path, trackers)
@@ -142,11 +146,7 @@ class LatentActorCriticTrainer:
         return Rollout.concatenate(list(self._sampled(prompts, first_id)))
 
     def _sampled(
-        self,
-        prompts: PromptSet,
-        first_id: int,
-        keep_features: bool = True,
-        table: TransitionTable | None = None,
+        self, prompts: PromptSet, first_id: int, features: bool = True, table: TransitionTable | None = None
     ) -> Iterator[Rollout]:
         return sampled(
             self.rollout_sampler,
@@ -155,8 +155,8 @@ class LatentActorCriticTrainer:
             seed=self.config.seed,
             first_id=first_id,
             guidance_scale=self.config.sampler.guidance_scale,
-            keep_features=keep_features,
-            part_size=self.config.rollout_batch_size,
+            keep_features=features,
+            part_size=self.part_size,
             # A quantised policy's outputs are not those of the learner's weights, of no version.
             policy_version=self.learner.version if self.behaviour is self.backbone else None,
         )
@@ -361,7 +361,7 @@ class LatentActorCriticTrainer:
                 first_id=FirstSampleId.EVALUATION,
                 guidance_scale=settings.guidance_scale,
                 keep_features=False,
-                part_size=min(config.eval_batch_size, len(prompts)),
+                part_size=self.eval_part_size,
             )
             parts = watched(parts, len(prompts), self.watch_evaluation)
             evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer)
@@ -370,10 +370,8 @@ class LatentActorCriticTrainer:
 
     def close(self) -> None:
         """Close the log and its trackers, and free captured graphs."""
-        self.log.close()
-        self.sampler.close()
-        self.rollout_sampler.close()
-        self.graphs.close()
+        for part in (self.log, self.sampler, self.rollout_sampler, self.graphs):
+            part.close()
 
     def save(self, directory: str | Path, *, notes: Notes | None = None) -> None:
         """Write everything that `load` needs; the directory appears whole or not at all.

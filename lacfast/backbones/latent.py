@@ -35,6 +35,7 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
+from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.precision import running_in
 from lacfast.transfer import to_device
 
@@ -114,6 +115,7 @@ class LatentBackbone(ABC):
         self._compilation: tuple[str, str | None] | None = None
         self._precision = "model"
         self._quantized: QuantizedLinears | None = None
+        self._decoding = BatchSize(0, unit="image", setting="rollout_batch_size or eval_batch_size")
         if lora is not None:
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
@@ -228,7 +230,9 @@ class LatentBackbone(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        return self.codec.decode(latents)
+        parts = self._decoding.parts(lambda rows: self.codec.decode(latents[rows]), len(latents))
+        images = list(parts)
+        return images[0] if len(images) == 1 else torch.cat(images)
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,8 +67,10 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         """The anchor's outputs (K, B, ...) where that saves forwards: several passes would repeat them."""
         if self.anchor is None or self.config.num_inner_epochs * self.config.timestep_fraction <= 1:
             return None
-        steps, size = source.advantages.steps, self.microbatch.size
-        return self.anchor.outputs(source.rollout, steps, source.timesteps, batch_size=size)
+        outputs = partial(self.anchor.outputs, source.rollout, source.advantages.steps, source.timesteps)
+        return self.microbatch.run(
+            lambda size: outputs(batch_size=size), source.rollout.batch_size, release=self.anchor.release
+        )
 
     def learn(self, source: PolicySource, minibatch: Pairs, records: UpdateRecords) -> None:
         """One optimizer step on `minibatch`, pairs of `source`."""

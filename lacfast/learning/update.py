@@ -20,7 +20,7 @@ from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
 from lacfast.learning.totals import Totals
-from lacfast.runtime.memory import MicrobatchSize
+from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import each
 
 Batch_co = TypeVar("Batch_co", covariant=True)
@@ -72,7 +72,7 @@ class Update(ABC, Generic[Batch, Sums]):
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         """Learning rates of the groups, before anything changes them."""
         self.runner = runner
-        self.microbatch = MicrobatchSize(config.microbatch_size)
+        self.microbatch = BatchSize(config.microbatch_size, unit="pair", setting="ppo.microbatch_size")
         self._totals_type = totals
         self._tables: StepTables | None = None
 
@@ -111,8 +111,10 @@ class Update(ABC, Generic[Batch, Sums]):
 
         def probe(count: int) -> None:
             share = torch.ones_like(self.totals.loss)
-            self.gradient(source.batch(source.pairs.select(slice(count)), share))
-            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                self.gradient(source.batch(source.pairs.select(slice(count)), share))
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
 
         self.microbatch.find(probe, self.guard.failed.device, reserved=reserved)
 
@@ -121,7 +123,8 @@ class Update(ABC, Generic[Batch, Sums]):
 
         It starts anew with microbatches of half the size when memory runs out.
         """
-        return self.microbatch.run(partial(self._attempt, source, minibatch), len(minibatch))
+        attempt = partial(self._attempt, source, minibatch)
+        return self.microbatch.run(attempt, len(minibatch), release=self.runner.release)
 
     def _attempt(self, source: Source[Batch], minibatch: Pairs, limit: int) -> Tensor:
         self.begin()

@@ -29,6 +29,7 @@ from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.scored import decoded_and_scored
 from lacfast.rollout.step import denoise_step
+from lacfast.runtime.memory import BatchSize
 
 SMALLEST_SPAN = 0.02
 """Below this distance of ceiling and floor there is no score: their errors are as large."""
@@ -150,6 +151,7 @@ def value_bounds(
     """
     if config.pretrain.completions == 0:
         raise ValueError("pretrain.completions=0 completes no state, so there is no ceiling; use at least 2")
+    size = BatchSize(config.eval_batch_size, unit="image", setting="eval_batch_size")
     floor = prompt_floor(normalizer.head_rewards(stack_rewards(rollout)), rollout.prompts).cpu()
     states = min(config.pretrain.bound_states, rollout.batch_size)
     rows = torch.linspace(0, rollout.batch_size - 1, states).round().long()
@@ -159,7 +161,7 @@ def value_bounds(
     ceiling = floor.new_ones(rollout.num_steps, len(floor))
     for step in measured:
         ids = torch.arange(len(branches)) + FirstSampleId.COMPLETIONS + step * len(branches)
-        completed = _completed(backbone, rollout, step, branches, ids, config)
+        completed = _completed(backbone, rollout, step, branches, ids, config, size)
         pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
         scores = [torch.stack(list(part.result().values()), dim=1) for part in pending]
         ceiling[step] = variance_components(normalizer.head_rewards(torch.cat(scores)), branches).share
@@ -190,18 +192,23 @@ def _completed(
     rows: Tensor,
     ids: Tensor,
     config: TrainConfig,
+    size: BatchSize,
 ) -> Iterator[_Completions]:
     """Completions with noise `ids` (P,) of the trajectories `rows` (P,) from a step on, part by part."""
-    device, size = rollout.latents.device, config.eval_batch_size
-    guidance_scale = config.sampler.guidance_scale
-    for part, part_ids in zip(torch.split(rows, size), torch.split(ids, size), strict=True):
-        numbers = part.tolist()
-        yield _Completions(
-            complete(backbone, rollout, step, part.to(device), part_ids, guidance_scale=guidance_scale),
+    device, guidance_scale = rollout.latents.device, config.sampler.guidance_scale
+
+    def completions(part: slice) -> _Completions:
+        numbers = rows[part].tolist()
+        return _Completions(
+            complete(
+                backbone, rollout, step, rows[part].to(device), ids[part], guidance_scale=guidance_scale
+            ),
             [rollout.prompts[row] for row in numbers],
             [rollout.metadata[row] for row in numbers],
             step,
         )
+
+    return size.parts(completions, len(rows))
 
 
 @torch.no_grad()

@@ -121,9 +121,14 @@ class RolloutSampler:
         captured = self._captured_for(key, padded, keep_features)
         self.runner.check_addresses(captured.step)
         begin(captured.buffers)
-        with span("rollout/step"):
-            self.runner.run(captured.step, num_steps)
-        copies = _first(captured.buffers, inputs.batch_size, num_steps)
+        try:
+            with span("rollout/step"):
+                self.runner.run(captured.step, num_steps)
+            copies = _first(captured.buffers, inputs.batch_size, num_steps)
+        except torch.OutOfMemoryError:
+            # Nobody will ask for this shape again.
+            self._release(key)
+            raise
         if self.runner.is_eager(captured.step):
             self._release(key)
             self._eager.add(key)

@@ -24,6 +24,7 @@ from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
+from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import span
 
 RELIABILITY_BINS = 10
@@ -71,7 +72,7 @@ def sampled(
     first_id: int,
     guidance_scale: float,
     keep_features: bool,
-    part_size: int,
+    part_size: BatchSize,
     policy_version: int | None = None,
 ) -> Iterator[Rollout]:
     """Trajectories for `prompts` without rewards, part by part.
@@ -86,23 +87,25 @@ def sampled(
         first_id: of the first trajectory.
         guidance_scale: 1 runs without the unconditional half.
         keep_features: False drops what the critic's trunk read, for trajectories that nothing learns from.
-        part_size: trajectories sampled at a time; 0: all.
+        part_size: trajectories sampled at a time, fewer once memory has run out; 0: all.
         policy_version: of the weights that sample. None: unknown.
     """
     device = next(sampler.backbone.model.parameters()).device
-    for part in prompts.split(part_size or len(prompts)):
-        ids = range(first_id, first_id + len(part))
-        first_id += len(part)
+    ids = range(first_id, first_id + len(prompts))
+
+    def sample(rows: slice) -> Rollout:
         rollout = sampler.sample(
             table,
-            part.texts,
-            part.metadata,
-            NoiseKey.create(seed, ids, device),
+            prompts.texts[rows],
+            prompts.metadata[rows],
+            NoiseKey.create(seed, ids[rows], device),
             guidance_scale=guidance_scale,
             keep_features=keep_features,
-            batch_size=part_size,
+            batch_size=min(part_size.size, len(prompts)),
         )
-        yield replace(rollout, policy_version=policy_version)
+        return replace(rollout, policy_version=policy_version)
+
+    return part_size.parts(sample, len(prompts))
 
 
 def watched(parts: Iterable[Rollout], count: int, watcher: Watcher) -> Iterator[Rollout]:

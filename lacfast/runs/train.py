@@ -36,6 +36,7 @@ from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.memory import BatchSize
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.models import BackboneName
@@ -325,7 +326,7 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
         first_id=FirstSampleId.EVALUATION,
         guidance_scale=sampler.guidance_scale,
         keep_features=False,
-        part_size=min(settings.batch_size, settings.samples),
+        part_size=BatchSize(settings.batch_size, unit="image", setting="batch_size"),
     )
     with EvaluationLines(log) as lines:
         shown = watched(parts, len(prompts), lines.images)

@@ -162,6 +162,16 @@ class EvaluationCounter:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def forgetting_failures(self) -> Iterator[None]:
+        """Within the context, what an error cut off is not counted: it is done again."""
+        before = self.forwards, self.backwards
+        try:
+            yield
+        except Exception:
+            self.forwards, self.backwards = before
+            raise
+
     def _count_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else next(iter(kwargs.values()))
         self.forwards += len(sample)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.critic.critic import Critic
 from lacfast.records import Conditioning
+from lacfast.runtime.memory import BatchSize
 from lacfast.steering.cost import EvaluationCounter
 from lacfast.steering.objective import Objective
 
@@ -61,7 +62,7 @@ class SteeredModel:
     counter: EvaluationCounter
     uncond_conditioning: Conditioning | None
     """(1, ...) with classifier-free guidance, else None."""
-    batch_size: int
+    size: BatchSize
     """Latents per call of the model."""
 
     def evaluate(
@@ -82,13 +83,13 @@ class SteeredModel:
             rows: (P,) image of each latent.
             with_gradient: take the gradient of V too; no parameter gets one.
         """
-        parts = zip(torch.split(sample, self.batch_size), torch.split(rows, self.batch_size), strict=True)
-        return StateForward.concatenate(
-            [
-                self._evaluate(part, timestep.expand(len(part)), conditioning.select(chosen), with_gradient)
-                for part, chosen in parts
-            ]
-        )
+
+        def evaluate(part: slice) -> StateForward:
+            states, chosen = sample[part], conditioning.select(rows[part])
+            with self.counter.forgetting_failures():
+                return self._evaluate(states, timestep.expand(len(states)), chosen, with_gradient)
+
+        return StateForward.concatenate(list(self.size.parts(evaluate, len(sample))))
 
     def _evaluate(
         self, sample: Tensor, timestep: Tensor, conditioning: Conditioning, with_gradient: bool

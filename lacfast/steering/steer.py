@@ -16,6 +16,7 @@ from lacfast.prompts import PromptEntry, PromptSet
 from lacfast.records import FirstSampleId, TransitionTable
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.registry import RewardSet, RewardSpec, require_finite
+from lacfast.runtime.memory import BatchSize
 from lacfast.steering.cost import (
     EvaluationCounter,
     FunctionEvaluations,
@@ -84,7 +85,7 @@ def steer(
         Objective.create(critics, scorer, head_weights, config, device),
         EvaluationCounter(),
         backbone.encode_unconditional(1) if sampler.guidance_scale > 1 else None,
-        config.batch_size,
+        BatchSize(config.batch_size, unit="latent", setting="batch_size"),
     )
     by_reward = scorer if config.selection == "reward" else None
     sign_test = SignTest()
@@ -196,7 +197,7 @@ def _finished(
 
 
 def _decoded(model: SteeredModel, latents: Tensor) -> Tensor:
-    return torch.cat([model.backbone.decode(part) for part in torch.split(latents, model.batch_size)])
+    return torch.cat([model.backbone.decode(part) for part in torch.split(latents, model.size.size)])
 
 
 def _scores(scorer: RewardSet | None, images: Tensor, prompts: PromptSet) -> dict[str, Tensor]:
