@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
-from lacfast.rewards.workers import Workers
+from lacfast.rewards.workers import Caller, Workers
 from lacfast.runtime.profiling import span
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ class RewardQueue:
         self._places = BoundedSemaphore(max_pending)
         self._decoding = _Stage("lacfast-decode") if decode_aside else None
         self._scoring = _Stage("lacfast-rewards")
+        self._caller = Caller("lacfast-reward")
         self._closed = False
 
     def submit(
@@ -149,6 +150,7 @@ class RewardQueue:
             wait_s = _LEAVE_BEHIND_S if cancel else math.inf
             if stage is not None and not stage.worker.close(cancel=cancel, wait_s=wait_s):
                 log.warning("%s are still at work and left behind", self.rewards.names)
+        self._caller.close()
 
     def __enter__(self) -> RewardQueue:
         return self
@@ -193,4 +195,14 @@ class RewardQueue:
         origin: Callable[[], str] | None,
     ) -> dict[str, Tensor]:
         with self._scoring.reading(decoded.result()) as images:
-            return self.rewards.score(images, prompts, metadata, origin)
+            return self.rewards.score(images, prompts, metadata, origin, call=partial(self._call, images))
+
+    def _call(self, images: Tensor, function: Callable[[], Any], limit_s: float) -> Any:
+        """Call a reward in the thread that may be left behind, on the stream of this one."""
+        stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
+
+        def call() -> Any:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                return function()
+
+        return self._caller(call, limit_s)

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lacfast.config.checks import unknown
 from lacfast.prompts import PromptSet
 from lacfast.rewards.names import registered_rewards, require_known, server
 from lacfast.rewards.reward import (
+    TIME_LIMIT_S,
     Cancellable,
     Checkable,
     Judged,
@@ -26,6 +28,7 @@ from lacfast.rewards.reward import (
     Reward,
     RewardError,
 )
+from lacfast.rewards.workers import TooLongError
 from lacfast.runtime.profiling import span
 
 _REMOTE = "lacfast.rewards.remote:RemoteReward"
@@ -35,6 +38,14 @@ RewardSpec = str | Reward | Sequence[str | Reward] | Mapping[str | Reward, float
 """One reward, several of equal weight, or reward -> weight; each a callable, a registered name, the
 "package.module:callable" of one of yours, or the http(s) URL of a reward server, after "flow_grpo+" of one
 that speaks flow_grpo's format, and after "name=" where the scores shall have a name that stays."""
+
+Call = Callable[[Callable[[], Any], float], Any]
+"""(function, seconds) -> what it returns or raises; a TooLongError when that takes longer."""
+
+
+def at_once(function: Callable[[], Any], limit_s: float) -> Any:
+    """What `function()` returns, however long that takes: a `Call` in the caller's thread."""
+    return function()
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,12 @@ class RewardSet:
                 f"two rewards share a name: {[_named(entry)[0] for entry in weighted]}; "
                 "wrap one in a function of another name"
             )
+        for name, limit_s in ((name, _time_limit(function)) for name, function in functions.items()):
+            if not limit_s > 0:
+                raise ValueError(
+                    f"reward {name!r} has time_limit_s={limit_s!r}; give it seconds above 0, or math.inf for "
+                    "no limit"
+                )
         return RewardSet(functions, torch.tensor(list(weighted.values()), dtype=torch.float32))
 
     @staticmethod
@@ -119,17 +136,20 @@ class RewardSet:
         prompts: list[str],
         metadata: list[dict[str, Any]],
         origin: Callable[[], str] | None = None,
+        *,
+        call: Call = at_once,
     ) -> dict[str, Tensor]:
-        """name -> (B,) float32 on the CPU; `origin` as in require_finite.
+        """name -> (B,) float32 on the CPU; `origin` as in require_finite, `call` makes the rewards' calls.
 
         Raises:
-            RewardError: when a reward raises, returns another length or a value that is not finite.
+            RewardError: when a reward raises, takes too long, returns another length or a value that is not
+                finite.
             NotFiniteError: when an image is not finite, before any reward is asked.
         """
         require_finite(images, prompts, origin)
         with span("reward"):
             return {
-                name: _checked(name, function, images, prompts, metadata)
+                name: _checked(name, function, images, prompts, metadata, call)
                 for name, function in self.functions.items()
             }
 
@@ -247,13 +267,29 @@ def _imported(location: str) -> Any:
     return getattr(module, name)
 
 
+def _time_limit(function: Reward) -> float:
+    limit_s: float = getattr(function, "time_limit_s", TIME_LIMIT_S)
+    return limit_s
+
+
 def _checked(
-    name: str, function: Reward, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+    name: str,
+    function: Reward,
+    images: Tensor,
+    prompts: list[str],
+    metadata: list[dict[str, Any]],
+    call: Call,
 ) -> Tensor:
     remedy = "fix the reward, or set on_reward_error='skip' to drop such rollouts"
+    limit_s = _time_limit(function)
     try:
         # What a reward changes in place is its own: the others and later iterations see what was made.
-        raw = function(images.clone(), list(prompts), _copied(metadata))
+        raw = call(partial(function, images.clone(), list(prompts), _copied(metadata)), limit_s)
+    except TooLongError as error:
+        raise RewardError(
+            f"reward {name!r} has not returned for {limit_s:g} s for prompts {_some(prompts)} and is left "
+            f"behind; {remedy}; one that needs longer says so by an attribute time_limit_s, in seconds"
+        ) from error
     except Exception as error:
         raise RewardError(
             f"reward {name!r} raised {type(error).__name__}: {error} for prompts {_some(prompts)}; {remedy}"

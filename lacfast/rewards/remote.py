@@ -58,6 +58,9 @@ class RetryConfig(Config):
 class RemoteReward:
     """Scores from HTTP servers. Each batch goes to one of them; what one cannot do, the next one does."""
 
+    # Its own limits are those of `retry`.
+    time_limit_s = math.inf
+
     urls: Sequence[str]
     """One or more servers that give the same scores, "http(s)://host:port/path"."""
     name: str = "remote"

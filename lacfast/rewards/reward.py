@@ -37,6 +37,9 @@ class Loadable(Protocol):
         """Load it now; raises when that cannot be done."""
 
 
+TIME_LIMIT_S = 1800.0
+"""Seconds for one batch of a reward without an attribute `time_limit_s`, which is math.inf where a reward
+gives up by itself."""
 Judged = Callable[[str, dict[str, Any]], object]
 """(prompt, its metadata); raises ValueError where a reward finds there nothing to judge an image by."""
 RewardFunction = TypeVar("RewardFunction", bound=Callable[..., Any])

@@ -65,6 +65,39 @@ class Workers:
         return not left_behind
 
 
+class TooLongError(Exception):
+    """A call took longer than it may."""
+
+
+class Caller:
+    """Calls with time limits, all in one thread, which is left behind when one exceeds its limit."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._workers = Workers(1, name)
+
+    def __call__(self, function: Callable[[], Result], limit_s: float) -> Result:
+        """What `function()` returns or raises.
+
+        Raises:
+            TooLongError: after `limit_s` seconds. What it returns later is dropped.
+        """
+        future = self._workers.submit(function)
+        try:
+            return future.result(None if math.isinf(limit_s) else limit_s)
+        except TimeoutError:
+            # It may be the function's own.
+            if future.done():
+                raise
+        self.close()
+        self._workers = Workers(1, self._name)
+        raise TooLongError
+
+    def close(self) -> None:
+        """End the thread, or leave it behind at its work."""
+        self._workers.close(cancel=True, wait_s=0)
+
+
 def _work(calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
     while (call := calls.get()) is not None:
         _fulfil(*call)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import brightness
 
 from lacfast.rewards.queue import DecodeError, RewardQueue
@@ -125,6 +126,54 @@ def test_a_reward_that_does_not_return_is_left_behind(
         future.result()
     assert "['gate'] are still at work and left behind" in caplog.text
     gate.open.set()
+
+
+HANGS = Refusal(
+    "reward 'gate' has not returned for 0.05 s for prompts ['one red circle', 'one blue square']",
+    cause="A reward that hangs, as on a lock, a download or a subprocess.",
+    remedy="drop such rollouts; one that needs longer says so by an attribute time_limit_s",
+    error=RewardError,
+)
+
+
+def test_a_reward_that_hangs_fails_its_batch_and_its_late_scores_are_dropped() -> None:
+    gate = Gate()
+    gate.time_limit_s = 0.05  # type: ignore[attr-defined]
+    with RewardQueue(RewardSet.create(gate)) as queue:
+        hung = queue.submit(*batch(1.0))
+        with HANGS.raised():
+            hung.result()
+        # The interpreter waits for the others when it ends.
+        assert all(thread.daemon for thread in threading.enumerate() if "lacfast" in thread.name)
+        gate.open.set()
+        # The next batch does not wait for the call that was left behind.
+        assert queue.submit(*batch(2.0)).result()["gate"].tolist() == [2.0, 2.0]
+    while len(gate.seen) < 2:
+        time.sleep(0.001)
+    assert len(gate.threads) == 2
+    with pytest.raises(RewardError, match="has not returned"):
+        hung.result()
+
+
+def test_a_time_limit_is_a_time() -> None:
+    gate = Gate()
+    gate.time_limit_s = 0  # type: ignore[attr-defined]
+    with Refusal(
+        "reward 'gate' has time_limit_s=0",
+        cause="A reward that may take no time.",
+        remedy="give it seconds above 0, or math.inf for no limit",
+    ).raised():
+        RewardSet.create(gate)
+
+
+def test_a_time_out_of_the_reward_s_own_is_its_error() -> None:
+    def impatient(*_: Any) -> Any:
+        raise TimeoutError("no answer")
+
+    with RewardQueue(RewardSet.create(impatient)) as queue:
+        future = queue.submit(*batch(1.0))
+    with pytest.raises(RewardError, match="reward 'impatient' raised TimeoutError: no answer"):
+        future.result()
 
 
 def test_a_queue_must_let_a_batch_in() -> None:

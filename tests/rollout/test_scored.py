@@ -153,6 +153,24 @@ def test_a_rollout_with_an_image_of_nan_is_skipped_where_rewards_may_fail(
     assert "skipped" not in made.train_iteration()
 
 
+def test_a_reward_that_hangs_costs_a_rollout_where_rewards_may_fail() -> None:
+    calls, ends = [], threading.Event()
+
+    def hangs_at_first(images: Tensor, *_: Any) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 1:
+            ends.wait(60)
+        return images.mean(dim=(1, 2, 3))
+
+    hangs_at_first.time_limit_s = 0.1  # type: ignore[attr-defined]
+    made = trainer(hangs_at_first, on_reward_error="skip")
+    with pytest.warns(UserWarning, match="skipped: reward 'hangs_at_first' has not returned for 0.1 s"):
+        assert made.train_iteration()["skipped"]
+    hangs_at_first.time_limit_s = 60  # type: ignore[attr-defined]
+    assert "skipped" not in made.train_iteration()
+    ends.set()
+
+
 def test_evaluation_and_rollout_score_a_part_while_the_next_is_sampled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
