@@ -34,7 +34,7 @@ from lacfast.learning.pairs import minibatches
 from lacfast.learning.policy_update import PolicyUpdate
 from lacfast.learning.readers import reader_for
 from lacfast.learning.replay import Experience, ValueReplay
-from lacfast.learning.runner import EAGER, GraphedUpdate, UpdateRunner
+from lacfast.learning.runner import EAGER, GradientMemory, GraphedUpdate, UpdateRunner
 from lacfast.learning.step_tables import StepTables, step_tables
 from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
@@ -59,6 +59,7 @@ class Learner:
         self.progress = 0.0
         """Share of the run that is behind, for PPOConfig.final_learning_rate."""
         self._graphs = GraphRunner() if graphs is None else graphs
+        self._gradients = GradientMemory(self._weights)
         self.anchor = None
         if ppo.kl is not None:
             self.anchor = KLAnchor(backbone.frozen_anchor(), self._graphs, config.sampler.guidance_scale)
@@ -227,7 +228,10 @@ class Learner:
         """How an update's steps run."""
         if not self._graphs.captures:
             return EAGER
-        return GraphedUpdate(name, self._graphs, self._weights, self._sums, self.backbone.forward_signature)
+        return GraphedUpdate(
+            *(name, self._graphs, self._weights, self._gradients, self._sums),
+            self.backbone.forward_signature,
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         """All that an update reads and that an owner could replace."""

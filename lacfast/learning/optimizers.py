@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,20 @@ def critic_optimizer(critic: Critic, config: PPOConfig) -> torch.optim.AdamW:
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def moments_of(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the moments and step counts that exist."""
+    for number, parameter in enumerate(parameters_of(optimizer)):
+        for name, tensor in optimizer.state.get(parameter, {}).items():
+            yield f"{name} of the optimizer's parameter {number}", tensor
+
+
+def rates_of(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the rates that a graph reads, see make_capturable."""
+    for number, group in enumerate(optimizer.param_groups):
+        if isinstance(group["lr"], Tensor):
+            yield f"the rate of the optimizer's group {number}", group["lr"]
 
 
 def make_capturable(optimizer: Optimizer) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lacfast.learning.batches import CriticBatch, PolicyBatch
-from lacfast.learning.optimizers import make_capturable, parameters_of
+from lacfast.learning.optimizers import make_capturable, moments_of, parameters_of, rates_of
 from lacfast.learning.pairs import Pairs, even_size
 from lacfast.ops.backend import forced_backend
 from lacfast.records import Static
@@ -27,8 +27,9 @@ class UpdateRunner:
     GraphedUpdate is the other way: gradients stay where they are and shapes never change.
     """
 
-    keeps_gradients = False
-    """Whether the gradients' memory is kept between optimizer steps."""
+    def begin(self, optimizer: Optimizer) -> None:
+        """Forget the gradients of the step before."""
+        optimizer.zero_grad(set_to_none=True)
 
     def size(self, pairs: int, limit: int) -> int:
         """Pairs in each microbatch of a minibatch, at most `limit`."""
@@ -49,7 +50,7 @@ class UpdateRunner:
     def check_addresses(self) -> None:
         """
         Raises:
-            ValueError: for a parameter that was replaced since a graph was captured.
+            ValueError: for a parameter or a moment that was replaced since a graph was captured.
         """
 
     def release(self) -> None:
@@ -59,6 +60,40 @@ class UpdateRunner:
 EAGER = UpdateRunner()
 
 
+class GradientMemory:
+    """The gradients that graphs write: alive, and given back to weights whose `grad` became another.
+
+    One for all updates of a model, since a graph of the policy may write gradients of the critic.
+    """
+
+    def __init__(self, weights: Callable[[], dict[str, Tensor]]) -> None:
+        """`weights`: those that may have gradients, by name."""
+        self._weights = weights
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(self) -> list[Tensor]:
+        """Take over the gradients that exist, before a graph writes them; returns all that are kept."""
+        for name, weight in self._weights().items():
+            known, _ = self._kept.get(name, (None, None))
+            if weight is not known and weight.grad is not None:
+                self._kept[name] = weight, weight.grad
+        return [gradient for _, gradient in self._kept.values()]
+
+    def attach(self) -> None:
+        """Give every weight the gradient that graphs write."""
+        for weight, gradient in self._kept.values():
+            if weight.grad is not gradient:
+                weight.grad = gradient
+
+    def named(self) -> dict[str, Tensor]:
+        """What the weights have as gradients, of those that are kept."""
+        return {
+            f"the gradient of {name}": weight.grad
+            for name, (weight, _) in self._kept.items()
+            if weight.grad is not None
+        }
+
+
 class GraphedUpdate(UpdateRunner):
     """Forward and backward of a microbatch as one graph, clip and optimizer step as another.
 
@@ -66,13 +101,12 @@ class GraphedUpdate(UpdateRunner):
     there is one shape. Gradients, sums and moments stay where they are.
     """
 
-    keeps_gradients = True
-
     def __init__(
         self,
         name: str,
         graphs: GraphRunner,
         weights: Callable[[], dict[str, Tensor]],
+        gradients: GradientMemory,
         sums: Callable[[], list[Tensor]],
         signature: Callable[[], Hashable],
     ) -> None:
@@ -81,17 +115,23 @@ class GraphedUpdate(UpdateRunner):
             name: whose steps these are, for messages.
             graphs: captures and replays.
             weights: everything that forward and backward read and that its owner could move, by name.
+            gradients: of these weights.
             sums: what the steps add to besides the gradients.
             signature: what else a forward depends on, as the adapters that are active.
         """
         self.name = name
         self.graphs = graphs
         self.weights = weights
+        self.gradients = gradients
         self.sums = sums
         self.signature = signature
         self._size: int | None = None
-        self._gradients: dict[Hashable, tuple[Static, StaticStep]] = {}
+        self._microbatches: dict[Hashable, tuple[Static, StaticStep]] = {}
         self._optimizer: StaticStep | None = None
+
+    def begin(self, optimizer: Optimizer) -> None:
+        self.gradients.attach()
+        optimizer.zero_grad(set_to_none=False)
 
     def size(self, pairs: int, limit: int) -> int:
         # The first minibatch is the largest. A smaller size comes when memory ran out.
@@ -103,17 +143,17 @@ class GraphedUpdate(UpdateRunner):
 
     def gradient(self, run: Callable[[Batch], None], batch: Batch) -> None:
         key = (batch.layout, forced_backend(), self.signature())
-        if key not in self._gradients:
+        if key not in self._microbatches:
             own = batch.clone()
             step = StaticStep(
                 name=f"the {self.name}'s microbatch of {len(batch.targets)} pairs",
                 run=lambda: run(own),
                 written=self._written,
-                read=self.weights,
+                read=self._read,
                 rounding=ROUNDING,
             )
-            self._gradients[key] = own, step
-        static, step = self._gradients[key]
+            self._microbatches[key] = own, step
+        static, step = self._microbatches[key]
         if self.graphs.is_eager(step):
             run(batch)
             return
@@ -125,29 +165,33 @@ class GraphedUpdate(UpdateRunner):
             make_capturable(optimizer)
 
             def written() -> list[Tensor]:
-                moments = [tensor for state in optimizer.state.values() for tensor in state.values()]
-                return [*parameters_of(optimizer), *moments, *self._written()]
+                return [*parameters_of(optimizer), *dict(moments_of(optimizer)).values(), *self._written()]
+
+            def read() -> dict[str, Tensor]:
+                return self._read() | dict(moments_of(optimizer)) | dict(rates_of(optimizer))
 
             name = f"the {self.name}'s optimizer step"
-            self._optimizer = StaticStep(name=name, run=run, written=written, read=self.weights)
+            self._optimizer = StaticStep(name=name, run=run, written=written, read=read)
         self.graphs.run(self._optimizer)
 
     def check_addresses(self) -> None:
-        for step in self._steps():
-            self.graphs.check_addresses(step)
+        self.gradients.attach()
+        self.graphs.check_addresses(*self._steps())
 
     def release(self) -> None:
         for step in self._steps():
             self.graphs.release(step)
-        self._gradients.clear()
+        self._microbatches.clear()
         self._optimizer = None
         # The next minibatch may be a larger one.
         self._size = None
 
     def _steps(self) -> list[StaticStep]:
         optimizer = [] if self._optimizer is None else [self._optimizer]
-        return [*(step for _, step in self._gradients.values()), *optimizer]
+        return [*(step for _, step in self._microbatches.values()), *optimizer]
+
+    def _read(self) -> dict[str, Tensor]:
+        return self.weights() | self.gradients.named()
 
     def _written(self) -> list[Tensor]:
-        """Gradients that exist, and the sums."""
-        return [*(each.grad for each in self.weights().values() if each.grad is not None), *self.sums()]
+        return [*self.gradients.keep(), *self.sums()]

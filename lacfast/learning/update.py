@@ -94,7 +94,7 @@ class Update(ABC, Generic[Batch, Sums]):
         """Take a rollout's tables; graphs and sums are kept as long as they lie in the same memory.
 
         Raises:
-            ValueError: for a parameter that was replaced since a graph was captured.
+            ValueError: for a parameter or a moment that was replaced since a graph was captured.
         """
         if self._tables is not tables:
             self.runner.release()
@@ -140,7 +140,7 @@ class Update(ABC, Generic[Batch, Sums]):
 
     def begin(self) -> None:
         """Forget gradients and sums of the step before."""
-        self.optimizer.zero_grad(set_to_none=not self.runner.keeps_gradients)
+        self.runner.begin(self.optimizer)
         self.totals.zero_()
 
     def finish(self) -> Tensor:

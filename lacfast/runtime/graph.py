@@ -41,7 +41,8 @@ class StaticStep:
     written: Callable[[], Sequence[Tensor]]
     """Every tensor outside the step that it writes; asked after the warm-up, which may allocate some."""
     read: Callable[[], Mapping[str, Tensor]]
-    """Tensors by name whose addresses a graph freezes though their owners could move them: parameters."""
+    """Tensors by name whose addresses a graph freezes though their owners could move them: parameters,
+    gradients, moments."""
     rounding: float = 0.0
     """How far a replay may be from the eager step, relative to a tensor's norm. 0: equal in all bits. A
     backward pass may have kernels whose sums have no fixed order."""
@@ -142,22 +143,27 @@ class GraphRunner:
             else:
                 self._first_use(step, program)
 
-    def check_addresses(self, step: StaticStep) -> None:
-        """Compare where the parameters are with where the graphs of `step` read them; once per iteration.
+    def check_addresses(self, *steps: StaticStep) -> None:
+        """Compare where tensors are with where the graphs of `steps` read them; once per iteration.
 
         Raises:
             ValueError: naming the tensor that has moved.
         """
-        program = self._programs.get(step)
-        if program is None or program.graph is None:
-            return
-        for name, tensor in step.read().items():
-            if program.addresses.get(name) != tensor.data_ptr():
-                raise ValueError(
-                    f"{name} is not where the graph of {step.name} reads it: it was replaced since. "
-                    "Copy new values into the tensor that exists (lacfast.checkpoint.load_in_place, not "
-                    "load_state_dict(assign=True), .to() or .data =), or close() the runner to capture anew"
-                )
+        found: dict[Callable[[], Mapping[str, Tensor]], dict[str, int]] = {}
+        for step in steps:
+            program = self._programs.get(step)
+            if program is None or program.graph is None:
+                continue
+            if step.read not in found:
+                found[step.read] = _addresses(step.read())
+            for name, address in program.addresses.items():
+                if found[step.read].get(name) != address:
+                    raise ValueError(
+                        f"{name} is not where the graph of {step.name} reads it: it was replaced since. "
+                        "Copy new values into the tensor that exists (lacfast.checkpoint.load_in_place, not "
+                        "load_state_dict(assign=True), .to() or .data =), or close() the runner to capture "
+                        "anew"
+                    )
 
     def release(self, step: StaticStep) -> None:
         """Free the graphs of one step, whose buffers go away."""
@@ -240,7 +246,7 @@ class GraphRunner:
             self._fall_back(step, program, problem, None)
             return
         program.graph = graph
-        program.addresses = {name: tensor.data_ptr() for name, tensor in step.read().items()}
+        program.addresses = _addresses(step.read())
         self.statistics.captures += 1
         self.statistics.replays += 1
         self.statistics.graph_bytes += graph.num_bytes
@@ -271,6 +277,10 @@ class GraphRunner:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def _restore(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, GraphConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
 from lacfast.learning.learner import Learner
-from lacfast.learning.runner import GraphedUpdate
+from lacfast.learning.runner import EAGER, GradientMemory, GraphedUpdate
 from lacfast.runtime.graph import GraphRunner
 
 # Minibatches of 12, 12 and 8 states, and of 8 pairs each: tails are padded. The rate changes at every step.
@@ -123,17 +124,50 @@ def test_a_parameter_that_was_replaced_is_noticed_before_it_is_missed() -> None:
         graphed.train_iteration()
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("taken", ["all", "the policy's"])
+def test_gradients_that_were_taken_away_are_given_back(taken: str) -> None:
+    # The policy's graph writes gradients of the critic, too.
+    critic = CriticConfig(keep_features=False, hidden_dim=16, head_dim=8)
+    graphs, ppo = fake_graphs(), replace(PPO, kl=None)
+    graphed, eager = trainer_for(graphs, ppo, critic=critic), trainer_for(GraphRunner(), ppo, critic=critic)
+    for _ in range(2):
+        ours, theirs = graphed.train_iteration(), eager.train_iteration()
+        assert_same_metrics(ours, theirs)
+        for update in graphed.learner.updates[: 1 if taken == "the policy's" else None]:
+            update.optimizer.zero_grad(set_to_none=True)
+    assert graphs.statistics.fallbacks == 0
+
+
+def test_gradients_and_moments_that_were_replaced_are_named() -> None:
+    graphed = trainer_for(fake_graphs())
+    graphed.train_iteration()
+    gradient = graphed.backbone.policy_parameters()[0].grad
+    assert gradient is not None
+    kept, gradient.data = gradient.data, gradient.data.clone()
+    with pytest.raises(
+        ValueError, match=r"the gradient of model\.\S+ is not where the graph of the policy's"
+    ):
+        graphed.train_iteration()
+    gradient.data = kept
+    optimizer = graphed.learner.policy_update.optimizer
+    # torch's own makes new moments; Learner.load_state_dict lets the graphs go first.
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"of the optimizer's parameter 0 is not where the graph of"):
+        graphed.train_iteration()
+
+
 def test_without_graphs_nothing_is_padded() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         off = trainer_for(GraphRunner())
         off.train_iteration()
     assert all(parameter.grad is not None for parameter in off.backbone.policy_parameters()[:1])
-    assert not any(update.runner.keeps_gradients for update in off.learner.updates)
+    assert all(update.runner is EAGER for update in off.learner.updates)
 
 
 def test_a_runner_that_was_released_takes_larger_microbatches_again() -> None:
-    runner = GraphedUpdate("policy", fake_graphs(), dict, list, lambda: None)
+    runner = GraphedUpdate("policy", fake_graphs(), dict, GradientMemory(dict), list, lambda: None)
     assert runner.size(4, 8) == 4
     # A tail is padded to the size that was captured.
     assert runner.size(16, 8) == 4
