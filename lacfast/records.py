@@ -269,6 +269,9 @@ class Conditioning(Static):
         """The conditioning of the samples `rows` (int64)."""
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
+    def to(self, device: torch.device | str) -> Conditioning:
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
     def padded(self, count: int) -> Conditioning:
         """The conditioning of `count` samples, of which those beyond these repeat the last."""
         return self.select(padding_rows(len(self), count))
@@ -329,36 +332,6 @@ class Rollout:
 
     def with_rewards(self, rewards: dict[str, Tensor]) -> Rollout:
         return replace(self, rewards=rewards)
-
-    @staticmethod
-    def concatenate(parts: Sequence[Rollout]) -> Rollout:
-        """One rollout of the trajectories of all parts, which share table, seed and rewards' names."""
-        first = parts[0]
-        if len(parts) == 1:
-            return first
-
-        def stacked(name: str) -> Tensor:
-            return torch.cat([getattr(part, name) for part in parts], dim=1)
-
-        versions = {part.policy_version for part in parts}
-        uncond = [part.uncond_conditioning for part in parts if part.uncond_conditioning is not None]
-        return Rollout(
-            table=first.table,
-            latents=stacked("latents"),
-            model_outputs=stacked("model_outputs"),
-            log_probs=stacked("log_probs"),
-            values=stacked("values"),
-            features={
-                name: torch.cat([part.features[name] for part in parts], dim=1) for name in first.features
-            },
-            conditioning=Conditioning.concatenate([part.conditioning for part in parts]),
-            uncond_conditioning=Conditioning.concatenate(uncond) if uncond else None,
-            noise=NoiseKey(first.noise.seed, torch.cat([part.noise.sample_ids for part in parts])),
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            metadata=[entry for part in parts for entry in part.metadata],
-            rewards={name: torch.cat([part.rewards[name] for part in parts]) for name in first.rewards},
-            policy_version=first.policy_version if len(versions) == 1 else None,
-        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lacfast.learning.learner import Learner
 from lacfast.learning.run_state import Counts, Part, RunState
 from lacfast.learning.value_bounds import ValueBounds, value_bounds
 from lacfast.learning.value_confidence import ValueConfidence
-from lacfast.learning.value_pretraining import PretrainResult, pretrain_values, selection_prompts
+from lacfast.learning.value_pretraining import PretrainResult, held_out_rollout, host_room, pretrain_values
 from lacfast.metrics import (
     MetricsLog,
     Tracker,
@@ -37,6 +37,7 @@ from lacfast.records import Advantages, Evaluation, FirstSampleId, Rollout, Tran
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, sampled, unwatched, watched
 from lacfast.rollout.tables import TrainingTables
@@ -143,7 +144,7 @@ class LatentActorCriticTrainer:
 
     def rollout(self, prompts: PromptSet, first_id: int) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
-        return Rollout.concatenate(list(self._sampled(prompts, first_id)))
+        return RolloutMemory.of(self._sampled(prompts, first_id), len(prompts))
 
     def _sampled(
         self, prompts: PromptSet, first_id: int, features: bool = True, table: TransitionTable | None = None
@@ -168,17 +169,19 @@ class LatentActorCriticTrainer:
         *,
         keep_features: bool = True,
         table: TransitionTable | None = None,
+        room: HostRoom | None = None,
     ) -> Rollout | None:
         """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Without `keep_features` no critic can learn from it. `table` None: the whole window is stochastic.
+        With `room` it lies on the host. The last one is released before.
 
         Raises:
             RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.
         """
         self.behaviour.requantize()
-        parts = self._sampled(prompts, first_id, keep_features, table)
-        self.last_rollout, error = collect(parts, self.backbone, self.rewards)
+        self.last_rollout, parts = None, self._sampled(prompts, first_id, keep_features, table)
+        self.last_rollout, error = collect(parts, len(prompts), self.backbone, self.rewards, room=room)
         self._failures.take_in(error, f"rollout of {len(prompts)} images")
         self.images += len(prompts)
         return self.last_rollout if error is None else None
@@ -187,28 +190,25 @@ class LatentActorCriticTrainer:
         """The next iteration's rollout with its rewards, for `update`; None as in `collect`."""
         return self._rollout_of(self.iteration)
 
-    def _rollout_of(self, iteration: int, namespace: int = 0) -> Rollout | None:
-        """The rollout of an iteration, of training or of another kind with sample ids of its own."""
-        config, repeats = self.config, self.config.samples_per_prompt
-        count, seed = config.batch_size // repeats, config.seed + (namespace != 0)
-        prompts = self.prompts.draw(count, seed=seed, iteration=iteration, repeats=repeats)
+    def _rollout_of(self, iteration: int, room: HostRoom | None = None) -> Rollout | None:
+        """The rollout of an iteration; with `room` that of value pretraining, with sample ids of its own."""
+        config, namespace = self.config, 0 if room is None else FirstSampleId.VALUE_PRETRAINING
+        count, seed = config.batch_size // config.samples_per_prompt, config.seed + (namespace != 0)
+        prompts = self.prompts.draw(count, seed=seed, iteration=iteration, repeats=config.samples_per_prompt)
         return self.collect(
             prompts,
             namespace + iteration * config.batch_size,
             keep_features=config.critic.keep_features or namespace != 0,
             table=self.tables.pretraining(iteration) if namespace else self.tables.at(iteration),
+            room=room,
         )
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
         if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
-        settings, namespace = self.config.pretrain, FirstSampleId.VALUE_PRETRAINING
-        held_out = None
-        if settings.held_out_samples:
-            held_out = self.collect(selection_prompts(self.held_out, settings), FirstSampleId.SELECTION)
-            if held_out is None:
-                raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
+        settings, room = self.config.pretrain, host_room(self.config)
+        held_out = held_out_rollout(self.collect, self.held_out, self.config, room)
         self.confidence = ValueConfidence()
         if held_out is not None and settings.completions:
             self.confidence.bounds = self.measure_bounds(held_out)
@@ -217,7 +217,7 @@ class LatentActorCriticTrainer:
             self.learner.critic_update.optimizer,
             self.normalizer,
             held_out,
-            (self._rollout_of(number, namespace) for number in range(settings.iterations)),
+            (self._rollout_of(number, room) for number in range(settings.iterations)),
             self.config,
             confidence=self.confidence,
             log=self.log,

@@ -101,7 +101,7 @@ class PPOConfig(Config):
     num_minibatches."""
     critic_rollouts: Count = 1
     """Last rollouts whose states a pass of the critic draws from; 1: today's alone. The latents and features
-    of the others stay in memory and go into checkpoints."""
+    of the others stay in the host's memory and go into checkpoints."""
     num_inner_epochs: Count = 1
     """Passes over a rollout."""
     timestep_fraction: Annotated[float, Range(above=0, most=1)] = 1.0

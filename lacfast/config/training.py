@@ -31,7 +31,8 @@ class ValuePretrainingConfig(Config):
     iterations: Count = 15
     """Rollouts. [paper] about 15, more is worse."""
     kept_rollouts: Count = 15
-    """Rollouts to learn from, the latest; the actor is frozen, so old ones stay true. [paper] 3."""
+    """Rollouts to learn from, the latest; the actor is frozen, so old ones stay true. They lie in the host's
+    memory. [paper] 3."""
     passes: Positive = 0.5
     """Passes over the kept states per iteration."""
     minibatch_size: Count = 256

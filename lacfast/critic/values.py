@@ -9,21 +9,30 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.critic.critic import Critic
+from lacfast.critic.states import gathered
 from lacfast.records import Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.runtime.host_memory import Staging
 from lacfast.transfer import to_device
 
 STATES_AT_ONCE = 32
 """States that rollout_values takes together: larger products than a step's, less memory than an update's."""
 
 
-@torch.no_grad()
 def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
-    """Values (T, B, M) float32 of all states of a rollout, on the features kept from it.
+    """Values (T, B, M) float32 of all states of a rollout, on the features kept from it, where it lies.
 
-    Whole steps are valued together as long as they have at most STATES_AT_ONCE states.
+    Whole steps are valued together as long as they have at most STATES_AT_ONCE states. A rollout on the host
+    is brought to the critic's device by that many states.
     """
+    if rollout.latents.device != critic.reward_mean.device:
+        return _values_of_host(critic, rollout)
+    return _values(critic, rollout)
+
+
+@torch.no_grad()
+def _values(critic: Critic, rollout: Rollout) -> Tensor:
     timesteps, batch = to_device(rollout.table.timesteps, rollout.latents.device), rollout.batch_size
     steps_at_once = max(STATES_AT_ONCE // batch, 1)
     values = []
@@ -43,6 +52,19 @@ def rollout_values(critic: Critic, rollout: Rollout) -> Tensor:
     return stacked.view(-1, batch, stacked.shape[-1])
 
 
+@torch.no_grad()
+def _values_of_host(critic: Critic, rollout: Rollout) -> Tensor:
+    batch, device = rollout.batch_size, critic.reward_mean.device
+    staging, timesteps = Staging(device), rollout.table.timesteps.to(device)
+    values = []
+    for states in torch.split(torch.arange(rollout.num_steps * batch), STATES_AT_ONCE):
+        found = gathered(rollout, states // batch, states % batch, staging)
+        timestep = timesteps[found.steps]
+        values.append(critic(found.features, found.sample, timestep, found.conditioning).float())
+    stacked = torch.cat(values)
+    return stacked.view(-1, batch, stacked.shape[-1]).to(rollout.latents.device)
+
+
 def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
     return rollout_variance(replace(rollout, values=rollout_values(critic, rollout)), normalizer)
@@ -55,9 +77,9 @@ def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
 
 
-def value_targets(rollout: Rollout, normalizer: RewardNormalizer, target_clip: float) -> Tensor:
-    """(B, M) standardised Monte-Carlo returns, the same for every step of a trajectory."""
-    return normalizer.standardize(stack_rewards(rollout)).clamp(-target_clip, target_clip)
+def value_targets(rewards: Tensor, normalizer: RewardNormalizer, target_clip: float) -> Tensor:
+    """(B, M) standardised Monte-Carlo returns of rewards (B, M), the same for every step of a trajectory."""
+    return normalizer.standardize(rewards).clamp(-target_clip, target_clip)
 
 
 def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:
@@ -80,5 +102,6 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rol
         statistic.to(rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
     )
     new_mean, new_std = (statistic.to(rollout.values) for statistic in new)
-    critic.rescale(old_mean, old_std, new_mean, new_std)
+    # A rollout on the host has its values there.
+    critic.rescale(*(each.to(critic.reward_mean.device) for each in (old_mean, old_std, new_mean, new_std)))
     return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from lacfast.critic.states import StateSource, gathered
 from lacfast.critic.trunk import Features
-from lacfast.learning.pairs import Pairs, StateSource, all_pairs, all_states, states_of
+from lacfast.learning.pairs import Pairs, all_pairs, all_states, states_of
 from lacfast.policy import States
 from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout, Static
+from lacfast.runtime.host_memory import Staging
 
 MEASURED = 8
 """Pairs of the first optimizer step whose unconditional half runs though it is known: what remains of the
@@ -133,3 +136,52 @@ class CriticSource:
             share=share,
             mask=mask,
         )
+
+
+@dataclass(frozen=True)
+class GatheredSource:
+    """A minibatch of states that were kept on the host, on the device before it is learned from."""
+
+    states: States
+    features: Features
+    """name -> (P, ...)"""
+    targets: Tensor
+    """(P, M) standardised, in the critic's units of today."""
+
+    @property
+    def pairs(self) -> Pairs:
+        """All P of them; a row is the place in the minibatch."""
+        rows = torch.arange(len(self.targets), device=self.targets.device)
+        return Pairs(torch.zeros_like(rows), rows, rows)
+
+    def batch(
+        self, pairs: Pairs, share: Tensor, mask: Tensor | None = None, *, is_first: bool = False
+    ) -> CriticBatch:
+        """See Source."""
+        rows, states = pairs.rows, self.states
+        return CriticBatch(
+            states=States(states.sample[rows], states.timestep[rows], states.conditioning.select(rows)),
+            features={name: kept[rows] for name, kept in self.features.items()},
+            targets=self.targets[rows],
+            old_values=None,
+            share=share,
+            mask=mask,
+        )
+
+
+def critic_minibatch(
+    source: CriticSource, minibatch: Pairs, staging: Staging
+) -> tuple[CriticSource | GatheredSource, Pairs]:
+    """A minibatch as the critic's update takes it: gathered here where its states lie on the host.
+
+    Args:
+        source: of the states; its targets and timesteps are on the device.
+        minibatch: pairs of it, where its states lie.
+        staging: of the device.
+    """
+    if source.states.latents.device == staging.device:
+        return source, minibatch
+    found = gathered(source.states, minibatch.steps, minibatch.rows, staging)
+    states = States(found.sample, source.timesteps[found.steps], found.conditioning)
+    ahead = GatheredSource(states, found.features, source.targets[found.rows])
+    return ahead, ahead.pairs

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
-from lacfast.learning.batches import CriticBatch, CriticSource
+from lacfast.learning.batches import CriticBatch, CriticSource, GatheredSource
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, UpdateRunner
@@ -32,7 +32,7 @@ class CriticUpdate(Update[CriticBatch, Totals]):
         super().__init__(Totals, optimizer, config, guard, runner)
         self.critic = critic
 
-    def learn(self, source: CriticSource, minibatch: Pairs, records: UpdateRecords) -> None:
+    def learn(self, source: CriticSource | GatheredSource, minibatch: Pairs, records: UpdateRecords) -> None:
         """One optimizer step on `minibatch`, pairs of `source`."""
         records.add_critic(self.step(source, minibatch), self.guard, pairs=len(minibatch))
 

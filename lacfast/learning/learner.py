@@ -16,7 +16,7 @@ from lacfast.checkpoint import require_same_shapes
 from lacfast.config import TrainConfig
 from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
-from lacfast.learning.batches import CriticSource, PolicySource
+from lacfast.learning.batches import CriticSource, PolicySource, critic_minibatch
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
@@ -39,6 +39,7 @@ from lacfast.learning.step_tables import StepTables, step_tables
 from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
+from lacfast.runtime.host_memory import SLOTS, Staging
 from lacfast.seeds import epoch_seed
 
 
@@ -170,10 +171,11 @@ class Learner:
         assert update is not None
         # The same fields for every rollout, so that a graph fits all.
         bounds = old_values if ppo.critic_rollouts == 1 else None
-        count = ppo.critic_minibatches or ppo.num_minibatches
+        count, staging = ppo.critic_minibatches or ppo.num_minibatches, Staging(self.failed.device)
         for experience, minibatch in self.replay.minibatches(today, count, generator):
             targets, timesteps = experience.targets_for(update.critic), update.tables.timesteps
-            update.learn(CriticSource(experience, targets, timesteps, bounds), minibatch, records)
+            source = CriticSource(experience, targets, timesteps, bounds)
+            update.learn(*critic_minibatch(source, minibatch, staging), records)
 
     def _experience(self, rollout: Rollout, advantages: Advantages) -> Experience | None:
         """What the critic learns from; None without one, or where it does on the policy's own forward."""
@@ -213,9 +215,11 @@ class Learner:
     def _find_sizes(self, source: PolicySource, experience: Experience | None) -> None:
         """Sizes of microbatches, at the first rollout, when nothing of size but it and the weights exists."""
         reserved = sum(missing_moments(update.optimizer) for update in self.updates)
-        if experience is not None:
-            kept = (experience.latents, *experience.features.values())
-            reserved += (self.config.ppo.critic_rollouts - 1) * sum(tensor.nbytes for tensor in kept)
+        ppo = self.config.ppo
+        if experience is not None and ppo.critic_rollouts > 1:
+            # Minibatches of older rollouts come from the host.
+            kept = sum(tensor.nbytes for tensor in (experience.latents, *experience.features.values()))
+            reserved += SLOTS * kept // (ppo.critic_minibatches or ppo.num_minibatches)
         self.policy_update.find_size(source, reserved=reserved)
         if experience is not None and self.critic_update is not None:
             states = CriticSource(experience, experience.targets, source.timesteps)

@@ -5,37 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lacfast.critic.trunk import Features
+from lacfast.critic.states import StateSource
 from lacfast.policy import States
-from lacfast.records import Conditioning, padding_rows
+from lacfast.records import padding_rows
 from lacfast.transfer import to_device
-
-
-class StateSource(Protocol):
-    """What states are gathered from: a rollout, or what is kept of one."""
-
-    @property
-    def latents(self) -> Tensor:
-        """(T or T + 1, B, ...)"""
-
-    @property
-    def features(self) -> Features:
-        """name -> (T, B, ...), what the critic reads."""
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """(B, ...)"""
-
-    @property
-    def num_steps(self) -> int: ...
-
-    @property
-    def batch_size(self) -> int: ...
 
 
 @dataclass(frozen=True)

@@ -221,16 +221,16 @@ def complete(
         backbone: the policy.
         rollout: whose states, sampler and seed are used.
         step: row of the transition table.
-        rows: (P,) int64, repeats allowed.
+        rows: (P,) int64, repeats allowed, where the rollout lies.
         ids: (P,) int64 of the noise.
         guidance_scale: above 1 the unconditional half runs too.
     """
-    uncond = rollout.uncond_conditioning
+    uncond, device = rollout.uncond_conditioning, next(backbone.model.parameters()).device
     inputs = SamplerInputs.create(
         rollout.table,
-        NoiseKey(rollout.noise.seed, ids.to(rollout.noise.seed)),
-        rollout.conditioning.select(rows),
-        None if uncond is None else uncond.select(rows),
+        NoiseKey(rollout.noise.seed.to(device), ids.to(device)),
+        rollout.conditioning.select(rows).to(device),
+        None if uncond is None else uncond.select(rows).to(device),
         guidance_scale,
     )
     buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, model_dtype=backbone.dtype)

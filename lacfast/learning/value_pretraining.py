@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +19,22 @@ from lacfast.critic.values import (
     update_statistics,
     value_targets,
 )
-from lacfast.learning.batches import CriticSource
+from lacfast.learning.batches import CriticSource, critic_minibatch
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.optimizers import missing_moments
 from lacfast.learning.pairs import all_states
+from lacfast.learning.replay import RewardedStates, StateMemory
 from lacfast.learning.step_tables import step_tables
 from lacfast.learning.totals import UpdateRecords
 from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.metrics import MetricsLog
 from lacfast.prompts import PromptSet
-from lacfast.records import Rollout
+from lacfast.records import FirstSampleId, Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.rollout.memory import HostRoom
+from lacfast.runtime.host_memory import Staging
 from lacfast.seeds import derived_seed
 
 INITIAL_RATE_FACTOR = 3.0
@@ -82,6 +84,34 @@ def selection_prompts(held_out: PromptSet, config: ValuePretrainingConfig) -> Pr
     return held_out.cycle(min(distinct, len(held_out))).cycle(config.held_out_samples)
 
 
+def host_room(config: TrainConfig) -> HostRoom:
+    """Room for the rollouts that value pretraining keeps, and the one that is made meanwhile."""
+    settings = config.pretrain
+    kept = min(settings.kept_rollouts + 1, settings.iterations)
+    return HostRoom(
+        settings.held_out_samples + kept * config.batch_size,
+        f"lower pretrain.kept_rollouts={settings.kept_rollouts} or pretrain.held_out_samples="
+        f"{settings.held_out_samples}",
+    )
+
+
+def held_out_rollout(
+    collect: Callable[..., Rollout | None], held_out: PromptSet, config: TrainConfig, room: HostRoom
+) -> Rollout | None:
+    """The rollout that measures value pretraining, made by the trainer's `collect`; None without one.
+
+    Raises:
+        ValueError: when its rewards failed.
+    """
+    if not config.pretrain.held_out_samples:
+        return None
+    prompts = selection_prompts(held_out, config.pretrain)
+    rollout = collect(prompts, FirstSampleId.SELECTION, room=room)
+    if rollout is None:
+        raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
+    return rollout
+
+
 def pretrain_values(
     critic: Critic,
     optimizer: Optimizer,
@@ -114,19 +144,23 @@ def pretrain_values(
     settings, device = config.pretrain, critic.reward_mean.device
     guard = GradientGuard("critic", config.on_bad_gradient, torch.zeros((), device=device))
     update = CriticUpdate(critic, optimizer, config.ppo, guard)
-    recent: deque[Rollout] = deque(maxlen=settings.kept_rollouts)
+    recent = StateMemory(RewardedStates, settings.kept_rollouts)
     history: list[float] = []
     bounds = confidence.bounds
     best: _Kept | None = None
     best_iteration = 0
     variance: Tensor | None = None
     images = 0 if held_out is None else held_out.batch_size
-    for iteration, rollout in enumerate(rollouts):
+    iteration = -1
+    # enumerate would keep each rollout while the next is sampled.
+    for rollout in rollouts:
+        iteration += 1
         if rollout is None:
             continue
         images += rollout.batch_size
-        recent.append(rollout)
+        recent.add(RewardedStates.of(rollout, device))
         rollout = update_statistics(critic, normalizer, rollout)
+        update.prepare(step_tables(rollout.table, config.ppo, rollout.latents.new_empty(0, device=device)))
         generator = torch.Generator().manual_seed(derived_seed(config.seed, iteration))
         update.set_rates(_rate_factor(iteration / settings.iterations))
         records = _learn_from(recent, update, normalizer, config, generator)
@@ -143,6 +177,7 @@ def pretrain_values(
             **records.left_out(),
             **guard.metrics(),
         )
+        del rollout
         if on_iteration is not None:
             on_iteration(iteration, variance)
         if history[-1] > max(history[:-1], default=-math.inf):
@@ -165,22 +200,22 @@ def _rate_factor(done: float) -> float:
 
 
 def _learn_from(
-    rollouts: Sequence[Rollout],
+    memory: StateMemory[RewardedStates],
     update: CriticUpdate,
     normalizer: RewardNormalizer,
     config: TrainConfig,
     generator: torch.Generator,
 ) -> UpdateRecords:
     """Minibatches of random states, each from one kept rollout, until they make up config.pretrain.passes."""
-    settings, records = config.pretrain, UpdateRecords()
-    update.prepare(step_tables(rollouts[0].table, config.ppo, rollouts[0].latents))
-    kept_states = sum(len(all_states(rollout)) for rollout in rollouts)
+    settings, records, staging = config.pretrain, UpdateRecords(), Staging(update.guard.failed.device)
+    kept_states = sum(states.num_steps * states.batch_size for states in memory)
     for _ in range(math.ceil(settings.passes * kept_states / settings.minibatch_size)):
-        rollout = rollouts[int(torch.randint(len(rollouts), (1,), generator=generator))]
-        targets = value_targets(rollout, normalizer, config.ppo.target_clip)
-        source = CriticSource(rollout, targets, update.tables.timesteps)
-        minibatch = next(source.pairs.shuffled(generator).split(settings.minibatch_size))
-        update.find_size(source, reserved=missing_moments(update.optimizer))
-        update.learn(source, minibatch, records)
+        states = memory[int(torch.randint(len(memory), (1,), generator=generator))]
+        targets = value_targets(states.rewards, normalizer, config.ppo.target_clip)
+        drawn = next(all_states(states).shuffled(generator).split(settings.minibatch_size))
+        source = CriticSource(states, targets, update.tables.timesteps)
+        gathered, minibatch = critic_minibatch(source, drawn, staging)
+        update.find_size(gathered, reserved=missing_moments(update.optimizer))
+        update.learn(gathered, minibatch, records)
     records.read()
     return records

@@ -23,6 +23,7 @@ from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
+from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import span
@@ -113,8 +114,9 @@ def watched(parts: Iterable[Rollout], count: int, watcher: Watcher) -> Iterator[
     done = 0
     watcher(done, count)
     for part in parts:
-        yield part
         done += len(part.prompts)
+        yield part
+        del part
         watcher(done, count)
 
 
@@ -141,24 +143,44 @@ def decoded_and_scored(
     with RewardQueue(rewards, decode=decode, decode_aside=on_gpu) as queue:
         for part in parts:
             yield part, queue.submit(part.clean_latents, part.prompts, part.metadata, part.origin_of_nan)
+            del part
         with span("reward/wait"):
             queue.close()
 
 
 def collect(
-    parts: Iterable[Rollout], backbone: Backbone, rewards: RewardSet
+    parts: Iterable[Rollout],
+    count: int,
+    backbone: Backbone,
+    rewards: RewardSet,
+    *,
+    room: HostRoom | None = None,
 ) -> tuple[Rollout, RewardError | None]:
     """One rollout of all `parts` with its rewards, to learn from.
+
+    Args:
+        parts: `count` trajectories in all.
+        count: of the rollout, whose memory is allocated once.
+        backbone: whose codec decodes.
+        rewards: that score.
+        room: on the host, where the rollout is to lie. None: it stays on the backbone's device.
 
     Returns:
         The rollout and None; or, when a reward or the decoder failed, the rollout without rewards and the
         error.
+
+    Raises:
+        ValueError: when the host has no such room.
     """
-    scored = list(decoded_and_scored(parts, backbone, rewards))
+    memory = RolloutMemory(count, room)
+    pending = [scores for _, scores in decoded_and_scored(map(memory.add, parts), backbone, rewards)]
     try:
-        return Rollout.concatenate([part.with_rewards(scores.result()) for part, scores in scored]), None
+        scored = [scores.result() for scores in pending]
     except RewardError as error:
-        return Rollout.concatenate([part for part, _ in scored]), error
+        return memory.rollout(), error
+    # Named by the scores: in their order the heads of a critic are.
+    found = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
+    return memory.rollout().with_rewards(found), None
 
 
 class RewardFailures:

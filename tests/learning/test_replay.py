@@ -18,6 +18,7 @@ from lacfast.critic.values import value_targets
 from lacfast.learning.batches import CriticSource
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.replay import Experience, ValueReplay
+from lacfast.rewards.heads import stack_rewards
 
 
 def trainer_for(rollouts: int, minibatches: int = 0) -> LatentActorCriticTrainer:
@@ -99,7 +100,7 @@ def test_old_targets_follow_the_units_of_today() -> None:
         trainer.normalizer.update(torch.stack(list(rewards.values()), dim=1))
         trainer.critic.reward_mean.copy_(trainer.normalizer.mean)
         trainer.critic.reward_std.copy_(trainer.normalizer.std)
-        targets = value_targets(rollout, trainer.normalizer, 100.0)
+        targets = value_targets(stack_rewards(rollout), trainer.normalizer, 100.0)
         experience = experience or Experience.of(rollout, targets, trainer.critic)
         torch.testing.assert_close(experience.targets_for(trainer.critic), targets, rtol=1e-5, atol=1e-5)
     assert experience is not None
