@@ -33,7 +33,7 @@ from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
-from lacfast.runtime.directories import require_whole
+from lacfast.runtime.directories import recover, require_whole
 from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
@@ -177,7 +177,10 @@ def _require_kinds(**arguments: tuple[Any, type]) -> None:
 
 def _path(source: Any) -> Path:
     if isinstance(source, str | PathLike):
-        return Path(source)
+        path = Path(source)
+        if not path.exists():
+            recover(path)
+        return path
     what = "only a pipeline's model" if isinstance(source, nn.Module) else "no pipeline"
     raise ValueError(
         f"a {type(source).__name__} is {what}; pass the pipeline that holds it, its directory or its hub id: "

@@ -12,6 +12,7 @@ from lacfast.config import AdvantageConfig, SamplerConfig, from_json
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.names import server
 from lacfast.runs.directory import RunDirectory
+from lacfast.runtime.directories import recover
 
 
 def saved_model(source: str) -> str:
@@ -25,6 +26,8 @@ def saved_model(source: str) -> str:
     path = Path(source)
     if (path / "checkpoints").is_dir():
         run = RunDirectory(path, keep_last=1)
+        if not run.best.exists():
+            recover(run.best)
         if run.best.is_dir():
             return str(run.best)
         checkpoints = run.checkpoints()

@@ -14,13 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from refusals import Refusal
+from reward_server import Answer, Server, right
 
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
@@ -30,12 +30,6 @@ from lacfast.rewards.reward import RewardError
 IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = [str(number) for number in range(5)]
 METADATA: list[dict[str, Any]] = [{} for _ in PROMPTS]
-Answer = Callable[[list[str]], tuple[int, bytes]]
-
-
-def right(prompts: list[str]) -> tuple[int, bytes]:
-    """Every prompt is a number, and so is its score."""
-    return 200, json.dumps({"scores": [float(prompt) for prompt in prompts]}).encode()
 
 
 def failing(status: int = 500, text: str = "Traceback\nCUDA out of memory") -> Answer:
@@ -49,42 +43,6 @@ def scored(*scores: float) -> Answer:
 def slow(prompts: list[str]) -> tuple[int, bytes]:
     time.sleep(0.5)
     return right(prompts)
-
-
-class Server:
-    """A reward server on this machine that answers as told, then rightly."""
-
-    def __init__(self, *answers: Answer, port: int = 0) -> None:
-        self.answers = list(answers)
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.requests.append(message)
-                server.headers.append(dict(self.headers))
-                answer = server.answers.pop(0) if server.answers else right
-                status, body = answer(message["prompts"])
-                try:
-                    self.send_response(status)
-                    self.send_header("Content-Length", str(len(body)))
-                    self.end_headers()
-                    self.wfile.write(body)
-                except OSError:
-                    server.answers.clear()  # the client has given up waiting
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-                """Not on the test's screen."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/score"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import pytest
 import tiny_backbones
 import torch
 from refusals import Refusal
+from reward_server import Server
 from safetensors.torch import load_file
 from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
 
@@ -315,6 +316,36 @@ def test_one_signal_ends_a_run_within_seconds_while_a_reward_server_is_dead(conf
         train(dead)
     assert time.monotonic() - sent[0] < 15
     assert names(Path(config.out) / "checkpoints") == ["00000000"]
+
+
+def lengths(prompts: list[str]) -> tuple[int, bytes]:
+    return 200, json.dumps({"scores": [float(len(prompt)) for prompt in prompts]}).encode()
+
+
+def test_a_run_goes_on_with_a_reward_server_that_has_moved(config: RunConfig, tmp_path: Path) -> None:
+    """Under a name of its own; a server that is its address would be another reward."""
+    servers = [Server(then=lengths) for _ in range(2)]
+
+    def served(number: int, out: str, iterations: int, name: str = "length=") -> RunConfig:
+        asked = replace(config, rewards=((f"{name}{servers[number].url}", 1.0),), out=str(tmp_path / out))
+        return changed(asked, iterations=iterations)
+
+    through, _ = train(served(1, "through", 2))
+    train(served(0, "moved", 1))
+    answered = len(servers[1].requests)
+    servers[0].close()
+    last, told = train(served(1, "moved", 2))
+    assert len(servers[1].requests) == answered + 1
+    assert told[0].endswith("iteration 1 of 2")
+    assert any(line.startswith("rewards was (('length=http://127.0.0.1") for line in told)
+    assert same(through, last)
+    with Refusal(
+        "the checkpoint was trained on rewards {'length': 1.0}, this trainer has {'http://127.0.0.1",
+        cause="A reward server without a name of its own has moved, so it counts as another reward.",
+        remedy="use the same",
+    ).raised():
+        train(served(1, "moved", 3, name=""))
+    servers[1].close()
 
 
 def test_exit_codes_tell_usage_from_failure_and_signals(

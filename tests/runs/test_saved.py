@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from refusals import Refusal
 
+from lacfast.backbones import load_backbone
 from lacfast.checkpoint import CRITIC_WEIGHTS
 from lacfast.config import AdvantageConfig, Fixed, SamplerConfig, TrainConfig, to_json
 from lacfast.rewards.heads import RewardHeads
@@ -37,6 +38,18 @@ def test_a_run_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
         remedy="train it, or pass a saved model",
     ).raised():
         saved_model(str(tmp_path / "new"))
+
+
+def test_a_best_checkpoint_that_a_kill_left_aside_is_put_back(tmp_path: Path) -> None:
+    """`lacfast evaluate RUN` after a kill between the two renames of a save."""
+    best = Path(run_of(tmp_path / "run", train={}))
+    (best.parent / "00000010").mkdir()
+    best.rename(best.with_name(".best.0123abcd.replaced"))
+    assert saved_model(str(tmp_path / "run")) == str(best)
+    best.rename(best.with_name(".best.0123abcd.replaced"))
+    with pytest.raises(ValueError, match="best holds no model_index"):
+        load_backbone(best)
+    assert best.is_dir()
 
 
 @pytest.mark.parametrize("eval_sampler", [None, EVALUATED], ids=["training's", "its own"])

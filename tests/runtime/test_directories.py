@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from refusals import Refusal
@@ -20,6 +21,7 @@ from lacfast.runtime.directories import (
     DamagedError,
     locked,
     recover,
+    recover_all,
     remove,
     require_whole,
     stranger_in,
@@ -137,6 +139,53 @@ def test_what_a_killed_save_leaves_is_removed_and_nothing_is_lost(
     save(target, "three")
     assert (target / "model" / "weights").read_text() == "three"
     assert names(tmp_path) == ["saved"]
+
+
+def operations_until(die_at: int, target: Path) -> int:
+    """Save in a process that is killed before its change number `die_at` of files; how many came."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = [0]
+
+        def counted(event: str, arguments: Any) -> None:
+            # As Python itself reports them.
+            is_written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if is_written or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+                count[0] += 1
+                if count[0] == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(counted)
+        save(target, "two")
+        made = count[0]
+        os.write(writing, str(made).encode())
+        os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        made = int(pipe.read() or die_at - 1)
+    assert status == (signal.SIGKILL if made < die_at and die_at else 0)
+    return made
+
+
+def test_a_save_that_is_killed_between_any_two_operations_leaves_the_old_or_the_new_one(
+    tmp_path: Path,
+) -> None:
+    target, found = tmp_path / "best", []
+    save(target, "one")
+    planned = operations_until(0, target)
+    assert planned >= 9
+    for die_at in range(1, planned + 1):
+        remove(target)
+        save(target, "one")
+        operations_until(die_at, target)
+        recover_all(tmp_path)
+        assert names(tmp_path) == ["best"], die_at
+        require_whole(target)
+        found.append((target / "model" / "weights").read_text())
+    assert sorted(found) == found, "once it has the new one, it keeps it"
+    assert set(found) == {"one", "two"}
 
 
 def test_a_save_that_another_process_is_making_is_left_alone(tmp_path: Path) -> None:
