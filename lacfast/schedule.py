@@ -27,10 +27,13 @@ def _check_sigmas(sigmas: Tensor) -> Tensor:
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(
-            f"sigmas must be a vector of at least 2 noise levels, got shape {tuple(sigmas.shape)}"
+            f"sigmas must be a vector of at least 2 noise levels, got shape {tuple(sigmas.shape)}; give that "
+            "of the start and that after each step"
         )
     if not bool((sigmas[:-1] > sigmas[1:]).all()) or sigmas[0] > 1 or sigmas[-1] < 0:
-        raise ValueError(f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}")
+        raise ValueError(
+            f"sigmas must fall strictly within [0, 1], got {sigmas.tolist()}; give the noisiest level first"
+        )
     return sigmas
 
 

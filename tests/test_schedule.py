@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from torch import Tensor
 
 from lacfast import reference, schedule
@@ -94,28 +95,100 @@ def test_a_window_leaves_ode_steps_outside() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "refusal"),
     [
         (
             lambda: schedule.flow_table("euler", SIGMAS, 0.7),
-            "unknown sampler kind 'euler'; known: .*flow_sde",
+            Refusal(
+                "unknown sampler kind 'euler'",
+                cause="A sampler of flows that there is not.",
+                remedy="flow_sde",
+            ),
         ),
-        (lambda: schedule.flow_sde(SIGMAS.flip(0), 0.7), "must fall strictly"),
-        (lambda: schedule.flow_sde(SIGMAS, -1.0), "noise_level=-1.0"),
-        (lambda: schedule.flow_sde(SIGMAS, 0.7, window=(3, 12)), r"window=\(3, 12\)"),
-        (lambda: schedule.ode(SIGMAS, 0.7), "draws no noise"),
+        (
+            lambda: schedule.flow_sde(SIGMAS.flip(0), 0.7),
+            Refusal(
+                "sigmas must fall strictly within [0, 1]",
+                cause="Noise levels that rise, repeat, or are none.",
+                remedy="give the noisiest level first",
+            ),
+        ),
+        (
+            lambda: schedule.flow_sde(SIGMAS[:1], 0.7),
+            Refusal(
+                "sigmas must be a vector of at least 2 noise levels",
+                cause="Noise levels of no step.",
+                remedy="give that of the start and that after each step",
+            ),
+        ),
+        (
+            lambda: schedule.flow_sde(SIGMAS, -1.0),
+            Refusal(
+                "noise_level=-1.0 of kind='flow_sde'",
+                cause="Less than no noise.",
+                remedy="must be >= 0",
+            ),
+        ),
+        (
+            lambda: schedule.flow_sde(SIGMAS, 0.7, window=(3, 12)),
+            Refusal(
+                "window=(3, 12) must lie within the 10 steps",
+                cause="A window behind the last step.",
+                remedy="0 <= start <= stop <= 10",
+            ),
+        ),
+        (
+            lambda: schedule.ode(SIGMAS, 0.7),
+            Refusal(
+                "noise_level=0.7 of kind='ode' must be 0",
+                cause="Noise for the sampler without any.",
+                remedy="it draws no noise; explore with kind='flow_sde', or 'ddim'",
+            ),
+        ),
         (
             lambda: schedule.flow_ddim(SIGMAS, 1.5),
-            r"=1.5 of kind='flow_ddim' must lie in \[0, 1\]",
+            Refusal(
+                "noise_level=1.5 of kind='flow_ddim'",
+                cause="A variance that is larger than what the step has left.",
+                remedy="must lie in [0, 1]",
+            ),
         ),
-        (lambda: schedule.cps(SIGMAS, 2.0), r"noise_level=2.0 of kind='cps' must lie in \[0, 1\]"),
-        (lambda: schedule.flow_sde(SIGMAS, 1e-9), "has std .* use a larger noise_level"),
-        (lambda: schedule.dance_sde(SIGMAS, math.inf), "must be >= 0"),
-        (lambda: replace(schedule.ode(SIGMAS), std=torch.full((10,), math.nan)), "use a smaller noise_level"),
+        (
+            lambda: schedule.cps(SIGMAS, 2.0),
+            Refusal(
+                "noise_level=2.0 of kind='cps'",
+                cause="A rotation by more than a right angle.",
+                remedy="must lie in [0, 1]",
+            ),
+        ),
+        (
+            lambda: schedule.flow_sde(SIGMAS, 1e-9),
+            Refusal(
+                "of 'flow_sde' has std",
+                cause="So little noise that a log-prob is made of rounding.",
+                remedy="use a larger noise_level, or leave the step out of the window",
+            ),
+        ),
+        (
+            lambda: schedule.dance_sde(SIGMAS, math.inf),
+            Refusal(
+                "noise_level=inf of kind='dance_sde'",
+                cause="A noise level that is not finite.",
+                remedy="must be >= 0",
+            ),
+        ),
+        (
+            lambda: replace(schedule.ode(SIGMAS), std=torch.full((10,), math.nan)),
+            Refusal(
+                "of 'ode' has (a, b, std) =",
+                cause="Coefficients of a step that are not finite.",
+                remedy="use a smaller noise_level",
+            ),
+        ),
     ],
 )
-def test_bad_input_gets_one_error_with_value_and_remedy(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_gets_one_error_with_value_and_remedy(call: Any, refusal: Refusal) -> None:
+    with refusal.raised():
         call()
 
 

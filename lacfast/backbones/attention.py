@@ -35,4 +35,6 @@ def set_attention_backend(model: Any, name: str) -> None:
         elif not all(type(processor).__name__.endswith("2_0") for processor in processors):
             raise ValueError("the model has other attention processors; load it without them")
     except (ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"attention_backend={name!r} cannot be used here: {error}") from error
+        raise ValueError(
+            f"attention_backend={name!r} cannot be used here: {error}; leave it out for the model's own"
+        ) from error

@@ -167,7 +167,9 @@ def latent_map(
     """
     factor = pipeline.vae_scale_factor
     if any(side % (factor * multiple) for side in resolution):
-        raise ValueError(f"resolution={resolution} must be a multiple of {factor * multiple} pixels")
+        step = factor * multiple
+        near = tuple(max(round(side / step), 1) * step for side in resolution)
+        raise ValueError(f"resolution={resolution} must be a multiple of {step} pixels; use {near}")
     return (channels, resolution[0] // factor, resolution[1] // factor)
 
 

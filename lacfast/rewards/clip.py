@@ -88,7 +88,8 @@ def loaded_completely(network_class: Any, path: str | Path) -> nn.Module:
     network, report = network_class.from_pretrained(path, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(
-            f"{str(path)!r} is no {network_class.__name__}: it lacks {sorted(report['missing_keys'])[:3]}"
+            f"{str(path)!r} is no {network_class.__name__}: it lacks {sorted(report['missing_keys'])[:3]}; "
+            "pass the directory of a whole model"
         )
     module: nn.Module = network.float()
     return module

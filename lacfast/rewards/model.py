@@ -202,4 +202,6 @@ def load_exactly(network: nn.Module, weights: dict[str, Tensor], origin: str | P
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise ValueError(f"{origin} does not fit {type(network).__name__}: {error}") from error
+        raise ValueError(
+            f"{origin} does not fit {type(network).__name__}; pass the weights of that network: {error}"
+        ) from error

@@ -54,6 +54,9 @@ class RetryConfig(Config):
     """Share of each pause that is random: many trainers must not come back at the same moment."""
 
 
+_LONGER = "start them, or wait longer by RetryConfig(timeout_s=..., give_up_s=...)"
+
+
 @dataclass(kw_only=True, eq=False)
 class RemoteReward:
     """Scores from HTTP servers. Each batch goes to one of them; what one cannot do, the next one does."""
@@ -175,7 +178,7 @@ class RemoteReward:
                 left = self.retry.give_up_s - (self.clock() - start)
                 if failures and left <= 0:
                     waited = self.clock() - start
-                    raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s")
+                    raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s", _LONGER)
                 limit = min(self.retry.timeout_s, left) if failures else self.retry.timeout_s
                 try:
                     scores = self._ask(url, body, len(prompts), limit)
@@ -194,19 +197,20 @@ class RemoteReward:
                         )
                     return scores
                 if bad_answers >= self.retry.max_bad_answers:
-                    raise self._given_up(last_fault, f"{bad_answers} answers without usable scores")
+                    summary = f"{bad_answers} answers without usable scores"
+                    raise self._given_up(last_fault, summary, "mend what they answer")
             pause_s = min(self.retry.backoff_s * 2.0 ** min(attempt, 60), self.retry.max_backoff_s)
             pause_s *= 1 - self.retry.jitter * self._random.random()
             waited = self.clock() - start
             if waited + pause_s > self.retry.give_up_s:
-                raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s")
+                raise self._given_up(last_fault, f"{failures} failures in {waited:.1f} s", _LONGER)
             log.warning("%s: batch %d is tried again in %.1f s", self.name, number, pause_s)
             self.pause(stopped, pause_s)
         raise AssertionError("unreachable")
 
-    def _given_up(self, last_fault: Mapping[str, str], summary: str) -> RewardError:
+    def _given_up(self, last_fault: Mapping[str, str], summary: str, remedy: str) -> RewardError:
         servers = "; ".join(f"{url}: {fault}" for url, fault in last_fault.items())
-        return RewardError(f"remote reward {self.name!r} gave up after {summary}. {servers}")
+        return RewardError(f"remote reward {self.name!r} gave up after {summary}. {servers}; {remedy}")
 
     def _order(self, number: int) -> list[str]:
         """The servers to ask: batches take turns, and those that failed lately come last."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_sum
+from refusals import Refusal
 from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
 from torch import Tensor
@@ -136,24 +137,54 @@ def test_group_advantages_combine_per_reward_or_as_one(std: str) -> None:
     assert one.raw.shape == (STEPS - 1, BATCH, 1)
 
 
-def test_rules_on_rewards_that_are_not_there_are_refused() -> None:
-    for advantages, message in (
+@pytest.mark.parametrize(
+    ("advantages", "weights", "refusal"),
+    [
         (
             AdvantageConfig(combination="conditional", conditions=(("easy", "harder", 0.5),)),
-            "no reward 'harder'",
+            (1.0, 1.0),
+            Refusal(
+                "there is no reward 'harder' to combine",
+                cause="A rule on a reward that is not trained on, or that is misspelled.",
+                remedy="trained on: hard, easy",
+            ),
         ),
-        (AdvantageConfig(combination="constrained", floors=(("softer", 0.5),)), "trained on: hard, easy"),
+        (
+            AdvantageConfig(combination="constrained", floors=(("softer", 0.5),)),
+            (1.0, 1.0),
+            Refusal(
+                "there is no reward 'softer' to combine",
+                cause="A floor of a reward that is not trained on, or that is misspelled.",
+                remedy="trained on: hard, easy",
+            ),
+        ),
         (
             AdvantageConfig(
                 combination="conditional", conditions=(("easy", "hard", 0.5), ("easy", "hard", 0.7))
             ),
-            "gate a reward twice",
+            (1.0, 1.0),
+            Refusal(
+                "gate a reward twice",
+                cause="Two conditions for one reward.",
+                remedy="give one for each",
+            ),
         ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            result_of(advantages)
-    with pytest.raises(ValueError, match="negate the reward"):
-        result_of(AdvantageConfig(combination="constrained", floors=(("hard", 0.5),)), (-1.0, 1.0))
+        (
+            AdvantageConfig(combination="constrained", floors=(("hard", 0.5),)),
+            (-1.0, 1.0),
+            Refusal(
+                "reward 'hard' has weight -1, but a multiplier is >= 0",
+                cause="A floor of a reward that is minimised.",
+                remedy="negate the reward and its floor",
+            ),
+        ),
+    ],
+)
+def test_rules_that_the_rewards_do_not_fit_are_refused(
+    advantages: AdvantageConfig, weights: tuple[float, float], refusal: Refusal
+) -> None:
+    with refusal.raised():
+        result_of(advantages, weights)
 
 
 def test_heads_gate_by_the_raw_reward_not_by_a_gated_one() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
 from torch import Tensor
@@ -177,62 +177,135 @@ def test_the_weight_of_a_single_reward_does_not_matter() -> None:
     assert torch.equal(combined(advantages, torch.tensor([0.0])), torch.zeros(2))
 
 
-def _misfits() -> Iterator[tuple[dict[str, Any], str]]:
-    grpo = AdvantageConfig(estimator=GRPO())
-    none = CriticConfig(trunk="none")
-    yield {"advantages": grpo, "critic": none}, "samples_per_prompt=1 makes one; set 2 or more"
-    yield (
-        {"advantages": grpo, "samples_per_prompt": 4},
-        r"'branch' would be ignored; use critic=CriticConfig\(trunk='none'\)",
-    )
-    yield {"critic": CriticConfig(trunk="none")}, "needs a critic"
-
-
-@pytest.mark.parametrize(("settings", "message"), list(_misfits()))
-def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (
+            {"advantages": AdvantageConfig(estimator=GRPO()), "critic": CriticConfig(trunk="none")},
+            Refusal(
+                "samples_per_prompt=1 makes one",
+                cause="A method that compares the samples of a prompt, with one of each.",
+                remedy="set 2 or more, or estimator=DDPO()",
+            ),
+        ),
+        (
+            {"advantages": AdvantageConfig(estimator=GRPO()), "samples_per_prompt": 4},
+            Refusal(
+                "critic.trunk='branch' would be ignored",
+                cause="A critic beside an estimator that has none.",
+                remedy="use critic=CriticConfig(trunk='none')",
+            ),
+        ),
+        (
+            {"critic": CriticConfig(trunk="none")},
+            Refusal(
+                "advantages.estimator=critic needs a critic, and critic.trunk is 'none'",
+                cause="The critic was left out, and its advantages were not.",
+                remedy="choose a trunk, or advantages=AdvantageConfig(estimator=GRPO())",
+            ),
+        ),
+    ],
+)
+def test_a_run_whose_settings_would_be_ignored_is_refused(settings: dict[str, Any], refusal: Refusal) -> None:
+    with refusal.raised():
         TrainConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
         (
             {"estimator": "grpo"},
-            "estimator='grpo' must be a CriticValues or a GRPO",
+            Refusal(
+                "estimator='grpo' must be",
+                cause="A word for a choice, in Python.",
+                remedy="a CriticValues or a GRPO",
+            ),
         ),
-        ({"combination": "product"}, "known: sum_normalized"),
+        (
+            {"combination": "product"},
+            Refusal(
+                "unknown combination 'product'",
+                cause="A rule that there is not.",
+                remedy="known: sum_normalized",
+            ),
+        ),
         (
             {"floors": (("r", 0.5),)},
-            "would be ignored by combination='sum_normalized'; leave it out, or use 'constrained'",
+            Refusal(
+                "floors=(('r', 0.5),) would be ignored by combination='sum_normalized'",
+                cause="A floor for a rule that has none.",
+                remedy="leave it out, or use 'constrained'",
+            ),
         ),
-        ({"combination": "constrained"}, "needs floors"),
-        ({"combination": "conditional"}, "needs conditions"),
+        (
+            {"combination": "constrained"},
+            Refusal(
+                "combination='constrained' needs floors",
+                cause="A rule without what it is about.",
+                remedy="floors=((reward, raw mean), ...)",
+            ),
+        ),
+        (
+            {"combination": "conditional"},
+            Refusal(
+                "combination='conditional' needs conditions",
+                cause="A rule without what it is about.",
+                remedy="conditions=((easy, hard, threshold), ...)",
+            ),
+        ),
         (
             {"combination": "constrained", "floors": (("r", float("nan")),)},
-            r"floors\[0\]\[1\]=nan must be finite",
+            Refusal(
+                "floors[0][1]=nan",
+                cause="A floor that is no number.",
+                remedy="must be finite",
+            ),
         ),
-        ({"estimator": DDPO(), "combination": "sum"}, "use that"),
+        (
+            {"estimator": DDPO(), "combination": "sum"},
+            Refusal(
+                "combination='sum' of ddpo is what 'scalarized' gives",
+                cause="A sum of a critic's advantages, without a critic.",
+                remedy="use that",
+            ),
+        ),
         (
             {"combination": "constrained", "floors": (("r", 1.0),), "multiplier_maximum": 0.0},
-            "multiplier_maximum=0.0 must be > 0",
+            Refusal(
+                "multiplier_maximum=0.0",
+                cause="A multiplier that can never rise.",
+                remedy="must be > 0",
+            ),
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], refusal: Refusal) -> None:
+    with refusal.raised():
         AdvantageConfig(**settings)
 
 
 def test_an_estimator_s_own_settings_are_checked() -> None:
-    with pytest.raises(ValueError, match="unknown std 'local'; did you mean 'global'"):
+    with Refusal(
+        "unknown std 'local'",
+        cause="A misspelled deviation.",
+        remedy="did you mean 'global'",
+    ).raised():
         GRPO(std="local")
-    with pytest.raises(ValueError, match=r"min_count=16 must lie in \[1, buffer_size=4\]"):
+    with Refusal(
+        "min_count=16 must lie in [1, buffer_size=4]",
+        cause="A prompt's baseline that would want more rewards than are kept.",
+        remedy="or no prompt would ever have a baseline of its own",
+    ).raised():
         DDPO(buffer_size=4)
 
 
 def test_statistics_of_a_prompt_refuse_another_buffer() -> None:
     statistics = PromptStatistics(4, 2)
     statistics.update(["a", "a"], [1.0, 2.0])
-    with pytest.raises(ValueError, match="buffer_size=4, these 8"):
+    with Refusal(
+        "the saved statistics have buffer_size=4, these 8",
+        cause="A checkpoint of a run with another buffer.",
+        remedy="use the same",
+    ).raised():
         PromptStatistics(8, 2).load_state(statistics.state())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import AdvantageConfig, EarlyStoppingConfig, LatentActorCriticTrainer
@@ -40,7 +41,11 @@ def test_every_estimator_trains_and_only_the_critic_s_have_one(estimator: str) -
     assert (trainer.critic is not None) == ("value_loss" in metrics) == estimator.endswith("critic")
     assert ("zero_std_groups" in metrics) == (estimator in ("grpo", "leave_one_out"))
     if trainer.critic is None:
-        with pytest.raises(ValueError, match="no critic to pretrain"):
+        with Refusal(
+            "there is no critic to pretrain: critic.trunk is 'none'",
+            cause="`pretrain_critic()` of a trainer without a critic.",
+            remedy="set it to 'branch'",
+        ).raised():
             trainer.pretrain_critic()
 
 
@@ -118,7 +123,11 @@ def test_a_checkpoint_of_another_estimator_changes_nothing(tmp_path: Path) -> No
     trainer_for(samples_per_prompt=4, advantages=AdvantageConfig(estimator=GRPO())).save(tmp_path / "run")
     trainer = trainer_for(seed=1, advantages=AdvantageConfig(estimator=BatchMean()))
     before = weights(trainer)
-    with pytest.raises(ValueError, match=r"estimator\.choice was 'grpo' and is 'batch_mean' now"):
+    with Refusal(
+        "estimator.choice was 'grpo' and is 'batch_mean' now",
+        cause="A checkpoint of a run with other advantages.",
+        remedy="take the old value, or start another run from the checkpoint's weights",
+    ).raised():
         trainer.load(tmp_path / "run")
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(trainer).items())
 
@@ -149,7 +158,15 @@ def test_a_run_stops_when_its_held_out_score_no_longer_rises(tmp_path: Path) -> 
 
 
 def test_early_stopping_watches_only_scores_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"early_stopping\.score='beauty' .* known: brightness"):
+    with Refusal(
+        "early_stopping.score='beauty' is no score of an evaluation",
+        cause="An early stop by a score that nothing measures.",
+        remedy="known: brightness",
+    ).raised():
         trainer_for(eval_every=1, early_stopping=EarlyStoppingConfig(patience=1, score="beauty"))
-    with pytest.raises(ValueError, match="eval_every=0 makes none"):
+    with Refusal(
+        "early_stopping.patience=1 counts evaluations, and eval_every=0 makes none",
+        cause="An early stop without evaluations.",
+        remedy="set eval_every",
+    ).raised():
         tiny_config(early_stopping=EarlyStoppingConfig(patience=1))

@@ -88,7 +88,11 @@ def test_every_prompt_is_encoded_once_and_the_encoders_can_be_freed(family: str)
         assert torch.equal(tensor[0], kept.tensors[name][0])
         assert torch.equal(again.tensors[name], kept.tensors[name][:3])
         assert unconditional.tensors[name].shape == (2, *tensor.shape[1:])
-    with pytest.raises(ValueError, match=r"'a red sky' was not encoded before .*free_text_encoders"):
+    with Refusal(
+        "the text encoders are freed and 'a red sky' was not encoded before",
+        cause="A new prompt after the text encoders were freed.",
+        remedy="pass every prompt to free_text_encoders(prompts)",
+    ).raised():
         backbone.encode_prompts(["a red sky"])
 
 
@@ -145,13 +149,29 @@ def test_timesteps_reach_the_model_whole() -> None:
 
 
 def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"resolution=.*multiple of 4 pixels"):
+    with Refusal(
+        "resolution=(18, 16) must be a multiple of 4 pixels",
+        cause="Sides that the model's patches do not divide.",
+        remedy="use (16, 16)",
+    ).raised():
         load_backbone(tiny_pipeline("sd3"), settings=PipelineSettings(resolution=(18, 16)))
-    with pytest.raises(ValueError, match=r"holds no model_index\.json"):
+    with Refusal(
+        "holds no model_index.json",
+        cause="A directory that holds no model.",
+        remedy="pass a diffusers pipeline's directory or one that trainer.save()",
+    ).raised():
         load_backbone(tmp_path)
-    with pytest.raises(ValueError, match="no directory and could not be loaded from the hub"):
+    with Refusal(
+        "is no directory and could not be loaded from the hub",
+        cause="A path that does not exist, a hub id that is misspelled, or a hub that cannot be reached.",
+        remedy="pass a pipeline object, a directory or a hub id like",
+    ).raised():
         load_backbone(tmp_path / "missing")
-    with pytest.raises(ValueError, match="vae_dtype='float99' is no dtype"):
+    with Refusal(
+        "vae_dtype='float99' is no dtype of torch",
+        cause="A dtype that torch does not have.",
+        remedy="use 'bfloat16' or 'float32'",
+    ).raised():
         PipelineSettings(vae_dtype="float99")
 
 
@@ -218,7 +238,11 @@ def test_options_of_another_type_are_refused_and_no_targets_are_not_all_targets(
         remedy="(text, ...)",
     ).raised():
         LoRAConfig(target_modules="to_q")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"target_modules=\[\] match no module of UNet2DConditionModel"):
+    with Refusal(
+        "target_modules=[] match no module of UNet2DConditionModel",
+        cause="Names of layers that the model does not have.",
+        remedy="leave it out for the family's own",
+    ).raised():
         backbone_of(tiny_pipeline("sd15"), lora=LoRAConfig(target_modules=()))
 
 
@@ -281,8 +305,14 @@ def test_an_attention_backend_is_pinned_or_refused(family: str) -> None:
     images, expected = (ode_images(each, PROMPTS[:1], 1.0)[1] for each in (backbone, own))
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
     for name in ("flash", "nonsense"):
-        with pytest.raises(ValueError, match=f"attention_backend='{name}' cannot be used here"):
+        refusal = Refusal(
+            "cannot be used here",
+            cause="An attention backend that is not installed, or that the model's layers do not take.",
+            remedy="leave it out for the model's own",
+        )
+        with refusal.raised() as caught:
             backbone_of(tiny_pipeline(family), attention_backend=name)
+        assert f"attention_backend={name!r}" in str(caught.value)
 
 
 def test_the_decoder_can_be_sliced_and_run_in_bfloat16() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-import pytest
+from refusals import Refusal
 
 from lacfast.config import EarlyStoppingConfig
 from lacfast.learning.early_stopping import EarlyStopping
@@ -49,5 +49,9 @@ def test_it_watches_the_first_score_unless_another_is_named() -> None:
     known = ["reward", "gold"]
     assert EarlyStopping.create(EarlyStoppingConfig(), known).score == "reward"
     assert EarlyStopping.create(EarlyStoppingConfig(score="gold"), known).score == "gold"
-    with pytest.raises(ValueError, match=r"score='beauty' .* known: reward, gold"):
+    with Refusal(
+        "early_stopping.score='beauty' is no score of an evaluation",
+        cause="An early stop by a score that nothing measures.",
+        remedy="known: reward, gold",
+    ).raised():
         EarlyStopping.create(EarlyStoppingConfig(score="beauty"), known)

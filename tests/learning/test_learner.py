@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_step
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -210,7 +211,12 @@ def test_a_bad_gradient_that_raises_turns_off_its_step_and_all_later_ones() -> N
     )
     outputs = rollout.model_outputs.clone()
     outputs[parts[1].steps[0], parts[1].rows[0]] = torch.nan
-    with pytest.raises(FloatingPointError, match="gradient norm of the policy is nan; no optimizer step"):
+    with Refusal(
+        "the gradient norm of the policy is nan; no optimizer step was taken",
+        cause="A gradient that is not finite.",
+        remedy="Lower the learning rate or the clip range, and check the rewards",
+        error=FloatingPointError,
+    ).raised():
         trainer.learner.learn(replace(rollout, model_outputs=outputs), advantages, 0)
     before = copy.deepcopy(shorter.backbone.model.state_dict())
     critic_before = copy.deepcopy(shorter.critic).state_dict()  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same_step, assert_same_sum
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
@@ -120,7 +121,11 @@ def test_a_parameter_that_was_replaced_is_noticed_before_it_is_missed() -> None:
     graphed.train_iteration()
     model = graphed.backbone.model
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
-    with pytest.raises(ValueError, match=r"model\.\S+ is not where the graph of the policy's"):
+    with Refusal(
+        "is not where the graph of the policy's",
+        cause="A weight was replaced, not filled, after a graph had captured its address.",
+        remedy="Copy new values into the tensor that exists",
+    ).raised():
         graphed.train_iteration()
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from linear_chain import PROMPTS, LinearChain, linear_reward, moments
+from refusals import Refusal
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, SamplerConfig, TrainConfig
@@ -71,7 +72,11 @@ def test_what_does_not_vary_has_share_zero() -> None:
 
 @pytest.mark.parametrize("prompts", [["a", "b", "c"], ["a", "a", "a"]], ids=["all differ", "all alike"])
 def test_prompts_that_cannot_be_compared_are_refused(prompts: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"3 samples in \d groups .* at least two groups, and some group"):
+    with Refusal(
+        "groups cannot tell variance between groups from variance within them",
+        cause="A floor on prompts of which none occurs twice.",
+        remedy="give at least two groups, and some group at least two samples",
+    ).raised():
         prompt_floor(torch.randn(3, 1), prompts)
 
 
@@ -137,7 +142,11 @@ def test_the_score_is_zero_at_the_floor_one_at_the_ceiling_and_unknown_where_the
 
 def test_settings_that_measure_nothing_are_refused() -> None:
     rollout = chain_rollout(count=8)
-    with pytest.raises(ValueError, match="completions=0 completes no state"):
+    with Refusal(
+        "pretrain.completions=0 completes no state, so there is no ceiling",
+        cause="`measure_bounds` without completions.",
+        remedy="use at least 2",
+    ).raised():
         bounds_of(rollout, completions=0, bound_states=64)
     with pytest.raises(ValueError, match="8 samples in 8 groups"):
         bounds_of(replace(rollout, prompts=[str(row) for row in range(8)]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lacfast.config import PPOConfig
 from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_confidence import ValueConfidence
 
@@ -60,8 +59,3 @@ def test_bounds_of_an_earlier_checkpoint_load() -> None:
     other.load_state_dict(state)
     assert other.bounds is not None
     assert torch.equal(other.bounds.ceiling, BOUNDS.ceiling)
-
-
-def test_a_gate_without_a_lambda_to_gate_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lambda_gate=0.5 would be ignored where gae_lambda is 1"):
-        PPOConfig(lambda_gate=0.5)

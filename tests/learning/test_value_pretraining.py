@@ -10,6 +10,7 @@ import pytest
 import torch
 from linear_chain import PROMPTS as CHAIN_PROMPTS
 from linear_chain import LinearChain, linear_reward
+from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import (
@@ -130,17 +131,52 @@ def test_a_gated_run_goes_on_with_what_it_knew_of_its_critic() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
-        ({"completions": 1}, r"completions=1 must be at least 2"),
-        ({"stop_score": 0.9}, r"stop_score=0.9 needs floor and ceiling; set completions"),
-        ({"completions": 2, "held_out_samples": 0}, r"completions=2 are those of held-out states"),
-        ({"held_out_samples": -1}, r"held_out_samples=-1 must be >= 0"),
-        ({"completions": 2, "bound_states": 1}, r"bound_states=1 must be >= 2"),
+        (
+            {"completions": 1},
+            Refusal(
+                "completions=1",
+                cause="One completion, which nothing can be compared with.",
+                remedy="must be at least 2 to be compared (0: no bounds)",
+            ),
+        ),
+        (
+            {"stop_score": 0.9},
+            Refusal(
+                "stop_score=0.9 needs floor and ceiling",
+                cause="A place between bounds that nothing measures.",
+                remedy="set completions, for example 4",
+            ),
+        ),
+        (
+            {"completions": 2, "held_out_samples": 0},
+            Refusal(
+                "completions=2 are those of held-out states",
+                cause="Completions without states to complete.",
+                remedy="set held_out_samples",
+            ),
+        ),
+        (
+            {"held_out_samples": -1},
+            Refusal(
+                "held_out_samples=-1",
+                cause="Fewer than no trajectories.",
+                remedy="must be >= 0",
+            ),
+        ),
+        (
+            {"completions": 2, "bound_states": 1},
+            Refusal(
+                "bound_states=1",
+                cause="A ceiling of one state, whose variance is none.",
+                remedy="must be >= 2",
+            ),
+        ),
     ],
 )
-def test_bounds_that_cannot_be_measured_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bounds_that_cannot_be_measured_are_refused(settings: dict[str, Any], refusal: Refusal) -> None:
+    with refusal.raised():
         ValuePretrainingConfig(**settings)
 
 
@@ -174,7 +210,11 @@ def test_a_reward_that_bce_cannot_express_changes_nothing() -> None:
     made = LatentActorCriticTrainer(
         tiny_backbone("dit"), {lambda images, prompts, metadata: [3.0] * len(prompts): 1.0}, PROMPTS, config
     )
-    with pytest.raises(ValueError, match=r"loss='bce' values rewards in \[0, 1\], got 3 to 3"):
+    with Refusal(
+        "loss='bce' values rewards in [0, 1], got 3 to 3",
+        cause="Values as probabilities of a reward that is none.",
+        remedy="use loss='mse' or 'hl_gauss', or rescale the reward",
+    ).raised():
         made.train(1)
     assert made.normalizer.count == 0
 

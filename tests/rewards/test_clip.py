@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import assert_same_sum
 from PIL import Image
+from refusals import Refusal
 from tiny_clip import IMAGE_SIZE, PilProcessor, save_tiny_clip
 from torch import Tensor
 
@@ -102,7 +103,11 @@ def test_a_checkpoint_without_some_weights_is_refused(clip: Path, tmp_path: Path
     vision = transformers.CLIPModel.from_pretrained(clip).vision_model
     weights = {f"vision_model.{name}": weight for name, weight in vision.state_dict().items()}
     transformers.CLIPModel.from_pretrained(clip).save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=r"is no CLIPModel: it lacks \['logit_scale'"):
+    with Refusal(
+        "is no CLIPModel: it lacks ['logit_scale'",
+        cause="A reward's model whose directory has not all of its weights.",
+        remedy="pass the directory of a whole model",
+    ).raised():
         PickScore(model=tmp_path, processor=clip)(IMAGES, PROMPTS, METADATA)
 
 
@@ -110,14 +115,26 @@ def test_a_checkpoint_without_some_weights_is_refused(clip: Path, tmp_path: Path
     ("images", "prompts"), [(IMAGES[:2], PROMPTS), (IMAGES[0], PROMPTS), (IMAGES[:, :1], PROMPTS)]
 )
 def test_images_that_do_not_fit_are_refused_before_loading(images: Tensor, prompts: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"'pickscore' got images of shape .* for 4 prompts"):
+    with Refusal(
+        "reward 'pickscore' got images of shape (",
+        cause="Images and prompts of different numbers, or images that are none.",
+        remedy="give one (3, H, W) image in [0, 1] per prompt",
+    ).raised():
         PickScore(model="nowhere")(images, prompts, METADATA)
 
 
 def test_unusable_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with Refusal(
+        "batch_size=0 scores nothing",
+        cause="A reward model that takes no image.",
+        remedy="use 1 or more",
+    ).raised():
         PickScore(batch_size=0)
-    with pytest.raises(ValueError, match="dtype='half' is unknown"):
+    with Refusal(
+        "dtype='half' is unknown",
+        cause="A dtype's name in the place of torch's.",
+        remedy="use 'auto' or a torch.dtype",
+    ).raised():
         PickScore(dtype="half")
 
 
@@ -152,9 +169,17 @@ def test_the_heads_weights_have_their_published_names_and_stay_in_float32(clip: 
 
 def test_weights_of_another_model_are_refused(clip: Path, tmp_path: Path) -> None:
     torch.save(LinearStack(8).state_dict(), tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"(?s)head\.pth does not fit LinearStack: .*size mismatch"):
+    with Refusal(
+        "head.pth does not fit LinearStack",
+        cause="Weights of another network for a reward's head.",
+        remedy="pass the weights of that network",
+    ).raised():
         AestheticScore(model=clip, head=tmp_path / "head.pth")(IMAGES, PROMPTS, METADATA)
-    with pytest.raises(ValueError, match=r"there is no 'aesthetic-model\.pth' in"):
+    with Refusal(
+        "there is no 'aesthetic-model.pth' in",
+        cause="A directory without the weights of a reward's head.",
+        remedy="pass the file itself",
+    ).raised():
         AestheticScore(model=clip, head=tmp_path)(IMAGES, PROMPTS, METADATA)
     with pytest.raises(ValueError, match="Missing key"):
         load_exactly(LinearStack(8), {}, "here")

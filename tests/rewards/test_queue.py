@@ -62,7 +62,12 @@ def test_an_error_belongs_to_its_batch_alone() -> None:
     with RewardQueue(RewardSet.create(gate), max_pending=3) as queue:
         first, second, third = (queue.submit(*batch(value)) for value in (1.0, -1.0, 3.0))
         assert third.result()["gate"].tolist() == [3.0, 3.0]
-        with pytest.raises(RewardError, match="reward 'gate' raised OSError: server lost for prompts"):
+        with Refusal(
+            "reward 'gate' raised OSError: server lost for prompts",
+            cause="A reward function that raises.",
+            remedy="fix the reward, or set on_reward_error='skip' to drop such rollouts",
+            error=RewardError,
+        ).raised():
             second.result()
         assert first.result()["gate"].tolist() == [1.0, 1.0]
 
@@ -88,7 +93,11 @@ def test_closing_waits_for_every_batch_and_refuses_more() -> None:
     gate.open.set()
     queue.close()
     assert all(future.done() for future in futures)
-    with pytest.raises(ValueError, match="this reward queue is closed"):
+    with Refusal(
+        "this reward queue is closed",
+        cause="Images for a queue after its `close`.",
+        remedy="make another one",
+    ).raised():
         queue.submit(*batch(3.0))
 
 
@@ -177,7 +186,11 @@ def test_a_time_out_of_the_reward_s_own_is_its_error() -> None:
 
 
 def test_a_queue_must_let_a_batch_in() -> None:
-    with pytest.raises(ValueError, match="max_pending=0"):
+    with Refusal(
+        "max_pending=0 lets no batch in",
+        cause="A queue without a place.",
+        remedy="use 1 or more",
+    ).raised():
         RewardQueue(RewardSet.create(brightness), max_pending=0)
 
 
@@ -240,7 +253,12 @@ def test_what_cannot_be_decoded_fails_its_batch_alone(aside: bool) -> None:
     gate.open.set()
     with RewardQueue(RewardSet.create(gate), decode=decoder, decode_aside=aside, max_pending=3) as queue:
         first, second, third = (queue.submit(*batch(value)) for value in (1.0, -1.0, 3.0))
-        with pytest.raises(DecodeError, match=r"MemoryError: too large for 2 latents .*one red circle"):
+        with Refusal(
+            "decoding raised MemoryError: too large for 2 latents of prompts ['one red circle'",
+            cause="A decoder that has no memory for its images.",
+            remedy="lower rollout_batch_size or eval_batch_size",
+            error=DecodeError,
+        ).raised():
             second.result()
         assert first.result()["gate"].tolist() == [2.0, 2.0]
         assert third.result()["gate"].tolist() == [6.0, 6.0]

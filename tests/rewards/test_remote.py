@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -184,7 +185,12 @@ def test_a_server_that_drips_is_slow(caplog: pytest.LogCaptureFixture) -> None:
         thread = threading.Thread(target=drip)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(RewardError, match=r"no whole answer within 0\.2 s"):
+        with Refusal(
+            "no whole answer within 0.2 s",
+            cause="A server that takes longer over one answer than `RetryConfig.timeout_s`.",
+            remedy="wait longer by RetryConfig(timeout_s=..., give_up_s=...)",
+            error=RewardError,
+        ).raised():
             remote(url, timeout_s=0.2, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
         thread.join()
 
@@ -256,19 +262,34 @@ def test_https_speaks_to_a_server_whose_certificate_is_trusted_only(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     scores = remote(f"https://localhost:{port}/score")(IMAGES, PROMPTS, METADATA)
     assert scores.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    with pytest.raises(RewardError, match="not valid for '127"):
+    with Refusal(
+        "not valid for '127",
+        cause="A reward server under another name than its certificate's.",
+        remedy="name a file that vouches for it in SSL_CERT_FILE",
+        error=RewardError,
+    ).raised():
         remote(f"https://127.0.0.1:{port}/score")(IMAGES, PROMPTS, METADATA)
 
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_without_end_is_refused(start: Callable[..., Server], status: int) -> None:
     server = start(*[lambda prompts: (status, b" " * (5 * 2**20))] * 9)
-    with pytest.raises(RewardError, match="the answer is longer than 4194304 bytes"):
+    with Refusal(
+        "the answer is longer than 4194304 bytes",
+        cause="A server that sends something else than scores.",
+        remedy="mend what they answer",
+        error=RewardError,
+    ).raised():
         remote(server.url)(IMAGES, PROMPTS, METADATA)
 
 
 def test_a_password_in_a_url_is_refused_and_not_shown() -> None:
-    with pytest.raises(ValueError, match="has a user name or a password in it") as caught:
+    refusal = Refusal(
+        "has a user name or a password in it",
+        cause="Credentials in a reward server's URL.",
+        remedy="write it into ~/.netrc, or pass RemoteReward(headers={'Authorization': ...})",
+    )
+    with refusal.raised() as caught:
         RemoteReward(urls=["http://me:secret@host:80/score"])
     assert "secret" not in str(caught.value)
 
@@ -325,7 +346,12 @@ def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
         thread = threading.Thread(target=break_off)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with pytest.raises(RewardError, match="the connection ended within the answer"):
+        with Refusal(
+            "the connection ended within the answer",
+            cause="A server that dies while it answers.",
+            remedy="start them, or wait longer",
+            error=RewardError,
+        ).raised():
             remote(url, give_up_s=0.0)(IMAGES, PROMPTS, METADATA)
         thread.join()
 
@@ -352,24 +378,35 @@ def test_giving_up_names_every_server_and_what_it_last_did(start: Callable[..., 
         remote(failed.url, wrong.url)(IMAGES, PROMPTS, METADATA)
     assert str(caught.value) == (
         "remote reward 'remote' gave up after 3 answers without usable scores. "
-        f"{failed.url}: HTTP status 500, CUDA out of memory; {wrong.url}: 1 scores for 5 images"
+        f"{failed.url}: HTTP status 500, CUDA out of memory; {wrong.url}: 1 scores for 5 images; "
+        "mend what they answer"
     )
 
 
 def test_a_server_that_stays_down_is_given_up_in_time() -> None:
     clock = Clock()
     url = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(
-        RewardError, match=r"gave up after \d+ failures in .*127.0.0.1.*ConnectionRefusedError"
-    ):
+    refusal = Refusal(
+        "ConnectionRefusedError",
+        cause="A reward server that is down for longer than `RetryConfig.give_up_s`.",
+        remedy="start them, or wait longer by RetryConfig(timeout_s=..., give_up_s=...)",
+        error=RewardError,
+    )
+    with refusal.raised() as caught:
         remote(url, clock=clock, give_up_s=100.0)(IMAGES, PROMPTS, METADATA)
+    assert re.search(r"gave up after \d+ failures in .*127.0.0.1", str(caught.value))
     assert 60 < clock.now <= 100
     assert max(clock.pauses) == 30.0
 
 
 def test_no_batch_is_asked_for_after_one_is_given_up(start: Callable[..., Server]) -> None:
     server = start(*[failing(404)] * 99)
-    with pytest.raises(RewardError, match="3 answers without usable scores"):
+    with Refusal(
+        "gave up after 3 answers without usable scores",
+        cause="A server that answers with errors, or with other things than a number per image.",
+        remedy="mend what they answer",
+        error=RewardError,
+    ).raised():
         remote(server.url, batch_size=1)(IMAGES, PROMPTS, METADATA)
     time.sleep(0.2)
     # The next one may have begun before the first was given up.
@@ -435,18 +472,60 @@ def test_headers_reach_the_server(start: Callable[..., Server]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "refusal"),
     [
-        ({"urls": []}, "at least one server"),
-        ({"urls": "http://host"}, "pass a list"),
-        ({"urls": ["host:80"]}, "'host:80' is no server"),
-        ({"urls": ["http://host:port"]}, "'http://host:port' is no server"),
-        ({"urls": ["http://host"], "batch_size": 0}, "batch_size=0"),
-        ({"urls": ["http://host"], "concurrency": 0}, "concurrency=0"),
+        (
+            {"urls": []},
+            Refusal(
+                "urls=[]",
+                cause="A remote reward without a server.",
+                remedy="pass a list of at least one server",
+            ),
+        ),
+        (
+            {"urls": "http://host"},
+            Refusal(
+                "urls='http://host'",
+                cause="One URL in the place of several.",
+                remedy="pass a list of at least one server",
+            ),
+        ),
+        (
+            {"urls": ["host:80"]},
+            Refusal(
+                "'host:80' is no server",
+                cause="A server's URL without its protocol.",
+                remedy="write http://host:port/path",
+            ),
+        ),
+        (
+            {"urls": ["http://host:port"]},
+            Refusal(
+                "'http://host:port' is no server",
+                cause="A port that is no number.",
+                remedy="write http://host:port/path",
+            ),
+        ),
+        (
+            {"urls": ["http://host"], "batch_size": 0},
+            Refusal(
+                "batch_size=0",
+                cause="Requests without images.",
+                remedy="must be 1 or more",
+            ),
+        ),
+        (
+            {"urls": ["http://host"], "concurrency": 0},
+            Refusal(
+                "concurrency=0",
+                cause="A server that may never be asked.",
+                remedy="must be 1 or more",
+            ),
+        ),
     ],
 )
-def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_unusable_settings_are_refused(settings: dict[str, Any], refusal: Refusal) -> None:
+    with refusal.raised():
         RemoteReward(**settings)
 
 
