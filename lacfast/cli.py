@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -15,8 +18,10 @@ import tyro
 from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
+from lacfast.config.unread import made as _made
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.presets import RUNS
+from lacfast.runs.usage import refusal
 from lacfast.runtime.signals import raised
 
 
@@ -94,7 +99,7 @@ class Steer(SteeringRun):
 class Report:
     """Write report.html of a run: curves per step, the critic's value, pictures, and signs of failure."""
 
-    run_directory: tyro.conf.Positional[Path]
+    run_directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
     """Directory of `lacfast train`, or of any trainer with metrics_path."""
 
     def run(self) -> None:
@@ -153,17 +158,25 @@ def _one_word(
     if not known:
         return None
     optional = type(None) in get_args(info.type)
+
+    def made(words: list[str]) -> Choice | None:
+        try:
+            return None if optional and words[0] == "none" else parse(words[0], known)
+        except ValueError as error:
+            raise _SettingsError(str(error), words[0]) from error
+
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="none|" * optional + usage(known),
-        instance_from_str=lambda words: None if optional and words[0] == "none" else parse(words[0], known),
+        instance_from_str=made,
         is_instance=lambda value: isinstance(value, tuple(known.values())) or (optional and value is None),
         str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 
 
 class _SettingsError(Exception):
-    """What settings refuse when they are made; of a ValueError the parser would make a box of its own."""
+    """What settings refuse when they are made, and the word that they were; of a ValueError the parser would
+    make a box of its own."""
 
 
 @_REGISTRY.struct_rule
@@ -177,7 +190,7 @@ def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Str
 
     def made(**settings: Any) -> Any:
         try:
-            return whole.instantiate(**settings)
+            return _made(info.type, settings, info.default)
         except ValueError as error:
             raise _SettingsError(str(error)) from error
 
@@ -244,21 +257,36 @@ def _parsed(arguments: list[str]) -> Command:
         print(f"lacfast {version('lacfast')}")
         raise SystemExit(0)
     is_short = arguments[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(arguments[2:])
+    refused = io.StringIO()
     try:
-        return tyro.cli(
-            Command,
-            prog="lacfast",
-            description="Latent actor-critic post-training of diffusion models. --version tells the version.",
-            args=["--help" if word == "--help-all" else word for word in arguments],
-            config=(tyro.conf.FlagCreatePairsOff,),
-            registry=_SHORT if is_short else _REGISTRY,
-        )
+        with redirect_stderr(refused):
+            return tyro.cli(
+                Command,
+                prog="lacfast",
+                description="Latent actor-critic post-training of diffusion models. "
+                "--version tells the version.",
+                args=["--help" if word == "--help-all" else word for word in arguments],
+                config=(tyro.conf.FlagCreatePairsOff,),
+                registry=_SHORT if is_short else _REGISTRY,
+            )
     except _SettingsError as error:
-        raise ValueError(str(error)) from error
-    except SystemExit:
+        message, *word = error.args
+        flag = f"{arguments[arguments.index(*word) - 1]}: " if word and word[0] in arguments else ""
+        raise ValueError(flag + message) from error
+    except SystemExit as stopped:
+        if stopped.code:
+            raise ValueError(refusal(refused.getvalue(), arguments, _understood(arguments))) from None
         if is_short:
-            print(_REST.format(command=" ".join(["lacfast", *arguments[:2]])))
+            print(_REST.format(command=_understood(arguments)))
         raise
+
+
+def _understood(arguments: list[str]) -> str:
+    """The command that the arguments begin with."""
+    commands = [kind.__name__.lower() for kind in (Demo, Train, Evaluate, Steer, Report, Info)]
+    known = (commands, RUNS if arguments[:1] == ["train"] else ())
+    words = takewhile(lambda pair: pair[0] in pair[1], zip(arguments, known, strict=False))
+    return " ".join(["lacfast", *(word for word, _ in words)])
 
 
 if __name__ == "__main__":

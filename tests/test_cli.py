@@ -88,17 +88,6 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["demo"], ["demo", "--out", "x", "--backbone", "vit"], ["fly"], ["demo", "--out", "x", "--seed", "one"]],
-)
-def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-    assert exit_info.value.code == USAGE
-    capsys.readouterr()
-
-
-@pytest.mark.parametrize(
     ("arguments", "refused"),
     [
         (

@@ -15,6 +15,7 @@ from lacfast.config import (
     SamplerConfig,
     TrainConfig,
     ValuePretrainingConfig,
+    variant,
 )
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import fit_codec
@@ -55,8 +56,8 @@ def tiny_config(**changes: object) -> TrainConfig:
     }
     advantages = changes.get("advantages", AdvantageConfig())
     assert isinstance(advantages, AdvantageConfig)
-    settings["critic"] = tiny_critic(advantages)
-    return TrainConfig(**(settings | changes))  # type: ignore[arg-type]
+    preset = TrainConfig(**settings)  # type: ignore[arg-type]
+    return variant(preset, **{"critic": tiny_critic(advantages)} | changes)
 
 
 def brightness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:

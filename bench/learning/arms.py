@@ -16,6 +16,7 @@ from lacfast.config import (
     LeaveOneOut,
     Ratio,
     TrainConfig,
+    variant,
 )
 from lacfast.runs import presets
 from lacfast.tasks.codec import CHANNELS
@@ -35,9 +36,9 @@ MEAN_STD = 0.47
 """Mean deviation of the trained steps of the tiny models' sampler."""
 
 
-def latent_critic(backbone: str) -> TrainConfig:
+def latent_critic(backbone: str, trunk: str | None = None) -> TrainConfig:
     """The method as the preset has it, one sample per prompt; whether values are pretrained is the Arm's."""
-    return pretrained_for(presets.shapes(backbone), PRETRAINING_ITERATIONS)
+    return pretrained_for(presets.shapes(backbone, trunk), PRETRAINING_ITERATIONS)
 
 
 def pretrained_for(config: TrainConfig, iterations: int) -> TrainConfig:
@@ -53,8 +54,7 @@ def taught_critic(backbone: str) -> TrainConfig:
 
 def with_trunk(backbone: str, trunk: str) -> TrainConfig:
     """The critic on other features: "branch" copies blocks, "copy" all of them, "shared" is a head alone."""
-    config = latent_critic(backbone)
-    return replace(config, critic=replace(config.critic, trunk=trunk))
+    return latent_critic(backbone, trunk)
 
 
 def distributional(config: TrainConfig) -> TrainConfig:
@@ -80,11 +80,9 @@ def at_rate(config: TrainConfig, rate: float) -> TrainConfig:
 
 def without_critic(backbone: str) -> TrainConfig:
     """All but the method: what the baselines start from."""
-    config = latent_critic(backbone)
-    return replace(
-        config,
+    return variant(
+        latent_critic(backbone),
         critic=CriticConfig(trunk="none"),
-        ppo=replace(config.ppo, gae_lambda=1.0),
         advantages=AdvantageConfig(estimator=BatchMean()),
     )
 

@@ -141,8 +141,7 @@ def run(
 
 def branch_preset(backbone: BackboneName) -> TrainConfig:
     """What variants differ from: the demo's settings with a branch."""
-    preset = presets.shapes(backbone)
-    return replace(preset, critic=replace(preset.critic, trunk="branch"))
+    return presets.shapes(backbone, "branch")
 
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:

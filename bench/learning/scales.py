@@ -86,7 +86,7 @@ class Scale:
         group = config.samples_per_prompt
         batch = max(round(self.batch * config.batch_size / group), 1) * group
         pretrain = config.pretrain
-        if self.pretraining_iterations:
+        if self.pretraining_iterations and config.critic.trunk != "none":
             count = self.pretraining_iterations
             pretrain = replace(pretrain, iterations=count, patience=count, held_out_samples=2 * batch)
         # A log ratio is a mean over N elements, so it deviates by 1 / sqrt(N): by that of the picture's side.

@@ -274,9 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * options.minutes
-    config, study_name = presets.shapes(options.backbone), options.backbone
-    if options.trunk is not None and options.trunk != config.critic.trunk:
-        config = replace(config, critic=replace(config.critic, trunk=options.trunk))
+    config, study_name = presets.shapes(options.backbone, options.trunk), options.backbone
+    if config != presets.shapes(options.backbone):
         study_name = f"{options.backbone}-{options.trunk}"
     if options.runs:
         models = _kept(_saved(options.runs))

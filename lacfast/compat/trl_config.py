@@ -203,7 +203,7 @@ def train_config(config: DDPOConfig, critic: CriticConfig | None = None) -> Trai
             weight_decay=config.train_adam_weight_decay,
             adam_eps=config.train_adam_epsilon,
             max_grad_norm=config.train_max_grad_norm,
-            cfg_grad="both",
+            cfg_grad="both" if config.sample_guidance_scale > 1 else "cond",
         ),
     )
 

@@ -25,6 +25,7 @@ from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
 from lacfast.config.stored import from_json, to_json
 from lacfast.config.training import EarlyStoppingConfig, TrainConfig, ValuePretrainingConfig
+from lacfast.config.unread import variant
 
 __all__ = [
     "COMBINATIONS",
@@ -63,4 +64,5 @@ __all__ = [
     "ValuePretrainingConfig",
     "from_json",
     "to_json",
+    "variant",
 ]

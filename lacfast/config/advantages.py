@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from lacfast.config.checks import Config, Count, Finite, OneOf, Positive, require, require_readers
+from lacfast.config.checks import Config, Count, Finite, OneOf, Positive, require
 from lacfast.config.choice import Choice, variants
+from lacfast.config.unread import readers
 
 GROUP_STDS = ("global", "group", "none")
 """See GroupBaseline.std."""
@@ -80,6 +81,8 @@ _READERS = {
 class AdvantageConfig(Config):
     """Baseline and combination of rewards; lambda and the bounds are PPOConfig's."""
 
+    UNREAD = readers("combination", _READERS)
+
     estimator: Estimator = CriticValues()
     """What a trajectory is compared with. All but CriticValues train without a critic."""
     combination: Annotated[str, OneOf(COMBINATIONS)] = "sum_normalized"
@@ -106,7 +109,6 @@ class AdvantageConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_readers(self, "combination", _READERS)
         require(
             self.combination != "sum" or self.uses_critic,
             f"combination='sum' of {self.estimator} is what 'scalarized' gives; use that",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from lacfast.config import earlier
+from lacfast.config.unread import Unread, require_read
 
 
 def require(condition: bool, message: str) -> None:
@@ -90,43 +91,11 @@ Seed = Annotated[int, Range(least=0, most=2**62)]
 """Seeds derived from it are taken modulo 2^63, see lacfast.seeds."""
 
 
-def require_unset(settings: Config, names: Sequence[str], reason: str) -> None:
-    """Check that options which nothing reads were left at their defaults.
-
-    Raises:
-        ValueError: naming every one that was set, with the reason and the defaults.
-    """
-    every = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
-    changed = {name: every[name] for name in names if getattr(settings, name) != every[name]}
-    given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in changed)
-    remedy = ", ".join(f"{name}={default!r}" for name, default in changed.items())
-    require(not changed, f"{given} would be ignored: {reason}; leave it out, the default is {remedy}")
-
-
-def require_readers(settings: Config, option: str, readers: Mapping[str, Sequence[str]]) -> None:
-    """Check that the choice of `option` reads all that was set.
-
-    Args:
-        settings: a config.
-        option: one of its fields, which names a choice.
-        readers: other field -> the choices that read it.
-
-    Raises:
-        ValueError: for a field that was set and that the choice does not read.
-    """
-    defaults = {field.name: field.default for field in fields(settings)}  # type: ignore[arg-type]
-    chosen = getattr(settings, option)
-    for name, choices in readers.items():
-        value = getattr(settings, name)
-        known = " and ".join(map(repr, choices))
-        require(
-            value == defaults[name] or chosen in choices,
-            f"{name}={value!r} would be ignored by {option}={chosen!r}; leave it out, or use {known}",
-        )
-
-
 class Config:
     """Base of all settings: frozen dataclasses whose values are checked against their annotations."""
+
+    UNREAD: ClassVar[Sequence[Unread]] = ()
+    """Options that nothing reads in some context, where they must be at their defaults."""
 
     # Named as a dataclass's own constructor takes them, which type checkers see in its place.
     def __new__(cls, *values: Any, **options: Any) -> Self:
@@ -136,6 +105,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        require_read(self, self.UNREAD)
 
 
 def _unknown_option(kind: type, name: str, value: Any) -> TypeError:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin
 
-from lacfast.config.checks import Config
+from lacfast.config.checks import Config, unknown
 
 
 class Choice(Config):
@@ -57,7 +57,7 @@ def parse(word: str, known: dict[str, type[Choice]]) -> Choice:
     """
     name, _, settings = word.partition(":")
     if name not in known:
-        raise ValueError(f"unknown choice {word!r}; write {usage(known)}")
+        raise unknown("choice", name, known, f"Write {usage(known)}")
     given: list[Any] = []
     named: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
@@ -70,7 +70,10 @@ def parse(word: str, known: dict[str, type[Choice]]) -> Choice:
         return known[name](*given, **named)
     except TypeError as error:
         settings = ", ".join(field.name for field in fields(known[name]))  # type: ignore[arg-type]
-        raise ValueError(f"{word!r} does not fit {name}, whose settings are {settings}: {error}") from error
+        example = usage({name: known[name]})
+        raise ValueError(
+            f"{word!r} does not fit {name}, whose settings are {settings or 'none'}; write {example}"
+        ) from error
 
 
 def _is_choice(member: Any) -> bool:

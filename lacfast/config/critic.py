@@ -16,9 +16,9 @@ from lacfast.config.checks import (
     Range,
     Seed,
     require,
-    require_readers,
     unknown,
 )
+from lacfast.config.unread import Unread, readers
 
 TRUNKS = (
     "branch",
@@ -34,6 +34,8 @@ REGISTERED_TRUNKS: dict[str, Callable[[Any, Any], Any]] = {}
 """Name -> builder of the trunks that lacfast.critic.trunk.register_trunk has added."""
 TAPPED_TRUNKS = ("shared", "joint", "lora", "copy")
 """Trunks that read a whole model at some of its blocks."""
+WEIGHTLESS_TRUNKS = ("shared", "joint")
+"""Trunks that are the actor's own, so that the head's weights are all that the critic has."""
 ACTOR_TRUNKS = ("branch", "shared", "clean_net")
 """Trunks that can learn on what the actor's own training forward gives them."""
 VALUE_LOSSES = ("mse", "bce", "hl_gauss")
@@ -47,6 +49,11 @@ _TRUNK_READERS = {
 }
 """Setting -> the trunks of lacfast that read it; one that was registered may read all."""
 _LOSS_READERS = {"num_bins": ("hl_gauss",), "bin_range": ("hl_gauss",), "value_clip": ("mse",)}
+_HEAD = (
+    *("time_conditioning", "text_conditioning", "loss", "num_bins", "bin_range", "value_clip"),
+    *("num_heads", "head_dim", "hidden_dim"),
+)
+"""What describes a critic's head and its loss, which every trunk has but "none"."""
 TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
 """What the head reads of the prompt; see CriticConfig.text_conditioning."""
 
@@ -55,12 +62,21 @@ TEXT_CONDITIONINGS = ("none", "pooled", "tokens")
 class CriticConfig(Config):
     """The value function on noisy latents."""
 
+    UNREAD = (
+        Unread(
+            options=_HEAD,
+            where=lambda critic: critic.trunk == "none",
+            because=lambda critic: ": trunk='none' has no head",
+        ),
+        *readers("loss", _LOSS_READERS),
+        *readers("trunk", _TRUNK_READERS, known=TRUNKS),
+    )
     trunk: str = "branch"
     """"branch": the actor's lower features, own copy of the last blocks; "shared": heads on the actor's
     detached taps; "joint": the same, and the value's gradient trains the actor too; "lora": own LoRA on the
     actor's frozen or trained base; "copy": own full trunk; "clean_net": a small net on the actor's estimate
-    of the clean latent; "none": no critic (group-relative baselines), and what describes its head says
-    nothing; or a name that `register_trunk` of lacfast.critic.trunk was given."""
+    of the clean latent; "none": no critic (group-relative baselines); or a name that `register_trunk` of
+    lacfast.critic.trunk was given."""
     num_blocks: Count = 1
     """k, blocks of the branch; 1 of 3 in the tiny DiT, 2 to 6 of 24 for SD3.5-M."""
     keep_features: bool = True
@@ -111,9 +127,6 @@ class CriticConfig(Config):
                 "One that was registered is known after importing the module that registers it: "
                 "bench.learning.controls has 'latent_net', 'prompt_only' and 'pixel'",
             )
-        require_readers(self, "loss", _LOSS_READERS)
-        if self.trunk in TRUNKS:
-            require_readers(self, "trunk", _TRUNK_READERS)
         require(self.taps != (), "taps=() has no depth to read; leave it out for the model's own")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lacfast.config.checks import Config, Count, require_unset
+from lacfast.config.checks import Config, Count
+from lacfast.config.unread import Unread
 
 GraphMode = Literal["auto", "on", "off", "fake"]
 
@@ -14,6 +15,13 @@ GraphMode = Literal["auto", "on", "off", "fake"]
 class GraphConfig(Config):
     """How steps are captured in CUDA graphs: sampling, and whatever else runs the same step many times."""
 
+    UNREAD = (
+        Unread(
+            options=("warmup_steps", "strict"),
+            where=lambda graph: graph.mode == "off",
+            because=lambda graph: ": mode='off' captures nothing",
+        ),
+    )
     mode: GraphMode = "auto"
     """"auto": a CUDA device captures the steps whose launches bound them; "on": it captures all; "off": none;
     "fake": recorded and replayed on any device, slowly, to find what a graph would freeze."""
@@ -21,8 +29,3 @@ class GraphConfig(Config):
     """Eager steps before a capture: they compile kernels, fill caches and are timed; none is lost."""
     strict: bool = False
     """Raise where a step cannot be captured, instead of running it eagerly after one warning."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mode == "off":
-            require_unset(self, ("warmup_steps", "strict"), "mode='off' captures nothing")

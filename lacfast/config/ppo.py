@@ -19,6 +19,7 @@ from lacfast.config.checks import (
     require,
 )
 from lacfast.config.choice import Choice
+from lacfast.config.unread import Unread
 
 RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
@@ -68,6 +69,15 @@ class KLPenalty(Choice, name="penalty"):
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(Config):
     """Advantages, loss and optimizers."""
+
+    UNREAD = (
+        Unread(
+            options=("lambda_gate",),
+            where=lambda ppo: ppo.gae_lambda == 1,
+            because=lambda ppo: " where gae_lambda is 1",
+            remedy="use gae_lambda < 1",
+        ),
+    )
 
     clip: Ratio | Nats | KLMask = Ratio(1e-4)
     """How far an update may move a pair. [paper] Ratio(1e-4) for SD3.5-M, Ratio(1e-5) for SD1.5."""
@@ -135,10 +145,6 @@ class PPOConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            math.isinf(self.lambda_gate) or self.gae_lambda < 1,
-            f"lambda_gate={self.lambda_gate} would be ignored where gae_lambda is 1; use gae_lambda < 1",
-        )
         final = self.final_learning_rate
         require(
             final is None or final < self.policy_learning_rate,

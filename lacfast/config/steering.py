@@ -15,16 +15,13 @@ from lacfast.config.checks import (
     Seed,
     Share,
     require,
-    require_readers,
-    require_unset,
 )
+from lacfast.config.unread import Unread, readers
 
 STEERING_METHODS = ("best_of_n", "pruning", "smc", "beam")
 """How trajectories of one image compete; see SteeringConfig.method."""
 GUIDANCE_FORMS = ("relative", "score", "constant", "mean_shift")
 """How far a step moves along the value gradient; see SteeringConfig.guidance_form."""
-
-
 _READERS = {
     "prune_fractions": ("pruning",),
     "candidates": ("beam",),
@@ -43,6 +40,15 @@ class SteeringConfig(Config):
     V is the weighted sum of the critic's heads in standard deviations of the rewards. A method says how the
     trajectories of one image compete; guidance moves each of them besides, where guidance_weight > 0.
     """
+
+    UNREAD = (
+        *readers("method", _READERS),
+        Unread(
+            options=("guidance_form", "guidance_window"),
+            where=lambda steering: not steering.guided,
+            because=lambda steering: ": guidance_weight=0 takes no gradient",
+        ),
+    )
 
     method: Annotated[str, OneOf(STEERING_METHODS)] = "pruning"
     """"best_of_n": all run to the end; "pruning": the worse half is dropped at prune_fractions; "smc":
@@ -87,9 +93,6 @@ class SteeringConfig(Config):
         super().__post_init__()
         low, high = self.guidance_window
         require(low < high, f"guidance_window={self.guidance_window} must satisfy 0 <= low < high <= 1")
-        require_readers(self, "method", _READERS)
-        if not self.guided:
-            require_unset(self, ("guidance_form", "guidance_window"), "guidance_weight=0 takes no gradient")
         self._check_method()
 
     def _check_method(self) -> None:

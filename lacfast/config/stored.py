@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from lacfast.config.choice import Choice, variants
 from lacfast.config.earlier import today
+from lacfast.config.unread import made
 
 T = TypeVar("T")
 
@@ -21,6 +23,8 @@ def to_json(settings: Any) -> Any:
 
 def from_json(kind: type[T], stored: dict[str, Any]) -> T:
     """Settings from what `to_json` made, today or before an option was spelled as it is.
+
+    What nothing reads is at its default, whatever an earlier version let a file say.
 
     Args:
         kind: the dataclass that was stored; options that are missing have their defaults.
@@ -38,7 +42,8 @@ def from_json(kind: type[T], stored: dict[str, Any]) -> T:
             f"{kind.__name__} has no {', '.join(unknown)}; known: {', '.join(known)}. Another version of "
             "lacfast wrote these settings: take the option out of the file, or install that version"
         )
-    return kind(**{name: _typed(hints[name], value) for name, value in given.items()})
+    values = {name: _typed(hints[name], value) for name, value in given.items()}
+    return made(kind, values, SimpleNamespace(**values))
 
 
 def _typed(annotation: Any, value: Any) -> Any:

@@ -16,17 +16,25 @@ from lacfast.config.checks import (
     Range,
     Seed,
     require,
-    require_unset,
 )
-from lacfast.config.critic import CriticConfig
+from lacfast.config.critic import WEIGHTLESS_TRUNKS, CriticConfig
 from lacfast.config.graph import GraphConfig
 from lacfast.config.ppo import PPOConfig
 from lacfast.config.sampling import Random, SamplerConfig, Sliding
+from lacfast.config.unread import Unread
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValuePretrainingConfig(Config):
     """Value pretraining: the actor is frozen, the critic learns Monte-Carlo returns."""
+
+    UNREAD = (
+        Unread(
+            options=("bound_states",),
+            where=lambda pretrain: pretrain.completions == 0,
+            because=lambda pretrain: ": completions=0 measures no bounds",
+        ),
+    )
 
     iterations: Count = 15
     """Rollouts. [paper] about 15, more is worse."""
@@ -65,8 +73,6 @@ class ValuePretrainingConfig(Config):
             self.completions > 0 or math.isinf(self.stop_score),
             f"stop_score={self.stop_score} needs floor and ceiling; set completions, for example 4",
         )
-        if self.completions == 0:
-            require_unset(self, ("bound_states",), "completions=0 measures no bounds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +85,11 @@ class EarlyStoppingConfig(Config):
     """A reward or an evaluation reward (a gold score shows hacking). Empty: the first reward."""
 
 
-_CRITIC_OPTIONS = ("gae_lambda", "lambda_gate", "critic_minibatches", "critic_rollouts")
-"""Options of PPOConfig that only a critic reads and that change what is computed."""
+_CRITIC_OPTIONS = (
+    *("ppo.gae_lambda", "ppo.lambda_gate", "ppo.target_clip", "ppo.critic_minibatches"),
+    *("ppo.critic_rollouts", "ppo.value_learning_rate", "ppo.trunk_learning_rate", "pretrain"),
+)
+"""What only a critic reads."""
 ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
 """What a rollout's policy computes in; see TrainConfig.rollout_precision."""
 
@@ -89,6 +98,29 @@ ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
 class TrainConfig(Config):
     """One training run."""
 
+    UNREAD = (
+        Unread(
+            options=_CRITIC_OPTIONS,
+            where=lambda train: train.critic.trunk == "none" and not train.advantages.uses_critic,
+            because=lambda train: f": advantages.estimator={train.advantages.estimator} has no critic",
+        ),
+        Unread(
+            options=("ppo.trunk_learning_rate",),
+            where=lambda train: train.critic.trunk in WEIGHTLESS_TRUNKS,
+            because=lambda train: f": critic.trunk={train.critic.trunk!r} has no weights of its own",
+        ),
+        Unread(
+            options=("ppo.critic_rollouts", "ppo.critic_minibatches"),
+            where=lambda train: not train.critic.keep_features,
+            because=lambda train: ": with keep_features=False the critic learns in the policy's steps",
+            remedy="use keep_features=True",
+        ),
+        Unread(
+            options=("ppo.cfg_grad",),
+            where=lambda train: train.sampler.guidance_scale == 1,
+            because=lambda train: ": guidance_scale=1 runs without the unconditional half",
+        ),
+    )
     seed: Seed = 0
     """Seed of noise, prompts and initial weights."""
     batch_size: Count = 128
@@ -180,7 +212,6 @@ class TrainConfig(Config):
                 f"advantages.estimator={estimator} trains without a critic, so critic.trunk={trunk!r} would "
                 "be ignored; use critic=CriticConfig(trunk='none')",
             )
-            require_unset(self.ppo, _CRITIC_OPTIONS, f"advantages.estimator={estimator} has no critic")
         require(
             not isinstance(estimator, GroupBaseline) or self.samples_per_prompt > 1,
             f"advantages.estimator={estimator} compares the trajectories of one prompt, and "
@@ -188,12 +219,7 @@ class TrainConfig(Config):
         )
 
     def _require_fitting_replay(self) -> None:
-        rollouts, count = self.ppo.critic_rollouts, self.ppo.critic_minibatches
-        require(
-            self.critic.keep_features or (rollouts == 1 and count == 0),
-            f"critic_rollouts={rollouts} and critic_minibatches={count} would be ignored: with "
-            "keep_features=False the critic learns in the policy's steps; use keep_features=True",
-        )
+        rollouts = self.ppo.critic_rollouts
         require(
             rollouts == 1 or math.isinf(self.critic.value_clip),
             f"value_clip={self.critic.value_clip} bounds a value's move from that of its own rollout, and "

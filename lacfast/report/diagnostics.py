@@ -193,8 +193,9 @@ def _values_are_calibrated(evaluations: Records, train: Records) -> Iterator[Fin
                 "The critic is overconfident",
                 f"where its values for {name} differ by 1, the returns of "
                 f"evaluation prompts differ by {slope:.2f} ± {error:.2f}",
-                "It has learned its own prompts and images: lower value_learning_rate and "
-                "trunk_learning_rate, pretrain on more rollouts with fewer passes, or make its head smaller",
+                "It has learned its own prompts and images: lower value_learning_rate and, of a trunk with "
+                "weights of its own, trunk_learning_rate; pretrain on more rollouts with fewer passes, or "
+                "make its head smaller",
                 int(last["iteration"]),
             )
 

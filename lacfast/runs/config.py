@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig, resumption
-from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, require_unset
+from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, check_fields
+from lacfast.config.unread import Unread
 from lacfast.rewards.names import require_servers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -23,6 +24,39 @@ EMBEDDED_MODELS = ("shapes-dit", "shapes-unet", "glyphs-dit", "glyphs-unet")
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
     """One run of `lacfast train`; a preset gives the defaults."""
+
+    UNREAD = (
+        Unread(
+            options=("dtype", "resolution", "attention_backend"),
+            where=lambda run: run.model in EMBEDDED_MODELS,
+            because=lambda run: (
+                f": model={run.model!r} is made on the spot, in float32 at the size of its pictures"
+            ),
+        ),
+        Unread(
+            options=("lora",),
+            where=lambda run: run.full_finetuning,
+            because=lambda run: ": full_finetuning=True trains all weights",
+        ),
+        Unread(
+            options=("train.pretrain",),
+            where=lambda run: not run.value_pretraining,
+            because=lambda run: ": value_pretraining=False does without",
+        ),
+        Unread(
+            options=(
+                *("best", "evaluation_rewards", "train.early_stopping.score"),
+                *("train.eval_samples", "train.eval_batch_size"),
+            ),
+            where=lambda run: run.train.eval_every == 0,
+            because=lambda run: ": train.eval_every=0 evaluates nothing",
+        ),
+        Unread(
+            options=("held_out",),
+            where=lambda run: not run.is_measured,
+            because=lambda run: ": neither an evaluation nor value pretraining asks for prompts",
+        ),
+    )
 
     out: str
     """Directory of the run: settings, metrics.jsonl, samples/, checkpoints/."""
@@ -44,7 +78,7 @@ class RunConfig(Config):
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""
     full_finetuning: bool = False
-    """Train all weights although there is a `lora`."""
+    """Train all weights where a preset has a `lora`."""
     resolution: tuple[Count, Count] | None = None
     """(height, width) in pixels. None: the pipeline's own."""
     attention_backend: str = ""
@@ -70,20 +104,20 @@ class RunConfig(Config):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property
-    def adapter(self) -> LoRAConfig | None:
-        """The LoRA that is trained, None for all weights."""
-        return None if self.full_finetuning else self.lora
+    def is_measured(self) -> bool:
+        """Whether held-out prompts are ever drawn."""
+        train = self.train
+        pretrains = self.value_pretraining and train.critic.trunk != "none"
+        return train.eval_every > 0 or (pretrains and train.pretrain.held_out_samples > 0)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        # Before the settings are shown or written anywhere.
+        require_servers([*(name for name, _ in self.rewards), *self.evaluation_rewards])
         super().__post_init__()
         for name in ("out", "model", "prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; every run needs it")
-        # Before the settings are shown or written anywhere.
-        require_servers([*(name for name, _ in self.rewards), *self.evaluation_rewards])
-        if self.model in EMBEDDED_MODELS:
-            made = f"model={self.model!r} is made on the spot, in float32 at the size of its pictures"
-            require_unset(self, ("dtype", "resolution", "attention_backend"), made)
 
 
 CHANGEABLE = {
@@ -98,7 +132,7 @@ CHANGEABLE = {
 class EvaluationRun(Config):
     """One run of `lacfast evaluate`."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
     prompts: str
     """Prompts, as `lacfast train` takes them."""
@@ -128,7 +162,7 @@ class EvaluationRun(Config):
 class SteeringRun(Config):
     """One run of `lacfast steer`."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A run of `lacfast train` or of the demo, a checkpoint, or a pipeline's directory or hub id."""
     prompts: tuple[str, ...]
     """Prompts themselves, or one source of them as `lacfast train` takes it."""

@@ -1,4 +1,4 @@
-"""Configurations that are known for a task; variants by dataclasses.replace."""
+"""Configurations that are known for a task; variants by lacfast.config.variant."""
 
 from __future__ import annotations
 
@@ -19,34 +19,32 @@ from lacfast.config import (
     TrainConfig,
     ValuePretrainingConfig,
 )
+from lacfast.config.critic import WEIGHTLESS_TRUNKS
 from lacfast.runs.config import RunConfig
 
 
-def shapes(backbone: str) -> TrainConfig:
-    """The demo's task on a CPU, for backbone "dit" or "unet"."""
+def shapes(backbone: str, trunk: str | None = None) -> TrainConfig:
+    """The demo's task on a CPU, for backbone "dit" or "unet"; `trunk` None: the critic's that fits it."""
     if backbone not in ("dit", "unet"):
         raise ValueError(f"unknown backbone {backbone!r}; known: dit, unet")
     # A forward of the UNet costs about twice the DiT's, so it gets fewer images for the same time.
     batch_size, pretraining_iterations = (192, 16) if backbone == "dit" else (128, 10)
     # At the DiT's rate the UNet forgets its pictures within 30 rollouts.
     policy_learning_rate = 3e-4 if backbone == "dit" else 3.75e-5
+    # Of those that run no block of their own, the one that explains more there: docs/results.md.
+    trunk = trunk or ("clean_net" if backbone == "dit" else "shared")
+    trunk_rate = PPOConfig.trunk_learning_rate if trunk in WEIGHTLESS_TRUNKS else 8e-4
     return TrainConfig(
         batch_size=batch_size,
         # The early steps decide what is where; the late ones would learn to please the checker's edges.
         sampler=SamplerConfig(num_steps=8, noise_level=0.7, window=Fixed((0, 5))),
         # The reward compares the picture with the prompt, so the head reads the prompt too.
-        critic=CriticConfig(
-            # Of those that run no block of their own, the one that explains more there: docs/results.md.
-            trunk="clean_net" if backbone == "dit" else "shared",
-            text_conditioning="tokens",
-            num_heads=8,
-            hidden_dim=256,
-        ),
+        critic=CriticConfig(trunk=trunk, text_conditioning="tokens", num_heads=8, hidden_dim=256),
         ppo=PPOConfig(
             clip=Ratio(1e-3),
             policy_learning_rate=policy_learning_rate,
             value_learning_rate=1e-3,
-            trunk_learning_rate=8e-4,
+            trunk_learning_rate=trunk_rate,
             gae_lambda=0.95,
             balance_steps=True,
             timestep_fraction=0.8,

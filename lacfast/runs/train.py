@@ -104,7 +104,7 @@ def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) ->
             config.model,
             device=device,
             dtype=torch_dtype(config.dtype),
-            lora=config.adapter,
+            lora=config.lora,
             attention_backend=config.attention_backend or None,
             settings=PipelineSettings(resolution=config.resolution),
         )
@@ -122,7 +122,7 @@ def _tiny_backbone(config: RunConfig, base: Path, device: str, log: PhaseLog) ->
             save_pretrained(made, target)
             write_json(target / file.name, recipe)
     require_whole(base)
-    return adapt_pretrained(load_pretrained(base), device=device, lora=config.adapter)
+    return adapt_pretrained(load_pretrained(base), device=device, lora=config.lora)
 
 
 def check(config: RunConfig) -> None:
@@ -283,13 +283,13 @@ def plan(config: RunConfig) -> Costs:
     if config.model in TINY_MODELS:
         # The weights do not matter, so one step of pretraining does.
         task, name = TINY_MODELS[config.model]
-        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.adapter)
+        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
         conditioning, beside = backbone.encode_unconditional(1), 0
     else:
         blueprint = load_blueprint(
             config.model,
             dtype=torch_dtype(config.dtype),
-            lora=config.adapter,
+            lora=config.lora,
             settings=PipelineSettings(resolution=config.resolution),
         )
         backbone, conditioning = blueprint.backbone, blueprint.conditioning()

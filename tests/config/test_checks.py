@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 import pickle
-import pkgutil
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from every_config import CONFIGS, REQUIRED
 from refusals import Refusal
 
-import lacfast.config
-import lacfast.runs.config
-from lacfast.cli import Demo
-from lacfast.compat.trl_config import DDPOConfig
 from lacfast.config import (
-    GRPO,
-    AdvantageConfig,
-    CriticConfig,
     Fixed,
-    GraphConfig,
     KLMask,
     KLPenalty,
     LoRAConfig,
@@ -33,36 +23,14 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
     Sliding,
-    SteeringConfig,
-    TrainConfig,
-    ValuePretrainingConfig,
 )
 from lacfast.config.checks import Config, Range, field_types, unknown
 from lacfast.config.choice import Choice
-from lacfast.rewards.remote import RetryConfig
-from lacfast.runs.config import EMBEDDED_MODELS, EvaluationRun, RunConfig, SteeringRun
-from lacfast.runs.train import TINY_MODELS
+from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 
-REQUIRED: dict[type[Config], dict[str, Any]] = {
-    RunConfig: {"out": "x", "model": "shapes-dit", "prompts": "shapes", "rewards": (("shapes", 1.0),)},
-    EvaluationRun: {"source": "shapes-dit", "prompts": "shapes", "rewards": ("shapes",)},
-}
 WRONG = (-1, 0, 0.5, math.nan, math.inf, -math.inf, "x", None, True, [1], 2**80)
 
 
-def config_classes() -> list[type[Config]]:
-    found: list[type[Config]] = [RetryConfig, DDPOConfig, Demo]
-    modules = [lacfast.runs.config]
-    for module in pkgutil.iter_modules(lacfast.config.__path__, "lacfast.config."):
-        modules.append(importlib.import_module(module.name))
-    for module in modules:
-        for _, kind in inspect.getmembers(module, is_dataclass):
-            if kind.__module__ == module.__name__ and kind.__module__ != "lacfast.config.checks":
-                found.append(kind)
-    return found
-
-
-CONFIGS = config_classes()
 MADE: dict[type[Config], Any] = {
     Ratio: Ratio(1e-4), Nats: Nats(1.0), KLMask: KLMask(1e-5), KLPenalty: KLPenalty(0.1),
     Fixed: Fixed((0, 2)), Random: Random(2), Sliding: Sliding(2, 25),
@@ -264,47 +232,6 @@ def test_an_option_that_a_config_does_not_have_is_told_its_name_of_today(
 def test_a_config_survives_pickle_and_replace() -> None:
     settings = PPOConfig(clip=Nats(5.0))
     assert pickle.loads(pickle.dumps(settings)) == replace(settings, num_minibatches=4) == settings
-
-
-@pytest.mark.parametrize(
-    "changes", [{"dtype": "bfloat16"}, {"resolution": (64, 64)}, {"attention_backend": "xformers"}]
-)
-def test_a_model_that_is_made_on_the_spot_takes_no_option_of_a_pipeline(changes: dict[str, Any]) -> None:
-    with Refusal(
-        "would be ignored: model='shapes-dit' is made on the spot",
-        cause="A pipeline's option for a model that is pretrained on the spot.",
-        remedy="leave it out, the default is",
-    ).raised():
-        RunConfig(**REQUIRED[RunConfig], **changes)
-    assert set(EMBEDDED_MODELS) == set(TINY_MODELS)
-
-
-def test_a_baseline_without_a_critic_takes_no_option_of_one() -> None:
-    grpo = {
-        "advantages": AdvantageConfig(estimator=GRPO()),
-        "critic": CriticConfig(trunk="none"),
-        "samples_per_prompt": 8,
-    }
-    with Refusal(
-        "gae_lambda=0.95, critic_rollouts=4 would be ignored",
-        cause="Options of a critic for an estimator that has none.",
-        remedy="the default is gae_lambda=1.0, critic_rollouts=1",
-    ).raised():
-        TrainConfig(**grpo, ppo=PPOConfig(gae_lambda=0.95, critic_rollouts=4))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "reason"),
-    [
-        (SteeringConfig, {"guidance_form": "score"}, "guidance_weight=0 takes no gradient"),
-        (SteeringConfig, {"guidance_window": (0.3, 0.8)}, "guidance_weight=0 takes no gradient"),
-        (ValuePretrainingConfig, {"bound_states": 32}, "completions=0 measures no bounds"),
-        (GraphConfig, {"mode": "off", "warmup_steps": 1}, "mode='off' captures nothing"),
-    ],
-)
-def test_what_a_switch_turns_off_is_not_set(kind: type[Config], changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValueError, match=f"would be ignored: {reason}; leave it out"):
-        kind(**changes)
 
 
 def test_a_name_far_from_all_gets_no_guess() -> None:

@@ -46,12 +46,12 @@ def test_usage_names_every_choice_and_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("ration:1", "unknown choice 'ration:1'; write ratio:CLIP_RANGE|nats"),
-        ("ratio", "'ratio' does not fit ratio, whose settings are clip_range: .*missing"),
+        ("ration:1", r"unknown choice 'ration'; did you mean 'ratio'\? .* Write ratio:CLIP_RANGE\|nats"),
+        ("ratio", "'ratio' does not fit ratio, whose settings are clip_range; write ratio:CLIP_RANGE"),
         ("ratio:1e-4,2e-4", "does not fit ratio"),
         ("ratio:wide", "clip_range='wide' must be a number or a tuple"),
         ("nats:-1", "clip_nats=-1 must be > 0"),
-        ("ratio:clip=1", "whose settings are clip_range: Ratio has no option 'clip'"),
+        ("ratio:clip=1", "whose settings are clip_range; write ratio:CLIP_RANGE"),
     ],
 )
 def test_a_word_that_does_not_fit_says_how_to_write_one(word: str, message: str) -> None:
@@ -94,7 +94,5 @@ def test_help_shows_how_to_write_a_choice(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_word_that_is_wrong_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(dry_run("--train.ppo.clip", "nat:5"))
-    assert exit_info.value.code == USAGE
-    assert "unknown choice 'nat:5'" in capsys.readouterr().err
+    assert main(dry_run("--train.ppo.clip", "nat:5")) == USAGE
+    assert "--train.ppo.clip: unknown choice 'nat'" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def table_of(name: str) -> TransitionTable:
     blueprint = load_blueprint(
         config.model,
         dtype=torch_dtype(config.dtype),
-        lora=config.adapter,
+        lora=config.lora,
         settings=PipelineSettings(resolution=config.resolution),
     )
     return blueprint.backbone.transition_table(config.train.sampler)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
 
 from lacfast.cli import main
-from lacfast.config import AdvantageConfig, BatchMean, LoRAConfig, PPOConfig, Ratio
+from lacfast.config import AdvantageConfig, BatchMean, LoRAConfig, PPOConfig, Ratio, TrainConfig
 from lacfast.rewards.reward import RewardError
 from lacfast.runs import train as run
 from lacfast.runs.config import RunConfig
@@ -45,6 +45,7 @@ def config(tmp_path: Path) -> RunConfig:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, policy_learning_rate=1e-3)
+    train = tiny_config(ppo=ppo, iterations=3, advantages=AdvantageConfig(estimator=BatchMean()))
     return RunConfig(
         out=str(tmp_path / "run"),
         model="tiny",
@@ -52,7 +53,8 @@ def config(tmp_path: Path) -> RunConfig:
         rewards=((REWARD, 1.0),),
         save_every=1,
         keep_last=9,
-        train=tiny_config(ppo=ppo, iterations=3, advantages=AdvantageConfig(estimator=BatchMean())),
+        # It evaluates nothing.
+        train=replace(train, eval_samples=TrainConfig.eval_samples),
     )
 
 
@@ -155,11 +157,13 @@ def test_a_run_from_an_older_checkpoint_is_saved_and_loses_nothing_of_the_newer_
     config: RunConfig,
 ) -> None:
     out = Path(config.out)
-    last, _ = train(changed(config, eval_every=3))
+    last, _ = train(changed(config, eval_every=3, eval_samples=8))
     third = weights(last)
     pictures, metrics = names(out / "samples"), (out / "metrics.jsonl").read_text()
     ppo = replace(config.train.ppo, policy_learning_rate=1e-2)
-    older = replace(changed(config, ppo=ppo, eval_every=3), resume=str(out / "checkpoints" / "00000001"))
+    older = replace(
+        changed(config, ppo=ppo, eval_every=3, eval_samples=8), resume=str(out / "checkpoints" / "00000001")
+    )
     with pytest.warns(UserWarning, match=r"later or damaged entries .* are in .*replaced/1 now"):
         branch, _ = train(older)
     assert branch == last
@@ -261,7 +265,7 @@ def test_a_reward_that_fails_leaves_the_last_whole_iteration(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """Also in an evaluation, which is made again: what the run gives is what it gives without a failure."""
-    config = changed(replace(config, save_every=0), eval_every=1)
+    config = changed(replace(config, save_every=0), eval_every=1, eval_samples=8)
     through, _ = train(replace(config, out=str(tmp_path / "through")))
     monkeypatch.setattr(tiny_backbones, "brightness", fails_at(calls))
     told: list[str] = []

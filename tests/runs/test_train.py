@@ -21,6 +21,7 @@ from lacfast.config import (
     TrainConfig,
     ValuePretrainingConfig,
     from_json,
+    variant,
 )
 from lacfast.metrics import curve_points
 from lacfast.runs import train as run
@@ -108,8 +109,9 @@ def test_it_keeps_the_last_checkpoints_the_best_one_and_pictures(model: Path, tm
 
 def test_a_new_run_does_not_mix_with_an_old_one(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    short = replace(run_config(model, out), value_pretraining=False)
-    short = replace(short, train=replace(short.train, iterations=1, eval_every=0))
+    whole = run_config(model, out)
+    train = replace(whole.train, iterations=1, eval_every=0)
+    short = variant(whole, value_pretraining=False, train=train)
     run.train(short)
     with pytest.raises(ValueError, match="already holds a run"):
         run.train(replace(short, resume="never"))
@@ -118,7 +120,7 @@ def test_a_new_run_does_not_mix_with_an_old_one(model: Path, tmp_path: Path) -> 
 
 
 def test_an_unknown_best_score_is_refused_with_the_known_ones(model: Path, tmp_path: Path) -> None:
-    wrong = run_config(model, tmp_path / "run", best="beauty", value_pretraining=False)
+    wrong = run_config(model, tmp_path / "run", best="beauty")
     with pytest.raises(ValueError, match="jpeg_incompressibility"):
         run.train(wrong)
 

@@ -336,7 +336,7 @@ def test_heads_are_summed_by_weight_or_their_minimum_is_taken() -> None:
             Refusal("guidance_weight=-1.0", cause="Guidance away from the value.", remedy="must be >= 0"),
         ),
         (
-            {"guidance_window": (0.9, 0.2)},
+            {"guidance_weight": 0.1, "guidance_window": (0.9, 0.2)},
             Refusal(
                 "guidance_window=(0.9, 0.2)",
                 cause="A window of noise levels from high to low.",

@@ -34,8 +34,16 @@ def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
     critic = arms.latent_critic(backbone)
     for name, arm in without_critic(backbone).items():
         assert arm.critic == CriticConfig(trunk="none"), name
-        ppo = replace(arm.ppo, gae_lambda=critic.ppo.gae_lambda)
-        same = replace(arm, advantages=AdvantageConfig(), critic=critic.critic, samples_per_prompt=1, ppo=ppo)
+        # What a critic alone reads is not set without one.
+        read = {"gae_lambda": critic.ppo.gae_lambda, "trunk_learning_rate": critic.ppo.trunk_learning_rate}
+        same = replace(
+            arm,
+            advantages=AdvantageConfig(),
+            critic=critic.critic,
+            samples_per_prompt=1,
+            ppo=replace(arm.ppo, **read),
+            pretrain=critic.pretrain,
+        )
         assert same == critic, name
 
 

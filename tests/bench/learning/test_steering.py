@@ -59,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     preset = presets.shapes("dit")
     pretraining = replace(preset.pretrain, iterations=1, held_out_samples=8)
     monkeypatch.setattr(
-        "lacfast.runs.presets.shapes", lambda backbone: replace(preset, batch_size=8, pretrain=pretraining)
+        "lacfast.runs.presets.shapes", lambda *_: replace(preset, batch_size=8, pretrain=pretraining)
     )
     seen: list[list[str]] = []
 
