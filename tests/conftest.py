@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from host_waits import WaitLog
 from torch import Tensor
 
 from lacfast import ops
@@ -109,6 +110,18 @@ def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test's ops on every backend of this process."""
     with ops.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cuda() -> Iterator[WaitLog]:
+    """A CUDA device that is pretended; gives the log of the host's waits for it."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so none is pretended")
+    # What the other tests need not import.
+    from pretended_cuda import pretended_cuda
+
+    with pretended_cuda() as waits:
+        yield waits
 
 
 @pytest.fixture

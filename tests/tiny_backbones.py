@@ -38,6 +38,13 @@ def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbo
     return adapt_pretrained(Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ()))
 
 
+def on_cuda(backbone: LatentBackbone) -> LatentBackbone:
+    """The backbone, moved to the CUDA device."""
+    for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
+        module.cuda()
+    return backbone
+
+
 def tiny_critic(advantages: AdvantageConfig) -> CriticConfig:
     """What the advantages need: a small head, or no critic."""
     if not advantages.uses_critic:
