@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from lacfast.records import Advantages, Evaluation, Rollout
-from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.runtime.files import needing_space, writing_to
 from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.profiling import span
+from lacfast.transfer import to_like
 
 
 class MetricsLog:
@@ -92,22 +93,37 @@ def rollout_metrics(
     if variance is None:
         return metrics
     values = rollout.values
-    returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
+    returns = normalizer.standardized(rollout).expand_as(values)
     metrics["value_mean"] = values.mean(dim=(1, 2))
     metrics["value_std"] = values.std(dim=1).mean(dim=-1)
     metrics["explained_variance"] = variance.mean(dim=-1)
     metrics["value_slope"] = _slope(returns, values).mean(dim=-1)
-    raw_errors = (returns - values)[steps] * normalizer.std.to(values)
-    metrics["value_loss_raw"] = float(raw_errors.square().mean())
+    raw_errors = (returns - values)[steps] * to_like(normalizer.std, values)
+    metrics["value_loss_raw"] = raw_errors.square().mean()
     if heads > 1:
         names = list(rollout.rewards) if normalizer.heads is None else normalizer.heads.names
         losses = (values[steps] - advantages.targets).square().mean(dim=(0, 1))
         for head, name in enumerate(names):
-            metrics[f"value_loss/{name}"] = float(losses[head])
+            metrics[f"value_loss/{name}"] = losses[head]
             metrics[f"explained_variance/{name}"] = variance[:, head]
             deviations = advantages.raw[..., head].std(dim=1)
             metrics[f"advantage_std/{name}"] = _at_steps(deviations, steps, num_steps)
     return metrics
+
+
+def on_host(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics whose tensors are on the host, read from the device all at once; a tensor () is a number."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    there = [value for value in tensors.values() if value.device.type != "cpu"]
+    if there:
+        with span("sync"):
+            flat = torch.cat([value.double().flatten() for value in there]).cpu()
+        parts = iter(torch.split(flat, [value.numel() for value in there]))
+        tensors = {
+            name: value if value.device.type == "cpu" else next(parts).view(value.shape).to(value.dtype)
+            for name, value in tensors.items()
+        }
+    return metrics | {name: value if value.ndim else value.item() for name, value in tensors.items()}
 
 
 def _at_steps(trained: Tensor, steps: Tensor, num_steps: int) -> Tensor:

@@ -19,6 +19,7 @@ from lacfast.config import KL_KINDS
 from lacfast.config.checks import unknown
 from lacfast.config.sampling import require_noise_level
 from lacfast.records import TransitionTable
+from lacfast.transfer import to_device
 
 Window = tuple[int, int]
 
@@ -249,7 +250,7 @@ def kl_gains(
     kinds = dict(zip(KL_KINDS, (exact, torch.ones_like(exact), step_sizes * exact), strict=True))
     if kind not in kinds:
         raise unknown("kl kind", kind, kinds)
-    return torch.where(stochastic, kinds[kind], 0.0).to(device, dtype)
+    return to_device(torch.where(stochastic, kinds[kind], 0.0), device, dtype)
 
 
 if not TYPE_CHECKING:

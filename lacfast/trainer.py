@@ -30,6 +30,7 @@ from lacfast.metrics import (
     compiled_graphs,
     evaluation_metrics,
     graph_metrics,
+    on_host,
     rollout_metrics,
 )
 from lacfast.prompts import PromptSet, PromptSource
@@ -278,7 +279,7 @@ class LatentActorCriticTrainer:
         if self.critic is not None and variance is not None:
             self.critic.rewards = self.estimator.heads
             metrics |= self.confidence.metrics(variance)
-        return metrics | self.learner.learn(rollout, advantages, self.iteration)
+        return on_host(metrics | self.learner.learn(rollout, advantages, self.iteration))
 
     def train_iteration(
         self, on_rollout: Callable[[Rollout], None] | None = None, *, progress: float | None = None

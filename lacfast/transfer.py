@@ -15,3 +15,8 @@ def to_device(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | N
     if place.type != "cuda" or tensor.is_cuda:
         return tensor.to(place, dtype)
     return tensor.to(dtype=dtype).pin_memory().to(place, non_blocking=True)
+
+
+def to_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` on the device and in the dtype of another one."""
+    return to_device(tensor, other.device, other.dtype)

@@ -13,6 +13,7 @@ from lacfast.distributed.world import all_reduce
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.transfer import to_device, to_like
 
 
 def critic_advantages(
@@ -37,17 +38,17 @@ def critic_advantages(
         target_clip: bound of the standardised value targets.
         combination: "sum_normalized" or "sum".
     """
-    rewards = normalizer.head_rewards(stack_rewards(rollout))
-    steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
+    rewards = to_device(normalizer.head_rewards(stack_rewards(rollout)), rollout.latents.device)
+    steps = to_device(torch.tensor(rollout.table.trainable_steps), rewards.device)
     values = rollout.values[steps].transpose(0, 1).to(rewards).contiguous()
     result = ops.normalized_advantages(
         rewards,
         values,
-        normalizer.mean.to(rewards),
-        normalizer.std.to(rewards),
-        weights.to(rewards),
+        to_like(normalizer.mean, rewards),
+        to_like(normalizer.std, rewards),
+        to_like(weights, rewards),
         combination=combination,
-        gae_lambda=gae_lambda.to(values)[steps] if isinstance(gae_lambda, Tensor) else gae_lambda,
+        gae_lambda=to_like(gae_lambda, values)[steps] if isinstance(gae_lambda, Tensor) else gae_lambda,
         advantage_clip=advantage_clip,
         target_clip=target_clip,
         all_reduce=all_reduce(),

@@ -23,6 +23,7 @@ from lacfast.config import DDPO, CriticValues, GroupBaseline, LeaveOneOut, Train
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
+from lacfast.transfer import to_device
 
 
 class AdvantageEstimator:
@@ -89,12 +90,13 @@ class AdvantageEstimator:
         rewards = self.normalizer.head_rewards(stack_rewards(rollout))
         raw = self._relative_rewards(rewards, rollout.prompts)
         bound = self.ppo.advantage_clip
-        steps = torch.tensor(rollout.table.trainable_steps, device=rewards.device)
+        steps, device = torch.tensor(rollout.table.trainable_steps), rollout.latents.device
+        policy = combined(raw, self.weights).clamp(-bound, bound)
         return Advantages(
-            steps,
-            combined(raw, self.weights).clamp(-bound, bound).expand(len(steps), -1),
-            raw.new_zeros((rollout.batch_size, 0)),
-            raw.expand(len(steps), -1, -1),
+            to_device(steps, device),
+            to_device(policy, device).expand(len(steps), -1),
+            raw.new_zeros((rollout.batch_size, 0), device=device),
+            to_device(raw, device).expand(len(steps), -1, -1),
             self._group_counts(rewards),
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.config.checks import Config, Count, NonNegative
+from lacfast.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,8 @@ class VAECodec:
         config = self.vae.config
         scaled = self.family.unpack(latents, self.map_shape) / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None:
-            mean = torch.tensor(config.latents_mean, device=scaled.device).view(1, -1, 1, 1)
-            std = torch.tensor(config.latents_std, device=scaled.device).view(1, -1, 1, 1)
+            mean = to_device(torch.tensor(config.latents_mean), scaled.device).view(1, -1, 1, 1)
+            std = to_device(torch.tensor(config.latents_std), scaled.device).view(1, -1, 1, 1)
             scaled = scaled * std + mean
         if getattr(config, "shift_factor", None) is not None:
             scaled = scaled + config.shift_factor

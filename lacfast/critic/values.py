@@ -14,7 +14,7 @@ from lacfast.records import Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.runtime.host_memory import Staging
-from lacfast.transfer import to_device
+from lacfast.transfer import to_device, to_like
 
 STATES_AT_ONCE = 32
 """States that rollout_values takes together: larger products than a step's, less memory than an update's."""
@@ -73,7 +73,7 @@ def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormal
 def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     """Explained variance (T, M) of a rollout by the values that were sampled with it."""
     values = rollout.values
-    returns = normalizer.standardize(stack_rewards(rollout)).expand_as(values)
+    returns = normalizer.standardized(rollout).expand_as(values)
     return reference.explained_variance(values.transpose(0, 1), returns.transpose(0, 1))
 
 
@@ -95,13 +95,13 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rol
     seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
     normalizer.update(rewards)
     new = normalizer.mean, normalizer.std
-    critic.reward_mean.copy_(normalizer.mean)
-    critic.reward_std.copy_(normalizer.std)
+    critic.reward_mean.copy_(to_like(normalizer.mean, critic.reward_mean))
+    critic.reward_std.copy_(to_like(normalizer.std, critic.reward_std))
     # Before the first reward a squared error predicts nothing in raw units: V = 0 means "the mean".
     old_mean, old_std = (
-        statistic.to(rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
+        to_like(statistic, rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
     )
-    new_mean, new_std = (statistic.to(rollout.values) for statistic in new)
+    new_mean, new_std = (to_like(statistic, rollout.values) for statistic in new)
     # A rollout on the host has its values there.
-    critic.rescale(*(each.to(critic.reward_mean.device) for each in (old_mean, old_std, new_mean, new_std)))
+    critic.rescale(*(to_device(each, critic.reward_mean.device) for each in (old_mean, old_std, new_mean, new_std)))
     return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)

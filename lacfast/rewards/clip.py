@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lacfast.rewards.model import ModelReward
 from lacfast.rewards.preprocessing import ImagePreprocessing
+from lacfast.transfer import to_device
 
 
 @dataclass(kw_only=True, eq=False)
@@ -55,7 +56,7 @@ class CLIPReward(ModelReward):
         image_embeddings = self._embed_images(network, images)
         # Several images of one prompt are common: each text is encoded once.
         unique = list(dict.fromkeys(prompts))
-        rows = torch.tensor([unique.index(prompt) for prompt in prompts], device=images.device)
+        rows = to_device(torch.tensor([unique.index(prompt) for prompt in prompts]), images.device)
         text_embeddings = self._embed_texts(network, unique)[rows]
         return (image_embeddings * text_embeddings).sum(dim=-1)
 

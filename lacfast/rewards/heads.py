@@ -19,9 +19,8 @@ SCALARIZED = "scalarized"
 
 
 def stack_rewards(rollout: Rollout) -> Tensor:
-    """(B, M) rewards in the order of rollout.rewards, on the rollout's device; float64 for such latents."""
-    dtype = arithmetic_dtype(rollout.latents)
-    return torch.stack(list(rollout.rewards.values()), dim=1).to(rollout.latents.device, dtype)
+    """(B, M) rewards in the order of rollout.rewards, on the host as they come; float64 for such latents."""
+    return torch.stack(list(rollout.rewards.values()), dim=1).to("cpu", arithmetic_dtype(rollout.latents))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lacfast.distributed.world import moments
-from lacfast.rewards.heads import RewardHeads
+from lacfast.records import Rollout
+from lacfast.rewards.heads import RewardHeads, stack_rewards
+from lacfast.transfer import to_device
 
 _TINY = 1e-8
 
@@ -70,6 +72,10 @@ class RewardNormalizer:
     def standardize(self, rewards: Tensor) -> Tensor:
         """(B, M) of rewards (B, M), in units of their standard deviation."""
         return (self.head_rewards(rewards) - self.mean.to(rewards)) / self.std.to(rewards)
+
+    def standardized(self, rollout: Rollout) -> Tensor:
+        """(B, M) rewards of a rollout in units of their standard deviation, on its device."""
+        return to_device(self.standardize(stack_rewards(rollout)), rollout.latents.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "variance": self.variance, "count": self.count}

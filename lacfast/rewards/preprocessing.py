@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lacfast.transfer import to_device
+
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 """Pillow's number of a resampling filter -> torch's name; both antialias with the same kernels."""
 
@@ -92,8 +94,8 @@ class ImagePreprocessing:
         """(B, 3, size, size) float32 of images (B, 3, H, W) float in [0, 1]; on their device, no gradient."""
         # Processors are given images of 8 bits: what those lose is lost here too.
         levels = self._fitted((images.detach().float() * 255).round_().clamp_(0, 255)) / 255
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None]
-        std = torch.tensor(self.std, device=images.device)[:, None, None]
+        mean = to_device(torch.tensor(self.mean), images.device)[:, None, None]
+        std = to_device(torch.tensor(self.std), images.device)[:, None, None]
         return (levels - mean) / std
 
     def _fitted(self, levels: Tensor) -> Tensor:

@@ -240,11 +240,12 @@ def evaluate(
     values, pending = [], []
     for part, scores_of_part in decoded_and_scored(parts, backbone, rewards, images=images):
         prompts += part.prompts
-        values.append(part.values.transpose(0, 1).cpu())
+        values.append(part.values.transpose(0, 1))
         pending.append(scores_of_part)
     finished = [scores_of_part.result() for scores_of_part in pending]
     scores = {name: torch.cat([part_scores[name] for part_scores in finished]) for name in rewards.names}
-    predicted = torch.cat(values)
+    # Read once: a read of every part would hold up the sampling of the next.
+    predicted = torch.cat(values).cpu()
     variance, calibration = torch.zeros(predicted.shape[1], 0), {}
     if predicted.shape[-1] > 0:
         rewarded = torch.stack([scores[name] for name in scorers[0].names], dim=1)

@@ -12,6 +12,7 @@ from lacfast.config import SteeringConfig
 from lacfast.critic.critic import Critic
 from lacfast.rewards.heads import SCALARIZED, RewardHeads
 from lacfast.rewards.registry import RewardSet
+from lacfast.transfer import to_device, to_like
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,13 @@ class Objective:
             return values
         scale = self.reward_std[critic] / self.reward_std[0]
         offset = (self.reward_mean[critic] - self.reward_mean[0]) / self.reward_std[0]
-        return values * scale.to(values) + offset.to(values)
+        return values * to_like(scale, values) + to_like(offset, values)
 
     def _of_heads(self, values: Tensor) -> Tensor:
-        weighted = values * self.weights.to(values)
+        weighted = values * to_like(self.weights, values)
         if self.head_combination == "sum":
             return weighted.sum(dim=-1)
-        return weighted[:, self.weights.to(values.device) > 0].amin(dim=-1)
+        return weighted.masked_fill(to_device(self.weights, values.device) <= 0, torch.inf).amin(dim=-1)
 
 
 def _common_heads(critics: Sequence[Critic]) -> RewardHeads | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lacfast.tasks import scenes
 from lacfast.tasks.folders import read_folder, write_folder
 from lacfast.tasks.task import Task
+from lacfast.transfer import to_device
 
 WIDTH = 96
 PADDING = 0
@@ -56,7 +57,8 @@ class WordEncoder(nn.Module):
     def indices(self, prompts: Sequence[str]) -> Tensor:
         """Word numbers (B, L) int64, PADDING past the end of a prompt."""
         rows = [self._prompt_indices(prompt) for prompt in prompts]
-        return torch.tensor(rows, dtype=torch.int64, device=self.word.weight.device).reshape(-1, self.length)
+        numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
+        return to_device(numbers, self.word.weight.device)
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled embeddings (B, D) of B prompts.
