@@ -55,7 +55,7 @@ def _values(critic: Critic, rollout: Rollout) -> Tensor:
 @torch.no_grad()
 def _values_of_host(critic: Critic, rollout: Rollout) -> Tensor:
     batch, device = rollout.batch_size, critic.reward_mean.device
-    staging, timesteps = Staging(device), rollout.table.timesteps.to(device)
+    staging, timesteps = Staging(device), to_device(rollout.table.timesteps, device)
     values = []
     for states in torch.split(torch.arange(rollout.num_steps * batch), STATES_AT_ONCE):
         found = gathered(rollout, states // batch, states % batch, staging)
@@ -103,5 +103,6 @@ def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rol
     )
     new_mean, new_std = (to_like(statistic, rollout.values) for statistic in new)
     # A rollout on the host has its values there.
-    critic.rescale(*(to_device(each, critic.reward_mean.device) for each in (old_mean, old_std, new_mean, new_std)))
+    device, units = critic.reward_mean.device, (old_mean, old_std, new_mean, new_std)
+    critic.rescale(*(to_device(each, device) for each in units))
     return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)

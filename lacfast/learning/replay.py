@@ -20,6 +20,7 @@ from lacfast.critic.trunk import Features
 from lacfast.learning.pairs import Pairs, all_states, minibatches
 from lacfast.records import Conditioning, Rollout
 from lacfast.rewards.heads import stack_rewards
+from lacfast.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class RewardedStates(KeptStates):
     @staticmethod
     def of(rollout: Rollout, device: torch.device) -> RewardedStates:
         """A rollout with rewards, which go to the `device` of the critic."""
-        rewards = stack_rewards(rollout).to(device)
+        rewards = to_device(stack_rewards(rollout), device)
         return RewardedStates(rollout.latents[:-1], rollout.features, rollout.conditioning, rewards)
 
 

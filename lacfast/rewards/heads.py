@@ -13,6 +13,7 @@ from lacfast.config import AdvantageConfig
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import RewardCondition, Rollout
 from lacfast.reference.advantages import gated_rewards
+from lacfast.transfer import to_like
 
 SCALARIZED = "scalarized"
 """Name of the one head on the weighted sum."""
@@ -83,7 +84,7 @@ class RewardHeads:
         """(B, M) raw rewards as they are; (B, 1) their weighted sum."""
         if self.combination != SCALARIZED:
             return rewards
-        return (rewards * torch.tensor(self.weights).to(rewards)).sum(dim=1, keepdim=True)
+        return (rewards * to_like(torch.tensor(self.weights), rewards)).sum(dim=1, keepdim=True)
 
     def __call__(self, rewards: Tensor, mean: Tensor) -> Tensor:
         """Raw reward of each head of rewards (B, M): its mean (M,), where a condition fails."""
@@ -94,11 +95,11 @@ class RewardHeads:
             RewardCondition(reward=index(easy), on=index(hard), threshold=threshold)
             for easy, hard, threshold in self.conditions
         ]
-        return gated_rewards(rewards, mean.to(rewards), conditions)
+        return gated_rewards(rewards, to_like(mean, rewards), conditions)
 
     def standardize(self, rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """What the heads predict of rewards (B, M): (R - mean) / std, 0 where a condition fails."""
-        return (self(rewards, mean) - mean.to(rewards)) / std.to(rewards)
+        return (self(rewards, mean) - to_like(mean, rewards)) / to_like(std, rewards)
 
 
 def reward_index(names: Sequence[str], name: str) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lacfast.distributed.world import moments
 from lacfast.records import Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
-from lacfast.transfer import to_device
+from lacfast.transfer import to_device, to_like
 
 _TINY = 1e-8
 
@@ -71,7 +71,7 @@ class RewardNormalizer:
 
     def standardize(self, rewards: Tensor) -> Tensor:
         """(B, M) of rewards (B, M), in units of their standard deviation."""
-        return (self.head_rewards(rewards) - self.mean.to(rewards)) / self.std.to(rewards)
+        return (self.head_rewards(rewards) - to_like(self.mean, rewards)) / to_like(self.std, rewards)
 
     def standardized(self, rollout: Rollout) -> Tensor:
         """(B, M) rewards of a rollout in units of their standard deviation, on its device."""
