@@ -6,7 +6,8 @@
 
 Arms take turns on the same work at batch 1, 4 and 16, and their results are compared; "values" is what the
 values of all steps add. Times are those of a denoising step and of a (sample, step) pair; memory is counted
-over the weights. A model that does not fit the time or the memory leaves its reason.
+over the weights: of a call that replays, and of those before, which compile and capture. Where memory ran
+out, the batch is the smaller one that ran. What does not fit the time or the memory leaves its reason.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +33,7 @@ import torch
 from bench import machine
 from bench.interleaved import Provider, race, speed_ups
 from lacfast.config import BatchMean, CriticValues
+from lacfast.metrics import compiled_graphs
 
 if TYPE_CHECKING:
     from bench.random_models import Subject
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 BATCHES = (1, 4, 16)
 TRUNKS = ("none", "shared", "branch")
 VALUE_BATCH = 4
+MOST_CAPTURES = 8
+"""Calls after which an arm has compiled, warmed up and captured all that it ever will."""
 EAGER = "eager"
 Row = dict[str, Any]
 
@@ -68,6 +75,8 @@ class Plan:
     batches: tuple[int, ...] = BATCHES
     rounds: int = 5
     arms: tuple[str, ...] = tuple(ARMS)
+    prepare_seconds: float = math.inf
+    """Limit of a call that compiles, besides its work; an arm beyond it is left out for its model."""
 
 
 def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
     from lacfast.config import GraphConfig
 
     captured = "on" if device.type == "cuda" else "fake"
-    graph = GraphConfig(mode=captured if arm.is_captured else "off", strict=arm.is_captured)
+    graph = GraphConfig(mode=captured, strict=True) if arm.is_captured else GraphConfig(mode="off")
     return {"graph": graph, "compile": arm.is_compiled}
 
 
@@ -113,22 +122,61 @@ def rollout_of(trainer: LatentActorCriticTrainer, batch: int) -> Rollout:
     return rollout
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What an arm repeats."""
+
+    call: Callable[[], Any]
+    trainer: LatentActorCriticTrainer | None = None
+    size: Callable[[], int] | None = None
+    """Trajectories or pairs that run at a time, fewer than asked once memory has run out; 0: all."""
+
+
+class CompiledForwards:
+    """The compiled forwards of a model's blocks, in place only while an arm runs that has them."""
+
+    def __init__(self) -> None:
+        self._forwards: dict[torch.nn.Module, Any] = {}
+
+    def take(self, model: torch.nn.Module) -> None:
+        """Take them off the model, whose blocks then run as they are."""
+        from lacfast.backbones.compilation import CompiledForward
+
+        for block in model.modules():
+            if isinstance(block.__dict__.get("forward"), CompiledForward):
+                self._forwards[block] = block.__dict__.pop("forward")
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the context the blocks run compiled."""
+        for block, forward in self._forwards.items():
+            block.forward = forward
+        try:
+            yield
+        finally:
+            for block in self._forwards:
+                del block.forward
+
+
 class Bench:
-    """One subject: two models, as they are and compiled, and a trainer per arm on one of them."""
+    """One subject: one model, and a trainer per arm on it."""
 
     def __init__(self, subject: Subject, plan: Plan) -> None:
         self.subject = subject
         self.plan = plan
-        used = {ARMS[name].is_compiled for name in plan.arms} | {False}
-        self.backbones = {is_compiled: subject.build(plan.dtype) for is_compiled in sorted(used)}
+        self.backbone = subject.build(plan.dtype)
+        self.compiled = CompiledForwards()
+        self._too_slow: dict[str, str] = {}
 
     def trainer(self, arm: str, microbatch_size: int = 1) -> LatentActorCriticTrainer:
-        return trainer_of(
+        trainer = trainer_of(
             self.subject,
-            self.backbones[ARMS[arm].is_compiled],
+            self.backbone,
             microbatch_size=microbatch_size,
             **arm_changes(ARMS[arm], self.plan.device),
         )
+        self.compiled.take(self.backbone.model)
+        return trainer
 
     def sampling(self) -> Iterable[Row]:
         """Milliseconds of a denoising step."""
@@ -136,8 +184,15 @@ class Bench:
         steps = self.subject.sampler.num_steps
         for batch in self.plan.batches:
             prompts = trainers[EAGER].prompts.cycle(batch)
-            calls = {arm: partial(trainer.rollout, prompts, 0) for arm, trainer in trainers.items()}
-            yield from self._rows("sampling", batch, calls, steps, self._same_latents)
+            works = {
+                arm: Work(
+                    call=self._running(arm, partial(trainer.rollout, prompts, 0)),
+                    trainer=trainer,
+                    size=partial(getattr, trainer.part_size, "size"),
+                )
+                for arm, trainer in trainers.items()
+            }
+            yield from self._rows("sampling", batch, works, steps, self._same_latents)
         yield from self._value_rows("sampling", steps)
 
     def update(self) -> Iterable[Row]:
@@ -146,47 +201,67 @@ class Bench:
             # One trajectory has no advantage over the batch's mean.
             rollout = rollout_of(self.trainer(EAGER), max(batch, 2))
             pairs = rollout.batch_size * len(rollout.table.trainable_steps)
-            calls = {arm: partial(self.trainer(arm, batch).update, rollout) for arm in self.plan.arms}
-            yield from self._rows("update", batch, calls, pairs, self._same_losses)
+            trainers = {arm: self.trainer(arm, batch) for arm in self.plan.arms}
+            works = {
+                arm: Work(
+                    call=self._running(arm, partial(trainer.update, rollout)),
+                    trainer=trainer,
+                    size=partial(getattr, trainer.learner.policy_update.microbatch, "size"),
+                )
+                for arm, trainer in trainers.items()
+            }
+            yield from self._rows("update", batch, works, pairs, self._same_losses)
         yield from self._value_rows("update", VALUE_BATCH * len(rollout.table.trainable_steps))
+
+    def _running(self, arm: str, call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call with the model's blocks as the arm has them."""
+
+        def run() -> Any:
+            with self.compiled.in_place() if ARMS[arm].is_compiled else nullcontext():
+                return call()
+
+        return run
 
     def _value_rows(self, phase: str, work: int) -> Iterable[Row]:
         """The same without a critic, with heads on the actor's taps, and with a branch; eagerly."""
-        calls: dict[str, Callable[[], Any]] = {}
+        works: dict[str, Work] = {}
         for trunk in TRUNKS:
             trainer = trainer_of(
-                self.subject, self.backbones[False], microbatch_size=VALUE_BATCH, trunk=trunk,
+                self.subject, self.backbone, microbatch_size=VALUE_BATCH, trunk=trunk,
                 **arm_changes(ARMS[EAGER], self.plan.device),
             )  # fmt: skip
             if phase == "sampling":
-                calls[trunk] = partial(trainer.rollout, trainer.prompts.cycle(VALUE_BATCH), 0)
+                works[trunk] = Work(call=partial(trainer.rollout, trainer.prompts.cycle(VALUE_BATCH), 0))
             else:
-                calls[trunk] = partial(trainer.update, rollout_of(trainer, VALUE_BATCH))
-        for row in self._rows(phase, VALUE_BATCH, calls, work, None):
+                works[trunk] = Work(call=partial(trainer.update, rollout_of(trainer, VALUE_BATCH)))
+        for row in self._rows(phase, VALUE_BATCH, works, work, None):
             yield row | {"arm": EAGER, "values": row["arm"]}
 
     def _rows(
         self,
         phase: str,
         batch: int,
-        calls: dict[str, Callable[[], Any]],
-        work: int,
+        works: dict[str, Work],
+        units: int,
         compare: Callable[[Any, Any], float] | None,
     ) -> Iterable[Row]:
-        first = next(iter(calls))
-        expected, kept, rows = None, {}, {}
-        for name, call in calls.items():
+        first = next(iter(works))
+        expected, kept, rows, usual = None, {}, {}, 0.0
+        for name, work in works.items():
             rows[name] = {"model": self.subject.title, "phase": phase, "batch": batch, "arm": name}
             try:
-                # Twice: the first call compiles and captures.
-                call()
-                result = call()
-                rows[name]["working_gigabytes"] = self._working_gigabytes(call)
+                compiles = name in ARMS and ARMS[name].is_compiled
+                # The work of a call is no compilation.
+                limit = self.plan.prepare_seconds + 2 * usual if compiles else math.inf
+                result = self._prepared(name, work, rows[name], limit)
+                start = time.perf_counter()
+                rows[name]["working_gigabytes"] = self._peak_gigabytes(work.call)
+                usual = usual or time.perf_counter() - start
             except Exception as error:
                 # One arm that cannot run must not cost the others' times.
                 rows[name]["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
-            kept[name] = self._synchronised(call)
+            kept[name] = self._synchronised(work.call)
             if compare is not None:
                 expected = result if expected is None else expected
                 rows[name]["difference"] = compare(result, expected)
@@ -194,11 +269,46 @@ class Bench:
             seconds = race(kept, rounds=self.plan.rounds, warmup=1, clock=time.perf_counter, is_primed=False)
             ratios = speed_ups(seconds, first)
             for name, times in seconds.items():
-                rows[name] |= {
-                    "milliseconds": 1e3 * statistics.median(times) / work,
-                    f"over_{first}": ratios[name],
-                }
+                rows[name]["milliseconds"] = 1e3 * statistics.median(times) / units
+                rows[name][f"over_{first}"] = ratios[name]
+        for name in kept:
+            size = works[name].size
+            ran = min((size() if size is not None else 0) or batch, batch)
+            if ran < batch:
+                # Memory ran out, so that it is the time of another batch.
+                rows[name] |= {"batch": ran, "asked": batch}
+                rows[name].pop(f"over_{first}", None)
         return rows.values()
+
+    def _prepared(self, name: str, work: Work, row: Row, limit: float) -> Any:
+        """What a call returns after those that compile, warm up and capture; their peak goes into the row.
+
+        Raises:
+            TimeoutError: for an arm of which a call takes more than `limit` seconds.
+            RuntimeError: for one that captures again and again.
+        """
+        if name in self._too_slow:
+            raise TimeoutError(self._too_slow[name])
+        peaks = []
+
+        def call() -> None:
+            nonlocal result
+            result = work.call()
+
+        result = None
+        for _ in range(MOST_CAPTURES):
+            before = _unsettled(work.trainer)
+            try:
+                with time_limit(limit):
+                    peaks.append(self._peak_gigabytes(call))
+            except TimeoutError as error:
+                # Its next batch would wait as long.
+                self._too_slow[name] = str(error)
+                raise
+            if len(peaks) > 1 and _unsettled(work.trainer) == before:
+                row["preparing_gigabytes"] = max(peaks)
+                return result
+        raise RuntimeError(f"still compiles, warms up or captures after {MOST_CAPTURES} calls")
 
     def _synchronised(self, call: Callable[[], Any]) -> Provider:
         def provider() -> None:
@@ -208,13 +318,16 @@ class Bench:
 
         return provider
 
-    def _working_gigabytes(self, call: Callable[[], Any]) -> float:
+    def _peak_gigabytes(self, call: Callable[[], Any]) -> float:
         """The peak over what is allocated before, weights and captured graphs for the most part."""
         if self.plan.device.type != "cuda":
+            call()
             return 0.0
+        torch.cuda.synchronize(self.plan.device)
         torch.cuda.reset_peak_memory_stats(self.plan.device)
         before = torch.cuda.memory_allocated(self.plan.device)
         call()
+        torch.cuda.synchronize(self.plan.device)
         return (torch.cuda.max_memory_allocated(self.plan.device) - before) / 2**30
 
     @staticmethod
@@ -225,6 +338,35 @@ class Bench:
     def _same_losses(own: dict[str, Any], expected: dict[str, Any]) -> float:
         """Relative difference of the gradient's norm."""
         return abs(own["policy_grad_norm"] / expected["policy_grad_norm"] - 1)
+
+
+def _unsettled(trainer: LatentActorCriticTrainer | None) -> tuple[int, ...]:
+    """Counts that rise while an arm still compiles, warms up or captures."""
+    if trainer is None:
+        return ()
+    found = trainer.graphs.statistics
+    graphs = (found.captures, found.eager_steps) if trainer.graphs.captures else ()
+    return (*graphs, compiled_graphs())
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Stop what runs in the context after `seconds`; inf: never.
+
+    Raises:
+        TimeoutError: then, in the middle of it.
+    """
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not compiled within {seconds:.3g} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.0 if math.isinf(seconds) else seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def collect(
@@ -259,13 +401,15 @@ def collect(
 
 
 def line(row: Row) -> str:
-    label = f"{row['model']:<20}{row['phase']:<10}batch {row['batch']:<4}"
+    batch = f"{row['batch']} of {row['asked']}" if "asked" in row else str(row["batch"])
+    label = f"{row['model']:<20}{row['phase']:<10}batch {batch:<8}"
     label += f"{row['arm']:<14}" if "values" not in row else f"{'values: ' + row['values']:<14}"
     if "error" in row:
         return f"{label}{row['error'][:60]}"
-    ratio = row.get("over_eager", row.get("over_none", 1.0))
+    ratio = row.get("over_eager", row.get("over_none"))
     return (
-        f"{label}{row['milliseconds']:10.3f} ms {ratio:6.2f}x {row['working_gigabytes']:6.2f} GiB"
+        f"{label}{row['milliseconds']:10.3f} ms {'-' if ratio is None else f'{ratio:.2f}x':>7}"
+        f" {row['working_gigabytes']:6.2f} GiB ({row['preparing_gigabytes']:.2f} before)"
         f"  difference {row.get('difference', 0.0):.1e}"
     )
 
@@ -275,6 +419,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("phase", choices=("sampling", "update"))
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options.add_argument("--seconds", type=float, default=480.0, help="start no measurement after this")
+    options.add_argument("--prepare", type=float, default=60.0, help="limit of a call that compiles")
     options.add_argument("--out", type=Path, help="JSON")
     return options
 
@@ -290,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     from bench.random_models import subjects
 
     device = torch.device(options.device)
-    plan = Plan(device=device, dtype=torch.bfloat16)
+    plan = Plan(device=device, dtype=torch.bfloat16, prepare_seconds=options.prepare)
     if device.type == "cpu":
         torch.set_num_threads(1)
         plan = Plan(device=device, dtype=torch.float32, batches=(2,), rounds=1, arms=(EAGER, "graph"))
