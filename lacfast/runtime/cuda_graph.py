@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from lacfast.runtime.failures import FailedError
+
 
 class CudaGraph(torch.cuda.CUDAGraph):
     """A captured graph that knows its memory."""
@@ -40,10 +42,14 @@ class CudaCapture:
             outer.wait_stream(self.stream)
 
     def capture(self, run: Callable[[], None]) -> CudaGraph:
+        """
+        Raises:
+            RuntimeError: for a step that cannot be captured.
+            FailedError: when torch's generator has not survived that, so that eager steps fail too.
+        """
         graph = CudaGraph()
         held = self._pool_bytes()
-        generator = torch.cuda.default_generators[self.device.index]
-        drawn = generator.clone_state()
+        drawn = torch.cuda.default_generators[self.device.index].clone_state()
         # The outer context gives the stream back where the inner one, whose capture failed, does not.
         with self.side_stream():
             try:
@@ -51,13 +57,29 @@ class CudaCapture:
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
                     run()
-            except RuntimeError:
+            except BaseException as error:
                 self._abandon(graph)
-                # Its state may still be that of a capture, in which every later draw would be refused.
-                generator.graphsafe_set_state(drawn)
+                self._end_capture_of_draws(drawn, error)
                 raise
         graph.num_bytes = self._pool_bytes() - held
         return graph
+
+    def _end_capture_of_draws(self, drawn: torch.Generator, cause: BaseException) -> None:
+        """Give torch's generator the state from before a failed capture, and prove that it draws.
+
+        Its own may still be that of a capture, in which every later draw would be refused.
+        """
+        generator = torch.cuda.default_generators[self.device.index]
+        # The proof draws from a copy, so that it leaves no trace.
+        generator.graphsafe_set_state(drawn.clone_state())
+        try:
+            torch.rand((), device=self.device)
+        except RuntimeError as error:
+            raise FailedError(
+                f"torch's generator of {self.device} refuses to draw ({error}) after a capture that failed "
+                f"({cause}); start the run again with graph.mode='off', it goes on from its checkpoint"
+            ) from cause
+        generator.graphsafe_set_state(drawn)
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """Leave a pool whose capture failed: the allocator may still believe that it goes on.
