@@ -11,7 +11,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -120,6 +119,9 @@ class LatentBackbone(ABC):
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
             parameter.requires_grad_(True)
+        if model.is_gradient_checkpointing:
+            # By its owner, with diffusers' function, which no graph can hold.
+            self.enable_gradient_checkpointing()
 
     @property
     def device(self) -> torch.device:
@@ -276,15 +278,21 @@ class LatentBackbone(ABC):
         return anchor
 
     def enable_gradient_checkpointing(self) -> None:
-        if self.device.type != "meta":
-            self.model.enable_gradient_checkpointing()
-            return
-        # torch takes its own autocast along to where a forward is recomputed, not the meta device's stand-in.
-        weight = next(self.model.parameters())
-        again = partial(
-            checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), self._running_dtype(weight))
-        )
-        self.model.enable_gradient_checkpointing(again)
+        model, weight = self.model, next(self.model.parameters())
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            if weight.is_meta and self.lora is None:
+                # torch takes its own autocast along to where a forward runs again, not the stand-in.
+                return nullcontext(), self._running_dtype(weight)
+            return nullcontext(), adapters.recomputation(model)
+
+        def again(block: Callable[..., Any], *args: Any) -> Any:
+            # A model in eval mode draws nothing, and a graph could not hold a generator's state.
+            return checkpoint(
+                block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+            )
+
+        model.enable_gradient_checkpointing(again)
 
     def _running_dtype(self, like: Tensor) -> AbstractContextManager[Any]:
         # A frozen base has the dtype itself.

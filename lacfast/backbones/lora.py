@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from peft import LoraConfig
@@ -20,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lacfast.backbones.lora_linear import LoRALinear
+from lacfast.backbones.masters import Casts, MasterLinear
 from lacfast.config import LoRAConfig
 
 POLICY = "policy"
@@ -31,24 +33,78 @@ _OWNERS = "lacfast_critics"
 """Attribute of a model: name of a critic's adapter -> its trunk, as long as that lives."""
 
 
-class MasterLinear(nn.Linear):
-    """A float32 projection that computes in its input's dtype."""
+@dataclass(frozen=True)
+class _Adapted:
+    """What a model's adapters are made of, found once: a walk over all modules takes milliseconds."""
 
-    @staticmethod
-    def wrap(linear: nn.Linear) -> MasterLinear:
-        """The same weight in float32, as another module."""
-        with torch.device("meta"):
-            master = MasterLinear(linear.in_features, linear.out_features, bias=False)
-        master.weight = nn.Parameter(linear.weight.detach().float())
-        return master
+    configs: dict[str, Any]
+    """peft's, by adapter: other objects when an adapter came, went or was replaced."""
+    layers: dict[str, Any]
+    casts: dict[str, Casts]
+    """By adapter."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return nn.functional.linear(hidden_states, self.weight.to(hidden_states.dtype))
+
+_ADAPTED: WeakKeyDictionary[nn.Module, _Adapted] = WeakKeyDictionary()
 
 
 def tuner_layers(model: nn.Module) -> dict[str, Any]:
     """peft's layers by module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return _adapted(model).layers
+
+
+def _adapted(model: nn.Module) -> _Adapted:
+    configs = getattr(model, "peft_config", {})
+    known = _ADAPTED.get(model)
+    if known is None or not configs or not _are_same(known.configs, configs):
+        layers = _found_layers(model)
+        casts = {
+            name: Casts(
+                (projections[name], layer.get_base_layer())
+                for layer in layers.values()
+                for projections in (layer.lora_A, layer.lora_B)
+                if name in projections and isinstance(projections[name], MasterLinear)
+            )
+            for name in configs
+        }
+        known = _ADAPTED[model] = _Adapted(dict(configs), layers, casts)
+    return known
+
+
+def _are_same(known: dict[str, Any], configs: dict[str, Any]) -> bool:
+    return known.keys() == configs.keys() and all(known[name] is configs[name] for name in configs)
+
+
+def _found_layers(module: nn.Module) -> dict[str, Any]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
+
+
+def _cast_masters(model: nn.Module, args: Any) -> None:
+    """Before a model's forward."""
+    casts = _active_casts(model)
+    if casts is not None:
+        casts.make()
+
+
+def _drop_casts(model: nn.Module, args: Any, output: Any) -> None:
+    """After it, an error's too."""
+    for casts in _adapted(model).casts.values():
+        if casts.made:
+            casts.hand_out([])
+
+
+def _active_casts(model: nn.Module) -> Casts | None:
+    """Those of the adapter that alone is active."""
+    adapted = _adapted(model)
+    first = next(iter(adapted.layers.values()), None)
+    if first is None or first.disable_adapters or len(first.active_adapters) != 1:
+        return None
+    return adapted.casts.get(first.active_adapters[0])
+
+
+def recomputation(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a part of today's forward can run again later, with the same casts."""
+    casts = _active_casts(model)
+    return nullcontext() if casts is None else casts.kept()
 
 
 def add_adapter(
@@ -86,10 +142,13 @@ def add_adapter(
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         model.add_adapter(settings, adapter_name=name)
     weights = []
-    for layer in tuner_layers(model).values():
+    for layer in _found_layers(model).values():
         if name in layer.lora_A:
             weights += _keep_float32(layer, name)
             LoRALinear.install(layer)
+    if _cast_masters not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_cast_masters)
+        model.register_forward_hook(_drop_casts, always_call=True)
     # peft froze the other weights and the other adapters.
     for parameter, needed in needs_gradient.items():
         parameter.requires_grad_(needed)
@@ -126,8 +185,8 @@ def _keep_float32(layer: Any, name: str) -> list[nn.Parameter]:
 def activate(model: nn.Module, name: str | None) -> None:
     """Make one adapter or none active. peft's own switch would also change what needs a gradient."""
     for layer in tuner_layers(model).values():
-        layer._disable_adapters = name is None
-        layer._active_adapter = [] if name is None else [name]
+        # Past torch's own assignment, which looks for parameters first.
+        vars(layer).update(_disable_adapters=name is None, _active_adapter=[] if name is None else [name])
 
 
 @contextmanager
@@ -140,7 +199,7 @@ def activated(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
-            layer._disable_adapters, layer._active_adapter = disabled, active
+            vars(layer).update(_disable_adapters=disabled, _active_adapter=active)
 
 
 def signature(model: nn.Module) -> Hashable:
@@ -183,7 +242,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 def merged_copy(module: nn.Module) -> Any:
     """A trainable float32 copy of a module with the active adapter's change inside its weights."""
     copied = copy.deepcopy(module).float()
-    for name, layer in tuner_layers(copied).items():
+    for name, layer in _found_layers(copied).items():
         if not layer._disable_adapters:
             layer.merge(adapter_names=layer._active_adapter)
         parent, _, child = name.rpartition(".")

@@ -41,8 +41,9 @@ class LoRALinear(PeftLinear):
             return output
         base: Any = self.base_layer
         projections: Any = self.lora_A[adapter], self.lora_B[adapter]
-        down, up = (projection.weight.to(x.dtype) for projection in projections)
-        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapter])
+        down, up = (projection.weight for projection in projections)
+        casts = [getattr(projection, "cast", None) for projection in projections]
+        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapter], *casts)
 
     def _covered(self, x: Tensor) -> str | None:
         """The adapter that alone is active on a plain layer, if this forward computes what peft's would."""
@@ -80,7 +81,14 @@ class LoRALinear(PeftLinear):
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    down_cast: Tensor | None = None,
+    up_cast: Tensor | None = None,
 ) -> Tensor:
     """Output (..., out) of a frozen Linear layer with a LoRA; equation at the head of the file.
 
@@ -90,14 +98,18 @@ def lora_linear(
         x: (..., in).
         weight: (out, in), W.
         bias: (out,) or None, b.
-        down: (r, in), A.
-        up: (out, r), B.
+        down: (r, in), A, of any dtype.
+        up: (out, r), B, of any dtype.
         scaling: s = alpha / r.
+        down_cast: `down` in the weight's dtype, where that was made before; another dtype's is not taken.
+        up_cast: `up`, likewise.
     """
     if weight.dtype in MERGED_DTYPES and weight.numel() <= DENSE_GRADIENT_SIZE:
-        return linear(x, torch.addmm(weight, up, down, alpha=scaling), bias)
+        added = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scaling)
+        return linear(x, added, bias)
     rows = x.reshape(-1, x.shape[-1])
-    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, scaling)  # type: ignore[no-untyped-call]
+    casts = down_cast, up_cast
+    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, scaling, *casts)  # type: ignore[no-untyped-call]
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -109,8 +121,17 @@ class _LowRankGradients(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        master_down: Tensor,
+        master_up: Tensor,
+        scaling: float,
+        down_cast: Tensor | None,
+        up_cast: Tensor | None,
     ) -> Tensor:
+        down, up = _as(weight.dtype, master_down, down_cast), _as(weight.dtype, master_up, up_cast)
         reduced = None
         if weight.dtype in MERGED_DTYPES:
             output = linear(rows, torch.addmm(weight, up, down, alpha=scaling), bias)
@@ -121,13 +142,14 @@ class _LowRankGradients(Function):
             torch.addmm(output, reduced, up.t(), alpha=scaling, out=output)
         ctx.save_for_backward(rows, weight, down, up, reduced)
         ctx.scaling = scaling
+        ctx.dtypes = master_down.dtype, master_up.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (d_output,) = gradients
         rows, weight, down, up, reduced = ctx.saved_tensors
-        needs_rows, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        needs_rows, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
         d_rows = d_down = d_up = None
         d_reduced = d_output.mm(up)
         if needs_rows and reduced is None:
@@ -137,8 +159,12 @@ class _LowRankGradients(Function):
             d_rows = d_output.mm(weight)
             torch.addmm(d_rows, d_reduced, down, alpha=ctx.scaling, out=d_rows)
         if needs_down:
-            d_down = d_reduced.t().mm(rows).mul_(ctx.scaling)
+            d_down = d_reduced.t().mm(rows).mul_(ctx.scaling).to(ctx.dtypes[0])
         if needs_up:
             reduced = rows.mm(down.t()) if reduced is None else reduced
-            d_up = d_output.t().mm(reduced).mul_(ctx.scaling)
-        return d_rows, None, None, d_down, d_up, None
+            d_up = d_output.t().mm(reduced).mul_(ctx.scaling).to(ctx.dtypes[1])
+        return d_rows, None, None, d_down, d_up, None, None, None
+
+
+def _as(dtype: torch.dtype, master: Tensor, cast: Tensor | None) -> Tensor:
+    return cast if cast is not None and cast.dtype == dtype else master.to(dtype)

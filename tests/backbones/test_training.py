@@ -259,10 +259,27 @@ def test_gradient_checkpointing_changes_nothing(family: str, trunk: str) -> None
     for is_checkpointed in (False, True):
         backbone = backbone_of(tiny_pipeline(family), lora=LORA)
         if is_checkpointed:
-            backbone.model.enable_gradient_checkpointing()
+            backbone.enable_gradient_checkpointing()
         trainer_of(backbone, trunk=trunk).train(2)
         states.append(clones(backbone.policy_state()))
     assert not differing(*states)
+
+
+@pytest.mark.parametrize("owner", ["the trainer", "the pipeline"])
+def test_gradient_checkpointing_asks_for_no_generator_s_state(
+    owner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which could not be read in a capture."""
+    pipeline = tiny_pipeline("sd3")
+    if owner == "the pipeline":
+        pipeline.transformer.enable_gradient_checkpointing()
+    backbone = backbone_of(pipeline, lora=LORA)
+    if owner == "the trainer":
+        backbone.enable_gradient_checkpointing()
+    assert backbone.model.is_gradient_checkpointing
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator's state was read"))
+    sample = torch.zeros(1, *backbone.latent_shape)
+    backbone.predict(sample, torch.ones(1), backbone.encode_unconditional(1)).sum().backward()
 
 
 @pytest.mark.gpu

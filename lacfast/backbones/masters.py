@@ -1,0 +1,91 @@
+"""Float32 weights of adapters and their casts to the model's dtype, made together when a forward begins.
+
+Masters change in many ways: by an optimizer's step, eager or in a graph, a checkpoint, an average, by hand. A
+cast that outlived one of them would be wrong without a sign, so none outlives the forward that it was made
+for, and a graph of a forward holds the cast too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterLinear(nn.Linear):
+    """A float32 projection that computes in its input's dtype."""
+
+    cast: Tensor | None = None
+    """The weight in the adapted layer's dtype, without a gradient, while the model runs forward."""
+
+    @staticmethod
+    def wrap(linear: nn.Linear) -> MasterLinear:
+        """The same weight in float32, as another module."""
+        with torch.device("meta"):
+            master = MasterLinear(linear.in_features, linear.out_features, bias=False)
+        master.weight = nn.Parameter(linear.weight.detach().float())
+        return master
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        weight, dtype = self.weight, hidden_states.dtype
+        is_constant = not (torch.is_grad_enabled() and weight.requires_grad)
+        if is_constant and self.cast is not None and self.cast.dtype == dtype:
+            return nn.functional.linear(hidden_states, self.cast)
+        return nn.functional.linear(hidden_states, weight.to(dtype))
+
+
+class Casts:
+    """The masters of one adapter, and their casts as long as a forward needs them."""
+
+    def __init__(self, projections: Iterable[tuple[MasterLinear, Any]]) -> None:
+        """`projections`: masters, each with the layer that it adapts."""
+        groups: dict[Any, list[MasterLinear]] = {}
+        for master, base in projections:
+            if base.weight.dtype in (torch.bfloat16, torch.float16):
+                groups.setdefault((base.weight.dtype, master.weight.shape), []).append(master)
+        self._groups = [(dtype, masters) for (dtype, _), masters in groups.items()]
+        self.made: list[Tensor] = []
+        """Those of the forward that runs."""
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Cast all masters as they are now."""
+        sources: list[Tensor] = []
+        casts: list[Tensor] = []
+        for dtype, masters in self._groups:
+            weights = [vars(master)["_parameters"]["weight"] for master in masters]
+            # New memory for every forward: the backward pass of the one before may still need its own.
+            casts += weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype).unbind()
+            sources += weights
+        if casts:
+            torch._foreach_copy_(casts, sources)
+        self.hand_out(casts)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """A context in which parts of the forward that runs now can run again later, with its casts."""
+        return _Again(self, self.made)
+
+    def hand_out(self, casts: list[Tensor]) -> None:
+        """Give every master its cast, or none."""
+        self.made, given = casts, iter(casts)
+        for _, masters in self._groups:
+            for master in masters:
+                # Past torch's own assignment, which looks for parameters first.
+                vars(master)["cast"] = next(given, None)
+
+
+class _Again(AbstractContextManager[None]):
+    """May be entered more than once, as a graph that is retained is recomputed more than once."""
+
+    def __init__(self, owner: Casts, casts: list[Tensor]) -> None:
+        self.owner = owner
+        self.casts = casts
+
+    def __enter__(self) -> None:
+        self.owner.hand_out(self.casts)
+
+    def __exit__(self, *exception: object) -> None:
+        self.owner.hand_out([])
