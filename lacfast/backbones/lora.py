@@ -41,7 +41,7 @@ class _Adapted:
     """peft's, by adapter: other objects when an adapter came, went or was replaced."""
     layers: dict[str, Any]
     casts: dict[str, Casts]
-    """By adapter."""
+    """Each adapter's."""
 
 
 _ADAPTED: WeakKeyDictionary[nn.Module, _Adapted] = WeakKeyDictionary()
@@ -79,14 +79,14 @@ def _found_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def _cast_masters(model: nn.Module, args: Any) -> None:
-    """Before a model's forward."""
+    """Run before a model's forward."""
     casts = _active_casts(model)
     if casts is not None:
         casts.make()
 
 
 def _drop_casts(model: nn.Module, args: Any, output: Any) -> None:
-    """After it, an error's too."""
+    """Run after it, also where it ends in an error."""
     for casts in _adapted(model).casts.values():
         if casts.made:
             casts.hand_out([])
