@@ -18,6 +18,7 @@ trainer.pt is a dictionary of plain values and tensors:
     early_stopping          the best score and its age
     learner                 moments of both optimizers, the rate's step, KL weight, average, kept rollouts
     confidence              what value pretraining measured
+    value_pretraining       how far it is; while it is under way the scores of its rollouts, the best critic
 """
 
 from __future__ import annotations

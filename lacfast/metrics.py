@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,8 @@ class MetricsLog:
             ValueError: when the file cannot be written.
         """
         self.trackers = tuple(trackers)
+        self.pretrained = 0
+        """Iterations of value pretraining, after which trackers count those of training: steps rise."""
         self._path = path
         if path is not None:
             with writing_to(path):
@@ -44,12 +47,18 @@ class MetricsLog:
         Raises:
             OSError: when the disk is full.
         """
+        step = iteration if phase == "value_pretraining" else self.pretrained + iteration
         for tracker in self.trackers:
-            tracker.numbers(iteration, curve_points(phase, values))
+            tracker.numbers(step, curve_points(phase, values))
         if self._path is not None:
             entry = {"phase": phase, "iteration": iteration, **values}
             with needing_space(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, default=_plain) + "\n")
+
+    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+        """Show an iteration's picture where there are services."""
+        for tracker in self.trackers:
+            tracker.picture(self.pretrained + iteration, name, image)
 
     def close(self) -> None:
         for tracker in self.trackers:
@@ -180,12 +189,12 @@ def compiled_graphs() -> int:
 
 
 class Tracker(Protocol):
-    """One service that plots runs."""
+    """One service that plots runs. Steps never fall, also where a run goes on from a checkpoint."""
 
-    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
         """Curves' next points, by name."""
 
-    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
         """A grid of samples."""
 
     def close(self) -> None:
@@ -203,18 +212,28 @@ class TensorBoardTracker:
         _require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory))
+        self._open = partial(SummaryWriter, str(directory))
+        self._writer: Any = None
 
-    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        writer = self._writer_from(step)
         for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
-        self._writer.add_image(name, np.asarray(image.convert("RGB")), iteration, dataformats="HWC")
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        pixels = np.asarray(image.convert("RGB"))
+        self._writer_from(step).add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _writer_from(self, step: int) -> Any:
+        if self._writer is None:
+            # What a run that was killed had logged of this step and later ones, is no longer shown.
+            self._writer = self._open(purge_step=step)
+        return self._writer
 
 
 class WandbTracker:
@@ -229,11 +248,11 @@ class WandbTracker:
         self._wandb = _require("wandb")
         self._run: Any = self._wandb.init(project=project, dir=str(directory), config=dict(config))
 
-    def numbers(self, iteration: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=iteration)
+    def numbers(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
 
-    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
-        self._run.log({name: self._wandb.Image(image)}, step=iteration)
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        self._run.log({name: self._wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.learner import Learner
+from lacfast.learning.pretraining_state import KnownScores, PretrainingState
 from lacfast.learning.run_state import Counts, Part, RunState
 from lacfast.learning.value_bounds import ValueBounds, value_bounds
 from lacfast.learning.value_confidence import ValueConfidence
-from lacfast.learning.value_pretraining import PretrainResult, held_out_rollout, host_room, pretrain_values
+from lacfast.learning.value_pretraining import PretrainResult, ValuePretraining, held_out_rollout, host_room
 from lacfast.metrics import (
     MetricsLog,
     Tracker,
@@ -91,7 +93,8 @@ class LatentActorCriticTrainer:
         RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
-        self.early_stopping = EarlyStopping.create(self.config.early_stopping, self.score_names)
+        scores = RewardSet.union(self.scorers).names
+        self.early_stopping = EarlyStopping.create(self.config.early_stopping, scores)
         attach_critic(backbone, self.estimator.heads, self.config.critic, seed=self.config.seed)
         if self.config.compile:
             backbone.compile_blocks()
@@ -101,11 +104,10 @@ class LatentActorCriticTrainer:
         if self.config.rollout_precision != "model":
             self.behaviour = backbone.quantized(self.config.rollout_precision)
             self.rollout_sampler = RolloutSampler(self.behaviour, self.critic, self.graphs)
-        size, eval_size = self.config.rollout_batch_size, self.config.eval_batch_size
-        self.part_size = BatchSize(size, unit="image", setting="rollout_batch_size")
-        self.eval_part_size = BatchSize(eval_size, unit="image", setting="eval_batch_size")
+        self.part_size = BatchSize(self.config.rollout_batch_size, unit="image", setting="rollout_batch_size")
+        self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="image", setting="eval_batch_size")
         self.learner = Learner(backbone, self.config, self.graphs)
-        self.confidence = ValueConfidence()
+        self.confidence, self.pretraining = ValueConfidence(), PretrainingState()
         self.log = MetricsLog(metrics_path, trackers)
         self.watch_evaluation: Watcher = unwatched
         self.iteration = self.images = 0
@@ -133,11 +135,6 @@ class LatentActorCriticTrainer:
     def normalizer(self) -> RewardNormalizer:
         """Units of the critic's values."""
         return self.estimator.normalizer
-
-    @property
-    def score_names(self) -> list[str]:
-        """What an evaluation scores: the rewards, then those that are only reported."""
-        return [name for scorer in self.scorers for name in scorer.names]
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within the context the model has its averaged weights: for steering and for saving the result."""
@@ -171,17 +168,21 @@ class LatentActorCriticTrainer:
         keep_features: bool = True,
         table: TransitionTable | None = None,
         room: HostRoom | None = None,
+        known: KnownScores | None = None,
     ) -> Rollout | None:
         """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Without `keep_features` no critic can learn from it. `table` None: the whole window is stochastic.
-        With `room` it lies on the host. The last one is released before.
+        With `room` it lies on the host. With `known` scores it is made again: not scored, and not counted.
+        The last one is released before.
 
         Raises:
             RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.
         """
         self.behaviour.requantize()
         self.last_rollout, parts = None, self._sampled(prompts, first_id, keep_features, table)
+        if known is not None:
+            return known.given_to(RolloutMemory.of(parts, len(prompts), room))
         self.last_rollout, error = collect(parts, len(prompts), self.backbone, self.rewards, room=room)
         self._failures.take_in(error, f"rollout of {len(prompts)} images")
         self.images += len(prompts)
@@ -191,7 +192,9 @@ class LatentActorCriticTrainer:
         """The next iteration's rollout with its rewards, for `update`; None as in `collect`."""
         return self._rollout_of(self.iteration)
 
-    def _rollout_of(self, iteration: int, room: HostRoom | None = None) -> Rollout | None:
+    def _rollout_of(
+        self, iteration: int, room: HostRoom | None = None, known: KnownScores | None = None
+    ) -> Rollout | None:
         """The rollout of an iteration; with `room` that of value pretraining, with sample ids of its own."""
         config, namespace = self.config, 0 if room is None else FirstSampleId.VALUE_PRETRAINING
         count, seed = config.batch_size // config.samples_per_prompt, config.seed + (namespace != 0)
@@ -202,37 +205,41 @@ class LatentActorCriticTrainer:
             keep_features=config.critic.keep_features or namespace != 0,
             table=self.tables.pretraining(iteration) if namespace else self.tables.at(iteration),
             room=room,
+            known=known,
         )
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
-        """Value pretraining with the actor frozen; the critic optimizer's state is reset afterwards."""
+        """Value pretraining with the actor frozen, or what is left of it; resets the critic's optimizer then.
+
+        `on_iteration` gets the iteration and its explained variance (T, M).
+        """
         if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
-        settings, room = self.config.pretrain, host_room(self.config)
-        held_out = held_out_rollout(self.collect, self.held_out, self.config, room)
-        self.confidence = ValueConfidence()
-        if held_out is not None and settings.completions:
-            self.confidence.bounds = self.measure_bounds(held_out)
-        result = pretrain_values(
-            self.critic,
-            self.learner.critic_update.optimizer,
-            self.normalizer,
-            held_out,
-            (self._rollout_of(number, room) for number in range(settings.iterations)),
-            self.config,
-            confidence=self.confidence,
-            log=self.log,
-            on_iteration=on_iteration,
+        room, state = host_room(self.config), self.pretraining
+        held_out = held_out_rollout(self.collect, self.held_out, self.config, room, state.held_out)
+        if not state.is_under_way:
+            self.confidence = ValueConfidence()
+            if held_out is not None and self.config.pretrain.completions:
+                self.confidence.bounds = self.measure_bounds(held_out)
+        pretraining = ValuePretraining(
+            *(self.critic, self.learner.critic_update.optimizer, self.normalizer, self.config),
+            *(state, held_out, self.confidence, self.log),
         )
+        result = pretraining.run(partial(self._rollout_of, room=room), self._indivisible, on_iteration)
         self.learner.reset_critic_optimizer()
         self.confidence.update(result.explained_variance)
         return result
 
-    def measure_bounds(self, rollout: Rollout) -> ValueBounds:
-        """Floor and ceiling of the explained variance of today's policy, by config.pretrain.
+    @contextmanager
+    def _indivisible(self, work: str) -> Iterator[None]:
+        """Within the context nothing is saved, and a signal that asks to end waits."""
+        with held_back(work):
+            self.is_whole = False
+            yield
+            self.is_whole = True
 
-        `rollout` is today's policy's, with rewards, on prompts of which some occur twice or more.
-        """
+    def measure_bounds(self, rollout: Rollout) -> ValueBounds:
+        """Floor and ceiling of the explained variance on a rollout of today's policy, some prompts twice."""
         bounds = value_bounds(self.behaviour, rollout, self.rewards, self.normalizer, self.config)
         self.images += bounds.images
         return bounds
@@ -240,10 +247,8 @@ class LatentActorCriticTrainer:
     def advantages(self, rollout: Rollout) -> Advantages:
         """Advantages of a rollout with rewards, by config.advantages; taken into its statistics."""
         ppo = self.config.ppo
-        if math.isinf(ppo.lambda_gate):
-            return self.estimator(rollout)
-        gated = self.confidence.gated_lambda(ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
-        return self.estimator(rollout, gated)
+        gate = (ppo.gae_lambda, ppo.lambda_gate, self.table.num_steps)
+        return self.estimator(rollout, None if math.isinf(gate[1]) else self.confidence.gated_lambda(*gate))
 
     def update(self, rollout: Rollout, *, progress: float | None = None) -> dict[str, Any]:
         """Learn from a rollout with rewards, which ends the iteration; returns its metrics.
@@ -256,11 +261,9 @@ class LatentActorCriticTrainer:
         """
         behind = min(self.iteration / max(self.config.iterations, 1), 1.0)
         self.learner.progress = behind if progress is None else progress
-        with held_back(f"the update of iteration {self.iteration + 1}"):
-            self.is_whole = False
+        with self._indivisible(f"the update of iteration {self.iteration + 1}"):
             metrics = self._learn(rollout)
             self.iteration += 1
-            self.is_whole = True
         return metrics
 
     def _learn(self, rollout: Rollout) -> dict[str, Any]:
@@ -375,9 +378,7 @@ class LatentActorCriticTrainer:
             part.close()
 
     def save(self, directory: str | Path, *, notes: Notes | None = None) -> None:
-        """Write everything that `load` needs; the directory appears whole or not at all.
-
-        `notes` are JSON files by name that lie beside it.
+        """Write what `load` needs and JSON `notes` by file name; the directory appears whole or not at all.
 
         Raises:
             ValueError: when that would delete something in `directory` that no save has written.
@@ -392,8 +393,9 @@ class LatentActorCriticTrainer:
             ValueError: when it is damaged or does not fit this trainer; nothing is changed then.
         """
         self.iteration, self.images, self.evaluated = self._state().load(Path(directory))
-        self.is_whole = True
+        self.is_whole, self.log.pretrained = True, self.pretraining.iteration
 
     def _state(self) -> RunState:
         parts: dict[str, Part] = {"early_stopping": self.early_stopping, "confidence": self.confidence}
+        parts["value_pretraining"] = self.pretraining
         return RunState(self.backbone, self.config, self.rewards, self.estimator, self.learner, parts)

@@ -39,7 +39,7 @@ CONFIG = RunConfig(
         ppo=PPOConfig(
             clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, warmup_steps=3, final_learning_rate=0.0
         ),
-        pretrain=ValuePretrainingConfig(iterations=1, held_out_samples=4, minibatch_size=8),
+        pretrain=ValuePretrainingConfig(iterations=2, held_out_samples=4, minibatch_size=8),
         batch_size=4,
         iterations=2,
         ema_decay=0.5,

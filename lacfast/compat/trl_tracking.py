@@ -60,8 +60,7 @@ class HookLog:
             label = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_")
             for row, picture in enumerate(_pictures(name, images, dataformats)):
                 picture.save(target / f"{position:03d}-{row}-{label}.png")
-                for tracker in self.metrics.trackers:
-                    tracker.picture(self.iteration, name, picture)
+                self.metrics.picture(self.iteration, name, picture)
 
 
 class SingleProcess:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.optimizers import missing_moments
 from lacfast.learning.pairs import all_states
+from lacfast.learning.pretraining_state import KnownScores, MeasuredCritic, PretrainingState
 from lacfast.learning.replay import RewardedStates, StateMemory
 from lacfast.learning.step_tables import step_tables
 from lacfast.learning.totals import UpdateRecords
@@ -56,27 +57,6 @@ class PretrainResult:
     """Floor and ceiling of the explained variance, whose images count too; None where not measured."""
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """A critic as it was when it was measured."""
-
-    weights: dict[str, Tensor]
-    normalizer: RewardNormalizer
-    explained_variance: Tensor
-    """(T, M)"""
-
-    @staticmethod
-    def of(critic: Critic, normalizer: RewardNormalizer, explained_variance: Tensor) -> _Kept:
-        weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
-        return _Kept(weights, copy.deepcopy(normalizer), explained_variance)
-
-    def restore(self, critic: Critic, normalizer: RewardNormalizer) -> Tensor:
-        """Put both back; returns the explained variance (T, M)."""
-        critic.load_state_dict(self.weights)
-        normalizer.restore(self.normalizer)
-        return self.explained_variance
-
-
 def selection_prompts(held_out: PromptSet, config: ValuePretrainingConfig) -> PromptSet:
     """Held-out prompts of the rollout that measures value pretraining, one per trajectory."""
     # The floor needs every prompt twice.
@@ -96,7 +76,11 @@ def host_room(config: TrainConfig) -> HostRoom:
 
 
 def held_out_rollout(
-    collect: Callable[..., Rollout | None], held_out: PromptSet, config: TrainConfig, room: HostRoom
+    collect: Callable[..., Rollout | None],
+    held_out: PromptSet,
+    config: TrainConfig,
+    room: HostRoom,
+    known: KnownScores | None,
 ) -> Rollout | None:
     """The rollout that measures value pretraining, made by the trainer's `collect`; None without one.
 
@@ -106,92 +90,157 @@ def held_out_rollout(
     if not config.pretrain.held_out_samples:
         return None
     prompts = selection_prompts(held_out, config.pretrain)
-    rollout = collect(prompts, FirstSampleId.SELECTION, room=room)
+    rollout = collect(prompts, FirstSampleId.SELECTION, room=room, known=known)
     if rollout is None:
         raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
     return rollout
 
 
-def pretrain_values(
-    critic: Critic,
-    optimizer: Optimizer,
-    normalizer: RewardNormalizer,
-    held_out: Rollout | None,
-    rollouts: Iterable[Rollout | None],
-    config: TrainConfig,
-    *,
-    confidence: ValueConfidence,
-    log: MetricsLog,
-    on_iteration: Callable[[int, Tensor], None] | None = None,
-) -> PretrainResult:
-    """Fit the critic to rollouts of a frozen actor until its explained variance stops rising.
+class ValuePretraining:
+    """Fits the critic to rollouts of a frozen actor until its explained variance stops rising.
 
     With bounds it also stops where the overall score reaches stop_score. Without `held_out` every rollout
     measures the critic before it is learned from (prequential: A. P. Dawid, JRSS A 147, 1984), which costs no
     images.
-
-    Args:
-        critic: trained in place; ends as the best one seen on `held_out`, without it as the last one.
-        optimizer: of the critic; its state and rates are the caller's to reset before joint training.
-        normalizer: reward statistics, updated with every rollout.
-        held_out: rollout with rewards on prompts that are not trained on, or None.
-        rollouts: pretrain.iterations of them with rewards, each made when it is asked for; None: skipped.
-        config: of the run, whose seed orders the minibatches.
-        confidence: has the bounds of the explained variance on `held_out`, where they were measured.
-        log: gets a line per iteration.
-        on_iteration: gets the iteration and its explained variance (T, M).
     """
-    settings, device = config.pretrain, critic.reward_mean.device
-    guard = GradientGuard("critic", config.on_bad_gradient, torch.zeros((), device=device))
-    update = CriticUpdate(critic, optimizer, config.ppo, guard)
-    recent = StateMemory(RewardedStates, settings.kept_rollouts)
-    history: list[float] = []
-    bounds = confidence.bounds
-    best: _Kept | None = None
-    best_iteration = 0
-    variance: Tensor | None = None
-    images = 0 if held_out is None else held_out.batch_size
-    iteration = -1
-    # enumerate would keep each rollout while the next is sampled.
-    for rollout in rollouts:
-        iteration += 1
-        if rollout is None:
-            continue
-        images += rollout.batch_size
-        recent.add(RewardedStates.of(rollout, device))
+
+    def __init__(
+        self,
+        critic: Critic,
+        optimizer: Optimizer,
+        normalizer: RewardNormalizer,
+        config: TrainConfig,
+        state: PretrainingState,
+        held_out: Rollout | None,
+        confidence: ValueConfidence,
+        log: MetricsLog,
+    ) -> None:
+        """
+        Args:
+            critic: trained in place; ends as the best one seen on `held_out`, without it as the last one.
+            optimizer: of the critic; its state and rates are the caller's to reset before joint training.
+            normalizer: reward statistics, updated with every rollout.
+            config: of the run, whose seed orders the minibatches.
+            state: goes on from where it is, or begins.
+            held_out: rollout with rewards on prompts that are not trained on, or None.
+            confidence: has the bounds of the explained variance on `held_out`, where they were measured.
+            log: gets a line per iteration.
+        """
+        self.critic = critic
+        self.normalizer = normalizer
+        self.config = config
+        self.state = state
+        self.held_out = held_out
+        self.confidence = confidence
+        self.log = log
+        self._device = critic.reward_mean.device
+        failed = torch.zeros((), device=self._device)
+        self._guard = GradientGuard("critic", config.on_bad_gradient, failed)
+        self._update = CriticUpdate(critic, optimizer, config.ppo, self._guard)
+        self._recent = StateMemory(RewardedStates, config.pretrain.kept_rollouts)
+        if state.is_under_way:
+            state.require_fit(config)
+            self._guard.load_state_dict(state.guard)
+            self._update.microbatch.size = self._update.microbatch.size or state.microbatch_size
+        else:
+            state.begin(held_out, config.rollout_precision)
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether all iterations are behind, or more of them would not help."""
+        state, settings, bounds = self.state, self.config.pretrain, self.confidence.bounds
+        if state.iteration >= settings.iterations:
+            return True
+        if state.explained_variance is None:
+            return False
+        is_stalled = len(state.history) - state.best_iteration >= settings.patience
+        return is_stalled or (
+            bounds is not None and bounds.overall_score(state.explained_variance) >= settings.stop_score
+        )
+
+    def run(
+        self,
+        rollout_of: Callable[..., Rollout | None],
+        indivisible: Callable[[str], AbstractContextManager[None]],
+        on_iteration: Callable[[int, Tensor], None] | None = None,
+    ) -> PretrainResult:
+        """All iterations that are left; ends with the best critic.
+
+        Args:
+            rollout_of: makes the rollout of an iteration with its rewards, None where they failed; one that
+                was learned from before a run went on with its `known` scores.
+            indivisible: context of learning, within which nothing is saved.
+            on_iteration: gets the iteration and its explained variance (T, M).
+
+        Raises:
+            ValueError: when no rollout had usable rewards.
+        """
+        state = self.state
+        for iteration, known in state.kept.items():
+            self._remember(rollout_of(iteration, known=known))
+        while not self._is_done:
+            rollout = rollout_of(state.iteration)
+            with indivisible(f"iteration {state.iteration + 1} of value pretraining"):
+                variance = None if rollout is None else self._learn(rollout)
+                state.iteration += 1
+                self.log.pretrained = state.iteration
+            # Or it would be kept while the next is sampled.
+            del rollout
+            if variance is not None and on_iteration is not None:
+                on_iteration(state.iteration - 1, variance)
+        return self._result()
+
+    def _remember(self, rollout: Rollout | None) -> None:
+        assert rollout is not None, "rewards that are known do not fail"
+        self._recent.add(RewardedStates.of(rollout, self._device))
+
+    def _learn(self, rollout: Rollout) -> Tensor:
+        """One iteration on a rollout with rewards; returns the explained variance (T, M)."""
+        state, settings, critic, normalizer = self.state, self.config.pretrain, self.critic, self.normalizer
+        iteration = state.iteration
+        state.images += rollout.batch_size
+        state.kept[iteration] = KnownScores.of(rollout)
+        for oldest in list(state.kept)[: -settings.kept_rollouts]:
+            del state.kept[oldest]
+        self._remember(rollout)
         rollout = update_statistics(critic, normalizer, rollout)
-        update.prepare(step_tables(rollout.table, config.ppo, rollout.latents.new_empty(0, device=device)))
-        generator = torch.Generator().manual_seed(derived_seed(config.seed, iteration))
-        update.set_rates(_rate_factor(iteration / settings.iterations))
-        records = _learn_from(recent, update, normalizer, config, generator)
-        if held_out is None:
+        like = rollout.latents.new_empty(0, device=self._device)
+        self._update.prepare(step_tables(rollout.table, self.config.ppo, like))
+        self._update.set_rates(_rate_factor(iteration / settings.iterations))
+        generator = torch.Generator().manual_seed(derived_seed(self.config.seed, iteration))
+        records = _learn_from(self._recent, self._update, normalizer, self.config, generator)
+        if self.held_out is None:
             variance = rollout_variance(rollout, normalizer)
         else:
-            variance = held_out_variance(critic, held_out, normalizer)
-        history.append(float(variance.mean()))
-        log.write(
+            variance = held_out_variance(critic, self.held_out, normalizer)
+        state.history.append(float(variance.mean()))
+        state.explained_variance = variance
+        self.log.write(
             "value_pretraining",
             iteration=iteration,
             explained_variance=variance.mean(dim=-1),
-            **confidence.metrics(variance),
+            **self.confidence.metrics(variance),
             **records.left_out(),
-            **guard.metrics(),
+            **self._guard.metrics(),
         )
-        del rollout
-        if on_iteration is not None:
-            on_iteration(iteration, variance)
-        if history[-1] > max(history[:-1], default=-math.inf):
-            best_iteration = len(history)
-            best = None if held_out is None else _Kept.of(critic, normalizer, variance)
-        if len(history) - best_iteration >= settings.patience:
-            break
-        if bounds is not None and bounds.overall_score(variance) >= settings.stop_score:
-            break
-    if variance is None:
-        raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
-    if best is not None:
-        variance = best.restore(critic, normalizer)
-    return PretrainResult(variance, history, images, bounds)
+        if state.history[-1] > max(state.history[:-1], default=-math.inf):
+            state.best_iteration = len(state.history)
+            if self.held_out is not None:
+                state.best = MeasuredCritic.of(critic, normalizer, variance)
+        state.guard, state.microbatch_size = self._guard.state_dict(), self._update.microbatch.size
+        return variance
+
+    def _result(self) -> PretrainResult:
+        """What was reached, with the best critic put back; `state` ends."""
+        state = self.state
+        if state.explained_variance is None:
+            raise ValueError("value pretraining saw no rollout with usable rewards; see the warnings above")
+        variance = state.explained_variance
+        if state.best is not None:
+            variance = state.best.restore(self.critic, self.normalizer)
+        result = PretrainResult(variance, state.history, state.images, self.confidence.bounds)
+        state.end()
+        return result
 
 
 def _rate_factor(done: float) -> float:

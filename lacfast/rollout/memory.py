@@ -118,9 +118,9 @@ class RolloutMemory:
         return self._whole
 
     @staticmethod
-    def of(parts: Iterable[Rollout], count: int) -> Rollout:
+    def of(parts: Iterable[Rollout], count: int, room: HostRoom | None = None) -> Rollout:
         """One rollout of the `count` trajectories of all parts, which share table and seed."""
-        memory = RolloutMemory(count)
+        memory = RolloutMemory(count, room)
         for _ in map(memory.add, parts):
             pass
         return memory.rollout()

@@ -88,7 +88,7 @@ class RunConfig(Config):
     value_pretraining: bool = True
     """Fit the critic before the first policy update, where there is one."""
     save_every: CountOrNone = 10
-    """Iterations between checkpoints; 0: only at the end."""
+    """Iterations between checkpoints, of value pretraining too; 0: only at the end."""
     keep_last: Count = 2
     """Checkpoints that are kept besides the best one."""
     best: str = ""

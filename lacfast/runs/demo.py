@@ -30,7 +30,7 @@ from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runs import presets
 from lacfast.runs.directory import DEMO, require_own
-from lacfast.runs.phases import pretrain_model, pretrain_values
+from lacfast.runs.phases import pretrain_model, show_value_pretraining
 from lacfast.runs.terminal import PhaseLog, done_fraction
 from lacfast.runtime.directories import whole_directory
 from lacfast.runtime.files import require_writable, write_json
@@ -130,7 +130,7 @@ def run_demo(
         metrics_path=out / "metrics.jsonl",
     )
     before = _evaluate(trainer, "Base model, held-out prompts", log)
-    pretrain_values(trainer, log)
+    show_value_pretraining(trainer, log)
     steered_before = _steer(trainer, steering, "Base model, steered", log)
     _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
     after = _evaluate(trainer, "Trained model, held-out prompts", log)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lacfast.checkpoint import TRAINER_STATE, read_state
+from lacfast.learning.pretraining_state import PretrainingState
+from lacfast.learning.run_state import Counts
 from lacfast.runtime.directories import MANIFEST, DamagedError, recover_all, remove
 from lacfast.runtime.files import write_json, writing_to
 
@@ -169,19 +171,21 @@ class RunDirectory:
             )
         self.metrics.unlink()
 
-    def go_on_from(self, checkpoint: Path, iteration: int, evaluated: int, *, is_same: bool) -> None:
+    def go_on_from(
+        self, checkpoint: Path, counts: Counts, pretraining: PretrainingState, *, is_same: bool
+    ) -> None:
         """Make the checkpoint the last word: what was logged later will be logged again.
 
         What lies here of another branch that went on from there, or of another run, is set aside.
 
         Args:
             checkpoint: of this directory or another.
-            iteration: of the checkpoint.
-            evaluated: the iteration that it was last evaluated at.
+            counts: of the checkpoint.
+            pretraining: the same of value pretraining.
             is_same: the run goes on with the settings that it had, so it makes the same again.
         """
         is_own = checkpoint.absolute().parent == (self.path / "checkpoints").absolute()
-        first = iteration + 1 if is_own else 0
+        first = counts.iteration + 1 if is_own else 0
         later = [path for path in self.checkpoints() if int(path.name) >= first]
         if later or not is_same:
             score = self.best / SCORE
@@ -192,7 +196,7 @@ class RunDirectory:
             self._set_aside(later, copied=[self.metrics])
         if not is_own:
             self.metrics.unlink(missing_ok=True)
-        self._rewind_metrics(iteration, evaluated)
+        self._rewind_metrics(counts, pretraining)
 
     def _set_aside(self, paths: list[Path], copied: list[Path] | None = None) -> None:
         """Move what is replaced to replaced/1, 2 and so on, under the names that it has here."""
@@ -211,21 +215,28 @@ class RunDirectory:
         there = f"{len(paths)} later or damaged entries of {self.path}"
         warnings.warn(f"{there} are in {target} now", stacklevel=4)
 
-    def _rewind_metrics(self, iteration: int, evaluated: int) -> None:
+    def _rewind_metrics(self, counts: Counts, pretraining: PretrainingState) -> None:
         if not self.metrics.exists():
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if not _is_later(line, iteration, evaluated)]
+        last = {
+            # Without a count, of an earlier version, it is behind.
+            "value_pretraining": pretraining.iteration - 1 if pretraining.is_under_way else math.inf,
+            "train": counts.iteration,
+            "evaluate": counts.evaluated,
+            # One that was skipped is due again.
+            "skipped_evaluation": counts.iteration - 1,
+        }
+        kept = [line for line in lines if not _is_later(line, last)]
         temporary = self.metrics.with_suffix(".rewound")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.metrics)
 
 
-def _is_later(line: str, iteration: int, evaluated: int) -> bool:
-    """Whether a line of metrics.jsonl is of a later iteration, or was cut off by a kill."""
+def _is_later(line: str, last: dict[str, float]) -> bool:
+    """Whether a line of metrics.jsonl is later than the `last` of its phase, or was cut off by a kill."""
     try:
         entry = json.loads(line)
     except json.JSONDecodeError:
         return True
-    last = {"train": iteration, "evaluate": evaluated}.get(entry["phase"], math.inf)
-    return bool(entry.get("iteration", 0) > last)
+    return bool(entry.get("iteration", 0) > last.get(entry["phase"], math.inf))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -28,8 +29,10 @@ def pretrain_model(
     return pretrain(backbone, task, seed=seed, steps=steps, progress=report)
 
 
-def pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> PretrainResult:
-    """Value pretraining with what the critic explains by now."""
+def show_value_pretraining(
+    trainer: LatentActorCriticTrainer, log: PhaseLog, after_iteration: Callable[[], object] = lambda: None
+) -> PretrainResult:
+    """Value pretraining with what the critic explains by now; it may be saved in `after_iteration`."""
     planned = trainer.config.pretrain.iterations
     trained = trainer.table.trainable_steps
 
@@ -39,9 +42,12 @@ def pretrain_values(trainer: LatentActorCriticTrainer, log: PhaseLog) -> Pretrai
         return f"explained variance {float(variance[trained].mean()):.2f} on {states}"
 
     with log.phase("value_pretraining", "Value pretraining, actor frozen") as phase:
-        result = trainer.pretrain_critic(
-            lambda iteration, variance: phase.update((iteration + 1) / planned, mean(variance))
-        )
+
+        def show(iteration: int, variance: Tensor) -> None:
+            phase.update((iteration + 1) / planned, mean(variance))
+            after_iteration()
+
+        result = trainer.pretrain_critic(show)
         phase.note = mean(result.explained_variance)
     return result
 

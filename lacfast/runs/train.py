@@ -17,6 +17,7 @@ from lacfast.checkpoint import save_backbone
 from lacfast.config import GraphConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
 from lacfast.learning.early_stopping import EarlyStopping
+from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
@@ -30,7 +31,7 @@ from lacfast.rollout.scored import evaluate, sampled, watched
 from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import EVALUATION, RUN, SCORE, SETTINGS, RunDirectory, require_own
-from lacfast.runs.phases import EvaluationLines, pretrain_model, pretrain_values
+from lacfast.runs.phases import EvaluationLines, pretrain_model, show_value_pretraining
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -218,21 +219,28 @@ def _train(
     trainer = build_trainer(config, directory, log)
     score = config.best or trainer.early_stopping.score
     keeper = Keeper(trainer, directory, score, to_json(config))
+    pretrains = config.value_pretraining and trainer.critic is not None
     if source is not None:
         trainer.load(source)
-        tell(f"goes on from {source}, iteration {trainer.iteration} of {config.train.iterations}")
+        done, planned, phase = trainer.iteration, config.train.iterations, ""
+        if trainer.pretraining.is_under_way:
+            done, planned = trainer.pretraining.iteration, config.train.pretrain.iterations
+            phase = " of value pretraining"
+        tell(f"goes on from {source}, iteration {done} of {planned}{phase}")
         for name, (old, new) in changed.items():
             tell(f"{name} was {old!r} and is {new!r} from here on")
-        directory.go_on_from(source, trainer.iteration, trainer.evaluated, is_same=not changed)
+        counts = Counts(trainer.iteration, trainer.images, trainer.evaluated)
+        directory.go_on_from(source, counts, trainer.pretraining, is_same=not changed)
         directory.write_settings(to_json(config))
         keeper.has_saved(source)
-    elif config.value_pretraining and trainer.critic is not None:
-        pretrain_values(trainer, log)
-    keeper.save()
+        pretrains = trainer.pretraining.is_under_way
+
+    def save_when_due(iteration: int) -> None:
+        if config.save_every and iteration % config.save_every == 0:
+            keeper.save()
 
     def after_iteration(metrics: dict[str, Any]) -> None:
-        if config.save_every and trainer.iteration % config.save_every == 0:
-            keeper.save()
+        save_when_due(trainer.iteration)
         if on_iteration is not None:
             on_iteration(metrics)
 
@@ -241,12 +249,17 @@ def _train(
         keeper.keep(evaluation)
 
     try:
+        if pretrains:
+            show_value_pretraining(trainer, log, lambda: save_when_due(trainer.pretraining.iteration))
+            pretrains = False
+        keeper.save()
         with EvaluationLines(log) as lines:
             trainer.watch_evaluation = lines.images
             done = trainer.train(on_iteration=after_iteration, on_evaluation=after_evaluation)
         last = keeper.save()
     except (KeyboardInterrupt, RewardError):
-        if trainer.is_whole:
+        # Until value pretraining has begun there is nothing to go on from.
+        if trainer.is_whole and (trainer.pretraining.is_under_way or not pretrains):
             tell(f"stopped; {keeper.save()} has the last whole iteration, and --resume auto goes on from it")
         raise
     finally:
@@ -355,17 +368,22 @@ class Keeper:
         self.directory = directory
         self.score = score
         self.settings = settings
-        self._saved: tuple[int, int] | None = None
+        self._saved: tuple[Any, ...] = ()
 
     def has_saved(self, checkpoint: Path) -> None:
         """Take in that the trainer is as it is in `checkpoint`, which may be this run's own."""
         if checkpoint.resolve() == self.directory.checkpoint(self.trainer.iteration).resolve():
-            self._saved = (self.trainer.iteration, self.trainer.evaluated)
+            self._saved = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        """Where the trainer is."""
+        trainer, pretraining = self.trainer, self.trainer.pretraining
+        return trainer.iteration, trainer.evaluated, pretraining.iteration, pretraining.is_under_way
 
     def save(self) -> Path:
         """A checkpoint of now, unless it was the last thing that was saved; returns it."""
         trainer = self.trainer
-        target, now = self.directory.checkpoint(trainer.iteration), (trainer.iteration, trainer.evaluated)
+        target, now = self.directory.checkpoint(trainer.iteration), self._now()
         if self._saved != now:
             trainer.save(target, notes={SETTINGS: self.settings})
             self._saved = now
@@ -377,8 +395,7 @@ class Keeper:
         trainer, directory = self.trainer, self.directory
         picture = contact_sheet(evaluation.images)
         picture.save(directory.samples(trainer.iteration))
-        for tracker in trainer.log.trackers:
-            tracker.picture(trainer.iteration, "samples", picture)
+        trainer.log.picture(trainer.iteration, "samples", picture)
         best, found = directory.best_score(self.score), evaluation.means()[self.score]
         if best is None or found > best:
             kept = {"score": found, "name": self.score, "iteration": trainer.iteration}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +88,69 @@ def test_without_held_out_states_it_stops_too(monkeypatch: pytest.MonkeyPatch) -
     result = trainer(iterations=6, patience=2, held_out_samples=0).pretrain_critic()
     assert result.history == pytest.approx([0.1, 0.3, 0.2, 0.1])
     assert float(result.explained_variance) == pytest.approx(0.1), "of the last critic, not of the best"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"held_out_samples": 0}, {"held_out_samples": 8, "completions": 2, "bound_states": 2}],
+    ids=["prequential", "held out, with bounds"],
+)
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits_and_asks_no_reward_twice(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    through, stopped, resumed = (trainer(8, iterations=5, kept_rollouts=2, **settings) for _ in range(3))
+    lines: list[list[dict[str, Any]]] = [[], []]
+    for made, found in ((through, lines[0]), (resumed, lines[1])):
+        made.log.write = lambda phase, found=found, **values: found.append(values)  # type: ignore[method-assign]
+
+    def stop(iteration: int, _: torch.Tensor) -> None:
+        if iteration == 2:
+            stopped.save(tmp_path / "within")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.pretrain_critic(stop)
+    scored: list[int] = []
+
+    def counted(images: torch.Tensor, *_: Any) -> torch.Tensor:
+        scored.append(len(images))
+        return images.mean(dim=(1, 2, 3))
+
+    resumed.rewards.functions["brightness"] = counted
+    resumed.load(tmp_path / "within")
+    assert (resumed.pretraining.iteration, resumed.pretraining.is_under_way) == (3, True)
+    # Before it goes on it can be saved again.
+    resumed.save(tmp_path / "again")
+    resumed.load(tmp_path / "again")
+    expected, result = through.pretrain_critic(), resumed.pretrain_critic()
+    assert scored == [8, 8]
+    assert result.history == expected.history
+    assert torch.equal(result.explained_variance, expected.explained_variance)
+    assert (result.images, resumed.images) == (expected.images, through.images)
+    assert str(lines[1]) == str(lines[0][3:])
+    assert not resumed.pretraining.is_under_way
+    for made in (through, resumed):
+        made.train(1)
+    assert through.critic is not None
+    assert resumed.critic is not None
+    critic, again = through.critic.state_dict(), resumed.critic.state_dict()
+    assert all(torch.equal(critic[name], again[name]) for name in critic)
+    assert str(through.normalizer.state_dict()) == str(resumed.normalizer.state_dict())
+
+
+def test_rollouts_that_would_be_others_are_not_given_the_scores_of_the_old(tmp_path: Path) -> None:
+    stopped = trainer(8)
+    stopped.pretrain_critic(
+        lambda *_: stopped.save(tmp_path / "within") if not (tmp_path / "within").exists() else None
+    )
+    other = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS[::-1], stopped.config)
+    other.load(tmp_path / "within")
+    with Refusal(
+        "value pretraining goes on from rollouts that are made again, and their prompts are others now",
+        cause="A run that was stopped within value pretraining goes on with another file of prompts.",
+        remedy="give those that the run began with until it is through",
+    ).raised():
+        other.pretrain_critic()
 
 
 def chain_trainer(**pretrain: Any) -> LatentActorCriticTrainer:

@@ -22,7 +22,17 @@ from safetensors.torch import load_file
 from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
 
 from lacfast.cli import main
-from lacfast.config import AdvantageConfig, BatchMean, LoRAConfig, PPOConfig, Ratio, TrainConfig
+from lacfast.config import (
+    AdvantageConfig,
+    BatchMean,
+    LoRAConfig,
+    PPOConfig,
+    Ratio,
+    TrainConfig,
+    ValuePretrainingConfig,
+)
+from lacfast.learning.pretraining_state import PretrainingState
+from lacfast.learning.run_state import Counts
 from lacfast.rewards.reward import RewardError
 from lacfast.runs import train as run
 from lacfast.runs.config import RunConfig
@@ -278,14 +288,76 @@ def test_a_reward_that_fails_leaves_the_last_whole_iteration(
     last, told = train(config)
     assert told[0].startswith(f"goes on from {saved}")
     assert same(through, last)
-    logs = [
+    assert logged(through) == logged(last)
+
+
+def logged(checkpoint: Path) -> str:
+    """The lines of the run's metrics without the time that it took."""
+    lines = (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()
+    return str(
         [
             {name: value for name, value in json.loads(line).items() if not name.startswith("seconds")}
-            for line in (checkpoint.parents[1] / "metrics.jsonl").read_text().splitlines()
+            for line in lines
         ]
-        for checkpoint in (through, last)
-    ]
-    assert str(logs[0]) == str(logs[1])
+    )
+
+
+class Rising:
+    """A tracker like W&B, which drops what comes of a step behind the last."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, str]] = []
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        assert not self.steps or step >= self.steps[-1][0]
+        self.steps.append((step, min(values).partition("/")[0]))
+
+    def picture(self, step: int, name: str, image: object) -> None:
+        assert step == self.steps[-1][0]
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_run_that_is_stopped_within_value_pretraining_goes_on_with_rising_steps(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits and lines, and a tracker that goes on with the run loses nothing."""
+    pretrain = ValuePretrainingConfig(iterations=3, held_out_samples=4, minibatch_size=16)
+    settings = tiny_config(ppo=config.train.ppo, pretrain=pretrain, iterations=2, eval_every=1)
+    config = replace(config, train=settings, tensorboard=True, save_every=0)
+    trackers = [Rising(), Rising()]
+    monkeypatch.setattr(run, "TensorBoardTracker", lambda _: trackers[0])
+    through, _ = train(replace(config, out=str(tmp_path / "through")))
+    monkeypatch.setattr(run, "TensorBoardTracker", lambda _: trackers[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_backbones, "brightness", fails_at(3))
+        with pytest.raises(RewardError, match="the server is gone"):
+            train(config)
+    last, told = train(config)
+    assert told[0].endswith("00000000, iteration 2 of 3 of value pretraining")
+    assert same(through, last)
+    assert logged(through) == logged(last)
+    phases = ["value_pretraining"] * 3 + ["evaluate", "train", "evaluate", "train", "evaluate"]
+    assert trackers[0].steps == trackers[1].steps == list(zip([0, 1, 2, 3, 4, 4, 5, 5], phases, strict=True))
+
+
+def test_lines_that_will_be_logged_again_are_dropped(config: RunConfig) -> None:
+    """Also those of an evaluation that was skipped, which is due again, and of value pretraining."""
+    directory = RunDirectory(Path(config.out), keep_last=1)
+    lines = [("value_pretraining", number) for number in range(3)]
+    lines += [("skipped_evaluation", 0), ("train", 1), ("skipped_evaluation", 1), ("train", 2)]
+    source = directory.checkpoint(1)
+
+    def left(counts: Counts, pretraining: PretrainingState) -> list[tuple[str, int]]:
+        text = "".join(json.dumps({"phase": phase, "iteration": number}) + "\n" for phase, number in lines)
+        directory.metrics.write_text(text)
+        directory.go_on_from(source, counts, pretraining, is_same=True)
+        kept = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+        return [(entry["phase"], entry["iteration"]) for entry in kept]
+
+    assert left(Counts(1, 8, -1), PretrainingState(3)) == lines[:5]
+    assert left(Counts(0, 8, -1), PretrainingState(2, is_under_way=True)) == lines[:2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -1,0 +1,131 @@
+"""How far value pretraining is, as a checkpoint holds it: all but the rollouts, which a run makes again.
+
+The actor is frozen, and trajectories are functions of seed and iteration, so of a rollout its scores suffice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from lacfast.config import TrainConfig
+from lacfast.critic.critic import Critic
+from lacfast.records import Rollout
+from lacfast.rewards.normalizer import RewardNormalizer
+
+
+@dataclass(frozen=True)
+class KnownScores:
+    """What the rewards said of a rollout that is made again."""
+
+    prompts: list[str]
+    """B of them."""
+    rewards: dict[str, Tensor]
+    """name -> (B,)"""
+
+    @staticmethod
+    def of(rollout: Rollout) -> KnownScores:
+        """A rollout with rewards."""
+        return KnownScores(rollout.prompts, rollout.rewards)
+
+    def given_to(self, rollout: Rollout) -> Rollout:
+        """The rollout with the rewards.
+
+        Raises:
+            ValueError: for one of other prompts.
+        """
+        if rollout.prompts != self.prompts:
+            raise ValueError(
+                "value pretraining goes on from rollouts that are made again, and their prompts are others "
+                "now; give those that the run began with until it is through, or begin another with --out"
+            )
+        return rollout.with_rewards(self.rewards)
+
+
+@dataclass(frozen=True)
+class MeasuredCritic:
+    """A critic as it was when it was measured."""
+
+    weights: dict[str, Tensor]
+    normalizer: dict[str, Any]
+    """Its state."""
+    explained_variance: Tensor
+    """(T, M)"""
+
+    @staticmethod
+    def of(critic: Critic, normalizer: RewardNormalizer, explained_variance: Tensor) -> MeasuredCritic:
+        weights = {name: tensor.detach().clone() for name, tensor in critic.state_dict().items()}
+        return MeasuredCritic(weights, normalizer.state_dict(), explained_variance)
+
+    def restore(self, critic: Critic, normalizer: RewardNormalizer) -> Tensor:
+        """Put both back; returns the explained variance (T, M)."""
+        critic.load_state_dict(self.weights)
+        normalizer.load_state_dict(self.normalizer)
+        return self.explained_variance
+
+
+@dataclass
+class PretrainingState:
+    """Value pretraining between two of its iterations. Only `iteration` outlives it."""
+
+    iteration: int = 0
+    """Iterations that are behind."""
+    is_under_way: bool = False
+    """It has begun and not ended."""
+    held_out: KnownScores | None = None
+    """Of the rollout that measures it."""
+    images: int = 0
+    """Generated so far."""
+    history: list[float] = field(default_factory=list)
+    """Mean explained variance of every iteration that was not skipped."""
+    explained_variance: Tensor | None = None
+    """(T, M), the last."""
+    best: MeasuredCritic | None = None
+    best_iteration: int = 0
+    """Place in `history`, from 1."""
+    kept: dict[int, KnownScores] = field(default_factory=dict)
+    """Iteration -> scores of the rollouts that are learned from."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """State of the critic's GradientGuard."""
+    microbatch_size: int = 0
+    rollout_precision: str = ""
+    """Of the policy that made the rollouts."""
+
+    def begin(self, held_out: Rollout | None, rollout_precision: str) -> None:
+        """Start anew, behind the rollout that measures."""
+        known = None if held_out is None else KnownScores.of(held_out)
+        images = 0 if held_out is None else held_out.batch_size
+        begun = PretrainingState(
+            is_under_way=True, held_out=known, images=images, rollout_precision=rollout_precision
+        )
+        vars(self).update(vars(begun))
+
+    def require_fit(self, config: TrainConfig) -> None:
+        """
+        Raises:
+            ValueError: when the rollouts that are made again would be others.
+        """
+        if self.rollout_precision != config.rollout_precision:
+            raise ValueError(
+                f"value pretraining goes on from rollouts of rollout_precision={self.rollout_precision!r}, "
+                "which are made again; keep it until it is through, or begin another run with --out"
+            )
+
+    def end(self) -> None:
+        """Forget all but how many iterations there were."""
+        vars(self).update(vars(PretrainingState(self.iteration)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+        vars(self).update({each.name: state[each.name] for each in fields(self)})
+        if state["held_out"] is not None:
+            self.held_out = KnownScores(**state["held_out"])
+        if state["best"] is not None:
+            self.best = MeasuredCritic(**state["best"])
+        self.kept = {iteration: KnownScores(**known) for iteration, known in state["kept"].items()}
