@@ -168,11 +168,11 @@ def test_trackers_get_numbers_and_pictures(
             self.closed = False
             made.append(self)
 
-        def numbers(self, iteration: int, values: dict[str, float]) -> None:
-            self.points.setdefault(iteration, {}).update(values)
+        def numbers(self, step: int, values: dict[str, float]) -> None:
+            self.points.setdefault(step, {}).update(values)
 
-        def picture(self, iteration: int, name: str, image: Image.Image) -> None:
-            self.pictures.append(iteration)
+        def picture(self, step: int, name: str, image: Image.Image) -> None:
+            self.pictures.append(step)
 
         def close(self) -> None:
             self.closed = True
@@ -182,6 +182,8 @@ def test_trackers_get_numbers_and_pictures(
     run.train(run_config(model, tmp_path / "run", tensorboard=True))
     (recorder,) = made
     assert recorder.closed
-    assert recorder.pictures == [0, 2, 4]
-    assert {"train/reward/jpeg_incompressibility", "train/policy_loss"} <= recorder.points[1].keys()
-    assert "evaluate/jpeg_incompressibility" in recorder.points[4]
+    # An iteration of value pretraining comes before.
+    assert recorder.pictures == [1, 3, 5]
+    assert "value_pretraining/explained_variance/00" in recorder.points[0]
+    assert {"train/reward/jpeg_incompressibility", "train/policy_loss"} <= recorder.points[2].keys()
+    assert "evaluate/jpeg_incompressibility" in recorder.points[5]
