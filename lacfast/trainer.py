@@ -173,8 +173,7 @@ class LatentActorCriticTrainer:
         """A `rollout` with its rewards. None when one failed and config.on_reward_error is "skip".
 
         Without `keep_features` no critic can learn from it. `table` None: the whole window is stochastic.
-        With `room` it lies on the host. With `known` scores it is made again: not scored, and not counted.
-        The last one is released before.
+        With `room` it lies on the host, with `known` scores it is made again. The last is released before.
 
         Raises:
             RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.

@@ -75,7 +75,7 @@ class PretrainingState:
     is_under_way: bool = False
     """It has begun and not ended."""
     held_out: KnownScores | None = None
-    """Of the rollout that measures it."""
+    """Scores of the rollout that measures it."""
     images: int = 0
     """Generated so far."""
     history: list[float] = field(default_factory=list)
@@ -91,7 +91,7 @@ class PretrainingState:
     """State of the critic's GradientGuard."""
     microbatch_size: int = 0
     rollout_precision: str = ""
-    """Of the policy that made the rollouts."""
+    """Precision of the policy that made the rollouts."""
 
     def begin(self, held_out: Rollout | None, rollout_precision: str) -> None:
         """Start anew, behind the rollout that measures."""

@@ -13,7 +13,6 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.checkpoint import save_backbone
 from lacfast.config import GraphConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
 from lacfast.learning.early_stopping import EarlyStopping
@@ -30,7 +29,8 @@ from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled, watched
 from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
 from lacfast.runs.costs import Costs, count
-from lacfast.runs.directory import EVALUATION, RUN, SCORE, SETTINGS, RunDirectory, require_own
+from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
+from lacfast.runs.keeper import Keeper
 from lacfast.runs.phases import EvaluationLines, pretrain_model, show_value_pretraining
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
@@ -351,53 +351,3 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
         write_json(settings.out / "scores.json", scores)
         contact_sheet(evaluation.images).save(settings.out / "samples.png")
     return evaluation
-
-
-class Keeper:
-    """Writes what a run keeps: numbered checkpoints, the best one, pictures."""
-
-    def __init__(
-        self,
-        trainer: LatentActorCriticTrainer,
-        directory: RunDirectory,
-        score: str,
-        settings: dict[str, Any],
-    ) -> None:
-        """`score` chooses the best; `settings` of the run lie beside every save as run.json."""
-        self.trainer = trainer
-        self.directory = directory
-        self.score = score
-        self.settings = settings
-        self._saved: tuple[Any, ...] = ()
-
-    def has_saved(self, checkpoint: Path) -> None:
-        """Take in that the trainer is as it is in `checkpoint`, which may be this run's own."""
-        if checkpoint.resolve() == self.directory.checkpoint(self.trainer.iteration).resolve():
-            self._saved = self._now()
-
-    def _now(self) -> tuple[Any, ...]:
-        """Where the trainer is."""
-        trainer, pretraining = self.trainer, self.trainer.pretraining
-        return trainer.iteration, trainer.evaluated, pretraining.iteration, pretraining.is_under_way
-
-    def save(self) -> Path:
-        """A checkpoint of now, unless it was the last thing that was saved; returns it."""
-        trainer = self.trainer
-        target, now = self.directory.checkpoint(trainer.iteration), self._now()
-        if self._saved != now:
-            trainer.save(target, notes={SETTINGS: self.settings})
-            self._saved = now
-            self.directory.prune()
-        return target
-
-    def keep(self, evaluation: Evaluation) -> None:
-        """A picture of the evaluation, and the weights it judged if they are the best so far."""
-        trainer, directory = self.trainer, self.directory
-        picture = contact_sheet(evaluation.images)
-        picture.save(directory.samples(trainer.iteration))
-        trainer.log.picture(trainer.iteration, "samples", picture)
-        best, found = directory.best_score(self.score), evaluation.means()[self.score]
-        if best is None or found > best:
-            kept = {"score": found, "name": self.score, "iteration": trainer.iteration}
-            with trainer.averaged():
-                save_backbone(trainer.backbone, directory.best, notes={SCORE: kept, SETTINGS: self.settings})
