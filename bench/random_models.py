@@ -46,8 +46,14 @@ class RandomEmbeddings:
     def encode_unconditional(self) -> tuple[Tensor, Tensor]:
         return self.tokens, self.pooled
 
-    def free(self) -> None:
+    def identity(self) -> None:
+        """Nobody keeps them in files."""
+
+    def set_aside(self) -> None:
         """There is nothing to give back."""
+
+    def bring_back(self) -> None:
+        """Nothing was set aside."""
 
 
 @dataclass(frozen=True, kw_only=True)

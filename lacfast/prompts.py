@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lacfast.config import TrainConfig
 from lacfast.seeds import derived_seed
 
 
@@ -59,7 +60,7 @@ class PromptSet:
     def draw(self, count: int, *, seed: int, iteration: int, repeats: int = 1) -> PromptSet:
         """`count` prompts of an iteration, each `repeats` times in a row; every pass is a new permutation."""
         first = iteration * count
-        rows = [self._shuffled_row(position, seed) for position in range(first, first + count)]
+        rows = self._shuffled(range(first, first + count), seed)
         return self.take([row for row in rows for _ in range(repeats)])
 
     def cycle(self, count: int) -> PromptSet:
@@ -69,13 +70,59 @@ class PromptSet:
         ones of a sorted file would stand for themselves alone.
         """
         passes, rest = divmod(count, len(self))
-        drawn = sorted(self._shuffled_row(position, 0) for position in range(rest))
-        return self.take([*range(len(self))] * passes + drawn)
+        return self.take([*range(len(self))] * passes + sorted(self._shuffled(range(rest), 0)))
 
-    def _shuffled_row(self, position: int, seed: int) -> int:
-        epoch, offset = divmod(position, len(self))
-        generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
-        return int(torch.randperm(len(self), generator=generator)[offset])
+    def _shuffled(self, positions: range, seed: int) -> list[int]:
+        """Rows at `positions` of an endless list of permutations, one after the other."""
+        orders: dict[int, list[int]] = {}
+        for epoch in {position // len(self) for position in positions}:
+            generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+            orders[epoch] = torch.randperm(len(self), generator=generator).tolist()
+        return [orders[position // len(self)][position % len(self)] for position in positions]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What each rollout and evaluation of a run draws: all is known from its start."""
+
+    prompts: PromptSet
+    """Of training and value pretraining."""
+    held_out: PromptSet
+    """Of evaluation, and of the rollout that measures value pretraining."""
+    config: TrainConfig
+
+    def training(self, iteration: int) -> PromptSet:
+        """The prompts of an iteration, one per trajectory."""
+        return self._drawn(iteration, self.config.seed)
+
+    def pretraining(self, iteration: int) -> PromptSet:
+        """The prompts of an iteration of value pretraining, in an order of their own."""
+        return self._drawn(iteration, self.config.seed + 1)
+
+    def selection(self) -> PromptSet:
+        """Held-out prompts of the rollout that measures value pretraining, one per trajectory."""
+        settings = self.config.pretrain
+        # The floor needs every prompt twice.
+        distinct = max(settings.held_out_samples // 2, 1) if settings.completions else len(self.held_out)
+        return self.held_out.cycle(min(distinct, len(self.held_out))).cycle(settings.held_out_samples)
+
+    def evaluation(self, samples: int | None = None) -> PromptSet:
+        """The held-out prompts of every evaluation, `samples` of them; None: config.eval_samples."""
+        return self.held_out.cycle(self.config.eval_samples if samples is None else samples)
+
+    def upcoming(self, iteration: int, *, evaluated: int = -1) -> Iterator[PromptSet]:
+        """What training draws from an iteration on, in the order of its work; `evaluated` is not again."""
+        config = self.config
+        for number in range(iteration, config.iterations + 1):
+            if config.eval_every and number % config.eval_every == 0 and number != evaluated:
+                yield self.evaluation()
+            if number < config.iterations:
+                yield self.training(number)
+
+    def _drawn(self, iteration: int, seed: int) -> PromptSet:
+        repeats = self.config.samples_per_prompt
+        count = self.config.batch_size // repeats
+        return self.prompts.draw(count, seed=seed, iteration=iteration, repeats=repeats)
 
 
 def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") -> PromptSet:

@@ -35,7 +35,7 @@ from lacfast.metrics import (
     on_host,
     rollout_metrics,
 )
-from lacfast.prompts import PromptSet, PromptSource
+from lacfast.prompts import Draws, PromptSet, PromptSource
 from lacfast.records import Advantages, Evaluation, FirstSampleId, Rollout, TransitionTable
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -91,6 +91,7 @@ class LatentActorCriticTrainer:
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
+        self.draws = Draws(self.prompts, self.held_out, self.config)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         scores = RewardSet.union(self.scorers).names
@@ -196,10 +197,8 @@ class LatentActorCriticTrainer:
     ) -> Rollout | None:
         """The rollout of an iteration; with `room` that of value pretraining, with sample ids of its own."""
         config, namespace = self.config, 0 if room is None else FirstSampleId.VALUE_PRETRAINING
-        count, seed = config.batch_size // config.samples_per_prompt, config.seed + (namespace != 0)
-        prompts = self.prompts.draw(count, seed=seed, iteration=iteration, repeats=config.samples_per_prompt)
         return self.collect(
-            prompts,
+            self.draws.pretraining(iteration) if namespace else self.draws.training(iteration),
             namespace + iteration * config.batch_size,
             keep_features=config.critic.keep_features or namespace != 0,
             table=self.tables.pretraining(iteration) if namespace else self.tables.at(iteration),
@@ -215,7 +214,7 @@ class LatentActorCriticTrainer:
         if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
         room, state = host_room(self.config), self.pretraining
-        held_out = held_out_rollout(self.collect, self.held_out, self.config, room, state.held_out)
+        held_out = held_out_rollout(self.collect, self.draws, room, state.held_out)
         if not state.is_under_way:
             self.confidence = ValueConfidence()
             if held_out is not None and self.config.pretrain.completions:
@@ -354,7 +353,7 @@ class LatentActorCriticTrainer:
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
         config, settings = self.config, self.config.eval_sampler or self.config.sampler
-        prompts = self.held_out.cycle(config.eval_samples if samples is None else samples)
+        prompts = self.draws.evaluation(samples)
         with self.averaged():
             parts = sampled(
                 self.sampler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from host_waits import WaitLog
 from torch import Tensor
 
 from lacfast import ops
+
+# Before Hugging Face is imported: nothing that a test keeps lies among the user's own files.
+ASSETS = tempfile.TemporaryDirectory(prefix="lacfast-assets-")
+os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
 # A second thread on busy cores makes every small test slower.
 torch.set_num_threads(1)

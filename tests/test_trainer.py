@@ -48,6 +48,28 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_what_a_run_draws_is_known_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(iterations=3, batch_size=4, rollout_batch_size=3, eval_every=2, eval_samples=3)
+    backbone, seen = trainer.backbone, list[str]()
+    draws = trainer.draws
+    foretold = [draw.texts for draw in (draws.selection(), draws.pretraining(0), draws.pretraining(1))]
+    foretold += [draw.texts for draw in draws.upcoming(0)]
+    later = [draw.texts for draw in draws.upcoming(2, evaluated=2)]
+    encode = backbone.encode_prompts
+
+    def watched(prompts: Any) -> Any:
+        seen.extend(prompts)
+        return encode(prompts)
+
+    monkeypatch.setattr(backbone, "encode_prompts", watched)
+    trainer.pretrain_critic()
+    trainer.train()
+    # Held-out states, two rollouts of value pretraining; evaluation, two iterations; evaluation, another.
+    assert [len(texts) for texts in foretold] == [8, 4, 4, 3, 4, 4, 3, 4]
+    assert seen == [text for texts in foretold for text in texts]
+    assert later == foretold[-1:]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trunk", ["branch", "shared", "copy"])
 def test_two_iterations_train_every_backbone_with_every_trunk(family: Any, trunk: str) -> None:

@@ -79,8 +79,14 @@ class ShapesOnly:
     def encode_unconditional(self) -> tuple[Tensor, Tensor]:
         return self.encode([""])
 
-    def free(self) -> None:
+    def identity(self) -> None:
+        """No file is worth while: there are no weights."""
+
+    def set_aside(self) -> None:
         """Nothing: there are no weights."""
+
+    def bring_back(self) -> None:
+        """Nothing was set aside."""
 
 
 def _described(source: str) -> Any:

@@ -8,12 +8,15 @@ was fused, or another model of the same architecture, moves values by more.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lacfast.backbones.scheduler_choice import own_settings
@@ -81,6 +84,58 @@ class Fingerprint:
             if there != here:
                 found.append(f"its scheduler's {name} was {there!r} and is {here!r}")
         return found
+
+
+def encoder_identity(
+    pipeline: Any, encoders: Mapping[str, Any], tokenizers: Mapping[str, Any], settings: tuple[Any, ...]
+) -> str:
+    """Digest of all that a bit of a prompt's embeddings depends on besides its text.
+
+    Every bit of the weights counts here, and so do versions and the kind of device, which round in their own
+    way: embeddings from a file are those that would be made now.
+
+    Args:
+        pipeline: whose encode_prompt is used.
+        encoders: its text encoders.
+        tokenizers: beside them; a part may be None.
+        settings: of the call.
+    """
+    versions = (torch.__version__, transformers.__version__, diffusers.__version__)
+    kind = type(pipeline)
+    flags = {name: value for name, value in pipeline.config.items() if isinstance(value, bool | int | float)}
+    told: list[Any] = [_ENCODING, versions, kind.__module__, kind.__qualname__, flags, settings]
+    digest = hashlib.blake2b(digest_size=16)
+    for name, encoder in encoders.items():
+        device = next(encoder.parameters()).device
+        told += [name, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type]
+        told.append({key: value for key, value in encoder.config.to_dict().items() if key not in _PLACES})
+        for path, tensor in encoder.state_dict().items():
+            digest.update(f"{name}.{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(bytes_of(tensor))
+    for name, tokenizer in tokenizers.items():
+        told += [name, None if tokenizer is None else _tokenization(tokenizer)]
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they are stored."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+_ENCODING = 1
+"""Version of how this package calls a pipeline for embeddings; a change of them raises it."""
+_PLACES = ("_name_or_path", "transformers_version")
+"""Settings of an encoder that tell where it is from."""
+
+
+def _tokenization(tokenizer: Any) -> list[Any]:
+    """What a tokenizer makes tokens by; its padding and truncation are set anew at every call."""
+    told = [type(tokenizer).__name__, tokenizer.model_max_length, tokenizer.get_vocab()]
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        told += [state[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]
+    return told
 
 
 def _has_weights(module: nn.Module | None) -> bool:

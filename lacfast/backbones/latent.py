@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -222,13 +222,25 @@ class LatentBackbone(ABC):
         tokens, pooled = (to_device(each, self.device, self.dtype) for each in embeddings)
         return tokens, pooled
 
-    def free_text_encoders(self, prompts: Sequence[str]) -> None:
-        """Encode every prompt of the run, keep the embeddings on the CPU and drop the text encoders.
+    def free_text_encoders(self, prompts: Sequence[str] = ()) -> None:
+        """Take the text encoders off the device, to the CPU.
+
+        Embeddings are kept in files that all runs share, and a bounded part of them in memory. For prompts
+        that have no file the encoders come back, and encode a block of those that are expected.
 
         Args:
-            prompts: all that will be sampled, held-out ones too.
+            prompts: that are expected, in the order of their use as far as it is known.
         """
-        self.prompts.free_encoder(prompts)
+        self.prompts.set_aside()
+        self.expect_prompts([prompts])
+
+    def expect_prompts(self, draws: Iterable[Sequence[str]]) -> None:
+        """Say which prompts are sampled next, draw by draw, in place of what was said before.
+
+        It changes when files are read and prompts encoded, and no result. Before `free_text_encoders` it
+        changes nothing.
+        """
+        self.prompts.expect(draws)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -17,8 +17,14 @@ class PromptEncoder(Protocol):
     def encode_unconditional(self) -> tuple[Tensor, Tensor]:
         """The same, with B = 1, of what classifier-free guidance puts in a prompt's place."""
 
-    def free(self) -> None:
-        """Give back the memory of the weights; nothing is encoded afterwards."""
+    def identity(self) -> str | None:
+        """Digest of all that embeddings depend on besides the text; None: they are not worth a file."""
+
+    def set_aside(self) -> None:
+        """Give the device's memory back until `bring_back`; what is encoded meanwhile is on the CPU."""
+
+    def bring_back(self) -> None:
+        """Put the weights where they were before `set_aside`."""
 
 
 class LatentCodec(Protocol):

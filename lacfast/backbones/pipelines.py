@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lacfast.backbones.fingerprint import encoder_identity
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.config.checks import Config, Count, NonNegative
@@ -94,6 +95,8 @@ class PipelineEncoder:
         self.pipeline = pipeline
         self.family = family
         self.settings = settings
+        self._places: dict[str, torch.device] = {}
+        """Where the text encoders were before they were set aside."""
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
         return self.family.encode(self.pipeline, list(prompts), self.settings)
@@ -101,10 +104,31 @@ class PipelineEncoder:
     def encode_unconditional(self) -> Embeddings:
         return self.family.encode_unconditional(self.pipeline, self.settings)
 
-    def free(self) -> None:
-        """Drop the text encoders from the pipeline; its tokenizers stay."""
-        for name in self.family.text_parts:
-            setattr(self.pipeline, name, None)
+    def identity(self) -> str | None:
+        """Digest of weights, tokenizers, settings, and what else may change a bit of the embeddings."""
+        tokenizers = {
+            name: part for name, part in self.pipeline.components.items() if name.startswith("tokenizer")
+        }
+        settings = (self.settings.max_sequence_length, self.settings.negative_prompt)
+        return encoder_identity(self.pipeline, self._encoders(), tokenizers, settings)
+
+    def set_aside(self) -> None:
+        encoders = self._encoders()
+        if not self._places:
+            self._places = {name: encoder_device(encoder) for name, encoder in encoders.items()}
+        for encoder in encoders.values():
+            encoder.to("cpu")
+        if any(place.type == "cuda" for place in self._places.values()):
+            torch.cuda.empty_cache()
+
+    def bring_back(self) -> None:
+        for name, encoder in self._encoders().items():
+            encoder.to(self._places[name])
+
+    def _encoders(self) -> dict[str, Any]:
+        """The text encoders that the pipeline has."""
+        parts = {name: getattr(self.pipeline, name) for name in self.family.text_parts}
+        return {name: encoder for name, encoder in parts.items() if encoder is not None}
 
 
 class VAECodec:

@@ -1,90 +1,195 @@
-"""Prompt embeddings, each distinct prompt encoded once, so that the text encoders can be freed."""
+"""Prompt embeddings in bounded memory, each prompt encoded once, so that the text encoders can be away.
+
+While the encoder is set aside, embeddings come from files that all runs share. A prompt that has none brings
+the encoder back for a block: it and all others without a file that are expected soon.
+"""
 
 from __future__ import annotations
 
-import math
+import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from lacfast.backbones.parts import PromptEncoder
+from lacfast.backbones.prompt_files import Embeddings, PromptFiles
+from lacfast.rewards.workers import Workers
 
 ENCODE_BATCH = 8
 """Prompts per call of the encoder, always: a matrix product of another height may round differently, and a
 resumed run must get the same embeddings as the one that encoded other prompts beside them."""
 DEFAULT_CAPACITY = 4 << 30
-"""Bytes; a prompt of SD3 takes 2.7 MB in bfloat16."""
-
-Embeddings = tuple[Tensor, Tensor]
-"""Tokens (L, D) and pooled (P,) of one prompt, on the CPU."""
+"""Bytes; a prompt of SD3 takes 2.7 MB in bfloat16, one of FLUX 4.2 MB."""
+AHEAD_SHARE = 0.5
+"""Share of the capacity for prompts that are expected; a block of them is encoded at a time."""
+DRAWS_AHEAD = 64
+"""Most draws that are looked into at a time: few prompts may make many draws."""
 
 
 class PromptCache:
     """Embeddings by prompt, in memory of the CPU; the longest unused go first when `capacity` is full."""
 
-    def __init__(self, encoder: PromptEncoder, *, capacity: float = DEFAULT_CAPACITY) -> None:
+    def __init__(self, encoder: PromptEncoder, *, capacity: int = DEFAULT_CAPACITY) -> None:
         self.encoder = encoder
         self.capacity = capacity
         self.entries: OrderedDict[str | None, Embeddings] = OrderedDict()
-        self.freed = False
+        self.files: PromptFiles | None = None
+        self.is_aside = False
+        """Whether the encoder is off the device, but for the blocks that it encodes."""
+        self._upcoming: Iterator[str] = iter(())
+        self._window: dict[str, Future[Embeddings | None]] = {}
+        """Expected prompts that are not in `entries`, in their order: what their files hold."""
+        self._reader: Workers | None = None
 
     @torch.no_grad()
-    def fetch(self, prompts: Sequence[str]) -> Embeddings:
-        """Tokens (B, L, D) and pooled embeddings (B, P).
-
-        Raises:
-            ValueError: for a prompt that is not here when the encoders are freed.
-        """
-        found = {prompt: self.entries[prompt] for prompt in prompts if prompt in self.entries}
+    def fetch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, P)."""
+        found = {prompt: held for prompt in dict.fromkeys(prompts) if (held := self._held(prompt))}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        if missing and self.freed:
-            raise ValueError(
-                f"the text encoders are freed and {missing[0]!r} was not encoded before "
-                f"({len(missing)} such prompts); pass every prompt to free_text_encoders(prompts)"
-            )
-        for start in range(0, len(missing), ENCODE_BATCH):
-            part = missing[start : start + ENCODE_BATCH]
-            padded = part + part[-1:] * (ENCODE_BATCH - len(part))
-            tokens, pooled = (embeddings.cpu() for embeddings in self.encoder.encode(padded))
-            found |= {prompt: (tokens[row].clone(), pooled[row].clone()) for row, prompt in enumerate(part)}
-        for prompt in found:
-            self.entries[prompt] = found[prompt]
-            self.entries.move_to_end(prompt)
-        self._evict()
+        if missing:
+            found |= self._encode(missing)
+        for prompt, embeddings in found.items():
+            self._keep(prompt, embeddings)
+        self._look_ahead()
         return _stack([found[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def fetch_unconditional(self, count: int) -> Embeddings:
+    def fetch_unconditional(self, count: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled embeddings (B, P) of `count` samples without a prompt."""
         if None not in self.entries:
-            tokens, pooled = self.encoder.encode_unconditional()
-            self.entries[None] = tokens[0].cpu(), pooled[0].cpu()
+            found = None if self.files is None else self.files.read(None)
+            if found is None:
+                tokens, pooled = self.encoder.encode_unconditional()
+                found = tokens[0].cpu(), pooled[0].cpu()
+                if self.files is not None:
+                    self.files.write(None, found)
+            self.entries[None] = found
         return _stack([self.entries[None]] * count)
 
-    def free_encoder(self, prompts: Sequence[str]) -> None:
-        """Encode `prompts` and the unconditional one, keep them all, and free the encoder."""
-        self.capacity = math.inf
+    def set_aside(self) -> None:
+        """Take the encoder off the device; it comes back for blocks of prompts that have no file."""
+        if self.is_aside:
+            return
+        identity = self.encoder.identity()
+        self.files = None if identity is None else PromptFiles.shared(identity)
         self.fetch_unconditional(1)
+        self.encoder.set_aside()
+        self.is_aside = True
+
+    def expect(self, draws: Iterable[Sequence[str]]) -> None:
+        """Say what is fetched next, draw by draw, in place of what was said before.
+
+        While the encoder is set aside their files are read ahead, as far as the capacity allows.
+        """
+        self._upcoming = (prompt for draw in islice(draws, DRAWS_AHEAD) for prompt in draw)
+        before, self._window = self._window, {}
+        self._look_ahead(before)
+        for read in before.values():
+            read.cancel()
+
+    @property
+    def _places(self) -> int:
+        """Entries that fill the capacity; all are of one size."""
+        return self.capacity // _size(next(iter(self.entries.values())))
+
+    def _held(self, prompt: str) -> Embeddings | None:
+        """The embeddings, where they need not be encoded."""
+        read = self._window.pop(prompt, None)
+        if prompt in self.entries:
+            return self.entries[prompt]
+        if read is not None:
+            return read.result()
+        return None if self.files is None else self.files.read(prompt)
+
+    def _encode(self, missing: list[str]) -> dict[str, Embeddings]:
+        """The embeddings of prompts that nobody holds; those of others that are expected are kept too."""
+        if not self.is_aside:
+            return self._encoded(missing, missing)
+        lacking = [prompt for prompt, read in self._window.items() if read.result() is None]
+        for prompt in lacking:
+            del self._window[prompt]
+        try:
+            self.encoder.bring_back()
+            return self._encoded(missing + lacking, missing, self.files)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"out of memory for the text encoders beside the run: {len(missing)} prompts are encoded on "
+                "the CPU. Set a smaller rollout_batch_size or batch_size to leave them room",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        finally:
+            self.encoder.set_aside()
+        # Not into files: the CPU rounds differently.
+        return self._encoded(missing, missing)
+
+    def _encoded(
+        self, prompts: list[str], wanted: list[str], files: PromptFiles | None = None
+    ) -> dict[str, Embeddings]:
+        """Encode `prompts` into memory and files; returns the wanted ones."""
+        found = {}
         for start in range(0, len(prompts), ENCODE_BATCH):
-            self.fetch(prompts[start : start + ENCODE_BATCH])
-        if not self.freed:
-            self.encoder.free()
-        self.freed = True
+            part = prompts[start : start + ENCODE_BATCH]
+            padded = part + part[-1:] * (ENCODE_BATCH - len(part))
+            tokens, pooled = (embeddings.cpu() for embeddings in self.encoder.encode(padded))
+            for row, prompt in enumerate(part):
+                made = tokens[row].clone(), pooled[row].clone()
+                if files is not None:
+                    files.write(prompt, made)
+                self._keep(prompt, made)
+                if prompt in wanted:
+                    found[prompt] = made
+        return found
+
+    def _look_ahead(self, before: dict[str, Future[Embeddings | None]] | None = None) -> None:
+        """Read the files of what is expected, as many as have room; `before` are reads that have begun."""
+        if not self.is_aside:
+            return
+        room = max(int(AHEAD_SHARE * self._places), 1)
+        while len(self._window) < room and (prompt := next(self._upcoming, None)) is not None:
+            if prompt in self.entries:
+                self.entries.move_to_end(prompt)
+            elif prompt not in self._window:
+                begun = None if before is None else before.pop(prompt, None)
+                self._window[prompt] = self._reading(prompt) if begun is None else begun
+        self._evict()
+
+    def _reading(self, prompt: str) -> Future[Embeddings | None]:
+        """What a prompt's file holds, read in a thread of its own."""
+        if self.files is None:
+            nothing: Future[Embeddings | None] = Future()
+            nothing.set_result(None)
+            return nothing
+        if self._reader is None:
+            self._reader = Workers(1, "lacfast-prompts")
+            weakref.finalize(self, self._reader.close, cancel=True, wait_s=0.0)
+        return self._reader.submit(partial(self.files.read, prompt))
+
+    def _keep(self, prompt: str, embeddings: Embeddings) -> None:
+        self.entries[prompt] = embeddings
+        self.entries.move_to_end(prompt)
+        self._evict()
 
     def _evict(self) -> None:
-        used = sum(_size(entry) for entry in self.entries.values()) if self.capacity < math.inf else 0
-        for prompt in list(self.entries):
-            if used <= self.capacity:
-                break
-            if prompt is not None:
-                used -= _size(self.entries.pop(prompt))
+        # Those of the window are on their way.
+        kept = max(self._places - len(self._window), 1)
+        while len(self.entries) > kept:
+            oldest = next(iter(self.entries))
+            if oldest is None:
+                self.entries.move_to_end(None)
+            else:
+                del self.entries[oldest]
 
 
 def _size(entry: Embeddings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in entry)
 
 
-def _stack(entries: list[Embeddings]) -> Embeddings:
+def _stack(entries: list[Embeddings]) -> tuple[Tensor, Tensor]:
     return torch.stack([tokens for tokens, _ in entries]), torch.stack([pooled for _, pooled in entries])

@@ -48,7 +48,7 @@ class PartsStorage:
 class PipelineStorage:
     """What plain diffusers loads: `load_lora_weights` for LoRA, `from_pretrained` for all weights.
 
-    With LoRA only its weights are written. Without, the whole pipeline is; when its text encoders are freed,
+    With LoRA only its weights are written. Without, the whole pipeline is; when its encoders are set aside,
     the trained model alone, and the rest comes from `base` again.
     """
 
@@ -82,7 +82,7 @@ class PipelineStorage:
                 f"{part}_lora_adapter_metadata": backbone.model.peft_config[adapters.POLICY].to_dict(),
             }
             self.pipeline.save_lora_weights(directory, **arguments)
-        elif backbone.prompts.freed:
+        elif backbone.prompts.is_aside:
             backbone.plain_model().save_pretrained(directory / part)
         else:
             self._write_pipeline(backbone.plain_model(), directory)

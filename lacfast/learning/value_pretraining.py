@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lacfast.config import TrainConfig, ValuePretrainingConfig
+from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import (
     held_out_variance,
@@ -31,7 +31,7 @@ from lacfast.learning.totals import UpdateRecords
 from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.metrics import MetricsLog
-from lacfast.prompts import PromptSet
+from lacfast.prompts import Draws
 from lacfast.records import FirstSampleId, Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rollout.memory import HostRoom
@@ -57,13 +57,6 @@ class PretrainResult:
     """Floor and ceiling of the explained variance, whose images count too; None where not measured."""
 
 
-def selection_prompts(held_out: PromptSet, config: ValuePretrainingConfig) -> PromptSet:
-    """Held-out prompts of the rollout that measures value pretraining, one per trajectory."""
-    # The floor needs every prompt twice.
-    distinct = max(config.held_out_samples // 2, 1) if config.completions else len(held_out)
-    return held_out.cycle(min(distinct, len(held_out))).cycle(config.held_out_samples)
-
-
 def host_room(config: TrainConfig) -> HostRoom:
     """Room for the rollouts that value pretraining keeps, and the one that is made meanwhile."""
     settings = config.pretrain
@@ -76,21 +69,16 @@ def host_room(config: TrainConfig) -> HostRoom:
 
 
 def held_out_rollout(
-    collect: Callable[..., Rollout | None],
-    held_out: PromptSet,
-    config: TrainConfig,
-    room: HostRoom,
-    known: KnownScores | None,
+    collect: Callable[..., Rollout | None], draws: Draws, room: HostRoom, known: KnownScores | None
 ) -> Rollout | None:
     """The rollout that measures value pretraining, made by the trainer's `collect`; None without one.
 
     Raises:
         ValueError: when its rewards failed.
     """
-    if not config.pretrain.held_out_samples:
+    if not draws.config.pretrain.held_out_samples:
         return None
-    prompts = selection_prompts(held_out, config.pretrain)
-    rollout = collect(prompts, FirstSampleId.SELECTION, room=room, known=known)
+    rollout = collect(draws.selection(), FirstSampleId.SELECTION, room=room, known=known)
     if rollout is None:
         raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
     return rollout

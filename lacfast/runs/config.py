@@ -84,7 +84,8 @@ class RunConfig(Config):
     attention_backend: str = ""
     """"sdpa", "xformers" or a name of diffusers' dispatcher. Empty: the model's own."""
     keep_text_encoders: bool = True
-    """False encodes all prompts at the start and frees the encoders' memory."""
+    """False takes them off the device but while they encode a block of the prompts that are drawn next; the
+    embeddings are kept in files for all runs, in Hugging Face's cache (HF_ASSETS_CACHE, or HF_HOME)."""
     value_pretraining: bool = True
     """Fit the critic before the first policy update, where there is one."""
     save_every: CountOrNone = 10

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from itertools import chain
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
+from lacfast.backbones.latent import LatentBackbone
 from lacfast.learning.value_pretraining import PretrainResult
+from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation
 from lacfast.runs.terminal import Phase, PhaseLog, scores_line
 from lacfast.tasks.models import BackboneName
@@ -29,6 +32,14 @@ def pretrain_model(
     return pretrain(backbone, task, seed=seed, steps=steps, progress=report)
 
 
+def expect_prompts(trainer: LatentActorCriticTrainer, before: Iterable[PromptSet] = ()) -> None:
+    """Tell the model which prompts the run draws next; those of value pretraining come `before`."""
+    backbone = trainer.backbone
+    assert isinstance(backbone, LatentBackbone)
+    upcoming = trainer.draws.upcoming(trainer.iteration, evaluated=trainer.evaluated)
+    backbone.expect_prompts(draw.texts for draw in chain(before, upcoming))
+
+
 def show_value_pretraining(
     trainer: LatentActorCriticTrainer, log: PhaseLog, after_iteration: Callable[[], object] = lambda: None
 ) -> PretrainResult:
@@ -41,11 +52,15 @@ def show_value_pretraining(
     def mean(variance: Tensor) -> str:
         return f"explained variance {float(variance[trained].mean()):.2f} on {states}"
 
+    draws, state = trainer.draws, trainer.pretraining
+    made = [*state.kept, *range(state.iteration, planned)]
+    expect_prompts(trainer, chain([draws.selection()], map(draws.pretraining, made)))
     with log.phase("value_pretraining", "Value pretraining, actor frozen") as phase:
 
         def show(iteration: int, variance: Tensor) -> None:
             phase.update((iteration + 1) / planned, mean(variance))
             after_iteration()
+            expect_prompts(trainer, map(draws.pretraining, range(iteration + 1, planned)))
 
         result = trainer.pretrain_critic(show)
         phase.note = mean(result.explained_variance)

@@ -178,8 +178,8 @@ def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -
         table.add_row(*row)
     console.print(table)
     console.print(
-        "Counted, not timed. Reward models, the rollouts that value pretraining keeps, text encoders until "
-        "the prompts are encoded, and the allocator's reserve come on top."
+        "Counted, not timed. Reward models, the rollouts that value pretraining keeps, text encoders while "
+        "they encode a block of prompts, and the allocator's reserve come on top."
     )
     console.print_json(json.dumps(to_json(config)))
 

@@ -31,7 +31,7 @@ from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, Evaluatio
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
 from lacfast.runs.keeper import Keeper
-from lacfast.runs.phases import EvaluationLines, pretrain_model, show_value_pretraining
+from lacfast.runs.phases import EvaluationLines, expect_prompts, pretrain_model, show_value_pretraining
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -162,7 +162,7 @@ def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> 
     # Last, for it may take minutes.
     backbone = build_backbone(config, directory, log)
     if not config.keep_text_encoders:
-        backbone.free_text_encoders(sorted({*prompts.texts, *held_out.texts}))
+        backbone.free_text_encoders()
     return LatentActorCriticTrainer(
         backbone,
         dict(config.rewards),
@@ -240,6 +240,7 @@ def _train(
             keeper.save()
 
     def after_iteration(metrics: dict[str, Any]) -> None:
+        expect_prompts(trainer)
         save_when_due(trainer.iteration)
         if on_iteration is not None:
             on_iteration(metrics)
@@ -253,6 +254,7 @@ def _train(
             show_value_pretraining(trainer, log, lambda: save_when_due(trainer.pretraining.iteration))
             pretrains = False
         keeper.save()
+        expect_prompts(trainer)
         with EvaluationLines(log) as lines:
             trainer.watch_evaluation = lines.images
             done = trainer.train(on_iteration=after_iteration, on_evaluation=after_evaluation)

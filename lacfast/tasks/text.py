@@ -72,8 +72,14 @@ class WordEncoder(nn.Module):
         """Tokens (1, L, D) and pooled embedding (1, D) of no words, for classifier-free guidance."""
         return self.encode([""])
 
-    def free(self) -> None:
+    def identity(self) -> None:
+        """No file is worth while: the embeddings are small."""
+
+    def set_aside(self) -> None:
         """Nothing: the embeddings are small."""
+
+    def bring_back(self) -> None:
+        """Nothing was set aside."""
 
     def embed(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, L, D) and pooled embeddings (B, D) of word numbers (B, L)."""

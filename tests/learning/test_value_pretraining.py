@@ -25,7 +25,6 @@ from lacfast.config import Ratio
 from lacfast.critic.values import held_out_variance, rollout_values, update_statistics
 from lacfast.learning import value_pretraining
 from lacfast.learning.value_confidence import ValueConfidence
-from lacfast.learning.value_pretraining import selection_prompts
 from lacfast.prompts import PromptSet
 from lacfast.records import FirstSampleId
 
@@ -178,7 +177,7 @@ def test_it_stops_when_the_score_is_reached_and_counts_every_image() -> None:
 def test_held_out_prompts_repeat_where_the_floor_is_measured() -> None:
     trainer = chain_trainer(held_out_samples=4, bound_states=2)
     assert trainer.pretrain_critic().bounds is not None
-    measured = selection_prompts(trainer.held_out, trainer.config.pretrain).texts
+    measured = trainer.draws.selection().texts
     assert measured[:2] == measured[2:]
     assert len(set(measured)) == 2
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import cached_assets_path
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, tiny_pipeline
 
+from lacfast.backbones import prompt_files
+from lacfast.backbones.pipelines import PipelineEncoder
 from lacfast.config import (
     CriticConfig,
     LoRAConfig,
@@ -92,6 +96,31 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(model: Pat
         expected, found = load_file(through / name), load_file(resumed / name)
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert lines(tmp_path / "killed") == lines(tmp_path / "through")
+
+
+def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode = PipelineEncoder.encode
+
+    def counted(self: PipelineEncoder, prompts: Any) -> Any:
+        encoded.extend(dict.fromkeys(prompts))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(PipelineEncoder, "encode", counted)
+    assets = partial(cached_assets_path, assets_dir=tmp_path / "assets")
+    monkeypatch.setattr(prompt_files, "cached_assets_path", assets)
+    short = {"train": replace(run_config(model, tmp_path).train, iterations=1, eval_every=0)}
+    found = []
+    for name in ("kept", "cold", "warm"):
+        encoded.clear()
+        config = run_config(model, tmp_path / name, keep_text_encoders=name == "kept", **short)
+        found.append(load_file(run.train(config) / "pytorch_lora_weights.safetensors"))
+        # Prompts of the held-out rollout, of value pretraining and of one iteration; one is never drawn.
+        assert len(encoded) == len(set(encoded)) == {"kept": 7, "cold": 7, "warm": 0}[name]
+    for other in found[1:]:
+        assert all(torch.equal(found[0][key], other[key]) for key in found[0])
 
 
 def test_it_keeps_the_last_checkpoints_the_best_one_and_pictures(model: Path, tmp_path: Path) -> None:
