@@ -190,7 +190,7 @@ def test_a_captured_update_keeps_nothing_of_the_shape_that_did_not_fit(
     with pytest.warns(RuntimeWarning, match="out of memory with 8 pairs"):
         short.train_iteration()
     assert isinstance(update.runner, GraphedUpdate)
-    assert [len(static.targets) for static, _ in update.runner._gradients.values()] == [4]
+    assert [len(static.targets) for static, _ in update.runner._microbatches.values()] == [4]
 
 
 def test_a_single_pair_that_does_not_fit_is_an_error() -> None:
