@@ -283,6 +283,25 @@ def test_encoders_that_do_not_fit_beside_the_run_encode_on_the_cpu(
     assert files(assets) == before
 
 
+@pytest.mark.usefixtures("cuda")
+def test_encoders_leave_the_device_and_come_back_for_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"), device="cuda")
+    encoder, places = backbone.prompt_encoder, list[str]()
+    assert isinstance(encoder, PipelineEncoder)
+    encode = encoder.encode
+
+    def watched(prompts: Any) -> tuple[Tensor, Tensor]:
+        places.extend(next(part.parameters()).device.type for part in encoder._encoders().values())
+        return encode(prompts)
+
+    monkeypatch.setattr(encoder, "encode", watched)
+    backbone.free_text_encoders()
+    conditioning = backbone.encode_prompts(PROMPTS[:3])
+    assert places == ["cuda"] * 3
+    assert {next(part.parameters()).device.type for part in encoder._encoders().values()} == {"cpu"}
+    assert {tensor.device.type for tensor in conditioning.tensors.values()} == {"cuda"}
+
+
 def test_encoders_that_stay_leave_no_file_and_keep_to_the_memory(assets: Path, encoded: list[str]) -> None:
     backbone = backbone_of(tiny_pipeline("sd3"))
     tokens, pooled = backbone.prompts.fetch(PROMPTS[:1])
