@@ -114,10 +114,9 @@ def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_noth
     monkeypatch.setattr(prompt_files, "cached_assets_path", assets)
     short = {"train": replace(run_config(model, tmp_path).train, iterations=1, eval_samples=2)}
     prompts, found = PromptSet.create(model / "prompts.txt"), []
+    draws = Draws(prompts, prompts, short["train"])
     drawn = {
-        text
-        for draw in Draws(prompts, prompts, short["train"]).upcoming(0, pretraining=0)
-        for text in draw.texts
+        text for draw in (draws.selection(), draws.pretraining(0), *draws.upcoming(0)) for text in draw.texts
     }
     assert len(drawn) < len(prompts)
     for name in ("kept", "cold", "warm"):
