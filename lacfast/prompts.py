@@ -86,9 +86,9 @@ class Draws:
     """What each rollout and evaluation of a run draws: all is known from its start."""
 
     prompts: PromptSet
-    """Of training and value pretraining."""
+    """What training and value pretraining draw from."""
     held_out: PromptSet
-    """Of evaluation, and of the rollout that measures value pretraining."""
+    """What evaluations draw from, and the rollout that measures value pretraining."""
     config: TrainConfig
 
     def training(self, iteration: int) -> PromptSet:
