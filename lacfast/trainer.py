@@ -111,9 +111,8 @@ class LatentActorCriticTrainer:
         self.confidence, self.pretraining = ValueConfidence(), PretrainingState()
         self.log = MetricsLog(metrics_path, trackers)
         self.watch_evaluation: Watcher = unwatched
-        self.iteration = self.images = 0
-        self.evaluated = -1
-        """Iteration that `train` evaluated last."""
+        self.iteration, self.images, self.evaluated = 0, 0, -1
+        """The last is the iteration that `train` evaluated last."""
         self.is_whole = True
         """Whether the weights are those after a whole iteration, not of an update that was cut off."""
         self.last_rollout: Rollout | None = None
@@ -225,7 +224,6 @@ class LatentActorCriticTrainer:
         )
         result = pretraining.run(partial(self._rollout_of, room=room), self._indivisible, on_iteration)
         self.learner.reset_critic_optimizer()
-        self.confidence.update(result.explained_variance)
         return result
 
     @contextmanager
@@ -321,6 +319,8 @@ class LatentActorCriticTrainer:
         With config.eval_every the start is evaluated too, for it may be the best. An evaluation that is due
         comes before `on_iteration`: what is saved there knows of it. Ends early by config.early_stopping.
         """
+        if self.pretraining.is_under_way:
+            self.pretrain_critic()
         start = time.perf_counter()
         planned = max(self.config.iterations - self.iteration if iterations is None else iterations, 0)
         self._evaluate_when_due(on_evaluation)

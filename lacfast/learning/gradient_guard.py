@@ -104,7 +104,7 @@ class GradientGuard:
 
     def metrics(self) -> dict[str, Any]:
         """The factor of the learning rate, once there is one."""
-        return {} if self.rate_factor == 1 else {f"{self.what}_rate_factor": self.rate_factor}
+        return {} if self.rate_factor == 1 else {f"rate_factor/{self.what}": self.rate_factor}
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs."""

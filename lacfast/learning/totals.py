@@ -182,7 +182,7 @@ class UpdateRecords:
 
     def left_out(self) -> dict[str, int]:
         """How many steps of what were left out, {} where none was."""
-        return {f"{what}_bad_gradients": count for what, count in self._left_out.items()}
+        return {f"bad_gradients/{what}": count for what, count in self._left_out.items()}
 
 
 def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:

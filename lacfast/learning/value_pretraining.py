@@ -226,6 +226,7 @@ class ValuePretraining:
         variance = state.explained_variance
         if state.best is not None:
             variance = state.best.restore(self.critic, self.normalizer)
+        self.confidence.update(variance)
         result = PretrainResult(variance, state.history, state.images, self.confidence.bounds)
         state.end()
         return result

@@ -84,8 +84,8 @@ def test_a_step_with_a_bad_gradient_is_left_out_and_the_others_are_taken(
     monkeypatch.setattr(shorter.learner.policy_update, "learn", all_but_the_second)
     expected = learn(shorter)
     assert_same_step(learned(ours), learned(shorter), before)
-    assert metrics["policy_bad_gradients"] == 1
-    assert "policy_bad_gradients" not in expected
+    assert metrics["bad_gradients/policy"] == 1
+    assert "bad_gradients/policy" not in expected
     assert metrics["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-6)
     steps = {float(state["step"]) for state in ours.learner.policy_update.optimizer.state.values()}
     assert steps == {2.0 if mode == "off" else 5.0}
@@ -98,7 +98,7 @@ def test_an_iteration_of_bad_gradients_alone_changes_no_weight_of_the_policy() -
     trainer = trainer_for()
     before = learned(trainer)
     metrics = learn(trainer, 0, 1, 2)
-    assert metrics["policy_bad_gradients"] == 3
+    assert metrics["bad_gradients/policy"] == 3
     assert "policy_loss" not in metrics
     assert metrics["value_loss"] > 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in learned(trainer).items())
@@ -115,12 +115,12 @@ def test_bad_gradients_in_a_row_halve_the_rate_once_and_then_end_the_run(tmp_pat
     for parts in ((0, 1, 2), (0, 1, 2), ()):
         metrics = learn(through, *parts)
     # The sixth was not made at the new rate.
-    assert (metrics["policy_rate_factor"], rates(through)) == (0.5, rate / 2)
+    assert (metrics["rate_factor/policy"], rates(through)) == (0.5, rate / 2)
     learn(through, 0, 1, 2)
     through.save(tmp_path / "run")
     resumed.load(tmp_path / "run")
     for trainer in (through, resumed):
-        assert learn(trainer, 0)["policy_rate_factor"] == 0.5, (
+        assert learn(trainer, 0)["rate_factor/policy"] == 0.5, (
             "three and one are not five, two steps came after"
         )
         assert rates(trainer) == rate / 2
@@ -141,7 +141,7 @@ def test_a_good_step_begins_the_count_anew() -> None:
         guard.admits(norm)
     with pytest.warns(UserWarning, match="gradient norm of the critic was not finite in 5 .* rate is half"):
         guard.settle()
-    assert guard.metrics() == {"critic_rate_factor": 0.5}
+    assert guard.metrics() == {"rate_factor/critic": 0.5}
 
 
 def test_value_pretraining_leaves_out_bad_gradients_and_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,5 +158,5 @@ def test_value_pretraining_leaves_out_bad_gradients_and_counts_them(monkeypatch:
 
     monkeypatch.setattr(CriticUpdate, "gradient", nan_once)
     result = trainer.pretrain_critic()
-    assert [line.get("critic_bad_gradients") for line in lines] == [1, None]
+    assert [line.get("bad_gradients/critic") for line in lines] == [1, None]
     assert all(map(math.isfinite, result.history))
