@@ -71,6 +71,20 @@ def _ratio_is_one(train: Records) -> Iterator[Finding]:
         )
 
 
+def _steps_are_taken(train: Records) -> Iterator[Finding]:
+    for what in ("policy", "critic"):
+        left_out = [record for record in train if f"bad_gradients/{what}" in record]
+        if left_out:
+            count = sum(record[f"bad_gradients/{what}"] for record in left_out)
+            yield Finding(
+                f"Steps of the {what} were left out",
+                f"{count} optimizer steps in {len(left_out)} iterations had a gradient that is not finite",
+                "Use bfloat16 or float32 where it is half precision, lower the learning rate or the guidance "
+                "scale, and look at the rewards' extremes",
+                int(left_out[-1]["iteration"]),
+            )
+
+
 def _critic_explains(train: Records) -> Iterator[Finding]:
     last = recent(train)
     variance = average(last, "explained_variance")
@@ -223,6 +237,7 @@ def _margin(record: Record, name: str) -> float:
 
 _TRAIN_CHECKS: tuple[Callable[[Records], Iterator[Finding]], ...] = (
     _ratio_is_one,
+    _steps_are_taken,
     _critic_explains,
     _clip_works,
     _rewards_agree,

@@ -24,6 +24,7 @@ from lacfast import (
 from lacfast.config import Ratio
 from lacfast.critic.values import held_out_variance, rollout_values, update_statistics
 from lacfast.learning import value_pretraining
+from lacfast.learning.pretraining_state import PretrainingState
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.prompts import PromptSet
 from lacfast.records import FirstSampleId
@@ -156,6 +157,16 @@ def test_rollouts_that_would_be_others_are_not_given_the_scores_of_the_old(tmp_p
         remedy="give those that the run began with until it is through",
     ).raised():
         other.pretrain_critic()
+
+
+def test_rollouts_of_another_precision_are_not_given_the_scores_either() -> None:
+    state = PretrainingState(is_under_way=True, rollout_precision="fp8")
+    with Refusal(
+        "value pretraining goes on from rollouts of rollout_precision='fp8', which are made again",
+        cause="A run that was stopped within value pretraining goes on with another rollout_precision.",
+        remedy="keep it until it is through",
+    ).raised():
+        state.require_fit(tiny_config())
 
 
 def chain_trainer(**pretrain: Any) -> LatentActorCriticTrainer:

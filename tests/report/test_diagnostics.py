@@ -64,6 +64,7 @@ def test_a_run_that_has_not_begun_shows_nothing() -> None:
     ("changes", "title"),
     [
         ({"first_max_abs_log_ratio": 3e-5}, "The first ratio is not 1"),
+        ({"bad_gradients/policy": 2}, "Steps of the policy were left out"),
         ({"explained_variance": [0.0, 0.01, -0.05, 0.02]}, "The critic is at its floor"),
         (
             {"explained_variance": [0.3] * STEPS, "explained_variance_floor": 0.29},
