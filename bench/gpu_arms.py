@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 BATCHES = (1, 4, 16)
 TRUNKS = ("none", "shared", "branch")
 VALUE_BATCH = 4
+PREPARE_SECONDS = 90.0
+"""Within which an arm compiles, or it would take the time of all others."""
 MOST_CAPTURES = 8
 """Calls after which an arm has compiled, warmed up and captured all that it ever will."""
 EAGER = "eager"
@@ -419,7 +421,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("phase", choices=("sampling", "update"))
     options.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     options.add_argument("--seconds", type=float, default=480.0, help="start no measurement after this")
-    options.add_argument("--prepare", type=float, default=60.0, help="limit of a call that compiles")
+    options.add_argument(
+        "--prepare", type=float, default=PREPARE_SECONDS, help="limit of a call that compiles"
+    )
     options.add_argument("--out", type=Path, help="JSON")
     return options
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ import torch
 
 from bench import machine
 from bench.equal_results import both_gradients, both_trajectories, relative, scored_rollout
-from bench.gpu_arms import ARMS, EAGER, arm_changes
+from bench.gpu_arms import ARMS, EAGER, PREPARE_SECONDS, arm_changes, time_limit
 from bench.interleaved import Provider, race, speed_ups
 from bench.matched_loops import PEER_BATCH, Match, PeerLoop, engine, peer_loop, plain_score, tiny_match
 from bench.peer_loops import FlowGRPOLoop, Samples, samples_of
@@ -128,6 +129,7 @@ def contest(
     rounds: int,
     device: torch.device,
     is_compared: bool = True,
+    prepare_seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Race all contenders through all phases.
 
@@ -140,6 +142,7 @@ def contest(
         rounds: of every phase.
         device: where the models are.
         is_compared: whether to prove equal results too, which takes float64 models.
+        prepare_seconds: limit of an arm's first iteration, which compiles; one beyond it is left out.
     """
     # One thread's CPU time is blind to the threads that score.
     clock = time.process_time if device.type == "cpu" else time.perf_counter
@@ -158,7 +161,16 @@ def contest(
     del scout
     contenders = {PUBLISHED: peer(published_size)}
     contenders[TUNED] = contenders[PUBLISHED] if tuned == published_size else peer(tuned)
-    contenders |= {name: ours(microbatch, **changes) for name, changes in arms.items()}
+    missing = {}
+    for name, changes in arms.items():
+        phases = ours(microbatch, **changes)
+        try:
+            with time_limit(prepare_seconds if changes["compile"] else math.inf):
+                on_device(phases["iteration"], device)()
+        except TimeoutError as error:
+            missing[name] = str(error)
+        else:
+            contenders[name] = phases
     rows = []
     for phase in PHASES:
         calls = {
@@ -177,6 +189,7 @@ def contest(
         "tuned_batch": tuned,
         "microbatch_size": microbatch,
         "differences": differences(match, microbatch) if is_compared else {},
+        "missing": missing,
         "rows": rows,
     }
 
@@ -217,6 +230,7 @@ def table(result: dict[str, Any]) -> str:
         f"{row['over_published']:7.2f}x published{row['over_tuned']:7.2f}x tuned"
         for row in result["rows"]
     ]
+    lines += [f"  {name}: {reason}" for name, reason in result["missing"].items()]
     return "\n".join(lines)
 
 
@@ -272,6 +286,7 @@ def _cuda_contest(match: Match, size: int, *, rounds: int, device: torch.device)
         rounds=rounds,
         device=device,
         is_compared=is_tiny,
+        prepare_seconds=PREPARE_SECONDS,
     )
 
 
