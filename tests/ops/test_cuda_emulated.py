@@ -137,7 +137,7 @@ def test_particles_are_counted_and_chosen_as_on_the_cpu(shape, dtype, assert_nea
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "blocks"), [(1, 1, 1), (64, 1, 1), (65, 1, 2), (4, 16, 1), (2**40, 16, 256)]
+    ("rows", "heads", "blocks"), [(1, 1, 1), (64, 1, 1), (65, 1, 2), (4, 16, 1), (5, 16, 2), (2**40, 16, 256)]
 )
 def test_grids_are_those_of_the_shape_alone(rows, heads, blocks):
     assert cuda_blocks(torch.empty(rows, 1, heads, device="meta")) == blocks
