@@ -10,6 +10,7 @@ from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import (
     AdvantageConfig,
     CriticConfig,
+    LoRAConfig,
     PPOConfig,
     Ratio,
     SamplerConfig,
@@ -26,7 +27,9 @@ FAMILIES: tuple[models.BackboneName, ...] = ("dit", "unet")
 PROMPTS = [prompt.text for prompt in scenes.TASK.split()[0][:8]]
 
 
-def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbone:
+def tiny_backbone(
+    family: models.BackboneName, *, seed: int = 0, lora: LoRAConfig | None = None
+) -> LatentBackbone:
     """A backbone whose output depends on all of its inputs."""
     model = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
@@ -35,7 +38,8 @@ def tiny_backbone(family: models.BackboneName, *, seed: int = 0) -> LatentBackbo
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     text = word_encoder(generator=torch.Generator().manual_seed(100))
-    return adapt_pretrained(Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ()))
+    pretrained = Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ())
+    return adapt_pretrained(pretrained, lora=lora)
 
 
 def on_cuda(backbone: LatentBackbone) -> LatentBackbone:

@@ -1,0 +1,52 @@
+"""Every family of models on a pretended CUDA device: iterations on strict graphs, a saved file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_backbones
+import torch
+from host_waits import WaitLog
+from safetensors.torch import load_file
+from tiny_backbones import on_cuda, tiny_backbone, tiny_config
+from tiny_pipelines import FAMILIES, PROMPTS, SETTINGS, tiny_pipeline
+
+from lacfast import LatentActorCriticTrainer, load_backbone
+from lacfast.checkpoint import save_backbone
+from lacfast.config import GraphConfig, LoRAConfig, PPOConfig, Ratio, SamplerConfig
+
+GRAPHS = GraphConfig(mode="on", strict=True, warmup_steps=1)
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, microbatch_size=12)
+
+
+def trained(backbone: Any, prompts: list[str], sampler: SamplerConfig) -> LatentActorCriticTrainer:
+    config = tiny_config(batch_size=4, eval_samples=4, ppo=PPO, sampler=sampler, graph=GRAPHS)
+    trainer = LatentActorCriticTrainer(backbone, tiny_backbones.brightness, prompts, config)
+    for _ in range(2):
+        trainer.train_iteration()
+    assert trainer.graphs.statistics.fallbacks == 0
+    assert trainer.graphs.statistics.captures > 0
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:.*becomes DDIM")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_trains(cuda: WaitLog, family: str, tmp_path: Path) -> None:
+    is_ddim = family in ("sd15", "sdxl")
+    # One of either: weights in 16 bits with a LoRA, and all weights in 32.
+    given = {"lora": LoRAConfig(rank=2), "dtype": torch.bfloat16} if is_ddim else {"dtype": torch.float32}
+    backbone = load_backbone(tiny_pipeline(family), device="cuda", settings=SETTINGS, **given)
+    kind = {"kind": "ddim", "noise_level": 1.0} if is_ddim else {}
+    trained(backbone, PROMPTS, SamplerConfig(num_steps=2, guidance_scale=2.0, **kind))
+    backbone.free_text_encoders(PROMPTS)
+    assert backbone.encode_prompts(PROMPTS[:2]).tensors["encoder_hidden_states"].is_cuda
+    save_backbone(backbone, tmp_path / "saved")
+    files = list((tmp_path / "saved").rglob("*.safetensors"))
+    assert files
+    assert not any(tensor.is_cuda for tensor in load_file(files[0]).values())
+
+
+def test_a_tiny_unet_trains(cuda: WaitLog) -> None:
+    trained(on_cuda(tiny_backbone("unet")), tiny_backbones.PROMPTS, SamplerConfig(num_steps=2))
