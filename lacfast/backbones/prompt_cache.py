@@ -42,7 +42,9 @@ class PromptCache:
         self.files: PromptFiles | None = None
         self.is_aside = False
         """Whether the encoder is off the device, but for the blocks that it encodes."""
-        self._upcoming: Iterator[str] = iter(())
+        self._draws: Iterator[Sequence[str]] = iter(())
+        self._draw: list[str] = []
+        """The next draw, or what is left of it, that is not in the window yet."""
         self._window: dict[str, Future[Embeddings | None]] = {}
         """Expected prompts that are not in `entries`, in their order: what their files hold."""
         self._reader: Workers | None = None
@@ -85,9 +87,10 @@ class PromptCache:
     def expect(self, draws: Iterable[Sequence[str]]) -> None:
         """Say what is fetched next, draw by draw, in place of what was said before.
 
-        While the encoder is set aside their files are read ahead, as far as the capacity allows.
+        While the encoder is set aside their files are read ahead, as far as the capacity allows: whole draws,
+        so that a block is encoded before a rollout is sampled and not within it.
         """
-        self._upcoming = (prompt for draw in islice(draws, DRAWS_AHEAD) for prompt in draw)
+        self._draws, self._draw = islice(draws, DRAWS_AHEAD), []
         before, self._window = self._window, {}
         self._look_ahead(before)
         for read in before.values():
@@ -152,12 +155,24 @@ class PromptCache:
         if not self.is_aside:
             return
         room = max(int(AHEAD_SHARE * self._places), 1)
-        while len(self._window) < room and (prompt := next(self._upcoming, None)) is not None:
-            if prompt in self.entries:
-                self.entries.move_to_end(prompt)
-            elif prompt not in self._window:
+        while True:
+            if not self._draw:
+                draw = next(self._draws, None)
+                if draw is None:
+                    break
+                self._draw = list(dict.fromkeys(draw))
+            for prompt in self._draw:
+                if prompt in self.entries:
+                    self.entries.move_to_end(prompt)
+            wanted = [
+                prompt for prompt in self._draw if prompt not in self.entries and prompt not in self._window
+            ]
+            if self._window and len(self._window) + len(wanted) > room:
+                break
+            for prompt in wanted[:room]:
                 begun = None if before is None else before.pop(prompt, None)
                 self._window[prompt] = self._reading(prompt) if begun is None else begun
+            self._draw = wanted[room:]
         self._evict()
 
     def _reading(self, prompt: str) -> Future[Embeddings | None]:

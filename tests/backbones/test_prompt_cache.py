@@ -94,17 +94,17 @@ def test_a_second_run_encodes_nothing_and_gets_the_same_bits(family: str, encode
     assert_embeddings(second, PROMPTS, family)
 
 
-def test_what_is_expected_is_encoded_in_blocks_as_large_as_its_share_of_the_memory(
+def test_blocks_are_of_whole_draws_as_many_as_their_share_of_the_memory_holds(
     encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = freed(places=6)
+    backbone = freed(places=10)
     for name in ("bring_back", "set_aside"):
         monkeypatch.setattr(PipelineEncoder, name, lambda self, name=name: encoded.append(name))
     backbone.expect_prompts([PROMPTS[start : start + 2] for start in range(0, 8, 2)])
     for start in range(0, 8, 2):
         backbone.encode_prompts(PROMPTS[start : start + 2])
-    # Half of six places are for what is expected.
-    blocks = (PROMPTS[:3], PROMPTS[3:6], PROMPTS[6:])
+    # Half of ten places are for what is expected: two draws and not a part of the third.
+    blocks = (PROMPTS[:4], PROMPTS[4:])
     assert encoded == ["", *(text for block in blocks for text in ("bring_back", *block, "set_aside"))]
 
 
@@ -113,6 +113,15 @@ def test_only_prompts_that_are_drawn_are_encoded(encoded: list[str]) -> None:
     backbone.expect_prompts([PROMPTS[:2], PROMPTS[3:4]])
     backbone.encode_prompts(PROMPTS[:2])
     assert encoded == ["", PROMPTS[0], PROMPTS[1], PROMPTS[3]]
+
+
+def test_a_draw_that_is_too_large_for_the_memory_is_encoded_in_blocks_too(encoded: list[str]) -> None:
+    backbone = freed(places=6)
+    backbone.expect_prompts([PROMPTS])
+    backbone.encode_prompts(PROMPTS[:1])
+    assert encoded == ["", *PROMPTS[:3]]
+    backbone.encode_prompts(PROMPTS[1:4])
+    assert encoded == ["", *PROMPTS[:6]]
 
 
 @pytest.mark.parametrize("places", [2, 5, 8])
