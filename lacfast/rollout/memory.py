@@ -27,7 +27,7 @@ class HostRoom:
     """Room on the host for rollouts that are kept there, asked for when the size of one is known."""
 
     trajectories: int
-    """That will lie there together."""
+    """How many will lie there together."""
     remedy: str
     """What to lower, for the error."""
     is_granted: bool = False
