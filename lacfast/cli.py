@@ -78,10 +78,14 @@ class Evaluate(EvaluationRun):
     """Score images of a saved model, without training it."""
 
     def run(self) -> None:
+        from lacfast.distributed import joined
         from lacfast.runs.terminal import show_scores
         from lacfast.runs.train import evaluate_model
 
-        show_scores(evaluate_model(self))
+        with joined() as world:
+            evaluation = evaluate_model(self)
+            if world.is_first:
+                show_scores(evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +131,17 @@ class Train:
     settings: Annotated[Preset, tyro.conf.arg(name="")]
 
     def run(self) -> None:
+        from lacfast.distributed import joined
         from lacfast.runs.terminal import show_iteration, show_plan
         from lacfast.runs.train import plan, train
 
         if self.settings.dry_run:
             show_plan(self.settings, plan(self.settings))
-        else:
-            print(f"checkpoint: {train(self.settings, show_iteration)}")
+            return
+        with joined() as world:
+            checkpoint = train(self.settings, show_iteration)
+            if world.is_first:
+                print(f"checkpoint: {checkpoint}")
 
 
 Command = (
@@ -234,7 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             with raised():
-                _parsed(arguments).run()
+                command = _parsed(arguments)
+                if not isinstance(command, Train | Evaluate):
+                    _require_one_process(type(command).__name__.lower())
+                command.run()
         finally:
             # Here, where it can be said that nobody reads; not when the interpreter ends.
             sys.stdout.flush()
@@ -250,6 +261,19 @@ def main(arguments: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return found.code
     return 0
+
+
+def _require_one_process(command: str) -> None:
+    """
+    Raises:
+        ValueError: under a launcher of several processes, which would all do the same.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from lacfast.distributed import ToldElsewhereError
+
+        if int(os.environ.get("RANK", "0")) > 0:
+            raise ToldElsewhereError
+        raise ValueError(f"lacfast {command} runs in one process; start it without torchrun")
 
 
 def _parsed(arguments: list[str]) -> Command:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from lacfast.config import TrainConfig
+from lacfast.distributed import Share
 from lacfast.seeds import derived_seed
 
 
@@ -51,6 +52,10 @@ class PromptSet:
 
     def take(self, rows: Sequence[int]) -> PromptSet:
         return PromptSet([self.texts[row] for row in rows], [self.metadata[row] for row in rows])
+
+    def of_share(self, share: Share) -> PromptSet:
+        """The prompts of one rank's rows."""
+        return self.take(range(share.first, share.first + share.count))
 
     def split(self, size: int) -> Iterator[PromptSet]:
         """Parts of `size` prompts in their order, the last one smaller."""

@@ -15,6 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from lacfast.distributed import Share
 from lacfast.transfer import to_device
 
 MIN_STD = 1e-6
@@ -312,6 +313,8 @@ class Rollout:
     """name -> (B,) float32; empty until the rewards are in."""
     policy_version: int | None = None
     """Learner.version of the weights that made it. None: unknown."""
+    share: Share | None = None
+    """Rows of the whole batch that these are, where several ranks have it; None: all."""
 
     @property
     def num_steps(self) -> int:
@@ -320,6 +323,11 @@ class Rollout:
     @property
     def batch_size(self) -> int:
         return self.latents.shape[1]
+
+    @property
+    def total(self) -> int:
+        """Trajectories of the whole batch, those of other ranks included."""
+        return self.batch_size if self.share is None else self.share.total
 
     @property
     def clean_latents(self) -> Tensor:
@@ -343,7 +351,7 @@ class Evaluation:
     explained_variance: Tensor
     """(T, M); M = 0 without a critic."""
     images: Tensor
-    """(n, 3, H, W) float in [0, 1], on the CPU."""
+    """(n, 3, H, W) float in [0, 1], on the CPU; on other ranks than the first their own alone."""
     prompts: list[str]
     calibration: dict[str, Tensor] = field(default_factory=dict)
     """Head -> (3, K) mean value, mean return, its standard error in bins of the value; see rollout.scored."""
@@ -369,5 +377,11 @@ class Advantages:
     M = 0 without a critic."""
     raw: Tensor
     """(K, B, M) per head, before combination."""
+
     metrics: dict[str, float] = field(default_factory=dict)
     """Counts of the estimator, by metric name."""
+
+    def of_rows(self, rows: slice) -> Advantages:
+        """Those of some trajectories."""
+        policy, raw = self.policy[:, rows], self.raw[:, rows]
+        return replace(self, policy=policy, targets=self.targets[rows], raw=raw)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lacfast.checkpoint import Notes
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
+from lacfast.distributed import World
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.learner import Learner
 from lacfast.learning.pretraining_state import KnownScores, PretrainingState
@@ -41,13 +42,14 @@ from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rollout.memory import HostRoom, RolloutMemory
+from lacfast.rollout.outcomes import outcomes, own_rows
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, sampled, unwatched, watched
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import span
-from lacfast.runtime.signals import held_back
+from lacfast.runtime.signals import Indivisible, held_back
 
 
 class LatentActorCriticTrainer:
@@ -84,6 +86,7 @@ class LatentActorCriticTrainer:
             ValueError: for settings that cannot train, or a reward whose model or server is not there.
         """
         self.config = config or TrainConfig()
+        self.world = World.current().able_to_share(self.config.batch_size)
         self.backbone = backbone
         specs = (rewards, evaluation_rewards)
         self.scorers = [RewardSet.create(spec).prepared() for spec in specs if spec is not None]
@@ -107,14 +110,13 @@ class LatentActorCriticTrainer:
             self.rollout_sampler = RolloutSampler(self.behaviour, self.critic, self.graphs)
         self.part_size = BatchSize(self.config.rollout_batch_size, unit="image", setting="rollout_batch_size")
         self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="image", setting="eval_batch_size")
-        self.learner = Learner(backbone, self.config, self.graphs)
+        self.learner = Learner(backbone, self.config, self.graphs, self.world)
         self.confidence, self.pretraining = ValueConfidence(), PretrainingState()
         self.log = MetricsLog(metrics_path, trackers)
         self.watch_evaluation: Watcher = unwatched
         self.iteration, self.images, self.evaluated = 0, 0, -1
         """The last is the iteration that `train` evaluated last."""
-        self.is_whole = True
-        """Whether the weights are those after a whole iteration, not of an update that was cut off."""
+        self.indivisible = Indivisible()
         self.last_rollout: Rollout | None = None
         self._failures = RewardFailures(self.config.on_reward_error)
 
@@ -142,7 +144,7 @@ class LatentActorCriticTrainer:
 
     def rollout(self, prompts: PromptSet, first_id: int) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
-        return RolloutMemory.of(self._sampled(prompts, first_id), len(prompts))
+        return RolloutMemory.of(self._sampled(prompts, first_id), len(prompts), world=self.world)
 
     def _sampled(
         self, prompts: PromptSet, first_id: int, features: bool = True, table: TransitionTable | None = None
@@ -158,6 +160,7 @@ class LatentActorCriticTrainer:
             part_size=self.part_size,
             # A quantised policy's outputs are not those of the learner's weights, of no version.
             policy_version=self.learner.version if self.behaviour is self.backbone else None,
+            world=self.world,
         )
 
     def collect(
@@ -181,8 +184,9 @@ class LatentActorCriticTrainer:
         self.behaviour.requantize()
         self.last_rollout, parts = None, self._sampled(prompts, first_id, keep_features, table)
         if known is not None:
-            return known.given_to(RolloutMemory.of(parts, len(prompts), room))
-        self.last_rollout, error = collect(parts, len(prompts), self.backbone, self.rewards, room=room)
+            return known.given_to(RolloutMemory.of(parts, len(prompts), room, self.world))
+        scored = collect(parts, len(prompts), self.backbone, self.rewards, room=room, world=self.world)
+        self.last_rollout, error = scored
         self._failures.take_in(error, f"rollout of {len(prompts)} images")
         self.images += len(prompts)
         return self.last_rollout if error is None else None
@@ -221,22 +225,15 @@ class LatentActorCriticTrainer:
         pretraining = ValuePretraining(
             *(self.critic, self.learner.critic_update.optimizer, self.normalizer, self.config),
             *(state, held_out, self.confidence, self.log),
+            world=self.world,
         )
-        result = pretraining.run(partial(self._rollout_of, room=room), self._indivisible, on_iteration)
+        result = pretraining.run(partial(self._rollout_of, room=room), self.indivisible, on_iteration)
         self.learner.reset_critic_optimizer()
         return result
 
-    @contextmanager
-    def _indivisible(self, work: str) -> Iterator[None]:
-        """Within the context nothing is saved, and a signal that asks to end waits."""
-        with held_back(work):
-            self.is_whole = False
-            yield
-            self.is_whole = True
-
     def measure_bounds(self, rollout: Rollout) -> ValueBounds:
         """Floor and ceiling of the explained variance on a rollout of today's policy, some prompts twice."""
-        bounds = value_bounds(self.behaviour, rollout, self.rewards, self.normalizer, self.config)
+        bounds = value_bounds(self.behaviour, rollout, self.rewards, self.normalizer, self.config, self.world)
         self.images += bounds.images
         return bounds
 
@@ -257,28 +254,29 @@ class LatentActorCriticTrainer:
         """
         behind = min(self.iteration / max(self.config.iterations, 1), 1.0)
         self.learner.progress = behind if progress is None else progress
-        with self._indivisible(f"the update of iteration {self.iteration + 1}"):
+        with self.indivisible(f"the update of iteration {self.iteration + 1}"):
             metrics = self._learn(rollout)
             self.iteration += 1
         return metrics
 
     def _learn(self, rollout: Rollout) -> dict[str, Any]:
         """Statistics of the rewards, advantages, and all passes over the rollout."""
-        variance = None
+        whole, variance = outcomes(rollout, self.world), None
         if self.critic is None:
-            self.normalizer.update(stack_rewards(rollout))
+            self.normalizer.update(stack_rewards(whole))
         else:
-            rollout = update_statistics(self.critic, self.normalizer, rollout)
-            variance = rollout_variance(rollout, self.normalizer)
+            whole = update_statistics(self.critic, self.normalizer, whole)
+            variance = rollout_variance(whole, self.normalizer)
             if not math.isinf(self.config.ppo.lambda_gate):
                 self.confidence.update(variance)
         with span("advantages"):
-            advantages = self.advantages(rollout)
-        metrics = rollout_metrics(rollout, advantages, self.normalizer, variance) | self.estimator.metrics()
+            advantages = self.advantages(whole)
+        metrics = rollout_metrics(whole, advantages, self.normalizer, variance) | self.estimator.metrics()
         if self.critic is not None and variance is not None:
             self.critic.rewards = self.estimator.heads
             metrics |= self.confidence.metrics(variance)
-        return on_host(metrics | self.learner.learn(rollout, advantages, self.iteration))
+        own = own_rows(rollout, whole, advantages)
+        return on_host(metrics | self.learner.learn(*own, self.iteration))
 
     def train_iteration(
         self, on_rollout: Callable[[Rollout], None] | None = None, *, progress: float | None = None
@@ -325,7 +323,7 @@ class LatentActorCriticTrainer:
         planned = max(self.config.iterations - self.iteration if iterations is None else iterations, 0)
         self._evaluate_when_due(on_evaluation)
         for done in range(planned):
-            elapsed = time.perf_counter() - start
+            elapsed = self.world.of_first(time.perf_counter() - start, "the clock")
             if self.early_stopping.is_exhausted or elapsed >= seconds:
                 return done
             behind = self.iteration / (self.iteration + planned - done)
@@ -364,10 +362,12 @@ class LatentActorCriticTrainer:
                 guidance_scale=settings.guidance_scale,
                 keep_features=False,
                 part_size=self.eval_part_size,
+                world=self.world,
             )
-            parts = watched(parts, len(prompts), self.watch_evaluation)
-            evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer)
-        self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
+            parts = watched(parts, self.world.share(len(prompts)).count, self.watch_evaluation)
+            evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.world)
+        if self.world.is_first:
+            self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
         return evaluation
 
     def close(self) -> None:
@@ -382,7 +382,7 @@ class LatentActorCriticTrainer:
             ValueError: when that would delete something in `directory` that no save has written.
         """
         counts = Counts(self.iteration, self.images, self.evaluated)
-        self._state().save(Path(directory), counts, notes, is_whole=self.is_whole)
+        self._state().save(Path(directory), counts, notes, is_whole=self.indivisible.is_whole)
 
     def load(self, directory: str | Path) -> None:
         """Continue from what `save` wrote, in place, with those settings of this trainer's that may change.
@@ -391,7 +391,7 @@ class LatentActorCriticTrainer:
             ValueError: when it is damaged or does not fit this trainer; nothing is changed then.
         """
         self.iteration, self.images, self.evaluated = self._state().load(Path(directory))
-        self.is_whole, self.log.pretrained = True, self.pretraining.iteration
+        self.indivisible.is_whole, self.log.pretrained = True, self.pretraining.iteration
 
     def _state(self) -> RunState:
         parts: dict[str, Part] = {"early_stopping": self.early_stopping, "confidence": self.confidence}

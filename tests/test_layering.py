@@ -13,8 +13,8 @@ import lacfast
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "lacfast"
 FLOORS = (
-    ("_C", "kernels", "seeds", "transfer"),
-    ("records", "config", "distributed"),
+    ("_C", "kernels", "seeds", "transfer", "distributed"),
+    ("records", "config"),
     ("schedule", "reference", "runtime"),
     ("ops", "prompts"),
     ("rewards",),

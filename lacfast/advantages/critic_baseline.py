@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lacfast import ops
 from lacfast.config import CriticValues
-from lacfast.distributed.world import all_reduce
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -26,7 +25,7 @@ def critic_advantages(
     target_clip: float,
     combination: str = "sum_normalized",
 ) -> Advantages:
-    """Advantages from the critic's values, by `ops.normalized_advantages` over the trained steps and ranks.
+    """Advantages from the critic's values, by `ops.normalized_advantages` over the trained steps.
 
     Args:
         rollout: with rewards.
@@ -51,7 +50,6 @@ def critic_advantages(
         gae_lambda=to_like(gae_lambda, values)[steps] if isinstance(gae_lambda, Tensor) else gae_lambda,
         advantage_clip=advantage_clip,
         target_clip=target_clip,
-        all_reduce=all_reduce(),
     )
     return Advantages(steps, result.advantages.T, result.targets[:, -1], result.raw.transpose(0, 1))
 

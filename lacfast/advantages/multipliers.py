@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lacfast.config import AdvantageConfig
-from lacfast.distributed.world import moments
 from lacfast.rewards.heads import reward_index
 
 
@@ -58,8 +57,8 @@ class LagrangeMultipliers:
         )
 
     def update(self, rewards: Tensor, std: Tensor) -> None:
-        """Take in rewards (B, M) of one rollout, of this rank, in units of std (M,)."""
-        mean = moments(rewards)[1].cpu()
+        """Take in rewards (B, M) of one rollout, in units of std (M,)."""
+        mean = rewards.detach().double().mean(dim=0).cpu()
         shortfall = (self.floors - mean) / std
         moved = (self.weights + self.learning_rate * shortfall).clamp(0, self.maximum)
         self.weights = torch.where(self.floors.isneginf(), self.weights, moved)

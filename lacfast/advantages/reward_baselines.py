@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lacfast.advantages.prompt_statistics import PromptStatistics
-from lacfast.distributed.world import gathered, moments
 
 GROUP_EPSILON = 1e-4
 """Added to a group's deviation, as flow_grpo does: rewards that differ by rounding are no signal."""
@@ -24,7 +23,7 @@ def group_advantages(
 
         A_i = (R_i - mean(R of the group)) / (std + 1e-4)                        GRPO, arXiv 2402.03300, 4.1
         A_i =  R_i - mean(R of the others in the group), over std + 1e-4         RLOO, arXiv 2402.14740, 4
-        std: of the population of all ranks' rewards ("global"), of the group's ("group"), or no division
+        std: of the population of all rewards ("global"), of the group's ("group"), or no division
 
     Args:
         rewards: (B, M); consecutive `samples_per_prompt` trajectories share a prompt.
@@ -40,20 +39,20 @@ def group_advantages(
     if leave_one_out:
         centred = centred * (samples_per_prompt / (samples_per_prompt - 1))
     if std == "global":
-        centred = centred / (moments(rewards)[2].sqrt() + GROUP_EPSILON)
+        centred = centred / (rewards.double().var(dim=0, correction=0).sqrt() + GROUP_EPSILON)
     elif std == "group":
         centred = centred / (groups.std(dim=1, correction=0, keepdim=True) + GROUP_EPSILON)
     return centred.flatten(0, 1).to(rewards)
 
 
 def zero_std_groups(rewards: Tensor, samples_per_prompt: int) -> int:
-    """Groups of this rank whose rewards (B, M) are all equal: they teach nothing."""
+    """Groups whose rewards (B, M) are all equal: they teach nothing."""
     groups = rewards.reshape(-1, samples_per_prompt, rewards.shape[1])
     return int((groups == groups[:, :1]).all(dim=2).all(dim=1).sum())
 
 
 def batch_advantages(rewards: Tensor) -> Tensor:
-    """Rewards against the whole rollout of all ranks: A_i = (R_i - mean(R)) / (std(R) + 1e-8).
+    """Rewards against the whole rollout: A_i = (R_i - mean(R)) / (std(R) + 1e-8).
 
     REINFORCE with a constant baseline, DDPO (arXiv 2305.13301) without statistics per prompt.
 
@@ -63,14 +62,15 @@ def batch_advantages(rewards: Tensor) -> Tensor:
     Returns:
         (B, M) in the rewards' dtype.
     """
-    _, mean, variance = moments(rewards)
-    return ((rewards.double() - mean) / (variance.sqrt() + BATCH_EPSILON)).to(rewards)
+    wide = rewards.double()
+    std = wide.var(dim=0, correction=0).sqrt()
+    return ((wide - wide.mean(dim=0)) / (std + BATCH_EPSILON)).to(rewards)
 
 
 def prompt_advantages(
     rewards: Tensor, prompts: Sequence[str], statistics: Sequence[PromptStatistics]
 ) -> Tensor:
-    """Rewards against the last ones of their prompt, of all ranks; DDPO, arXiv 2305.13301, appendix.
+    """Rewards against the last ones of their prompt; DDPO, arXiv 2305.13301, appendix.
 
         A_i = (R_i - mean(kept rewards of the prompt)) / (their std + 1e-6)
 
@@ -82,12 +82,9 @@ def prompt_advantages(
     Returns:
         (B, M) in the rewards' dtype.
     """
-    everyone, first = gathered(list(zip(prompts, rewards.double().cpu().tolist(), strict=True)))
-    names = [prompt for prompt, _ in everyone]
-    scores = np.array([score for _, score in everyone])
-    relative = [kept.update(names, scores[:, head]) for head, kept in enumerate(statistics)]
-    own = np.stack(relative, axis=1)[first : first + len(prompts)]
-    return torch.from_numpy(own).to(rewards)
+    scores = rewards.double().cpu().numpy()
+    relative = [kept.update(list(prompts), scores[:, head]) for head, kept in enumerate(statistics)]
+    return torch.from_numpy(np.stack(relative, axis=1)).to(rewards)
 
 
 def combined(advantages: Tensor, weights: Tensor) -> Tensor:

@@ -1,1 +1,5 @@
-"""Sums and moments over the ranks of torch.distributed: the only room that knows of ranks."""
+"""The processes that train together, their sums and their rows: the only room that knows of ranks"""
+
+from lacfast.distributed.world import ALONE, LostRankError, Share, ToldElsewhereError, World, joined
+
+__all__ = ["ALONE", "LostRankError", "Share", "ToldElsewhereError", "World", "joined"]

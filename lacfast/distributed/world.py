@@ -1,49 +1,315 @@
-"""Sums over the ranks of torch.distributed; one process is the sum of itself."""
+"""The processes that train one model together, its ranks; a world of one calls no collective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 Entry = TypeVar("Entry")
 
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others: longer than the slowest reward of a rollout may take."""
+END_SECONDS = 2.0
+"""How long a rank that fails waits to hear whether another one fails for the same reason."""
+_LOST = "lost"
+BUCKET_BYTES = 256 * 2**20
+"""Gradients that are summed in one call; the bucket is memory beside them."""
 
-def all_reduce() -> Callable[[Tensor], object] | None:
-    """A function that adds a tensor over all ranks in place; None where there is only one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    return distributed.all_reduce if distributed.get_world_size() > 1 else None
+
+class LostRankError(RuntimeError):
+    """Another rank ended or hangs, so a sum over all of them never comes."""
 
 
-def moments(values: Tensor) -> tuple[float, Tensor, Tensor]:
-    """Count, mean and population variance of values (n, M) over the samples of all ranks.
+class ToldElsewhereError(RuntimeError):
+    """This process ends for a reason that another rank has told."""
 
-    The variance is taken around the mean of all ranks, so that a large mean costs it no digits.
 
-    Returns:
-        The count, and mean (M,) and variance (M,), float64 on the values' device.
+@dataclass(frozen=True)
+class Share:
+    """Trajectories of a batch that one rank has: the rows `first` to `first + count` of `total`."""
+
+    first: int
+    count: int
+    total: int
+
+    @property
+    def rows(self) -> slice:
+        """The rows as an index of the batch."""
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together.
+
+    Every method but `share` is collective: all ranks call it, in the same order, or all of them wait.
     """
-    wide = values.detach().double()
-    reduce = all_reduce()
-    if reduce is None:
-        return float(len(wide)), wide.mean(dim=0), wide.var(dim=0, correction=0)
-    count = torch.tensor(float(len(wide)), dtype=torch.float64, device=wide.device)
-    total = torch.cat([count[None], wide.sum(dim=0)])
-    reduce(total)
-    mean = total[1:] / total[0]
-    squares = ((wide - mean) ** 2).sum(dim=0)
-    reduce(squares)
-    return float(total[0]), mean, squares / total[0]
+
+    rank: int = 0
+    size: int = 1
+    _store: Any = field(default=None, repr=False, compare=False)
+    """Where ranks leave what they are about to do, so that the others can name who is missing."""
+
+    @staticmethod
+    def current() -> World:
+        """The world of the default process group; one process alone without a group.
+
+        Raises:
+            ValueError: for one of several processes of a launcher that has joined no group: all of them would
+                train the same, and write over each other.
+        """
+        if distributed.is_available() and distributed.is_initialized():
+            return _JOINED or World(distributed.get_rank(), distributed.get_world_size())
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size > 1:
+            raise ValueError(
+                f"this is one of {size} processes of a launcher, and no process group joins them; train with "
+                f"`torchrun --nproc-per-node {size} -m lacfast train ...`, or enter "
+                "lacfast.distributed.joined() before the trainer is made"
+            )
+        return ALONE
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the one that writes, logs and shows."""
+        return self.rank == 0
+
+    def able_to_share(self, total: int) -> World:
+        """This world.
+
+        Raises:
+            ValueError: for a batch of `total` that has fewer rows than there are ranks.
+        """
+        self.share(total)
+        return self
+
+    def share(self, total: int) -> Share:
+        """This rank's rows of a batch of `total`; the first ranks have one more where it does not divide.
+
+        Raises:
+            ValueError: for fewer rows than ranks.
+        """
+        if total < self.size:
+            raise ValueError(
+                f"a batch of {total} is fewer than the {self.size} ranks; raise batch_size, or start fewer "
+                "processes"
+            )
+        each, larger = divmod(total, self.size)
+        first = self.rank * each + min(self.rank, larger)
+        return Share(first, each + (self.rank < larger), total)
+
+    def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Add each tensor over all ranks, in place and in its own dtype; `what` they are, for messages."""
+        if self.size == 1:
+            return
+        with self._waiting(what):
+            _in_buckets(tensors, distributed.all_reduce)
+
+    def max_(self, tensor: Tensor, what: str) -> None:
+        """Take the largest of all ranks, element by element and in place."""
+        if self.size > 1:
+            with self._waiting(what):
+                distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+
+    def rows(self, own: Tensor, what: str, *, dim: int = 0) -> Tensor:
+        """The rows of all ranks in their order, along `dim`, of which ranks may have different numbers."""
+        if self.size == 1:
+            return own
+        padded, counts = self._padded(own.movedim(dim, 0), what)
+        parts = [torch.empty_like(padded) for _ in counts]
+        with self._waiting(what):
+            distributed.all_gather(parts, padded)
+        return _joined_rows(parts, counts, dim)
+
+    def rows_on_first(self, own: Tensor, what: str, *, dim: int = 0) -> Tensor:
+        """The rows of all ranks in their order on the first rank, along `dim`; on another its own."""
+        if self.size == 1:
+            return own
+        padded, counts = self._padded(own.movedim(dim, 0), what)
+        parts = [torch.empty_like(padded) for _ in counts] if self.is_first else None
+        with self._waiting(what):
+            distributed.gather(padded, parts)
+        if parts is None:
+            return own
+        return _joined_rows(parts, counts, dim)
+
+    def _padded(self, rows: Tensor, what: str) -> tuple[Tensor, list[int]]:
+        """Rows of the same number on all ranks, and how many of each rank count."""
+        counts = self.entries([len(rows)], what)
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        return padded, counts
+
+    def entries(self, own: list[Entry], what: str) -> list[Entry]:
+        """The entries of all ranks in their order; they are pickled."""
+        if self.size == 1:
+            return own
+        parts: list[list[Entry]] = [[] for _ in range(self.size)]
+        with self._waiting(what):
+            distributed.all_gather_object(parts, own)
+        return [entry for part in parts for entry in part]
+
+    def of_first(self, value: Entry, what: str) -> Entry:
+        """The value that the first rank has, as of a clock or a directory."""
+        return self.entries([value], what)[0]
+
+    def wait(self, what: str) -> None:
+        """Go on when all ranks are here."""
+        self.entries([], what)
+
+    def copy_from_first_(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Give tensors the first rank's values, in place."""
+        if self.size == 1:
+            return
+        with self._waiting(what):
+            _in_buckets(tensors, lambda flat: distributed.broadcast(flat, src=0))
+
+    def is_told_elsewhere(self, error: Exception) -> bool:
+        """Whether another rank ends with the same error, or with the one that this rank's is due to.
+
+        The first rank tells what all of them say; a rank that lost another leaves the word to it. Waits
+        END_SECONDS at most.
+        """
+        if self._store is None:
+            return False
+        is_lost = isinstance(error, LostRankError)
+        own = _LOST if is_lost else f"{type(error).__name__}: {error}"
+        self._store.set(f"end/{self.rank}", own)
+        asked = [rank for rank in range(self.size) if rank != self.rank] if is_lost else [0] * (self.rank > 0)
+        deadline = time.monotonic() + END_SECONDS
+        while asked and time.monotonic() < deadline:
+            for rank in list(asked):
+                said = self._said("end", rank)
+                if said is None:
+                    continue
+                asked.remove(rank)
+                if (said == own and rank < self.rank) or (is_lost and said != _LOST):
+                    return True
+            time.sleep(END_SECONDS / 50)
+        return False
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Say where a rank waits, and who is missing when the others do not come."""
+        if self._store is not None:
+            self._store.set(f"at/{self.rank}", what)
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostRankError(
+                f"rank {self.rank} waited for the others at {what}, and one of them ended or hangs"
+                f"{self._elsewhere(what)}; its own message comes first and says why"
+            ) from error
+
+    def _elsewhere(self, what: str) -> str:
+        """What the ranks that are not here did last."""
+        known = [(rank, self._said("at", rank)) for rank in range(self.size)]
+        others = [f"rank {rank} was last at {where}" for rank, where in known if where not in (None, what)]
+        return f" ({', '.join(others)})" if others else ""
+
+    def _said(self, kind: str, rank: int) -> str | None:
+        """What a rank left in the store; None for nothing, or when the store is gone."""
+        key = f"{kind}/{rank}"
+        try:
+            if self._store is None or not self._store.check([key]):
+                return None
+            said: str = self._store.get(key).decode()
+            return said
+        except RuntimeError:
+            return None
 
 
-def gathered(entries: list[Entry]) -> tuple[list[Entry], int]:
-    """The entries of all ranks in their order, and where this rank's begin."""
-    if all_reduce() is None:
-        return entries, 0
-    parts: list[list[Entry]] = [[] for _ in range(distributed.get_world_size())]
-    distributed.all_gather_object(parts, entries)
-    rank = distributed.get_rank()
-    return [entry for part in parts for entry in part], sum(len(part) for part in parts[:rank])
+ALONE = World()
+"""The world of one process."""
+_JOINED: World | None = None
+
+
+@contextmanager
+def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
+    """Join the processes of torchrun, or of what sets the same variables, for the block.
+
+    A process that no launcher started is a world of one. On GPUs each rank takes the one of its LOCAL_RANK.
+
+    Args:
+        timeout: after which a rank gives up waiting for the others.
+
+    Raises:
+        ValueError: for variables that name no process, or fewer GPUs on the machine than processes.
+        LostRankError: out of the block, when another rank ended or hangs.
+    """
+    global _JOINED
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or (distributed.is_available() and distributed.is_initialized()):
+        yield World.current()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} is not set; start with torchrun, which sets "
+            "all, or unset WORLD_SIZE for one process"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= devices:
+            raise ValueError(
+                f"process {local} of this machine has no GPU, for there are {devices}; start with "
+                f"--nproc-per-node {devices}"
+            )
+        torch.cuda.set_device(local)
+        backend = "cpu:gloo,cuda:nccl"
+    # torch exports these, but does not tell type checkers.
+    stores: Any = distributed
+    store, rank, size = next(stores.rendezvous("env://", timeout=timeout))
+    _JOINED = World(rank, size, stores.PrefixStore("lacfast", store))
+    distributed.init_process_group(
+        backend, store=stores.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
+    )
+    try:
+        yield _JOINED
+    except Exception as error:
+        if _JOINED.is_told_elsewhere(error):
+            raise ToldElsewhereError(str(error)) from error
+        raise
+    finally:
+        _JOINED = None
+        distributed.destroy_process_group()
+
+
+def _joined_rows(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> Tensor:
+    """The first `counts` rows of each part, as rows along `dim`."""
+    rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return rows.movedim(0, dim).contiguous()
+
+
+@torch.no_grad()
+def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
+    """Run a collective that works in place on tensors, many at a time."""
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        collective(flat)
+        for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in runs of one dtype and device that hold at most BUCKET_BYTES, or one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        is_alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not is_alike or size + tensor.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

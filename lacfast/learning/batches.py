@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -184,4 +184,4 @@ def critic_minibatch(
     found = gathered(source.states, minibatch.steps, minibatch.rows, staging)
     states = States(found.sample, source.timesteps[found.steps], found.conditioning)
     ahead = GatheredSource(states, found.features, source.targets[found.rows])
-    return ahead, ahead.pairs
+    return ahead, replace(ahead.pairs, elsewhere=minibatch.elsewhere)

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
+from lacfast.distributed import ALONE, World
 from lacfast.learning.batches import CriticBatch, CriticSource, GatheredSource
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.pairs import Pairs
@@ -27,14 +28,15 @@ class CriticUpdate(Update[CriticBatch, Totals]):
         config: PPOConfig,
         guard: GradientGuard,
         runner: UpdateRunner = EAGER,
+        world: World = ALONE,
     ) -> None:
         """`critic` is trained in place; for the others see Update."""
-        super().__init__(Totals, optimizer, config, guard, runner)
+        super().__init__(Totals, optimizer, config, guard, runner, world)
         self.critic = critic
 
     def learn(self, source: CriticSource | GatheredSource, minibatch: Pairs, records: UpdateRecords) -> None:
         """One optimizer step on `minibatch`, pairs of `source`."""
-        records.add_critic(self.step(source, minibatch), self.guard, pairs=len(minibatch))
+        records.add_critic(self.step(source, minibatch), self.guard, pairs=minibatch.total)
 
     def gradient(self, batch: CriticBatch) -> None:
         outputs = critic_outputs(self.critic, batch.states, batch.features)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.checkpoint import require_same_shapes
 from lacfast.config import TrainConfig
+from lacfast.distributed import ALONE, World
 from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
 from lacfast.learning.batches import CriticSource, PolicySource, critic_minibatch
@@ -46,16 +47,29 @@ from lacfast.seeds import epoch_seed
 class Learner:
     """PPO on the actor and regression on the critic, over one rollout at a time."""
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, graphs: GraphRunner | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: TrainConfig,
+        graphs: GraphRunner | None = None,
+        world: World = ALONE,
+    ) -> None:
         """
         Args:
             backbone: its model and its critic are trained in place.
             config: of the run.
             graphs: captures the steps. None: they run eagerly.
+            world: the ranks that learn the same weights, each from its own trajectories.
         """
         ppo, parameters = config.ppo, backbone.policy_parameters()
+        # Ranks start alike also where a kernel draws or loads otherwise.
+        world.copy_from_first_(
+            [*parameters, *(() if backbone.critic is None else backbone.critic.parameters())],
+            "the first weights",
+        )
         self.backbone = backbone
         self.config = config
+        self.world = world
         self.failed = torch.zeros((), device=parameters[0].device)
         self.progress = 0.0
         """Share of the run that is behind, for PPOConfig.final_learning_rate."""
@@ -68,7 +82,8 @@ class Learner:
         if backbone.critic is not None:
             optimizer = critic_optimizer(backbone.critic, ppo)
             runner = self._runner("critic")
-            self.critic_update = CriticUpdate(backbone.critic, optimizer, ppo, self._guard("critic"), runner)
+            guard = self._guard("critic")
+            self.critic_update = CriticUpdate(backbone.critic, optimizer, ppo, guard, runner, world)
         self.policy_update = PolicyUpdate(
             *(
                 backbone,
@@ -79,13 +94,14 @@ class Learner:
             ),
             anchor=self.anchor,
             reader=reader_for(self.critic_update),
+            world=world,
         )
         self.policy_schedule = policy_schedule(
             *(self.policy_update.optimizer, ppo),
             progress=lambda: self.progress,
             halved=lambda: self.policy_update.guard.rate_factor,
         )
-        self.replay = ValueReplay(ppo.critic_rollouts)
+        self.replay = ValueReplay(ppo.critic_rollouts, world)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
         self._table: TransitionTable | None = None
         self._tables: StepTables | None = None
@@ -153,7 +169,9 @@ class Learner:
         """One pass of the policy; returns whether the KL limit ended it."""
         ppo = self.config.ppo
         for minibatch in minibatches(
-            source.pairs, ppo.num_minibatches, generator, fraction=ppo.timestep_fraction
+            *(source.pairs, ppo.num_minibatches, generator),
+            fraction=ppo.timestep_fraction,
+            share=source.rollout.share,
         ):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True

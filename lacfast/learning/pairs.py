@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lacfast.critic.states import StateSource
+from lacfast.distributed import Share
 from lacfast.policy import States
 from lacfast.records import padding_rows
 from lacfast.transfer import to_device
@@ -25,9 +26,16 @@ class Pairs:
     """(P,) int64 trajectory."""
     position: Tensor
     """(P,) int64 index of the step among those that are paired."""
+    elsewhere: int = 0
+    """Pairs of the same minibatch that other ranks have."""
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Pairs of the minibatch, here and elsewhere."""
+        return len(self) + self.elsewhere
 
     def select(self, index: Tensor | slice) -> Pairs:
         return Pairs(self.steps[index], self.rows[index], self.position[index])
@@ -43,15 +51,41 @@ class Pairs:
         rows = padding_rows(len(self), size, device)
         return self.select(rows), torch.arange(size, device=device) < len(self)
 
-    def shuffled(self, generator: torch.Generator) -> Pairs:
-        """The pairs in an order that depends on the generator alone, which lives on the host."""
-        order = torch.randperm(len(self), generator=generator)
-        return self.select(to_device(order, self.rows.device))
+
+class Shuffled:
+    """The pairs of a batch in random order, those of this rank and the gaps that others fill.
+
+    The order depends on the generator alone: it is the same on every rank, and for every number of them.
+    """
+
+    def __init__(self, pairs: Pairs, generator: torch.Generator, share: Share | None = None) -> None:
+        """
+        Args:
+            pairs: of this rank, as `all_pairs` has them.
+            generator: on the host.
+            share: of the batch that this rank has. None: all of it.
+        """
+        self._before: list[int] | None = None
+        self.total = len(pairs) if share is None else len(pairs) // share.count * share.total
+        order = torch.randperm(self.total, generator=generator)
+        if share is not None and share.count < share.total:
+            rows = order % share.total - share.first
+            is_own = (rows >= 0) & (rows < share.count)
+            order = (order // share.total * share.count + rows)[is_own]
+            self._before = [0, *is_own.cumsum(dim=0).tolist()]
+        self._pairs = pairs.select(to_device(order, pairs.rows.device))
+
+    def between(self, first: int, behind: int) -> Pairs:
+        """This rank's pairs among those at the places `first` to `behind`."""
+        if self._before is None:
+            return self._pairs.select(slice(first, behind))
+        own = slice(self._before[first], self._before[behind])
+        return replace(self._pairs.select(own), elsewhere=behind - first - (own.stop - own.start))
 
 
 def even_size(count: int, limit: int) -> int:
-    """The size of the fewest equal parts of `count` that hold at most `limit` each."""
-    return math.ceil(count / math.ceil(count / limit))
+    """The size of the fewest equal parts of `count` that hold at most `limit` each; 1 for no pairs."""
+    return math.ceil(count / math.ceil(count / limit)) if count else 1
 
 
 def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
@@ -67,25 +101,37 @@ def all_states(source: StateSource) -> Pairs:
 
 
 def minibatches(
-    pairs: Pairs, count: int, generator: torch.Generator, *, fraction: float = 1.0
+    pairs: Pairs,
+    count: int,
+    generator: torch.Generator,
+    *,
+    fraction: float = 1.0,
+    share: Share | None = None,
 ) -> Iterator[Pairs]:
-    """A random `fraction` of the pairs in `count` parts, whose sizes differ by one at most.
+    """A random `fraction` of the pairs in `count` parts, whose sizes differ by one at most over all ranks.
+
+    Args:
+        pairs: of this rank, as `all_pairs` has them.
+        count: of minibatches.
+        generator: on the host, the same on every rank.
+        fraction: of all pairs.
+        share: of the batch that this rank has. None: all of it.
 
     Raises:
         ValueError: for fewer pairs than parts.
     """
-    chosen = math.ceil(fraction * len(pairs))
+    shuffled = Shuffled(pairs, generator, share)
+    chosen = math.ceil(fraction * shuffled.total)
     if chosen < count:
         raise ValueError(
-            f"{chosen} of {len(pairs)} (sample, step) pairs make no {count} minibatches; lower "
+            f"{chosen} of {shuffled.total} (sample, step) pairs make no {count} minibatches; lower "
             "num_minibatches (critic_minibatches), or raise batch_size or timestep_fraction"
         )
-    shuffled = pairs.shuffled(generator)
     size, larger = divmod(chosen, count)
     first = 0
     for part in range(count):
         behind = first + size + (part < larger)
-        yield shuffled.select(slice(first, behind))
+        yield shuffled.between(first, behind)
         first = behind
 
 

@@ -15,6 +15,7 @@ from lacfast.backbone import Backbone
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
+from lacfast.distributed import ALONE, World
 from lacfast.learning.batches import MEASURED, PolicyBatch, PolicySource
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
@@ -40,6 +41,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         *,
         anchor: KLAnchor | None = None,
         reader: Reader,
+        world: World = ALONE,
     ) -> None:
         """
         Args:
@@ -50,11 +52,12 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             runner: of a step's parts.
             anchor: that the KL is measured from. None: no KL.
             reader: the critic's part in the forward.
+            world: see Update.
         """
         penalty = config.ppo.kl
         # A graph would freeze a weight that adapts.
         runner = runner if penalty is None or penalty.target is None else EAGER
-        super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner)
+        super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner, world)
         self.backbone = backbone
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
@@ -78,9 +81,9 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         numbers = self.step(replace(source, is_known=is_known), minibatch)
         self.version += 1
         # They are of the step's first microbatch, which may have fewer.
-        size = self.runner.size(len(minibatch), self.microbatch.size)
-        records.add_policy(numbers, self.guard, measured=min(MEASURED, size) if is_known else math.inf)
-        self.reader.finish(records, len(minibatch))
+        measured = self.world.size * min(MEASURED, self.microbatch_pairs(minibatch, self.microbatch.size))
+        records.add_policy(numbers, self.guard, measured=measured if is_known else math.inf)
+        self.reader.finish(records, minibatch.total)
 
     def _knows(self, rollout: Rollout) -> bool:
         """Whether the unconditional half of `rollout` is known: the weights are those that made it."""

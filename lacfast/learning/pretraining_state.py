@@ -18,7 +18,7 @@ from lacfast.rewards.normalizer import RewardNormalizer
 
 @dataclass(frozen=True)
 class KnownScores:
-    """What the rewards said of a rollout that is made again."""
+    """What the rewards said of a rollout of all ranks that is made again."""
 
     prompts: list[str]
     """B of them."""
@@ -31,17 +31,18 @@ class KnownScores:
         return KnownScores(rollout.prompts, rollout.rewards)
 
     def given_to(self, rollout: Rollout) -> Rollout:
-        """The rollout with the rewards.
+        """The rollout with its rows of the rewards.
 
         Raises:
             ValueError: for one of other prompts.
         """
-        if rollout.prompts != self.prompts:
+        rows = slice(None) if rollout.share is None else rollout.share.rows
+        if rollout.prompts != self.prompts[rows]:
             raise ValueError(
                 "value pretraining goes on from rollouts that are made again, and their prompts are others "
                 "now; give those that the run began with until it is through, or begin another with --out"
             )
-        return rollout.with_rewards(self.rewards)
+        return rollout.with_rewards({name: scores[rows] for name, scores in self.rewards.items()})
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,11 @@ class PretrainingState:
     rollout_precision: str = ""
     """Precision of the policy that made the rollouts."""
 
-    def begin(self, held_out: Rollout | None, rollout_precision: str) -> None:
+    def begin(self, held_out: KnownScores | None, rollout_precision: str) -> None:
         """Start anew, behind the rollout that measures."""
-        known = None if held_out is None else KnownScores.of(held_out)
-        images = 0 if held_out is None else held_out.batch_size
+        images = 0 if held_out is None else len(held_out.prompts)
         begun = PretrainingState(
-            is_under_way=True, held_out=known, images=images, rollout_precision=rollout_precision
+            is_under_way=True, held_out=held_out, images=images, rollout_precision=rollout_precision
         )
         vars(self).update(vars(begun))
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Self, TypeVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
+from lacfast.distributed import ALONE, Share, World
 from lacfast.learning.pairs import Pairs, all_states, minibatches
 from lacfast.records import Conditioning, Rollout
 from lacfast.rewards.heads import stack_rewards
@@ -33,6 +34,10 @@ class KeptStates:
     """name -> (T, B, ...)"""
     conditioning: Conditioning
     """(B, ...)"""
+    share: Share | None = field(default=None, kw_only=True)
+    """Rows of the whole batch that these are, where several ranks have it; None: all."""
+    by_row: ClassVar[tuple[str, ...]] = ()
+    """Names of a subclass's fields (B, ...)."""
 
     @property
     def num_steps(self) -> int:
@@ -42,20 +47,57 @@ class KeptStates:
     def batch_size(self) -> int:
         return self.latents.shape[1]
 
+    @property
+    def total(self) -> int:
+        """Trajectories of the whole batch."""
+        return self.batch_size if self.share is None else self.share.total
+
     def on_host(self) -> Self:
         """The same with its states on the host; what they were worth, a few numbers, stays where it is."""
         features = {name: tensor.cpu() for name, tensor in self.features.items()}
         conditioning = self.conditioning.to("cpu")
         return replace(self, latents=self.latents.cpu(), features=features, conditioning=conditioning)
 
+    def of_all(self, world: World) -> Self:
+        """On the first rank the rows of all; on another its own."""
+        if self.share is None:
+            return self
+
+        def whole(tensors: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
+            what = "the states of older rollouts"
+            return {name: world.rows_on_first(tensor, what, dim=dim) for name, tensor in tensors.items()}
+
+        return replace(
+            self,
+            **whole({"latents": self.latents}, 1),
+            features=whole(self.features, 1),
+            conditioning=Conditioning(whole(self.conditioning.tensors, 0)),
+            **whole({name: getattr(self, name) for name in self.by_row}, 0),
+            share=None,
+        )
+
+    def of_share(self, share: Share) -> Self:
+        """Some of the rows of a whole batch."""
+        rows = share.rows
+        return replace(
+            self,
+            latents=self.latents[:, rows],
+            features={name: tensor[:, rows] for name, tensor in self.features.items()},
+            conditioning=self.conditioning.select(rows),
+            **{name: getattr(self, name)[rows] for name in self.by_row},
+            share=share,
+        )
+
     def state(self) -> dict[str, Any]:
         """All of it for a checkpoint."""
-        return vars(self) | {"conditioning": self.conditioning.tensors}
+        state = vars(self) | {"conditioning": self.conditioning.tensors}
+        del state["share"]
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Self:
         """What `state` gave, with the states on the host and the rest on the device of the model."""
-        own = [each.name for each in fields(cls) if each.name not in ("features", "conditioning")]
+        own = [each.name for each in fields(cls) if each.name not in ("features", "conditioning", "share")]
         kept = cls(
             **{name: state[name].to(device if name != "latents" else "cpu") for name in own},
             features=state["features"],
@@ -74,6 +116,7 @@ class Experience(KeptStates):
     """(M,) raw reward of target 0."""
     reward_std: Tensor
     """(M,) raw reward in one unit of the targets."""
+    by_row = ("targets",)
 
     @staticmethod
     def of(rollout: Rollout, targets: Tensor, critic: Critic) -> Experience:
@@ -85,6 +128,7 @@ class Experience(KeptStates):
             targets,
             critic.reward_mean.clone(),
             critic.reward_std.clone(),
+            share=rollout.share,
         )
 
     def targets_for(self, critic: Critic) -> Tensor:
@@ -99,12 +143,13 @@ class RewardedStates(KeptStates):
 
     rewards: Tensor
     """(B, M) of the M rewards."""
+    by_row = ("rewards",)
 
     @staticmethod
     def of(rollout: Rollout, device: torch.device) -> RewardedStates:
         """A rollout with rewards, which go to the `device` of the critic."""
-        rewards = to_device(stack_rewards(rollout), device)
-        return RewardedStates(rollout.latents[:-1], rollout.features, rollout.conditioning, rewards)
+        states = rollout.latents[:-1], rollout.features, rollout.conditioning
+        return RewardedStates(*states, to_device(stack_rewards(rollout), device), share=rollout.share)
 
 
 Kept = TypeVar("Kept", bound=KeptStates)
@@ -113,9 +158,15 @@ Kept = TypeVar("Kept", bound=KeptStates)
 class StateMemory(Generic[Kept]):
     """The last few rollouts as the critic reads them, on the host."""
 
-    def __init__(self, kind: type[Kept], rollouts: int) -> None:
-        """`rollouts`: that are kept, the latest; 0 keeps none."""
+    def __init__(self, kind: type[Kept], rollouts: int, world: World = ALONE) -> None:
+        """
+        Args:
+            kind: of states.
+            rollouts: that are kept, the latest; 0 keeps none.
+            world: the ranks that have them together.
+        """
         self._kind = kind
+        self._world = world
         self._kept: deque[Kept] = deque(maxlen=rollouts)
 
     def __len__(self) -> int:
@@ -135,21 +186,29 @@ class StateMemory(Generic[Kept]):
             self._kept.append(states.on_host())
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """State of all that is kept."""
-        return [states.state() for states in self._kept]
+        """State of all that is kept, whole on the first rank; every rank asks for it."""
+        return [states.of_all(self._world).state() for states in self._kept]
 
     def load_state_dict(self, states: Sequence[dict[str, Any]], device: torch.device) -> None:
-        """Continue from a `state_dict`, for a model on `device`."""
+        """Continue from a whole `state_dict`, for a model on `device`."""
         self._kept.clear()
-        self._kept.extend(self._kind.from_state(state, device) for state in states)
+        for state in states:
+            kept = self._kind.from_state(state, device)
+            self._kept.append(
+                kept if self._world.size == 1 else kept.of_share(self._world.share(kept.batch_size))
+            )
 
 
 class ValueReplay(StateMemory[Experience]):
     """The rollouts before today's that a pass of the critic draws from."""
 
-    def __init__(self, rollouts: int) -> None:
-        """`rollouts`: that a pass draws from, today's included; 1 keeps none."""
-        super().__init__(Experience, rollouts - 1)
+    def __init__(self, rollouts: int, world: World = ALONE) -> None:
+        """
+        Args:
+            rollouts: that a pass draws from, today's included; 1 keeps none.
+            world: see StateMemory.
+        """
+        super().__init__(Experience, rollouts - 1, world)
 
     def minibatches(
         self, today: Experience, count: int, generator: torch.Generator
@@ -163,7 +222,10 @@ class ValueReplay(StateMemory[Experience]):
             ValueError: for fewer states than minibatches.
         """
         known = [*self, today]
-        parts = [list(minibatches(all_states(experience), count, generator)) for experience in known]
+        parts = [
+            list(minibatches(all_states(experience), count, generator, share=experience.share))
+            for experience in known
+        ]
         for part in range(count):
             drawn = int(torch.randint(len(known), (), generator=generator)) if len(self) else 0
             yield known[drawn], parts[drawn][part]

@@ -38,6 +38,16 @@ class Totals:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, each.name) for each in fields(self)]
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What adds up over ranks."""
+        return [self.loss]
+
+    @property
+    def maxima(self) -> list[Tensor]:
+        """That of which the largest of all ranks counts."""
+        return []
+
     def zero_(self) -> None:
         for tensor in self.tensors:
             tensor.zero_()
@@ -63,6 +73,14 @@ class PolicyTotals(Totals):
         like = tables.coefficients
         loss, norm, largest, total = like.new_zeros(4).unbind()
         return cls(loss, norm, largest, total, like.new_zeros((len(like), 6)))
+
+    @property
+    def sums(self) -> list[Tensor]:
+        return [self.loss, self.abs_log_ratio, self.step_sums]
+
+    @property
+    def maxima(self) -> list[Tensor]:
+        return [self.max_abs_log_ratio]
 
     @torch.no_grad()
     def add(self, loss: Tensor, stats: PPOStats) -> None:

@@ -5,17 +5,19 @@ Nothing here waits for the device: what a step did is a record on the device, wh
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lacfast.config import PPOConfig
+from lacfast.distributed import ALONE, World
 from lacfast.learning.gradient_guard import GradientGuard
-from lacfast.learning.optimizers import set_rates
+from lacfast.learning.optimizers import parameters_of, set_rates
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
@@ -57,6 +59,7 @@ class Update(ABC, Generic[Batch, Sums]):
         config: PPOConfig,
         guard: GradientGuard,
         runner: UpdateRunner = EAGER,
+        world: World = ALONE,
     ) -> None:
         """
         Args:
@@ -65,6 +68,7 @@ class Update(ABC, Generic[Batch, Sums]):
             config: of loss and clipping.
             guard: of its steps.
             runner: of a step's parts.
+            world: the ranks that step together, each on its own pairs of a minibatch.
         """
         self.optimizer = optimizer
         self.config = config
@@ -72,9 +76,11 @@ class Update(ABC, Generic[Batch, Sums]):
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
         """Learning rates of the groups, before anything changes them."""
         self.runner = runner
+        self.world = world
         self.microbatch = BatchSize(config.microbatch_size, unit="pair", setting="ppo.microbatch_size")
         self._totals_type = totals
         self._tables: StepTables | None = None
+        self._reached: list[nn.Parameter] | None = None
 
     @property
     def tables(self) -> StepTables:
@@ -128,15 +134,19 @@ class Update(ABC, Generic[Batch, Sums]):
 
     def _attempt(self, source: Source[Batch], minibatch: Pairs, limit: int) -> Tensor:
         self.begin()
-        size = self.runner.size(len(minibatch), limit)
+        size = self.microbatch_pairs(minibatch, limit)
         is_first = True
         for part in each("update/microbatch", minibatch.split(size)):
             pairs, mask = self.runner.shaped(part, size)
             # Filled on the device: a copy of a host number would wait for it.
-            share = torch.full_like(self.totals.loss, len(part) / len(minibatch))
+            share = torch.full_like(self.totals.loss, len(part) / minibatch.total)
             self.runner.gradient(self.gradient, source.batch(pairs, share, mask, is_first=is_first))
             is_first = False
         return self.finish()
+
+    def microbatch_pairs(self, minibatch: Pairs, limit: int) -> int:
+        """Pairs in each microbatch, at most `limit`: what evens out a rank's part of the minibatch."""
+        return self.runner.size(math.ceil(minibatch.total / self.world.size), limit)
 
     def begin(self) -> None:
         """Forget gradients and sums of the step before."""
@@ -144,9 +154,27 @@ class Update(ABC, Generic[Batch, Sums]):
         self.totals.zero_()
 
     def finish(self) -> Tensor:
-        """Clip the gradients and step; returns as `step` does."""
+        """Sum over the ranks, clip the gradients and step; returns as `step` does."""
+        if self.world.size > 1:
+            self._sum_over_ranks()
         self.runner.optimize(self._clip_and_step, self.optimizer)
         return self.totals.record()
+
+    def _sum_over_ranks(self) -> None:
+        what = f"the gradients of the {self.guard.what}"
+        if self._reached is None:
+            # A rank without pairs of the first minibatch has no gradient at all.
+            parameters = parameters_of(self.optimizer)
+            here = [number for number, each in enumerate(parameters) if each.grad is not None]
+            reached = sorted(set(self.world.entries(here, what)))
+            self._reached = [parameters[number] for number in reached]
+        for parameter in self._reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients: list[Tensor] = [each.grad for each in self._reached if each.grad is not None]
+        self.world.sum_([*gradients, *self.totals.sums], what)
+        for largest in self.totals.maxima:
+            self.world.max_(largest, what)
 
     def _clip_and_step(self) -> None:
         bound = self.config.max_grad_norm

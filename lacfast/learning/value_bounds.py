@@ -22,12 +22,14 @@ from torch import Tensor
 
 from lacfast.backbone import Backbone
 from lacfast.config import TrainConfig
+from lacfast.distributed import ALONE, World
 from lacfast.records import FirstSampleId, NoiseKey, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet
 from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
-from lacfast.rollout.scored import decoded_and_scored
+from lacfast.rollout.outcomes import outcomes
+from lacfast.rollout.scored import decoded_and_scored, finished
 from lacfast.rollout.step import denoise_step
 from lacfast.runtime.memory import BatchSize
 
@@ -131,6 +133,7 @@ def value_bounds(
     rewards: RewardSet,
     normalizer: RewardNormalizer,
     config: TrainConfig,
+    world: World = ALONE,
 ) -> ValueBounds:
     """Floor and ceiling of the explained variance of what each head predicts, by branched completions.
 
@@ -144,6 +147,7 @@ def value_bounds(
         rewards: those of the rollout.
         normalizer: says what a head predicts of them.
         config: pretrain.completions and bound_states, the rollout's guidance, and eval_batch_size at a time.
+        world: the ranks that have the rollout together; each completes its own rows.
 
     Raises:
         ValueError: when completions of states, or prompts, cannot be compared.
@@ -152,19 +156,29 @@ def value_bounds(
     if config.pretrain.completions == 0:
         raise ValueError("pretrain.completions=0 completes no state, so there is no ceiling; use at least 2")
     size = BatchSize(config.eval_batch_size, unit="image", setting="eval_batch_size")
-    floor = prompt_floor(normalizer.head_rewards(stack_rewards(rollout)), rollout.prompts).cpu()
-    states = min(config.pretrain.bound_states, rollout.batch_size)
-    rows = torch.linspace(0, rollout.batch_size - 1, states).round().long()
+    whole = outcomes(rollout, world)
+    floor = prompt_floor(normalizer.head_rewards(stack_rewards(whole)), whole.prompts).cpu()
+    states = min(config.pretrain.bound_states, rollout.total)
+    rows = torch.linspace(0, rollout.total - 1, states).round().long()
     branches = torch.unique(rows).repeat_interleave(config.pretrain.completions)
+    here = branches if rollout.share is None else branches - rollout.share.first
+    is_own = (here >= 0) & (here < rollout.batch_size)
     # A deterministic completion needs no measuring.
     measured = range(max(rollout.table.trainable_steps, default=-1) + 1)
     ceiling = floor.new_ones(rollout.num_steps, len(floor))
     for step in measured:
         ids = torch.arange(len(branches)) + FirstSampleId.COMPLETIONS + step * len(branches)
-        completed = _completed(backbone, rollout, step, branches, ids, config, size)
+        completed = _completed(backbone, rollout, step, here[is_own], ids[is_own], config, size)
         pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
-        scores = [torch.stack(list(part.result().values()), dim=1) for part in pending]
-        ceiling[step] = variance_components(normalizer.head_rewards(torch.cat(scores)), branches).share
+        scored = finished(pending, world, f"the completions of step {step}")
+        scores = torch.cat(
+            [
+                torch.zeros(0, len(rewards.names)),
+                *(torch.stack(list(part.values()), dim=1) for part in scored),
+            ]
+        )
+        scores = world.rows(scores, f"the scores of the completions of step {step}")
+        ceiling[step] = variance_components(normalizer.head_rewards(scores), branches).share
     return ValueBounds(floor, ceiling, len(measured) * len(branches))
 
 

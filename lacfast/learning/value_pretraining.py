@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,17 @@ from torch.optim import Optimizer
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import (
-    held_out_variance,
+    rollout_values,
     rollout_variance,
     update_statistics,
     value_targets,
 )
+from lacfast.distributed import ALONE, World
 from lacfast.learning.batches import CriticSource, critic_minibatch
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.optimizers import missing_moments
-from lacfast.learning.pairs import all_states
+from lacfast.learning.pairs import Shuffled, all_states
 from lacfast.learning.pretraining_state import KnownScores, MeasuredCritic, PretrainingState
 from lacfast.learning.replay import RewardedStates, StateMemory
 from lacfast.learning.step_tables import step_tables
@@ -35,6 +36,7 @@ from lacfast.prompts import Draws
 from lacfast.records import FirstSampleId, Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rollout.memory import HostRoom
+from lacfast.rollout.outcomes import outcomes
 from lacfast.runtime.host_memory import Staging
 from lacfast.seeds import derived_seed
 
@@ -102,6 +104,7 @@ class ValuePretraining:
         held_out: Rollout | None,
         confidence: ValueConfidence,
         log: MetricsLog,
+        world: World = ALONE,
     ) -> None:
         """
         Args:
@@ -113,6 +116,7 @@ class ValuePretraining:
             held_out: rollout with rewards on prompts that are not trained on, or None.
             confidence: has the bounds of the explained variance on `held_out`, where they were measured.
             log: gets a line per iteration.
+            world: the ranks that have the rollouts together.
         """
         self.critic = critic
         self.normalizer = normalizer
@@ -121,17 +125,19 @@ class ValuePretraining:
         self.held_out = held_out
         self.confidence = confidence
         self.log = log
+        self.world = world
         self._device = critic.reward_mean.device
         failed = torch.zeros((), device=self._device)
         self._guard = GradientGuard("critic", config.on_bad_gradient, failed)
-        self._update = CriticUpdate(critic, optimizer, config.ppo, self._guard)
-        self._recent = StateMemory(RewardedStates, config.pretrain.kept_rollouts)
+        self._update = CriticUpdate(critic, optimizer, config.ppo, self._guard, world=world)
+        self._recent = StateMemory(RewardedStates, config.pretrain.kept_rollouts, world)
         if state.is_under_way:
             state.require_fit(config)
             self._guard.load_state_dict(state.guard)
             self._update.microbatch.size = self._update.microbatch.size or state.microbatch_size
         else:
-            state.begin(held_out, config.rollout_precision)
+            measured = None if held_out is None else KnownScores.of(outcomes(held_out, world))
+            state.begin(measured, config.rollout_precision)
 
     @property
     def _is_done(self) -> bool:
@@ -186,21 +192,23 @@ class ValuePretraining:
         """One iteration on a rollout with rewards; returns the explained variance (T, M)."""
         state, settings, critic, normalizer = self.state, self.config.pretrain, self.critic, self.normalizer
         iteration = state.iteration
-        state.images += rollout.batch_size
-        state.kept[iteration] = KnownScores.of(rollout)
+        whole = outcomes(rollout, self.world)
+        state.images += rollout.total
+        state.kept[iteration] = KnownScores.of(whole)
         for oldest in list(state.kept)[: -settings.kept_rollouts]:
             del state.kept[oldest]
         self._remember(rollout)
-        rollout = update_statistics(critic, normalizer, rollout)
+        whole = update_statistics(critic, normalizer, whole)
         like = rollout.latents.new_empty(0, device=self._device)
         self._update.prepare(step_tables(rollout.table, self.config.ppo, like))
         self._update.set_rates(_rate_factor(iteration / settings.iterations))
         generator = torch.Generator().manual_seed(derived_seed(self.config.seed, iteration))
         records = _learn_from(self._recent, self._update, normalizer, self.config, generator)
         if self.held_out is None:
-            variance = rollout_variance(rollout, normalizer)
+            variance = rollout_variance(whole, normalizer)
         else:
-            variance = held_out_variance(critic, self.held_out, normalizer)
+            valued = replace(self.held_out, values=rollout_values(critic, self.held_out))
+            variance = rollout_variance(outcomes(valued, self.world), normalizer)
         state.history.append(float(variance.mean()))
         state.explained_variance = variance
         self.log.write(
@@ -246,11 +254,12 @@ def _learn_from(
 ) -> UpdateRecords:
     """Minibatches of random states, each from one kept rollout, until they make up config.pretrain.passes."""
     settings, records, staging = config.pretrain, UpdateRecords(), Staging(update.guard.failed.device)
-    kept_states = sum(states.num_steps * states.batch_size for states in memory)
+    kept_states = sum(states.num_steps * states.total for states in memory)
     for _ in range(math.ceil(settings.passes * kept_states / settings.minibatch_size)):
         states = memory[int(torch.randint(len(memory), (1,), generator=generator))]
         targets = value_targets(states.rewards, normalizer, config.ppo.target_clip)
-        drawn = next(all_states(states).shuffled(generator).split(settings.minibatch_size))
+        shuffled = Shuffled(all_states(states), generator, states.share)
+        drawn = shuffled.between(0, min(settings.minibatch_size, shuffled.total))
         source = CriticSource(states, targets, update.tables.timesteps)
         gathered, minibatch = critic_minibatch(source, drawn, staging)
         update.find_size(gathered, reserved=missing_moments(update.optimizer))

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lacfast.distributed.world import moments
 from lacfast.records import Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.transfer import to_device, to_like
@@ -18,7 +17,7 @@ _TINY = 1e-8
 
 @dataclass
 class RewardNormalizer:
-    """Running mean and standard deviation per head over all samples and ranks (Chan et al.'s update).
+    """Running mean and standard deviation per head over all samples (Chan et al.'s update).
 
     M is the number of rewards and of heads; where one head predicts their weighted sum, there is 1.
     """
@@ -56,11 +55,11 @@ class RewardNormalizer:
         return rewards if self.heads is None else self.heads.combined(rewards)
 
     def update(self, rewards: Tensor) -> None:
-        """Take in rewards (B, M); with several ranks each calls this with its own."""
-        batch_count, batch_mean, batch_variance = moments(self.combined(rewards))
+        """Take in rewards (B, M) of a rollout."""
+        batch, batch_count = self.combined(rewards).detach().double(), len(rewards)
         total = self.count + batch_count
-        shift = batch_mean.cpu() - self.mean
-        within = self.count * self.variance + batch_count * batch_variance.cpu()
+        shift = batch.mean(dim=0).cpu() - self.mean
+        within = self.count * self.variance + batch_count * batch.var(dim=0, correction=0).cpu()
         self.variance = (within + shift**2 * self.count * batch_count / total) / total
         self.mean = self.mean + shift * batch_count / total
         self.count = min(total, self.window)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lacfast.distributed import ALONE, World
 from lacfast.records import Conditioning, NoiseKey, Rollout
 from lacfast.runtime.host_memory import HOST_SHARE, free_host_bytes
 
@@ -74,13 +75,16 @@ class Written:
 class RolloutMemory:
     """Takes in the parts of a rollout one by one; none of them is kept besides."""
 
-    def __init__(self, count: int, room: HostRoom | None = None) -> None:
+    def __init__(self, total: int, room: HostRoom | None = None, world: World = ALONE) -> None:
         """
         Args:
-            count: trajectories of the rollout.
+            total: trajectories of the rollout.
             room: on the host, where the rollout is to lie. None: it lies where its parts do.
+            world: the ranks that have it together; this one takes in its share.
         """
-        self.count = count
+        share = world.share(total)
+        self.count = share.count
+        self.share = share if world.size > 1 else None
         self.room = room
         self._whole: Rollout | None = None
         self._filled = 0
@@ -112,15 +116,17 @@ class RolloutMemory:
         return Written(written, part.clean_latents.clone() if is_moved else written.clean_latents)
 
     def rollout(self) -> Rollout:
-        """All that was taken in."""
+        """All that was taken in, this rank's share."""
         assert self._whole is not None, "a rollout has a part"
         assert self._filled == self.count, "parts make up the rollout"
-        return self._whole
+        return replace(self._whole, share=self.share)
 
     @staticmethod
-    def of(parts: Iterable[Rollout], count: int, room: HostRoom | None = None) -> Rollout:
-        """One rollout of the `count` trajectories of all parts, which share table and seed."""
-        memory = RolloutMemory(count, room)
+    def of(
+        parts: Iterable[Rollout], total: int, room: HostRoom | None = None, world: World = ALONE
+    ) -> Rollout:
+        """One rollout of the trajectories of all parts, which share table and seed; see `RolloutMemory`."""
+        memory = RolloutMemory(total, room, world)
         for _ in map(memory.add, parts):
             pass
         return memory.rollout()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.backbone import Backbone
+from lacfast.distributed import ALONE, World
 from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation, NoiseKey, Rollout, TransitionTable
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -75,10 +76,11 @@ def sampled(
     keep_features: bool,
     part_size: BatchSize,
     policy_version: int | None = None,
+    world: World = ALONE,
 ) -> Iterator[Rollout]:
     """Trajectories for `prompts` without rewards, part by part.
 
-    Sample ids count from `first_id`, so the trajectories do not depend on `part_size`.
+    Sample ids count from `first_id`, so the trajectories depend neither on `part_size` nor on the ranks.
 
     Args:
         sampler: of the policy; its critic values the states.
@@ -90,9 +92,12 @@ def sampled(
         keep_features: False drops what the critic's trunk read, for trajectories that nothing learns from.
         part_size: trajectories sampled at a time, fewer once memory has run out; 0: all.
         policy_version: of the weights that sample. None: unknown.
+        world: the ranks that sample together; this one makes its share.
     """
+    share = world.share(len(prompts))
+    ids = range(first_id, first_id + len(prompts))[share.rows]
+    prompts = prompts.of_share(share)
     device = next(sampler.backbone.model.parameters()).device
-    ids = range(first_id, first_id + len(prompts))
 
     def sample(rows: slice) -> Rollout:
         rollout = sampler.sample(
@@ -148,6 +153,23 @@ def decoded_and_scored(
             queue.close()
 
 
+def finished(pending: Sequence[Scores], world: World, what: str) -> list[dict[str, Tensor]]:
+    """The scores of all parts, once all ranks have theirs.
+
+    Raises:
+        RewardError: on every rank, when a reward failed on any.
+    """
+    scores: list[dict[str, Tensor]] = []
+    failures: list[RewardError] = []
+    try:
+        scores = [part.result() for part in pending]
+    except RewardError as error:
+        failures = [error]
+    for failure in world.entries(failures, what):
+        raise failure
+    return scores
+
+
 def collect(
     parts: Iterable[Rollout],
     count: int,
@@ -155,27 +177,29 @@ def collect(
     rewards: RewardSet,
     *,
     room: HostRoom | None = None,
+    world: World = ALONE,
 ) -> tuple[Rollout, RewardError | None]:
     """One rollout of all `parts` with its rewards, to learn from.
 
     Args:
-        parts: `count` trajectories in all.
-        count: of the rollout, whose memory is allocated once.
+        parts: those of this rank.
+        count: trajectories of all ranks; the memory of this one's is allocated once.
         backbone: whose codec decodes.
         rewards: that score.
         room: on the host, where the rollout is to lie. None: it stays on the backbone's device.
+        world: the ranks that sample a rollout together.
 
     Returns:
-        The rollout and None; or, when a reward or the decoder failed, the rollout without rewards and the
-        error.
+        The rollout and None; or, when a reward or the decoder failed on any rank, the rollout without rewards
+        and the error of the first such rank.
 
     Raises:
         ValueError: when the host has no such room.
     """
-    memory = RolloutMemory(count, room)
+    memory = RolloutMemory(count, room, world)
     pending = [scores for _, scores in decoded_and_scored(map(memory.add, parts), backbone, rewards)]
     try:
-        scored = [scores.result() for scores in pending]
+        scored = finished(pending, world, "the rewards of the rollout")
     except RewardError as error:
         return memory.rollout(), error
     # Named by the scores: in their order the heads of a critic are.
@@ -224,6 +248,7 @@ def evaluate(
     backbone: Backbone,
     scorers: Sequence[RewardSet],
     normalizer: RewardNormalizer,
+    world: World = ALONE,
 ) -> Evaluation:
     """Scores, images and how well the critic foretold them.
 
@@ -233,6 +258,10 @@ def evaluate(
         backbone: whose codec decodes.
         scorers: the rewards that train, then those that are only reported.
         normalizer: units of the critic's values.
+        world: ranks with parts of their own. Each gets all scores; the images go to the first alone.
+
+    Raises:
+        RewardError: when a reward failed on any rank.
     """
     rewards = RewardSet.union(scorers)
     images: list[Tensor] = []
@@ -242,10 +271,14 @@ def evaluate(
         prompts += part.prompts
         values.append(part.values.transpose(0, 1))
         pending.append(scores_of_part)
-    finished = [scores_of_part.result() for scores_of_part in pending]
-    scores = {name: torch.cat([part_scores[name] for part_scores in finished]) for name in rewards.names}
+    scored = finished(pending, world, "the rewards of the evaluation")
+    scores = {
+        name: world.rows(torch.cat([part[name] for part in scored]), f"the evaluation's {name}")
+        for name in rewards.names
+    }
     # Read once: a read of every part would hold up the sampling of the next.
-    predicted = torch.cat(values).cpu()
+    predicted = world.rows(torch.cat(values), "the evaluation's values").cpu()
+    prompts = world.entries(prompts, "the evaluation's prompts")
     variance, calibration = torch.zeros(predicted.shape[1], 0), {}
     if predicted.shape[-1] > 0:
         rewarded = torch.stack([scores[name] for name in scorers[0].names], dim=1)
@@ -255,7 +288,8 @@ def evaluate(
         calibration = {
             name: reliability(predicted[..., head], returns[:, head]) for head, name in enumerate(heads)
         }
-    return Evaluation(scores, variance, torch.cat(images), prompts, calibration)
+    shown = world.rows_on_first(torch.cat(images), "the evaluation's images")
+    return Evaluation(scores, variance, shown, prompts, calibration)
 
 
 def reliability(values: Tensor, returns: Tensor, bins: int = RELIABILITY_BINS) -> Tensor:

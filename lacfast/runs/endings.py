@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from lacfast.distributed import LostRankError, ToldElsewhereError
 from lacfast.runtime.failures import FailedError
 from lacfast.runtime.files import is_full
 from lacfast.runtime.signals import Stopped
@@ -23,7 +24,7 @@ class Ending(NamedTuple):
 
     code: int
     line: str
-    """What is wrong and what to do; "" where nobody reads the output any more."""
+    """What is wrong and what to do; "" where nobody reads it any more, or another rank has said it."""
 
 
 def ending(error: BaseException) -> Ending | None:
@@ -35,7 +36,9 @@ def ending(error: BaseException) -> Ending | None:
             return Ending(INTERRUPTED, "stopped")
         case BrokenPipeError():
             return Ending(FAILURE, "")
-        case FailedError() | FloatingPointError():
+        case ToldElsewhereError():
+            return Ending(FAILURE, "")
+        case FailedError() | FloatingPointError() | LostRankError():
             return Ending(FAILURE, _one_line(error))
         case ValueError() | ImportError():
             return Ending(USAGE, _one_line(error))

@@ -46,12 +46,15 @@ class Keeper:
         if self._saved != now:
             trainer.save(target, notes={SETTINGS: self.settings})
             self._saved = now
-            self.directory.prune()
+            if trainer.world.is_first:
+                self.directory.prune()
         return target
 
     def keep(self, evaluation: Evaluation) -> None:
         """A picture of the evaluation, and the weights it judged if they are the best so far."""
         trainer, directory = self.trainer, self.directory
+        if not trainer.world.is_first:
+            return
         picture = contact_sheet(evaluation.images)
         picture.save(directory.samples(trainer.iteration))
         trainer.log.picture(trainer.iteration, "samples", picture)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
@@ -15,6 +17,7 @@ from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
+from lacfast.distributed import World
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
@@ -72,8 +75,10 @@ def torch_device(name: str) -> str:
     """The device of that name; for an empty one a GPU if there is one.
 
     Raises:
-        ValueError: for one that torch does not know or that is not here.
+        ValueError: for one that torch does not know or that is not here, or a numbered one of several ranks.
     """
+    if World.current().size > 1 and ":" in name:
+        raise ValueError(f"device={name!r} would be that of every rank; leave the number to the launcher")
     found = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.device(found)
@@ -99,7 +104,7 @@ def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) ->
     """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
     device = torch_device(config.device)
     if config.model in TINY_MODELS:
-        return _tiny_backbone(config, directory.path / "base", device, log)
+        return _tiny_backbone(config, directory.path / "base", device, log, World.current())
     with log.phase("loading", f"Load {config.model}"):
         return load_backbone(
             config.model,
@@ -111,17 +116,18 @@ def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) ->
         )
 
 
-def _tiny_backbone(config: RunConfig, base: Path, device: str, log: PhaseLog) -> LatentBackbone:
+def _tiny_backbone(config: RunConfig, base: Path, device: str, log: PhaseLog, world: World) -> LatentBackbone:
     recipe, file = {"model": config.model, "seed": config.train.seed}, base / "recipe.json"
     # Earlier versions wrote no recipe.
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else recipe
-    if not base.exists() or kept != recipe:
+    if world.is_first and (not base.exists() or kept != recipe):
         with whole_directory(base) as target:
             task, backbone = TINY_MODELS[config.model]
             with log.phase("pretraining", f"Pretrain a tiny {backbone}") as phase:
                 made = pretrain_model(backbone, task, seed=config.train.seed, steps=None, phase=phase)
             save_pretrained(made, target)
             write_json(target / file.name, recipe)
+    world.wait("the pretraining of the tiny model")
     require_whole(base)
     return adapt_pretrained(load_pretrained(base), device=device, lora=config.lora)
 
@@ -155,9 +161,10 @@ def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> 
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
     trackers: list[Tracker] = []
-    if config.tensorboard:
+    is_first = World.current().is_first
+    if config.tensorboard and is_first:
         trackers.append(TensorBoardTracker(directory.path / "tensorboard"))
-    if config.wandb_project:
+    if config.wandb_project and is_first:
         trackers.append(WandbTracker(config.wandb_project, directory.path, to_json(config)))
     # Last, for it may take minutes.
     backbone = build_backbone(config, directory, log)
@@ -170,7 +177,7 @@ def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> 
         config.train,
         held_out=held_out,
         evaluation_rewards=list(config.evaluation_rewards) or None,
-        metrics_path=directory.metrics,
+        metrics_path=directory.metrics if is_first else None,
         trackers=trackers,
     )
 
@@ -184,7 +191,8 @@ def train(
 ) -> Path:
     """Run `config` to its end, or go on with it; returns the last checkpoint.
 
-    A reward that fails, and a signal that asks to end, leave a checkpoint of the last whole iteration.
+    A reward that fails, and a signal that asks to end, leave a checkpoint of the last whole iteration. With
+    several ranks all of them call it; the first one writes and tells.
 
     Args:
         config: of the run.
@@ -199,9 +207,21 @@ def train(
     out = Path(config.out)
     require_own(out, RUN)
     check(config)
-    with locked(out):
+    world = World.current()
+    if not world.is_first:
+        on_iteration, tell = None, _silent
+    with locked(out) if world.is_first else nullcontext():
         directory = RunDirectory(out, keep_last=config.keep_last)
-        return _train(config, directory, on_iteration, tell, log or PhaseLog())
+        return _train(config, directory, on_iteration, tell, log or phase_log(world), world)
+
+
+def phase_log(world: World) -> PhaseLog:
+    """The terminal of the first rank; the others show nothing."""
+    return PhaseLog() if world.is_first else PhaseLog(Console(quiet=True))
+
+
+def _silent(line: str) -> None:
+    """What a rank says that is not the first: nothing."""
 
 
 def _train(
@@ -210,10 +230,11 @@ def _train(
     on_iteration: Callable[[dict[str, Any]], None] | None,
     tell: Callable[[str], None],
     log: PhaseLog,
+    world: World,
 ) -> Path:
-    source = directory.resumed(config.resume)
+    source = world.of_first(directory.resumed(config.resume) if world.is_first else None, "the checkpoint")
     changed = {} if source is None else _changed(config, directory, source)
-    if source is None:
+    if source is None and world.is_first:
         directory.begin()
         directory.write_settings(to_json(config))
     trainer = build_trainer(config, directory, log)
@@ -230,8 +251,9 @@ def _train(
         for name, (old, new) in changed.items():
             tell(f"{name} was {old!r} and is {new!r} from here on")
         counts = Counts(trainer.iteration, trainer.images, trainer.evaluated)
-        directory.go_on_from(source, counts, trainer.pretraining, is_same=not changed)
-        directory.write_settings(to_json(config))
+        if world.is_first:
+            directory.go_on_from(source, counts, trainer.pretraining, is_same=not changed)
+            directory.write_settings(to_json(config))
         keeper.has_saved(source)
         pretrains = trainer.pretraining.is_under_way
 
@@ -261,7 +283,7 @@ def _train(
         last = keeper.save()
     except (KeyboardInterrupt, RewardError):
         # Until value pretraining has begun there is nothing to go on from.
-        if trainer.is_whole and (trainer.pretraining.is_under_way or not pretrains):
+        if trainer.indivisible.is_whole and (trainer.pretraining.is_under_way or not pretrains):
             tell(f"stopped; {keeper.save()} has the last whole iteration, and --resume auto goes on from it")
         raise
     finally:
@@ -318,10 +340,13 @@ def plan(config: RunConfig) -> Costs:
 def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Evaluation:
     """Scores of a saved model on prompts that nothing trains on here; `log` None shows in the terminal.
 
+    With several ranks each makes its share of the images, and the first one shows and writes.
+
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
     """
-    device, scorer = torch_device(settings.device), RewardSet.create(settings.rewards)
+    world, device = World.current().able_to_share(settings.samples), torch_device(settings.device)
+    scorer = RewardSet.create(settings.rewards)
     prompts = prompts_of(settings.prompts).cycle(settings.samples)
     model, sampler = saved_model(settings.source), settings.sampler
     if sampler == EVALUATION_SAMPLER:
@@ -330,7 +355,7 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
-    scorer, log = scorer.prepared(), log or PhaseLog()
+    scorer, log = scorer.prepared(), log or phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     parts = sampled(
@@ -342,12 +367,14 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
         guidance_scale=sampler.guidance_scale,
         keep_features=False,
         part_size=BatchSize(settings.batch_size, unit="image", setting="batch_size"),
+        world=world,
     )
     with EvaluationLines(log) as lines:
-        shown = watched(parts, len(prompts), lines.images)
-        evaluation = evaluate(shown, backbone, [scorer], RewardNormalizer.create(len(scorer.names)))
+        shown = watched(parts, world.share(len(prompts)).count, lines.images)
+        unused = RewardNormalizer.create(len(scorer.names))
+        evaluation = evaluate(shown, backbone, [scorer], unused, world)
         lines.scores(evaluation)
-    if settings.out is not None:
+    if settings.out is not None and world.is_first:
         told = {"model": model, "samples": settings.samples, "seed": settings.seed}
         scores = told | {"sampler": to_json(sampler), "means": evaluation.means()}
         write_json(settings.out / "scores.json", scores)

@@ -73,6 +73,21 @@ def held_back(work: str) -> Iterator[None]:
             signal.raise_signal(held[0])
 
 
+class Indivisible:
+    """Context of work that is done whole or not at all; a signal that asks to end waits for it."""
+
+    is_whole = True
+    """Whether none was cut off, by an error or a second signal, so that what it changes may be kept."""
+
+    @contextmanager
+    def __call__(self, work: str) -> Iterator[None]:
+        """`work` is what would be left half done, see `held_back`."""
+        with held_back(work):
+            self.is_whole = False
+            yield
+            self.is_whole = True
+
+
 def _handlers() -> dict[signal.Signals, signal._HANDLER]:
     """What ENDING does now, where Python may change it: in the main thread, unless it is ignored."""
     if threading.current_thread() is not threading.main_thread():

@@ -1,87 +1,88 @@
-"""Two ranks with half of the rollout each get what one rank with all of it gets."""
+"""Each rank has its rows, and all have the same sums."""
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import tiny_critic
-from tiny_rollouts import made_rollout
+from ranks import on_ranks
+from refusals import Refusal
 from torch import distributed
 
-from lacfast.advantages import AdvantageEstimator
-from lacfast.config import DDPO, GRPO, AdvantageConfig, BatchMean, TrainConfig
-from lacfast.distributed.world import all_reduce, gathered, moments
+from lacfast.distributed import Share, World
 
-STEPS, BATCH = 3, 8
-PROMPTS = ["a", "a", "b", "b", "a", "a", "c", "c"]
-ARMS = {
-    "critic": AdvantageConfig(),
-    "constrained": AdvantageConfig(combination="constrained", floors=(("first", 1.0),)),
-    "grpo": AdvantageConfig(estimator=GRPO()),
-    "batch_mean": AdvantageConfig(estimator=BatchMean()),
-    "ddpo": AdvantageConfig(estimator=DDPO(min_count=2, buffer_size=3)),
-}
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
+SIZE = 3
 
 
-def results(rows: range) -> dict[str, Any]:
-    """The advantages of every arm for the trajectories `rows` of one fixed rollout, and its statistics."""
-    generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(BATCH, 2, generator=generator) * 3 + 100
-    values = torch.randn(STEPS, BATCH, 2, generator=generator)
-    chosen = torch.tensor(rows)
-    found: dict[str, Any] = {}
-    for name, advantages in ARMS.items():
-        config = TrainConfig(
-            batch_size=BATCH,
-            samples_per_prompt=2,
-            advantages=advantages,
-            critic=tiny_critic(advantages),
-        )
-        estimator = AdvantageEstimator(config, ("first", "second"), torch.ones(2))
-        estimator.normalizer.update(rewards[chosen])
-        heads = values[:, chosen] if advantages.uses_critic else values[:, chosen, :0]
-        scores = {"first": rewards[chosen, 0], "second": rewards[chosen, 1]}
-        result = estimator(made_rollout(heads, scores, [PROMPTS[row] for row in rows]))
-        found[name] = result.policy.clone()
-        found[f"{name} std"], found[f"{name} weights"] = estimator.normalizer.std, estimator.weights
-    return found
+def test_rows_are_split_evenly_and_in_order() -> None:
+    shares = [World(rank, SIZE).share(8) for rank in range(SIZE)]
+    assert shares == [Share(0, 3, 8), Share(3, 3, 8), Share(6, 2, 8)]
+    assert World().share(8) == Share(0, 8, 8)
+    refused = Refusal(
+        "a batch of 2 is fewer than the 3 ranks",
+        cause="more processes than trajectories of a batch",
+        remedy="raise batch_size, or start fewer processes",
+    )
+    with refused.raised():
+        World(0, SIZE).share(2)
 
 
-def _rank(rank: int, meeting: Path, out: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    entries, first = gathered([f"rank {rank}"] * (rank + 1))
-    assert (entries, first) == (["rank 0", "rank 1", "rank 1"], rank)
-    torch.save(results(range(4 * rank, 4 * rank + 4)), out / f"{rank}.pt")
-    distributed.destroy_process_group()
+def _collectives() -> dict[str, Any]:
+    world = World.current()
+    rank = world.rank
+    own = torch.arange(2.0 * (rank + 1)).view(rank + 1, 2) + 10 * rank
+    sums = [torch.full((2,), float(rank)), torch.full((), 1.0, dtype=torch.float64), torch.ones(3)]
+    world.sum_(sums, "sums")
+    largest = torch.tensor([float(rank), -float(rank)])
+    world.max_(largest, "maxima")
+    first = torch.full((4,), float(rank) + 5)
+    world.copy_from_first_([first], "weights")
+    return {
+        "rows": world.rows(own, "rows"),
+        "columns": world.rows(own.T.contiguous(), "columns", dim=1),
+        "first": world.rows_on_first(own, "images"),
+        "entries": world.entries([f"rank {rank}"] * rank, "entries"),
+        "of_first": world.of_first(rank + 7, "a number"),
+        "sums": sums,
+        "largest": largest,
+        "copied": first,
+        "own": own,
+    }
 
 
-@pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
-def test_two_ranks_normalise_like_one(tmp_path: Path) -> None:
-    # A forked process does not import torch again.
-    context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=_rank, args=(rank, tmp_path / "meeting", tmp_path)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for name, expected in results(range(BATCH)).items():
-        parts = [half[name] for half in halves]
-        if name in ARMS:
-            torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-5, atol=1e-6)
-        else:
-            assert torch.equal(*parts)
-            torch.testing.assert_close(parts[0], expected)
+def test_every_rank_has_the_rows_and_sums_of_all(tmp_path: Path) -> None:
+    found = on_ranks(SIZE, _collectives, tmp_path)
+    rows = torch.cat([each["own"] for each in found])
+    for rank, each in enumerate(found):
+        assert torch.equal(each["rows"], rows)
+        assert torch.equal(each["columns"], rows.T)
+        assert torch.equal(each["first"], rows if rank == 0 else each["own"])
+        assert each["entries"] == ["rank 1", "rank 2", "rank 2"]
+        assert each["of_first"] == 7
+        assert [tensor.flatten()[0].item() for tensor in each["sums"]] == [3.0, 3.0, 3.0]
+        assert each["largest"].tolist() == [2.0, 0.0]
+        assert each["copied"].tolist() == [5.0] * 4
 
 
-def test_one_process_is_the_sum_of_itself() -> None:
-    assert all_reduce() is None
-    assert gathered(["x"]) == (["x"], 0)
-    count, mean, variance = moments(torch.tensor([[1.0], [3.0]]))
-    assert (count, mean.item(), variance.item()) == (2.0, 2.0, 1.0)
+def test_a_world_of_one_hands_back_what_it_gets() -> None:
+    world, rows = World(), torch.ones(2, 2)
+    assert world.rows(rows, "rows") is rows
+    assert world.rows_on_first(rows, "rows") is rows
+    assert world.entries(["x"], "entries") == ["x"]
+    world.sum_([rows], "sums")
+    world.max_(rows, "maxima")
+    assert torch.equal(rows, torch.ones(2, 2))
+
+
+def test_a_process_of_a_launcher_without_a_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    refused = Refusal(
+        "this is one of 4 processes of a launcher, and no process group joins them",
+        cause="torchrun or srun started a script of one's own, which trains on each of them",
+        remedy="enter lacfast.distributed.joined() before the trainer is made",
+    )
+    with refused.raised():
+        World.current()

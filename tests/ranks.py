@@ -1,0 +1,66 @@
+"""Functions run by several processes, as the ranks of one gloo group or as a launcher starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def on_ranks(size: int, work: Callable[[], Any], directory: Path) -> list[Any]:
+    """What `work` returns on each of `size` ranks of a group.
+
+    Args:
+        size: processes; 1 runs here, without a group.
+        work: returns what torch can save.
+        directory: for the meeting and the results.
+    """
+    if size == 1:
+        return [work()]
+    directory.mkdir(parents=True, exist_ok=True)
+    ranks = _processes(size, _in_group, work, directory)
+    for process in ranks:
+        process.join(timeout=240)
+    assert [process.exitcode for process in ranks] == [0] * size
+    return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+def started(size: int, work: Callable[[], Any], directory: Path) -> list[BaseProcess]:
+    """Processes with the variables of a launcher; each leaves what `work` returns in RANK.pt."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def launched(rank: int, size: int, work: Callable[[], Any], directory: Path) -> None:
+        torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        torch.save(work(), directory / f"{rank}.pt")
+
+    return _processes(size, launched, work, directory)
+
+
+def _processes(size: int, target: Callable[..., None], work: Any, directory: Path) -> list[BaseProcess]:
+    # A forked process does not import torch again.
+    context = multiprocessing.get_context("fork")
+    ranks: list[BaseProcess] = [
+        context.Process(target=target, args=(rank, size, work, directory)) for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _in_group(rank: int, size: int, work: Callable[[], Any], directory: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{directory / 'meeting'}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    torch.save(work(), directory / f"{rank}.pt")
+    distributed.destroy_process_group()
