@@ -37,7 +37,8 @@ def expect_prompts(trainer: LatentActorCriticTrainer, before: Iterable[PromptSet
     backbone = trainer.backbone
     assert isinstance(backbone, LatentBackbone)
     upcoming = trainer.draws.upcoming(trainer.iteration, evaluated=trainer.evaluated)
-    backbone.expect_prompts(draw.texts for draw in chain(before, upcoming))
+    world, draws = trainer.world, chain(before, upcoming)
+    backbone.expect_prompts(draw.of_share(world.share(len(draw))).texts for draw in draws)
 
 
 def show_value_pretraining(
