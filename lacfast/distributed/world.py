@@ -97,7 +97,7 @@ class World:
         Raises:
             ValueError: for fewer rows than ranks.
         """
-        if total < self.size:
+        if 0 < total < self.size:
             raise ValueError(
                 f"a batch of {total} is fewer than the {self.size} ranks; raise batch_size, or start fewer "
                 "processes"

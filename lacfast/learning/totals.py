@@ -40,12 +40,12 @@ class Totals:
 
     @property
     def sums(self) -> list[Tensor]:
-        """What adds up over ranks."""
+        """Sums that add up over ranks."""
         return [self.loss]
 
     @property
     def maxima(self) -> list[Tensor]:
-        """That of which the largest of all ranks counts."""
+        """Largest values, of which the largest of all ranks counts."""
         return []
 
     def zero_(self) -> None:

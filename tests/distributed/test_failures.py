@@ -75,7 +75,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_by_all(tmp_path: 
             trainer.backbone.policy_parameters()[0].register_hook(lambda gradient: gradient * torch.nan)
         metrics = trainer.train_iteration()
         after = trainer.backbone.policy_parameters()
-        return {"bad": metrics["policy_bad_gradients"], "same": all(map(torch.equal, before, after))}
+        return {"bad": metrics["bad_gradients/policy"], "same": all(map(torch.equal, before, after))}
 
     assert on_ranks(2, work, tmp_path) == [{"bad": 2, "same": True}] * 2
 
