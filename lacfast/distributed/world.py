@@ -46,6 +46,18 @@ class Share:
         return slice(self.first, self.first + self.count)
 
 
+@dataclass
+class Traffic:
+    """What this rank has sent to others, by the algorithms that are optimal for large messages."""
+
+    num_bytes: float = 0.0
+
+    def metrics(self) -> dict[str, int]:
+        """Bytes since the last call; {} for none."""
+        sent, self.num_bytes = round(self.num_bytes), 0.0
+        return {"traffic_bytes": sent} if sent else {}
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those that train together.
@@ -57,6 +69,7 @@ class World:
     size: int = 1
     _store: Any = field(default=None, repr=False, compare=False)
     """Where ranks leave what they are about to do, so that the others can name who is missing."""
+    traffic: Traffic = field(default_factory=Traffic, repr=False, compare=False)
 
     @staticmethod
     def current() -> World:
@@ -110,6 +123,7 @@ class World:
         """Add each tensor over all ranks, in place and in its own dtype; `what` they are, for messages."""
         if self.size == 1:
             return
+        self.traffic.num_bytes += 2 * (self.size - 1) / self.size * sum(each.nbytes for each in tensors)
         with self._waiting(what):
             _in_buckets(tensors, distributed.all_reduce)
 
@@ -124,6 +138,7 @@ class World:
         if self.size == 1:
             return own
         padded, counts = self._padded(own.movedim(dim, 0), what)
+        self.traffic.num_bytes += (self.size - 1) * padded.nbytes
         parts = [torch.empty_like(padded) for _ in counts]
         with self._waiting(what):
             distributed.all_gather(parts, padded)

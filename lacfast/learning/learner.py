@@ -156,7 +156,9 @@ class Learner:
             self.replay.add(experience)
         if self.average is not None:
             self.average.update()
-        metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
+        metrics = records.metrics() | self.world.traffic.metrics()
+        if is_stopped:
+            metrics["stopped_by_kl_limit"] = True
         for update in self.updates:
             metrics |= update.guard.metrics()
         if ppo.kl is not None and ppo.kl.target is not None and records.policy:

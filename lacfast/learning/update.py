@@ -23,7 +23,7 @@ from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
 from lacfast.learning.totals import Totals
 from lacfast.runtime.memory import BatchSize
-from lacfast.runtime.profiling import each
+from lacfast.runtime.profiling import each, span
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 Sums = TypeVar("Sums", bound=Totals)
@@ -156,7 +156,8 @@ class Update(ABC, Generic[Batch, Sums]):
     def finish(self) -> Tensor:
         """Sum over the ranks, clip the gradients and step; returns as `step` does."""
         if self.world.size > 1:
-            self._sum_over_ranks()
+            with span("update/all_reduce"):
+                self._sum_over_ranks()
         self.runner.optimize(self._clip_and_step, self.optimizer)
         return self.totals.record()
 

@@ -27,6 +27,7 @@ SPANS = (
     "reward/wait",
     "advantages",
     "update/microbatch",
+    "update/all_reduce",
     "optimizer",
     "sync",
 )

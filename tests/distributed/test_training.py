@@ -76,6 +76,14 @@ def state(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
     }
 
 
+def gradient_bytes(trainer: LatentActorCriticTrainer, ranks: int) -> float:
+    """What a ring sends of the gradients of an iteration: twice all but one's own part, 4 bytes a weight."""
+    trained = sum(parameter.numel() for parameter in trainer.backbone.policy_parameters())
+    assert trainer.critic is not None
+    learned = sum(parameter.numel() for parameter in trainer.critic.parameters() if parameter.requires_grad)
+    return 2 * (ranks - 1) / ranks * 4 * PPO.num_minibatches * (trained + learned)
+
+
 def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Every arm's first trajectories on this rank, its metrics and what it leaves."""
     found = {}
@@ -92,6 +100,8 @@ def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "rewards": [metric["reward/brightness"] for metric in metrics],
             "evaluation": evaluation.means(),
             "history": history,
+            "traffic": metrics[-1].get("traffic_bytes", 0),
+            "gradient_bytes": 0 if trainer.critic is None else gradient_bytes(trainer, trainer.world.size),
             "images_made": trainer.images,
             "images": evaluation.images,
         }
@@ -109,6 +119,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
     return {
         size: on_ranks(size, work(size), tmp_path_factory.mktemp(f"ranks{size}")) for size in (1, 2, 3, 4)
     }
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_gradients_are_sent_once_per_optimizer_step(size: int, runs: dict[int, list[dict[str, Any]]]) -> None:
+    for found in runs[size]:
+        # Rewards and values of a few trajectories, and sums of the optimizer steps.
+        assert 0 <= found["branch"]["traffic"] - found["branch"]["gradient_bytes"] < 8000
 
 
 @pytest.mark.parametrize(("arm", "size"), [(arm, size) for arm, sizes in CASES.items() for size in sizes])
