@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lacfast.rewards.exchange import UnavailableError, reach
 from lacfast.rewards.reward import BadAnswerError, RewardError
+from lacfast.runtime.memory import BatchSize
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _REACH_S = 10.0
@@ -37,7 +38,7 @@ class ModelReward(ABC):
     """Dtype of the network: "auto" is bfloat16 on CUDA and float32 elsewhere. Scores are computed in
     float32 from its embeddings."""
     batch_size: int = 32
-    """Images per forward of the network, >= 1."""
+    """Images per forward of the network, >= 1; halved when memory runs out."""
     offload: bool = False
     """Move the network to the CPU after every call: frees the device for training, costs a copy per call."""
     _network: nn.Module | None = field(default=None, init=False, repr=False)
@@ -76,13 +77,14 @@ class ModelReward(ABC):
         plain = torch.autocast(device.type, enabled=False)
         with self._lock, torch.no_grad(), plain, self._off_the_training_stream(images, device):
             network = self._network_on(device)
-            parts = [
-                self._scored(network, images[rows], prompts[rows], metadata[rows], device)
-                for first in range(0, len(prompts), self.batch_size)
-                for rows in [slice(first, first + self.batch_size)]
-            ]
+            size = BatchSize(self.batch_size, unit="image", setting=f"batch_size of reward {self.name!r}")
+            parts = size.parts(
+                lambda rows: self._scored(network, images[rows], prompts[rows], metadata[rows], device),
+                len(prompts),
+            )
             # The copy to the host waits for this stream alone.
-            scores = torch.cat(parts).cpu()
+            scores = torch.cat(list(parts)).cpu()
+            self.batch_size = size.size
             if self.offload:
                 network.to("cpu")
         return scores

@@ -168,8 +168,11 @@ class GraphRunner:
     def release(self, step: StaticStep) -> None:
         """Free the graphs of one step, whose buffers go away."""
         program = self._programs.pop(step, None)
-        if program is not None and program.graph is not None:
-            self._synchronize()
+        if program is None:
+            return
+        # An error within a warm-up leaves work on the side stream that nobody waits for.
+        self._synchronize()
+        if program.graph is not None:
             self.statistics.graph_bytes -= program.graph.num_bytes
             program.graph.reset()
 

@@ -108,9 +108,6 @@ class BatchSize:
                     raise self._does_not_fit(error) from error
             # Out here the error no longer holds the tensors of the attempt.
             self.size = tried // 2
-            if torch.cuda.is_available():
-                # Work on a side stream may still use what the error let go.
-                torch.cuda.synchronize()
             release()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,23 @@ def test_what_is_on_this_disk_needs_no_hub(no_hub: Path) -> None:
     (no_hub / "models--nobody--mean" / "snapshots").mkdir(parents=True)
     RewardSet.create(Mean()).check()
     RewardSet.create(Mean(model=str(no_hub))).check()
+
+
+def test_scoring_goes_on_in_smaller_batches_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward, images = Mean(), torch.rand(7, 3, 4, 4)
+    expected = reward(images, [""] * 7, [{}] * 7)
+    score = reward.score
+
+    def within(network: nn.Module, part: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(network, part, *rest)
+
+    monkeypatch.setattr(reward, "score", within)
+    with pytest.warns(RuntimeWarning, match="Set batch_size of reward 'mean' to 3 to start there"):
+        assert torch.equal(reward(images, [""] * 7, [{}] * 7), expected)
+    with warnings.catch_warnings(action="error"):
+        reward(images, [""] * 7, [{}] * 7)
 
 
 def test_a_network_is_loaded_once_when_it_is_told_to(no_hub: Path) -> None:
