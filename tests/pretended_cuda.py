@@ -56,6 +56,7 @@ class PretendedGraph:
 
     def __init__(self) -> None:
         self.tape = Tape()
+        self.pool: Any = None
 
     def replay(self) -> None:
         # Into the memory of the capture, whatever mode looks on.
@@ -63,6 +64,7 @@ class PretendedGraph:
             self.tape.replay()
 
     def reset(self) -> None:
+        _pools[self.pool] -= self.tape.num_bytes
         self.tape = Tape()
 
 
@@ -76,7 +78,8 @@ def _graph(graph: PretendedGraph, pool: Any = None, **_: Any) -> Iterator[None]:
     finally:
         thread.tape, log.is_capturing = None, False
         graph.tape.restore()
-    _pools[pool] += sum(storage.nbytes() for storage in graph.tape.own.values())
+    graph.pool = pool
+    _pools[pool] += graph.tape.num_bytes
 
 
 _pools: Counter[Any] = Counter()
@@ -125,6 +128,15 @@ class _Event:
         return 1.0
 
 
+class _Generator:
+    """torch's generator of the device, which draws on the host."""
+
+    def clone_state(self) -> _Generator:
+        return self
+
+    def graphsafe_set_state(self, state: _Generator) -> None: ...
+
+
 def _rng_state(device: Any = None) -> Tensor:
     if thread.tape is not None:
         raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
@@ -137,13 +149,12 @@ GIB = 1 << 30
 def _torch_cuda() -> dict[str, Any]:
     """What stands in torch.cuda."""
     main = _Stream()
-    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
     properties = SimpleNamespace(
         name="a pretended GPU", major=9, minor=0, total_memory=80 * GIB, multi_processor_count=132
     )
 
     def held(device: Any = None) -> int:
-        return GIB
+        return GIB + sum(_pools.values())
 
     def set_mode(mode: str) -> None:
         log.forbidden = "called a synchronizing CUDA operation" if mode == "error" else ""
@@ -177,11 +188,21 @@ def _torch_cuda() -> dict[str, Any]:
         "is_current_stream_capturing": lambda: thread.tape is not None,
         "get_rng_state": _rng_state,
         **dict.fromkeys(("set_rng_state", "manual_seed", "manual_seed_all"), nothing),
-        "default_generators": (generator,),
+        "default_generators": (_Generator(),),
         "CUDAGraph": PretendedGraph,
         "graph": _graph,
         "graph_pool_handle": lambda: (0, next(_handles)),
     }
+
+
+def _with_one_row_of_sums(kernel: Callable[..., None]) -> Callable[..., None]:
+    """The CPU's kernel fills one row of the moments, where CUDA's has one for each block."""
+
+    def filled(inputs: Any, outputs: Any, threads: Any) -> None:
+        outputs.sums.zero_()
+        kernel(inputs, outputs, threads)
+
+    return filled
 
 
 def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Callable[..., None]:
@@ -199,6 +220,8 @@ def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Cal
         host = tree_map_only(CudaTensor, values_of, records)
         arguments = (*host, (torch.get_num_threads(),))
         kernel = kernel_of("cpu", name)
+        if name == "advantage_sums":
+            kernel = _with_one_row_of_sums(kernel)
         if thread.tape is not None:
             thread.tape.take(kernel, arguments)
         kernel(*arguments)

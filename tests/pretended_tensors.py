@@ -189,6 +189,11 @@ class Tape:
         self.own: dict[int, torch.UntypedStorage] = {}
         self.before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the operations made."""
+        return sum(storage.nbytes() for storage in self.own.values())
+
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         written = _written(func, args, kwargs)
         for tensor in written:

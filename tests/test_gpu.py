@@ -65,7 +65,7 @@ def test_results_do_not_depend_on_the_run_or_the_batch(op: str, case: Case, dtyp
         assert all(map(torch.equal, call(workload.inputs), whole))
         if op not in ROWS_ARE_INDEPENDENT:
             continue
-        parts = [call(rows(workload, part)) for part in (slice(0, 2), slice(2, None))]
+        parts = [call(rows(workload, part)) for part in (slice(0, 1), slice(1, None))]
         for result, pair in zip(whole, zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat(pair), result)
 
@@ -206,9 +206,10 @@ def test_ppo_loss_and_its_gradient_equal_the_float64_reference(
     torch.testing.assert_close(loss.cpu().double(), exact_loss, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(stats.log_ratio.cpu().double(), exact_stats.log_ratio, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(stats.clipped.cpu().double(), exact_stats.clipped)
-    loss.backward()
-    exact_loss.backward()
-    assert_near(1e4 * ours.grad.cpu(), 1e4 * exact.grad)
+    # Of a mean over so many elements the gradient itself would be lost in 16 bits.
+    (1e4 * loss).backward()
+    (1e4 * exact_loss).backward()
+    assert_near(ours.grad.cpu(), exact.grad)
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)

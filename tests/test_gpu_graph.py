@@ -236,7 +236,7 @@ def test_captured_rollouts_are_the_eager_ones(
 ) -> None:
     # A lent GPU machine may lack diffusers.
     tiny = pytest.importorskip("tiny_backbones")
-    build_critic = pytest.importorskip("lacfast.critic").build_critic
+    build_critic = pytest.importorskip("lacfast.backbone").build_critic
     sampler_of = pytest.importorskip("lacfast.rollout.sampler").RolloutSampler
     backbone = tiny.tiny_backbone(family)
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import gpu_check
 from bench.gpu_check import Part, Setting
@@ -65,6 +66,24 @@ def test_the_gpu_tests_are_all_named_and_import_without_what_a_gpu_machine_lacks
     )
     code, output = gpu_check.run([sys.executable, "-c", script], 60.0, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert code == 0, output
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param("not SD3 and not iterations and not rollouts and not update", id="ops and graphs"),
+        pytest.param("", id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_gpu_tests_pass_on_a_pretended_device(chosen: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so none is pretended")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pretended_gpu", "-k", chosen]
+    paths = f"{ROOT}:{ROOT / 'tests'}"
+    code, output = gpu_check.run([*command, *gpu_check.gpu_tests()], 600.0, PYTHONPATH=paths)
+    assert code == 0, output
+    passed = int(gpu_check.test_counts(output).split()[0])
+    assert passed > 100
 
 
 def test_a_process_is_stopped_at_its_limit() -> None:
