@@ -97,9 +97,14 @@ class PromptCache:
             read.cancel()
 
     @property
+    def entry_bytes(self) -> int:
+        """Bytes of the embeddings of one prompt; all are of one size, and one is there."""
+        return sum(tensor.nbytes for tensor in next(iter(self.entries.values())))
+
+    @property
     def _places(self) -> int:
-        """Entries that fill the capacity; all are of one size."""
-        return self.capacity // _size(next(iter(self.entries.values())))
+        """Entries that fill the capacity."""
+        return self.capacity // self.entry_bytes
 
     def _held(self, prompt: str) -> Embeddings | None:
         """The embeddings, where they need not be encoded."""
@@ -200,10 +205,6 @@ class PromptCache:
                 self.entries.move_to_end(None)
             else:
                 del self.entries[oldest]
-
-
-def _size(entry: Embeddings) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in entry)
 
 
 def _stack(entries: list[Embeddings]) -> tuple[Tensor, Tensor]:

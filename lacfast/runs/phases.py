@@ -41,6 +41,18 @@ def expect_prompts(trainer: LatentActorCriticTrainer, before: Iterable[PromptSet
     backbone.expect_prompts(draw.of_share(world.share(len(draw))).texts for draw in draws)
 
 
+def kept_embeddings(trainer: LatentActorCriticTrainer) -> str:
+    """Where the embeddings of prompts are kept, and how large they are; empty where they are not."""
+    backbone = trainer.backbone
+    assert isinstance(backbone, LatentBackbone)
+    files, size = backbone.prompts.files, backbone.prompts.entry_bytes
+    return (
+        ""
+        if files is None
+        else f"keeps embeddings of prompts, {size / 2**20:.1f} MiB each, in {files.directory}"
+    )
+
+
 def show_value_pretraining(
     trainer: LatentActorCriticTrainer, log: PhaseLog, after_iteration: Callable[[], object] = lambda: None
 ) -> PretrainResult:

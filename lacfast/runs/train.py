@@ -34,7 +34,13 @@ from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, Evaluatio
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
 from lacfast.runs.keeper import Keeper
-from lacfast.runs.phases import EvaluationLines, expect_prompts, pretrain_model, show_value_pretraining
+from lacfast.runs.phases import (
+    EvaluationLines,
+    expect_prompts,
+    kept_embeddings,
+    pretrain_model,
+    show_value_pretraining,
+)
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -238,6 +244,8 @@ def _train(
         directory.begin()
         directory.write_settings(to_json(config))
     trainer = build_trainer(config, directory, log)
+    if not config.keep_text_encoders and (place := kept_embeddings(trainer)):
+        tell(place)
     score = config.best or trainer.early_stopping.score
     keeper = Keeper(trainer, directory, score, to_json(config))
     pretrains = config.value_pretraining and trainer.critic is not None

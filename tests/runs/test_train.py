@@ -122,7 +122,10 @@ def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_noth
     for name in ("kept", "cold", "warm"):
         encoded.clear()
         config = run_config(model, tmp_path / name, keep_text_encoders=name == "kept", **short)
-        found.append(load_file(run.train(config) / "pytorch_lora_weights.safetensors"))
+        told: list[str] = []
+        found.append(load_file(run.train(config, tell=told.append) / "pytorch_lora_weights.safetensors"))
+        place = f"MiB each, in {tmp_path / 'assets' / 'lacfast' / 'prompts'}"
+        assert any(place in line for line in told) == (name != "kept")
         assert sorted(encoded) == (sorted(drawn) if name != "warm" else [])
     for other in found[1:]:
         assert all(torch.equal(found[0][key], other[key]) for key in found[0])
