@@ -132,8 +132,9 @@ class Train:
 
     def run(self) -> None:
         from lacfast.distributed import joined
+        from lacfast.runs.plan import plan
         from lacfast.runs.terminal import show_iteration, show_plan
-        from lacfast.runs.train import plan, train
+        from lacfast.runs.train import train
 
         if self.settings.dry_run:
             show_plan(self.settings, plan(self.settings))

@@ -16,7 +16,7 @@ import torch
 from refusals import Refusal
 
 from lacfast.cli import main
-from lacfast.runs import train
+from lacfast.runs import plan
 from lacfast.runs.endings import FAILURE, USAGE
 from lacfast.runs.presets import RUNS
 
@@ -221,7 +221,7 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
     for package in ("pyarrow", "datasets", "rapidocr", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
     # Nobody waits for work that cannot be used.
-    monkeypatch.setattr(train, "pretrain", pytest.fail)
+    monkeypatch.setattr(plan, "pretrain", pytest.fail)
     assert main(arguments) == USAGE
     printed = capsys.readouterr().err
     refused.check(printed)
@@ -233,7 +233,7 @@ def test_a_dead_reward_server_ends_a_run_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "pretrain", pytest.fail)
+    monkeypatch.setattr(plan, "pretrain", pytest.fail)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -280,7 +280,7 @@ def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
     printed = capsys.readouterr().out
     assert '"batch_size": 24' in printed
     assert "192 forwards" in printed
-    assert printed.index("memory of an iteration") < printed.index('"batch_size": 24')
+    assert printed.index("Memory at its peak") < printed.index('"batch_size": 24')
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,6 +35,12 @@ class StateSource(Protocol):
     def batch_size(self) -> int: ...
 
 
+def state_bytes(source: StateSource) -> int:
+    """Bytes of a state with its prompt, as a minibatch has it."""
+    prompt = sum(tensor[0].nbytes for tensor in source.conditioning.tensors.values())
+    return prompt + sum(tensor[0, 0].nbytes for tensor in (source.latents, *source.features.values()))
+
+
 @dataclass(frozen=True)
 class GatheredStates:
     """P states on the critic's device, but for their timesteps."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.checkpoint import require_same_shapes
 from lacfast.config import TrainConfig
+from lacfast.critic.states import state_bytes
 from lacfast.distributed import ALONE, World
 from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
@@ -238,8 +239,8 @@ class Learner:
         ppo = self.config.ppo
         if experience is not None and ppo.critic_rollouts > 1:
             # Minibatches of older rollouts come from the host.
-            kept = sum(tensor.nbytes for tensor in (experience.latents, *experience.features.values()))
-            reserved += SLOTS * kept // (ppo.critic_minibatches or ppo.num_minibatches)
+            whole = experience.num_steps * experience.batch_size * state_bytes(experience)
+            reserved += SLOTS * whole // (ppo.critic_minibatches or ppo.num_minibatches)
         self.policy_update.find_size(source, reserved=reserved)
         if experience is not None and self.critic_update is not None:
             states = CriticSource(experience, experience.targets, source.timesteps)

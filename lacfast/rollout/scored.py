@@ -271,6 +271,7 @@ def evaluate(
         prompts += part.prompts
         values.append(part.values.transpose(0, 1))
         pending.append(scores_of_part)
+        del part
     scored = finished(pending, world, "the rewards of the evaluation")
     scores = {
         name: world.rows(torch.cat([part[name] for part in scored]), f"the evaluation's {name}")

@@ -1,8 +1,9 @@
-"""What one training iteration costs, counted and not timed: FLOPs and bytes."""
+"""What one training iteration costs, counted and not timed; and what follows memory."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -21,13 +21,10 @@ from lacfast.critic.trunk import Features
 from lacfast.policy import policy_output
 from lacfast.records import Conditioning, TransitionTable
 
-ADAM_BYTES = 8
-"""Two float32 moments per trained weight."""
-
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of one iteration; a multiply-add is two FLOPs, bytes are those that live at the same time."""
+    """Costs of one iteration; a multiply-add is two FLOPs."""
 
     parameters: int
     """Weights of the model, adapters included."""
@@ -52,16 +49,6 @@ class Costs:
     update_backward_flops: int
     critic_flops: int
     """The critic's own update."""
-    weight_bytes: int
-    """Model and critic, and the anchor's copy of a model that is trained without LoRA."""
-    beside_bytes: int
-    """Decoder and text encoders, where these are kept."""
-    training_bytes: int
-    """Gradients, moments and the average of trained weights."""
-    rollout_bytes: int
-    """Latents, outputs and what the critic reads, for all steps."""
-    activation_bytes: int
-    """Kept by the forward of the smallest possible microbatch, one pair."""
 
     @property
     def rollout_flops(self) -> int:
@@ -72,11 +59,6 @@ class Costs:
     def update_flops(self) -> int:
         """FLOPs of the policy's update, the anchor's forward included."""
         return self.anchor_flops + self.update_forward_flops + self.update_backward_flops
-
-    def memory_bytes(self, pairs: int) -> int:
-        """All that lives at the same time while `pairs` are updated at a time."""
-        kept = self.weight_bytes + self.beside_bytes + self.training_bytes + self.rollout_bytes
-        return kept + pairs * self.activation_bytes
 
     @property
     def flops(self) -> int:
@@ -89,8 +71,6 @@ def count(
     table: TransitionTable,
     conditioning: Conditioning,
     config: TrainConfig,
-    *,
-    beside_bytes: int = 0,
 ) -> Costs:
     """Count an iteration of `config` by running one sample through the model.
 
@@ -100,7 +80,6 @@ def count(
         table: the sampler.
         conditioning: (1, ...) of a prompt.
         config: what would be trained.
-        beside_bytes: of decoder and text encoders.
     """
     is_guided = config.sampler.guidance_scale > 1
     ppo, batch, steps = config.ppo, config.batch_size, table.num_steps
@@ -135,7 +114,6 @@ def count(
     uncond_flops = 0
     if is_guided and ppo.cfg_grad == "cond":
         uncond_flops = counted(lambda: _unconditional(backbone, sample, timestep, conditioning)).flops
-    activation_bytes = saved_bytes(forward, backbone.model)
     state_flops = 0
     if critic is not None:
         state_flops = counted(lambda: _differentiated(critic(features, sample, timestep, conditioning))).flops
@@ -144,11 +122,6 @@ def count(
     known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs)
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
-    anchor = backbone if ppo.kl is None else backbone.frozen_anchor()
-    anchor_bytes = 0 if anchor.model is backbone.model else _bytes(anchor.model)
-    states = [*features.values(), sample]
-    # Of older rollouts only what the critic reads is kept.
-    kept = [*states * ppo.critic_rollouts, sample]
     return Costs(
         parameters=_count(backbone.model),
         trained_parameters=trained,
@@ -164,11 +137,6 @@ def count(
         # What checkpointing recomputes is counted with the backward pass, where it runs.
         update_backward_flops=pairs * (pair_flops - step_flops),
         critic_flops=batch * steps * ppo.num_inner_epochs * state_flops,
-        weight_bytes=_bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + anchor_bytes,
-        beside_bytes=beside_bytes,
-        training_bytes=(trained + learned) * (4 + ADAM_BYTES) + (4 * trained if config.ema_decay else 0),
-        rollout_bytes=batch * steps * sum(tensor.numel() * tensor.element_size() for tensor in kept),
-        activation_bytes=activation_bytes,
     )
 
 
@@ -185,10 +153,6 @@ def _differentiated(output: Tensor) -> None:
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 _ATEN = torch.ops.aten
@@ -290,22 +254,56 @@ def counted(body: Callable[[], Any]) -> OperationCounter:
     return counter
 
 
-def saved_bytes(body: Callable[[], Any], model: nn.Module) -> int:
-    """Bytes that autograd keeps for the backward pass, each tensor once, the weights not counted."""
-    seen: dict[int, Tensor] = {id(parameter): parameter for parameter in model.parameters()}
-    total = 0
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the memory that is allocated within it: what lives, and its peak, by kind of device.
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        base = tensor._base if tensor._base is not None else tensor
-        if id(base) not in seen:
-            seen[id(base)] = base
-            total += base.numel() * base.element_size()
-        return tensor
+    What a kernel takes for itself and what an allocator keeps in reserve are not seen.
+    """
 
-    with fused_attention(), saved_tensors_hooks(pack, lambda tensor: tensor):
-        body()
-    return total
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: dict[str, int] = {}
+        """Kind of device -> bytes."""
+        self.peak: dict[str, int] = {}
+        self._seen: dict[int, int] = {}
+        self._ends: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        for tensor in _tensors_in((*args, *named.values())):
+            self._meet(tensor, is_new=False)
+        output = func(*args, **named)
+        for tensor in _tensors_in((output,)):
+            self._meet(tensor, is_new=True)
+        return output
+
+    def _meet(self, tensor: Tensor, *, is_new: bool) -> None:
+        """Take in a tensor's storage, whose bytes count unless it was there before."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._seen:
+            return
+        kind = tensor.device.type
+        self._seen[key] = size = storage.nbytes() if is_new else 0
+        self.live[kind] = self.live.get(kind, 0) + size
+        self.peak[kind] = max(self.peak.get(kind, 0), self.live[kind])
+
+        def forget(_: Any) -> None:
+            self.live[kind] -= self._seen.pop(key)
+            del self._ends[key]
+
+        self._ends[key] = weakref.ref(storage, forget)
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among values and in sequences of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors_in(value)
 
 
 def _value_pool(features: Tensor, query: Tensor, *_: Any) -> int:

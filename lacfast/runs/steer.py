@@ -17,9 +17,10 @@ from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
 from lacfast.runs.directory import STEERED, require_own
+from lacfast.runs.plan import torch_dtype
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
 from lacfast.runs.terminal import PhaseLog
-from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device, torch_dtype
+from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats, steer
 

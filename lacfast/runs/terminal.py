@@ -25,7 +25,7 @@ from lacfast.config import to_json
 from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
 from lacfast.runs.config import RunConfig
-from lacfast.runs.costs import Costs
+from lacfast.runs.plan import Plan
 from lacfast.steering import SteeringStats
 
 QUIET_INTERVAL = 15.0
@@ -149,39 +149,60 @@ def show_steering(stats: SteeringStats, out: Path, console: Console | None = Non
     console.print(f"{evaluations.images} images in {out / 'images'}", highlight=False, soft_wrap=True)
 
 
-def show_plan(config: RunConfig, costs: Costs, console: Console | None = None) -> None:
-    """What an iteration costs, and the resolved settings behind it."""
-    console = console or Console()
-    table = Table(title="One iteration", title_justify="left", title_style="bold", show_header=False)
-    table.add_column("")
-    table.add_column("", justify="right")
-    microbatch = config.train.ppo.microbatch_size
-    pairs = microbatch or 1
-    together = f"{microbatch} pairs at a time" if microbatch else "a pair at a time"
-    rows = (
-        ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
-        ("trained", f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic"),
-        ("images and rewards", f"{costs.images:,}"),
-        ("sampling", f"{costs.sampling_forwards:,} forwards, {costs.sampling_flops / 1e12:,.2f} TFLOP"),
-        ("values of all steps", f"{costs.value_flops / 1e12:,.2f} TFLOP"),
-        ("decoder", f"{costs.decode_flops / 1e12:,.2f} TFLOP"),
-        ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
-        ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
-        ("weights", _size(costs.weight_bytes)),
-        ("decoder and text encoders", _size(costs.beside_bytes)),
-        ("gradients, moments, average", _size(costs.training_bytes)),
-        ("rollout", _size(costs.rollout_bytes)),
-        (f"activations, {together}", _size(costs.activation_bytes * pairs)),
-        ("memory of an iteration", _size(costs.memory_bytes(pairs))),
+def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> None:
+    """What an iteration costs, the memory of every phase, and the resolved settings behind it."""
+    console, costs, memory = console or Console(), plan.costs, plan.memory
+    console.print(
+        _named(
+            "One iteration",
+            ("model", f"{costs.parameters / 1e6:,.1f} M parameters"),
+            (
+                "trained",
+                f"{(costs.trained_parameters + costs.critic_parameters) / 1e6:,.1f} M with the critic",
+            ),
+            ("images and rewards", f"{costs.images:,}"),
+            ("sampling", f"{costs.sampling_forwards:,} forwards, {costs.sampling_flops / 1e12:,.2f} TFLOP"),
+            ("values of all steps", f"{costs.value_flops / 1e12:,.2f} TFLOP"),
+            ("decoder", f"{costs.decode_flops / 1e12:,.2f} TFLOP"),
+            ("policy update", f"{costs.update_pairs:,} pairs, {costs.update_flops / 1e12:,.2f} TFLOP"),
+            ("critic update", f"{costs.critic_flops / 1e12:,.2f} TFLOP"),
+        )
     )
-    for row in rows:
-        table.add_row(*row)
+    console.print(
+        _named(
+            "Memory",
+            ("weights, decoder and text encoders", _size(memory.weight_bytes)),
+            ("gradients, moments, average", _size(memory.training_bytes)),
+            ("rollout", _size(memory.rollout_bytes)),
+        )
+    )
+    table = Table(title="Memory at its peak", title_justify="left", title_style="bold")
+    table.add_column("")
+    for column in ("device", "host"):
+        table.add_column(column, justify="right")
+    table.add_column("at a time")
+    for phase in memory.phases:
+        together = f"{phase.count} ({phase.setting})" if phase.setting else ""
+        table.add_row(phase.name, _size(phase.device), _size(phase.host) if phase.host else "", together)
+    table.add_section()
+    host = _size(memory.host) if memory.host else ""
+    table.add_row("peak", _size(memory.peak.device), host, memory.peak.name)
     console.print(table)
     console.print(
-        "Counted, not timed. Reward models, the rollouts that value pretraining keeps, text encoders while "
-        "they encode a block of prompts, and the allocator's reserve come on top."
+        "Counted, not timed. Reward models, text encoders while they encode a block of prompts, captured "
+        "graphs and the allocator's reserve come on top."
     )
     console.print_json(json.dumps(to_json(config)))
+
+
+def _named(title: str, *rows: tuple[str, str]) -> Table:
+    """A table of names and numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _size(count: int) -> str:

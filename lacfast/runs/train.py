@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
-from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
@@ -24,14 +22,13 @@ from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation, FirstSampleId
 from lacfast.report.pictures import contact_sheet
-from lacfast.rewards.names import require_known
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, sampled, watched
-from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, Dtype, EvaluationRun, RunConfig
-from lacfast.runs.costs import Costs, count
+from lacfast.runs.capacity import require_memory
+from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, EvaluationRun, RunConfig
 from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
 from lacfast.runs.keeper import Keeper
 from lacfast.runs.phases import (
@@ -41,6 +38,7 @@ from lacfast.runs.phases import (
     pretrain_model,
     show_value_pretraining,
 )
+from lacfast.runs.plan import TINY_MODELS, plan, torch_dtype
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -49,10 +47,7 @@ from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
-from lacfast.tasks.models import BackboneName
-from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
-from lacfast.tasks.task import Task
 from lacfast.trainer import LatentActorCriticTrainer
 
 PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
@@ -63,13 +58,6 @@ PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
     "shapes-held-out": lambda: scenes.TASK.split()[1],
 }
 """Prompts that need no file."""
-TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
-    "glyphs-dit": (glyphs.TASK, "dit"),
-    "glyphs-unet": (glyphs.TASK, "unet"),
-    "shapes-dit": (scenes.TASK, "dit"),
-    "shapes-unet": (scenes.TASK, "unet"),
-}
-"""Models that are pretrained on the spot."""
 
 
 def prompts_of(source: str) -> PromptSet:
@@ -99,11 +87,6 @@ def torch_device(name: str) -> str:
             "what there is"
         ) from error
     return found
-
-
-def torch_dtype(name: Dtype) -> torch.dtype | None:
-    """The dtype of that name; None for float32, which loads a model as it is saved."""
-    return None if name == "float32" else getattr(torch, name)
 
 
 def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentBackbone:
@@ -243,6 +226,7 @@ def _train(
     if source is None and world.is_first:
         directory.begin()
         directory.write_settings(to_json(config))
+    _require_memory(config, source, tell, log)
     trainer = build_trainer(config, directory, log)
     if not config.keep_text_encoders and (place := kept_embeddings(trainer)):
         tell(place)
@@ -303,6 +287,24 @@ def _train(
     return last
 
 
+def _require_memory(
+    config: RunConfig, source: Path | None, tell: Callable[[str], None], log: PhaseLog
+) -> None:
+    """Refuse a run that cannot fit, and tell which batches will be halved; a tiny model's always does.
+
+    Raises:
+        ValueError: see capacity.require_memory.
+    """
+    if config.model in TINY_MODELS:
+        return
+    device = torch_device(config.device)
+    pretrains = config.value_pretraining and source is None
+    with log.phase("planning", "Plan the memory"):
+        planned = plan(config, device=device, pretrains=pretrains).memory
+    for line in require_memory(planned, torch.device(device)):
+        tell(line)
+
+
 def _changed(config: RunConfig, directory: RunDirectory, source: Path) -> dict[str, tuple[Any, Any]]:
     """The settings that change where a run goes on, with both values.
 
@@ -315,34 +317,6 @@ def _changed(config: RunConfig, directory: RunDirectory, source: Path) -> dict[s
     before = from_json(RunConfig, stored)
     require_resumable(before, config, CHANGEABLE)
     return {name: pair for name, pair in changes(before, config).items() if name not in ("out", "resume")}
-
-
-def plan(config: RunConfig) -> Costs:
-    """What an iteration of `config` costs; of a pipeline only the configs are read.
-
-    Raises:
-        ValueError: when they cannot be read, or for an unknown reward.
-    """
-    require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
-    sampler = config.train.sampler
-    if config.model in TINY_MODELS:
-        # The weights do not matter, so one step of pretraining does.
-        task, name = TINY_MODELS[config.model]
-        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
-        conditioning, beside = backbone.encode_unconditional(1), 0
-    else:
-        blueprint = load_blueprint(
-            config.model,
-            dtype=torch_dtype(config.dtype),
-            lora=config.lora,
-            settings=PipelineSettings(resolution=config.resolution),
-        )
-        backbone, conditioning = blueprint.backbone, blueprint.conditioning()
-        kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
-        beside = blueprint.decoder_bytes + kept
-    critic = build_critic(backbone, len(config.rewards), config.train.critic)
-    table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
-    return count(backbone, critic, table, conditioning, config.train, beside_bytes=beside)
 
 
 def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Evaluation:

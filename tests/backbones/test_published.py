@@ -10,8 +10,8 @@ import torch
 from lacfast.backbones import PipelineSettings
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.published import published_as, published_models
+from lacfast.runs.plan import TINY_MODELS
 from lacfast.runs.presets import RUNS
-from lacfast.runs.train import TINY_MODELS
 
 PARAMETERS = {"sd15": 859.5, "sdxl": 2567.5, "sd35_medium": 2243.2, "flux_dev": 11901.4}
 """Millions, of the denoising model."""

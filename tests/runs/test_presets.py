@@ -13,8 +13,8 @@ from lacfast import PipelineSettings
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Ratio
 from lacfast.records import TransitionTable
+from lacfast.runs.plan import torch_dtype
 from lacfast.runs.presets import RUNS
-from lacfast.runs.train import torch_dtype
 
 SCRIPTS = {
     "flow-grpo-geneval": "yifan123/flow_grpo",

@@ -1,0 +1,342 @@
+"""What a run holds in memory, phase by phase: the allocations of its steps, followed without any values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lacfast.backbone import Backbone
+from lacfast.config import SamplerConfig, TrainConfig
+from lacfast.critic.critic import Critic
+from lacfast.critic.states import state_bytes
+from lacfast.critic.values import STATES_AT_ONCE, rollout_values
+from lacfast.learning.batches import CriticSource, PolicySource
+from lacfast.learning.critic_update import CriticUpdate
+from lacfast.learning.gradient_guard import GradientGuard
+from lacfast.learning.kl_anchor import KLAnchor
+from lacfast.learning.optimizers import parameters_of
+from lacfast.learning.pairs import even_size
+from lacfast.learning.policy_update import PolicyUpdate
+from lacfast.learning.readers import reader_for
+from lacfast.learning.step_tables import step_tables
+from lacfast.learning.update import Update
+from lacfast.learning.value_pretraining import host_room
+from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout, TransitionTable
+from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
+from lacfast.rollout.memory import trajectory_bytes
+from lacfast.rollout.step import begin, denoise_step
+from lacfast.runs.capacity import MemoryPlan, Phase
+from lacfast.runs.costs import LiveBytes, fused_attention
+from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.host_memory import SLOTS
+
+Result = TypeVar("Result")
+MOMENTS = 2
+"""AdamW's, in the weights' dtype."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for."""
+
+    backbone: Backbone
+    """Best on the meta device."""
+    critic: Critic | None
+    conditioning: Conditioning
+    """(1, ...) of a prompt."""
+    config: TrainConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.model.parameters()).device
+
+    def followed(self, body: Callable[[], Result]) -> tuple[int, Result]:
+        """Bytes that `body` has at its peak beyond those before, and what it returns."""
+        live = LiveBytes()
+        with fused_attention(), live:
+            result = body()
+        return live.peak.get(self.device.type, 0), result
+
+    def part(self, table: TransitionTable, sampler: SamplerConfig, count: int, *, features: bool) -> Rollout:
+        """`count` trajectories after their first step, as a sampler leaves them."""
+        device = self.device
+        prompts = self._prompts(count)
+        uncond = self._prompts(count) if sampler.guidance_scale > 1 else None
+        noise = NoiseKey.create(0, range(count), device)
+        inputs = SamplerInputs.create(table, noise, prompts, uncond, sampler.guidance_scale)
+        buffers = SamplerBuffers.allocate(
+            inputs,
+            self.backbone.latent_shape,
+            num_rewards=0 if self.critic is None or features else self.critic.num_rewards,
+            model_dtype=self.backbone.dtype,
+            keep_features=features,
+        )
+        begin(buffers)
+        denoise_step(self.backbone, self.critic, buffers)
+        rollout = Rollout(
+            table=table,
+            latents=buffers.latents,
+            model_outputs=buffers.model_outputs,
+            log_probs=buffers.log_probs,
+            values=buffers.values,
+            features=buffers.features,
+            conditioning=prompts,
+            uncond_conditioning=uncond,
+            noise=noise,
+            prompts=[""] * count,
+            metadata=[{}] * count,
+        )
+        if self.critic is None or not features:
+            return rollout
+        # Chunks of steps are alike: two tell what the others take.
+        with torch.no_grad():
+            first = replace(rollout, table=_shortened(table, max(2 * STATES_AT_ONCE // count, 2)))
+            values = rollout_values(self.critic, first)
+        return replace(rollout, values=values.new_empty(table.num_steps, *values.shape[1:]))
+
+    def _prompts(self, count: int) -> Conditioning:
+        """(count, ...) of their own."""
+        return Conditioning(
+            {
+                name: tensor.new_empty((count, *tensor.shape[1:]), device=self.device)
+                for name, tensor in self.conditioning.tensors.items()
+            }
+        )
+
+
+def memory_plan(
+    backbone: Backbone,
+    critic: Critic | None,
+    table: TransitionTable,
+    conditioning: Conditioning,
+    config: TrainConfig,
+    *,
+    beside_bytes: int = 0,
+    pretrains: bool = True,
+    on_cpu: bool = False,
+    overlaps: bool = True,
+) -> MemoryPlan:
+    """Follow one step of each kind at its full size, and add up what lives beside it.
+
+    Args:
+        backbone: best on the meta device; without gradients, which it has none of afterwards.
+        critic: of the backbone.
+        table: the sampler.
+        conditioning: (1, ...) of a prompt.
+        config: what would be trained.
+        beside_bytes: of decoder and text encoders.
+        pretrains: with value pretraining.
+        on_cpu: the run's device is the host.
+        overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
+    """
+    subject, overlaps = Subject(backbone, critic, conditioning, config), overlaps and not on_cpu
+    if config.gradient_checkpointing:
+        backbone.enable_gradient_checkpointing()
+    anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor()
+    weights = _bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + beside_bytes
+    weights += 0 if anchor.model is backbone.model else _bytes(anchor.model)
+    if config.rollout_precision != "model":
+        # A byte per weight of the quantised copy.
+        weights += sum(parameter.numel() for parameter in backbone.model.parameters())
+    trained = sum(parameter.nbytes for parameter in backbone.policy_parameters())
+    critic_bytes = 0 if critic is None else _trained_bytes(critic)
+    average = sum(tensor.nbytes for tensor in backbone.policy_state().values()) if config.ema_decay else 0
+    training = (trained + critic_bytes) * (1 + MOMENTS) + average
+    size = min(config.rollout_batch_size or config.batch_size, config.batch_size)
+    keep = critic is not None and config.critic.keep_features
+    part = Sampled.of(subject, table, config.sampler, size, features=keep, overlaps=overlaps)
+    rollout = config.batch_size * part.trajectory_bytes
+    beside = rollout if size < config.batch_size else 0
+    replayed = (config.ppo.critic_rollouts - 1) * config.batch_size * _kept_bytes(part.rollout)
+    phases = [
+        Phase("rollout", weights + training + beside, part.peak_bytes, size, "rollout_batch_size", replayed),
+        *_update(subject, part.rollout, anchor, weights + training + rollout, replayed),
+    ]
+    kept = 0
+    if critic is not None and pretrains:
+        seen = part
+        if not keep:
+            seen = Sampled.of(subject, table, config.sampler, size, features=True, overlaps=overlaps)
+        kept = _kept_bytes(seen.rollout)
+        phases += _pretraining(subject, seen, weights + average + critic_bytes * (1 + MOMENTS))
+    sampler = config.eval_sampler or config.sampler
+    count = min(config.eval_batch_size, config.eval_samples)
+    eval_table = table if config.eval_sampler is None else backbone.transition_table(sampler)
+    shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
+    images = config.eval_samples * shown.image_bytes // count
+    fixed = weights + training + rollout + average
+    phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + replayed))
+    for module in (backbone.model, *([] if critic is None else [critic])):
+        module.zero_grad(set_to_none=True)
+    if on_cpu:
+        phases = [replace(phase, fixed=phase.fixed + phase.host, host=0) for phase in phases]
+    return MemoryPlan(weights, training, rollout, kept, tuple(phases))
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A part of a rollout and what it takes to make it."""
+
+    rollout: Rollout
+    peak_bytes: int
+    """While it is sampled and decoded."""
+    image_bytes: int
+
+    @staticmethod
+    def of(
+        subject: Subject,
+        table: TransitionTable,
+        sampler: SamplerConfig,
+        count: int,
+        *,
+        features: bool,
+        overlaps: bool,
+    ) -> Sampled:
+        """Arguments as `Subject.part` and `memory_plan`."""
+        with torch.no_grad():
+            made, rollout = subject.followed(lambda: subject.part(table, sampler, count, features=features))
+            decoded, images = subject.followed(lambda: subject.backbone.decode(rollout.clean_latents))
+        held = count * trajectory_bytes(rollout)
+        # One part is decoded and the images of another are scored while the next is sampled.
+        peak = made + decoded + images.nbytes if overlaps else max(made, held + decoded)
+        return Sampled(rollout, peak, images.nbytes)
+
+    @property
+    def trajectory_bytes(self) -> int:
+        return trajectory_bytes(self.rollout)
+
+
+def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, host: int) -> list[Phase]:
+    """The policy's update, and the critic's where it is one of its own."""
+    config, ppo, device = subject.config, subject.config.ppo, subject.device
+    steps = len(rollout.table.trainable_steps)
+    guard = GradientGuard("plan", "skip", torch.zeros((), device=device))
+    critic_update = None
+    if subject.critic is not None:
+        critic_update = CriticUpdate(subject.critic, _still(subject.critic), ppo, guard)
+    policy = PolicyUpdate(
+        *(subject.backbone, _still(subject.backbone.model), config, guard),
+        anchor=None if ppo.kl is None else KLAnchor(anchor, GraphRunner(), config.sampler.guidance_scale),
+        reader=reader_for(critic_update),
+    )
+    tables = step_tables(rollout.table, ppo, rollout.latents)
+    heads = 0 if subject.critic is None else subject.critic.num_rewards
+    advantages = Advantages(
+        steps=torch.tensor(rollout.table.trainable_steps, device=device),
+        policy=rollout.latents.new_empty(steps, rollout.batch_size),
+        targets=rollout.latents.new_empty(rollout.batch_size, heads),
+        raw=rollout.latents.new_empty(steps, rollout.batch_size, heads),
+    )
+    for update in [policy] + ([] if critic_update is None else [critic_update]):
+        update.prepare(tables)
+    if ppo.kl is not None and ppo.num_inner_epochs * ppo.timestep_fraction > 1:
+        fixed += steps * config.batch_size * rollout.model_outputs[0, 0].nbytes
+    minibatch = -(-int(ppo.timestep_fraction * steps * config.batch_size) // ppo.num_minibatches)
+    source = PolicySource(rollout, advantages, tables.timesteps)
+    phases = [_microbatch("policy update", subject, policy, source, minibatch, fixed, host)]
+    if critic_update is not None and config.critic.keep_features:
+        states = CriticSource(rollout, advantages.targets, tables.timesteps)
+        count = ppo.critic_minibatches or ppo.num_minibatches
+        minibatch = -(-rollout.num_steps * config.batch_size // count)
+        if ppo.critic_rollouts > 1:
+            staged = SLOTS * minibatch * state_bytes(rollout)
+            fixed, host = fixed + staged, host + staged
+        phases.append(_microbatch("critic update", subject, critic_update, states, minibatch, fixed, host))
+    return phases
+
+
+def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
+    """Rollouts of value pretraining, which lie on the host, and the critic's steps on them."""
+    config, settings, critic = subject.config, subject.config.pretrain, subject.critic
+    assert critic is not None
+    rollout, held_out = part.rollout, settings.held_out_samples
+    state, valued = state_bytes(rollout), 0
+    if held_out:
+        # The best weights are kept.
+        fixed += _bytes(critic)
+        at_once = min(STATES_AT_ONCE, held_out * rollout.num_steps)
+        valued = SLOTS * at_once * state + _valued(subject, rollout, at_once)
+    made = host_room(config).trajectories * part.trajectory_bytes
+    host = held_out * part.trajectory_bytes
+    host += min(settings.kept_rollouts, settings.iterations) * config.batch_size * _kept_bytes(rollout)
+    guard = GradientGuard("plan", "skip", torch.zeros((), device=subject.device))
+    update = CriticUpdate(critic, _still(critic), config.ppo, guard)
+    tables = step_tables(rollout.table, config.ppo, rollout.latents)
+    update.prepare(tables)
+    targets = rollout.latents.new_empty(rollout.batch_size, critic.num_rewards)
+    minibatch = min(settings.minibatch_size, config.batch_size * rollout.num_steps)
+    staged = SLOTS * minibatch * state
+    source = CriticSource(rollout, targets, tables.timesteps)
+    name = "value pretraining"
+    return [
+        Phase(f"{name}, rollout", fixed, part.peak_bytes, rollout.batch_size, "rollout_batch_size", made),
+        _microbatch(f"{name}, update", subject, update, source, minibatch, fixed + staged, host + staged),
+        Phase(f"{name}, held out", fixed + valued, 0, 1, "", host),
+    ]
+
+
+def _valued(subject: Subject, rollout: Rollout, count: int) -> int:
+    """Bytes that the values of `count` states take beside these."""
+    critic, rows = subject.critic, torch.arange(count, device=subject.device) % rollout.batch_size
+    assert critic is not None
+    features = {name: tensor[0, rows] for name, tensor in rollout.features.items()}
+    sample, prompts = rollout.latents[0, rows], rollout.conditioning.select(rows)
+    timestep = torch.zeros(len(rows), device=subject.device)
+    with torch.no_grad():
+        return subject.followed(lambda: critic(features, sample, timestep, prompts))[0]
+
+
+def _microbatch(
+    name: str, subject: Subject, update: Update[Any, Any], source: Any, minibatch: int, fixed: int, host: int
+) -> Phase:
+    """Forward and backward of a microbatch; where its size is found by the free memory, of one pair."""
+    limit = subject.config.ppo.microbatch_size
+    count = even_size(minibatch, limit) if limit else 1
+    learned = parameters_of(update.optimizer)
+    # A backward adds to gradients that are there, but for the first of an optimizer step, which makes them.
+    is_alone = count >= minibatch
+    for parameter in learned:
+        parameter.grad = None if is_alone else torch.zeros_like(parameter)
+    if is_alone:
+        fixed -= sum(parameter.nbytes for parameter in learned)
+    pairs = source.pairs
+    rows = torch.arange(count, device=subject.device) % len(pairs)
+    share = torch.ones_like(update.totals.loss)
+    taken, _ = subject.followed(lambda: update.gradient(source.batch(pairs.select(rows), share)))
+    return Phase(name, fixed, taken, count, "ppo.microbatch_size", host)
+
+
+def _still(module: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer that takes no step, of what is trained."""
+    return torch.optim.SGD([each for each in module.parameters() if each.requires_grad], lr=0.0)
+
+
+def _kept_bytes(rollout: Rollout) -> int:
+    """What a critic reads of a trajectory."""
+    read = [rollout.latents, *rollout.features.values(), *rollout.conditioning.tensors.values()]
+    return sum(tensor.nbytes for tensor in read) // rollout.batch_size
+
+
+def _shortened(table: TransitionTable, steps: int) -> TransitionTable:
+    """The first steps of a table."""
+    rows = slice(min(steps, table.num_steps))
+    return replace(
+        table,
+        a=table.a[rows],
+        b=table.b[rows],
+        std=table.std[rows],
+        timesteps=table.timesteps[rows],
+        sigmas=table.sigmas[: min(steps, table.num_steps) + 1],
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _trained_bytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)

@@ -1,0 +1,83 @@
+"""What a run would cost and hold, before it starts: its model without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lacfast.backbone import build_critic
+from lacfast.backbones import PipelineSettings, adapt_pretrained
+from lacfast.backbones.blueprint import load_blueprint
+from lacfast.rewards.names import require_known
+from lacfast.runs.capacity import MemoryPlan
+from lacfast.runs.config import Dtype, RunConfig
+from lacfast.runs.costs import Costs, count
+from lacfast.runs.memory import memory_plan
+from lacfast.tasks import glyphs, scenes
+from lacfast.tasks.models import BackboneName
+from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.task import Task
+
+TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
+    "glyphs-dit": (glyphs.TASK, "dit"),
+    "glyphs-unet": (glyphs.TASK, "unet"),
+    "shapes-dit": (scenes.TASK, "dit"),
+    "shapes-unet": (scenes.TASK, "unet"),
+}
+"""Models that are pretrained on the spot."""
+
+
+def torch_dtype(name: Dtype) -> torch.dtype | None:
+    """The dtype of that name; None for float32, which loads a model as it is saved."""
+    return None if name == "float32" else getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An iteration's costs and the run's memory."""
+
+    costs: Costs
+    memory: MemoryPlan
+
+
+def plan(config: RunConfig, *, device: str = "", pretrains: bool = True) -> Plan:
+    """What `config` would cost and hold; of a pipeline only the configs are read.
+
+    Args:
+        config: of the run.
+        device: that it is planned for. Empty: config.device, or else a GPU, but for models that are made on
+            the spot.
+        pretrains: value pretraining is still to come, where config has one.
+
+    Raises:
+        ValueError: when they cannot be read, or for an unknown reward.
+    """
+    require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
+    sampler, is_tiny = config.train.sampler, config.model in TINY_MODELS
+    if is_tiny:
+        # The weights do not matter, so one step of pretraining does.
+        task, name = TINY_MODELS[config.model]
+        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
+        conditioning, beside = backbone.encode_unconditional(1), 0
+    else:
+        blueprint = load_blueprint(
+            config.model,
+            dtype=torch_dtype(config.dtype),
+            lora=config.lora,
+            settings=PipelineSettings(resolution=config.resolution),
+        )
+        backbone, conditioning = blueprint.backbone, blueprint.conditioning()
+        kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
+        beside = blueprint.decoder_bytes + kept
+    critic = build_critic(backbone, len(config.rewards), config.train.critic)
+    table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
+    model = (backbone, critic, table, conditioning, config.train)
+    planned_for = torch.device(device or config.device or ("cpu" if is_tiny else "cuda"))
+    memory = memory_plan(
+        *model,
+        beside_bytes=beside,
+        pretrains=pretrains and config.value_pretraining,
+        on_cpu=planned_for.type == "cpu",
+    )
+    return Plan(count(*model), memory)
