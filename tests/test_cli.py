@@ -16,9 +16,10 @@ import torch
 from refusals import Refusal
 
 from lacfast.cli import main
-from lacfast.runs import plan
+from lacfast.runs import phases
 from lacfast.runs.endings import FAILURE, USAGE
 from lacfast.runs.presets import RUNS
+from lacfast.tasks.pretraining import pretrain
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
 
@@ -220,8 +221,10 @@ def test_what_cannot_work_is_one_line_and_exit_code_2(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for package in ("pyarrow", "datasets", "rapidocr", "tensorboard"):
         monkeypatch.setitem(sys.modules, package, None)
-    # Nobody waits for work that cannot be used.
-    monkeypatch.setattr(plan, "pretrain", pytest.fail)
+    # What only a model can tell is told of one that is not worth waiting for.
+    monkeypatch.setattr(
+        phases, "pretrain", lambda *given, **named: pretrain(*given, **(named | {"steps": 1}))
+    )
     assert main(arguments) == USAGE
     printed = capsys.readouterr().err
     refused.check(printed)
@@ -233,7 +236,7 @@ def test_a_dead_reward_server_ends_a_run_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "pretrain", pytest.fail)
+    monkeypatch.setattr(phases, "pretrain", pytest.fail)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
