@@ -49,6 +49,13 @@ class Subject:
     conditioning: Conditioning
     """(1, ...) of a prompt."""
     config: TrainConfig
+    ranks: int = 1
+    """That share a rollout."""
+
+    @property
+    def batch_size(self) -> int:
+        """Trajectories of a rollout on this rank."""
+        return -(-self.config.batch_size // self.ranks)
 
     @property
     def device(self) -> torch.device:
@@ -119,6 +126,7 @@ def memory_plan(
     pretrains: bool = True,
     on_cpu: bool = False,
     overlaps: bool = True,
+    ranks: int = 1,
 ) -> MemoryPlan:
     """Follow one step of each kind at its full size, and add up what lives beside it.
 
@@ -132,8 +140,9 @@ def memory_plan(
         pretrains: with value pretraining.
         on_cpu: the run's device is the host.
         overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
+        ranks: that share a rollout; they are on one host.
     """
-    subject, overlaps = Subject(backbone, critic, conditioning, config), overlaps and not on_cpu
+    subject, overlaps = Subject(backbone, critic, conditioning, config, ranks), overlaps and not on_cpu
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor()
@@ -146,11 +155,12 @@ def memory_plan(
     critic_bytes = 0 if critic is None else _trained_bytes(critic)
     average = sum(tensor.nbytes for tensor in backbone.policy_state().values()) if config.ema_decay else 0
     training = (trained + critic_bytes) * (1 + MOMENTS) + average
-    size = min(config.rollout_batch_size or config.batch_size, config.batch_size)
+    batch = subject.batch_size
+    size = min(config.rollout_batch_size or batch, batch)
     keep = critic is not None and config.critic.keep_features
     part = Sampled.of(subject, table, config.sampler, size, features=keep, overlaps=overlaps)
-    rollout = config.batch_size * part.trajectory_bytes
-    beside = rollout if size < config.batch_size else 0
+    rollout = batch * part.trajectory_bytes
+    beside = rollout if size < batch else 0
     replayed = (config.ppo.critic_rollouts - 1) * config.batch_size * _kept_bytes(part.rollout)
     phases = [
         Phase("rollout", weights + training + beside, part.peak_bytes, size, "rollout_batch_size", replayed),
@@ -234,14 +244,14 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
     for update in [policy] + ([] if critic_update is None else [critic_update]):
         update.prepare(tables)
     if ppo.kl is not None and ppo.num_inner_epochs * ppo.timestep_fraction > 1:
-        fixed += steps * config.batch_size * rollout.model_outputs[0, 0].nbytes
-    minibatch = -(-int(ppo.timestep_fraction * steps * config.batch_size) // ppo.num_minibatches)
+        fixed += steps * subject.batch_size * rollout.model_outputs[0, 0].nbytes
+    minibatch = -(-int(ppo.timestep_fraction * steps * subject.batch_size) // ppo.num_minibatches)
     source = PolicySource(rollout, advantages, tables.timesteps)
     phases = [_microbatch("policy update", subject, policy, source, minibatch, fixed, host)]
     if critic_update is not None and config.critic.keep_features:
         states = CriticSource(rollout, advantages.targets, tables.timesteps)
         count = ppo.critic_minibatches or ppo.num_minibatches
-        minibatch = -(-rollout.num_steps * config.batch_size // count)
+        minibatch = -(-rollout.num_steps * subject.batch_size // count)
         if ppo.critic_rollouts > 1:
             staged = SLOTS * minibatch * state_bytes(rollout)
             fixed, host = fixed + staged, host + staged
@@ -268,7 +278,7 @@ def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
     tables = step_tables(rollout.table, config.ppo, rollout.latents)
     update.prepare(tables)
     targets = rollout.latents.new_empty(rollout.batch_size, critic.num_rewards)
-    minibatch = min(settings.minibatch_size, config.batch_size * rollout.num_steps)
+    minibatch = -(-min(settings.minibatch_size, config.batch_size * rollout.num_steps) // subject.ranks)
     staged = SLOTS * minibatch * state
     source = CriticSource(rollout, targets, tables.timesteps)
     name = "value pretraining"

@@ -41,7 +41,7 @@ class Plan:
     memory: MemoryPlan
 
 
-def plan(config: RunConfig, *, device: str = "", pretrains: bool = True) -> Plan:
+def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: int = 1) -> Plan:
     """What `config` would cost and hold; of a pipeline only the configs are read.
 
     Args:
@@ -49,6 +49,7 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True) -> Plan
         device: that it is planned for. Empty: config.device, or else a GPU, but for models that are made on
             the spot.
         pretrains: value pretraining is still to come, where config has one.
+        ranks: that share a rollout.
 
     Raises:
         ValueError: when they cannot be read, or for an unknown reward.
@@ -79,5 +80,6 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True) -> Plan
         beside_bytes=beside,
         pretrains=pretrains and config.value_pretraining,
         on_cpu=planned_for.type == "cpu",
+        ranks=ranks,
     )
     return Plan(count(*model), memory)

@@ -300,7 +300,7 @@ def _require_memory(
     device = torch_device(config.device)
     pretrains = config.value_pretraining and source is None
     with log.phase("planning", "Plan the memory"):
-        planned = plan(config, device=device, pretrains=pretrains).memory
+        planned = plan(config, device=device, pretrains=pretrains, ranks=World.current().size).memory
     for line in require_memory(planned, torch.device(device)):
         tell(line)
 
