@@ -9,7 +9,7 @@ from lacfast import LatentActorCriticTrainer
 from lacfast.critic.states import gathered
 from lacfast.critic.values import _values_of_host, rollout_values
 from lacfast.learning.batches import CriticSource, GatheredSource
-from lacfast.learning.pairs import all_states
+from lacfast.learning.pairs import Shuffled, all_states
 from lacfast.policy import States
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
@@ -26,7 +26,7 @@ def test_a_gathered_minibatch_gives_the_microbatches_of_its_rollout() -> None:
     _, rollout = trained()
     timesteps, targets = rollout.table.timesteps, torch.randn(6, 1)
     source = CriticSource(rollout, targets, timesteps)
-    minibatch = all_states(rollout).shuffled(torch.Generator().manual_seed(0)).select(slice(10))
+    minibatch = Shuffled(all_states(rollout), torch.Generator().manual_seed(0)).between(0, 10)
     found = gathered(rollout, minibatch.steps, minibatch.rows, Staging(torch.device("cpu")))
     states = States(found.sample, timesteps[found.steps], found.conditioning)
     ahead = GatheredSource(states, found.features, targets[found.rows])
