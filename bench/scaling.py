@@ -1,0 +1,87 @@
+"""Strong scaling: the same iteration by more processes, one thread each, in turn.
+
+    python -m bench.scaling                               1 and 2 processes, six rounds, to the screen
+    python -m bench.scaling --processes 1 4 --rounds 3
+
+A round runs each number of processes once; a speed-up is the median over the rounds of the ratio within a
+round, in seconds of wall time, so the machine should have an idle core for every process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from bench import machine
+from bench.matched_loops import brightness, tiny_match
+from lacfast.config import PPOConfig, Ratio, SamplerConfig, TrainConfig
+from lacfast.distributed import joined
+from lacfast.trainer import LatentActorCriticTrainer
+
+BATCH = 64
+ITERATIONS = 3
+"""Timed ones of a process group, behind one that warms up."""
+
+
+def seconds_per_iteration() -> float | None:
+    """Median over the iterations of this process group, on the first rank; None on the others."""
+    torch.set_num_threads(1)
+    with joined() as world:
+        match = tiny_match("dit", batches=8, num_steps=8)
+        config = TrainConfig(
+            batch_size=BATCH,
+            rollout_batch_size=BATCH // world.size,
+            sampler=SamplerConfig(num_steps=8),
+            ppo=PPOConfig(clip=Ratio(1e-3), num_minibatches=4, microbatch_size=32),
+        )
+        trainer = LatentActorCriticTrainer(
+            match.build(torch.float32), brightness, list(match.prompts), config
+        )
+        trainer.train_iteration()
+        seconds = []
+        for _ in range(ITERATIONS):
+            world.wait("the start")
+            start = time.perf_counter()
+            trainer.train_iteration()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) if world.is_first else None
+
+
+def measured(processes: int) -> float:
+    """`seconds_per_iteration` of so many processes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    command = [sys.executable, *launcher, "bench.scaling", "--rank"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rank", action="store_true", help="one process of a round, by the launcher")
+    options = parser.parse_args(arguments)
+    if options.rank:
+        seconds = seconds_per_iteration()
+        if seconds is not None:
+            print(seconds)
+        return
+    rounds = [{count: measured(count) for count in options.processes} for _ in range(options.rounds)]
+    first = options.processes[0]
+    speed_ups = {
+        count: statistics.median(each[first] / each[count] for each in rounds) for count in options.processes
+    }
+    print(json.dumps({"processor": machine.label(torch.device("cpu")), "speed-up": speed_ups}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
