@@ -44,7 +44,7 @@ from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, sampled, unwatched, watched
+from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, sampled, unwatched
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
@@ -94,7 +94,6 @@ class LatentActorCriticTrainer:
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
-        self.draws = Draws(self.prompts, self.held_out, self.config)
         self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         scores = RewardSet.union(self.scorers).names
@@ -124,6 +123,10 @@ class LatentActorCriticTrainer:
     def table(self) -> TransitionTable:
         """The schedule with all of the window stochastic."""
         return self.tables.whole
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(self.prompts, self.held_out, self.config)
 
     @property
     def critic(self) -> Critic | None:
@@ -250,7 +253,7 @@ class LatentActorCriticTrainer:
         1; None: by config.iterations.
 
         Raises:
-            FloatingPointError: for a gradient that is not finite, before the optimizer step.
+            FloatingPointError: for a gradient that is not finite, by config.on_bad_gradient.
         """
         behind = min(self.iteration / max(self.config.iterations, 1), 1.0)
         self.learner.progress = behind if progress is None else progress
@@ -275,8 +278,7 @@ class LatentActorCriticTrainer:
         if self.critic is not None and variance is not None:
             self.critic.rewards = self.estimator.heads
             metrics |= self.confidence.metrics(variance)
-        own = own_rows(rollout, whole, advantages)
-        return on_host(metrics | self.learner.learn(*own, self.iteration))
+        return on_host(metrics | self.learner.learn(*own_rows(rollout, whole, advantages), self.iteration))
 
     def train_iteration(
         self, on_rollout: Callable[[Rollout], None] | None = None, *, progress: float | None = None
@@ -351,20 +353,17 @@ class LatentActorCriticTrainer:
     def evaluate(self, *, samples: int | None = None) -> Evaluation:
         """Score held-out prompts with averaged weights, config.eval_sampler and noise that never changes."""
         config, settings = self.config, self.config.eval_sampler or self.config.sampler
-        prompts = self.draws.evaluation(samples)
         with self.averaged():
-            parts = sampled(
+            parts = judged(
                 self.sampler,
                 self.table if config.eval_sampler is None else self.backbone.transition_table(settings),
-                prompts,
+                self.draws.evaluation(samples),
                 seed=config.seed,
-                first_id=FirstSampleId.EVALUATION,
                 guidance_scale=settings.guidance_scale,
-                keep_features=False,
                 part_size=self.eval_part_size,
+                watcher=self.watch_evaluation,
                 world=self.world,
             )
-            parts = watched(parts, self.world.share(len(prompts)).count, self.watch_evaluation)
             evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.world)
         if self.world.is_first:
             self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))

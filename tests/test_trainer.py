@@ -28,6 +28,7 @@ from lacfast.config import (
     Ratio,
     SamplerConfig,
 )
+from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation
 from lacfast.rewards.reward import RewardError
 from lacfast.runtime.directories import MANIFEST, DamagedError
@@ -551,6 +552,13 @@ def test_an_evaluation_that_fails_is_neither_better_nor_worse_when_skipping(tmp_
     trainer.close()
     phases = [json.loads(line)["phase"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert phases == ["evaluate", "train", "skipped_evaluation", "train", "evaluate"]
+
+
+def test_prompts_and_settings_that_a_script_replaces_are_those_that_are_drawn() -> None:
+    trainer = trainer_for()
+    trainer.held_out = PromptSet.create(["three red circles"])
+    trainer.config = replace(trainer.config, eval_samples=3)
+    assert trainer.evaluate().prompts == ["three red circles"] * 3
 
 
 def test_a_failed_evaluation_ends_a_run_that_does_not_skip() -> None:

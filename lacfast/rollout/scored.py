@@ -19,7 +19,7 @@ from lacfast import reference
 from lacfast.backbone import Backbone
 from lacfast.distributed import ALONE, World
 from lacfast.prompts import PromptSet
-from lacfast.records import Evaluation, NoiseKey, Rollout, TransitionTable
+from lacfast.records import Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
@@ -241,6 +241,33 @@ class RewardFailures:
                 f"cause and go on. The last error: {error}"
             ) from error
         warnings.warn(f"{what} skipped: {error}", stacklevel=4)
+
+
+def judged(
+    sampler: RolloutSampler,
+    table: TransitionTable,
+    prompts: PromptSet,
+    *,
+    seed: int,
+    guidance_scale: float,
+    part_size: BatchSize,
+    watcher: Watcher,
+    world: World = ALONE,
+) -> Iterator[Rollout]:
+    """Trajectories that an evaluation judges, part by part, with the noise that all evaluations share.
+
+    Args as in `sampled`; `watcher` is told of those of this rank.
+    """
+    parts = sampled(
+        *(sampler, table, prompts),
+        seed=seed,
+        first_id=FirstSampleId.EVALUATION,
+        guidance_scale=guidance_scale,
+        keep_features=False,
+        part_size=part_size,
+        world=world,
+    )
+    return watched(parts, world.share(len(prompts)).count, watcher)
 
 
 def evaluate(

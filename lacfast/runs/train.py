@@ -20,13 +20,13 @@ from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
 from lacfast.prompts import PromptSet, load_prompts
-from lacfast.records import Evaluation, FirstSampleId
+from lacfast.records import Evaluation
 from lacfast.report.pictures import contact_sheet
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import evaluate, sampled, watched
+from lacfast.rollout.scored import evaluate, judged
 from lacfast.runs.capacity import require_memory
 from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, EvaluationRun, RunConfig
 from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
@@ -340,21 +340,19 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
     scorer, log = scorer.prepared(), log or phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
-    parts = sampled(
-        RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
-        backbone.transition_table(sampler),
-        prompts,
-        seed=settings.seed,
-        first_id=FirstSampleId.EVALUATION,
-        guidance_scale=sampler.guidance_scale,
-        keep_features=False,
-        part_size=BatchSize(settings.batch_size, unit="image", setting="batch_size"),
-        world=world,
-    )
     with EvaluationLines(log) as lines:
-        shown = watched(parts, world.share(len(prompts)).count, lines.images)
+        parts = judged(
+            RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
+            backbone.transition_table(sampler),
+            prompts,
+            seed=settings.seed,
+            guidance_scale=sampler.guidance_scale,
+            part_size=BatchSize(settings.batch_size, unit="image", setting="batch_size"),
+            watcher=lines.images,
+            world=world,
+        )
         unused = RewardNormalizer.create(len(scorer.names))
-        evaluation = evaluate(shown, backbone, [scorer], unused, world)
+        evaluation = evaluate(parts, backbone, [scorer], unused, world)
         lines.scores(evaluation)
     if settings.out is not None and world.is_first:
         told = {"model": model, "samples": settings.samples, "seed": settings.seed}
