@@ -50,7 +50,7 @@ class Subject:
     """(1, ...) of a prompt."""
     config: TrainConfig
     ranks: int = 1
-    """That share a rollout."""
+    """Ranks that share a rollout."""
 
     @property
     def batch_size(self) -> int:
