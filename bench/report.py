@@ -5,8 +5,9 @@ A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->
 The proof and the demo's table come from docs/demo/summary.json, the kernels from the newest
 bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
-bench/results/costs.json (`python -m bench.costs`), the README's figures from the last two and from
-bench/results/learning. Methods are in docs/results.md, which `python -m bench.learning` writes.
+bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
+(`python -m bench.host_work`), the README's figures from iterations, costs and bench/results/learning. Methods
+are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
 python -m bench.report runs/demo    record that run under docs/demo first
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import costs as published_costs
-from bench import headline
+from bench import headline, host_work
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -227,6 +228,7 @@ def blocks() -> dict[str, str]:
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
+        "host-work": (host_work.RESULT, host_work.table),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,35 +33,44 @@ def record_taps(model: nn.Module, taps: Sequence[Tap], *, detach: bool = True) -
     Raises:
         ValueError: for a module that the model does not have; the message lists those of the same depth.
     """
-    modules = dict(model.named_modules())
     features: Features = {}
     handles = []
     try:
         for tap in taps:
-            if tap.module not in modules:
-                depth = tap.module.count(".")
-                known = ", ".join(name for name in modules if name and name.count(".") == depth)
-                raise ValueError(
-                    f"{type(model).__name__} has no module {tap.module!r} to tap; "
-                    f"known at that depth: {known}"
-                )
-            handles.append(
-                modules[tap.module].register_forward_hook(_hook(tap, features, detach), with_kwargs=True)
-            )
+            hook = _hook(tap, features, detach)
+            handles.append(_tapped(model, tap).register_forward_hook(hook, with_kwargs=True))
         yield features
     finally:
         for handle in handles:
             handle.remove()
 
 
+def _tapped(model: nn.Module, tap: Tap) -> nn.Module:
+    try:
+        # A walk over all modules would take longer than a small model's forward.
+        return model.get_submodule(tap.module)
+    except AttributeError as error:
+        depth = tap.module.count(".")
+        names = (name for name, _ in model.named_modules() if name)
+        known = ", ".join(name for name in names if name.count(".") == depth)
+        raise ValueError(
+            f"{type(model).__name__} has no module {tap.module!r} to tap; known at that depth: {known}"
+        ) from error
+
+
 def _hook(tap: Tap, features: Features, detach: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # diffusers passes the same arguments by keyword, or by position under gradient checkpointing.
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        arguments = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
         for name, tensor in tap.read(arguments, output).items():
             features[name] = tensor.detach() if detach else tensor
 
     return hook
+
+
+@cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 THIRDS = (1 / 3, 2 / 3, 1.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -85,6 +86,8 @@ class LoRATrunk(OwnForwardTrunk):
         self.weights = nn.ParameterList(adapters.add_adapter(model, self.adapter, config, targets))
         # In a tuple, so that the base is no part of the critic's own weights.
         self.base = (model,)
+        modules: Iterable[Any] = model.modules()
+        self.recomputing = tuple(module for module in modules if hasattr(module, "gradient_checkpointing"))
         self.shared = shared
         self.predict = predict
         self.tap_dims = shared.tap_dims
@@ -95,22 +98,21 @@ class LoRATrunk(OwnForwardTrunk):
         (model,) = self.base
         with (
             adapters.activated(model, self.adapter),
-            _without_checkpointing(model),
+            self._without_checkpointing(),
             self.shared.record(model, detach=False) as own_features,
         ):
             self.predict(model, sample, timestep, conditioning)
         taps: list[Tensor] = self.shared(own_features, sample, timestep, conditioning)
         return taps
 
-
-@contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Keep activations: a recomputation in the backward would run with the policy's adapter."""
-    switched = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    try:
-        for module in switched:
-            module.gradient_checkpointing = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+    @contextmanager
+    def _without_checkpointing(self) -> Iterator[None]:
+        """Keep activations: a recomputation in the backward would run with the policy's adapter."""
+        switched = [module for module in self.recomputing if module.gradient_checkpointing]
+        try:
+            for module in switched:
+                module.gradient_checkpointing = False
+            yield
+        finally:
+            for module in switched:
+                module.gradient_checkpointing = True

@@ -31,7 +31,8 @@ class _Inputs(Static):
 class _Captured:
     """Where the step reads and writes, for one shape."""
 
-    key: Hashable
+    layout: Hashable
+    signature: Hashable
     inputs: _Inputs
     output: Tensor
     step: StaticStep
@@ -73,6 +74,7 @@ class KLAnchor:
             batch_size: states at a time.
         """
         outputs = torch.empty_like(rollout.model_outputs[: len(steps)])
+        signature = self._signature()
         size, uncond = min(batch_size, rollout.batch_size), rollout.uncond_conditioning
         for position in range(len(steps)):
             for first in range(0, rollout.batch_size, size):
@@ -81,7 +83,7 @@ class KLAnchor:
                 rows = first + padding_rows(kept, size if self.graphs.captures else kept, steps.device)
                 states = states_of(rollout, timesteps, Pairs(steps[position].expand(len(rows)), rows, rows))
                 inputs = _Inputs(states, None if uncond is None else uncond.select(rows))
-                outputs[position, first : first + kept] = self._output(inputs)[:kept]
+                outputs[position, first : first + kept] = self._output(inputs, signature)[:kept]
         return outputs
 
     def release(self) -> None:
@@ -90,20 +92,31 @@ class KLAnchor:
             self.graphs.release(self._captured.step)
             self._captured = None
 
-    def _output(self, inputs: _Inputs) -> Tensor:
+    def _signature(self) -> Hashable:
+        """What the forward depends on besides tensors; what was captured is where it was.
+
+        Both walk over all modules, so they are asked once for all batches.
+        """
+        if not self.graphs.captures:
+            return None
+        signature = self.backbone.forward_signature()
+        if self._captured is not None and self._captured.signature == signature:
+            self.graphs.check_addresses(self._captured.step)
+        return signature
+
+    def _output(self, inputs: _Inputs, signature: Hashable) -> Tensor:
         """(P, ...), until the next call."""
         if not self.graphs.captures:
             return self.output(inputs.states, inputs.uncond_conditioning)
-        captured = self._captured_for(inputs)
+        captured = self._captured_for(inputs, signature)
         captured.inputs.copy_(inputs)
-        self.graphs.check_addresses(captured.step)
         self.graphs.run(captured.step)
         return captured.output
 
-    def _captured_for(self, inputs: _Inputs) -> _Captured:
-        key = (inputs.layout, self.backbone.forward_signature())
-        if self._captured is not None and self._captured.key == key:
-            return self._captured
+    def _captured_for(self, inputs: _Inputs, signature: Hashable) -> _Captured:
+        found = self._captured
+        if found is not None and (found.layout, found.signature) == (inputs.layout, signature):
+            return found
         self.release()
         own, output = inputs.clone(), torch.empty_like(inputs.states.sample)
 
@@ -116,5 +129,5 @@ class KLAnchor:
             written=lambda: (output,),
             read=lambda: weights_of({"anchor": self.backbone.model}),
         )
-        self._captured = _Captured(key, own, output, step)
+        self._captured = _Captured(own.layout, signature, own, output, step)
         return self._captured

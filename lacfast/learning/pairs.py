@@ -42,12 +42,15 @@ class Pairs:
 
     def split(self, size: int) -> Iterator[Pairs]:
         """Parts of `size`, the last one smaller."""
-        for start in range(0, len(self), size):
-            yield self.select(slice(start, start + size))
+        if len(self):
+            columns = (torch.split(column, size) for column in (self.steps, self.rows, self.position))
+            yield from (Pairs(*part) for part in zip(*columns, strict=True))
 
     def padded(self, size: int) -> tuple[Pairs, Tensor]:
         """`size` pairs, of which those beyond these repeat the last, and the mask (size,) of these."""
         device = self.rows.device
+        if len(self) == size:
+            return self, torch.ones(size, dtype=torch.bool, device=device)
         rows = padding_rows(len(self), size, device)
         return self.select(rows), torch.arange(size, device=device) < len(self)
 

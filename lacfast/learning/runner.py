@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,7 +13,6 @@ from lacfast.learning.batches import CriticBatch, PolicyBatch
 from lacfast.learning.optimizers import make_capturable, moments_of, parameters_of, rates_of
 from lacfast.learning.pairs import Pairs, even_size
 from lacfast.ops.backend import forced_backend
-from lacfast.records import Static
 from lacfast.runtime.graph import GraphRunner, StaticStep
 
 Batch = TypeVar("Batch", PolicyBatch, CriticBatch)
@@ -39,8 +39,8 @@ class UpdateRunner:
         """The pairs to run for a microbatch, and the mask of those that count; None: all."""
         return pairs, None
 
-    def gradient(self, run: Callable[[Batch], None], batch: Batch) -> None:
-        """Run forward and backward of a microbatch."""
+    def gradient(self, run: Callable[[Batch], None], batch: Batch, *, is_first: bool) -> None:
+        """Run forward and backward of a microbatch; those behind a step's first have one layout."""
         run(batch)
 
     def optimize(self, run: Callable[[], None], optimizer: Optimizer) -> None:
@@ -126,12 +126,18 @@ class GraphedUpdate(UpdateRunner):
         self.sums = sums
         self.signature = signature
         self._size: int | None = None
-        self._microbatches: dict[Hashable, tuple[Static, StaticStep]] = {}
+        self._microbatches: dict[Hashable, tuple[list[Tensor], StaticStep]] = {}
+        self._today: dict[bool, tuple[list[Tensor], StaticStep]] = {}
+        """Those of the optimizer step, by whether they are its first: to find them walks over all modules."""
+        self._forward: Hashable = None
+        """What `signature` says today."""
         self._optimizer: StaticStep | None = None
 
     def begin(self, optimizer: Optimizer) -> None:
         self.gradients.attach()
         optimizer.zero_grad(set_to_none=False)
+        self._today.clear()
+        self._forward = None
 
     def size(self, pairs: int, limit: int) -> int:
         # The first minibatch is the largest. A smaller size comes when memory ran out.
@@ -141,8 +147,21 @@ class GraphedUpdate(UpdateRunner):
     def shaped(self, pairs: Pairs, size: int) -> tuple[Pairs, Tensor | None]:
         return pairs.padded(size)
 
-    def gradient(self, run: Callable[[Batch], None], batch: Batch) -> None:
-        key = (batch.layout, forced_backend(), self.signature())
+    def gradient(self, run: Callable[[Batch], None], batch: Batch, *, is_first: bool) -> None:
+        if is_first not in self._today:
+            self._today[is_first] = self._microbatch(run, batch)
+        static, step = self._today[is_first]
+        if self.graphs.is_eager(step):
+            run(batch)
+            return
+        torch._foreach_copy_(static, batch.flat)
+        self.graphs.run(step)
+
+    def _microbatch(self, run: Callable[[Batch], None], batch: Batch) -> tuple[list[Tensor], StaticStep]:
+        """What is captured for microbatches like `batch`, and where it reads them."""
+        if self._forward is None:
+            self._forward = self.signature()
+        key = (batch.layout, forced_backend(), self._forward)
         if key not in self._microbatches:
             own = batch.clone()
             step = StaticStep(
@@ -152,13 +171,8 @@ class GraphedUpdate(UpdateRunner):
                 read=self._read,
                 rounding=ROUNDING,
             )
-            self._microbatches[key] = own, step
-        static, step = self._microbatches[key]
-        if self.graphs.is_eager(step):
-            run(batch)
-            return
-        static.copy_(batch)
-        self.graphs.run(step)
+            self._microbatches[key] = own.flat, step
+        return self._microbatches[key]
 
     def optimize(self, run: Callable[[], None], optimizer: Optimizer) -> None:
         if self._optimizer is None:
@@ -182,6 +196,7 @@ class GraphedUpdate(UpdateRunner):
         for step in self._steps():
             self.graphs.release(step)
         self._microbatches.clear()
+        self._today.clear()
         self._optimizer = None
         # The next minibatch may be a larger one.
         self._size = None

@@ -140,7 +140,8 @@ class Update(ABC, Generic[Batch, Sums]):
             pairs, mask = self.runner.shaped(part, size)
             # Filled on the device: a copy of a host number would wait for it.
             share = torch.full_like(self.totals.loss, len(part) / minibatch.total)
-            self.runner.gradient(self.gradient, source.batch(pairs, share, mask, is_first=is_first))
+            batch = source.batch(pairs, share, mask, is_first=is_first)
+            self.runner.gradient(self.gradient, batch, is_first=is_first)
             is_first = False
         return self.finish()
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftConfig
 from tiny_pipelines import PROMPTS, backbone_of, tiny_pipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.masters import MasterLinear
 from lacfast.checkpoint import load_in_place
-from lacfast.config import GraphConfig, LoRAConfig
+from lacfast.config import CriticConfig, GraphConfig, LoRAConfig
 from lacfast.learning.averaging import WeightAverage
 from lacfast.records import Conditioning
 from lacfast.runs.costs import OperationCounter, counted
@@ -216,3 +219,29 @@ def test_casts_are_gone_after_a_forward_and_after_an_error() -> None:
 
 def fail(*_: Any) -> None:
     raise OSError("in the middle")
+
+
+def test_switching_an_adapter_and_recording_taps_walk_over_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = low_precision()
+    critic = build_critic(backbone, 1, CriticConfig(trunk="branch"))
+    assert critic is not None
+    own = adapters.tuner_layers(backbone.model)
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.Module, "named_modules", lambda *_, **__: pytest.fail("the modules were walked"))
+        with adapters.activated(backbone.model, None), critic.record(backbone.model):
+            assert all(layer.disable_adapters for layer in own.values())
+    assert not any(layer.disable_adapters for layer in own.values())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("by", ["us", "its owner"])
+def test_layers_of_an_adapter_that_came_later_are_known(by: str) -> None:
+    backbone = low_precision()
+    model: Any = backbone.model
+    few = set(adapters.tuner_layers(model))
+    targets = ["to_q", "proj_out"]
+    if by == "us":
+        adapters.add_adapter(model, "second", replace(LORA, target_modules=tuple(targets)), ())
+    else:
+        model.add_adapter(PeftConfig(r=2, target_modules=targets), adapter_name="second")
+    assert set(adapters.tuner_layers(model)) > few

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_pipelines import PROMPTS, backbone_of, tiny_pipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from lacfast.backbone import Backbone
 from lacfast.config import GraphConfig, LoRAConfig, SamplerConfig
@@ -66,3 +66,33 @@ def test_a_tail_is_padded_to_the_one_shape_that_is_captured() -> None:
     assert runner.statistics.captures == 1
     anchor.release()
     assert runner.statistics.graph_bytes == 0
+
+
+def test_the_modules_are_walked_once_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
+    anchor = KLAnchor(backbone.frozen_anchor(), GraphRunner(FAKE), 1.0)
+    rollout = rollout_of(backbone, GraphRunner(), 1.0)
+    outputs_of(anchor, rollout, batch_size=1)
+    walks: list[int] = []
+    walk = nn.Module.named_modules
+    monkeypatch.setattr(
+        nn.Module, "named_modules", lambda *args, **kwargs: walks.append(1) or walk(*args, **kwargs)
+    )
+    counts = []
+    for steps in ([0], [0, 2]):
+        walks.clear()
+        anchor.outputs(rollout, torch.tensor(steps), rollout.table.timesteps, batch_size=1)
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0
+
+
+def test_weights_that_moved_are_noticed_before_the_next_rollout() -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"), lora=LORA)
+    anchor = KLAnchor(backbone.frozen_anchor(), GraphRunner(FAKE), 1.0)
+    rollout = rollout_of(backbone, GraphRunner(), 1.0)
+    outputs_of(anchor, rollout, batch_size=2)
+    backbone.model.load_state_dict(
+        {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}, assign=True
+    )
+    with pytest.raises(ValueError, match=r"anchor\.\S+ is not where the graph of the anchor's step"):
+        outputs_of(anchor, rollout, batch_size=2)

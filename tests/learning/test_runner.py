@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from conftest import assert_same_step, assert_same_sum
 from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, GraphConfig, KLPenalty, PPOConfig, Ratio, SamplerConfig
+from lacfast.learning.batches import PolicySource
 from lacfast.learning.learner import Learner
 from lacfast.learning.runner import EAGER, GradientMemory, GraphedUpdate
 from lacfast.runtime.graph import GraphRunner
@@ -160,6 +162,37 @@ def test_gradients_and_moments_that_were_replaced_are_named() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     with pytest.raises(ValueError, match=r"of the optimizer's parameter 0 is not where the graph of"):
         graphed.train_iteration()
+
+
+def walked_modules(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> int:
+    """How many modules a piece of work walks over, whatever for."""
+    visits: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        walk = getattr(nn.Module, name)
+        return lambda *args, **kwargs: visits.append(name) or walk(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        for name in ("named_modules", "named_children", "_named_members"):
+            patched.setattr(nn.Module, name, counting(name))
+        work()
+    return len(visits)
+
+
+def test_a_microbatch_walks_over_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphed = trainer_for(fake_graphs(), replace(PPO, kl=None, num_minibatches=1, microbatch_size=2))
+    graphed.train_iteration()
+    rollout = graphed.collect(graphed.prompts, graphed.iteration)
+    assert rollout is not None
+    update = graphed.learner.policy_update
+    source = PolicySource(rollout, graphed.advantages(rollout), update.tables.timesteps)
+
+    def steps(pairs: int) -> None:
+        update.step(source, source.pairs.select(slice(pairs)))
+
+    steps(8)
+    few, many = (walked_modules(monkeypatch, lambda count=count: steps(count)) for count in (4, 12))
+    assert few == many > 0
 
 
 def test_without_graphs_nothing_is_padded() -> None:
