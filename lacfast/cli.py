@@ -137,7 +137,7 @@ class Train:
         from lacfast.runs.train import train
 
         if self.settings.dry_run:
-            show_plan(self.settings, plan(self.settings))
+            show_plan(self.settings, plan(self.settings, ranks=self.settings.gpus))
             return
         with joined() as world:
             checkpoint = train(self.settings, show_iteration)

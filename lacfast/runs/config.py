@@ -39,6 +39,12 @@ class RunConfig(Config):
             because=lambda run: ": full_finetuning=True trains all weights",
         ),
         Unread(
+            options=("gpus",),
+            where=lambda run: not run.dry_run,
+            because=lambda run: ": a run has as many as it is started with",
+            remedy="start it with torchrun --nproc-per-node, or add --dry-run",
+        ),
+        Unread(
             options=("train.pretrain",),
             where=lambda run: not run.value_pretraining,
             because=lambda run: ": value_pretraining=False does without",
@@ -102,6 +108,8 @@ class RunConfig(Config):
     """Log to this project of Weights & Biases. Empty: do not."""
     dry_run: bool = False
     """Print the resolved settings, the memory and the cost of an iteration, and stop. Reads no weights."""
+    gpus: Count = 1
+    """GPUs that `dry_run` plans for; torchrun says how many a run has."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @property

@@ -140,7 +140,7 @@ def memory_plan(
         pretrains: with value pretraining.
         on_cpu: the run's device is the host.
         overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
-        ranks: that share a rollout; they are on one host.
+        ranks: processes that share a rollout, on one host.
     """
     subject, overlaps = Subject(backbone, critic, conditioning, config, ranks), overlaps and not on_cpu
     if config.gradient_checkpointing:

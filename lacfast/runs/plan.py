@@ -9,6 +9,7 @@ import torch
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
+from lacfast.distributed import World
 from lacfast.rewards.names import require_known
 from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import Dtype, RunConfig
@@ -49,11 +50,12 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
         device: that it is planned for. Empty: config.device, or else a GPU, but for models that are made on
             the spot.
         pretrains: value pretraining is still to come, where config has one.
-        ranks: that share a rollout.
+        ranks: processes that share a rollout.
 
     Raises:
-        ValueError: when they cannot be read, or for an unknown reward.
+        ValueError: when they cannot be read, for an unknown reward, or a batch of fewer than the ranks.
     """
+    World(size=ranks).share(config.train.batch_size)
     require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
     sampler, is_tiny = config.train.sampler, config.model in TINY_MODELS
     if is_tiny:

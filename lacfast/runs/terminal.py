@@ -26,6 +26,7 @@ from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import Plan
+from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, Scaling, scaling
 from lacfast.steering import SteeringStats
 
 QUIET_INTERVAL = 15.0
@@ -176,6 +177,8 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
             ("rollout", _size(memory.rollout_bytes)),
         )
     )
+    if config.gpus > 1:
+        console.print(_shared(scaling(costs, config.train, config.gpus)))
     table = Table(title="Memory at its peak", title_justify="left", title_style="bold")
     table.add_column("")
     for column in ("device", "host"):
@@ -193,6 +196,17 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
         "graphs and the allocator's reserve come on top."
     )
     console.print_json(json.dumps(to_json(config)))
+
+
+def _shared(found: Scaling) -> Table:
+    """An iteration on several GPUs."""
+    speeds = f"{RANK_FLOPS / 1e12:,.0f} TFLOP/s and {LINK_BYTES / 1e9:,.0f} GB/s per GPU, on paper"
+    return _named(
+        f"On {found.ranks} GPUs, each",
+        ("work", f"{found.flops / 1e12:,.2f} TFLOP"),
+        ("gradients sent", f"{found.optimizer_steps} times, {_size(round(found.gradient_bytes))} in all"),
+        (f"efficiency at {speeds}", f"{found.efficiency:.1%}"),
+    )
 
 
 def _named(title: str, *rows: tuple[str, str]) -> Table:

@@ -126,6 +126,7 @@ IGNORED = [
         {"dtype": "bfloat16", "resolution": (64, 64), "attention_backend": "sdpa"},
         {"model": "pipeline"},
     ),
+    *rows(RunConfig, {}, {"gpus": 4}, {"dry_run": True}),
     *rows(RunConfig, {"full_finetuning": True}, {"lora": LoRAConfig()}),
     *rows(
         RunConfig,

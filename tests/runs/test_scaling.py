@@ -1,0 +1,59 @@
+"""The model on paper of an iteration on several GPUs."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from refusals import Refusal
+from rich.console import Console
+
+from lacfast.runs.costs import Costs
+from lacfast.runs.plan import plan
+from lacfast.runs.presets import RUNS
+from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, scaling
+from lacfast.runs.terminal import show_plan
+
+SHAPES = replace(RUNS["shapes"](), dry_run=True)
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    return plan(SHAPES).costs
+
+
+def test_work_is_shared_and_gradients_are_sent_twice_but_for_a_rank_s_own_part(costs: Costs) -> None:
+    ppo = SHAPES.train.ppo
+    steps = ppo.num_minibatches * ppo.num_inner_epochs
+    found = scaling(costs, SHAPES.train, 4)
+    assert found.flops == costs.flops / 4
+    assert found.optimizer_steps == 2 * steps
+    weights = steps * (costs.trained_parameters + costs.critic_parameters)
+    assert found.gradient_bytes == 2 * 3 / 4 * 4 * weights
+    seconds = found.flops / RANK_FLOPS
+    assert found.efficiency == pytest.approx(seconds / (seconds + found.gradient_bytes / LINK_BYTES))
+
+
+def test_one_rank_sends_nothing(costs: Costs) -> None:
+    found = scaling(costs, SHAPES.train, 1)
+    assert (found.gradient_bytes, found.efficiency, found.flops) == (0, 1, costs.flops)
+
+
+def test_a_dry_run_for_several_gpus_shows_it() -> None:
+    config, out = replace(SHAPES, gpus=4), io.StringIO()
+    show_plan(config, plan(config, ranks=4), Console(file=out, width=200))
+    assert "On 4 GPUs, each" in out.getvalue()
+    assert "on paper" in out.getvalue()
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    refused = Refusal(
+        "gpus=4 would be ignored: a run has as many as it is started with",
+        cause="`gpus` without `dry_run`",
+        remedy="start it with torchrun --nproc-per-node, or add --dry-run",
+    )
+    with refused.raised():
+        replace(RUNS["shapes"](), gpus=4)
+    with pytest.raises(ValueError, match="is fewer than the 1000 ranks"):
+        plan(SHAPES, ranks=1000)
