@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-import tiny_backbones
 from host_waits import WaitLog
-from tiny_backbones import on_cuda, tiny_backbone, tiny_config
+from tiny_backbones import tiny_config
+from tiny_pipelines import PROMPTS, tiny_pipeline
 
 from lacfast.config import (
     GraphConfig,
+    LoRAConfig,
     PPOConfig,
     Ratio,
     SamplerConfig,
@@ -26,17 +26,17 @@ from lacfast.runs.steer import steer_model
 REWARD = "tiny_backbones:brightness"
 
 
-def test_a_run_is_stopped_resumed_evaluated_and_steered(
-    cuda: WaitLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run, "build_backbone", lambda *_: on_cuda(tiny_backbone("dit")))
+def test_a_run_is_stopped_resumed_evaluated_and_steered(cuda: WaitLog, tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(tiny_backbones.PROMPTS), encoding="utf-8")
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     config = RunConfig(
         out=str(tmp_path / "run"),
-        model="tiny",
+        model=str(tmp_path / "model"),
         prompts=str(prompts),
         rewards=((REWARD, 1.0),),
+        resolution=(16, 16),
+        lora=LoRAConfig(rank=2),
         save_every=1,
         train=tiny_config(
             batch_size=4,
