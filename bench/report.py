@@ -6,7 +6,8 @@ The proof and the demo's table come from docs/demo/summary.json, the kernels fro
 bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
-(`python -m bench.host_work`), the README's figures from iterations, costs and bench/results/learning. Methods
+(`python -m bench.host_work`), what the presets hold in memory from bench/results/memory.json
+(`python -m bench.memory`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import costs as published_costs
-from bench import headline, host_work
+from bench import headline, host_work, memory
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -229,6 +230,7 @@ def blocks() -> dict[str, str]:
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),
+        "memory": (memory.RESULT, memory.table),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

@@ -215,7 +215,8 @@ def dance_grpo_hpsv2() -> RunConfig:
 
     Revision: XueZeyue/DanceGRPO at 15cc71d53cc2. There 16 GPUs take a prompt each. Its trajectories of one
     prompt share their first noise, its timesteps are cut to whole numbers, and a group's deviation divides by
-    N - 1; here the noise is each trajectory's own, timesteps are exact, and it divides by N.
+    N - 1; here the noise is each trajectory's own, timesteps are exact, and it divides by N. All weights with
+    their moments are more than a GPU of 80 GB holds; `replace(config, lora=LoRAConfig(rank=32))` fits.
     """
     return RunConfig(
         out="runs/dance-grpo-hpsv2",
