@@ -117,7 +117,8 @@ def run(
             return
 
         def measure_bounds(seed: int = seed) -> dict[str, Any]:
-            return _bounds(_trainer(materials, backbone, preset, scale, preset.critic, seed, 1), scale)
+            made = _trainer(materials, backbone, preset, scale, preset.critic, seed, 1, measures_bounds=True)
+            return _bounds(made, scale)
 
         bounds = units.done(study, key, measure_bounds)
         # Another process is measuring the bounds: it has this seed's cells too.
@@ -157,6 +158,8 @@ def _trainer(
     critic: CriticConfig,
     seed: int,
     iterations: int,
+    *,
+    measures_bounds: bool = False,
 ) -> LatentActorCriticTrainer:
     # A rare 1 must not be cut out of a probability's targets.
     ppo = replace(preset.ppo, target_clip=math.inf) if critic.loss == "bce" else preset.ppo
@@ -165,9 +168,10 @@ def _trainer(
         iterations=max(iterations, 1),
         patience=max(iterations, 1),
         held_out_samples=scale.held_out_samples,
-        completions=scale.completions,
-        bound_states=scale.bound_states,
     )
+    # Once for all critics of a seed.
+    if measures_bounds:
+        pretrain = replace(pretrain, completions=scale.completions, bound_states=scale.bound_states)
     prompts = Prompts.of(scenes.TASK)
     return LatentActorCriticTrainer(
         materials.backbone(scenes.TASK, backbone),
@@ -205,9 +209,6 @@ def _bounds(trainer: LatentActorCriticTrainer, scale: Scale) -> dict[str, Any]:
 def _measure(
     trainer: LatentActorCriticTrainer, cell: Cell, bounds: ValueBounds, scale: Scale
 ) -> dict[str, Any]:
-    # The bounds are measured once for all critics of a seed.
-    unmeasured = replace(trainer.config.pretrain, completions=0, bound_states=64)
-    trainer.config = replace(trainer.config, pretrain=unmeasured)
     assert trainer.critic is not None
     start = time.process_time()
     history = trainer.pretrain_critic().history if cell.iterations else []

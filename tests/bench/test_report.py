@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,8 +53,6 @@ def test_a_quick_run_is_not_taken_for_proof(tmp_path: Path) -> None:
         report.record(tmp_path / "nothing")
 
 
-def test_figures_script_fails_cleanly() -> None:
-    command = [sys.executable, "-m", "bench.report", str(ROOT / "nowhere")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert result.stderr.startswith("report: ")
+def test_figures_script_fails_cleanly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(ROOT / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("report: ")

@@ -41,7 +41,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             row["evaluation"] = {"shapes_strict": 0.45}
         return row
 
-    monkeypatch.setattr(critic_variance, "_trainer", lambda *arguments: None)
+    monkeypatch.setattr(critic_variance, "_trainer", lambda *arguments, **named: None)
     monkeypatch.setattr(critic_variance, "_bounds", lambda trainer, scale: BOUNDS)
     monkeypatch.setattr(critic_variance, "_measure", measure)
     return keys

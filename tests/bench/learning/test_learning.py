@@ -106,9 +106,10 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
 
 
 def small(arm: Arm) -> Arm:
-    config = replace(
-        arm.config, batch_size=16, pretrain=replace(arm.config.pretrain, iterations=1, held_out_samples=16)
-    )
+    config = replace(arm.config, batch_size=16)
+    if config.advantages.uses_critic:
+        pretrain = replace(config.pretrain, iterations=1, held_out_samples=16)
+        config = replace(config, pretrain=pretrain)
     return replace(arm, config=config)
 
 

@@ -81,7 +81,8 @@ METHODS = (UNSTEERED, BASELINE, "pruning", "guidance")
 
 def command(materials: Materials, out: Path, *more: str) -> list[str]:
     sizes = ["--budget", "16", "--images", "4", "--tuning-images", "2", "--candidates", "2", "--seeds", "2"]
-    return ["--materials", str(materials.folder), "--out", str(out), *sizes, "--choosers", "value", *more]
+    sizes += ["--train-iterations", "1", "--choosers", "value"]
+    return ["--materials", str(materials.folder), "--out", str(out), *sizes, *more]
 
 
 def test_settings_are_chosen_on_other_prompts_than_those_reported_and_the_run_is_resumed(
