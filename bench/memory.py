@@ -17,8 +17,6 @@ from lacfast.runs.plan import TINY_MODELS, plan
 from lacfast.runs.presets import RUNS
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
-GPU_BYTES = 80 * 10**9
-"""Memory of the GPUs that the presets are for."""
 WITH_LORA = "with a LoRA of rank 32"
 """What a preset becomes that trains more weights than a GPU holds with their moments."""
 

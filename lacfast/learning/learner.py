@@ -136,6 +136,8 @@ class Learner:
         tables, records, ppo = self._prepare(rollout), UpdateRecords(), self.config.ppo
         source = PolicySource(rollout, advantages, tables.timesteps)
         experience = self._experience(rollout, advantages)
+        if experience is not None:
+            self.replay.require_room(experience)
         self._find_sizes(source, experience)
         source = replace(source, anchor_outputs=self.policy_update.anchor_outputs(source))
         self.failed.zero_()

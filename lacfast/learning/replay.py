@@ -21,6 +21,7 @@ from lacfast.distributed import ALONE, Share, World
 from lacfast.learning.pairs import Pairs, all_states, minibatches
 from lacfast.records import Conditioning, Rollout
 from lacfast.rewards.heads import stack_rewards
+from lacfast.rollout.memory import HostRoom
 from lacfast.transfer import to_device
 
 
@@ -51,6 +52,12 @@ class KeptStates:
     def total(self) -> int:
         """Trajectories of the whole batch."""
         return self.batch_size if self.share is None else self.share.total
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        kept = [self.latents, *self.features.values(), *self.conditioning.tensors.values()]
+        return sum(tensor.nbytes for tensor in kept)
 
     def on_host(self) -> Self:
         """The same with its states on the host; what they were worth, a few numbers, stays where it is."""
@@ -209,6 +216,18 @@ class ValueReplay(StateMemory[Experience]):
             world: see StateMemory.
         """
         super().__init__(Experience, rollouts - 1, world)
+        self._room: HostRoom | None = None
+
+    def require_room(self, today: Experience) -> None:
+        """Ask the host, once, for room for as many rollouts like today's as are kept.
+
+        Raises:
+            ValueError: when it has less free.
+        """
+        count = self._kept.maxlen
+        if count and self._room is None:
+            self._room = HostRoom(count * today.batch_size, f"lower ppo.critic_rollouts={count + 1}")
+            self._room.require(today.nbytes // today.batch_size)
 
     def minibatches(
         self, today: Experience, count: int, generator: torch.Generator

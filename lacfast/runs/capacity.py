@@ -9,6 +9,8 @@ import torch
 from lacfast.runtime.host_memory import HOST_SHARE, free_host_bytes
 
 GIB = 2**30
+GPU_BYTES = 80 * 10**9
+"""Memory of the GPUs that the presets of large models are for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class MemoryPlan:
         return max(self.phases, key=lambda phase: phase.device)
 
     @property
+    def least(self) -> Phase:
+        """The phase that takes most of the device with the smallest batches."""
+        return max(self.phases, key=lambda phase: phase.least)
+
+    @property
     def host(self) -> int:
         """Most bytes of the host's memory."""
         return max(phase.host for phase in self.phases)
@@ -80,24 +87,36 @@ def require_memory(memory: MemoryPlan, device: torch.device) -> list[str]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
     if free is None:
         return []
-    worst = max(memory.phases, key=lambda phase: phase.least)
-    if worst.least > free:
-        raise ValueError(
-            f"{worst.name} takes {worst.least / GIB:,.1f} GiB of {device} whatever its batches are, and "
-            f"{free / GIB:,.1f} GiB are free: weights {memory.weight_bytes / GIB:,.1f}, gradients, moments "
-            f"and average {memory.training_bytes / GIB:,.1f}, a rollout {memory.rollout_bytes / GIB:,.1f}; "
-            "train a LoRA in place of all weights, or use --dtype bfloat16, --no-keep-text-encoders, a "
-            "smaller --train.batch-size or --resolution"
-        )
+    if memory.least.least > free:
+        raise ValueError(f"on {device} {_too_large(memory, free)}")
     if host is not None and memory.host > HOST_SHARE * host:
         raise ValueError(
-            f"value pretraining and evaluation keep {memory.host / GIB:,.1f} GiB on the host, and "
-            f"{host / GIB:,.1f} GiB are free; lower --train.pretrain.kept-rollouts, "
-            "--train.pretrain.held-out-samples or --train.eval-samples"
+            f"rollouts of value pretraining, those that the critic draws from, and evaluation keep "
+            f"{memory.host / GIB:,.1f} GiB on the host, and {host / GIB:,.1f} GiB are free; lower "
+            "--train.pretrain.kept-rollouts, --train.pretrain.held-out-samples, --train.ppo.critic-rollouts "
+            "or --train.eval-samples"
         )
+    return smaller_batches(memory, free)
+
+
+def smaller_batches(memory: MemoryPlan, free: int) -> list[str]:
+    """A line for each phase that does not fit into `free` bytes as it is, with the batch that does."""
+    if memory.least.least > free:
+        return [_too_large(memory, free)]
     return [
         f"{phase.name} takes {phase.device / GIB:,.1f} GiB with {phase.count} at a time, and "
         f"{free / GIB:,.1f} GiB are free; train.{phase.setting}={max(phase.fitting(free), 1)} fits"
         for phase in memory.phases
         if phase.device > free
     ]
+
+
+def _too_large(memory: MemoryPlan, free: int) -> str:
+    """What does not fit into `free` bytes with the smallest batches either, and what helps."""
+    return (
+        f"{memory.least.name} takes {memory.least.least / GIB:,.1f} GiB whatever its batches are, and "
+        f"{free / GIB:,.1f} GiB are free: weights {memory.weight_bytes / GIB:,.1f}, gradients, moments and "
+        f"average {memory.training_bytes / GIB:,.1f}, a rollout {memory.rollout_bytes / GIB:,.1f}; train a "
+        "LoRA in place of all weights, or use --dtype bfloat16, --no-keep-text-encoders, a smaller "
+        "--train.batch-size or --resolution"
+    )

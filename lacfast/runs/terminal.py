@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from lacfast.config import to_json
 from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
+from lacfast.runs.capacity import GPU_BYTES, smaller_batches
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import Plan
 from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, Scaling, scaling
@@ -191,6 +192,8 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
     host = _size(memory.host) if memory.host else ""
     table.add_row("peak", _size(memory.peak.device), host, memory.peak.name)
     console.print(table)
+    for line in smaller_batches(memory, GPU_BYTES):
+        console.print(f"On a GPU of 80 GB {line}.", highlight=False, soft_wrap=True)
     console.print(
         "Counted, not timed. Reward models, text encoders while they encode a block of prompts, captured "
         "graphs and the allocator's reserve come on top."

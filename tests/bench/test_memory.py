@@ -7,6 +7,7 @@ import json
 import pytest
 
 from bench import memory
+from lacfast.runs.capacity import GPU_BYTES
 
 RECORDED = json.loads(memory.RESULT.read_text(encoding="utf-8"))
 TOO_LARGE = {"dance-grpo-hpsv2"}
@@ -20,12 +21,12 @@ def test_every_preset_is_recorded() -> None:
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_preset_fits_its_gpu_or_says_with_what_it_does(name: str) -> None:
     peak = max(phase["device"] for phase in RECORDED[name]["phases"])
-    assert (peak > memory.GPU_BYTES) == (name in TOO_LARGE)
+    assert (peak > GPU_BYTES) == (name in TOO_LARGE)
     assert name not in TOO_LARGE or f"{name}, {memory.WITH_LORA}" in RECORDED
 
 
 def test_a_preset_fitted_no_gpu_before_its_rollouts_lay_on_the_host() -> None:
-    assert RECORDED["sd35m-ocr"]["before"]["value pretraining"] > memory.GPU_BYTES
+    assert RECORDED["sd35m-ocr"]["before"]["value pretraining"] > GPU_BYTES
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from lacfast.learning.batches import CriticSource
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.replay import Experience, ValueReplay
 from lacfast.rewards.heads import stack_rewards
+from lacfast.rollout import memory
 
 
 def trainer_for(rollouts: int, minibatches: int = 0) -> LatentActorCriticTrainer:
@@ -127,6 +128,21 @@ def test_the_critic_learns_from_the_rollout_before_todays_too(monkeypatch: pytes
         rollouts.append(trainer.last_rollout.latents.data_ptr())
     assert len(learned) == 16
     assert set(learned) == set(rollouts[1:])
+
+
+def test_the_host_is_asked_for_room_before_anything_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(3)
+    assert trainer.critic is not None
+    before = [parameter.detach().clone() for parameter in trainer.critic.parameters()]
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "free_host_bytes", lambda: 1000)
+        with Refusal(
+            "16 trajectories of",
+            cause="More rollouts for the critic to draw from than the host's memory holds.",
+            remedy="lower ppo.critic_rollouts=3",
+        ).raised():
+            trainer.train_iteration()
+    assert all(map(torch.equal, before, trainer.critic.parameters()))
 
 
 def test_a_run_with_a_replay_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:

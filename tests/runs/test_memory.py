@@ -20,7 +20,7 @@ from lacfast.config import KLPenalty, Ratio, TrainConfig, ValuePretrainingConfig
 from lacfast.records import Conditioning
 from lacfast.rollout import scored
 from lacfast.runs import capacity
-from lacfast.runs.capacity import GIB, MemoryPlan, Phase, require_memory
+from lacfast.runs.capacity import GIB, GPU_BYTES, MemoryPlan, Phase, require_memory, smaller_batches
 from lacfast.runs.costs import LiveBytes, fused_attention
 from lacfast.runs.memory import memory_plan
 from lacfast.runtime import host_memory
@@ -192,13 +192,13 @@ def memory_of(*phases: Phase) -> MemoryPlan:
 def test_a_run_that_cannot_fit_is_refused_with_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "free_host_bytes", lambda: 10 * GIB)
     with Refusal(
-        "policy update takes 11.0 GiB of cpu whatever its batches are, and 10.0 GiB are free: weights 1.0",
+        "on cpu policy update takes 11.0 GiB whatever its batches are, and 10.0 GiB are free: weights 1.0",
         cause="A model whose weights, optimizer and rollout are larger than the memory.",
         remedy="train a LoRA in place of all weights, or use --dtype bfloat16",
     ).raised():
         require_memory(memory_of(phase("rollout", 5, 8), phase("policy update", 10, 8)), torch.device("cpu"))
     with Refusal(
-        "value pretraining and evaluation keep 12.0 GiB on the host, and 10.0 GiB are free",
+        "keep 12.0 GiB on the host, and 10.0 GiB are free",
         cause="More rollouts of value pretraining than the host's memory holds.",
         remedy="lower --train.pretrain.kept-rollouts",
     ).raised():
@@ -213,6 +213,15 @@ def test_batches_that_will_be_halved_are_told_with_the_size_that_fits(
         memory_of(phase("rollout", 5, 4), phase("policy update", 6, 8)), torch.device("cpu")
     )
     assert line.endswith("14.0 GiB with 8 at a time, and 10.0 GiB are free; train.ppo.microbatch_size=4 fits")
+
+
+def test_a_dry_run_tells_what_a_gpu_of_80_gb_cannot_hold_and_what_helps() -> None:
+    (batch,) = smaller_batches(memory_of(phase("rollout", 60, 8), phase("policy update", 70, 8)), GPU_BYTES)
+    assert batch.endswith("train.ppo.microbatch_size=4 fits")
+    (weights,) = smaller_batches(memory_of(phase("rollout", 200, 8), phase("evaluation", 99, 8)), GPU_BYTES)
+    assert "rollout takes 201.0 GiB whatever its batches are" in weights
+    assert "train a LoRA in place of all weights" in weights
+    assert smaller_batches(memory_of(phase("rollout", 60, 8)), GPU_BYTES) == []
 
 
 def test_what_this_host_has_free_is_known() -> None:
