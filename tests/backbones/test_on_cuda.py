@@ -1,4 +1,4 @@
-"""Every family of models on a pretended CUDA device: iterations on strict graphs, a saved file."""
+"""Every family of models on a pretended CUDA device: iterations on strict graphs or eagerly, a saved file."""
 
 from __future__ import annotations
 
@@ -21,25 +21,36 @@ GRAPHS = GraphConfig(mode="on", strict=True, warmup_steps=1)
 PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, microbatch_size=12)
 
 
-def trained(backbone: Any, prompts: list[str], sampler: SamplerConfig) -> LatentActorCriticTrainer:
-    config = tiny_config(batch_size=4, eval_samples=4, ppo=PPO, sampler=sampler, graph=GRAPHS)
+EAGER = GraphConfig(mode="off")
+SLOW = pytest.mark.slow
+
+
+def train(backbone: Any, prompts: list[str], sampler: SamplerConfig, graph: GraphConfig = GRAPHS) -> None:
+    config = tiny_config(batch_size=4, eval_samples=4, ppo=PPO, sampler=sampler, graph=graph)
     trainer = LatentActorCriticTrainer(backbone, tiny_backbones.brightness, prompts, config)
     for _ in range(2):
         trainer.train_iteration()
     assert trainer.graphs.statistics.fallbacks == 0
-    assert trainer.graphs.statistics.captures > 0
-    return trainer
+    assert (trainer.graphs.statistics.captures > 0) == (graph is GRAPHS)
 
 
 @pytest.mark.filterwarnings("ignore:.*becomes DDIM")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_trains(cuda: WaitLog, family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "graph"),
+    [
+        pytest.param(family, graph, id=f"{family}, {graph.mode}", marks=() if is_core else SLOW)
+        for family in FAMILIES
+        # A UNet and a transformer on graphs in every run of the tests, the others eagerly.
+        for graph, is_core in ((GRAPHS, family in ("sdxl", "sd3")), (EAGER, family in ("sd15", "flux")))
+    ],
+)
+def test_a_family_trains(cuda: WaitLog, family: str, graph: GraphConfig, tmp_path: Path) -> None:
     is_ddim = family in ("sd15", "sdxl")
     # One of either: weights in 16 bits with a LoRA, and all weights in 32.
     given = {"lora": LoRAConfig(rank=2), "dtype": torch.bfloat16} if is_ddim else {"dtype": torch.float32}
     backbone = load_backbone(tiny_pipeline(family), device="cuda", settings=SETTINGS, **given)
     kind = {"kind": "ddim", "noise_level": 1.0} if is_ddim else {}
-    trained(backbone, PROMPTS, SamplerConfig(num_steps=2, guidance_scale=2.0, **kind))
+    train(backbone, PROMPTS, SamplerConfig(num_steps=2, guidance_scale=2.0, **kind), graph)
     backbone.free_text_encoders(PROMPTS)
     assert backbone.encode_prompts(PROMPTS[:2]).tensors["encoder_hidden_states"].is_cuda
     save_backbone(backbone, tmp_path / "saved")
@@ -48,5 +59,6 @@ def test_a_family_trains(cuda: WaitLog, family: str, tmp_path: Path) -> None:
     assert not any(tensor.is_cuda for tensor in load_file(files[0]).values())
 
 
+@SLOW
 def test_a_tiny_unet_trains(cuda: WaitLog) -> None:
-    trained(on_cuda(tiny_backbone("unet")), tiny_backbones.PROMPTS, SamplerConfig(num_steps=2))
+    train(on_cuda(tiny_backbone("unet")), tiny_backbones.PROMPTS, SamplerConfig(num_steps=2))

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from host_waits import WaitLog
 
-from bench import gpu_check
+from bench import gpu_arms, gpu_check
 from bench.gpu_check import Part, Setting
+from bench.random_models import tiny_subject
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +86,20 @@ def test_the_gpu_tests_pass_on_a_pretended_device(chosen: str) -> None:
     assert code == 0, output
     passed = int(gpu_check.test_counts(output).split()[0])
     assert passed > 100
+
+
+@pytest.mark.slow
+def test_the_arms_run_on_a_pretended_device(cuda: WaitLog) -> None:
+    device = torch.device("cuda")
+    plan = gpu_arms.Plan(
+        device=device, dtype=torch.bfloat16, batches=(2,), rounds=1, arms=(gpu_arms.EAGER, "graph")
+    )
+    for phase in ("sampling", "update"):
+        rows: list[gpu_arms.Row] = []
+        subjects = [tiny_subject("dit", device, 9)]
+        assert gpu_arms.collect(phase, subjects, plan, seconds=400.0, on_rows=rows.extend) == {}
+        assert {row["arm"] for row in rows} == {gpu_arms.EAGER, "graph"}
+        assert [row["error"] for row in rows if "error" in row] == []
 
 
 def test_a_process_is_stopped_at_its_limit() -> None:
