@@ -164,6 +164,7 @@ def _torch_cuda() -> dict[str, Any]:
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "_initialized": True,
         "_lazy_init": nothing,
         "current_device": lambda: 0,
         "device_count": lambda: 1,

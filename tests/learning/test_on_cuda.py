@@ -92,7 +92,7 @@ def assert_trains(trainer: LatentActorCriticTrainer, iterations: int = 2) -> Non
             marks=SLOW,
         ),
         pytest.param({"graph": EAGER, "ppo": replace(PPO, kl_limit=1.0)}, id="KL limit", marks=SLOW),
-        pytest.param({"graph": EAGER, "gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param({"graph": GRAPHS, "gradient_checkpointing": True}, id="checkpointing"),
         pytest.param({"graph": EAGER, "ppo": replace(PPO, microbatch_size=0)}, id="found size"),
         pytest.param({"graph": EAGER, "ppo": replace(PPO, critic_rollouts=2)}, id="replayed values"),
         pytest.param(
