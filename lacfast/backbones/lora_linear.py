@@ -66,7 +66,8 @@ class LoRALinear(PeftLinear):
             type(base) is nn.Linear
             and type(base.weight) is nn.Parameter
             and base.weight.dtype == x.dtype
-            and not any(parameter.requires_grad for parameter in base.parameters())
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
             and not base._forward_hooks
             and not base._forward_pre_hooks
             # The meta device has no autocast, and torch raises when asked for it.
