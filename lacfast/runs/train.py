@@ -298,7 +298,8 @@ def _require_memory(
     if config.model in TINY_MODELS:
         return
     device = torch_device(config.device)
-    pretrains = config.value_pretraining and source is None
+    # A checkpoint of iteration 0 may be from within it.
+    pretrains = config.value_pretraining and (source is None or source.name == f"{0:08d}")
     with log.phase("planning", "Plan the memory"):
         planned = plan(config, device=device, pretrains=pretrains, ranks=World.current().size).memory
     for line in require_memory(planned, torch.device(device)):

@@ -46,7 +46,13 @@ REWARD = "tiny_backbones:brightness"
 
 @pytest.fixture(autouse=True)
 def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_a_tiny_model(monkeypatch)
+
+
+def build_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the pipeline that the config names, whose memory nobody can plan."""
     monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit"))
+    monkeypatch.setattr(run, "_require_memory", lambda *_: None)
 
 
 @pytest.fixture
@@ -284,7 +290,7 @@ def test_a_reward_that_fails_leaves_the_last_whole_iteration(
     saved = Path(config.out) / "checkpoints" / f"{calls // 2:08d}"
     assert told == [f"stopped; {saved} has the last whole iteration, and --resume auto goes on from it"]
     monkeypatch.undo()
-    monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit"))
+    build_a_tiny_model(monkeypatch)
     last, told = train(config)
     assert told[0].startswith(f"goes on from {saved}")
     assert same(through, last)
