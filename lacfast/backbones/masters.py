@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,26 +43,29 @@ class Casts:
 
     def __init__(self, projections: Iterable[tuple[MasterLinear, Any]]) -> None:
         """`projections`: masters, each with the layer that it adapts."""
-        groups: dict[Any, list[MasterLinear]] = {}
+        self._groups: dict[torch.dtype, dict[torch.Size, list[MasterLinear]]] = {}
         for master, base in projections:
             if base.weight.dtype in (torch.bfloat16, torch.float16):
-                groups.setdefault((base.weight.dtype, master.weight.shape), []).append(master)
-        self._groups = [(dtype, masters) for (dtype, _), masters in groups.items()]
+                of_shape = self._groups.setdefault(base.weight.dtype, {})
+                of_shape.setdefault(master.weight.shape, []).append(master)
         self.made: list[Tensor] = []
         """Those of the forward that runs."""
 
     @torch.no_grad()
     def make(self) -> None:
         """Cast all masters as they are now."""
-        sources: list[Tensor] = []
         casts: list[Tensor] = []
-        for dtype, masters in self._groups:
-            weights = [vars(master)["_parameters"]["weight"] for master in masters]
-            # New memory for every forward: the backward pass of the one before may still need its own.
-            casts += weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype).unbind()
-            sources += weights
-        if casts:
-            torch._foreach_copy_(casts, sources)
+        for dtype, of_shape in self._groups.items():
+            sources: list[Tensor] = []
+            made: list[Tensor] = []
+            for masters in of_shape.values():
+                weights = [vars(master)["_parameters"]["weight"] for master in masters]
+                # New memory for every forward: the backward pass of the one before may still need its own.
+                made += weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype).unbind()
+                sources += weights
+            # One dtype at a time: only lists of one have a fused kernel.
+            torch._foreach_copy_(made, sources)
+            casts += made
         self.hand_out(casts)
 
     def kept(self) -> AbstractContextManager[None]:
@@ -71,8 +75,8 @@ class Casts:
     def hand_out(self, casts: list[Tensor]) -> None:
         """Give every master its cast, or none."""
         self.made, given = casts, iter(casts)
-        for _, masters in self._groups:
-            for master in masters:
+        for of_shape in self._groups.values():
+            for master in chain.from_iterable(of_shape.values()):
                 # Past torch's own assignment, which looks for parameters first.
                 vars(master)["cast"] = next(given, None)
 
