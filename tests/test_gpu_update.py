@@ -91,3 +91,21 @@ def test_the_size_that_is_found_fits() -> None:
     trainer.train_iteration()
     assert trainer.learner.policy_update.microbatch.size >= 1
     assert torch.cuda.max_memory_allocated() < torch.cuda.get_device_properties(0).total_memory
+
+
+def test_rows_of_the_host_are_read_as_they_are_however_far_the_device_lags() -> None:
+    from lacfast.runtime.host_memory import Staging
+
+    values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    busy = torch.eye(2048 if torch.version.cuda else 64, device="cuda")
+    staging = Staging(busy.device)
+    found, expected = [], []
+    for batch in range(12):
+        rows = torch.arange(batch, batch + 16 + batch % 3)
+        read = staging.gather({"values": (values, rows)})["values"]
+        for _ in range(20):
+            busy = busy @ busy
+        # Behind the work, as an update reads a minibatch while the host gathers the next.
+        found.append((read * busy[0, 0]).sum(dim=1).mean())
+        expected.append(values[rows].sum(dim=1).mean())
+    torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(expected), rtol=1e-3, atol=1e-2)
