@@ -277,7 +277,7 @@ class Conditioning(Static):
         return Conditioning({name: tensor[rows] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return Conditioning({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
 
     def padded(self, count: int) -> Conditioning:
         """The conditioning of `count` samples, of which those beyond these repeat the last."""

@@ -32,6 +32,7 @@ from lacfast.rollout.outcomes import outcomes
 from lacfast.rollout.scored import decoded_and_scored, finished
 from lacfast.rollout.step import denoise_step
 from lacfast.runtime.memory import BatchSize
+from lacfast.transfer import to_device
 
 SMALLEST_SPAN = 0.02
 """Below this distance of ceiling and floor there is no score: their errors are as large."""
@@ -242,13 +243,13 @@ def complete(
     uncond, device = rollout.uncond_conditioning, next(backbone.model.parameters()).device
     inputs = SamplerInputs.create(
         rollout.table,
-        NoiseKey(rollout.noise.seed.to(device), ids.to(device)),
+        NoiseKey(to_device(rollout.noise.seed, device), to_device(ids, device)),
         rollout.conditioning.select(rows).to(device),
         None if uncond is None else uncond.select(rows).to(device),
         guidance_scale,
     )
     buffers = SamplerBuffers.allocate(inputs, backbone.latent_shape, model_dtype=backbone.dtype)
-    buffers.sample.copy_(rollout.latents[step, rows])
+    buffers.sample.copy_(to_device(rollout.latents[step, rows], device))
     buffers.step.fill_(step)
     for _ in range(step, rollout.table.num_steps):
         denoise_step(backbone, None, buffers)

@@ -158,7 +158,7 @@ def advantage_sums(raw: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         wide = torch.where(mask[:, None, None], wide, 0.0)
     flat = wide.flatten(0, 1)
-    rows = raw.new_tensor(len(raw), dtype=torch.float64) if mask is None else mask.sum().double()
+    rows = raw.new_full((), len(raw), dtype=torch.float64) if mask is None else mask.sum().double()
     return torch.cat([(rows * raw.shape[1])[None], flat.sum(dim=0), (flat.mT @ flat).flatten()])
 
 

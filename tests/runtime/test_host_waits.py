@@ -83,7 +83,13 @@ def test_value_pretraining_waits_for_no_minibatch(cuda: WaitLog) -> None:
     counts = []
     for passes in (1.0, 3.0):
         pretrain = ValuePretrainingConfig(
-            iterations=2, held_out_samples=4, minibatch_size=4, passes=passes, patience=3
+            iterations=2,
+            held_out_samples=4,
+            minibatch_size=4,
+            passes=passes,
+            patience=3,
+            completions=2,
+            bound_states=2,
         )
         trainer = trainer_for(graph=GraphConfig(mode="off"), pretrain=pretrain)
         trainer.backbone.encode_prompts(PROMPTS)
@@ -94,6 +100,8 @@ def test_value_pretraining_waits_for_no_minibatch(cuda: WaitLog) -> None:
             cuda.clear()
 
         trainer.pretrain_critic(waited)
+        # Completions of states on the host wait for none of them.
+        assert "lacfast/learning/value_bounds.py:complete" not in seen[0]
         counts.append(seen[1])
     assert counts[0] == counts[1]
     assert counts[0]["lacfast/learning/totals.py:UpdateRecords.read"] == 1
