@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -197,7 +197,7 @@ class World:
             return False
         is_lost = isinstance(error, LostRankError)
         own = _LOST if is_lost else f"{type(error).__name__}: {error}"
-        self._store.set(f"end/{self.rank}", own)
+        self._say("end", own)
         asked = [rank for rank in range(self.size) if rank != self.rank] if is_lost else [0] * (self.rank > 0)
         deadline = time.monotonic() + END_SECONDS
         while asked and time.monotonic() < deadline:
@@ -214,8 +214,7 @@ class World:
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
         """Say where a rank waits, and who is missing when the others do not come."""
-        if self._store is not None:
-            self._store.set(f"at/{self.rank}", what)
+        self._say("at", what)
         try:
             yield
         except RuntimeError as error:
@@ -229,6 +228,12 @@ class World:
         known = [(rank, self._said("at", rank)) for rank in range(self.size)]
         others = [f"rank {rank} was last at {where}" for rank, where in known if where not in (None, what)]
         return f" ({', '.join(others)})" if others else ""
+
+    def _say(self, kind: str, what: str) -> None:
+        """Leave something in the store, unless it is gone with the rank that held it."""
+        if self._store is not None:
+            with suppress(RuntimeError):
+                self._store.set(f"{kind}/{self.rank}", what)
 
     def _said(self, kind: str, rank: int) -> str | None:
         """What a rank left in the store; None for nothing, or when the store is gone."""
