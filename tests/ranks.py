@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,19 +31,25 @@ def on_ranks(size: int, work: Callable[[], Any], directory: Path) -> list[Any]:
     return [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def started(size: int, work: Callable[[], Any], directory: Path) -> list[BaseProcess]:
-    """Processes with the variables of a launcher; each leaves what `work` returns in RANK.pt."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+def started(
+    size: int, work: Callable[[], Any], directory: Path
+) -> tuple[list[BaseProcess], distributed.TCPStore]:
+    """Processes with the variables of torchrun, each of which leaves what `work` returns in RANK.pt.
+
+    They meet in the store, which the caller keeps until they have ended.
+    """
+    # As with torchrun, the store outlives every rank.
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = str(store.port)
 
     def launched(rank: int, size: int, work: Callable[[], Any], directory: Path) -> None:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
         torch.save(work(), directory / f"{rank}.pt")
 
-    return _processes(size, launched, work, directory)
+    return _processes(size, launched, work, directory), store
 
 
 def _processes(size: int, target: Callable[..., None], work: Any, directory: Path) -> list[BaseProcess]:

@@ -52,9 +52,9 @@ class Traffic:
 
     num_bytes: float = 0.0
 
-    def metrics(self) -> dict[str, int]:
-        """Bytes since the last call; {} for none."""
-        sent, self.num_bytes = round(self.num_bytes), 0.0
+    def metrics(self, before: float) -> dict[str, int]:
+        """Bytes since there were `before`; {} for none."""
+        sent = round(self.num_bytes - before)
         return {"traffic_bytes": sent} if sent else {}
 
 

@@ -116,7 +116,7 @@ def _ended(reward: Any) -> dict[str, Any]:
     "work", [lambda: time.sleep(60), lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["hangs", "is killed"]
 )
 def test_a_rank_that_never_comes_is_named(work: Callable[[], None], tmp_path: Path) -> None:
-    ranks = started(2, lambda: _ended(on_second_rank(work)), tmp_path)
+    ranks, _store = started(2, lambda: _ended(on_second_rank(work)), tmp_path)
     ranks[0].join(timeout=60)
     ranks[1].kill()
     assert ranks[0].exitcode == 0
@@ -128,7 +128,7 @@ def test_a_rank_that_never_comes_is_named(work: Callable[[], None], tmp_path: Pa
 
 
 def test_what_all_ranks_say_is_told_by_the_first_alone(tmp_path: Path) -> None:
-    ranks = started(2, lambda: _ended(on_second_rank(fail)), tmp_path)
+    ranks, _store = started(2, lambda: _ended(on_second_rank(fail)), tmp_path)
     for process in ranks:
         process.join(timeout=60)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))

@@ -39,7 +39,7 @@ def trained(directory: Path, killed: tuple[int, float] | None = None) -> bool:
         with joined(TIMEOUT):
             run.train(CONFIG, tell=lambda line: None)
 
-    ranks = started(RANKS, work, directory)
+    ranks, _store = started(RANKS, work, directory)
     if killed is not None:
         rank, seconds = killed
         time.sleep(seconds)

@@ -124,7 +124,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, A
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gradients_are_sent_once_per_optimizer_step(size: int, runs: dict[int, list[dict[str, Any]]]) -> None:
     for found in runs[size]:
-        # Rewards and values of a few trajectories, and sums of the optimizer steps.
+        # The sums of the optimizer steps' records come on top.
         assert 0 <= found["branch"]["traffic"] - found["branch"]["gradient_bytes"] < 8000
 
 
