@@ -5,6 +5,7 @@ No operator and no kernel is given a tensor of the host, and no capture does wha
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from host_waits import WaitLog
 from tiny_backbones import PROMPTS, on_cuda, tiny_backbone, tiny_config
 from torch import Tensor
 
-from lacfast import LatentActorCriticTrainer
+from lacfast import LatentActorCriticTrainer, steer
 from lacfast.config import (
     DDPO,
     AdvantageConfig,
@@ -28,6 +29,7 @@ from lacfast.config import (
     Random,
     Ratio,
     SamplerConfig,
+    SteeringConfig,
     TrainConfig,
     ValuePretrainingConfig,
 )
@@ -148,6 +150,16 @@ def test_every_trunk_is_valued(cuda: WaitLog, trunk: str) -> None:
 def test_several_rewards_are_combined(cuda: WaitLog, advantages: AdvantageConfig) -> None:
     rewards = {tiny_backbones.brightness: 1.0, spread: 0.5}
     assert_trains(trainer_for(graph=EAGER, rewards=rewards, advantages=advantages), iterations=1)
+
+
+@pytest.mark.filterwarnings("ignore:backend .* is not usable")
+def test_a_device_without_kernels_runs_the_reference(cuda: WaitLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = importlib.import_module("lacfast.ops.backend")
+    monkeypatch.setattr(backend, "unusable_reason", lambda name: "" if name == "reference" else "too old")
+    backend._natural_backend.cache_clear()
+    trainer = trainer_for(graph=EAGER, sampler=GUIDED)
+    assert_trains(trainer, iterations=1)
+    steer(trainer.backbone, PROMPTS[:1], SteeringConfig(method="smc", particles=2), sampler=GUIDED)
 
 
 def test_values_are_pretrained_within_bounds(cuda: WaitLog) -> None:
