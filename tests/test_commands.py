@@ -108,7 +108,7 @@ def test_a_training_command_means_settings(command: str, monkeypatch: pytest.Mon
     """They train in tests/runs/, and their dry runs count there."""
     asked: list[RunConfig] = []
     monkeypatch.setattr(train, "train", lambda config, *_: asked.append(config))
-    monkeypatch.setattr(train, "plan", asked.append)
+    monkeypatch.setattr("lacfast.runs.plan.plan", lambda config, **_: asked.append(config))
     monkeypatch.setattr(terminal, "show_plan", lambda *_: None)
     assert run(command) == 0
     (config,) = asked
