@@ -15,8 +15,8 @@ from torch import Tensor, distributed
 
 Entry = TypeVar("Entry")
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: longer than the slowest reward of a rollout may take."""
+TIMEOUT = timedelta(minutes=45)
+"""How long a rank waits for the others: longer than for a reward that hangs, which is half an hour."""
 END_SECONDS = 2.0
 """How long a rank that fails waits to hear whether another one fails for the same reason."""
 _LOST = "lost"
@@ -62,7 +62,7 @@ class Traffic:
 class World:
     """This process among those that train together.
 
-    Every method but `share` is collective: all ranks call it, in the same order, or all of them wait.
+    What takes tensors, entries or values is collective: all ranks call it, in the same order, or all wait.
     """
 
     rank: int = 0
