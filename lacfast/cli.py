@@ -93,10 +93,14 @@ class Steer(SteeringRun):
     """Make images with the help of a model's critic: guidance, pruning, particles, beams."""
 
     def run(self) -> None:
+        from lacfast.distributed import joined
         from lacfast.runs.steer import steer_model
         from lacfast.runs.terminal import show_steering
 
-        show_steering(steer_model(self), self.out)
+        with joined() as world:
+            stats = steer_model(self)
+            if world.is_first:
+                show_steering(stats, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             with raised():
                 command = _parsed(arguments)
-                if not isinstance(command, Train | Evaluate):
+                if not isinstance(command, Train | Evaluate | Steer):
                     _require_one_process(type(command).__name__.lower())
                 command.run()
         finally:

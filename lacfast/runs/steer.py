@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lacfast.backbones import load_backbone
 from lacfast.config import SamplerConfig, to_json
+from lacfast.distributed import World
 from lacfast.prompts import PromptSet
 from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
@@ -20,9 +21,10 @@ from lacfast.runs.directory import STEERED, require_own
 from lacfast.runs.plan import torch_dtype
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
 from lacfast.runs.terminal import PhaseLog
-from lacfast.runs.train import PROMPT_SOURCES, prompts_of, torch_device
+from lacfast.runs.train import PROMPT_SOURCES, phase_log, prompts_of, torch_device
 from lacfast.runtime.files import require_writable, write_json
-from lacfast.steering import SteeringStats, steer
+from lacfast.steering import SteeringStats
+from lacfast.steering.ranks import steer_together
 
 PROMPT_FILES = (".txt", ".jsonl", ".parquet")
 
@@ -48,10 +50,13 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
 def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringStats:
     """Make, write and score steered images of a saved model; `log` None shows in the terminal.
 
+    With several ranks each makes its share of the images, and the first one shows and writes.
+
     Raises:
         ValueError: for settings that cannot work, before the model is loaded where that can be told.
     """
     device, prompts = torch_device(settings.device), prompts_to_steer(settings.prompts, settings.samples)
+    world = World.current().able_to_share(len(prompts))
     rewards, gold = (
         RewardSet.create(names) if names else None for names in (settings.rewards, settings.gold)
     )
@@ -68,7 +73,7 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
         sampler = trained_sampler(settings.critic or model) or sampler
     require_own(settings.out, STEERED)
     require_writable(settings.out / "images", "--out")
-    log = log or PhaseLog()
+    log = log or phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(
             model,
@@ -80,7 +85,8 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
         backbone.critic.rewards = trained_heads(settings.critic or model)
     weights = torch.tensor(settings.head_weights) if settings.head_weights else None
     with log.phase("steering", f"Steer {len(prompts):,} images"):
-        images, stats = steer(
+        images, stats = steer_together(
+            world,
             backbone,
             prompts,
             settings.settings,
@@ -91,7 +97,8 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
         )
     told = {"model": model, "critic": settings.critic, "sampler": to_json(sampler)}
     told["steering"] = to_json(settings.settings)
-    _write(settings.out, images.cpu(), prompts, stats, told)
+    if world.is_first:
+        _write(settings.out, images, prompts, stats, told)
     return stats
 
 

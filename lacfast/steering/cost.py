@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class ParticleStats:
     log_evidence: Tensor
     """(n,) float64 estimate of log E[exp(R / tau)] (of V without the final correction)."""
 
+    def on_host(self) -> ParticleStats:
+        """The same on the CPU."""
+        return ParticleStats(**{name: tensor.cpu() for name, tensor in vars(self).items()})
+
     @staticmethod
     def concatenate(parts: Sequence[ParticleStats]) -> ParticleStats:
         """The statistics of all images of several batches."""
@@ -138,6 +142,32 @@ class SteeringStats:
     """Mean rise of V after a small move along its gradient, the sign test. NaN without guidance."""
     particles: ParticleStats | None = None
     """Statistics of method "smc"; None for the others."""
+
+    def on_host(self) -> SteeringStats:
+        """The same on the CPU."""
+        particles = None if self.particles is None else self.particles.on_host()
+        rewards, gold = (
+            {name: score.cpu() for name, score in each.items()} for each in (self.rewards, self.gold)
+        )
+        return replace(self, values=self.values.cpu(), rewards=rewards, gold=gold, particles=particles)
+
+    @staticmethod
+    def concatenate(parts: Sequence[SteeringStats]) -> SteeringStats:
+        """The statistics of all images of several calls by the same settings."""
+        calls = [part.evaluations for part in parts]
+        images = sum(call.images for call in calls)
+        particles = [part.particles for part in parts if part.particles is not None]
+        return SteeringStats(
+            FunctionEvaluations(
+                sum(call.forwards for call in calls), sum(call.backwards for call in calls), images
+            ),
+            torch.cat([part.values for part in parts], dim=1),
+            {name: torch.cat([part.rewards[name] for part in parts]) for name in parts[0].rewards},
+            {name: torch.cat([part.gold[name] for part in parts]) for name in parts[0].gold},
+            sum(part.reward_calls for part in parts),
+            sum(part.gradient_gain * part.evaluations.images for part in parts) / images,
+            ParticleStats.concatenate(particles) if particles else None,
+        )
 
 
 class EvaluationCounter:
