@@ -66,6 +66,9 @@ class KLPenalty(Choice, name="penalty"):
     is set; see lacfast.learning.adaptive_kl. None: the weight stays."""
 
 
+MINIBATCH_DRAWS = ("free", "stratified")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(Config):
     """Advantages, loss and optimizers."""
@@ -112,6 +115,9 @@ class PPOConfig(Config):
     critic_rollouts: Count = 1
     """Last rollouts whose states a pass of the critic draws from; 1: today's alone. The latents and features
     of the others stay in the host's memory and go into checkpoints."""
+    minibatch_draw: Annotated[str, OneOf(MINIBATCH_DRAWS)] = "free"
+    """"free": any (sample, step) pairs, in random order; "stratified": of every sample as many steps as of
+    any other, to within one, which steps at random. Then several GPUs have the same work in a minibatch."""
     num_inner_epochs: Count = 1
     """Passes over a rollout."""
     timestep_fraction: Annotated[float, Range(above=0, most=1)] = 1.0

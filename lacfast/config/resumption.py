@@ -17,6 +17,7 @@ CHANGEABLE = {
     *("ppo.kl", "ppo.kl_limit"),
     *("ppo.gae_lambda", "ppo.lambda_gate", "ppo.advantage_clip", "ppo.target_clip"),
     *("ppo.num_minibatches", "ppo.critic_minibatches", "ppo.critic_rollouts", "ppo.num_inner_epochs"),
+    "ppo.minibatch_draw",
     *("ppo.timestep_fraction", "ppo.microbatch_size"),
     *("ppo.policy_learning_rate", "ppo.warmup_steps", "ppo.final_learning_rate"),
     *("ppo.value_learning_rate", "ppo.trunk_learning_rate"),

@@ -178,6 +178,7 @@ class Learner:
             *(source.pairs, ppo.num_minibatches, generator),
             fraction=ppo.timestep_fraction,
             share=source.rollout.share,
+            draw=ppo.minibatch_draw,
         ):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True
@@ -196,7 +197,7 @@ class Learner:
         # The same fields for every rollout, so that a graph fits all.
         bounds = old_values if ppo.critic_rollouts == 1 else None
         count, staging = ppo.critic_minibatches or ppo.num_minibatches, Staging(self.failed.device)
-        for experience, minibatch in self.replay.minibatches(today, count, generator):
+        for experience, minibatch in self.replay.minibatches(today, count, generator, ppo.minibatch_draw):
             targets, timesteps = experience.targets_for(update.critic), update.tables.timesteps
             source = CriticSource(experience, targets, timesteps, bounds)
             update.learn(*critic_minibatch(source, minibatch, staging), records)

@@ -55,22 +55,37 @@ class Pairs:
         return self.select(rows), torch.arange(size, device=device) < len(self)
 
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+
+
 class Shuffled:
     """The pairs of a batch in random order, those of this rank and the gaps that others fill.
 
     The order depends on the generator alone: it is the same on every rank, and for every number of them.
     """
 
-    def __init__(self, pairs: Pairs, generator: torch.Generator, share: Share | None = None) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        generator: torch.Generator,
+        share: Share | None = None,
+        *,
+        draw: str = "free",
+    ) -> None:
         """
         Args:
             pairs: of this rank, as `all_pairs` has them.
             generator: on the host.
             share: of the batch that this rank has. None: all of it.
+            draw: PPOConfig.minibatch_draw.
         """
         self._before: list[int] | None = None
         self.total = len(pairs) if share is None else len(pairs) // share.count * share.total
-        order = torch.randperm(self.total, generator=generator)
+        if draw == "stratified":
+            batch = int(pairs.rows.max()) + 1 if share is None else share.total
+            order = stratified_order(self.total // batch, batch, generator)
+        else:
+            order = torch.randperm(self.total, generator=generator)
         if share is not None and share.count < share.total:
             rows = order % share.total - share.first
             is_own = (rows >= 0) & (rows < share.count)
@@ -84,6 +99,22 @@ class Shuffled:
             return self._pairs.select(slice(first, behind))
         own = slice(self._before[first], self._before[behind])
         return replace(self._pairs.select(own), elsewhere=behind - first - (own.stop - own.start))
+
+
+def stratified_order(steps: int, batch: int, generator: torch.Generator) -> Tensor:
+    """An order of the pairs of K steps and B trajectories: K layers, each with every trajectory once.
+
+    Which step a trajectory has in a layer is random. Within a layer trajectories follow their multiples of
+    the golden ratio, from a random place on, so that any stretch of it has as many of every part of the batch
+    (H. Niederreiter, Random Number Generation and Quasi-Monte Carlo Methods, SIAM 1992, chapter 3).
+
+    Returns:
+        (K B,) int64 indices as `all_pairs` counts: step position times B, plus trajectory.
+    """
+    step = torch.rand(steps, batch, generator=generator).argsort(dim=0)
+    places = torch.arange(batch) * GOLDEN_RATIO + torch.rand(steps, 1, generator=generator)
+    rows = (places % 1).argsort(dim=1)
+    return (step.gather(1, rows) * batch + rows).flatten()
 
 
 def even_size(count: int, limit: int) -> int:
@@ -110,6 +141,7 @@ def minibatches(
     *,
     fraction: float = 1.0,
     share: Share | None = None,
+    draw: str = "free",
 ) -> Iterator[Pairs]:
     """A random `fraction` of the pairs in `count` parts, whose sizes differ by one at most over all ranks.
 
@@ -119,11 +151,12 @@ def minibatches(
         generator: on the host, the same on every rank.
         fraction: of all pairs.
         share: of the batch that this rank has. None: all of it.
+        draw: PPOConfig.minibatch_draw.
 
     Raises:
         ValueError: for fewer pairs than parts.
     """
-    shuffled = Shuffled(pairs, generator, share)
+    shuffled = Shuffled(pairs, generator, share, draw=draw)
     chosen = math.ceil(fraction * shuffled.total)
     if chosen < count:
         raise ValueError(

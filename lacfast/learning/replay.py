@@ -230,9 +230,9 @@ class ValueReplay(StateMemory[Experience]):
             self._room.require(today.nbytes // today.batch_size)
 
     def minibatches(
-        self, today: Experience, count: int, generator: torch.Generator
+        self, today: Experience, count: int, generator: torch.Generator, draw: str = "free"
     ) -> Iterator[tuple[Experience, Pairs]]:
-        """`count` minibatches, which together have as many states as today's rollout.
+        """`count` minibatches, which together have as many states as today's rollout; `draw` as in PPOConfig.
 
         Each is of one rollout, drawn at random, and has states of it that no earlier one had; its pairs lie
         where the rollout does.
@@ -242,7 +242,7 @@ class ValueReplay(StateMemory[Experience]):
         """
         known = [*self, today]
         parts = [
-            list(minibatches(all_states(experience), count, generator, share=experience.share))
+            list(minibatches(all_states(experience), count, generator, share=experience.share, draw=draw))
             for experience in known
         ]
         for part in range(count):

@@ -258,7 +258,7 @@ def _learn_from(
     for _ in range(math.ceil(settings.passes * kept_states / settings.minibatch_size)):
         states = memory[int(torch.randint(len(memory), (1,), generator=generator))]
         targets = value_targets(states.rewards, normalizer, config.ppo.target_clip)
-        shuffled = Shuffled(all_states(states), generator, states.share)
+        shuffled = Shuffled(all_states(states), generator, states.share, draw=config.ppo.minibatch_draw)
         drawn = shuffled.between(0, min(settings.minibatch_size, shuffled.total))
         source = CriticSource(states, targets, update.tables.timesteps)
         gathered, minibatch = critic_minibatch(source, drawn, staging)

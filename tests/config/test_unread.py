@@ -171,8 +171,9 @@ READ = {
     "GraphConfig": "mode",
     "LoRAConfig": "rank alpha target_modules seed",
     "PPOConfig": (
-        "clip dual_clip ratio kl kl_limit advantage_clip balance_steps num_minibatches num_inner_epochs "
-        "timestep_fraction microbatch_size policy_learning_rate warmup_steps final_learning_rate betas "
+        "clip dual_clip ratio kl kl_limit advantage_clip balance_steps num_minibatches minibatch_draw "
+        "num_inner_epochs timestep_fraction microbatch_size policy_learning_rate warmup_steps "
+        "final_learning_rate betas "
         "weight_decay adam_eps max_grad_norm"
     ),
     "RetryConfig": "timeout_s give_up_s max_bad_answers backoff_s max_backoff_s jitter",

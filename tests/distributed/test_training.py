@@ -50,6 +50,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
     "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
     "kl": {"ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2)},
+    "stratified": {"ppo": replace(PPO, minibatch_draw="stratified")},
     "replay": {"ppo": replace(PPO, critic_rollouts=2)},
     "value pretraining": {"pretrain": PRETRAINING},
     "graphs": {"graph": GraphConfig(mode="fake")},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lacfast import ops
+from lacfast.distributed import World
 from lacfast.learning.pairs import all_pairs, minibatches
 from lacfast.learning.step_tables import step_weights
 from lacfast.schedule import flow_sde, uniform_sigmas
@@ -61,3 +64,42 @@ def test_balanced_steps_pull_equally_on_the_model_s_output() -> None:
 def test_unbalanced_steps_all_weigh_one() -> None:
     table = flow_sde(uniform_sigmas(4), 0.7)
     assert torch.equal(step_weights(table, balanced=False), torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("steps", "batch", "count"), [(4, 8, 4), (5, 48, 4), (3, 7, 2), (9, 6, 4)])
+def test_a_stratified_draw_has_as_many_steps_of_every_trajectory_and_works_every_rank_alike(
+    steps: int, batch: int, count: int
+) -> None:
+    pairs = all_pairs(torch.arange(steps) + 2, batch)
+    drawn = list(minibatches(pairs, count, torch.Generator().manual_seed(1), draw="stratified"))
+    found = {(int(step), int(row)) for part in drawn for step, row in zip(part.steps, part.rows, strict=True)}
+    assert found == {(step + 2, row) for step in range(steps) for row in range(batch)}
+    assert sum(map(len, drawn)) == steps * batch
+    for part in drawn:
+        per_row = torch.bincount(part.rows, minlength=batch)
+        assert per_row.max() - per_row.min() <= 1 + (steps % count > 0)
+        halves = torch.bincount(part.rows // math.ceil(batch / 2), minlength=2)
+        assert abs(int(halves[0]) - int(halves[1])) <= 2 + math.ceil(steps / count) * (batch % 2)
+    other = list(minibatches(pairs, count, torch.Generator().manual_seed(2), draw="stratified"))
+    assert not torch.equal(drawn[0].rows * 100 + drawn[0].steps, other[0].rows * 100 + other[0].steps)
+
+
+@pytest.mark.parametrize("draw", ["free", "stratified"])
+def test_the_pairs_of_all_ranks_are_those_of_one(draw: str) -> None:
+    steps, batch, size = torch.arange(3), 8, 3
+    alone = minibatches(all_pairs(steps, batch), 4, torch.Generator().manual_seed(1), draw=draw)
+    ranks = []
+    for rank in range(size):
+        share = World(rank, size).share(batch)
+        own = all_pairs(steps, share.count)
+        drawn = minibatches(own, 4, torch.Generator().manual_seed(1), share=share, draw=draw)
+        ranks.append([(part, share.first) for part in drawn])
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        everyone = [
+            (int(step), first + int(row))
+            for part, first in parts
+            for step, row in zip(part.steps, part.rows, strict=True)
+        ]
+        expected = zip(whole.steps.tolist(), whole.rows.tolist(), strict=True)
+        assert sorted(everyone) == sorted(expected)
+        assert [part.total for part, _ in parts] == [len(whole)] * size
