@@ -1,6 +1,6 @@
-"""Strong scaling: the same iteration by more processes, one thread each, in turn.
+"""Strong scaling: the same iteration of the preset `shapes` by more processes, one thread each, in turn.
 
-    python -m bench.scaling                               1 and 2 processes, six rounds, to the screen
+    python -m bench.scaling                               1 and 2 processes, five rounds, to the screen
     python -m bench.scaling --processes 1 4 --rounds 3
 
 A round runs each number of processes once; a speed-up is the median over the rounds of the ratio within a
@@ -16,16 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from bench import machine
 from bench.matched_loops import brightness, tiny_match
-from lacfast.config import PPOConfig, Ratio, SamplerConfig, TrainConfig
 from lacfast.distributed import joined
+from lacfast.runs.presets import RUNS
 from lacfast.trainer import LatentActorCriticTrainer
 
-BATCH = 64
+BATCH = 192
+"""Of the preset."""
 ITERATIONS = 3
 """Timed ones of a process group, behind one that warms up."""
 
@@ -35,11 +37,11 @@ def seconds_per_iteration() -> float | None:
     torch.set_num_threads(1)
     with joined() as world:
         match = tiny_match("dit", batches=8, num_steps=8)
-        config = TrainConfig(
+        preset = RUNS["shapes"]().train
+        config = replace(
+            preset,
             batch_size=BATCH,
-            rollout_batch_size=BATCH // world.size,
-            sampler=SamplerConfig(num_steps=8),
-            ppo=PPOConfig(clip=Ratio(1e-3), num_minibatches=4, microbatch_size=32),
+            ppo=replace(preset.ppo, microbatch_size=32, minibatch_draw="stratified"),
         )
         trainer = LatentActorCriticTrainer(
             match.build(torch.float32), brightness, list(match.prompts), config
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rank", action="store_true", help="one process of a round, by the launcher")
     options = parser.parse_args(arguments)
     if options.rank:

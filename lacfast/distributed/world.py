@@ -119,19 +119,26 @@ class World:
         first = self.rank * each + min(self.rank, larger)
         return Share(first, each + (self.rank < larger), total)
 
-    def sum_(self, tensors: Sequence[Tensor], what: str) -> None:
-        """Add each tensor over all ranks, in place and in its own dtype; `what` they are, for messages."""
+    def sum_(self, tensors: Sequence[Tensor], what: str, *, maxima: Sequence[Tensor] = ()) -> None:
+        """Add tensors over all ranks, in place and in their own dtypes.
+
+        Args:
+            tensors: what is added.
+            what: they are, for messages.
+            maxima: () each, of which the largest of all ranks is taken on the same way.
+        """
         if self.size == 1:
             return
-        self.traffic.num_bytes += 2 * (self.size - 1) / self.size * sum(each.nbytes for each in tensors)
+        # Every rank has a place of its own in the sum.
+        places = [largest.new_zeros(self.size) for largest in maxima]
+        for place, largest in zip(places, maxima, strict=True):
+            place[self.rank] = largest
+        everything = [*tensors, *places]
+        self.traffic.num_bytes += 2 * (self.size - 1) / self.size * sum(each.nbytes for each in everything)
         with self._waiting(what):
-            _in_buckets(tensors, distributed.all_reduce)
-
-    def max_(self, tensor: Tensor, what: str) -> None:
-        """Take the largest of all ranks, element by element and in place."""
-        if self.size > 1:
-            with self._waiting(what):
-                distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX)
+            _in_buckets(everything, distributed.all_reduce)
+        for place, largest in zip(places, maxima, strict=True):
+            largest.copy_(place.amax())
 
     def rows(self, own: Tensor, what: str, *, dim: int = 0) -> Tensor:
         """The rows of all ranks in their order, along `dim`, of which ranks may have different numbers."""

@@ -174,9 +174,7 @@ class Update(ABC, Generic[Batch, Sums]):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients: list[Tensor] = [each.grad for each in self._reached if each.grad is not None]
-        self.world.sum_([*gradients, *self.totals.sums], what)
-        for largest in self.totals.maxima:
-            self.world.max_(largest, what)
+        self.world.sum_([*gradients, *self.totals.sums], what, maxima=self.totals.maxima)
 
     def _clip_and_step(self) -> None:
         bound = self.config.max_grad_norm

@@ -35,9 +35,8 @@ def _collectives() -> dict[str, Any]:
     rank = world.rank
     own = torch.arange(2.0 * (rank + 1)).view(rank + 1, 2) + 10 * rank
     sums = [torch.full((2,), float(rank)), torch.full((), 1.0, dtype=torch.float64), torch.ones(3)]
-    world.sum_(sums, "sums")
-    largest = torch.tensor([float(rank), -float(rank)])
-    world.max_(largest, "maxima")
+    largest = [torch.tensor(float(rank)), torch.tensor(-float(rank))]
+    world.sum_(sums, "sums", maxima=largest)
     first = torch.full((4,), float(rank) + 5)
     world.copy_from_first_([first], "weights")
     return {
@@ -63,7 +62,7 @@ def test_every_rank_has_the_rows_and_sums_of_all(tmp_path: Path) -> None:
         assert each["entries"] == ["rank 1", "rank 2", "rank 2"]
         assert each["of_first"] == 7
         assert [tensor.flatten()[0].item() for tensor in each["sums"]] == [3.0, 3.0, 3.0]
-        assert each["largest"].tolist() == [2.0, 0.0]
+        assert [tensor.item() for tensor in each["largest"]] == [2.0, 0.0]
         assert each["copied"].tolist() == [5.0] * 4
 
 
@@ -72,8 +71,7 @@ def test_a_world_of_one_hands_back_what_it_gets() -> None:
     assert world.rows(rows, "rows") is rows
     assert world.rows_on_first(rows, "rows") is rows
     assert world.entries(["x"], "entries") == ["x"]
-    world.sum_([rows], "sums")
-    world.max_(rows, "maxima")
+    world.sum_([rows], "sums", maxima=[rows.sum()])
     assert torch.equal(rows, torch.ones(2, 2))
 
 
