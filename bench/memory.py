@@ -6,27 +6,22 @@ python -m bench.memory      counts and writes bench/results/memory.json, which `
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lacfast.config import LoRAConfig
 from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import TINY_MODELS, plan
 from lacfast.runs.presets import RUNS
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
-WITH_LORA = "with a LoRA of rank 32"
-"""What a preset becomes that trains more weights than a GPU holds with their moments."""
 
 
 def configurations() -> dict[str, RunConfig]:
-    """Every preset of a published model, and with a LoRA where all weights are too many."""
+    """Every preset of a published model."""
     found = {name: preset() for name, preset in RUNS.items()}
-    found = {name: config for name, config in found.items() if config.model not in TINY_MODELS}
-    dance = found["dance-grpo-hpsv2"]
-    return found | {f"dance-grpo-hpsv2, {WITH_LORA}": replace(dance, lora=LoRAConfig(rank=32))}
+    return {name: config for name, config in found.items() if config.model not in TINY_MODELS}
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
@@ -80,9 +75,7 @@ def table(result: dict[str, Any]) -> str:
             ),
             _gigabytes(host),
         ]
-        lines.append(
-            f"| `{name.replace(', ', '`, ', 1)}{'' if ', ' in name else '`'} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     note = (
         "GB at the peak, weights and decoder included; the text encoders are there besides while they "
         "encode a block of prompts, where a preset keeps them off the device. A lower bound: reward "

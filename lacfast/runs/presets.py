@@ -217,7 +217,7 @@ def dance_grpo_hpsv2() -> RunConfig:
     Revision: XueZeyue/DanceGRPO at 15cc71d53cc2. There 16 GPUs take a prompt each. Its trajectories of one
     prompt share their first noise, its timesteps are cut to whole numbers, and a group's deviation divides by
     N - 1; here the noise is each trajectory's own, timesteps are exact, and it divides by N. All weights with
-    their moments are more than a GPU of 80 GB holds; `replace(config, lora=LoRAConfig(rank=32))` fits.
+    their moments are more than a GPU of 80 GB holds; `dance-grpo-hpsv2-lora` fits.
     """
     return RunConfig(
         out="runs/dance-grpo-hpsv2",
@@ -251,6 +251,11 @@ def dance_grpo_hpsv2() -> RunConfig:
             eval_sampler=SamplerConfig(kind="ode", num_steps=28, noise_level=0.0),
         ),
     )
+
+
+def dance_grpo_hpsv2_lora() -> RunConfig:
+    """DanceGRPO's published settings for a GPU of 80 GB: a LoRA in place of all weights."""
+    return replace(dance_grpo_hpsv2(), out="runs/dance-grpo-hpsv2-lora", lora=LoRAConfig(rank=32))
 
 
 def ddpo_compressibility() -> RunConfig:
@@ -300,6 +305,7 @@ RUNS = {
     "flux-pickscore": flux_pickscore,
     "flow-grpo-geneval": flow_grpo_geneval,
     "dance-grpo-hpsv2": dance_grpo_hpsv2,
+    "dance-grpo-hpsv2-lora": dance_grpo_hpsv2_lora,
     "ddpo-compressibility": ddpo_compressibility,
 }
 """What `lacfast train` knows by name."""
