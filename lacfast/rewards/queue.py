@@ -195,14 +195,4 @@ class RewardQueue:
         origin: Callable[[], str] | None,
     ) -> dict[str, Tensor]:
         with self._scoring.reading(decoded.result()) as images:
-            return self.rewards.score(images, prompts, metadata, origin, call=partial(self._call, images))
-
-    def _call(self, images: Tensor, function: Callable[[], Any], limit_s: float) -> Any:
-        """Call a reward in the thread that may be left behind, on the stream of this one."""
-        stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
-
-        def call() -> Any:
-            with torch.no_grad(), torch.cuda.stream(stream):
-                return function()
-
-        return self._caller(call, limit_s)
+            return self.rewards.score(images, prompts, metadata, origin, caller=self._caller)

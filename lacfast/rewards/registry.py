@@ -28,7 +28,7 @@ from lacfast.rewards.reward import (
     Reward,
     RewardError,
 )
-from lacfast.rewards.workers import TooLongError
+from lacfast.rewards.workers import Caller, TooLongError
 from lacfast.runtime.profiling import span
 
 _REMOTE = "lacfast.rewards.remote:RemoteReward"
@@ -38,14 +38,6 @@ RewardSpec = str | Reward | Sequence[str | Reward] | Mapping[str | Reward, float
 """One reward, several of equal weight, or reward -> weight; each a callable, a registered name, the
 "package.module:callable" of one of yours, or the http(s) URL of a reward server, after "flow_grpo+" of one
 that speaks flow_grpo's format, and after "name=" where the scores shall have a name that stays."""
-
-Call = Callable[[Callable[[], Any], float], Any]
-"""(function, seconds) -> what it returns or raises; a TooLongError when that takes longer."""
-
-
-def at_once(function: Callable[[], Any], limit_s: float) -> Any:
-    """What `function()` returns, however long that takes: a `Call` in the caller's thread."""
-    return function()
 
 
 @dataclass(frozen=True)
@@ -137,9 +129,16 @@ class RewardSet:
         metadata: list[dict[str, Any]],
         origin: Callable[[], str] | None = None,
         *,
-        call: Call = at_once,
+        caller: Caller | None = None,
     ) -> dict[str, Tensor]:
-        """name -> (B,) float32 on the CPU; `origin` as in require_finite, `call` makes the rewards' calls.
+        """name -> (B,) float32 on the CPU.
+
+        Args:
+            images: (B, 3, H, W)
+            prompts: B of them.
+            metadata: B of them.
+            origin: as in require_finite.
+            caller: makes the rewards' calls, and leaves one that hangs. None: one of this call's own.
 
         Raises:
             RewardError: when a reward raises, takes too long, returns another length or a value that is not
@@ -147,11 +146,16 @@ class RewardSet:
             NotFiniteError: when an image is not finite, before any reward is asked.
         """
         require_finite(images, prompts, origin)
-        with span("reward"):
-            return {
-                name: _checked(name, function, images, prompts, metadata, call)
-                for name, function in self.functions.items()
-            }
+        own = Caller("lacfast-reward") if caller is None else caller
+        try:
+            with span("reward"):
+                return {
+                    name: _checked(name, function, images, prompts, metadata, own)
+                    for name, function in self.functions.items()
+                }
+        finally:
+            if caller is None:
+                own.close()
 
     def check(self) -> None:
         """Ask, in seconds, for what the rewards need: servers, files of models.
@@ -278,13 +282,13 @@ def _checked(
     images: Tensor,
     prompts: list[str],
     metadata: list[dict[str, Any]],
-    call: Call,
+    caller: Caller,
 ) -> Tensor:
     remedy = "fix the reward, or set on_reward_error='skip' to drop such rollouts"
     limit_s = _time_limit(function)
     try:
         # What a reward changes in place is its own: the others and later iterations see what was made.
-        raw = call(partial(function, images.clone(), list(prompts), _copied(metadata)), limit_s)
+        raw = caller(partial(function, images.clone(), list(prompts), _copied(metadata)), limit_s, images)
     except TooLongError as error:
         raise RewardError(
             f"reward {name!r} has not returned for {limit_s:g} s for prompts {_some(prompts)} and is left "

@@ -11,6 +11,9 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 Result = TypeVar("Result")
 
 
@@ -76,13 +79,19 @@ class Caller:
         self._name = name
         self._workers = Workers(1, name)
 
-    def __call__(self, function: Callable[[], Result], limit_s: float) -> Result:
-        """What `function()` returns or raises.
+    def __call__(self, function: Callable[[], Result], limit_s: float, images: Tensor) -> Result:
+        """What `function()` returns or raises, without gradients and on this thread's stream of the images.
 
         Raises:
             TooLongError: after `limit_s` seconds. What it returns later is dropped.
         """
-        future = self._workers.submit(function)
+        stream = torch.cuda.current_stream(images.device) if images.is_cuda else None
+
+        def call() -> Result:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                return function()
+
+        future = self._workers.submit(call)
         try:
             return future.result(None if math.isinf(limit_s) else limit_s)
         except TimeoutError:

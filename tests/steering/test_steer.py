@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning, FirstSampleId, NoiseKey
 from lacfast.rewards.heads import RewardHeads
+from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import planned_evaluations, trajectories_per_step
@@ -487,3 +489,15 @@ def test_what_a_sampler_or_critic_cannot_serve_is_refused_before_any_forward(
     backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with refused.raised():
         steer(backbone, PROMPTS, config, sampler=sampler)
+
+
+def test_a_reward_that_hangs_ends_steering_with_its_name() -> None:
+    def asleep(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+        time.sleep(60)
+        return images.mean(dim=(1, 2, 3))
+
+    asleep.time_limit_s = 0.1  # type: ignore[attr-defined]
+    start = time.monotonic()
+    with pytest.raises(RewardError, match=r"reward 'asleep' has not returned for 0\.1 s"):
+        steer(backbone_with(LatentMean()), PROMPTS[:1], sampler=SAMPLER, gold=asleep)
+    assert time.monotonic() - start < 30
