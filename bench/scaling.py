@@ -2,6 +2,7 @@
 
     python -m bench.scaling                               1 and 2 processes, five rounds, to the screen
     python -m bench.scaling --processes 1 4 --rounds 3
+    python -m bench.scaling --paper                       a table of the presets on many GPUs, nothing is run
 
 A round runs each number of processes once; a speed-up is the median over the rounds of the ratio within a
 round, in seconds of wall time, so the machine should have an idle core for every process.
@@ -23,11 +24,15 @@ import torch
 from bench import machine
 from bench.matched_loops import brightness, tiny_match
 from lacfast.distributed import joined
+from lacfast.runs.plan import TINY_MODELS, plan
 from lacfast.runs.presets import RUNS
+from lacfast.runs.scaling import scaling
 from lacfast.trainer import LatentActorCriticTrainer
 
 BATCH = 192
 """Of the preset."""
+GPUS = (8, 16, 32, 64)
+"""Columns of the table."""
 ITERATIONS = 3
 """Timed ones of a process group, behind one that warms up."""
 
@@ -64,14 +69,34 @@ def measured(processes: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
+def paper() -> str:
+    """The presets of published models on GPUS, by lacfast.runs.scaling, as Markdown."""
+    head = " | ".join(f"{gpus} GPUs" for gpus in GPUS)
+    lines = [f"| | batch | gradients sent per GPU | {head} |", "|---|" + "---|" * (2 + len(GPUS))]
+    for name, preset in RUNS.items():
+        config = preset()
+        if config.model in TINY_MODELS:
+            continue
+        costs, batch = plan(config).costs, config.train.batch_size
+        found = [scaling(costs, config.train, gpus) if gpus <= batch else None for gpus in GPUS]
+        sent = max(each.gradient_bytes for each in found if each is not None)
+        cells = ["" if each is None else f"{each.efficiency:.1%}" for each in found]
+        lines.append(f"| `{name}` | {batch:,} | {sent / 1e9:.1f} GB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--paper", action="store_true", help="print the table")
     parser.add_argument("--rank", action="store_true", help="one process of a round, by the launcher")
     options = parser.parse_args(arguments)
+    if options.paper:
+        print(paper())
+        return
     if options.rank:
         seconds = seconds_per_iteration()
         if seconds is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from bench import scaling
+from lacfast.runs.presets import RUNS
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
@@ -24,3 +26,14 @@ def test_one_process_measures_an_iteration(monkeypatch: pytest.MonkeyPatch) -> N
     seconds = scaling.seconds_per_iteration()
     assert seconds is not None
     assert seconds > 0
+
+
+def test_the_table_has_the_presets_on_as_many_gpus_as_their_batch_has_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costs = SimpleNamespace(flops=8 * 400e12, trained_parameters=0, critic_parameters=0)
+    monkeypatch.setattr(scaling, "plan", lambda config: SimpleNamespace(costs=costs))
+    monkeypatch.setattr(scaling, "RUNS", {name: RUNS[name] for name in ("shapes", "flux-pickscore")})
+    head, _, *rows = scaling.paper().splitlines()
+    assert head.endswith("8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs |")
+    assert rows == ["| `flux-pickscore` | 48 | 0.0 GB | 100.0% | 100.0% | 100.0% |  |"]
