@@ -28,6 +28,8 @@ class Pairs:
     """(P,) int64 index of the step among those that are paired."""
     elsewhere: int = 0
     """Pairs of the same minibatch that other ranks have."""
+    batch_size: int | None = None
+    """Trajectories, where these are all pairs with them."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,7 +84,8 @@ class Shuffled:
         self._before: list[int] | None = None
         self.total = len(pairs) if share is None else len(pairs) // share.count * share.total
         if draw == "stratified":
-            batch = int(pairs.rows.max()) + 1 if share is None else share.total
+            batch = pairs.batch_size if share is None else share.total
+            assert batch is not None, "all_pairs tells the batch size, which would be a wait on the device"
             order = stratified_order(self.total // batch, batch, generator)
         else:
             order = torch.randperm(self.total, generator=generator)
@@ -126,7 +129,7 @@ def all_pairs(steps: Tensor, batch_size: int) -> Pairs:
     """Every pair of one of the `steps` (K,) and a trajectory."""
     position = torch.arange(len(steps), device=steps.device).repeat_interleave(batch_size)
     rows = torch.arange(batch_size, device=steps.device).repeat(len(steps))
-    return Pairs(steps[position], rows, position)
+    return Pairs(steps[position], rows, position, batch_size=batch_size)
 
 
 def all_states(source: StateSource) -> Pairs:

@@ -7,8 +7,9 @@ copy it from pinned memory (lacfast.transfer), or read it with what is read anyw
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny_backbones
@@ -29,6 +30,7 @@ from lacfast.config import (
 
 GRAPHS = GraphConfig(mode="on", strict=True, warmup_steps=1)
 PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8)
+DRAWS = pytest.mark.parametrize("draw", ["free", "stratified"])
 ITERATION = {
     # The records of all optimizer steps, then the metrics of the rollout.
     "lacfast/learning/totals.py:UpdateRecords.read": 1,
@@ -57,10 +59,12 @@ def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
     return LatentActorCriticTrainer(backbone, tiny_backbones.brightness, PROMPTS, config, metrics_path=path)
 
 
+@DRAWS
 def test_a_guided_iteration_on_graphs_reads_its_records_and_its_metrics(
-    cuda: WaitLog, tmp_path: Path
+    cuda: WaitLog, tmp_path: Path, draw: Literal["free", "stratified"]
 ) -> None:
-    trainer = trainer_for(graph=GRAPHS, metrics_path=tmp_path / "metrics.jsonl")
+    ppo = replace(PPO, minibatch_draw=draw)
+    trainer = trainer_for(graph=GRAPHS, ppo=ppo, metrics_path=tmp_path / "metrics.jsonl")
     for _ in range(3):
         trainer.train_iteration()
         trainer.evaluate()
@@ -79,8 +83,10 @@ def test_a_guided_iteration_on_graphs_reads_its_records_and_its_metrics(
     assert cuda.counts() == evaluation
 
 
-def test_value_pretraining_waits_for_no_minibatch(cuda: WaitLog) -> None:
+@DRAWS
+def test_value_pretraining_waits_for_no_minibatch(cuda: WaitLog, draw: Literal["free", "stratified"]) -> None:
     counts = []
+    ppo = replace(PPO, minibatch_draw=draw)
     for passes in (1.0, 3.0):
         pretrain = ValuePretrainingConfig(
             iterations=2,
@@ -91,7 +97,7 @@ def test_value_pretraining_waits_for_no_minibatch(cuda: WaitLog) -> None:
             completions=2,
             bound_states=2,
         )
-        trainer = trainer_for(graph=GraphConfig(mode="off"), pretrain=pretrain)
+        trainer = trainer_for(graph=GraphConfig(mode="off"), ppo=ppo, pretrain=pretrain)
         trainer.backbone.encode_prompts(PROMPTS)
         seen: list[Counter[str]] = []
 
