@@ -84,14 +84,16 @@ class KeptStates:
         )
 
     def of_share(self, share: Share) -> Self:
-        """Some of the rows of a whole batch."""
+        """Some of the rows of a whole batch, copied: the rest of it need not stay."""
         rows = share.rows
         return replace(
             self,
-            latents=self.latents[:, rows],
-            features={name: tensor[:, rows] for name, tensor in self.features.items()},
-            conditioning=self.conditioning.select(rows),
-            **{name: getattr(self, name)[rows] for name in self.by_row},
+            latents=self.latents[:, rows].clone(),
+            features={name: tensor[:, rows].clone() for name, tensor in self.features.items()},
+            conditioning=Conditioning(
+                {name: tensor[rows].clone() for name, tensor in self.conditioning.tensors.items()}
+            ),
+            **{name: getattr(self, name)[rows].clone() for name in self.by_row},
             share=share,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig
 from lacfast.config import TrainConfig
 from lacfast.critic.values import value_targets
+from lacfast.distributed import Share
 from lacfast.learning.batches import CriticSource
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.replay import Experience, ValueReplay
@@ -54,6 +55,14 @@ def test_alone_a_rollout_is_seen_once_and_whole() -> None:
     seen = drawn(ValueReplay(1), today, 3)
     assert len(seen) == today.num_steps * today.batch_size
     assert set(seen.values()) == {1}
+
+
+def test_a_share_of_a_checkpoint_does_not_keep_the_rows_of_others() -> None:
+    (whole,) = experiences(1)
+    part = whole.of_share(Share(0, 1, whole.batch_size))
+    kept = [part.latents, *part.features.values(), *part.conditioning.tensors.values(), part.targets]
+    assert [tensor.untyped_storage().nbytes() for tensor in kept] == [tensor.nbytes for tensor in kept]
+    torch.testing.assert_close(part.latents, whole.latents[:, :1])
 
 
 def test_a_pass_draws_from_the_last_rollouts_and_forgets_older_ones() -> None:
