@@ -22,8 +22,8 @@ from bench.learning.controls import CONTROL_TRUNKS
 from bench.learning.problems import Materials, Prompts
 from lacfast import CriticConfig
 from lacfast.config import TrainConfig
-from lacfast.critic.values import held_out_variance
 from lacfast.learning.value_bounds import ValueBounds
+from lacfast.learning.value_pretraining import held_out_variance
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.runs import presets

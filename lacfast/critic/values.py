@@ -65,11 +65,6 @@ def _values_of_host(critic: Critic, rollout: Rollout) -> Tensor:
     return stacked.view(-1, batch, stacked.shape[-1]).to(rollout.latents.device)
 
 
-def held_out_variance(critic: Critic, rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
-    """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
-    return rollout_variance(replace(rollout, values=rollout_values(critic, rollout)), normalizer)
-
-
 def rollout_variance(rollout: Rollout, normalizer: RewardNormalizer) -> Tensor:
     """Explained variance (T, M) of a rollout by the values that were sampled with it."""
     values = rollout.values

@@ -86,6 +86,14 @@ def held_out_rollout(
     return rollout
 
 
+def held_out_variance(
+    critic: Critic, rollout: Rollout, normalizer: RewardNormalizer, world: World = ALONE
+) -> Tensor:
+    """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
+    valued = replace(rollout, values=rollout_values(critic, rollout))
+    return rollout_variance(outcomes(valued, world), normalizer)
+
+
 class ValuePretraining:
     """Fits the critic to rollouts of a frozen actor until its explained variance stops rising.
 
@@ -207,8 +215,7 @@ class ValuePretraining:
         if self.held_out is None:
             variance = rollout_variance(whole, normalizer)
         else:
-            valued = replace(self.held_out, values=rollout_values(critic, self.held_out))
-            variance = rollout_variance(outcomes(valued, self.world), normalizer)
+            variance = held_out_variance(critic, self.held_out, normalizer, self.world)
         state.history.append(float(variance.mean()))
         state.explained_variance = variance
         self.log.write(

@@ -22,7 +22,7 @@ from lacfast import (
     ValuePretrainingConfig,
 )
 from lacfast.config import Ratio
-from lacfast.critic.values import held_out_variance, rollout_values, update_statistics
+from lacfast.critic.values import rollout_values, update_statistics
 from lacfast.learning import value_pretraining
 from lacfast.learning.pretraining_state import PretrainingState
 from lacfast.learning.value_confidence import ValueConfidence
@@ -47,7 +47,7 @@ def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None
     held_out = made.collect(PromptSet.create(PROMPTS).cycle(16), FirstSampleId.SELECTION)
     assert held_out is not None
     assert made.critic is not None
-    again = held_out_variance(made.critic, held_out, made.normalizer)
+    again = value_pretraining.held_out_variance(made.critic, held_out, made.normalizer)
     torch.testing.assert_close(again, result.explained_variance)
 
 
@@ -76,7 +76,7 @@ def test_without_held_out_states_each_rollout_measures_the_critic_that_has_not_s
     assert made.critic is not None
     rollout = made.collect(PromptSet.create(PROMPTS).cycle(64), FirstSampleId.SELECTION)
     assert rollout is not None
-    learned = held_out_variance(made.critic, rollout, made.normalizer)
+    learned = value_pretraining.held_out_variance(made.critic, rollout, made.normalizer)
     assert float(learned.mean()) > 0, "the last critic is kept, which no iteration has measured"
 
 
