@@ -383,7 +383,6 @@ class Advantages:
     M = 0 without a critic."""
     raw: Tensor
     """(K, B, M) per head, before combination."""
-
     metrics: dict[str, float] = field(default_factory=dict)
     """Counts of the estimator, by metric name."""
 

@@ -1,4 +1,4 @@
-"""The processes that train together, their sums and their rows: the only room that knows of ranks"""
+"""The processes that train together, their sums and their rows: the only room that knows of ranks."""
 
 from lacfast.distributed.world import ALONE, LostRankError, Share, ToldElsewhereError, World, joined
 
