@@ -153,7 +153,7 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
             Refusal(
                 "engine='rapidocr' needs its package",
                 cause="The OCR reward without its engine.",
-                remedy="pip install rapidocr onnxruntime",
+                remedy="pip install 'lacfast[rewards]'",
             ),
         ),
         (

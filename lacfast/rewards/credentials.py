@@ -1,4 +1,4 @@
-"""A reward server's credentials, from the user's netrc file: sent, and never written anywhere."""
+"""A reward server's credentials, from netrc file or environment: sent, and never written anywhere."""
 
 from __future__ import annotations
 
@@ -35,3 +35,15 @@ def authorization(host: str) -> str | None:
     if login.lower() == "bearer":
         return f"Bearer {password}"
     return "Basic " + base64.b64encode(f"{login}:{password}".encode()).decode("ascii")
+
+
+def api_key(variable: str) -> str:
+    """The key in an environment variable.
+
+    Raises:
+        ValueError: when it is not set.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"the environment has no {variable}; export {variable}=... with the server's key")
+    return key

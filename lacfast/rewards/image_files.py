@@ -21,6 +21,18 @@ def to_uint8(images: Tensor) -> npt.NDArray[np.uint8]:
     return pixels
 
 
+def pictures(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) float in [0, 1] as B RGB images of Pillow."""
+    return [Image.fromarray(pixels) for pixels in to_uint8(images)]
+
+
+def encode_picture(picture: Image.Image, *, image_format: str, **settings: Any) -> bytes:
+    """A file, in the format that Pillow knows by that name, with its settings."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=image_format, **settings)
+    return buffer.getvalue()
+
+
 def encode_images(images: Tensor, *, image_format: str, **settings: Any) -> list[bytes]:
     """One file per image, encoded by as many threads as there are processors.
 
@@ -31,9 +43,7 @@ def encode_images(images: Tensor, *, image_format: str, **settings: Any) -> list
     """
 
     def encode(pixels: npt.NDArray[np.uint8]) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format=image_format, **settings)
-        return buffer.getvalue()
+        return encode_picture(Image.fromarray(pixels), image_format=image_format, **settings)
 
     arrays = to_uint8(images)
     # The codecs release the interpreter's lock.

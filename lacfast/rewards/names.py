@@ -25,17 +25,18 @@ BUILT_IN: dict[str, str] = {
 ENTRY_POINTS = "lacfast.rewards"
 """Group of the entry points by which installed packages name rewards of theirs, in the same form."""
 
-_SERVER = re.compile(r"(?:([^=:/\s]+)=)?(flow_grpo\+)?(\w+://.*)")
+_SERVER = re.compile(r"(?:([^=:/\s]+)=)?(?:(flow_grpo|unified_reward)\+)?(\w+://.*)")
 
 
 class Server(NamedTuple):
-    """A reward server as it is written: "http://host:port/path", "name=http://...", "flow_grpo+http://..."."""
+    """A reward server as it is written: "http://host:port/path", "name=http://...", "flow_grpo+http://...",
+    "unified_reward+http://..."."""
 
     name: str
     """What its scores are called: the name that is written, else all that is."""
     url: str
-    speaks_flow_grpo: bool
-    """Whether it speaks flow_grpo's format, not our JSON."""
+    speaks: str
+    """"": our JSON; "flow_grpo": its format; "unified_reward": the chat API, as a UnifiedReward is asked."""
 
 
 def registered_rewards() -> dict[str, str]:
@@ -54,7 +55,7 @@ def server(entry: str) -> Server | None:
     if found is None:
         return None
     require_url(found[3])
-    return Server(found[1] or entry, found[3], found[2] is not None)
+    return Server(found[1] or entry, found[3], found[2] or "")
 
 
 def require_servers(entries: Iterable[str]) -> None:

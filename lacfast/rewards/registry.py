@@ -8,36 +8,34 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lacfast.config.checks import unknown
 from lacfast.prompts import PromptSet
 from lacfast.rewards.names import registered_rewards, require_known, server
-from lacfast.rewards.reward import (
-    TIME_LIMIT_S,
-    Cancellable,
-    Checkable,
-    Judged,
-    Loadable,
-    NotFiniteError,
-    Reward,
-    RewardError,
-)
-from lacfast.rewards.workers import Caller, TooLongError
+from lacfast.rewards.reward import Cancellable, Checkable, Declaration, Judged, Loadable, Reward, RewardError
+from lacfast.rewards.scoring import require_finite, require_reference, scored, time_limit
+from lacfast.rewards.workers import Caller
 from lacfast.runtime.profiling import span
 
-_REMOTE = "lacfast.rewards.remote:RemoteReward"
+_SERVERS = {
+    "": "lacfast.rewards.remote:RemoteReward",
+    "flow_grpo": "lacfast.rewards.remote:RemoteReward",
+    "unified_reward": "lacfast.rewards.judge:UnifiedReward",
+}
+"""What a server speaks -> the class of its reward."""
 _FLOW_GRPO_WIRE = "lacfast.rewards.wire:FlowGRPOFormat"
 
 RewardSpec = str | Reward | Sequence[str | Reward] | Mapping[str | Reward, float]
 """One reward, several of equal weight, or reward -> weight; each a callable, a registered name, the
 "package.module:callable" of one of yours, or the http(s) URL of a reward server, after "flow_grpo+" of one
-that speaks flow_grpo's format, and after "name=" where the scores shall have a name that stays."""
+that speaks flow_grpo's format, after "unified_reward+" of one that runs a UnifiedReward, and after "name="
+where the scores shall have a name that stays."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,19 @@ class RewardSet:
     """Named rewards with weights."""
 
     functions: dict[str, Reward]
+    """The rewards by their own names."""
+    heads: dict[str, tuple[str, ...]]
+    """Reward -> names of its scores: its own, or those that it declares."""
     weights: Tensor
-    """(M,) float32, in the order of `functions`."""
+    """(M,) float32 of the scores, in the order of `names`."""
 
     @staticmethod
     def create(spec: RewardSet | RewardSpec) -> RewardSet:
         """Resolve names and callables; a set is itself.
 
         Raises:
-            ValueError: for an unknown name (the known are listed), two rewards of one name, or no reward.
+            ValueError: for an unknown name (the known are listed), two rewards or scores of one name, or no
+                reward.
         """
         if isinstance(spec, RewardSet):
             return spec
@@ -73,28 +75,48 @@ class RewardSet:
                 f"two rewards share a name: {[_named(entry)[0] for entry in weighted]}; "
                 "wrap one in a function of another name"
             )
-        for name, limit_s in ((name, _time_limit(function)) for name, function in functions.items()):
+        for name, limit_s in ((name, time_limit(function)) for name, function in functions.items()):
             if not limit_s > 0:
                 raise ValueError(
                     f"reward {name!r} has time_limit_s={limit_s!r}; give it seconds above 0, or math.inf for "
                     "no limit"
                 )
-        return RewardSet(functions, torch.tensor(list(weighted.values()), dtype=torch.float32))
+        declared = {name: Declaration.of(function).head_weights(name) for name, function in functions.items()}
+        _require_different([head for heads in declared.values() for head in heads])
+        weights = [
+            weight * share
+            for weight, heads in zip(weighted.values(), declared.values(), strict=True)
+            for share in heads.values()
+        ]
+        return RewardSet(
+            functions,
+            {name: tuple(heads) for name, heads in declared.items()},
+            torch.tensor(weights, dtype=torch.float32),
+        )
 
     @staticmethod
     def union(sets: Sequence[RewardSet]) -> RewardSet:
-        """All rewards of several sets; of two that share a name the first counts."""
+        """All rewards of several sets; of two that share a name the first counts.
+
+        Raises:
+            ValueError: when rewards of different names share the name of a score.
+        """
         functions: dict[str, Reward] = {}
-        weights: list[Tensor] = []
+        heads: dict[str, tuple[str, ...]] = {}
+        weights: list[float] = []
         for rewards in sets:
-            new = [index for index, name in enumerate(rewards.names) if name not in functions]
-            functions |= {rewards.names[index]: rewards.functions[rewards.names[index]] for index in new}
-            weights.append(rewards.weights[new])
-        return RewardSet(functions, torch.cat(weights))
+            given = dict(zip(rewards.names, rewards.weights.tolist(), strict=True))
+            for name in [name for name in rewards.functions if name not in functions]:
+                functions[name], heads[name] = rewards.functions[name], rewards.heads[name]
+                weights += [given[head] for head in heads[name]]
+        union = RewardSet(functions, heads, torch.tensor(weights, dtype=torch.float32))
+        _require_different(union.names)
+        return union
 
     @property
     def names(self) -> list[str]:
-        return list(self.functions)
+        """Names of the M scores, which are the heads of a critic."""
+        return [head for heads in self.heads.values() for head in heads]
 
     @staticmethod
     def require_judges(scorers: Sequence[RewardSet], prompts: PromptSet, held_out: PromptSet) -> None:
@@ -113,10 +135,12 @@ class RewardSet:
             ValueError: for a prompt that a reward cannot judge an image of, as far as the reward tells.
         """
         for name, function in self.functions.items():
-            check: Judged | None = getattr(function, "check_prompt", None)
-            if check is None:
-                continue
-            for text, metadata in zip(prompts.texts, prompts.metadata, strict=True):
+            key = Declaration.of(function).reference
+            own: Judged | None = getattr(function, "check_prompt", None)
+            checks: list[Judged] = [own] if own else []
+            if key:
+                checks.append(partial(require_reference, key=key))
+            for check, (text, metadata) in product(checks, zip(prompts.texts, prompts.metadata, strict=True)):
                 try:
                     check(text, metadata)
                 except ValueError as error:
@@ -150,8 +174,9 @@ class RewardSet:
         try:
             with span("reward"):
                 return {
-                    name: _checked(name, function, images, prompts, metadata, own)
+                    head: scores
                     for name, function in self.functions.items()
+                    for head, scores in scored(name, function, images, prompts, metadata, own).items()
                 }
         finally:
             if caller is None:
@@ -196,19 +221,36 @@ class RewardSet:
                 reward.cancel()
 
 
+def declared_heads(entry: str) -> tuple[str, ...]:
+    """Names of the scores of a reward that is written as text; none of its packages or models is asked for.
+
+    Raises:
+        ValueError: for one that cannot be found.
+    """
+    name, location = _located(entry)
+    return tuple(Declaration.of(_imported(location)).head_weights(name))
+
+
+def _require_different(names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: when two of the scores share a name.
+    """
+    if len(set(names)) != len(names):
+        raise ValueError(f"two rewards share a name: {list(names)}; wrap one in a function of another name")
+
+
 def _named(entry: str | Reward) -> tuple[str, Reward]:
     """The name of a reward and the reward."""
     if not isinstance(entry, str):
         given = getattr(entry, "name", None)
         return given if isinstance(given, str) else getattr(entry, "__name__", type(entry).__name__), entry
+    name, location = _located(entry)
+    reward = _imported(location)
     address = server(entry)
     if address is not None:
-        made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if address.speaks_flow_grpo else {}
-        return address.name, _imported(_REMOTE)(urls=(address.url,), name=address.name, **made)
-    require_known([entry])
-    registered = registered_rewards()
-    location = registered.get(entry, entry)
-    reward = _imported(location)
+        made = {"wire": _imported(_FLOW_GRPO_WIRE)()} if address.speaks == "flow_grpo" else {}
+        return name, reward(urls=(address.url,), name=name, **made)
     if isinstance(reward, type):
         reward = _made(location, reward)
     if not callable(reward):
@@ -216,7 +258,21 @@ def _named(entry: str | Reward) -> tuple[str, Reward]:
             f"reward {entry!r} is a {type(reward).__name__}, which cannot be called; write a function of "
             "(images, prompts, metadata)"
         )
-    return entry if entry in registered else entry.partition(":")[2], reward
+    return name, reward
+
+
+def _located(entry: str) -> tuple[str, str]:
+    """The name of a reward that is written as text, and the "module:name" that makes it.
+
+    Raises:
+        ValueError: for one that nothing has.
+    """
+    address = server(entry)
+    if address is not None:
+        return address.name, _SERVERS[address.speaks]
+    require_known([entry])
+    registered = registered_rewards()
+    return (entry, registered[entry]) if entry in registered else (entry.partition(":")[2], entry)
 
 
 def _made(location: str, kind: type) -> Any:
@@ -269,88 +325,3 @@ def _imported(location: str) -> Any:
         names = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
         raise unknown(f"name in module {module_name!r}", name, names, f"The reward was {location!r}")
     return getattr(module, name)
-
-
-def _time_limit(function: Reward) -> float:
-    limit_s: float = getattr(function, "time_limit_s", TIME_LIMIT_S)
-    return limit_s
-
-
-def _checked(
-    name: str,
-    function: Reward,
-    images: Tensor,
-    prompts: list[str],
-    metadata: list[dict[str, Any]],
-    caller: Caller,
-) -> Tensor:
-    remedy = "fix the reward, or set on_reward_error='skip' to drop such rollouts"
-    limit_s = _time_limit(function)
-    try:
-        # What a reward changes in place is its own: the others and later iterations see what was made.
-        raw = caller(partial(function, images.clone(), list(prompts), _copied(metadata)), limit_s, images)
-    except TooLongError as error:
-        raise RewardError(
-            f"reward {name!r} has not returned for {limit_s:g} s for prompts {_some(prompts)} and is left "
-            f"behind; {remedy}; one that needs longer says so by an attribute time_limit_s, in seconds"
-        ) from error
-    except Exception as error:
-        raise RewardError(
-            f"reward {name!r} raised {type(error).__name__}: {error} for prompts {_some(prompts)}; {remedy}"
-        ) from error
-    try:
-        scores = torch.as_tensor(raw).detach().to("cpu", torch.float32)
-    except Exception as error:
-        raise RewardError(
-            f"reward {name!r} returned a {type(raw).__name__} that is no tensor of numbers; "
-            "return one number per image, as a tensor, an array or a list"
-        ) from error
-    if scores.shape != (len(prompts),):
-        raise RewardError(
-            f"reward {name!r} returned shape {tuple(scores.shape)} for {len(prompts)} images; "
-            "return one number per image"
-        )
-    finite = scores.isfinite()
-    if not bool(finite.all()):
-        culprits = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
-        raise RewardError(
-            f"reward {name!r} returned {scores[~finite][0].item()} for prompts {_some(culprits)}; {remedy}"
-        )
-    return scores
-
-
-def require_finite(images: Tensor, prompts: list[str], origin: Callable[[], str] | None = None) -> None:
-    """A check of images (B, 3, H, W) before anybody looks at them.
-
-    Args:
-        images: of `prompts`.
-        prompts: B of them.
-        origin: says where a NaN came from, once there is one. None: nobody knows.
-
-    Raises:
-        NotFiniteError: naming the prompts and the origin.
-    """
-    # As a JPEG file a picture of NaN is black, and nearly the best there is.
-    finite = images.isfinite().flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        culprits = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
-        raise NotFiniteError(
-            f"{origin() if origin else 'sampling or decoding'} made NaN or infinity in the images of prompts "
-            f"{_some(culprits)}, so that no reward was asked; lower the learning rate or the guidance scale, "
-            "or use float32 or bfloat16"
-        )
-
-
-def _copied(value: Any) -> Any:
-    """Containers, arrays and tensors anew; objects of other classes are the same."""
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [_copied(each) for each in value]
-    if isinstance(value, Tensor):
-        return value.clone()
-    return value.copy() if isinstance(value, np.ndarray | set) else value
-
-
-def _some(prompts: list[str]) -> str:
-    return f"{prompts[:3]}" + (f" and {len(prompts) - 3} more" if len(prompts) > 3 else "")

@@ -22,7 +22,7 @@ from lacfast.config.checks import Config, Count, NonNegative, Positive, Share
 from lacfast.rewards.credentials import authorization
 from lacfast.rewards.exchange import UnavailableError, post, reach
 from lacfast.rewards.names import require_url
-from lacfast.rewards.reward import BadAnswerError, RewardError
+from lacfast.rewards.reward import BadAnswerError, Declaration, RewardError
 from lacfast.rewards.wire import JSONFormat, WireFormat
 from lacfast.rewards.workers import Workers
 
@@ -63,6 +63,8 @@ class RemoteReward:
 
     # Its own limits are those of `retry`.
     time_limit_s = math.inf
+    # An instance has that of its wire format.
+    declaration = Declaration()
 
     urls: Sequence[str]
     """One or more servers that give the same scores, "http(s)://host:port/path"."""
@@ -97,6 +99,7 @@ class RemoteReward:
             found = None if "authorization" in given else authorization(host)
             if found is not None:
                 self._credentials[url] = {"Authorization": found}
+        self.declaration = Declaration(heads=self.wire.heads)
         if self.batch_size < 1 or self.concurrency < 1:
             raise ValueError(
                 f"batch_size={self.batch_size} and concurrency={self.concurrency} must be 1 or more"
@@ -120,8 +123,8 @@ class RemoteReward:
                 f"remote reward {self.name!r} has no server that answers: {told}; start it, or mend its URL"
             )
 
-    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-        """(B,) float32 scores on the CPU; no gradient.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
+        """(B,) float32 scores on the CPU, or a dict of them by the wire format's heads; no gradient.
 
         Args:
             images: (B, 3, H, W) float in [0, 1].
@@ -147,7 +150,10 @@ class RemoteReward:
             # Of the batches that ended: one that was given up ends the call before the others are asked.
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
-            return torch.tensor([score for future in futures for score in future.result()]).float()
+            rows = [row for future in futures for row in future.result()]
+            scores = torch.tensor(rows, dtype=torch.float32)
+            heads = self.wire.heads
+            return dict(zip(heads, scores.unbind(dim=1), strict=True)) if heads else scores[:, 0]
         except CancelledError as error:
             raise RewardError(f"remote reward {self.name!r} was cancelled") from error
         finally:
@@ -166,7 +172,7 @@ class RemoteReward:
         images: Tensor,
         prompts: list[str],
         metadata: list[dict[str, Any]],
-    ) -> list[float]:
+    ) -> list[tuple[float, ...]]:
         """The scores of batch `number`, from the first server that gives them."""
         body = self.wire.request(images, prompts, metadata)
         start, failures, bad_answers = self.clock(), 0, 0
@@ -219,7 +225,7 @@ class RemoteReward:
         now = self.clock()
         return sorted(rotated, key=lambda url: self._avoid_until.get(url, -math.inf) > now)
 
-    def _ask(self, url: str, body: bytes, expected: int, timeout_s: float) -> list[float]:
+    def _ask(self, url: str, body: bytes, expected: int, timeout_s: float) -> list[tuple[float, ...]]:
         """The scores of one request.
 
         Raises:
@@ -237,7 +243,7 @@ class RemoteReward:
         if len(scores) != expected:
             raise BadAnswerError(f"{len(scores)} scores for {expected} images")
         # Of NaN, too; what float32 cannot hold would be infinite to whoever learns from it.
-        unusable = [score for score in scores if not abs(score) <= _MAX_SCORE]
+        unusable = [score for row in scores for score in row if not abs(score) <= _MAX_SCORE]
         if unusable:
             raise BadAnswerError(f"a score is {unusable[0]}")
         return scores

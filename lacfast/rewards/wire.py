@@ -25,8 +25,12 @@ class WireFormat(Protocol):
     def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
         """The body of the POST request."""
 
-    def scores(self, body: bytes) -> list[float]:
-        """The scores of an answer's body.
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the scores of one image; empty where there is one without a name of its own."""
+
+    def scores(self, body: bytes) -> list[tuple[float, ...]]:
+        """The scores of an answer's body: a row per image, in it one of each head.
 
         Raises:
             BadAnswerError: when it holds none.
@@ -38,11 +42,14 @@ class JSONFormat:
     """Our own format.
 
     Request: {"images": [base64 of a file, ...], "image_format": "png" or "jpeg", "prompts": [str, ...],
-    "metadata": [object, ...]}. Answer: {"scores": [number, ...]}, one per image, in order.
+    "metadata": [object, ...]}. Answer: {"scores": [number, ...]}, one per image, in order; with `heads`
+    {"scores": {head: [number, ...], ...}}.
     """
 
     image_format: str = "png"
     """"png" keeps every bit; "jpeg" (quality 95) is about five times smaller."""
+    heads: tuple[str, ...] = ()
+    """Names of the scores that the server gives each image. Empty: one score, which has no name."""
 
     def __post_init__(self) -> None:
         if self.image_format not in ("png", "jpeg"):
@@ -67,15 +74,19 @@ class JSONFormat:
         except TypeError as error:
             raise ValueError(f"the prompts' metadata cannot be written as JSON: {error}") from error
 
-    def scores(self, body: bytes) -> list[float]:
-        try:
-            answer = json.loads(body)
-        # Of integers of thousands of digits, and of lists nested in thousands.
-        except (ValueError, RecursionError) as error:
-            raise BadAnswerError(f"the answer is no JSON that can be read: {body[:80]!r}") from error
+    def scores(self, body: bytes) -> list[tuple[float, ...]]:
+        answer = read_json(body)
         if not isinstance(answer, dict) or "scores" not in answer:
             raise BadAnswerError(f"the answer has no 'scores': {body[:80]!r}")
-        return _numbers(answer["scores"])
+        found = answer["scores"]
+        if not self.heads:
+            return [(score,) for score in _numbers(found)]
+        if not isinstance(found, dict) or set(found) != set(self.heads):
+            raise BadAnswerError(f"the answer's 'scores' are no object of {list(self.heads)}: {body[:80]!r}")
+        columns = [_numbers(found[head]) for head in self.heads]
+        if len(set(map(len, columns))) > 1:
+            raise BadAnswerError(f"the answer has {list(map(len, columns))} scores of {list(self.heads)}")
+        return list(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +124,29 @@ class FlowGRPOFormat:
         # Servers may run an older Python.
         return pickle.dumps(message, protocol=4)
 
-    def scores(self, body: bytes) -> list[float]:
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return ()
+
+    def scores(self, body: bytes) -> list[tuple[float, ...]]:
         answer = read_plain_pickle(body)
         if not isinstance(answer, dict) or self.answer not in answer:
             keys = sorted(answer)[:9] if isinstance(answer, dict) else type(answer).__name__
             raise BadAnswerError(f"the answer has no {self.answer!r} but {keys}")
-        return _numbers(answer[self.answer])
+        return [(score,) for score in _numbers(answer[self.answer])]
+
+
+def read_json(text: bytes | str) -> Any:
+    """What a server's JSON says.
+
+    Raises:
+        BadAnswerError: when it is none.
+    """
+    try:
+        return json.loads(text)
+    # Of integers of thousands of digits, and of lists nested in thousands.
+    except (ValueError, RecursionError) as error:
+        raise BadAnswerError(f"the answer is no JSON that can be read: {text[:80]!r}") from error
 
 
 def _numbers(values: Any) -> list[float]:

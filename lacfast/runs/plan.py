@@ -11,6 +11,7 @@ from lacfast.backbones import PipelineSettings, adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.distributed import World
 from lacfast.rewards.names import require_known
+from lacfast.rewards.registry import declared_heads
 from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import Dtype, RunConfig
 from lacfast.runs.costs import Costs, count
@@ -73,7 +74,8 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
         backbone, conditioning = blueprint.backbone, blueprint.conditioning()
         kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
         beside = blueprint.decoder_bytes + kept
-    critic = build_critic(backbone, len(config.rewards), config.train.critic)
+    heads = [head for name, _ in config.rewards for head in declared_heads(name)]
+    critic = build_critic(backbone, len(heads), config.train.critic)
     table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
     model = (backbone, critic, table, conditioning, config.train)
     planned_for = torch.device(device or config.device or ("cpu" if is_tiny else "cuda"))

@@ -15,7 +15,8 @@ from lacfast.critic.critic import Critic
 from lacfast.prompts import PromptEntry, PromptSet
 from lacfast.records import FirstSampleId, TransitionTable
 from lacfast.rewards.heads import RewardHeads
-from lacfast.rewards.registry import RewardSet, RewardSpec, require_finite
+from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.rewards.scoring import require_finite
 from lacfast.runtime.memory import BatchSize
 from lacfast.steering.cost import (
     EvaluationCounter,

@@ -14,17 +14,18 @@ from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ("http://host:80/score", ("http://host:80/score", "http://host:80/score", False)),
-        ("https://host/a?b=http://c", ("https://host/a?b=http://c", "https://host/a?b=http://c", False)),
-        ("flow_grpo+http://host", ("flow_grpo+http://host", "http://host", True)),
-        ("geneval=flow_grpo+http://host", ("geneval", "http://host", True)),
-        ("taste=http://10.0.0.1:8000", ("taste", "http://10.0.0.1:8000", False)),
+        ("http://host:80/score", ("http://host:80/score", "http://host:80/score", "")),
+        ("https://host/a?b=http://c", ("https://host/a?b=http://c", "https://host/a?b=http://c", "")),
+        ("flow_grpo+http://host", ("flow_grpo+http://host", "http://host", "flow_grpo")),
+        ("geneval=flow_grpo+http://host", ("geneval", "http://host", "flow_grpo")),
+        ("taste=http://10.0.0.1:8000", ("taste", "http://10.0.0.1:8000", "")),
+        ("taste=unified_reward+http://host/v1", ("taste", "http://host/v1", "unified_reward")),
         ("pickscore", None),
         ("my_package.rewards:redness", None),
     ],
 )
 def test_servers_have_the_name_that_is_written_or_all_that_is(
-    entry: str, expected: tuple[str, str, bool] | None
+    entry: str, expected: tuple[str, str, str] | None
 ) -> None:
     assert server(entry) == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -89,7 +90,7 @@ def test_unknown_engines_list_the_known() -> None:
     with Refusal(
         "unknown OCR engine 'tesseract'",
         cause="An engine that the OCR reward has no adapter for.",
-        remedy="known: rapidocr, easyocr, paddleocr, or a function",
+        remedy="known: rapidocr, rapidocr_line, easyocr, paddleocr, or a function",
     ).raised():
         OCRAccuracy(engine="tesseract")
 
@@ -97,7 +98,8 @@ def test_unknown_engines_list_the_known() -> None:
 @pytest.mark.parametrize(
     ("engine", "command"),
     [
-        ("rapidocr", "pip install rapidocr onnxruntime"),
+        ("rapidocr", "pip install 'lacfast[rewards]'"),
+        ("rapidocr_line", "pip install 'lacfast[rewards]'"),
         ("easyocr", "pip install easyocr"),
         ("paddleocr", "pip install 'paddleocr>=3' paddlepaddle"),
     ],
@@ -105,8 +107,8 @@ def test_unknown_engines_list_the_known() -> None:
 def test_a_missing_package_gives_its_install_command_before_any_image_is_made(
     monkeypatch: pytest.MonkeyPatch, engine: str, command: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, engine, None)
-    with pytest.raises(ImportError, match=command):
+    monkeypatch.setitem(sys.modules, engine.removesuffix("_line"), None)
+    with pytest.raises(ImportError, match=re.escape(command)):
         OCRAccuracy(engine=engine)
 
 
@@ -118,7 +120,9 @@ def packages() -> dict[str, ModuleType]:
 
     modules = {name: ModuleType(name) for name in ("rapidocr", "easyocr", "paddleocr")}
     rapid: Any = modules["rapidocr"]
-    rapid.RapidOCR = lambda: lambda pixels: SimpleNamespace(txts=(first(pixels),) if pixels.any() else None)
+    rapid.RapidOCR = lambda params: (
+        lambda pixels: SimpleNamespace(txts=(first(pixels),) if pixels.any() else None)
+    )
     easy: Any = modules["easyocr"]
     easy.Reader = lambda languages, gpu, verbose: SimpleNamespace(
         readtext=lambda pixels, detail: [first(pixels)]

@@ -236,7 +236,7 @@ def test_ten_thousand_mutations_are_read_as_numbers_or_refused() -> None:
         except BadAnswerError:
             refused += 1
         else:
-            assert all(type(score) is float for score in scores)
+            assert all(type(score) is float for (score,) in scores)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 5_000 < refused < 10_000, "mutations reach deep, and some leave the scores readable"

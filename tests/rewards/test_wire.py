@@ -60,7 +60,7 @@ def test_flow_grpo_request_is_what_its_servers_read() -> None:
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_flow_grpo_answers_with_numpy_numbers_are_read(scores: object, protocol: int) -> None:
     answer = {"scores": scores, "group_rewards": {"counting": [-10.0]}}
-    assert FlowGRPOFormat().scores(pickle.dumps(answer, protocol)) == [0.5, 1.0]
+    assert FlowGRPOFormat().scores(pickle.dumps(answer, protocol)) == [(0.5,), (1.0,)]
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,17 @@ def test_flow_grpo_answers_with_numpy_numbers_are_read(scores: object, protocol:
 def test_other_answers_are_refused(wire: WireFormat, body: bytes, message: str) -> None:
     with pytest.raises(BadAnswerError, match=message):
         wire.scores(body)
+
+
+def test_json_of_several_heads_is_an_object_of_lists() -> None:
+    wire = JSONFormat(heads=("style", "content"))
+    body = b'{"scores": {"content": [1, 2], "style": [3, 4.5]}}'
+    assert wire.scores(body) == [(3.0, 1.0), (4.5, 2.0)]
+    for wrong, message in (
+        (b'{"scores": [1, 2]}', r"'scores' are no object of \['style', 'content'\]"),
+        (b'{"scores": {"content": [1, 2]}}', "'scores' are no object of"),
+        (b'{"scores": {"content": [1, 2], "style": [3]}}', r"the answer has \[1, 2\] scores of"),
+        (b'{"scores": {"content": [1], "style": ["3"]}}', "a score is a str"),
+    ):
+        with pytest.raises(BadAnswerError, match=message):
+            wire.scores(wrong)
