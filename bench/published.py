@@ -11,9 +11,9 @@ from lacfast.backbones.published import PublishedModel, published_models
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
 
-ORDER = ("sd15", "sdxl", "sd35_medium", "flux_dev")
+ORDER = ("sd15", "sdxl", "sd35_medium", "flux_dev", "qwen_image")
 PUBLISHED = {name: published_models()[name] for name in ORDER}
-"""From the smallest to the largest."""
+"""In the order of the table."""
 
 
 def trained_backbone(model: PublishedModel, *, lora_rank: int = 32) -> LatentBackbone:
@@ -28,16 +28,14 @@ def trained_backbone(model: PublishedModel, *, lora_rank: int = 32) -> LatentBac
 
 def prompt_conditioning(model: PublishedModel, backbone: LatentBackbone, batch: int) -> Conditioning:
     """Conditioning of `batch` prompts, without values."""
-    shapes = ((batch, model.tokens, model.token_dim), (batch, model.pooled_dim))
-    tokens, pooled = (torch.empty(shape, device=backbone.device, dtype=backbone.dtype) for shape in shapes)
-    return backbone.conditioning(tokens, pooled)
+    return backbone.conditioning(model.embeddings(batch, device=backbone.device, dtype=backbone.dtype))
 
 
 def encode_prompt(model: PublishedModel) -> None:
     """One prompt through all text encoders, on the meta device."""
     encoders = model.text_encoders()
     for encoder in encoders:
-        is_t5 = isinstance(encoder, transformers.T5EncoderModel)
+        is_clip = isinstance(encoder, transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection)
         # SD3 puts T5's tokens behind those of CLIP.
-        length = model.tokens - 77 * (len(encoders) == 3) if is_t5 else 77
+        length = 77 if is_clip else model.prompt["encoder_hidden_states"][0] - 77 * (len(encoders) == 3)
         encoder(torch.zeros(1, length, dtype=torch.int64, device="meta"))

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from bench import matched_loops
 from bench.matched_loops import LEARNING_RATE, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.config import Fixed, KLPenalty, LoRAConfig, PPOConfig, SamplerConfig
 
@@ -35,16 +35,16 @@ PPO: dict[Peer | None, PPOConfig] = {
 class RandomEmbeddings:
     """Stands in for text encoders: every prompt has the same random embedding."""
 
-    def __init__(self, tokens: Tensor, pooled: Tensor) -> None:
-        """`tokens` (1, L, D) and `pooled` (1, P)."""
-        self.tokens = tokens
-        self.pooled = pooled
+    def __init__(self, embeddings: Embeddings) -> None:
+        """(1, ...) each."""
+        self.embeddings = embeddings
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self.tokens.repeat(len(prompts), 1, 1), self.pooled.repeat(len(prompts), 1)
+    def encode(self, prompts: Sequence[str]) -> Embeddings:
+        count = len(prompts)
+        return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in self.embeddings.items()}
 
-    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
-        return self.tokens, self.pooled
+    def encode_unconditional(self) -> Embeddings:
+        return self.embeddings
 
     def identity(self) -> None:
         """Nobody keeps them in files."""
@@ -89,9 +89,11 @@ def random_pipeline(published: PublishedModel, device: torch.device, dtype: torc
         settings=PipelineSettings(resolution=published.resolution),
     )
     generator = torch.Generator(device).manual_seed(0)
-    shapes = (1, published.tokens, published.token_dim), (1, published.pooled_dim)
-    tokens, pooled = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
-    backbone.prompts = PromptCache(RandomEmbeddings(tokens, pooled))
+    embeddings = published.embeddings(1, device=device)
+    for tensor in embeddings.values():
+        if tensor.is_floating_point():
+            tensor.normal_(generator=generator)
+    backbone.prompts = PromptCache(RandomEmbeddings(embeddings))
     return backbone
 
 

@@ -28,6 +28,10 @@ class Backbone(Protocol):
     critic: Critic | None
     """Its value function; the trainer makes one, load_backbone loads one."""
 
+    @property
+    def rescales_guidance(self) -> bool:
+        """Whether guidance is policy.rescaled_guidance."""
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...) of the prompts."""
 

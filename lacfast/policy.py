@@ -123,8 +123,26 @@ def guided_output(
         detach=detach,
     )
     cond, uncond = forward.output, forward.uncond_output
-    guided = cond if uncond is None else apply_guidance(cond, uncond, guidance_scale)
+    if uncond is None:
+        guided = cond
+    elif backbone.rescales_guidance:
+        guided = rescaled_guidance(cond, uncond, guidance_scale)
+    else:
+        guided = apply_guidance(cond, uncond, guidance_scale)
     return guided.contiguous(), forward.features
+
+
+def rescaled_guidance(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Guidance of a family that rescales it, in rollout and update by the same operations.
+
+        v = v_uncond + scale (v_cond - v_uncond);   v |v_cond| / |v|, each norm over the last dimension
+
+    Source: diffusers' QwenImagePipeline, flow_grpo's loop of it.
+    """
+    guided = uncond + scale * (cond - uncond)
+    own, wanted = (torch.linalg.vector_norm(each, dim=-1, keepdim=True) for each in (guided, cond))
+    rescaled: Tensor = guided * (wanted / own)
+    return rescaled
 
 
 def apply_guidance(cond: Tensor, uncond: Tensor, scale: float, *, base: Tensor | None = None) -> Tensor:

@@ -46,6 +46,21 @@ TINY: dict[str, dict[str, str]] = {
         "resolution=(512, 512)": "resolution=(16, 16)",
         '"_native_flash"': '"sdpa"',
     },
+    "families/qwen_image.md": CPU
+    | {
+        '"Qwen/Qwen-Image"': "pipeline('qwen_image')",
+        "resolution=(512, 512), max_sequence_length=256": "resolution=(16, 16), max_sequence_length=16",
+    },
+    "families/flux2.md": CPU
+    | {
+        '"black-forest-labs/FLUX.2-klein-base-4B"': "pipeline('flux2_klein')",
+        "resolution=(512, 512), max_sequence_length=256": "resolution=(16, 16), max_sequence_length=16",
+    },
+    "families/z_image.md": CPU
+    | {
+        '"Tongyi-MAI/Z-Image"': "pipeline('z_image')",
+        "resolution=(512, 512), max_sequence_length=256": "resolution=(16, 16), max_sequence_length=16",
+    },
     "migration.md": {
         'DefaultDDPOStableDiffusionPipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", use_lora=True)': (
             "pipeline('sd15')"

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -38,7 +58,7 @@ from lacfast.records import NoiseKey
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image")
 WORDS = ("a", "red", "blue", "cat", "dog", "of", "photo", "the", "tree", "sky")
 PROMPTS = [
     "a red cat",
@@ -52,6 +72,8 @@ PROMPTS = [
 ]
 RESOLUTION = (16, 16)
 CLIP_LENGTH = 12
+LENGTH = 16
+"""Tokens that prompts are padded to by families that pad."""
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -77,6 +99,40 @@ def t5_tokenizer() -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=CLIP_LENGTH)
+
+
+def qwen_tokenizer(*texts: str) -> Qwen2Tokenizer:
+    """Bytes, and each word of `texts` and WORDS as one token, alone and behind a space."""
+    specials = ["<|im_start|>", "<|im_end|>"]
+    empty = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}).backend_tokenizer.pre_tokenizer
+    plain = " ".join((*WORDS, *texts, *WORDS))
+    for special in specials:
+        plain = plain.replace(special, "")
+    vocabulary, merges = {"<|endoftext|>": 0}, dict[tuple[str, str], None]()
+    for character in sorted(ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    for piece, _ in empty.pre_tokenize_str(plain):
+        for end in range(2, len(piece) + 1):
+            vocabulary.setdefault(piece[:end], len(vocabulary))
+            merges.setdefault((piece[: end - 1], piece[end - 1]))
+    return Qwen2Tokenizer(vocab=vocabulary, merges=list(merges), additional_special_tokens=specials)
+
+
+def language_model(tokenizer: Any, *, layers: int = 1, width: int = 32, **config: Any) -> dict[str, Any]:
+    """Settings of a decoder of text."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return settings | config
 
 
 def clip_encoder(*, projected: bool, width: int = 16) -> CLIPTextModel | CLIPTextModelWithProjection:
@@ -232,7 +288,152 @@ def flux() -> FluxPipeline:
     )
 
 
-BUILDERS = {"sd15": sd15, "sdxl": sdxl, "sd3": sd3, "flux": flux}
+def flux2() -> Flux2Pipeline:
+    tokenizer = qwen_tokenizer()
+    # The system message would fill the tiny length.
+    tokenizer.chat_template = "{{ messages[-1]['content'][0]['text'] }}"
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {"model_type": "mistral"} | language_model(tokenizer, layers=30, width=8, head_dim=4)
+    return Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True),
+        text_encoder=Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        **flux2_parts(),
+    )
+
+
+def flux2_klein() -> Flux2KleinPipeline:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
+    return Flux2KleinPipeline(
+        transformer=flux2_transformer(guidance_embeds=False),
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(**language_model(tokenizer, layers=27, width=8, head_dim=4))
+        ),
+        tokenizer=tokenizer,
+        **flux2_parts(),
+    )
+
+
+def flux2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
+    model = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+    # Without a bias its gates would nearly close the blocks.
+    for name, parameter in model.named_parameters():
+        if "stream_modulation" in name:
+            parameter.data.mul_(8)
+    return model
+
+
+def flux2_parts() -> dict[str, Any]:
+    decoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    decoder.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    decoder.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return {
+        "vae": decoder,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+    "<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def qwen_image() -> QwenImagePipeline:
+    tokenizer = qwen_tokenizer(QWEN_TEMPLATE)
+    rotary = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 32}
+    return QwenImagePipeline(
+        transformer=QwenImageTransformer2DModel(
+            patch_size=2,
+            in_channels=16,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            max_image_seq_len=8192,
+            shift_terminal=0.02,
+            time_shift_type="exponential",
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[2.0, 1.5, 1.0, 0.5],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=language_model(tokenizer, rope_scaling=rotary, rope_parameters=rotary),
+                vision_config=vision,
+            )
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def z_image() -> ZImagePipeline:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "<|im_start|>{{ messages[-1]['content'] }}<|im_end|>"
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=3,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 6, 6],
+            axes_lens=[128, 16, 16],
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(
+            4, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ),
+        text_encoder=Qwen3Model(Qwen3Config(**language_model(tokenizer, layers=2, width=16, head_dim=8))),
+        tokenizer=tokenizer,
+    )
+
+
+BUILDERS = {
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "sd3": sd3,
+    "flux": flux,
+    "flux2": flux2,
+    "flux2_klein": flux2_klein,
+    "qwen_image": qwen_image,
+    "z_image": z_image,
+}
 
 
 def tiny_pipeline(family: str, *, seed: int = 0) -> Any:
@@ -267,12 +468,14 @@ def use_ddim(pipeline: Any) -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 
 
-SETTINGS = PipelineSettings(resolution=RESOLUTION)
+SETTINGS = PipelineSettings(resolution=RESOLUTION, max_sequence_length=LENGTH)
 STEPS = 4
 
 
-def backbone_of(pipeline: Any, **arguments: Any) -> LatentBackbone:
-    return load_backbone(pipeline, settings=SETTINGS, **arguments)
+def backbone_of(
+    pipeline: Any, *, resolution: tuple[int, int] = RESOLUTION, **arguments: Any
+) -> LatentBackbone:
+    return load_backbone(pipeline, settings=replace(SETTINGS, resolution=resolution), **arguments)
 
 
 def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: float) -> tuple[Tensor, Tensor]:
@@ -288,19 +491,46 @@ def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: flo
     return rollout.latents[0], backbone.decode(rollout.clean_latents)
 
 
-def own_call(pipeline: Any, prompts: list[str], latents: Tensor, guidance_scale: float) -> Tensor:
+def own_call(
+    pipeline: Any,
+    prompts: list[str],
+    latents: Tensor,
+    guidance_scale: float,
+    *,
+    resolution: tuple[int, int] = RESOLUTION,
+) -> Tensor:
     """Images of the pipeline's own __call__."""
     arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
-    if type(pipeline).__name__ == "FluxPipeline":
-        # FLUX tells a distilled model its guidance; true_cfg_scale is the classifier-free one.
-        arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * len(prompts)}
+    if type(pipeline).__name__ in EMPTY_PROMPTS:
+        # There guidance_scale is told to a distilled model; true_cfg_scale is the classifier-free one.
+        empty = EMPTY_PROMPTS[type(pipeline).__name__]
+        arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [empty] * len(prompts)}
+    if "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters:
+        arguments["max_sequence_length"] = LENGTH
+    if type(pipeline).__name__ == "ZImagePipeline":
+        # It counts guidance from none at all.
+        arguments = {"guidance_scale": guidance_scale - 1, "max_sequence_length": LENGTH}
+    if type(pipeline).__name__ == "Flux2Pipeline":
+        arguments = {"guidance_scale": 4.0, "max_sequence_length": LENGTH}
+    if type(pipeline).__name__.startswith("Flux2"):
+        # It takes maps of patches.
+        rows, columns = (side // 4 for side in resolution)
+        latents = latents.mT.unflatten(2, (rows, columns))
     images: Tensor = pipeline(
-        prompts,
-        height=RESOLUTION[0],
-        width=RESOLUTION[1],
+        prompt=list(prompts),
+        height=resolution[0],
+        width=resolution[1],
         num_inference_steps=STEPS,
         latents=latents,
         output_type="pt",
         **arguments,
     ).images
     return images
+
+
+def guided(family: str, scale: float) -> float:
+    """The scale, or 1 where the family's pipeline has no guidance but what the model is told."""
+    return 1.0 if family == "flux2" else scale
+
+
+EMPTY_PROMPTS = {"FluxPipeline": "", "QwenImagePipeline": " "}

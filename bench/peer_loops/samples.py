@@ -42,19 +42,19 @@ class PeerModel:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        tokens, pooled = self.backbone.prompt_encoder.encode(prompts)
-        return self._conditioning(tokens, pooled)
+        return self._conditioning(self.backbone.prompt_encoder.encode(prompts))
 
     @torch.no_grad()
     def encode_unconditional(self, count: int) -> dict[str, Tensor]:
-        tokens, pooled = self.backbone.prompt_encoder.encode_unconditional()
-        return self._conditioning(tokens.repeat(count, 1, 1), pooled.repeat(count, 1))
+        embeddings = self.backbone.prompt_encoder.encode_unconditional()
+        return self._conditioning(
+            {name: tensor.repeat(count, *(1,) * (tensor.ndim - 1)) for name, tensor in embeddings.items()}
+        )
 
-    def _conditioning(self, tokens: Tensor, pooled: Tensor) -> dict[str, Tensor]:
+    def _conditioning(self, embeddings: dict[str, Tensor]) -> dict[str, Tensor]:
         dtype = self.backbone.dtype
-        return self.backbone.conditioning(
-            tokens.to(self.device, dtype), pooled.to(self.device, dtype)
-        ).tensors
+        own = {name: tensor.to(self.device, dtype) for name, tensor in embeddings.items()}
+        return self.backbone.conditioning(own).tensors
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

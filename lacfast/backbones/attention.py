@@ -10,7 +10,7 @@ def attention_signature(model: Any) -> Hashable:
     """The attention kernels of a model's layers, as a key of captured graphs."""
     return frozenset(
         (type(processor).__name__, str(getattr(processor, "_attention_backend", None)))
-        for processor in model.attn_processors.values()
+        for processor in _processors(model)
     )
 
 
@@ -23,7 +23,7 @@ def set_attention_backend(model: Any, name: str) -> None:
         ValueError: for a backend that is unknown, not installed, or that this model's layers cannot take.
     """
     native = "native" if name == "sdpa" else name
-    processors = list(model.attn_processors.values())
+    processors = _processors(model)
     try:
         if all(hasattr(processor, "_attention_backend") for processor in processors):
             model.set_attention_backend(native)
@@ -38,3 +38,10 @@ def set_attention_backend(model: Any, name: str) -> None:
         raise ValueError(
             f"attention_backend={name!r} cannot be used here: {error}; leave it out for the model's own"
         ) from error
+
+
+def _processors(model: Any) -> list[Any]:
+    """Those of all attention layers; some models do not list them."""
+    if hasattr(model, "attn_processors"):
+        return list(model.attn_processors.values())
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]

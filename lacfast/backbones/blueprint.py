@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.loading import PIPELINES, load_backbone
+from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.published import PublishedModel, published_as
@@ -69,14 +71,10 @@ class ShapesOnly:
     def __init__(self, model: PublishedModel) -> None:
         self.model = model
 
-    def encode(self, prompts: Any) -> tuple[Tensor, Tensor]:
-        count = len(prompts)
-        return (
-            torch.empty(count, self.model.tokens, self.model.token_dim, device="meta"),
-            torch.empty(count, self.model.pooled_dim, device="meta"),
-        )
+    def encode(self, prompts: Sequence[str]) -> Embeddings:
+        return self.model.embeddings(len(prompts), device="meta")
 
-    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+    def encode_unconditional(self) -> Embeddings:
         return self.encode([""])
 
     def identity(self) -> None:

@@ -73,13 +73,15 @@ class CleanEstimate(nn.Module):
 class EstimateTrunk(Trunk):
     """A trunk that reads nothing of the actor's forward but its output."""
 
-    def __init__(self, estimate: CleanEstimate) -> None:
+    def __init__(self, estimate: CleanEstimate, prediction: Callable[[Tensor], Tensor] | None = None) -> None:
+        """`prediction`: what a step takes of the model's output; None: all of it."""
         super().__init__()
         self.estimate = estimate
+        self.prediction = prediction
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         def read(arguments: dict[str, Any], output: Any) -> Features:
-            return {"model_output": output[0]}
+            return {"model_output": output[0] if self.prediction is None else self.prediction(output[0])}
 
         return record_taps(model, [Tap("", read)], detach=detach)
 
@@ -102,14 +104,16 @@ class CleanNetTrunk(EstimateTrunk):
         estimate: CleanEstimate,
         latent_maps: Callable[[Tensor], Tensor],
         latent_shape: tuple[int, ...],
+        prediction: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             estimate: state and model output to clean latents.
             latent_maps: latents as the model takes them (B, ...) to maps (B, C, H, W).
             latent_shape: of one latent.
+            prediction: see EstimateTrunk.
         """
-        super().__init__(estimate)
+        super().__init__(estimate, prediction)
         self.latent_maps = latent_maps
         channels, *sides = latent_maps(torch.zeros(1, *latent_shape)).shape[1:]
         strides = [2] * halvings(max(sides)) + [1, 1]

@@ -123,15 +123,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-_ENCODING = 1
+_ENCODING = 2
 """Version of how this package calls a pipeline for embeddings; a change of them raises it."""
 _PLACES = ("_name_or_path", "transformers_version")
 """Settings of an encoder that tell where it is from."""
 
 
-def _tokenization(tokenizer: Any) -> list[Any]:
-    """What a tokenizer makes tokens by; its padding and truncation are set anew at every call."""
+def _tokenization(part: Any) -> list[Any]:
+    """What a tokenizer or a processor makes tokens by; padding and truncation are set at every call."""
+    tokenizer = getattr(part, "tokenizer", part)
     told = [type(tokenizer).__name__, tokenizer.model_max_length, tokenizer.get_vocab()]
+    told.append(getattr(part, "chat_template", None))
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         told += [state[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")]

@@ -2,102 +2,48 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.lora import merged_copy
-from lacfast.backbones.pipelines import (
-    Embeddings,
-    PipelineFamily,
-    PipelineSettings,
-    dynamic_shift,
-    encoder_device,
-    latent_map,
-)
-from lacfast.backbones.taps import THIRDS, Tap, blocks_at, record_taps
-from lacfast.backbones.trunks import SharedTrunk
-from lacfast.critic.trunk import Features, Trunk
+from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
+from lacfast.backbones.transformer import JOINT_ATTENTION, Blocks, PackedBackbone
+from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning
 
+LONGEST_PROMPT = 4096
+"""Tokens that have a position."""
 
-class FluxBackbone(LatentBackbone):
-    """A velocity model on packed latents (L, D): one token per 2x2 patch of the latent map."""
 
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+class FluxBackbone(PackedBackbone):
+    """A velocity model on packed latents, conditioned on prompt tokens and a pooled embedding."""
+
+    lora_targets = JOINT_ATTENTION
     repeated_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    blocks = (Blocks("transformer_blocks"), Blocks("single_transformer_blocks"))
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "pooled_projections")
 
-    def __init__(
-        self, model: Any, *args: Any, grid: tuple[int, int], embedded_guidance: float, **kwargs: Any
-    ) -> None:
-        """Arguments as LatentBackbone, and
-
-        Args:
-            grid: rows and columns of the patches.
-            embedded_guidance: told to a distilled model; one without guidance embedding ignores it.
-        """
-        super().__init__(model, *args, **kwargs)
-        self.grid = grid
-        self.latent_maps = partial(unpacked, grid=grid)
-        self.embedded_guidance = embedded_guidance
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Made once: a step would spend ten operations on them.
-        self.image_ids = image_ids(grid).to(self.device)
-        self.text_id = torch.zeros(1, 3, device=self.device)
+        self.image_ids, self.text_ids = (ids.to(self.device) for ids in self.position_ids())
 
-    def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
-        tensors = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
-        if self.model.config["guidance_embeds"]:
-            tensors["guidance"] = torch.full((len(tokens),), self.embedded_guidance, device=tokens.device)
-        return Conditioning(tensors)
+    def position_ids(self) -> tuple[Tensor, Tensor]:
+        """Positions (L, A) of the image's tokens and of a prompt's, on the model's axes."""
+        return image_ids(self.grid), torch.zeros(1, 3).expand(LONGEST_PROMPT, -1)
 
-    def predict_with(
-        self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> Tensor:
-        tokens = conditioning.tensors["encoder_hidden_states"]
-        output: Tensor = model(
-            sample,
-            timestep=timestep / 1000,
-            img_ids=self.image_ids,
-            txt_ids=self.text_id.expand(tokens.shape[1], -1),
-            **conditioning.tensors,
-            return_dict=False,
-        )[0]
-        return output
+    def fixed_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        length = conditioning.tensors["encoder_hidden_states"].shape[1]
+        return {"img_ids": self.image_ids, "txt_ids": self.text_ids[:length]}
 
-    def shared_trunk(self, fractions: tuple[float, ...] | None = None) -> SharedTrunk:
-        double, single = len(self.model.transformer_blocks), len(self.model.single_transformer_blocks)
-        names = [f"transformer_blocks.{index}" for index in range(double)]
-        names += [f"single_transformer_blocks.{index}" for index in range(single)]
-        dim = self.model.inner_dim
-        blocks = blocks_at(len(names), fractions or THIRDS)
-        return SharedTrunk({names[block]: (_block_output(names[block]), dim) for block in blocks})
-
-    def branch_trunk(self, num_blocks: int) -> Trunk:
-        return BranchTrunk(self.model, num_blocks, self.grid)
+    def block_arguments(self) -> nn.Module:
+        return Positions(self.model, *self.position_ids())
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
-        sigmas = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)
-        return {"sigmas": sigmas} | dynamic_shift(self.scheduler, self.latent_shape[0], max_shift=1.15)
-
-
-def unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L, 4 C) to (B, C, 2 rows, 2 columns): every token holds a 2x2 patch, channel first."""
-    rows, columns = grid
-    patches = latents.view(len(latents), rows, columns, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
+        shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
+        return {"sigmas": linear_sigmas(num_steps)} | shift
 
 
 def image_ids(grid: tuple[int, int]) -> Tensor:
@@ -106,95 +52,31 @@ def image_ids(grid: tuple[int, int]) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
-def _block_output(name: str) -> Tap:
-    """The image tokens (B, L, D) behind a block, which returns (prompt tokens, image tokens)."""
-
-    def read(arguments: dict[str, Any], output: Any) -> Features:
-        return {name: output[1]}
-
-    return Tap(name, read)
-
-
-class BranchTrunk(Trunk):
-    """The actor up to its last single blocks, then own copies of those, initialised from the actor."""
+class Positions(nn.Module):
+    """Rotary embeddings of prompt and image, for a branch's blocks."""
 
     image_ids: Tensor
+    text_ids: Tensor
 
-    def __init__(self, model: Any, num_blocks: int, grid: tuple[int, int]) -> None:
+    def __init__(self, model: Any, image_ids: Tensor, text_ids: Tensor) -> None:
         super().__init__()
-        depth = len(model.single_transformer_blocks)
-        if num_blocks > depth:
-            raise ValueError(
-                f"num_blocks={num_blocks} of the critic's branch exceeds the model's {depth} single blocks"
-            )
-        self.first_block = depth - num_blocks
-        self.blocks = nn.ModuleList(
-            merged_copy(block) for block in model.single_transformer_blocks[self.first_block :]
-        )
-        # Rotary embeddings have no weights.
-        self.pos_embed = merged_copy(model.pos_embed)
-        self.register_buffer("image_ids", image_ids(grid), persistent=False)
-        self.tap_dims = (model.inner_dim,) * (num_blocks + 1)
+        self.embed = merged_copy(model.pos_embed)
+        self.register_buffer("image_ids", image_ids, persistent=False)
+        self.register_buffer("text_ids", text_ids, persistent=False)
 
-    def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
-        def read(arguments: dict[str, Any], output: Any) -> Features:
-            return {name: arguments[name] for name in ("hidden_states", "encoder_hidden_states", "temb")}
-
-        return record_taps(model, [Tap(f"single_transformer_blocks.{self.first_block}", read)], detach=detach)
-
-    def forward(
-        self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
-    ) -> list[Tensor]:
-        hidden, encoder_hidden = features["hidden_states"], features["encoder_hidden_states"]
-        # A prompt's tokens are all at 0.
-        text_ids = self.image_ids.new_zeros((encoder_hidden.shape[1], 3))
-        rotary = self.pos_embed(torch.cat([text_ids, self.image_ids]))
-        taps = [hidden]
-        for block in self.blocks:
-            encoder_hidden, hidden = block(
-                hidden_states=hidden,
-                encoder_hidden_states=encoder_hidden,
-                temb=features["temb"],
-                image_rotary_emb=rotary,
-            )
-            taps.append(hidden)
-        return taps
+    def forward(self, features: Features, conditioning: Conditioning) -> dict[str, Any]:
+        streams = (features[name] for name in ("encoder_hidden_states", "hidden_states") if name in features)
+        length = sum(stream.shape[1] for stream in streams) - len(self.image_ids)
+        ids = torch.cat([self.text_ids[:length], self.image_ids])
+        return {"image_rotary_emb": self.embed(ids)}
 
 
-class FluxPipelines(PipelineFamily):
-    """FluxPipeline: FLUX.1 dev (guidance embedding) and schnell."""
-
-    model_part = "transformer"
-    text_parts = ("text_encoder", "text_encoder_2")
-
-    def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
-        tokens, pooled, _ = pipeline.encode_prompt(
-            prompt=prompts,
-            prompt_2=None,
-            device=encoder_device(pipeline.text_encoder),
-            max_sequence_length=settings.max_sequence_length or 512,
-        )
-        return tokens, pooled
-
-    def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
-        return self.encode(pipeline, [settings.negative_prompt or ""], settings)
-
-    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-        return latent_map(pipeline, pipeline.transformer.config.in_channels // 4, resolution, multiple=2)
-
-    def backbone(
-        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
-    ) -> LatentBackbone:
-        channels, height, width = map_shape
-        grid = (height // 2, width // 2)
-        return FluxBackbone(
-            pipeline.transformer,
-            latent_shape=(grid[0] * grid[1], 4 * channels),
-            grid=grid,
-            embedded_guidance=settings.embedded_guidance,
-            **shared,
-        )
-
-    def unpack(self, latents: Tensor, map_shape: tuple[int, ...]) -> Tensor:
-        _, height, width = map_shape
-        return unpacked(latents, (height // 2, width // 2))
+FLUX_PIPELINES = PackedPipelines(
+    backbone_class=FluxBackbone,
+    text_parts=("text_encoder", "text_encoder_2"),
+    prompt_options={"prompt_2": None},
+    prompt_outputs={"encoder_hidden_states": 0, "pooled_projections": 1},
+    sequence_length=512,
+    embedded_guidance=3.5,
+)
+"""FluxPipeline: FLUX.1 dev (guidance embedding) and schnell."""

@@ -23,7 +23,7 @@ from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk
-from lacfast.backbones.parts import LatentCodec, PromptEncoder
+from lacfast.backbones.parts import Embeddings, LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
@@ -39,8 +39,8 @@ from lacfast.runtime.precision import running_in
 from lacfast.transfer import to_device
 
 
-def _unchanged(latents: Tensor) -> Tensor:
-    return latents
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class Storage(Protocol):
@@ -63,6 +63,10 @@ class LatentBackbone(ABC):
     """Ends of the names of the modules that LoRA adapts by default: the attention's projections."""
     repeated_blocks: ClassVar[tuple[str, ...]]
     """Classes of the blocks that the model repeats, which `compile_blocks` compiles."""
+    prompt_arguments: ClassVar[tuple[str, ...]]
+    """What the model is told of a prompt, by its forward's names."""
+    rescales_guidance: ClassVar[bool] = False
+    """See the protocol."""
 
     def __init__(
         self,
@@ -107,6 +111,8 @@ class LatentBackbone(ABC):
         self.latent_shape = latent_shape
         self.latent_maps: Callable[[Tensor], Tensor] = _unchanged
         """Maps (B, C, H, W) of latents (B, ...) as the model takes them; a family that packs them unpacks."""
+        self.prediction: Callable[[Tensor], Tensor] = _unchanged
+        """The output (B, ...) that a step takes, of what the model gives."""
         self.storage = storage
         self.scheduler = scheduler
         self.critic: Critic | None = None
@@ -132,9 +138,9 @@ class LatentBackbone(ABC):
     def prompt_encoder(self) -> PromptEncoder:
         return self.prompts.encoder
 
-    @abstractmethod
-    def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
-        """The model's arguments for token embeddings (B, L, D) and a pooled embedding (B, P)."""
+    def conditioning(self, embeddings: Embeddings) -> Conditioning:
+        """The model's arguments (B, ...) for prompts' embeddings, on the device of those."""
+        return Conditioning({name: embeddings[name] for name in self.prompt_arguments})
 
     @abstractmethod
     def predict_with(
@@ -187,7 +193,9 @@ class LatentBackbone(ABC):
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
         if config.trunk == "clean_net":
-            return CleanNetTrunk(CleanEstimate(self.scheduler), self.latent_maps, self.latent_shape)
+            return CleanNetTrunk(
+                CleanEstimate(self.scheduler), self.latent_maps, self.latent_shape, self.prediction
+            )
         return registered_trunk(self, config)
 
     def _tapped_trunk(self, config: CriticConfig, shared: SharedTrunk) -> Trunk:
@@ -207,20 +215,24 @@ class LatentBackbone(ABC):
         if self.device.type != "meta":
             return self.encode_unconditional(1)
         # The cache wants numbers.
-        return self.conditioning(*self._on_device(self.prompt_encoder.encode_unconditional()))
+        return self.conditioning(self._on_device(self.prompt_encoder.encode_unconditional()))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning (B, ...); every distinct prompt is encoded once."""
-        return self.conditioning(*self._on_device(self.prompts.fetch(prompts)))
+        return self.conditioning(self._on_device(self.prompts.fetch(prompts)))
 
     def encode_unconditional(self, count: int) -> Conditioning:
         """Conditioning (B, ...) without a prompt, or with the negative one; copied once for all B."""
-        tokens, pooled = self._on_device(self.prompts.fetch_unconditional(1))
-        return self.conditioning(tokens.expand(count, -1, -1), pooled.expand(count, -1))
+        embeddings = self._on_device(self.prompts.fetch_unconditional())
+        return self.conditioning(
+            {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in embeddings.items()}
+        )
 
-    def _on_device(self, embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens, pooled = (to_device(each, self.device, self.dtype) for each in embeddings)
-        return tokens, pooled
+    def _on_device(self, embeddings: Embeddings) -> Embeddings:
+        return {
+            name: to_device(tensor, self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in embeddings.items()
+        }
 
     def free_text_encoders(self, prompts: Sequence[str] = ()) -> None:
         """Take the text encoders off the device, to the CPU.

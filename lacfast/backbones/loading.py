@@ -16,7 +16,8 @@ from torch import nn
 from lacfast.backbone import build_critic
 from lacfast.backbones.attention import set_attention_backend
 from lacfast.backbones.fingerprint import Fingerprint
-from lacfast.backbones.flux import FluxPipelines
+from lacfast.backbones.flux import FLUX_PIPELINES
+from lacfast.backbones.flux2 import FLUX2_PIPELINES
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.pipelines import (
@@ -26,11 +27,13 @@ from lacfast.backbones.pipelines import (
     VAECodec,
     prepare_vae,
 )
-from lacfast.backbones.sd3 import SD3Backbone, SD3Pipelines
-from lacfast.backbones.sdxl import SDXLPipelines
+from lacfast.backbones.qwen_image import QWEN_IMAGE_PIPELINES
+from lacfast.backbones.sd3 import SD3_PIPELINES, SD3Backbone
+from lacfast.backbones.sdxl import SDXL_PIPELINES
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
-from lacfast.backbones.unet import SD15Pipelines, UNetBackbone
+from lacfast.backbones.unet import SD15_PIPELINES, UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
+from lacfast.backbones.z_image import Z_IMAGE_PIPELINES
 from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
 from lacfast.runtime.directories import recover, require_whole
@@ -39,12 +42,16 @@ from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
 
 PIPELINES: dict[str, PipelineFamily] = {
-    "StableDiffusionPipeline": SD15Pipelines(),
-    "StableDiffusionXLPipeline": SDXLPipelines(),
-    "StableDiffusion3Pipeline": SD3Pipelines(),
-    "FluxPipeline": FluxPipelines(),
+    "StableDiffusionPipeline": SD15_PIPELINES,
+    "StableDiffusionXLPipeline": SDXL_PIPELINES,
+    "StableDiffusion3Pipeline": SD3_PIPELINES,
+    "FluxPipeline": FLUX_PIPELINES,
+    "Flux2Pipeline": FLUX2_PIPELINES,
+    "Flux2KleinPipeline": FLUX2_PIPELINES,
+    "QwenImagePipeline": QWEN_IMAGE_PIPELINES,
+    "ZImagePipeline": Z_IMAGE_PIPELINES,
 }
-"""diffusers' pipeline class -> how it is used. A new family is a file with such a class and an entry here."""
+"""diffusers' pipeline class -> how it is used. A new family is a file with such an object and a line here."""
 
 MODELS: dict[str, type[LatentBackbone]] = {
     "SD3Transformer2DModel": SD3Backbone,
@@ -324,6 +331,8 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
 
 
 def _default_resolution(pipeline: Any, family: PipelineFamily) -> tuple[int, int]:
+    if family.resolution is not None:
+        return family.resolution
     model = getattr(pipeline, family.model_part)
     size = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size

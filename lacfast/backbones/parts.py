@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+Embeddings = dict[str, Tensor]
+"""What a model is told of prompts: tensors (B, ...) by the name that its family reads them by."""
+
+
+def stacked(prompts: Sequence[Embeddings]) -> Embeddings:
+    """(B, ...) of B prompts' (...)."""
+    return {name: torch.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
 
 
 class PromptEncoder(Protocol):
     """Text to embeddings."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token embeddings (B, L, D) and a pooled embedding (B, P); P = 0 where the family has none."""
+    def encode(self, prompts: Sequence[str]) -> Embeddings:
+        """(B, ...) each, of one length L whatever the prompts are."""
 
-    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
+    def encode_unconditional(self) -> Embeddings:
         """The same, with B = 1, of what classifier-free guidance puts in a prompt's place."""
 
     def identity(self) -> str | None:

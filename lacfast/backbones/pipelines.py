@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lacfast.backbones.fingerprint import encoder_identity
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.scheduler_choice import flow_scheduler
+from lacfast.backbones.transformer import unpacked
 from lacfast.config.checks import Config, Count, NonNegative
 from lacfast.transfer import to_device
 
@@ -26,9 +27,10 @@ class PipelineSettings(Config):
     negative_prompt: str | None = None
     """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
     max_sequence_length: Count | None = None
-    """Tokens of the T5 encoder of SD3 and FLUX. None: the pipeline's own, 256 and 512."""
-    embedded_guidance: NonNegative = 3.5
-    """Guidance that a distilled FLUX is told; not classifier-free guidance."""
+    """Tokens of a prompt, CLIP's aside. None: the pipeline's own, 256 of SD3, 300 of PixArt, else 512."""
+    embedded_guidance: NonNegative | None = None
+    """Guidance that a distilled FLUX is told; not classifier-free guidance. None: the pipeline's own, 3.5 of
+    FLUX.1 and 4 of FLUX.2."""
     vae_dtype: str | None = None
     """torch's name of the dtype that the decoder runs in, "bfloat16". None: the decoder's own."""
     vae_slicing: bool = False
@@ -43,49 +45,166 @@ class PipelineSettings(Config):
                 f"vae_dtype={self.vae_dtype!r} is no dtype of torch; use 'bfloat16' or 'float32'"
             )
 
-    @property
-    def negative_prompts(self) -> list[str] | None:
-        """Negative prompts in the form that encode_prompt takes beside one prompt."""
-        return None if self.negative_prompt is None else [self.negative_prompt]
+
+TOKENS = "encoder_hidden_states"
+"""Name of a prompt's tokens in every family."""
 
 
-Embeddings = tuple[Tensor, Tensor]
-"""Tokens (B, L, D) and a pooled embedding (B, P); P = 0 where the family has none."""
-
-
-class PipelineFamily(ABC):
+@dataclass(frozen=True, kw_only=True)
+class PipelineFamily:
     """How one class of pipelines is used; a family's file has one."""
 
-    model_part: ClassVar[str]
-    """Component that is trained: "unet" or "transformer"."""
-    text_parts: ClassVar[tuple[str, ...]]
+    backbone_class: type[LatentBackbone]
+    """The family's adapter."""
+    model_part: str = "transformer"
+    """Component that is trained."""
+    text_parts: tuple[str, ...] = ("text_encoder",)
     """Components that only encode prompts."""
+    prompt_outputs: Mapping[str, int]
+    """What the backbone reads of a prompt -> its place in what encode_prompt returns."""
+    negative_outputs: Mapping[str, int] | None = None
+    """The same of the negative prompt that guidance gets beside a prompt. None: it is encoded as a prompt."""
+    prompt_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of encode_prompt."""
+    empty_prompt: str | None = ""
+    """What stands for no negative prompt. None: the pipeline's own way without one."""
+    sequence_length: int | None = None
+    """encode_prompt's max_sequence_length in the pipeline's own call; None: it takes none."""
+    mask: str | None = None
+    """The backbone's mask of the tokens (B, L), where encode_prompt pads to the longest prompt: each is then
+    encoded alone and padded to `sequence_length`, so that its bits depend on no other."""
+    scheduler: Callable[[Any], Any] = flow_scheduler
+    """From the pipeline's scheduler to one of its noise levels that a transition table can be made of."""
+    pads_to: int = 1
+    """A masked prompt's length is rounded up to a multiple of it."""
+    multiple: int | None = None
+    """What sides of the latents must be divisible by. None: the model's patch size."""
+    resolution: tuple[int, int] | None = None
+    """(height, width) in pixels of the pipeline's own call, where no config tells it."""
+    has_frames: bool = False
+    """Whether the decoder takes and gives a video (B, C, F, H, W), which is of one frame here."""
 
-    @abstractmethod
     def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
-        """Through the pipeline's own encode_prompt."""
+        """(B, ...) of the prompts, through the pipeline's own encode_prompt."""
+        if self.mask is None:
+            return self._encoded(pipeline, prompts, settings, self.prompt_outputs)
+        length = settings.max_sequence_length or self.sequence_length
+        assert length is not None
+        length = -(-length // self.pads_to) * self.pads_to
+        padded = {}
+        for prompt in dict.fromkeys(prompts):
+            tokens = self._encoded(pipeline, [prompt], settings, self.prompt_outputs)[TOKENS]
+            padded[prompt] = _padded(tokens, self.mask, length)
+        return {name: torch.cat([padded[prompt][name] for prompt in prompts]) for name in (TOKENS, self.mask)}
 
-    @abstractmethod
     def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
         """B = 1, of the negative prompt."""
+        negative = self.empty_prompt if settings.negative_prompt is None else settings.negative_prompt
+        if self.negative_outputs is None:
+            return self.encode(pipeline, [negative or ""], settings)
+        given = None if negative is None else [negative]
+        guided = {"do_classifier_free_guidance": True, "negative_prompt": given}
+        return self._encoded(pipeline, [""], settings, self.negative_outputs, **guided)
 
-    @abstractmethod
+    def _encoded(
+        self,
+        pipeline: Any,
+        prompts: list[str],
+        settings: PipelineSettings,
+        outputs: Mapping[str, int],
+        **guided: Any,
+    ) -> Embeddings:
+        options = {**self.prompt_options}
+        if self.sequence_length is not None:
+            options["max_sequence_length"] = settings.max_sequence_length or self.sequence_length
+        if self.negative_outputs is not None:
+            options |= guided or {"do_classifier_free_guidance": False}
+        encoders = [getattr(pipeline, name) for name in self.text_parts]
+        device = encoder_device(next((encoder for encoder in encoders if encoder is not None), None))
+        made = pipeline.encode_prompt(prompt=prompts, device=device, **options)
+        # Some give a list of prompts.
+        return {
+            name: made[place] if isinstance(made[place], Tensor) else torch.stack(list(made[place]))
+            for name, place in outputs.items()
+        }
+
     def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-        """(C, H, W) of the latents of images of (height, width) pixels, before any packing."""
+        """(C, H, W) of the latents of images of (height, width) pixels, before any packing.
 
-    @abstractmethod
+        Raises:
+            ValueError: for a resolution that is no multiple of what the model needs.
+        """
+        config = getattr(pipeline, self.model_part).config
+        multiple = self.multiple or config.get("patch_size", 1)
+        return latent_map(pipeline, config.in_channels, resolution, multiple=multiple)
+
     def backbone(
         self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
     ) -> LatentBackbone:
         """The family's adapter; `shared` are LatentBackbone's arguments but for model and latent shape."""
+        own = {"latent_shape": map_shape} | self.arguments(pipeline, settings, map_shape)
+        return self.backbone_class(getattr(pipeline, self.model_part), **own, **shared)
 
-    def scheduler(self, scheduler: Any) -> Any:
-        """A scheduler of the same noise levels that a transition table can be made of."""
-        return flow_scheduler(scheduler)
+    def arguments(
+        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        """What the family's adapter takes besides LatentBackbone's arguments."""
+        return {}
 
     def unpack(self, latents: Tensor, map_shape: tuple[int, ...]) -> Tensor:
-        """Latents as the decoder takes them, (B, C, H, W)."""
+        """Latents (B, C, H, W) of those that the model takes."""
         return latents
+
+    def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the decoder takes: latents / scaling * std + mean + shift, as far as its config has these."""
+        config = vae.config
+        if getattr(config, "scaling_factor", None) is not None:
+            latents = latents / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None:
+            mean = to_device(torch.tensor(config.latents_mean), latents.device).view(1, -1, 1, 1)
+            std = to_device(torch.tensor(config.latents_std), latents.device).view(1, -1, 1, 1)
+            latents = latents * std + mean
+        if getattr(config, "shift_factor", None) is not None:
+            latents = latents + config.shift_factor
+        return latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedPipelines(PipelineFamily):
+    """A family whose model takes a token for every 2x2 patch of the latents."""
+
+    embedded_guidance: float = 1.0
+    """What a distilled model is told where PipelineSettings say nothing."""
+
+    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
+        return latent_map(pipeline, pipeline.transformer.config.in_channels // 4, resolution, multiple=2)
+
+    def arguments(
+        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...]
+    ) -> dict[str, Any]:
+        channels, height, width = map_shape
+        grid = (height // 2, width // 2)
+        return {
+            "latent_shape": (grid[0] * grid[1], 4 * channels),
+            "grid": grid,
+            "embedded_guidance": self.embedded_guidance
+            if settings.embedded_guidance is None
+            else settings.embedded_guidance,
+        }
+
+    def unpack(self, latents: Tensor, map_shape: tuple[int, ...]) -> Tensor:
+        _, height, width = map_shape
+        return unpacked(latents, (height // 2, width // 2))
+
+
+def _padded(tokens: Tensor, mask: str, length: int) -> Embeddings:
+    """Tokens (1, L, D) and the mask of those that are a prompt's, behind which there are zeros."""
+    missing = length - tokens.shape[1]
+    present = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
+    return {
+        TOKENS: nn.functional.pad(tokens, (0, 0, 0, missing)),
+        mask: nn.functional.pad(present, (0, missing)),
+    }
 
 
 class PipelineEncoder:
@@ -140,16 +259,13 @@ class VAECodec:
         self.map_shape = map_shape
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(decoder(latents / scaling + shift) / 2 + 1/2) clipped to [0, 1], float32."""
-        config = self.vae.config
-        scaled = self.family.unpack(latents, self.map_shape) / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None:
-            mean = to_device(torch.tensor(config.latents_mean), scaled.device).view(1, -1, 1, 1)
-            std = to_device(torch.tensor(config.latents_std), scaled.device).view(1, -1, 1, 1)
-            scaled = scaled * std + mean
-        if getattr(config, "shift_factor", None) is not None:
-            scaled = scaled + config.shift_factor
-        images: Tensor = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        """(decoder(latents) / 2 + 1/2) clipped to [0, 1], float32."""
+        maps = self.family.unscaled(self.vae, self.family.unpack(latents, self.map_shape)).to(self.vae.dtype)
+        if self.family.has_frames:
+            maps = maps.unsqueeze(2)
+        images: Tensor = self.vae.decode(maps, return_dict=False)[0]
+        if self.family.has_frames:
+            images = images.squeeze(2)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -209,3 +325,8 @@ def dynamic_shift(scheduler: Any, tokens: int, *, max_shift: float) -> dict[str,
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     return {"mu": base + (top - base) * (tokens - low) / (high - low)}
+
+
+def linear_sigmas(num_steps: int) -> Tensor:
+    """(T,) float64 noise levels from 1 to 1 / T, before any shift."""
+    return torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64)

@@ -15,10 +15,9 @@ from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor
 
-from lacfast.backbones.parts import PromptEncoder
-from lacfast.backbones.prompt_files import Embeddings, PromptFiles
+from lacfast.backbones.parts import Embeddings, PromptEncoder, stacked
+from lacfast.backbones.prompt_files import PromptFiles
 from lacfast.rewards.workers import Workers
 
 ENCODE_BATCH = 8
@@ -50,8 +49,8 @@ class PromptCache:
         self._reader: Workers | None = None
 
     @torch.no_grad()
-    def fetch(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) and pooled embeddings (B, P)."""
+    def fetch(self, prompts: Sequence[str]) -> Embeddings:
+        """(B, ...) of the prompts."""
         found = {prompt: held for prompt in dict.fromkeys(prompts) if (held := self._held(prompt))}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
@@ -59,20 +58,20 @@ class PromptCache:
         for prompt, embeddings in found.items():
             self._keep(prompt, embeddings)
         self._look_ahead()
-        return _stack([found[prompt] for prompt in prompts])
+        return stacked([found[prompt] for prompt in prompts])
 
     @torch.no_grad()
-    def fetch_unconditional(self, count: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) and pooled embeddings (B, P) of `count` samples without a prompt."""
+    def fetch_unconditional(self) -> Embeddings:
+        """(1, ...) of a sample without a prompt."""
         if None not in self.entries:
             found = None if self.files is None else self.files.read(None)
             if found is None:
-                tokens, pooled = self.encoder.encode_unconditional()
-                found = tokens[0].cpu(), pooled[0].cpu()
+                encoded = self.encoder.encode_unconditional()
+                found = {name: tensor[0].cpu() for name, tensor in encoded.items()}
                 if self.files is not None:
                     self.files.write(None, found)
             self.entries[None] = found
-        return _stack([self.entries[None]] * count)
+        return stacked([self.entries[None]])
 
     def set_aside(self) -> None:
         """Take the encoder off the device; it comes back for blocks of prompts that have no file."""
@@ -80,7 +79,7 @@ class PromptCache:
             return
         identity = self.encoder.identity()
         self.files = None if identity is None else PromptFiles.shared(identity)
-        self.fetch_unconditional(1)
+        self.fetch_unconditional()
         self.encoder.set_aside()
         self.is_aside = True
 
@@ -99,7 +98,7 @@ class PromptCache:
     @property
     def entry_bytes(self) -> int:
         """Bytes of the embeddings of one prompt; all are of one size, and one is there."""
-        return sum(tensor.nbytes for tensor in next(iter(self.entries.values())))
+        return sum(tensor.nbytes for tensor in next(iter(self.entries.values())).values())
 
     @property
     def _places(self) -> int:
@@ -145,9 +144,9 @@ class PromptCache:
         for start in range(0, len(prompts), ENCODE_BATCH):
             part = prompts[start : start + ENCODE_BATCH]
             padded = part + part[-1:] * (ENCODE_BATCH - len(part))
-            tokens, pooled = (embeddings.cpu() for embeddings in self.encoder.encode(padded))
+            encoded = {name: tensor.cpu() for name, tensor in self.encoder.encode(padded).items()}
             for row, prompt in enumerate(part):
-                made = tokens[row].clone(), pooled[row].clone()
+                made = {name: tensor[row].clone() for name, tensor in encoded.items()}
                 if files is not None:
                     files.write(prompt, made)
                 self._keep(prompt, made)
@@ -205,7 +204,3 @@ class PromptCache:
                 self.entries.move_to_end(None)
             else:
                 del self.entries[oldest]
-
-
-def _stack(entries: list[Embeddings]) -> tuple[Tensor, Tensor]:
-    return torch.stack([tokens for tokens, _ in entries]), torch.stack([pooled for _, pooled in entries])

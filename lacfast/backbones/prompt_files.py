@@ -15,9 +15,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lacfast.backbones.fingerprint import bytes_of
-
-Embeddings = tuple[Tensor, Tensor]
-"""Tokens (L, D) and pooled (P,) of one prompt, on the CPU."""
+from lacfast.backbones.parts import Embeddings
 
 
 class PromptFiles:
@@ -47,20 +45,19 @@ class PromptFiles:
             return None
 
     def read(self, prompt: str | None) -> Embeddings | None:
-        """The embeddings; None where there are none, or, with a warning, where the file is damaged."""
+        """The embeddings of one prompt; None where there are none or, with a warning, the file is damaged."""
         path = self.path(prompt)
         try:
             # Not mapped: what was checked must not change with the file.
             stored = load(path.read_bytes())
-            embeddings = stored["tokens"], stored["pooled"]
-            checksum = stored["checksum"]
+            checksum = stored.pop(_CHECKSUM)
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError) as error:
             fault = f"cannot be read ({error})"
         else:
-            if torch.equal(checksum, self._checksum(prompt, embeddings)):
-                return embeddings
+            if torch.equal(checksum, self._checksum(prompt, stored)):
+                return stored
             fault = "is not what was written"
         warnings.warn(
             f"{path} {fault}: its prompt is encoded again, and the file replaced",
@@ -73,9 +70,9 @@ class PromptFiles:
         """Keep embeddings. Where that fails, there is one warning and no other try."""
         if not self.is_writable:
             return
-        path, (tokens, pooled) = self.path(prompt), embeddings
+        path = self.path(prompt)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        stored = {"tokens": tokens, "pooled": pooled, "checksum": self._checksum(prompt, embeddings)}
+        stored = embeddings | {_CHECKSUM: self._checksum(prompt, embeddings)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -95,11 +92,14 @@ class PromptFiles:
     def _checksum(self, prompt: str | None, embeddings: Embeddings) -> Tensor:
         """(16,) uint8 of the values, and of whose they are."""
         digest = _digest(self.identity, prompt)
-        for tensor in embeddings:
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        for name, tensor in sorted(embeddings.items()):
+            digest.update(f"{name} {tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(bytes_of(tensor))
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
+
+_CHECKSUM = "checksum"
+"""A tensor beside the embeddings."""
 
 _UNKEPT = (
     "embeddings of prompts are not kept on disk: {}. They are encoded again when they are needed again; free "

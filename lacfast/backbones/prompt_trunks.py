@@ -11,6 +11,8 @@ from lacfast.records import Conditioning
 
 POOLED_NAMES = ("pooled_projections", "text_embeds")
 """What the families call a pooled prompt embedding."""
+MASK_NAMES = {"encoder_hidden_states_mask", "encoder_attention_mask"}
+"""What they call the mask of a prompt's tokens (B, L)."""
 
 
 def prompt_tokens(conditioning: Conditioning) -> Tensor:
@@ -19,11 +21,15 @@ def prompt_tokens(conditioning: Conditioning) -> Tensor:
 
 
 def pooled_prompt(conditioning: Conditioning) -> Tensor:
-    """(B, P) pooled embedding, the mean token where the family has none."""
+    """(B, P) pooled embedding, the mean token of the prompt where the family has none."""
     for name in POOLED_NAMES:
         if name in conditioning.tensors:
             return conditioning.tensors[name]
-    return prompt_tokens(conditioning).mean(dim=1)
+    tokens, masks = prompt_tokens(conditioning), conditioning.tensors.keys() & MASK_NAMES
+    if not masks:
+        return tokens.mean(dim=1)
+    present = conditioning.tensors[masks.pop()][..., None].to(tokens.dtype)
+    return (tokens * present).sum(dim=1) / present.sum(dim=1)
 
 
 class PromptTap(Trunk):

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from lacfast.backbones.parts import Embeddings
+
 CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -31,11 +33,8 @@ class PublishedModel:
     """Weights of the denoising model, as published."""
     resolution: tuple[int, int]
     """(height, width) that it is counted at."""
-    tokens: int
-    """Tokens of a prompt, as the denoising model reads them."""
-    token_dim: int
-    pooled_dim: int
-    """0 where the model has no pooled embedding."""
+    prompt: Mapping[str, tuple[int, ...]]
+    """Shapes of what the denoising model is told of a prompt, by its forward's names."""
     parts: Mapping[str, Mapping[str, Any]]
     """Component -> its class and its configuration."""
 
@@ -60,6 +59,17 @@ class PublishedModel:
                 return getattr(diffusers, class_name).from_config(config)
             encoder = getattr(transformers, class_name)
             return encoder(encoder.config_class(**config))
+
+    def embeddings(
+        self, count: int, *, device: str | torch.device, dtype: torch.dtype = torch.float32
+    ) -> Embeddings:
+        """(B, ...) of `count` prompts, without values; a mask says that all tokens are theirs."""
+        return {
+            name: torch.ones((count, *shape), device=device, dtype=torch.bool)
+            if name.endswith("mask")
+            else torch.empty((count, *shape), device=device, dtype=dtype)
+            for name, shape in self.prompt.items()
+        }
 
     def text_encoders(self) -> list[nn.Module]:
         """The parts that encode prompts, on the meta device."""

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.lora import merged_copy
-from lacfast.backbones.pipelines import (
-    Embeddings,
-    PipelineFamily,
-    PipelineSettings,
-    encoder_device,
-    latent_map,
-)
+from lacfast.backbones.pipelines import PipelineFamily
 from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.taps import Tap, blocks_at, feature_map_tokens, record_taps
 from lacfast.backbones.trunks import SharedTrunk
@@ -29,6 +23,7 @@ class UNetBackbone(LatentBackbone):
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     repeated_blocks = ("BasicTransformerBlock", "ResnetBlock2D")
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("encoder_hidden_states",)
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         """Arguments as LatentBackbone.
@@ -38,9 +33,6 @@ class UNetBackbone(LatentBackbone):
         """
         _require_known_inputs(model)
         super().__init__(model, *args, **kwargs)
-
-    def conditioning(self, tokens: Tensor, pooled: Tensor) -> Conditioning:
-        return Conditioning({"encoder_hidden_states": tokens})
 
     def predict_with(
         self, model: nn.Module, sample: Tensor, timestep: Tensor, conditioning: Conditioning
@@ -162,49 +154,13 @@ def _run(block: Any, prompt: Tensor, *args: Tensor, **kwargs: Any) -> Tensor:
     return output
 
 
-class SD15Pipelines(PipelineFamily):
-    """StableDiffusionPipeline: SD 1.x and 2.x, epsilon and v prediction."""
-
-    model_part = "unet"
-    text_parts = ("text_encoder",)
-
-    def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
-        tokens, _ = _encode_prompt(pipeline, prompts, settings, guided=False)
-        return tokens, _no_pooled(tokens)
-
-    def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
-        _, tokens = _encode_prompt(pipeline, [""], settings, guided=True)
-        return tokens, _no_pooled(tokens)
-
-    def scheduler(self, scheduler: Any) -> Any:
-        return ddim_scheduler(scheduler)
-
-    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-        return unet_latent_map(pipeline, resolution)
-
-    def backbone(
-        self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
-    ) -> LatentBackbone:
-        return UNetBackbone(pipeline.unet, latent_shape=map_shape, **shared)
-
-
-def unet_latent_map(pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-    """(C, H, W); the UNet halves any map between its levels and finds its size again on the way up."""
-    return latent_map(pipeline, pipeline.unet.config.in_channels, resolution)
-
-
-def _encode_prompt(
-    pipeline: Any, prompts: list[str], settings: PipelineSettings, *, guided: bool
-) -> tuple[Tensor, Tensor]:
-    embeddings: tuple[Tensor, Tensor] = pipeline.encode_prompt(
-        prompts,
-        device=encoder_device(pipeline.text_encoder),
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=settings.negative_prompts,
-    )
-    return embeddings
-
-
-def _no_pooled(tokens: Tensor) -> Tensor:
-    return tokens.new_zeros((len(tokens), 0))
+SD15_PIPELINES = PipelineFamily(
+    backbone_class=UNetBackbone,
+    model_part="unet",
+    prompt_options={"num_images_per_prompt": 1},
+    prompt_outputs={"encoder_hidden_states": 0},
+    negative_outputs={"encoder_hidden_states": 1},
+    empty_prompt=None,
+    scheduler=ddim_scheduler,
+)
+"""StableDiffusionPipeline: SD 1.x and 2.x, epsilon and v prediction."""

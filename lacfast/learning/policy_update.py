@@ -86,9 +86,11 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.reader.finish(records, minibatch.total)
 
     def _knows(self, rollout: Rollout) -> bool:
-        """Whether the unconditional half of `rollout` is known: the weights are those that made it."""
+        """Whether the unconditional half of `rollout` is known: the weights are those that made it, and the
+        guided output tells it."""
         is_detached = rollout.uncond_conditioning is not None and self.config.cfg_grad == "cond"
-        return is_detached and rollout.policy_version == self.version
+        tells = not self.backbone.rescales_guidance
+        return is_detached and tells and rollout.policy_version == self.version
 
     def begin(self) -> None:
         super().begin()

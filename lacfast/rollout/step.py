@@ -13,7 +13,7 @@ from lacfast.backbone import Backbone
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.ops.checks import arithmetic_dtype
-from lacfast.policy import model_forward
+from lacfast.policy import model_forward, rescaled_guidance
 from lacfast.records import INITIAL_STEP
 from lacfast.rollout.buffers import SamplerBuffers
 
@@ -50,14 +50,18 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
         values = critic(forward.features, buffers.sample, timestep[:batch], prompts)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
     # A float64 model may move float32 latents; the maths is theirs.
-    dtype, uncond_output = arithmetic_dtype(buffers.sample), forward.uncond_output
+    dtype = arithmetic_dtype(buffers.sample)
+    output = forward.output.to(dtype)
+    uncond_output = None if forward.uncond_output is None else forward.uncond_output.to(dtype)
+    if uncond_output is not None and backbone.rescales_guidance:
+        output, uncond_output = rescaled_guidance(output, uncond_output, inputs.guidance_scale), None
     ops.gaussian_step_(
         buffers.sample,
-        forward.output.to(dtype).contiguous(),
+        output.contiguous(),
         inputs.coefficients,
         buffers.step,
         noise=inputs.noise,
-        uncond_output=None if uncond_output is None else uncond_output.to(dtype).contiguous(),
+        uncond_output=None if uncond_output is None else uncond_output.contiguous(),
         guidance_scale=None if uncond_output is None else inputs.guidance_scale,
         slab=buffers.slab,
     )

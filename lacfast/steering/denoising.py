@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lacfast import ops
 from lacfast.config import SteeringConfig
+from lacfast.policy import rescaled_guidance
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.steering import guidance
 from lacfast.steering.forward import StateForward, SteeredModel
@@ -76,7 +77,7 @@ def denoise(
     """
     device = particles.sample.device
     coefficients, timesteps = table.coefficients(device), to_device(table.timesteps, device)
-    scale = None if model.uncond_conditioning is None else torch.full((1,), guidance_scale, device=device)
+    own_scale = None if model.uncond_conditioning is None else torch.full((1,), guidance_scale, device=device)
     is_finite: list[Tensor] = []
     for step, is_guided in enumerate(guidance.guided_steps(config, table)):
         timestep = timesteps[step : step + 1]
@@ -91,14 +92,16 @@ def denoise(
         parents = method.multiply(particles, step)
         particles, forward = _chosen(method, particles, forward, parents)
         steps = torch.full_like(particles.rows, step)
-        uncond_output = None if forward.uncond_output is None else forward.uncond_output.contiguous()
+        output, uncond_output, scale = forward.output, forward.uncond_output, own_scale
+        if uncond_output is not None and scale is not None and model.backbone.rescales_guidance:
+            output, uncond_output, scale = rescaled_guidance(output, uncond_output, scale), None, None
         moved = ops.gaussian_step(
             particles.sample,
-            forward.output.contiguous(),
+            output.contiguous(),
             coefficients,
             steps,
             noise=particles.noise,
-            uncond_output=uncond_output,
+            uncond_output=None if uncond_output is None else uncond_output.contiguous(),
             guidance_scale=scale,
         )
         particles = particles.at(moved.prev_sample)

@@ -60,16 +60,17 @@ class WordEncoder(nn.Module):
         numbers = torch.tensor(rows, dtype=torch.int64).reshape(-1, self.length)
         return to_device(numbers, self.word.weight.device)
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L, D) and pooled embeddings (B, D) of B prompts.
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens (B, L, D) and pooled embeddings (B, D) of B prompts, by SD3's names.
 
         Raises:
             ValueError: a word is unknown, or a prompt has more than L words.
         """
-        return self.embed(self.indices(prompts))
+        tokens, pooled = self.embed(self.indices(prompts))
+        return {"encoder_hidden_states": tokens, "pooled_projections": pooled}
 
-    def encode_unconditional(self) -> tuple[Tensor, Tensor]:
-        """Tokens (1, L, D) and pooled embedding (1, D) of no words, for classifier-free guidance."""
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """(1, ...) of no words, for classifier-free guidance."""
         return self.encode([""])
 
     def identity(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from refusals import Refusal
+from tiny_backbones import brightness
 from tiny_pipelines import (
     FAMILIES,
     PROMPTS,
@@ -16,6 +18,7 @@ from tiny_pipelines import (
     SETTINGS,
     STEPS,
     backbone_of,
+    guided,
     load_pipeline,
     ode_images,
     own_call,
@@ -25,18 +28,28 @@ from tiny_pipelines import (
     use_ddim,
 )
 
-from lacfast import LoRAConfig, PipelineSettings, SamplerConfig, load_backbone
+from lacfast import LoRAConfig, PipelineSettings, SamplerConfig, SteeringConfig, load_backbone, steer
 from lacfast.backbones.taps import Tap, record_taps
+from lacfast.records import Conditioning, FirstSampleId
+from lacfast.steering.particles import Particles
+
+MASKED = ("qwen_image", "z_image")
+"""Families whose model is told which tokens are a prompt's."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-def test_sampling_without_noise_gives_the_pipeline_s_own_images(family: str, guidance_scale: float) -> None:
+@pytest.mark.parametrize(("guidance_scale", "resolution"), [(1.0, RESOLUTION), (4.0, (16, 24))])
+def test_sampling_without_noise_gives_the_pipeline_s_own_images(
+    family: str, guidance_scale: float, resolution: tuple[int, int]
+) -> None:
     pipeline = tiny_pipeline(family)
     if hasattr(pipeline, "unet"):
         use_ddim(pipeline)
-    latents, images = ode_images(backbone_of(pipeline), PROMPTS[:2], guidance_scale)
-    expected = own_call(pipeline, PROMPTS[:2], latents.clone(), guidance_scale)
+    guidance_scale = guided(family, guidance_scale)
+    backbone = backbone_of(pipeline, resolution=resolution)
+    latents, images = ode_images(backbone, PROMPTS[:2], guidance_scale)
+    expected = own_call(pipeline, PROMPTS[:2], latents.clone(), guidance_scale, resolution=resolution)
+    assert images.shape == (2, 3, *resolution)
     assert expected.std() > 0.01
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
@@ -92,17 +105,35 @@ def test_every_prompt_is_encoded_once_and_the_encoders_can_be_set_aside(family: 
     assert set(calls[before:]) == {"a red sky"}
 
 
-def test_embeddings_do_not_depend_on_the_prompts_beside() -> None:
-    alone, together = backbone_of(tiny_pipeline("sd3")), backbone_of(tiny_pipeline("sd3"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_gives_the_same_bits_alone_and_in_any_batch(family: str) -> None:
+    alone, together = backbone_of(tiny_pipeline(family)), backbone_of(tiny_pipeline(family))
     expected = together.encode_prompts(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
         for name, tensor in alone.encode_prompts([prompt]).tensors.items():
             assert torch.equal(tensor[0], expected.tensors[name][row]), name
 
 
+@pytest.mark.parametrize("family", MASKED)
+def test_nothing_behind_a_prompt_s_mask_changes_a_bit(family: str) -> None:
+    backbone = backbone_of(tiny_pipeline(family))
+    told = backbone.encode_prompts(PROMPTS[:3]).tensors
+    (mask,) = (tensor for name, tensor in told.items() if name.endswith("mask"))
+    assert len(set(mask.sum(dim=1).tolist())) > 1
+    sample, timestep = torch.randn(3, *backbone.latent_shape), torch.full((3,), 500.0)
+    other = torch.where(mask.bool()[..., None], told["encoder_hidden_states"], 7.0)
+    with torch.no_grad():
+        outputs = [
+            backbone.predict(sample, timestep, Conditioning(told | {"encoder_hidden_states": tokens}))
+            for tokens in (told["encoder_hidden_states"], other, torch.zeros_like(other))
+        ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_negative_prompt_takes_the_empty_one_s_place(family: str) -> None:
-    settings = PipelineSettings(resolution=RESOLUTION, negative_prompt="blue sky")
+    settings = replace(SETTINGS, negative_prompt="blue sky")
     plain, negative = (
         backbone_of(tiny_pipeline(family)),
         load_backbone(tiny_pipeline(family), settings=settings),
@@ -134,6 +165,35 @@ def test_flux_is_told_its_guidance_and_the_shift_of_its_resolution() -> None:
     larger = load_backbone(pipeline, settings=PipelineSettings(resolution=(64, 64)))
     config = SamplerConfig(num_steps=4)
     assert larger.transition_table(config).sigmas[1] > backbone.transition_table(config).sigmas[1]
+
+
+def test_steering_rescales_guidance_as_sampling_does() -> None:
+    pipeline = tiny_pipeline("qwen_image")
+    backbone = backbone_of(pipeline)
+    images, _ = steer(
+        backbone,
+        PROMPTS[:2],
+        SteeringConfig(method="best_of_n", particles=1, selection="reward"),
+        sampler=SamplerConfig(kind="ode", noise_level=0.0, num_steps=STEPS, guidance_scale=4.0),
+        rewards=brightness,
+    )
+    ids = FirstSampleId.STEERING + torch.arange(2)
+    start = Particles.start(backbone.latent_shape, ids, 1, 0).sample
+    torch.testing.assert_close(images, own_call(pipeline, PROMPTS[:2], start, 4.0), rtol=0, atol=1e-4)
+
+
+def test_z_image_s_prompts_of_two_buckets_stand_in_one_batch() -> None:
+    """Behind more than 32 tokens of a prompt the image begins later."""
+    pipeline = tiny_pipeline("z_image")
+    long = replace(SETTINGS, max_sequence_length=64)
+    backbone = load_backbone(pipeline, settings=long)
+    prompts = ["a cat", " ".join(["red", "blue", "sky"] * 12)]
+    assert backbone.encode_prompts(prompts).tensors["encoder_hidden_states_mask"].sum(1).tolist() == [4, 40]
+    latents, images = ode_images(backbone, prompts, 3.0)
+    arguments = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "max_sequence_length": 64}
+    size = dict(zip(("height", "width"), RESOLUTION, strict=True))
+    expected = pipeline(prompts, latents=latents, output_type="pt", **arguments, **size).images
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
 def test_timesteps_reach_the_model_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import cached_assets_path
-from tiny_pipelines import FAMILIES, PROMPTS, RESOLUTION, SETTINGS, backbone_of, tiny_pipeline
-from torch import Tensor
+from tiny_pipelines import FAMILIES, PROMPTS, SETTINGS, backbone_of, tiny_pipeline
 
-from lacfast import PipelineSettings, load_backbone
+from lacfast import load_backbone
 from lacfast.backbones import prompt_files
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.pipelines import PipelineEncoder
 from lacfast.backbones.prompt_cache import ENCODE_BATCH, PromptCache
 from lacfast.backbones.prompt_files import PromptFiles
@@ -37,11 +38,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     texts: list[str] = []
     encode, unconditional = PipelineEncoder.encode, PipelineEncoder.encode_unconditional
 
-    def counted(self: PipelineEncoder, prompts: Any) -> tuple[Tensor, Tensor]:
+    def counted(self: PipelineEncoder, prompts: Any) -> Embeddings:
         texts.extend(dict.fromkeys(prompts))
         return encode(self, prompts)
 
-    def counted_unconditional(self: PipelineEncoder) -> tuple[Tensor, Tensor]:
+    def counted_unconditional(self: PipelineEncoder) -> Embeddings:
         texts.append("")
         return unconditional(self)
 
@@ -55,13 +56,12 @@ def freed(family: str = "sd3", *, places: int = 0, **arguments: Any) -> LatentBa
     backbone = backbone_of(tiny_pipeline(family), **arguments)
     backbone.free_text_encoders()
     if places:
-        tokens, pooled = backbone.prompts.entries[None]
-        backbone.prompts.capacity = places * (tokens.nbytes + pooled.nbytes)
+        backbone.prompts.capacity = places * backbone.prompts.entry_bytes
     return backbone
 
 
 @cache
-def of_the_pipeline(family: str) -> tuple[Tensor, Tensor]:
+def of_the_pipeline(family: str) -> Embeddings:
     """Embeddings of all PROMPTS, by the pipeline's own call."""
     encoder = backbone_of(tiny_pipeline(family)).prompt_encoder
     assert isinstance(encoder, PipelineEncoder)
@@ -72,8 +72,9 @@ def of_the_pipeline(family: str) -> tuple[Tensor, Tensor]:
 def assert_embeddings(backbone: LatentBackbone, prompts: list[str], family: str = "sd3") -> None:
     """Bit for bit those of the pipeline."""
     rows = [PROMPTS.index(prompt) for prompt in prompts]
-    for found, expected in zip(backbone.prompts.fetch(prompts), of_the_pipeline(family), strict=True):
-        assert torch.equal(found, expected[rows])
+    found, expected = backbone.prompts.fetch(prompts), of_the_pipeline(family)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name][rows]) for name in found)
 
 
 def files(assets: Path) -> list[Path]:
@@ -135,7 +136,7 @@ def test_memory_is_bounded_and_every_embedding_right(places: int) -> None:
             assert_embeddings(backbone, PROMPTS[start : start + 2])
             held = [read.result() for read in cache._window.values()]
             entries = [*cache.entries.values(), *(embeddings for embeddings in held if embeddings)]
-            assert sum(tensor.nbytes for entry in entries for tensor in entry) <= cache.capacity
+            assert sum(each.nbytes for entry in entries for each in entry.values()) <= cache.capacity
 
 
 def test_files_are_read_ahead_in_the_order_of_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +196,7 @@ def test_a_damaged_file_is_encoded_again_with_a_warning(
     encoded.clear()
     again = freed().prompts.fetch(PROMPTS)
     assert encoded == []
-    for one, other in zip(found, again, strict=True):
-        assert torch.equal(one, other)
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def test_the_file_of_another_prompt_is_not_used(encoded: list[str]) -> None:
@@ -212,8 +212,8 @@ def test_the_file_of_another_prompt_is_not_used(encoded: list[str]) -> None:
 
 
 def test_whatever_may_change_a_bit_has_files_of_its_own() -> None:
-    def settings(**changes: Any) -> PipelineSettings:
-        return PipelineSettings(resolution=RESOLUTION, **changes)
+    def settings(**changes: Any) -> Any:
+        return replace(SETTINGS, **changes)
 
     nudged, renamed, half = (tiny_pipeline("sd3") for _ in range(3))
     with torch.no_grad():
@@ -238,15 +238,16 @@ def test_whatever_may_change_a_bit_has_files_of_its_own() -> None:
 
 def test_runs_that_write_at_once_leave_whole_files_and_nothing_else(assets: Path) -> None:
     source = freed().prompts
-    tokens, pooled = source.fetch(PROMPTS)
+    made = {prompt: source.fetch([prompt]) for prompt in PROMPTS}
     kept = PromptFiles(assets / "race", "identity")
 
     def run(_: int) -> list[bool]:
         seen = []
-        for row, prompt in enumerate(PROMPTS):
-            kept.write(prompt, (tokens[row].clone(), pooled[row].clone()))
+        for prompt, embeddings in made.items():
+            kept.write(prompt, embeddings)
             found = kept.read(prompt)
-            seen.append(found is not None and torch.equal(found[0], tokens[row]))
+            is_same = found is not None and all(torch.equal(found[name], embeddings[name]) for name in found)
+            seen.append(is_same)
         return seen
 
     with ThreadPoolExecutor(4) as pool:
@@ -299,7 +300,7 @@ def test_encoders_leave_the_device_and_come_back_for_a_block(monkeypatch: pytest
     assert isinstance(encoder, PipelineEncoder)
     encode = encoder.encode
 
-    def watched(prompts: Any) -> tuple[Tensor, Tensor]:
+    def watched(prompts: Any) -> Embeddings:
         places.extend(next(part.parameters()).device.type for part in encoder._encoders().values())
         return encode(prompts)
 
@@ -313,8 +314,8 @@ def test_encoders_leave_the_device_and_come_back_for_a_block(monkeypatch: pytest
 
 def test_encoders_that_stay_leave_no_file_and_keep_to_the_memory(assets: Path, encoded: list[str]) -> None:
     backbone = backbone_of(tiny_pipeline("sd3"))
-    tokens, pooled = backbone.prompts.fetch(PROMPTS[:1])
-    backbone.prompts.capacity = 3 * (tokens.nbytes + pooled.nbytes)
+    backbone.prompts.fetch(PROMPTS[:1])
+    backbone.prompts.capacity = 3 * backbone.prompts.entry_bytes
     backbone.expect_prompts([PROMPTS])
     for prompt in PROMPTS:
         backbone.encode_prompts([prompt])
@@ -328,12 +329,12 @@ def test_the_encoder_sees_batches_of_one_height() -> None:
     heights: list[int] = []
 
     class Encoder:
-        def encode(self, prompts: Any) -> tuple[Tensor, Tensor]:
+        def encode(self, prompts: Any) -> Embeddings:
             heights.append(len(prompts))
-            return torch.ones(len(prompts), 2, 3), torch.ones(len(prompts), 1)
+            return {"tokens": torch.ones(len(prompts), 2, 3)}
 
-        def encode_unconditional(self) -> tuple[Tensor, Tensor]:
-            return torch.zeros(1, 2, 3), torch.zeros(1, 1)
+        def encode_unconditional(self) -> Embeddings:
+            return {"tokens": torch.zeros(1, 2, 3)}
 
         def identity(self) -> None:
             """Not worth a file."""
@@ -347,5 +348,5 @@ def test_the_encoder_sees_batches_of_one_height() -> None:
     cache = PromptCache(Encoder())
     cache.fetch([str(number) for number in range(11)])
     cache.set_aside()
-    assert cache.fetch(["11"])[0].shape == (1, 2, 3)
+    assert cache.fetch(["11"])["tokens"].shape == (1, 2, 3)
     assert heights == [ENCODE_BATCH] * 3

@@ -16,6 +16,7 @@ from tiny_pipelines import (
     PROMPTS,
     SETTINGS,
     backbone_of,
+    guided,
     load_pipeline,
     ode_images,
     own_call,
@@ -118,13 +119,13 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_path: Path) -> None:
-    base = saved_pipeline(family, tmp_path / "base")
+    base, scale = saved_pipeline(family, tmp_path / "base"), guided(family, 2.0)
     trainer = trainer_of(load_backbone(base, lora=LORA, settings=SETTINGS))
-    untrained = ode_images(trainer.backbone, PROMPTS[:1], 2.0)[1]
+    untrained = ode_images(trainer.backbone, PROMPTS[:1], scale)[1]
     trainer.train_iteration()
     save_backbone(trainer.backbone, tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("**/diffusion_pytorch_model*"))
-    latents, images = ode_images(trainer.backbone, PROMPTS[:1], 2.0)
+    latents, images = ode_images(trainer.backbone, PROMPTS[:1], scale)
     assert not torch.allclose(images, untrained, atol=1e-3)
 
     pipeline = load_pipeline(base)
@@ -132,11 +133,11 @@ def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_p
     if hasattr(pipeline, "unet"):
         use_ddim(pipeline)
     torch.testing.assert_close(
-        own_call(pipeline, PROMPTS[:1], latents.clone(), 2.0), images, rtol=0, atol=1e-4
+        own_call(pipeline, PROMPTS[:1], latents.clone(), scale), images, rtol=0, atol=1e-4
     )
 
     loaded = load_backbone(tmp_path / "saved")
-    assert torch.equal(ode_images(loaded, PROMPTS[:1], 2.0)[1], images)
+    assert torch.equal(ode_images(loaded, PROMPTS[:1], scale)[1], images)
     assert loaded.lora == LORA
     assert loaded.critic is not None
     assert not differing(loaded.critic.state_dict(), trainer.backbone.critic.state_dict())

@@ -19,8 +19,12 @@ from tests import tiny_pipelines
 
 CPU = torch.device("cpu")
 PLAN = Plan(device=CPU, dtype=torch.float32, batches=(2,), rounds=1, arms=(EAGER, "graph"))
-SHAPES = {"sd15": (16, 0), "sd3": (32, 32), "flux": (32, 16)}
-"""Widths of token and pooled embeddings of the tiny pipelines."""
+PROMPTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "sd15": {"encoder_hidden_states": (12, 16)},
+    "sd3": {"encoder_hidden_states": (12, 32), "pooled_projections": (32,)},
+    "flux": {"encoder_hidden_states": (12, 32), "pooled_projections": (16,)},
+}
+"""Shapes of the tiny pipelines' prompts."""
 
 
 class TinyPublished(PublishedModel):
@@ -35,7 +39,6 @@ class TinyPublished(PublishedModel):
 
 
 def tiny_published(family: str) -> PublishedModel:
-    token_dim, pooled_dim = SHAPES[family]
     return TinyPublished(
         title=family,
         hub_ids=(),
@@ -43,14 +46,12 @@ def tiny_published(family: str) -> PublishedModel:
         arguments={},
         parameters=0,
         resolution=(16, 16),
-        tokens=12,
-        token_dim=token_dim,
-        pooled_dim=pooled_dim,
+        prompt=PROMPTS[family],
         parts={},
     )
 
 
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("family", PROMPTS)
 def test_a_published_model_samples_and_learns_from_random_weights(family: str) -> None:
     published = tiny_published(family)
     kind, window = ("ddim", Fixed((0, 2))) if family == "sd15" else ("flow_sde", None)

@@ -36,9 +36,14 @@ def text() -> WordEncoder:
     return word_encoder(generator=torch.Generator().manual_seed(0))
 
 
+def embedded(text: WordEncoder, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    embeddings = text.encode(prompts)
+    return embeddings["encoder_hidden_states"], embeddings["pooled_projections"]
+
+
 def velocity_of(pretrained: Pretrained) -> torch.Tensor:
     sample = torch.randn((2, 16, 8, 8), generator=torch.Generator().manual_seed(3))
-    tokens, pooled = pretrained.text.encode(["two red circles", "a red circle left of a blue square"])
+    tokens, pooled = embedded(pretrained.text, ["two red circles", "a red circle left of a blue square"])
     return predict_velocity(pretrained.model, sample, torch.tensor([1000.0, 250.0]), tokens, pooled)
 
 
@@ -85,13 +90,13 @@ def test_the_codec_is_fitted_the_same_every_time(codec: PatchCodec) -> None:
 
 
 def test_prompts_become_tokens_and_a_pooled_embedding(text: WordEncoder) -> None:
-    tokens, pooled = text.encode([prompt.text for prompt in all_prompts()])
+    tokens, pooled = embedded(text, [prompt.text for prompt in all_prompts()])
     assert tokens.shape == (306, text.length, text.width)
     assert pooled.shape == (306, text.width)
 
 
 def test_no_two_prompts_share_a_pooled_embedding(text: WordEncoder) -> None:
-    _, pooled = text.encode([prompt.text for prompt in all_prompts()])
+    _, pooled = embedded(text, [prompt.text for prompt in all_prompts()])
     distances = torch.cdist(pooled.double(), pooled.double()) + 10 * torch.eye(306)
     assert distances.min() > 0.1
 

@@ -1,0 +1,59 @@
+"""Qwen-Image: diffusers' QwenImageTransformer2DModel on packed latents as actor and as critic trunk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lacfast.backbones.lora import merged_copy
+from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
+from lacfast.backbones.transformer import JOINT_ATTENTION, Blocks, PackedBackbone
+from lacfast.critic.trunk import Features
+from lacfast.records import Conditioning
+
+
+class QwenImageBackbone(PackedBackbone):
+    """A velocity model on packed latents, conditioned on a prompt's tokens and on which of them it has."""
+
+    lora_targets = JOINT_ATTENTION
+    repeated_blocks = ("QwenImageTransformerBlock",)
+    blocks = (Blocks("transformer_blocks", inputs=("temb", "encoder_hidden_states_mask")),)
+    prompt_arguments = ("encoder_hidden_states", "encoder_hidden_states_mask")
+    rescales_guidance = True
+
+    def fixed_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        return {"img_shapes": [[(1, *self.grid)]]}
+
+    def block_arguments(self) -> nn.Module:
+        return Positions(self.model, self.grid)
+
+    def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
+        shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
+        return {"sigmas": linear_sigmas(num_steps)} | shift
+
+
+class Positions(nn.Module):
+    """Rotary embeddings of prompt and image, for a branch's blocks."""
+
+    def __init__(self, model: Any, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embed = merged_copy(model.pos_embed)
+        self.grid = grid
+
+    def forward(self, features: Features, conditioning: Conditioning) -> dict[str, Any]:
+        tokens = features["encoder_hidden_states"]
+        embeddings = self.embed([[(1, *self.grid)]], max_txt_seq_len=tokens.shape[1], device=tokens.device)
+        return {"image_rotary_emb": embeddings}
+
+
+QWEN_IMAGE_PIPELINES = PackedPipelines(
+    backbone_class=QwenImageBackbone,
+    prompt_outputs={"encoder_hidden_states": 0},
+    # As its authors write no negative prompt.
+    empty_prompt=" ",
+    sequence_length=512,
+    mask="encoder_hidden_states_mask",
+    has_frames=True,
+)
+"""QwenImagePipeline: Qwen-Image and its later versions, with true classifier-free guidance."""
