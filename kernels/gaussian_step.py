@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 from .philox import block_offsets, innovation_block, load_key
 
 
@@ -158,7 +158,8 @@ def _step(inputs: Any, filled: tuple[Any, ...]) -> None:
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("gaussian_step", num_elements, architecture)
     partial = partial_sums(batch, num_splits, sample.device)
-    gaussian_step_kernel[(batch * num_splits,)](
+    compiled.run(
+        gaussian_step_kernel, (batch * num_splits,),
         *inputs, *filled, partial, num_elements, coefficients.shape[0], num_splits,
         BLOCK_N=block_n, BLOCKS=blocks,
         HAS_GUIDANCE=inputs.uncond_output is not None, HAS_NOISE=inputs.noise is not None,
@@ -185,7 +186,8 @@ def finish_log_prob(
     """Add the partial sums of every sample into log_prob (B,) or the slices of log_probs (T, B)."""
     sample, coefficients, steps = inputs.sample, inputs.coefficients, inputs.steps
     batch = sample.shape[0]
-    finish_log_prob_kernel[(batch,)](
+    compiled.run(
+        finish_log_prob_kernel, (batch,),
         coefficients, steps, inputs.scale, log_prob, log_probs, partial, sample.numel() // batch,
         coefficients.shape[0], num_splits,
         BLOCK_S=triton.next_power_of_2(num_splits), HAS_SLAB=log_probs is not None,

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 
 
 @triton.jit
@@ -129,7 +129,8 @@ def normal_noise(inputs: Any, outputs: Any) -> None:
     num_elements = out.numel() // batch
     architecture = launch.architecture_of(out.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("normal_noise", num_elements, architecture)
-    normal_noise_kernel[(batch * num_splits,)](
+    compiled.run(
+        normal_noise_kernel, (batch * num_splits,),
         steps, inputs.seed, inputs.sample_ids, out, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip

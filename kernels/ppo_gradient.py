@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 from .gaussian_step import transition_row
 from .philox import block_offsets, innovation_block, load_key
 from .ppo_rows import kl_gain
@@ -92,7 +92,8 @@ def _gradient(
     block_n, blocks, num_warps, num_splits = launch.pick_launch(
         "ppo_loss_backward", num_elements, architecture
     )
-    transition_grad_kernel[(batch * num_splits,)](
+    compiled.run(
+        transition_grad_kernel, (batch * num_splits,),
         inputs.model_output, inputs.old_model_output, inputs.anchor_output,
         inputs.coefficients, inputs.steps, inputs.noise, inputs.seed, inputs.sample_ids,
         inputs.kl_gains, inputs.scale, grad_terms, grad_loss, grad_model_output, num_elements, num_splits,

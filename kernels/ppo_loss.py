@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 from .gaussian_step import partial_sums, transition_row
 from .philox import block_offsets, innovation_block, load_key
 from .ppo_rows import add_splits, add_up, finish_rows, store_row
@@ -105,7 +105,8 @@ def log_ratio(inputs: Any, outputs: Any) -> None:
     """Fill terms (B, 3) float32: log_ratio, kl_old, kl_ref."""
     partial, num_splits = _sums(inputs, outputs.terms, None)
     if partial is not None:
-        finish_terms_kernel[(inputs.steps.numel(),)](
+        compiled.run(
+            finish_terms_kernel, (inputs.steps.numel(),),
             partial, inputs.coefficients, inputs.steps, inputs.scale, outputs.terms, num_splits,
             BLOCK_S=triton.next_power_of_2(num_splits), num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
@@ -126,7 +127,8 @@ def _sums(inputs: Any, rows: torch.Tensor, shares: torch.Tensor | None) -> tuple
     architecture = launch.architecture_of(rows.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("ppo_loss", num_elements, architecture)
     partial = partial_sums(3 * batch, num_splits, rows.device)
-    transition_sums_kernel[(batch * num_splits,)](
+    compiled.run(
+        transition_sums_kernel, (batch * num_splits,),
         *inputs, rows, shares, partial, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, HAS_NOISE=inputs.noise is not None, IS_SPLIT=partial is not None,
         num_warps=num_warps, enable_fp_fusion=False,

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiled
 from .gaussian_step import transition_row
 
 # One row per thread: a row's columns lie too far apart for wider loads.
@@ -192,7 +193,8 @@ def totals_kernel(
 def finish_rows(inputs: Any, outputs: Any, partial: torch.Tensor, num_splits: int) -> None:
     """Fill rows and shares from the sums (B, 3, num_splits)."""
     of_pairs = inputs[inputs._fields.index("advantages") :]
-    finish_rows_kernel[(inputs.steps.numel(),)](
+    compiled.run(
+        finish_rows_kernel, (inputs.steps.numel(),),
         inputs.coefficients, inputs.steps, inputs.scale, *of_pairs, outputs.rows, outputs.shares,
         partial, num_splits,
         BLOCK_S=triton.next_power_of_2(num_splits), num_warps=ROW_WARPS, enable_fp_fusion=False,
@@ -202,7 +204,8 @@ def finish_rows(inputs: Any, outputs: Any, partial: torch.Tensor, num_splits: in
 def add_up(inputs: Any, outputs: Any) -> None:
     """Fill loss () and step_sums (T, 6); divide shares (B, 3) by the number of rows that count."""
     num_steps = outputs.step_sums.shape[0]
-    totals_kernel[(num_steps + 1,)](
+    compiled.run(
+        totals_kernel, (num_steps + 1,),
         outputs.rows, outputs.shares, inputs.steps, inputs.mask, outputs.loss, outputs.step_sums,
         inputs.steps.numel(), num_steps,
         BLOCK_R=BLOCK_R, num_warps=TOTAL_WARPS, enable_fp_fusion=False,

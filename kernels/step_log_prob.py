@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 from .gaussian_step import finish_log_prob, mean_log_prob, partial_sums, transition_row
 from .philox import block_offsets
 
@@ -96,7 +96,8 @@ def step_log_prob(inputs: Any, outputs: Any) -> None:
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("step_log_prob", num_elements, architecture)
     partial = partial_sums(batch, num_splits, sample.device)
-    step_log_prob_kernel[(batch * num_splits,)](
+    compiled.run(
+        step_log_prob_kernel, (batch * num_splits,),
         *inputs, *outputs, partial, num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=inputs.steps.numel() == 1,
         IS_SPLIT=partial is not None, num_warps=num_warps, enable_fp_fusion=False,
@@ -114,7 +115,8 @@ def step_log_prob_backward(inputs: Any, _: Any, grads: Any, gradients: Any) -> N
     block_n, blocks, num_warps, num_splits = launch.pick_launch(
         "step_log_prob_backward", num_elements, architecture
     )
-    step_log_prob_backward_kernel[(batch * num_splits,)](
+    compiled.run(
+        step_log_prob_backward_kernel, (batch * num_splits,),
         *inputs, grads.log_prob, gradients.sample, gradients.model_output, gradients.prev_sample,
         num_elements, num_splits,
         BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=inputs.steps.numel() == 1,

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
+from . import compiled, launch
 
 MAX_SPLITS = 32
 MAX_HEADS = 4
@@ -185,13 +185,15 @@ def value_pool(inputs: Any, outputs: Any) -> None:
         partial = torch.empty(rows * dim, dtype=torch.float32, device=features.device)
         extrema = torch.empty(rows * 2, dtype=torch.float32, device=features.device)
     flags = {"HAS_WEIGHT": norm_weight is not None, "IS_SAVED": outputs.tokens is not None}
-    pool_kernel[(batch * num_splits * num_groups,)](
+    compiled.run(
+        pool_kernel, (batch * num_splits * num_groups,),
         features, query, norm_weight, *outputs, partial, extrema,
         tokens, dim, num_heads, eps, num_splits, num_groups, tiles,
         IS_SPLIT=num_splits > 1, **flags, **options,
     )  # fmt: skip
     if num_splits > 1:
-        combine_kernel[(batch * num_heads, triton.cdiv(dim, COMBINE_BLOCK))](
+        compiled.run(
+            combine_kernel, (batch * num_heads, triton.cdiv(dim, COMBINE_BLOCK)),
             partial, extrema, norm_weight, outputs.pooled, outputs.tokens, outputs.log_sum_exp,
             dim, num_heads, num_splits,
             BLOCK_S=MAX_SPLITS, BLOCK_D=COMBINE_BLOCK, num_warps=2, **flags,

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import compiled
 from .value_pool import COMBINE_BLOCK, pool_launch, token_tile, weighted_head
 
 # Tokens x features of one program of the features' gradient, and its warps.
@@ -183,14 +184,16 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
     partial = workspace(has_sums, rows * num_splits * dim)
     along = workspace(grad_features is not None, rows * tokens)
     delta = workspace(grad_features is not None, rows)
-    pool_grad_kernel[(batch * num_splits * num_groups,)](
+    compiled.run(
+        pool_grad_kernel, (batch * num_splits * num_groups,),
         features, norm_weight, pooled_tokens, log_sum_exp, token_stats, grad, partial, along, delta,
         tokens, dim, num_heads, num_splits, num_groups, tiles,
         HAS_WEIGHT=has_weight, HAS_SUMS=has_sums, HAS_ALONG=grad_features is not None, **options,
     )  # fmt: skip
     if has_sums:
         products = workspace(grad_norm_weight is not None, rows * dim)
-        finish_heads_kernel[(rows, triton.cdiv(dim, COMBINE_BLOCK))](
+        compiled.run(
+            finish_heads_kernel, (rows, triton.cdiv(dim, COMBINE_BLOCK)),
             partial, query, norm_weight, pooled_tokens, grad, grad_query, products,
             dim, num_heads, num_splits,
             BLOCK_D=COMBINE_BLOCK, HAS_WEIGHT=has_weight, HAS_QUERY_GRAD=grad_query is not None,
@@ -198,12 +201,14 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
         )  # fmt: skip
         if grad_norm_weight is not None:
             block_r, block_d, num_warps = WEIGHT_BLOCK
-            norm_weight_grad_kernel[(triton.cdiv(dim, block_d),)](
-                products, grad_norm_weight, dim, rows, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps
-            )
+            compiled.run(
+                norm_weight_grad_kernel, (triton.cdiv(dim, block_d),),
+                products, grad_norm_weight, dim, rows, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps,
+            )  # fmt: skip
     if grad_features is not None:
         block_l, block_d, num_warps = FEATURES_BLOCK
-        features_grad_kernel[(batch * triton.cdiv(tokens, block_l), triton.cdiv(dim, block_d))](
+        compiled.run(
+            features_grad_kernel, (batch * triton.cdiv(tokens, block_l), triton.cdiv(dim, block_d)),
             features, query, norm_weight, log_sum_exp, token_stats, grad, along, delta, grad_features,
             tokens, dim, num_heads, BLOCK_L=block_l, BLOCK_D=block_d, HAS_WEIGHT=has_weight,
             num_warps=num_warps,

@@ -122,7 +122,7 @@ def _check(
 ) -> None:
     if combination not in COMBINATIONS:
         raise unknown("combination", combination, COMBINATIONS)
-    if values.ndim != 3 or 0 in values.shape:
+    if values.ndim != 3 or values.numel() == 0:
         raise ValueError(f"values has shape {tuple(values.shape)}; it must be (B, T, M), none of them 0")
     check_first("values", values)
     num_rewards = rewards.shape[-1] if rewards.ndim in (2, 3) else 0

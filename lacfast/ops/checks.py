@@ -28,7 +28,7 @@ def check_first(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLO
 def check_latents(name: str, tensor: Tensor) -> None:
     """(B, ...), floating, contiguous, not empty."""
     check_first(name, tensor)
-    if tensor.ndim < 2 or 0 in tensor.shape:
+    if tensor.ndim < 2 or tensor.numel() == 0:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}; it must be (B, ...) with at least one element"
         )

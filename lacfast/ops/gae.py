@@ -41,7 +41,7 @@ def gae(
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    if rewards.ndim != 3 or 0 in rewards.shape:
+    if rewards.ndim != 3 or rewards.numel() == 0:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}; it must be (B, T, M), none of them 0")
     check_first("rewards", rewards)
     check_operand("values", values, "rewards", rewards, rewards.shape, (rewards.dtype,))

@@ -8,6 +8,7 @@ inputs and outputs that were kept, the outputs' gradients, and a record of the i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from typing import Annotated, Any, Generic, TypeVar, get_type_hints
 
 import torch
@@ -93,12 +94,18 @@ class Op(Generic[Inputs, Outputs]):
         self._kept_outputs = [i for i, name in enumerate(results) if name in keeps]
         self._numbers = [fields.index(name) for name in numbers]
         self._statistics = [results.index(name) for name in statistics]
+        self._select_trained = _selection(self._trained)
+        self._select_numbers = _selection(self._numbers)
+        self._select_kept_inputs = _selection(self._kept_inputs)
+        self._select_kept_outputs = _selection(self._kept_outputs)
+        self._select_statistics = _selection(self._statistics)
         self._no_gradients = [0 if name in numbers else None for name in fields]
         # Where each field lies among what is kept, tensors before numbers; what is not is None, the last.
         kept = [name for name in (*fields, *results) if name in keeps] + numbers
-        self._sources = [
-            [kept.index(name) if name in kept else -1 for name in record] for record in (fields, results)
-        ]
+        self._select_inputs, self._select_outputs = (
+            _selection([kept.index(name) if name in kept else -1 for name in record])
+            for record in (fields, results)
+        )
         self._registered = self._register(schema_of(inputs), results)
 
     def __call__(self, chosen: str, inputs: Inputs) -> Outputs:
@@ -106,9 +113,9 @@ class Op(Generic[Inputs, Outputs]):
         if through_dispatcher(inputs[0]):
             return self.outputs(_decoded(self._registered(*inputs)))
         if self._trained and torch.is_grad_enabled():
-            for i in self._trained:
-                if inputs[i] is not None and inputs[i].requires_grad:
-                    trained = [inputs[k] for k in self._trained]
+            trained = self._select_trained(inputs)
+            for tensor in trained:
+                if tensor is not None and tensor.requires_grad:
                     return self.outputs(_Direct.apply(self, chosen, inputs, *trained))  # type: ignore[no-untyped-call]
         return self.run(chosen, inputs)
 
@@ -121,12 +128,11 @@ class Op(Generic[Inputs, Outputs]):
     def keep(self, ctx: Any, inputs: Inputs, outputs: Sequence[Tensor | None]) -> None:
         """Leave to the backward pass what it needs."""
         # Tensors go through autograd, which notices one that was written in between.
-        ctx.save_for_backward(
-            *[inputs[i] for i in self._kept_inputs], *[outputs[i] for i in self._kept_outputs]
-        )
-        ctx.numbers = [inputs[i] for i in self._numbers]
+        ctx.save_for_backward(*self._select_kept_inputs(inputs), *self._select_kept_outputs(outputs))
+        ctx.numbers = self._select_numbers(inputs)
         if self._statistics:
-            ctx.mark_non_differentiable(*[outputs[i] for i in self._statistics if outputs[i] is not None])
+            statistics = self._select_statistics(outputs)
+            ctx.mark_non_differentiable(*[tensor for tensor in statistics if tensor is not None])
         if self._statistics or self._formula is not None:
             # Else autograd makes zeros for the statistics, and for gradients that a formula can do without.
             ctx.set_materialize_grads(False)
@@ -164,14 +170,15 @@ class Op(Generic[Inputs, Outputs]):
 
     def chosen(self, tensor: Tensor) -> str:
         """The backend for inputs of this device and dtype."""
-        name: str = choose(self.name, tensor.device.type, tensor.dtype)
+        # Of a CPU's tensor the type of the device takes eight times as long to find.
+        device_type = "cpu" if tensor.is_cpu else tensor.device.type
+        name: str = choose(self.name, device_type, tensor.dtype)
         return name
 
     def _restored(self, kept: Sequence[Any]) -> tuple[Inputs, Outputs]:
         """The two records of the forward pass, with None for what was not kept."""
         values = (*kept, None)
-        inputs, outputs = self._sources
-        return self.inputs(map(values.__getitem__, inputs)), self.outputs(map(values.__getitem__, outputs))
+        return self.inputs(self._select_inputs(values)), self.outputs(self._select_outputs(values))
 
     def _register(self, schema: list[str], results: tuple[str, ...]) -> Callable[..., Any]:
         """Make the op known to torch's dispatcher: it runs where torch looks at what is called."""
@@ -232,9 +239,25 @@ class _Direct(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return None, None, None, *ctx.op.backward(ctx, ctx.chosen, grads, ctx.needs_input_grad[3:])
+        # Grad mode is on under create_graph alone; torch's wrapper costs each of the others 4 us.
+        if torch.is_grad_enabled():
+            return _once_differentiable(ctx, *grads)
+        return _gradients(ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> Any:
+    return None, None, None, *ctx.op.backward(ctx, ctx.chosen, grads, ctx.needs_input_grad[3:])
+
+
+_once_differentiable = torch.autograd.function.once_differentiable(_gradients)
+
+
+def _selection(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What takes these items of a sequence; a comprehension takes five times as long."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda items: tuple(items[i] for i in indices)
 
 
 def _typed(record: type[tuple[Any, ...]]) -> list[tuple[str, Any]]:

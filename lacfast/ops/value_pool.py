@@ -51,14 +51,16 @@ def value_pool(
             f"features has {features.shape[2]} features per token; the Triton kernel takes at most "
             f"{TRITON_MAX_DIM}: call lacfast.reference.value_pool"
         )
-    is_trained = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (features, query, norm_weight)
+    is_trained = torch.is_grad_enabled() and (
+        features.requires_grad
+        or query.requires_grad
+        or (norm_weight is not None and norm_weight.requires_grad)
     )
     return VALUE_POOL(chosen, ValuePool(features, query, norm_weight, eps, is_trained)).pooled
 
 
 def _check(features: Tensor, query: Tensor, norm_weight: Tensor | None) -> None:
-    if features.ndim != 3 or 0 in features.shape:
+    if features.ndim != 3 or features.numel() == 0:
         raise ValueError(f"features has shape {tuple(features.shape)}; it must be (B, L, D), none of them 0")
     check_first("features", features)
     if query.ndim != 3 or query.shape[1] == 0:

@@ -1,0 +1,101 @@
+"""Launches of compiled kernels: the kernel that Triton would have taken, with the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
+
+from lacfast.kernels import compiled  # noqa: E402
+
+
+class Recorder:
+    """A driver without a GPU: kernels are compiled for one, and their launches are kept."""
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (object(), object(), 32, 0, 1024),
+        get_device_properties=lambda _: {"max_shared_mem": 2**17},
+    )
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        return lambda *arguments: self.launches.append(arguments)
+
+
+@triton.jit
+def scaled(x_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, HAS_Y: tl.constexpr):  # noqa: N803
+    offs = tl.arange(0, BLOCK)
+    b_x = tl.load(x_ptr + offs, mask=offs < N)
+    b_y = tl.load(y_ptr + offs) if HAS_Y else b_x
+    tl.store(x_ptr + offs, b_x * factor + b_y, mask=offs < N)
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    monkeypatch.setattr(compiled, "_compiled", {})
+    scaled.device_caches.clear()
+    recorder = Recorder()
+    monkeypatch.setattr(driver, "_active", recorder)
+    yield recorder
+    scaled.device_caches.clear()
+
+
+X, Y = torch.zeros(64), torch.zeros(64)
+ARGUMENTS: list[tuple[Any, ...]] = [
+    (X, Y, 0.5, 32),
+    # Of the same kernel, for another factor and another multiple of 16.
+    (X, Y, 0.25, 48),
+    (X, Y, 0.5, 1),
+    (X, Y, 0.5, 33),
+    (X, Y, 0.5, 2**31),
+    (X[1:], Y, 0.5, 32),
+    (X.double(), Y, 0.5, 32),
+    (X, None, 0.5, 32),
+]
+
+
+def test_every_launch_is_of_the_kernel_and_with_the_arguments_that_triton_takes(recorder: Recorder) -> None:
+    def launched(launch: Any, arguments: tuple[Any, ...]) -> list[Any]:
+        launch(*arguments, BLOCK=64, HAS_Y=arguments[1] is not None, num_warps=1, enable_fp_fusion=False)
+        made = recorder.launches.pop()
+        # Without what hooks are told; tensors by what they are, since they have no truth value to compare.
+        return [id(part) if isinstance(part, torch.Tensor) else part for part in made[:6] + made[7:]]
+
+    by_triton = [launched(scaled[(3,)], arguments) for arguments in ARGUMENTS]
+    # The fourth is the function that the driver loaded.
+    assert len({id(launch[4]) for launch in by_triton}) == len(ARGUMENTS) - 1
+    for _ in range(2):
+        assert [launched(partial(compiled.run, scaled, (3,)), each) for each in ARGUMENTS] == by_triton
+    assert len(compiled._compiled) == len(ARGUMENTS) - 1
+
+
+def test_a_second_launch_does_not_go_through_triton(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
+    compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
+    monkeypatch.setattr(type(scaled), "run", lambda *_, **__: pytest.fail("bound by Triton again"))
+    compiled.run(scaled, (2, 5), X, Y, 0.75, 48, **options)
+    assert [launch[:3] for launch in recorder.launches] == [(1, 1, 1), (2, 5, 1)]
+    assert recorder.launches[1][-4:] == (0.75, 48, 64, True)
