@@ -44,6 +44,7 @@ class CudaCapture:
     def capture(self, run: Callable[[], None]) -> CudaGraph:
         """
         Raises:
+            OutOfMemoryError: when memory ran out within it.
             RuntimeError: for a step that cannot be captured.
             FailedError: when torch's generator has not survived that, so that eager steps fail too.
         """
@@ -60,6 +61,9 @@ class CudaCapture:
             except BaseException as error:
                 self._abandon(graph)
                 self._end_capture_of_draws(drawn, error)
+                shortage = _shortage(error)
+                if shortage is not None:
+                    raise shortage from None
                 raise
         graph.num_bytes = self._pool_bytes() - held
         return graph
@@ -100,3 +104,10 @@ class CudaCapture:
             for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
             if tuple(segment["segment_pool_id"]) == tuple(self.pool)
         )
+
+
+def _shortage(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory that ended a capture: what is raised last may be that it could not be ended."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error

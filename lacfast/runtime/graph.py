@@ -120,6 +120,8 @@ class GraphRunner:
 
         Raises:
             ValueError: under an autocast block, which would freeze casts of today's weights.
+            OutOfMemoryError: also where the eager step fits and its graph does not; what it writes is then
+                as before.
             RuntimeError: under strict, when the step cannot be captured or its replay is not the step.
         """
         if not self.captures:
@@ -228,6 +230,10 @@ class GraphRunner:
         _restore(written, before)
         try:
             graph = self._capture(step, written)
+        except torch.OutOfMemoryError:
+            # For whoever makes the step smaller: it has not run, and nothing of it is kept.
+            self._programs.pop(step)
+            raise
         except RuntimeError as error:
             _restore(written, expected)
             self._fall_back(step, program, f"cannot be captured: {error}", error)

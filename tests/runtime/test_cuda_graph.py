@@ -110,6 +110,18 @@ def test_the_generator_draws_on_from_where_it_was(generator: Generator, error: E
     assert generator.state.offset == 16
 
 
+def test_memory_that_ran_out_is_told_where_torch_tells_of_the_capture(generator: Generator) -> None:
+    def run() -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            # What torch.cuda.graph does when it ends such a capture.
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        CudaCapture(torch.device("cuda", 0)).capture(run)
+
+
 def test_a_generator_that_stays_captured_ends_the_run(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from conftest import assert_same_step
 from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lacfast import LatentActorCriticTrainer, steer
 from lacfast.backbones.latent import LatentBackbone
@@ -192,6 +193,36 @@ def test_a_captured_update_keeps_nothing_of_the_shape_that_did_not_fit(
     assert isinstance(update.runner, GraphedUpdate)
     steps = [step.name for _, step in update.runner._microbatches.values()]
     assert steps == ["the policy's microbatch of 4 pairs"]
+
+
+@pytest.mark.parametrize("phase", ["rollout", "update"])
+def test_a_graph_that_does_not_fit_is_captured_anew_for_fewer(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ppo = PPOConfig(**{**vars(AUTO), "microbatch_size": 8})
+    graph = GraphConfig(mode="fake", strict=False)
+    plain, short = trainer_for(AUTO), trainer_for(ppo, graph=graph)
+    before = copy.deepcopy(plain.backbone.model.state_dict())
+    plain.train_iteration()
+    predict = short.backbone.predict
+
+    def within(sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Eagerly all of it fits; the pool of a graph is memory besides.
+        if is_in_torch_dispatch_mode() and torch.is_grad_enabled() == (phase == "update"):
+            out_of_memory_beyond(4, len(sample))
+        return predict(sample, *args, **kwargs)
+
+    monkeypatch.setattr(short.backbone, "predict", within)
+    unit = {"rollout": "images", "update": "pairs"}[phase]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        short.train_iteration()
+    told = [str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)]
+    assert [text.partition(";")[0] for text in told] == [f"out of memory with 8 {unit} at a time"]
+    statistics = short.graphs.statistics
+    assert statistics.fallbacks == 0
+    assert statistics.captures >= 2
+    assert_same_step(short.backbone.model.state_dict(), plain.backbone.model.state_dict(), before)
 
 
 def test_a_single_pair_that_does_not_fit_is_an_error() -> None:
