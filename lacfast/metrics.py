@@ -239,14 +239,23 @@ class TensorBoardTracker:
 class WandbTracker:
     """A run of Weights & Biases; offline when its own settings say so."""
 
-    def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
-        """`config` is shown beside the run.
+    def __init__(
+        self, project: str, directory: Path, config: Mapping[str, Any], *, run_id: str | None = None
+    ) -> None:
+        """
+        Args:
+            project: of the run.
+            directory: for the service's own files.
+            config: is shown beside the run.
+            run_id: goes on with the run of that id where there is one. None: a new run.
 
         Raises:
             ValueError: when wandb is not installed.
         """
         self._wandb = _require("wandb")
-        self._run: Any = self._wandb.init(project=project, dir=str(directory), config=dict(config))
+        self._run: Any = self._wandb.init(
+            project=project, dir=str(directory), config=dict(config), id=run_id, resume="allow"
+        )
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)

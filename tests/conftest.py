@@ -13,6 +13,7 @@ from host_waits import WaitLog
 from torch import Tensor
 
 from lacfast import ops
+from lacfast.runtime import directories
 
 # Before Hugging Face is imported: nothing that a test keeps lies among the user's own files.
 ASSETS = tempfile.TemporaryDirectory(prefix="lacfast-assets-")
@@ -115,6 +116,14 @@ def backend_name(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test's ops on every backend of this process."""
     with ops.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waits_for_the_disk() -> Iterator[None]:
+    """A save of a test need not outlive a power cut: some milliseconds for each of its files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directories, "_sync", lambda path: None)
+        yield
 
 
 @pytest.fixture

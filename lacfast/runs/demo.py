@@ -32,7 +32,7 @@ from lacfast.runs import presets
 from lacfast.runs.directory import DEMO, require_own
 from lacfast.runs.phases import pretrain_model, show_value_pretraining
 from lacfast.runs.terminal import PhaseLog, done_fraction
-from lacfast.runtime.directories import whole_directory
+from lacfast.runtime.directories import locked, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.steering import SteeringStats, steer
@@ -105,14 +105,22 @@ def run_demo(
         What summary.json holds.
 
     Raises:
-        ValueError: for an `out` that cannot be written or settings out of range, before any work.
+        ValueError: for an `out` that cannot be written, one that another demo writes to, or settings out of
+            range, before any work.
     """
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
     require(threads >= 1, f"--threads {threads} must be at least 1")
     require_own(out, DEMO)
     require_writable(out, "--out")
     torch.set_num_threads(threads)
-    log = log or PhaseLog()
+    with locked(out):
+        return _demo(out, budget, seed, backbone, scale, log or PhaseLog())
+
+
+def _demo(
+    out: Path, budget: float, seed: int, backbone: BackboneName, scale: DemoScale, log: PhaseLog
+) -> dict[str, Any]:
+    """`run_demo` in a directory that no other process writes to."""
     (out / "metrics.jsonl").unlink(missing_ok=True)
     config = _config(backbone, seed, scale)
     steering = replace(presets.shapes_steering(), seed=seed)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from lacfast.runtime.files import write_json, writing_to
 BEST = "best"
 SCORE = "score.json"
 SETTINGS = "run.json"
+TRACKED_RUN = "wandb-run"
 _NUMBERED = re.compile(r"\d{8}|[1-9]\d{8,}")
 
 
@@ -163,6 +165,7 @@ class RunDirectory:
         Raises:
             ValueError: for metrics that no run of `lacfast train` wrote.
         """
+        (self.path / TRACKED_RUN).unlink(missing_ok=True)
         if not self.metrics.exists():
             return
         if not (self.path / SETTINGS).exists():
@@ -170,6 +173,13 @@ class RunDirectory:
                 f"{self.metrics} is of no run of lacfast train, which would replace it; choose another --out"
             )
         self.metrics.unlink()
+
+    def tracked_run(self) -> str:
+        """The id by which a tracking service knows this run, the same after a kill."""
+        kept = self.path / TRACKED_RUN
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+        return kept.read_text(encoding="utf-8")
 
     def go_on_from(
         self, checkpoint: Path, counts: Counts, pretraining: PretrainingState, *, is_same: bool

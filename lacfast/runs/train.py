@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import GraphConfig, from_json, to_json
+from lacfast.config import GraphConfig, SamplerConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
 from lacfast.distributed import World
 from lacfast.learning.early_stopping import EarlyStopping
@@ -45,6 +45,7 @@ from lacfast.runtime.directories import locked, require_whole, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
+from lacfast.schedule import FLOW_KINDS
 from lacfast.tasks import glyphs, scenes
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.storage import load_pretrained, save_pretrained
@@ -129,6 +130,8 @@ def check(config: RunConfig) -> None:
         ImportError: when a reward's optional package is not installed.
     """
     torch_device(config.device)
+    if config.model in TINY_MODELS:
+        _require_flow(config)
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
     specs: tuple[RewardSpec, ...] = (dict(config.rewards), config.evaluation_rewards)
@@ -145,6 +148,21 @@ def check(config: RunConfig) -> None:
         )
 
 
+def _require_flow(config: RunConfig) -> None:
+    """A pipeline's sampler is tried where its memory is planned, a tiny model's would be after pretraining.
+
+    Raises:
+        ValueError: for a sampler of another kind.
+    """
+    for name in ("sampler", "eval_sampler"):
+        sampler: SamplerConfig | None = getattr(config.train, name)
+        if sampler is not None and sampler.kind not in FLOW_KINDS:
+            raise ValueError(
+                f"{config.model} is a flow, and train.{name}.kind={sampler.kind!r} is for diffusion models; "
+                f"use one of {', '.join(sorted(FLOW_KINDS))}"
+            )
+
+
 def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentActorCriticTrainer:
     """The trainer of a run, before any checkpoint is loaded."""
     prompts = prompts_of(config.prompts)
@@ -154,7 +172,8 @@ def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> 
     if config.tensorboard and is_first:
         trackers.append(TensorBoardTracker(directory.path / "tensorboard"))
     if config.wandb_project and is_first:
-        trackers.append(WandbTracker(config.wandb_project, directory.path, to_json(config)))
+        settings, run_id = to_json(config), directory.tracked_run()
+        trackers.append(WandbTracker(config.wandb_project, directory.path, settings, run_id=run_id))
     # Last, for it may take minutes.
     backbone = build_backbone(config, directory, log)
     if not config.keep_text_encoders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,9 +59,11 @@ def whole_directory(target: Path) -> Iterator[Path]:
         with needing_space(target):
             yield temporary
             _write_manifest(temporary)
+            _reach_disk(temporary)
         require_replaceable(target)
         with held_back("this save"):
             _take_place(temporary, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
@@ -74,6 +77,25 @@ def _temporary(target: Path) -> tuple[Path, int]:
         lock = _lock(made)
         if lock is not None:
             return made, lock
+
+
+def _reach_disk(directory: Path) -> None:
+    """Wait until all of it is on the disk: a rename may get there first, and the power fail between."""
+    for path in directory.rglob("*"):
+        _sync(path)
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Of a file system that cannot be asked; where it cannot write, it says so.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 _rename = os.replace

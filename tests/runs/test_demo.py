@@ -17,6 +17,7 @@ from lacfast.runs import presets
 from lacfast.runs.demo import DemoScale, run_demo
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
+from lacfast.runtime.directories import locked
 
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)
 PROMISED_KEYS = {
@@ -64,7 +65,8 @@ def test_summary_holds_what_the_readme_promises(run: tuple[Path, dict[str, Any],
 def test_all_files_are_there(run: tuple[Path, dict[str, Any], str]) -> None:
     out, _, _ = run
     assert {path.name for path in out.iterdir()} == {
-        "summary.json", "metrics.jsonl", "run.json", "images", "report.html", "pretrained", "trained",
+        "summary.json", "metrics.jsonl", "run.json", "run.lock", "images", "report.html", "pretrained",
+        "trained",
     }  # fmt: skip
     assert len(list((out / "images").glob("*.png"))) == 5
     assert (out / "report.html").read_text(encoding="utf-8").count("<svg") >= 10
@@ -115,6 +117,12 @@ def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, A
     with pytest.raises(ValueError, match=flag):
         run_demo(tmp_path, scale=TINY, **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_demos_do_not_write_into_one_directory(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by process"):
+        run_demo(tmp_path, scale=TINY)
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_progress_never_claims_to_be_done_before_the_floor() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import cached_assets_path
 from PIL import Image
+from refusals import Refusal
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, tiny_pipeline
 
@@ -31,6 +34,8 @@ from lacfast.metrics import curve_points
 from lacfast.prompts import Draws, PromptSet
 from lacfast.runs import train as run
 from lacfast.runs.config import EvaluationRun, RunConfig
+from lacfast.runs.directory import RunDirectory
+from lacfast.runs.terminal import PhaseLog
 
 
 class StoppedError(Exception):
@@ -160,6 +165,44 @@ def test_an_unknown_best_score_is_refused_with_the_known_ones(model: Path, tmp_p
     wrong = run_config(model, tmp_path / "run", best="beauty")
     with pytest.raises(ValueError, match="jpeg_incompressibility"):
         run.train(wrong)
+
+
+@pytest.mark.parametrize("name", ["sampler", "eval_sampler"])
+def test_a_tiny_model_s_sampler_is_refused_before_its_pretraining(name: str, tmp_path: Path) -> None:
+    wrong = RunConfig(
+        out=str(tmp_path / "run"), model="shapes-dit", prompts="shapes", rewards=(("shapes", 1.0),)
+    )
+    sampler = SamplerConfig(kind="ddim", noise_level=0.5)
+    refusal = Refusal(
+        f"shapes-dit is a flow, and train.{name}.kind='ddim' is for diffusion models",
+        cause="A sampler of diffusion models for a tiny model, which is a flow.",
+        remedy="use one of cps, dance_sde, flow_ddim, flow_sde, ode",
+    )
+    with refusal.raised():
+        run.train(replace(wrong, train=replace(wrong.train, **{name: sampler})))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_goes_on_is_the_same_for_weights_and_biases(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> SimpleNamespace:
+        opened.append(settings)
+        return SimpleNamespace(finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = run_config(model, tmp_path / "run", wandb_project="cats")
+    for is_new in (True, False, True):
+        directory = RunDirectory(tmp_path / "run", keep_last=1)
+        if is_new:
+            directory.begin()
+            directory.write_settings({})
+        run.build_trainer(config, directory, PhaseLog()).close()
+    first, second, third = (settings["id"] for settings in opened)
+    assert first == second != third
+    assert {settings["resume"] for settings in opened} == {"allow"}
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(model: Path, tmp_path: Path) -> None:

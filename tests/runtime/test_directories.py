@@ -28,6 +28,9 @@ from lacfast.runtime.directories import (
     whole_directory,
 )
 
+SYNC = directories._sync
+"""As it is outside of tests."""
+
 
 def save(target: Path, text: str = "weights") -> None:
     with whole_directory(target) as made:
@@ -79,6 +82,24 @@ def test_a_save_before_there_were_manifests_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "saved" / MANIFEST).unlink()
     save(tmp_path / "saved", "two")
     assert (tmp_path / "saved" / "model" / "weights").read_text() == "two"
+
+
+def test_a_save_is_on_the_disk_before_it_takes_its_place_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Path | str] = []
+    rename = directories._rename
+    monkeypatch.setattr(directories, "_sync", SYNC)
+    monkeypatch.setattr(os, "fsync", lambda opened: events.append(Path(f"/proc/self/fd/{opened}").readlink()))
+    monkeypatch.setattr(directories, "_rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    save(tmp_path / "saved")
+    made, renamed = events[0], events.index("rename")
+    assert isinstance(made, Path)
+    while made.parent != tmp_path:
+        made = made.parent
+    held = [made, made / "model", made / "model" / "weights", made / MANIFEST]
+    assert set(events[:renamed]) == set(held)
+    assert events[renamed + 1 :] == [tmp_path]
 
 
 def test_an_error_in_a_save_leaves_the_earlier_one(tmp_path: Path) -> None:
