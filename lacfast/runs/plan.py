@@ -9,7 +9,10 @@ import torch
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
+from lacfast.backbones.latent import LatentBackbone
+from lacfast.critic.critic import Critic
 from lacfast.distributed import World
+from lacfast.records import Conditioning, TransitionTable
 from lacfast.rewards.names import require_known
 from lacfast.rewards.registry import declared_heads
 from lacfast.runs.capacity import MemoryPlan
@@ -56,34 +59,54 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
     Raises:
         ValueError: when they cannot be read, for an unknown reward, or a batch of fewer than the ranks.
     """
-    World(size=ranks).share(config.train.batch_size)
-    require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
-    sampler, is_tiny = config.train.sampler, config.model in TINY_MODELS
-    if is_tiny:
-        # The weights do not matter, so one step of pretraining does.
-        task, name = TINY_MODELS[config.model]
-        backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
-        conditioning, beside = backbone.encode_unconditional(1), 0
-    else:
-        blueprint = load_blueprint(
-            config.model,
-            dtype=torch_dtype(config.dtype),
-            lora=config.lora,
-            settings=PipelineSettings(resolution=config.resolution),
+    model = _Model.of(config, ranks)
+    return Plan(count(*model.parts, config.train), model.memory(config, device, pretrains, ranks))
+
+
+def planned_memory(config: RunConfig, *, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
+    """The memory of `plan` alone, which takes half the time: what a run asks before it starts."""
+    return _Model.of(config, ranks).memory(config, device, pretrains, ranks)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is planned with."""
+
+    parts: tuple[LatentBackbone, Critic | None, TransitionTable, Conditioning]
+    beside_bytes: int
+    """Of decoder and text encoders."""
+
+    @staticmethod
+    def of(config: RunConfig, ranks: int) -> _Model:
+        World(size=ranks).share(config.train.batch_size)
+        require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
+        if config.model in TINY_MODELS:
+            # The weights do not matter, so one step of pretraining does.
+            task, name = TINY_MODELS[config.model]
+            backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
+            conditioning, beside = backbone.encode_unconditional(1), 0
+        else:
+            blueprint = load_blueprint(
+                config.model,
+                dtype=torch_dtype(config.dtype),
+                lora=config.lora,
+                settings=PipelineSettings(resolution=config.resolution),
+            )
+            backbone, conditioning = blueprint.backbone, blueprint.conditioning()
+            kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
+            beside = blueprint.decoder_bytes + kept
+        heads = [head for name, _ in config.rewards for head in declared_heads(name)]
+        critic = build_critic(backbone, len(heads), config.train.critic)
+        table = backbone.transition_table(config.train.sampler.at(0, seed=config.train.seed))
+        return _Model((backbone, critic, table, conditioning), beside)
+
+    def memory(self, config: RunConfig, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
+        natural = "cpu" if config.model in TINY_MODELS else "cuda"
+        return memory_plan(
+            *self.parts,
+            config.train,
+            beside_bytes=self.beside_bytes,
+            pretrains=pretrains and config.value_pretraining,
+            on_cpu=torch.device(device or config.device or natural).type == "cpu",
+            ranks=ranks,
         )
-        backbone, conditioning = blueprint.backbone, blueprint.conditioning()
-        kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
-        beside = blueprint.decoder_bytes + kept
-    heads = [head for name, _ in config.rewards for head in declared_heads(name)]
-    critic = build_critic(backbone, len(heads), config.train.critic)
-    table = backbone.transition_table(sampler.at(0, seed=config.train.seed))
-    model = (backbone, critic, table, conditioning, config.train)
-    planned_for = torch.device(device or config.device or ("cpu" if is_tiny else "cuda"))
-    memory = memory_plan(
-        *model,
-        beside_bytes=beside,
-        pretrains=pretrains and config.value_pretraining,
-        on_cpu=planned_for.type == "cpu",
-        ranks=ranks,
-    )
-    return Plan(count(*model), memory)

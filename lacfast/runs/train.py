@@ -38,7 +38,7 @@ from lacfast.runs.phases import (
     pretrain_model,
     show_value_pretraining,
 )
-from lacfast.runs.plan import TINY_MODELS, plan, torch_dtype
+from lacfast.runs.plan import TINY_MODELS, planned_memory, torch_dtype
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -320,7 +320,7 @@ def _require_memory(
     # A checkpoint of iteration 0 may be from within it.
     pretrains = config.value_pretraining and (source is None or source.name == f"{0:08d}")
     with log.phase("planning", "Plan the memory"):
-        planned = plan(config, device=device, pretrains=pretrains, ranks=World.current().size).memory
+        planned = planned_memory(config, device=device, pretrains=pretrains, ranks=World.current().size)
     for line in require_memory(planned, torch.device(device)):
         tell(line)
 
