@@ -64,7 +64,7 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
 
 
 def planned_memory(config: RunConfig, *, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
-    """The memory of `plan` alone, which takes half the time: what a run asks before it starts."""
+    """The memory of `plan` alone: what a run asks before it starts, where nobody waits for its costs."""
     return _Model.of(config, ranks).memory(config, device, pretrains, ranks)
 
 
