@@ -74,7 +74,7 @@ class _Model:
 
     parts: tuple[LatentBackbone, Critic | None, TransitionTable, Conditioning]
     beside_bytes: int
-    """Of decoder and text encoders."""
+    """Bytes of decoder and text encoders."""
 
     @staticmethod
     def of(config: RunConfig, ranks: int) -> _Model:
