@@ -15,6 +15,7 @@ import pytest
 import torch
 from refusals import Refusal
 
+from lacfast.backbones.prompt_files import PromptFiles
 from lacfast.cli import main
 from lacfast.runs import phases
 from lacfast.runs.endings import FAILURE, USAGE
@@ -252,6 +253,14 @@ def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[s
     assert described["kernels"]["reference"] == "usable"
     assert all(isinstance(reason, str) and reason for reason in described["kernels"].values())
     assert {"rewards", "test", "dev"} <= described["extras"].keys()
+
+
+def test_info_says_where_encoded_prompts_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["files"]["encoded prompts"]
+    files = PromptFiles.shared("encoder")
+    assert files is not None
+    assert files.directory == Path(told) / "encoder"
 
 
 def test_info_lists_the_extras_of_the_project() -> None:

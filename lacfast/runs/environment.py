@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -36,8 +37,15 @@ def describe() -> dict[str, dict[str, Any]]:
         "cuda": _cuda(),
         "kernels": _kernels(),
         "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
-        "files": {"caches": "none: lacfast writes only to the directories that it is given"},
+        "files": {"encoded prompts": _prompt_files()},
     }
+
+
+def _prompt_files() -> str:
+    """Where the only files lie that lacfast writes elsewhere than it is told."""
+    from huggingface_hub import constants
+
+    return str(Path(constants.HF_ASSETS_CACHE) / "lacfast" / "prompts")
 
 
 def show(console: Console) -> None:
