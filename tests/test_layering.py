@@ -179,6 +179,32 @@ def test_csrc_includes_no_torch_header() -> None:
             ), path
 
 
+def _runs_what_it_reads(tree: ast.AST) -> Iterator[str]:
+    """Calls that can run code from a file or a message."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        called = ast.unparse(node.func)
+        unpickles = called in ("pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec", "yaml.load")
+        if unpickles or (called == "torch.load" and given.get("weights_only") != "True"):
+            yield called
+        if given.get("trust_remote_code", "False") != "False":
+            yield "trust_remote_code"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_that_is_read_can_run_code(path: Path) -> None:
+    assert list(_runs_what_it_reads(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_reading_that_runs_code_would_be_seen() -> None:
+    text = (
+        "torch.load(f)\npickle.loads(b)\nM.from_pretrained(p, trust_remote_code=True)\neval(s)\nmodel.eval()"
+    )
+    assert len(list(_runs_what_it_reads(ast.parse(text)))) == 4
+
+
 def test_no_module_bears_the_name_of_a_dependency() -> None:
     modules = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py"), *(ROOT / "bench").rglob("*.py")]
     assert [path for path in modules if path.stem in DEPENDENCIES] == []
