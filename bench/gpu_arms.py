@@ -190,7 +190,7 @@ class Bench:
                 arm: Work(
                     call=self._running(arm, partial(trainer.rollout, prompts, 0)),
                     trainer=trainer,
-                    size=partial(getattr, trainer.part_size, "size"),
+                    size=partial(getattr, trainer.actor.part_size, "size"),
                 )
                 for arm, trainer in trainers.items()
             }

@@ -115,13 +115,18 @@ class Draws:
         """The held-out prompts of every evaluation, `samples` of them; None: config.eval_samples."""
         return self.held_out.cycle(self.config.eval_samples if samples is None else samples)
 
-    def upcoming(self, iteration: int, *, evaluated: int = -1) -> Iterator[PromptSet]:
-        """What training draws from an iteration on, in the order of its work; `evaluated` is not again."""
+    def upcoming(
+        self, iteration: int, *, evaluated: int = -1, samples: bool = True, judges: bool = True
+    ) -> Iterator[PromptSet]:
+        """What training draws from an iteration on, in the order of its work; `evaluated` is not again.
+
+        A rank that learns what others sample has `samples` False, one of these others `judges` False.
+        """
         config = self.config
         for number in range(iteration, config.iterations + 1):
-            if config.eval_every and number % config.eval_every == 0 and number != evaluated:
+            if judges and config.eval_every and number % config.eval_every == 0 and number != evaluated:
                 yield self.evaluation()
-            if number < config.iterations:
+            if samples and number < config.iterations:
                 yield self.training(number)
 
     def _drawn(self, iteration: int, seed: int) -> PromptSet:

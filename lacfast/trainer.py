@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from lacfast.learning.pretraining_state import KnownScores, PretrainingState
 from lacfast.learning.run_state import Counts, Part, RunState
 from lacfast.learning.value_bounds import ValueBounds, value_bounds
 from lacfast.learning.value_confidence import ValueConfidence
-from lacfast.learning.value_pretraining import PretrainResult, ValuePretraining, held_out_rollout, host_room
+from lacfast.learning.value_pretraining import PretrainingRollouts, PretrainResult, ValuePretraining
 from lacfast.metrics import (
     MetricsLog,
     Tracker,
@@ -37,14 +36,17 @@ from lacfast.metrics import (
     rollout_metrics,
 )
 from lacfast.prompts import Draws, PromptSet, PromptSource
-from lacfast.records import Advantages, Evaluation, FirstSampleId, Rollout, TransitionTable
+from lacfast.records import Advantages, Evaluation, Rollout, TransitionTable
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
+from lacfast.rewards.reward import RewardError
+from lacfast.rollout.actor import Actor
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, sampled, unwatched
+from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, unwatched
+from lacfast.rollout.source import RolloutSource
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
@@ -103,18 +105,20 @@ class LatentActorCriticTrainer:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
-        self.behaviour, self.rollout_sampler = backbone, self.sampler
-        if self.config.rollout_precision != "model":
-            self.behaviour = backbone.quantized(self.config.rollout_precision)
-            self.rollout_sampler = RolloutSampler(self.behaviour, self.critic, self.graphs)
-        self.part_size = BatchSize(self.config.rollout_batch_size, unit="image", setting="rollout_batch_size")
+        self.actor = Actor(backbone, self.sampler, self.graphs, self.config)
+        self.behaviour, self.rollout_sampler = self.actor.backbone, self.actor.sampler
         self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="image", setting="eval_batch_size")
-        self.learner = Learner(backbone, self.config, self.graphs, self.world)
+        # Ranks start alike also where a kernel draws or loads otherwise.
+        trained = [*backbone.policy_parameters(), *(() if self.critic is None else self.critic.parameters())]
+        self.world.copy_from_first_(trained, "the first weights")
+        self.source = RolloutSource(self.actor, self.rewards, self.tables, self.draws, self.world)
+        self.learner = Learner(backbone, self.config, self.graphs, self.source.world)
         self.confidence, self.pretraining = ValueConfidence(), PretrainingState()
         self.log = MetricsLog(metrics_path, trackers)
         self.watch_evaluation: Watcher = unwatched
         self.iteration, self.images, self.evaluated = 0, 0, -1
         """The last is the iteration that `train` evaluated last."""
+        self._planned = self.config.iterations
         self.indivisible = Indivisible()
         self.last_rollout: Rollout | None = None
         self._failures = RewardFailures(self.config.on_reward_error)
@@ -147,24 +151,9 @@ class LatentActorCriticTrainer:
 
     def rollout(self, prompts: PromptSet, first_id: int) -> Rollout:
         """Trajectories for `prompts`, without rewards; sample ids count from `first_id`."""
-        return RolloutMemory.of(self._sampled(prompts, first_id), len(prompts), world=self.world)
-
-    def _sampled(
-        self, prompts: PromptSet, first_id: int, features: bool = True, table: TransitionTable | None = None
-    ) -> Iterator[Rollout]:
-        return sampled(
-            self.rollout_sampler,
-            table or self.table,
-            prompts,
-            seed=self.config.seed,
-            first_id=first_id,
-            guidance_scale=self.config.sampler.guidance_scale,
-            keep_features=features,
-            part_size=self.part_size,
-            # A quantised policy's outputs are not those of the learner's weights, of no version.
-            policy_version=self.learner.version if self.behaviour is self.backbone else None,
-            world=self.world,
-        )
+        version = self.learner.version
+        parts = self.actor.parts(prompts, first_id, self.table, world=self.world, version=version)
+        return RolloutMemory.of(parts, len(prompts), world=self.world)
 
     def collect(
         self,
@@ -184,33 +173,29 @@ class LatentActorCriticTrainer:
         Raises:
             RewardError: under "raise", or when one rollout after the other was skipped; see `last_rollout`.
         """
-        self.behaviour.requantize()
-        self.last_rollout, parts = None, self._sampled(prompts, first_id, keep_features, table)
+        self.last_rollout = None
+        parts = self.actor.parts(
+            *(prompts, first_id, table or self.table),
+            keep_features=keep_features,
+            version=self.learner.version,
+            world=self.world,
+        )
         if known is not None:
             return known.given_to(RolloutMemory.of(parts, len(prompts), room, self.world))
         scored = collect(parts, len(prompts), self.backbone, self.rewards, room=room, world=self.world)
-        self.last_rollout, error = scored
-        self._failures.take_in(error, f"rollout of {len(prompts)} images")
-        self.images += len(prompts)
-        return self.last_rollout if error is None else None
+        return self._taken_in(*scored)
+
+    def _taken_in(self, rollout: Rollout, error: RewardError | None) -> Rollout | None:
+        """A rollout that was scored, or failed to be."""
+        self.last_rollout = rollout
+        self._failures.take_in(error, f"rollout of {rollout.total} images")
+        self.images += rollout.total
+        return rollout if error is None else None
 
     def next_rollout(self) -> Rollout | None:
         """The next iteration's rollout with its rewards, for `update`; None as in `collect`."""
-        return self._rollout_of(self.iteration)
-
-    def _rollout_of(
-        self, iteration: int, room: HostRoom | None = None, known: KnownScores | None = None
-    ) -> Rollout | None:
-        """The rollout of an iteration; with `room` that of value pretraining, with sample ids of its own."""
-        config, namespace = self.config, 0 if room is None else FirstSampleId.VALUE_PRETRAINING
-        return self.collect(
-            self.draws.pretraining(iteration) if namespace else self.draws.training(iteration),
-            namespace + iteration * config.batch_size,
-            keep_features=config.critic.keep_features or namespace != 0,
-            table=self.tables.pretraining(iteration) if namespace else self.tables.at(iteration),
-            room=room,
-            known=known,
-        )
+        self.last_rollout, version = None, self.learner.version
+        return self._taken_in(*self.source.rollout(self.iteration, version=version, last=self._planned - 1))
 
     def pretrain_critic(self, on_iteration: Callable[[int, Tensor], None] | None = None) -> PretrainResult:
         """Value pretraining with the actor frozen, or what is left of it; resets the critic's optimizer then.
@@ -219,8 +204,8 @@ class LatentActorCriticTrainer:
         """
         if self.critic is None or self.learner.critic_update is None:
             raise ValueError("there is no critic to pretrain: critic.trunk is 'none'; set it to 'branch'")
-        room, state = host_room(self.config), self.pretraining
-        held_out = held_out_rollout(self.collect, self.draws, room, state.held_out)
+        state, rollouts = self.pretraining, PretrainingRollouts(self.collect, self.draws, self.tables)
+        held_out = rollouts.held_out(state.held_out)
         if not state.is_under_way:
             self.confidence = ValueConfidence()
             if held_out is not None and self.config.pretrain.completions:
@@ -230,7 +215,7 @@ class LatentActorCriticTrainer:
             *(state, held_out, self.confidence, self.log),
             world=self.world,
         )
-        result = pretraining.run(partial(self._rollout_of, room=room), self.indivisible, on_iteration)
+        result = pretraining.run(rollouts.of, self.indivisible, on_iteration)
         self.learner.reset_critic_optimizer()
         return result
 
@@ -258,13 +243,14 @@ class LatentActorCriticTrainer:
         behind = min(self.iteration / max(self.config.iterations, 1), 1.0)
         self.learner.progress = behind if progress is None else progress
         with self.indivisible(f"the update of iteration {self.iteration + 1}"):
+            self.source.acting.remember(self.iteration)
             metrics = self._learn(rollout)
             self.iteration += 1
         return metrics
 
     def _learn(self, rollout: Rollout) -> dict[str, Any]:
         """Statistics of the rewards, advantages, and all passes over the rollout."""
-        whole, variance = outcomes(rollout, self.world), None
+        whole, variance = outcomes(rollout, self.source.world), None
         if self.critic is None:
             self.normalizer.update(stack_rewards(whole))
         else:
@@ -296,12 +282,14 @@ class LatentActorCriticTrainer:
         with held_back(f"iteration {self.iteration + 1}"):
             if rollout is None:
                 metrics: dict[str, Any] = {"skipped": True}
+                self.source.acting.remember(self.iteration)
                 self.iteration += 1
             else:
                 metrics = self.update(rollout, progress=progress)
             if self.config.compile:
                 metrics["recompiles"] = compiled_graphs() - graphs
             metrics |= {"iteration": self.iteration, "images": self.images} | graph_metrics(self.graphs)
+            metrics |= self.source.metrics
             metrics |= {"seconds_rollout": scored - start, "seconds_update": time.perf_counter() - scored}
             self.log.write("train", **metrics)
         return metrics
@@ -318,28 +306,40 @@ class LatentActorCriticTrainer:
 
         With config.eval_every the start is evaluated too, for it may be the best. An evaluation that is due
         comes before `on_iteration`: what is saved there knows of it. Ends early by config.early_stopping.
+        On one of config.rollout_ranks it makes rollouts for the others, and `on_iteration` follows each.
         """
         if self.pretraining.is_under_way:
             self.pretrain_critic()
-        start = time.perf_counter()
+        start, first, done = time.perf_counter(), self.iteration, 0
+        if self.source.is_server:
+            with held_back("the rollouts that are wanted"):
+                for number in self.source.served():
+                    self.iteration = number
+                    if on_iteration is not None:
+                        on_iteration({"iteration": self.iteration})
+            return self.iteration - first
         planned = max(self.config.iterations - self.iteration if iterations is None else iterations, 0)
-        self._evaluate_when_due(on_evaluation)
-        for done in range(planned):
-            elapsed = self.world.of_first(time.perf_counter() - start, "the clock")
-            if self.early_stopping.is_exhausted or elapsed >= seconds:
-                return done
-            behind = self.iteration / (self.iteration + planned - done)
-            metrics = self.train_iteration(progress=max(behind, elapsed / seconds))
+        self._planned = first + planned
+        with self.source.wanted():
             self._evaluate_when_due(on_evaluation)
-            if on_iteration is not None:
-                on_iteration(metrics)
-        return planned
+            while done < planned and not self.early_stopping.is_exhausted:
+                elapsed = self.source.world.of_first(time.perf_counter() - start, "the clock")
+                if elapsed >= seconds:
+                    break
+                behind = self.iteration / self._planned
+                metrics = self.train_iteration(progress=max(behind, elapsed / seconds))
+                self._evaluate_when_due(on_evaluation)
+                done += 1
+                if on_iteration is not None:
+                    on_iteration(metrics)
+        return done
 
     def _evaluate_when_due(self, on_evaluation: Callable[[Evaluation], None] | None) -> None:
         """Evaluate unless it was done before a run was stopped; a skipped one is neither better nor worse."""
         every = self.config.eval_every
         if not every or self.iteration % every or self.evaluated == self.iteration:
             return
+        self.source.order(self.iteration, self._planned - 1)
         evaluation = self._failures.unless_skipped(self.evaluate, f"evaluation of iteration {self.iteration}")
         if evaluation is None:
             self.log.write("skipped_evaluation", iteration=self.iteration)
@@ -362,16 +362,16 @@ class LatentActorCriticTrainer:
                 guidance_scale=settings.guidance_scale,
                 part_size=self.eval_part_size,
                 watcher=self.watch_evaluation,
-                world=self.world,
+                world=self.source.world,
             )
-            evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.world)
+            evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.source.world)
         if self.world.is_first:
             self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
         return evaluation
 
     def close(self) -> None:
-        """Close the log and its trackers, and free captured graphs."""
-        for part in (self.log, self.sampler, self.rollout_sampler, self.graphs):
+        """Close the log and its trackers, free captured graphs, and let ranks go that make rollouts alone."""
+        for part in (self.source, self.log, self.sampler, self.rollout_sampler, self.graphs):
             part.close()
 
     def save(self, directory: str | Path, *, notes: Notes | None = None) -> None:
@@ -394,5 +394,5 @@ class LatentActorCriticTrainer:
 
     def _state(self) -> RunState:
         parts: dict[str, Part] = {"early_stopping": self.early_stopping, "confidence": self.confidence}
-        parts["value_pretraining"] = self.pretraining
+        parts |= {"value_pretraining": self.pretraining, "acting": self.source.acting}
         return RunState(self.backbone, self.config, self.rewards, self.estimator, self.learner, parts)

@@ -104,7 +104,7 @@ def forked(directory: Path, die_at: int = 0, seconds: float | None = None) -> tu
 
 
 def contents(directory: Path) -> dict[str, Any]:
-    """What a run has left, without the time that it took and the numbers of its processes."""
+    """What a run has left, without the time that it took, what it sent and the numbers of its processes."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in (directory / "run").rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
@@ -112,7 +112,10 @@ def contents(directory: Path) -> dict[str, Any]:
         if path.name == "metrics.jsonl":
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = str(
-                [{key: entry[key] for key in entry if not key.startswith("seconds")} for entry in entries]
+                [
+                    {key: entry[key] for key in entry if not key.startswith(("seconds", "weight_bytes"))}
+                    for entry in entries
+                ]
             )
         elif path.name == directories.LOCK:
             found[name] = ""

@@ -8,7 +8,7 @@ from typing import Any
 from lacfast.config.stored import to_json
 
 CHANGEABLE = {
-    *("iterations", "rollout_batch_size", "rollout_precision", "ema_decay"),
+    *("iterations", "rollout_batch_size", "rollout_precision", "rollout_ranks", "ema_decay"),
     *("on_reward_error", "on_bad_gradient"),
     *("graph", "gradient_checkpointing", "compile", "early_stopping"),
     *("eval_every", "eval_samples", "eval_batch_size", "eval_sampler"),

@@ -147,6 +147,13 @@ class TrainConfig(Config):
     compile: bool = False
     """torch.compile the blocks that model and critic repeat. The first iteration and the first
     evaluation then wait for the compiler, seconds to minutes per kind of block."""
+    staleness: Annotated[int, Range(least=0, most=2)] = 0
+    """Updates that the policy of a rollout has not seen: rollout i is of the policy after i - staleness of
+    them, and can be sampled while others are learned from. The ratio is the exact one to that policy.
+    arXiv 2410.18252: 1."""
+    rollout_ranks: CountOrNone = 0
+    """Ranks of torchrun, the last ones, that sample while the others learn; 0: all do both, in turn. Without
+    staleness one group waits while the other works. The run is the same with any number of them."""
     rollout_precision: Annotated[str, OneOf(ROLLOUT_PRECISIONS)] = "model"
     """Precision of the policy that samples rollouts. "model": its own; "fp8": its blocks in float8, on Ada,
     Hopper and later; "fp8_weights": their weights alone, on any device, slower. The ratio is then the exact
@@ -184,6 +191,7 @@ class TrainConfig(Config):
         )
         if self.rollout_precision != "model":
             self._require_exact_correction()
+        self._require_fitting_rollouts()
         self._require_fitting_advantages()
         self._require_fitting_replay()
         self._require_enough_pairs()
@@ -216,6 +224,19 @@ class TrainConfig(Config):
             not isinstance(estimator, GroupBaseline) or self.samples_per_prompt > 1,
             f"advantages.estimator={estimator} compares the trajectories of one prompt, and "
             f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator=DDPO()",
+        )
+
+    def _require_fitting_rollouts(self) -> None:
+        require(
+            self.staleness == 0 or self.ppo.ratio == "innovation",
+            f"ratio={self.ppo.ratio!r} is no likelihood ratio, so it cannot correct for a policy that is "
+            f"staleness={self.staleness} updates behind; use ratio='innovation' or staleness=0",
+        )
+        require(
+            self.rollout_ranks == 0 or self.critic.keep_features or self.critic.trunk == "none",
+            "keep_features=False has states valued while they are sampled, and "
+            f"rollout_ranks={self.rollout_ranks} leaves that to the ranks that learn; use keep_features=True "
+            "or rollout_ranks=0",
         )
 
     def _require_fitting_replay(self) -> None:

@@ -6,8 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -70,6 +71,12 @@ class World:
     _store: Any = field(default=None, repr=False, compare=False)
     """Where ranks leave what they are about to do, so that the others can name who is missing."""
     traffic: Traffic = field(default_factory=Traffic, repr=False, compare=False)
+    timeout: timedelta = field(default=TIMEOUT, repr=False, compare=False)
+    """After which a rank gives up waiting for the others."""
+    _members: tuple[int, ...] = field(default=(), repr=False)
+    """Their ranks among all that were started; empty: these are all."""
+    _group: Any = field(default=None, repr=False, compare=False)
+    """The process group of some; None: that of all."""
 
     @staticmethod
     def current() -> World:
@@ -92,8 +99,25 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that writes, logs and shows."""
-        return self.rank == 0
+        """Whether this rank is the one that writes, logs and shows: of all, and not of some."""
+        return self._among_all(self.rank) == 0
+
+    def split(self, count: int) -> World:
+        """The world of the first `count` ranks or of the others, whichever this one is in; traffic is one."""
+        parts = tuple(range(count)), tuple(range(count, self.size))
+        groups = [distributed.new_group(list(part), timeout=self.timeout) for part in parts]
+        own = int(self.rank >= count)
+        return replace(
+            self,
+            rank=parts[own].index(self.rank),
+            size=len(parts[own]),
+            _members=parts[own],
+            _group=groups[own],
+        )
+
+    def _among_all(self, rank: int) -> int:
+        """What a rank of this world is among all that were started."""
+        return self._members[rank] if self._members else rank
 
     def able_to_share(self, total: int) -> World:
         """This world.
@@ -135,8 +159,8 @@ class World:
             place[self.rank] = largest
         everything = [*tensors, *places]
         self.traffic.num_bytes += 2 * (self.size - 1) / self.size * sum(each.nbytes for each in everything)
-        with self._waiting(what):
-            _in_buckets(everything, distributed.all_reduce)
+        with self.waiting(what):
+            _in_buckets(everything, partial(distributed.all_reduce, group=self._group))
         for place, largest in zip(places, maxima, strict=True):
             largest.copy_(place.amax())
 
@@ -147,8 +171,8 @@ class World:
         padded, counts = self._padded(own.movedim(dim, 0), what)
         self.traffic.num_bytes += (self.size - 1) * padded.nbytes
         parts = [torch.empty_like(padded) for _ in counts]
-        with self._waiting(what):
-            distributed.all_gather(parts, padded)
+        with self.waiting(what):
+            distributed.all_gather(parts, padded, group=self._group)
         return _joined_rows(parts, counts, dim)
 
     def rows_on_first(self, own: Tensor, what: str, *, dim: int = 0) -> Tensor:
@@ -156,9 +180,9 @@ class World:
         if self.size == 1:
             return own
         padded, counts = self._padded(own.movedim(dim, 0), what)
-        parts = [torch.empty_like(padded) for _ in counts] if self.is_first else None
-        with self._waiting(what):
-            distributed.gather(padded, parts)
+        parts = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
+        with self.waiting(what):
+            distributed.gather(padded, parts, dst=self._among_all(0), group=self._group)
         if parts is None:
             return own
         return _joined_rows(parts, counts, dim)
@@ -175,8 +199,8 @@ class World:
         if self.size == 1:
             return own
         parts: list[list[Entry]] = [[] for _ in range(self.size)]
-        with self._waiting(what):
-            distributed.all_gather_object(parts, own)
+        with self.waiting(what):
+            distributed.all_gather_object(parts, own, group=self._group)
         return [entry for part in parts for entry in part]
 
     def of_first(self, value: Entry, what: str) -> Entry:
@@ -191,8 +215,8 @@ class World:
         """Give tensors the first rank's values, in place."""
         if self.size == 1:
             return
-        with self._waiting(what):
-            _in_buckets(tensors, lambda flat: distributed.broadcast(flat, src=0))
+        with self.waiting(what):
+            _in_buckets(tensors, partial(distributed.broadcast, src=self._among_all(0), group=self._group))
 
     def is_told_elsewhere(self, error: Exception) -> bool:
         """Whether another rank ends with the same error, or with the one that this rank's is due to.
@@ -219,32 +243,37 @@ class World:
         return False
 
     @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str) -> Iterator[None]:
         """Say where a rank waits, and who is missing when the others do not come."""
         self._say("at", what)
         try:
             yield
         except RuntimeError as error:
+            own = self._among_all(self.rank)
             raise LostRankError(
-                f"rank {self.rank} waited for the others at {what}, and one of them ended or hangs"
+                f"rank {own} waited for the others at {what}, and one of them ended or hangs"
                 f"{self._elsewhere(what)}; its own message comes first and says why"
             ) from error
 
     def _elsewhere(self, what: str) -> str:
         """What the ranks that are not here did last."""
         known = [(rank, self._said("at", rank)) for rank in range(self.size)]
-        others = [f"rank {rank} was last at {where}" for rank, where in known if where not in (None, what)]
+        others = [
+            f"rank {self._among_all(rank)} was last at {where}"
+            for rank, where in known
+            if where not in (None, what)
+        ]
         return f" ({', '.join(others)})" if others else ""
 
     def _say(self, kind: str, what: str) -> None:
         """Leave something in the store, unless it is gone with the rank that held it."""
         if self._store is not None:
             with suppress(RuntimeError):
-                self._store.set(f"{kind}/{self.rank}", what)
+                self._store.set(f"{kind}/{self._among_all(self.rank)}", what)
 
     def _said(self, kind: str, rank: int) -> str | None:
         """What a rank left in the store; None for nothing, or when the store is gone."""
-        key = f"{kind}/{rank}"
+        key = f"{kind}/{self._among_all(rank)}"
         try:
             if self._store is None or not self._store.check([key]):
                 return None
@@ -296,7 +325,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
     # torch exports these, but does not tell type checkers.
     stores: Any = distributed
     store, rank, size = next(stores.rendezvous("env://", timeout=timeout))
-    _JOINED = World(rank, size, stores.PrefixStore("lacfast", store))
+    _JOINED = World(rank, size, stores.PrefixStore("lacfast", store), timeout=timeout)
     distributed.init_process_group(
         backend, store=stores.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
     )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lacfast.runtime.weights import copy_weights, in_place
+
 
 class WeightAverage:
     """average <- decay average + (1 - decay) weights, once per iteration. All copies are in place."""
@@ -29,20 +31,10 @@ class WeightAverage:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continue from saved averages of the same model."""
-        _copy(self.weights, weights)
+        copy_weights(self.weights, weights)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the context the model has the averaged weights, at the addresses that it had."""
-        own = {name: tensor.detach().clone() for name, tensor in self.live.items()}
-        _copy(self.live, self.weights)
-        try:
+        with in_place(self.live, self.weights):
             yield
-        finally:
-            _copy(self.live, own)
-
-
-@torch.no_grad()
-def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name])

@@ -63,11 +63,6 @@ class Learner:
             world: the ranks that learn the same weights, each from its own trajectories.
         """
         ppo, parameters = config.ppo, backbone.policy_parameters()
-        # Ranks start alike also where a kernel draws or loads otherwise.
-        world.copy_from_first_(
-            [*parameters, *(() if backbone.critic is None else backbone.critic.parameters())],
-            "the first weights",
-        )
         self.backbone = backbone
         self.config = config
         self.world = world

@@ -37,6 +37,7 @@ from lacfast.records import FirstSampleId, Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rollout.memory import HostRoom
 from lacfast.rollout.outcomes import outcomes
+from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.host_memory import Staging
 from lacfast.seeds import derived_seed
 
@@ -70,20 +71,44 @@ def host_room(config: TrainConfig) -> HostRoom:
     )
 
 
-def held_out_rollout(
-    collect: Callable[..., Rollout | None], draws: Draws, room: HostRoom, known: KnownScores | None
-) -> Rollout | None:
-    """The rollout that measures value pretraining, made by the trainer's `collect`; None without one.
+class PretrainingRollouts:
+    """The rollouts of value pretraining, with sample ids and prompts of their own, on the host."""
 
-    Raises:
-        ValueError: when its rewards failed.
-    """
-    if not draws.config.pretrain.held_out_samples:
-        return None
-    rollout = collect(draws.selection(), FirstSampleId.SELECTION, room=room, known=known)
-    if rollout is None:
-        raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
-    return rollout
+    def __init__(self, collect: Callable[..., Rollout | None], draws: Draws, tables: TrainingTables) -> None:
+        """
+        Args:
+            collect: the trainer's.
+            draws: of its prompts.
+            tables: of its iterations.
+        """
+        self._collect = collect
+        self._draws = draws
+        self._tables = tables
+        self._room = host_room(draws.config)
+
+    def of(self, iteration: int, known: KnownScores | None = None) -> Rollout | None:
+        """The rollout of an iteration, None where its rewards failed; one made again has `known` scores."""
+        return self._collect(
+            self._draws.pretraining(iteration),
+            FirstSampleId.VALUE_PRETRAINING + iteration * self._draws.config.batch_size,
+            table=self._tables.pretraining(iteration),
+            room=self._room,
+            known=known,
+        )
+
+    def held_out(self, known: KnownScores | None) -> Rollout | None:
+        """The one that measures value pretraining; None without one.
+
+        Raises:
+            ValueError: when its rewards failed.
+        """
+        draws = self._draws
+        if not draws.config.pretrain.held_out_samples:
+            return None
+        rollout = self._collect(draws.selection(), FirstSampleId.SELECTION, room=self._room, known=known)
+        if rollout is None:
+            raise ValueError("the rewards failed on the held-out rollout of value pretraining; mend them")
+        return rollout
 
 
 def held_out_variance(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from lacfast.distributed import ALONE, World
 from lacfast.records import Conditioning, NoiseKey, Rollout
 from lacfast.runtime.host_memory import HOST_SHARE, free_host_bytes
+from lacfast.transfer import to_device
 
 STACKED = ("latents", "model_outputs", "log_probs", "values")
 """Tensors of a rollout with trajectories in their second dimension, besides the features."""
@@ -111,7 +112,7 @@ class RolloutMemory:
         whole.metadata.extend(part.metadata)
         if first and part.policy_version != whole.policy_version:
             self._whole = replace(whole, policy_version=None)
-        written = _rows(whole, rows)
+        written = rows_of(whole, rows)
         # A clone, for a view would keep the part.
         return Written(written, part.clean_latents.clone() if is_moved else written.clean_latents)
 
@@ -147,45 +148,55 @@ def _conditioned(rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
+def _mapped(
+    rollout: Rollout, stacked: Callable[[Tensor], Tensor], conditioned: Callable[[Tensor], Tensor]
+) -> Rollout:
+    """The rollout with other tensors of trajectories, and others for those (B, ...) that its model reads."""
+
+    def each(conditioning: Conditioning) -> Conditioning:
+        return Conditioning({name: conditioned(tensor) for name, tensor in conditioning.tensors.items()})
+
+    uncond = rollout.uncond_conditioning
+    tensors: dict[str, Any] = {name: stacked(getattr(rollout, name)) for name in STACKED}
+    return replace(
+        rollout,
+        **tensors,
+        features={name: stacked(tensor) for name, tensor in rollout.features.items()},
+        conditioning=each(rollout.conditioning),
+        uncond_conditioning=None if uncond is None else each(uncond),
+    )
+
+
 def _allocated(part: Rollout, count: int, device: torch.device) -> Rollout:
     """Memory for `count` trajectories like those of a part, with none of them in it."""
-
-    def stacked(tensor: Tensor) -> Tensor:
-        return tensor.new_empty((len(tensor), count, *tensor.shape[2:]), device=device)
-
-    def conditioned(conditioning: Conditioning) -> Conditioning:
-        return Conditioning(
-            {
-                name: tensor.new_empty((count, *tensor.shape[1:]), device=device)
-                for name, tensor in conditioning.tensors.items()
-            }
-        )
-
-    uncond = part.uncond_conditioning
-    tensors: dict[str, Any] = {name: stacked(getattr(part, name)) for name in STACKED}
     return replace(
-        part,
-        **tensors,
-        features={name: stacked(tensor) for name, tensor in part.features.items()},
-        conditioning=conditioned(part.conditioning),
-        uncond_conditioning=None if uncond is None else conditioned(uncond),
+        _mapped(
+            part,
+            lambda tensor: tensor.new_empty((len(tensor), count, *tensor.shape[2:]), device=device),
+            lambda tensor: tensor.new_empty((count, *tensor.shape[1:]), device=device),
+        ),
         noise=NoiseKey(part.noise.seed.to(device), part.noise.sample_ids.new_empty(count, device=device)),
         prompts=[],
         metadata=[],
     )
 
 
-def _rows(rollout: Rollout, rows: slice) -> Rollout:
+def rows_of(rollout: Rollout, rows: slice) -> Rollout:
     """The trajectories `rows`, in the rollout's memory."""
-    uncond = rollout.uncond_conditioning
-    tensors: dict[str, Any] = {name: getattr(rollout, name)[:, rows] for name in STACKED}
     return replace(
-        rollout,
-        **tensors,
-        features={name: tensor[:, rows] for name, tensor in rollout.features.items()},
-        conditioning=rollout.conditioning.select(rows),
-        uncond_conditioning=None if uncond is None else uncond.select(rows),
+        _mapped(rollout, lambda tensor: tensor[:, rows], lambda tensor: tensor[rows]),
         noise=NoiseKey(rollout.noise.seed, rollout.noise.sample_ids[rows]),
         prompts=rollout.prompts[rows],
         metadata=rollout.metadata[rows],
+        rewards={name: scores[rows] for name, scores in rollout.rewards.items()},
     )
+
+
+def on_device(rollout: Rollout, device: torch.device) -> Rollout:
+    """The rollout on another device, but for its table and its rewards."""
+
+    def there(tensor: Tensor) -> Tensor:
+        return to_device(tensor, device)
+
+    noise = NoiseKey(there(rollout.noise.seed), there(rollout.noise.sample_ids))
+    return replace(_mapped(rollout, there, there), noise=noise)

@@ -63,6 +63,7 @@ class RolloutSampler:
         *,
         guidance_scale: float = 1.0,
         keep_features: bool = True,
+        valued: bool = True,
         batch_size: int = 0,
     ) -> Rollout:
         """Trajectories for `prompts` with all that training needs of them.
@@ -74,6 +75,7 @@ class RolloutSampler:
             noise: seed and B sample ids, on the backbone's device.
             guidance_scale: above 1 the unconditional half runs too.
             keep_features: False drops what the critic's trunk read (evaluation).
+            valued: False leaves the values of a rollout that keeps features to who learns from it, (T, B, 0).
             batch_size: trajectories of a full batch. A smaller one, the tail, is padded to it where the step
                 is captured, and the padding is cut off. 0: no other batches.
 
@@ -97,7 +99,7 @@ class RolloutSampler:
             metadata=list(metadata),
             **self._trajectories(inputs, max(batch_size, len(prompts)), keep_features),
         )
-        if self.critic is None or not keep_features:
+        if self.critic is None or not keep_features or not valued:
             return rollout
         with span("rollout/values"):
             return replace(rollout, values=rollout_values(self.critic, rollout))

@@ -35,6 +35,8 @@ SKIPPED_IN_A_ROW = 5
 
 Scores = Future[dict[str, Tensor]]
 """name -> (B,) float32 of a part, once they are there."""
+Scored = tuple[Rollout, RewardError | None]
+"""A rollout with its rewards, or without and the error that they ended with."""
 
 
 Watcher = Callable[[int, int], None]
@@ -75,6 +77,7 @@ def sampled(
     guidance_scale: float,
     keep_features: bool,
     part_size: BatchSize,
+    valued: bool = True,
     policy_version: int | None = None,
     world: World = ALONE,
 ) -> Iterator[Rollout]:
@@ -91,6 +94,7 @@ def sampled(
         guidance_scale: 1 runs without the unconditional half.
         keep_features: False drops what the critic's trunk read, for trajectories that nothing learns from.
         part_size: trajectories sampled at a time, fewer once memory has run out; 0: all.
+        valued: False leaves the values of what keeps features to who learns from it.
         policy_version: of the weights that sample. None: unknown.
         world: the ranks that sample together; this one makes its share.
     """
@@ -107,6 +111,7 @@ def sampled(
             NoiseKey.create(seed, ids[rows], device),
             guidance_scale=guidance_scale,
             keep_features=keep_features,
+            valued=valued,
             batch_size=min(part_size.size, len(prompts)),
         )
         return replace(rollout, policy_version=policy_version)
@@ -178,7 +183,7 @@ def collect(
     *,
     room: HostRoom | None = None,
     world: World = ALONE,
-) -> tuple[Rollout, RewardError | None]:
+) -> Scored:
     """One rollout of all `parts` with its rewards, to learn from.
 
     Args:

@@ -36,9 +36,15 @@ def expect_prompts(trainer: LatentActorCriticTrainer, before: Iterable[PromptSet
     """Tell the model which prompts the run draws next; those of value pretraining come `before`."""
     backbone = trainer.backbone
     assert isinstance(backbone, LatentBackbone)
-    upcoming = trainer.draws.upcoming(trainer.iteration, evaluated=trainer.evaluated)
-    world, draws = trainer.world, chain(before, upcoming)
-    backbone.expect_prompts(draw.of_share(world.share(len(draw))).texts for draw in draws)
+    source = trainer.source
+    upcoming = trainer.draws.upcoming(
+        trainer.iteration,
+        evaluated=trainer.evaluated,
+        samples=source.is_server or source.ranks is None,
+        judges=not source.is_server,
+    )
+    draws = chain(((draw, trainer.world) for draw in before), ((draw, source.world) for draw in upcoming))
+    backbone.expect_prompts(draw.of_share(world.share(len(draw))).texts for draw, world in draws)
 
 
 def kept_embeddings(trainer: LatentActorCriticTrainer) -> str:

@@ -15,7 +15,7 @@ from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig, SamplerConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
-from lacfast.distributed import World
+from lacfast.distributed import World, require_learners
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
@@ -130,6 +130,7 @@ def check(config: RunConfig) -> None:
         ImportError: when a reward's optional package is not installed.
     """
     torch_device(config.device)
+    require_learners(World.current(), config.train.rollout_ranks)
     if config.model in TINY_MODELS:
         _require_flow(config)
     prompts = prompts_of(config.prompts)

@@ -22,6 +22,9 @@ DOMAIN = "lacfast"
 SPANS = (
     "rollout/step",
     "rollout/values",
+    "rollout/order",
+    "rollout/wait",
+    "rollout/send",
     "decode",
     "reward",
     "reward/wait",
@@ -32,7 +35,8 @@ SPANS = (
     "sync",
 )
 """Every name that `span` takes. "sync" is the host waiting for the device, "reward/wait" for scores, which
-are computed in a thread of their own: Nsight shows it, torch.profiler does not."""
+are computed in a thread of their own: Nsight shows it, torch.profiler does not. "rollout/order" and the two
+behind it are of ranks that learn and ranks that sample."""
 
 Item = TypeVar("Item")
 Spans = dict[str, AbstractContextManager[Any]]

@@ -190,8 +190,8 @@ READ = {
     ),
     "TrainConfig": (
         "seed batch_size rollout_batch_size samples_per_prompt iterations sampler advantages critic ppo "
-        "pretrain ema_decay graph gradient_checkpointing compile rollout_precision eval_every early_stopping "
-        "eval_sampler on_reward_error on_bad_gradient"
+        "pretrain ema_decay graph gradient_checkpointing compile rollout_precision staleness rollout_ranks "
+        "eval_every early_stopping eval_sampler on_reward_error on_bad_gradient"
     ),
     # A choice is there with all that it reads, or not at all.
     "Fixed": "steps", "Random": "size within", "Sliding": "size every stride within",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import distributed
 
 from lacfast.distributed import joined
 from lacfast.runs import train as run
+from lacfast.runs.config import RunConfig
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
 RANKS = 2
@@ -29,7 +31,7 @@ def begun(directory: Path) -> Path:
     return directory
 
 
-def trained(directory: Path, killed: tuple[int, float] | None = None) -> bool:
+def trained(directory: Path, config: RunConfig, killed: tuple[int, float] | None = None) -> bool:
     """Train in `directory`, or go on there, with one rank killed after some seconds; whether it ended."""
 
     def work() -> None:
@@ -37,7 +39,7 @@ def trained(directory: Path, killed: tuple[int, float] | None = None) -> bool:
         # What a rank says when it loses another is tested elsewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with joined(TIMEOUT):
-            run.train(CONFIG, tell=lambda line: None)
+            run.train(config, tell=lambda line: None)
 
     ranks, _store = started(RANKS, work, directory)
     if killed is not None:
@@ -53,21 +55,36 @@ def outcome(directory: Path) -> dict[str, Any]:
     return {name: found for name, found in contents(directory).items() if name.startswith("run/")}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+APART = replace(CONFIG, train=replace(CONFIG.train, rollout_ranks=1, staleness=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "kills"),
+    [
+        (CONFIG, 2),
+        pytest.param(CONFIG, 20, marks=pytest.mark.slow),
+        pytest.param(APART, 4, marks=pytest.mark.slow),
+    ],
+    ids=["2 times", "20 times", "apart"],
+)
 def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_not(
-    kills: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    config: RunConfig,
+    kills: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     backbone = tiny_backbone("dit")
     monkeypatch.setattr(run, "build_backbone", lambda *_: backbone)
     monkeypatch.setattr(run, "_require_memory", lambda *_: None)
     through = begun(tmp_path / "through")
     start = time.monotonic()
-    assert trained(through)
+    assert trained(through, config)
     seconds, expected = time.monotonic() - start, outcome(through)
     generator = random.Random(kills)
     for number in range(kills):
         directory = begun(tmp_path / str(number))
-        trained(directory, (number % RANKS, generator.uniform(0.2, 0.8) * seconds))
-        assert trained(directory)
+        trained(directory, config, (number % RANKS, generator.uniform(0.2, 0.8) * seconds))
+        assert trained(directory, config)
         found = outcome(directory)
         assert sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name)) == []

@@ -1,0 +1,95 @@
+"""Records sent from one rank to another: what is not a tensor is pickled, tensors travel as they are.
+
+They go from host to host, in the background: a GPU that sends would spend its processors on that, and its
+memory on what the receiver does not want yet.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, and notes which."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> tuple[torch.dtype, torch.Size] | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value.detach().cpu().contiguous())
+        return value.dtype, value.shape
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes tensors without values in the places of those that were left out, and notes them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, layout: tuple[torch.dtype, torch.Size]) -> Tensor:
+        dtype, shape = layout
+        self.tensors.append(torch.empty(shape, dtype=dtype))
+        return self.tensors[-1]
+
+
+class Outbox:
+    """What was sent and has perhaps not arrived: it stays in memory until then."""
+
+    def __init__(self) -> None:
+        self._going: deque[tuple[Any, Tensor]] = deque()
+
+    def keep(self, work: Any, tensor: Tensor) -> None:
+        """Keep a tensor until the work that sends it has ended, and forget those that have arrived."""
+        self._going.append((work, tensor))
+        while self._going and self._going[0][0].is_completed():
+            self._going.popleft()
+
+    def wait(self) -> None:
+        """Go on when everything has arrived."""
+        while self._going:
+            self._going.popleft()[0].wait()
+
+
+def send(value: Any, rank: int, group: Any, outbox: Outbox) -> int:
+    """Send a record to a rank, without waiting for it; returns its bytes."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    rest = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    # One after the other between two ranks, so they arrive in their order.
+    parts = [torch.tensor([rest.numel()]), rest, *_worth_sending(pickler.tensors)]
+    for part in parts:
+        outbox.keep(distributed.isend(part, rank, group=group), part)
+    return sum(part.nbytes for part in parts)
+
+
+def receive(rank: int, group: Any) -> Any:
+    """The next record that a rank sends, with its tensors on the host.
+
+    Raises:
+        RuntimeError: when the rank has ended, or nothing comes for the group's time limit.
+    """
+    size = torch.empty(1, dtype=torch.int64)
+    distributed.recv(size, rank, group=group)
+    rest = torch.empty(int(size), dtype=torch.uint8)
+    distributed.recv(rest, rank, group=group)
+    unpickler = _Unpickler(io.BytesIO(rest.numpy().tobytes()))
+    value = unpickler.load()
+    for tensor in _worth_sending(unpickler.tensors):
+        distributed.recv(tensor, rank, group=group)
+    return value
+
+
+def _worth_sending(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.numel()]

@@ -1,0 +1,315 @@
+"""Ranks that sample apart from those that learn change nothing but who waits for whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks, started
+from refusals import Refusal
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from torch import Tensor, distributed
+
+from lacfast import LatentActorCriticTrainer
+from lacfast.config import (
+    GRPO,
+    AdvantageConfig,
+    CriticConfig,
+    LoRAConfig,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+    ValuePretrainingConfig,
+)
+from lacfast.distributed import LostRankError, World, joined
+from lacfast.records import Rollout
+from lacfast.rewards.reward import RewardError
+from lacfast.rollout.memory import trajectory_bytes
+
+pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
+ITERATIONS = 4
+# Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
+SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
+ARMS: dict[str, dict[str, Any]] = {
+    "staleness 0": {},
+    "staleness 1": {"staleness": 1},
+    "staleness 2": {"staleness": 2, "lora": LoRAConfig(rank=2)},
+    "clean_net, replay, guidance": {
+        "staleness": 1,
+        "critic": CriticConfig(trunk="clean_net", **SMALL),
+        "ppo": replace(PPO, critic_rollouts=2),
+        "guidance": 2.0,
+    },
+    "groups": {
+        "staleness": 2,
+        "advantages": AdvantageConfig(estimator=GRPO()),
+        "samples_per_prompt": 4,
+        "ema_decay": 0.5,
+    },
+    "value pretraining": {
+        "staleness": 1,
+        "pretrain": ValuePretrainingConfig(iterations=2, held_out_samples=8, completions=2, bound_states=4),
+        "eval_every": 2,
+    },
+}
+EVERYWHERE = ("staleness 1", "staleness 2")
+LAYOUTS = {
+    "1 + 1": (1, 1, tuple(ARMS)),
+    "2 + 1": (2, 1, EVERYWHERE),
+    "1 + 2": (1, 2, EVERYWHERE),
+}
+"""Ranks that learn, ranks that sample, and the arms that are tried on them."""
+
+
+def trainer_for(rollout_ranks: int, **changes: Any) -> LatentActorCriticTrainer:
+    backbone = tiny_backbone("dit", lora=changes.pop("lora", None))
+    rewards = changes.pop("rewards", [brightness])
+    sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
+    settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes
+    settings |= {"rollout_ranks": rollout_ranks, "iterations": ITERATIONS}
+    return LatentActorCriticTrainer(backbone, rewards, PROMPTS, tiny_config(**settings))
+
+
+def state(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
+    critic = {} if trainer.critic is None else trainer.critic.state_dict()
+    return {
+        "policy": [parameter.detach().clone() for parameter in trainer.backbone.policy_parameters()],
+        "critic": [tensor.clone() for tensor in critic.values()],
+        "images": trainer.images,
+        "iteration": trainer.iteration,
+    }
+
+
+def trained(trainer: LatentActorCriticTrainer, iterations: int | None = None) -> dict[str, Any]:
+    """What a rank saw of its iterations, and what it leaves."""
+    latents: list[Tensor] = []
+    metrics: list[dict[str, Any]] = []
+    update = trainer.update
+
+    def watched(rollout: Rollout, **options: Any) -> dict[str, Any]:
+        latents.append(rollout.latents)
+        return update(rollout, **options)
+
+    trainer.update = watched  # type: ignore[method-assign]
+    ran = trainer.train(iterations, on_iteration=metrics.append)
+    found = state(trainer) | {"latents": latents, "metrics": metrics, "ran": ran}
+    trainer.close()
+    return found
+
+
+def runs(rollout_ranks: int, arms: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for arm in arms:
+        trainer = trainer_for(rollout_ranks, **ARMS[arm])
+        if "pretrain" in ARMS[arm]:
+            trainer.pretrain_critic()
+        found[arm] = trained(trainer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return runs(0, tuple(ARMS))
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Every arm on every layout, of the ranks that learn."""
+
+    def on(learners: int, samplers: int, arms: Sequence[str]) -> list[dict[str, Any]]:
+        found = on_ranks(learners + samplers, partial(runs, samplers, arms), tmp_path_factory.mktemp("apart"))
+        for sampler in found[learners:]:
+            assert {arm: each["ran"] for arm, each in sampler.items()} == dict.fromkeys(arms, ITERATIONS)
+        return found[:learners]
+
+    return {layout: on(*counts) for layout, counts in LAYOUTS.items()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "arm"), [(layout, arm) for layout, (_, _, arms) in LAYOUTS.items() for arm in arms]
+)
+def test_a_run_does_not_depend_on_who_samples(
+    arm: str, layout: str, alone: dict[str, Any], apart: dict[str, list[dict[str, Any]]]
+) -> None:
+    expected, ranks = alone[arm], [found[arm] for found in apart[layout]]
+    for number, latents in enumerate(expected["latents"]):
+        found = torch.cat([rank["latents"][number] for rank in ranks], dim=1)
+        # Behind the first update weights differ by the order of sums.
+        seen = max(number - ARMS[arm].get("staleness", 0), 0)
+        torch.testing.assert_close(found, latents, rtol=0, atol=1e-5 if seen else 0)
+    for rank in ranks:
+        # Adam of value pretraining makes whole steps of rounding errors where a gradient is 0.
+        has_exact_critic = "pretrain" not in ARMS[arm]
+        for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
+            if kind == "policy" or has_exact_critic:
+                torch.testing.assert_close(rank[kind], expected[kind], rtol=0, atol=close)
+            assert all(map(torch.equal, rank[kind], ranks[0][kind]))
+        assert (rank["images"], rank["iteration"]) == (expected["images"], ITERATIONS)
+        for found, metrics in zip(rank["metrics"], expected["metrics"], strict=True):
+            for name in ("reward/brightness", "first_max_abs_log_ratio"):
+                assert found[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6)
+            if "value_mean" in metrics and has_exact_critic:
+                torch.testing.assert_close(found["value_mean"], metrics["value_mean"], rtol=0, atol=1e-5)
+
+
+def test_who_waits_and_what_is_sent_is_logged(apart: dict[str, list[dict[str, Any]]]) -> None:
+    metrics = apart["1 + 1"][0]["staleness 2"]["metrics"]
+    assert [found["staleness"] for found in metrics] == [0, 1, 2, 2]
+    # Three rollouts by the first weights, the last by those behind the first update.
+    sent = [found["weight_bytes"] > 1000 for found in metrics]
+    assert sent == [True, True, False, False]
+    trainer = trainer_for(0, **ARMS["staleness 2"])
+    rollout = trainer.next_rollout()
+    assert rollout is not None
+    assert metrics[0]["rollout_bytes"] == trajectory_bytes(rollout) * 8 - rollout.values.nbytes
+    assert all(found["seconds_learners_waited"] >= 0 for found in metrics)
+    assert all(found["seconds_rollout_ranks_waited"] >= 0 for found in metrics)
+
+
+def test_a_run_goes_on_on_other_ranks_while_rollouts_were_under_way(tmp_path: Path) -> None:
+    arms = {name: ARMS[name] for name in ("staleness 1", "staleness 2")}
+
+    def save(name: str, changes: dict[str, Any]) -> None:
+        """Stop by an error behind the second iteration, as a run does that a signal ends."""
+        trainer = trainer_for(1, **changes)
+
+        def stop(metrics: dict[str, Any]) -> None:
+            if metrics["iteration"] == 2 and not trainer.source.is_server:
+                trainer.save(tmp_path / name)
+                raise InterruptedError
+
+        with suppress(InterruptedError):
+            trainer.train(on_iteration=stop)
+        trainer.close()
+
+    def resumed(rollout_ranks: int) -> dict[str, Any]:
+        found = {}
+        for name, changes in arms.items():
+            trainer = trainer_for(rollout_ranks, **changes)
+            trainer.load(tmp_path / name)
+            found[name] = trained(trainer)
+        return found
+
+    on_ranks(2, lambda: [save(*arm) for arm in arms.items()], tmp_path / "saved")
+    expected = {name: trained(trainer_for(0, **changes)) for name, changes in arms.items()}
+    alone = resumed(0)
+    ranks = on_ranks(3, partial(resumed, 2), tmp_path / "resumed")
+    for name, whole in expected.items():
+        for found in (alone[name], ranks[0][name]):
+            assert found["ran"] == ITERATIONS - 2
+            for latents, known in zip(found["latents"], whole["latents"][2:], strict=True):
+                torch.testing.assert_close(latents, known, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found["policy"], whole["policy"], rtol=0, atol=1e-6)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    changes = ARMS["staleness 1"]
+
+    def trained_on(directory: Path, killed_at: int) -> Callable[[], dict[str, Any]]:
+        def work() -> dict[str, Any]:
+            torch.set_num_threads(1)
+            with joined(timedelta(seconds=20)):
+                trainer = trainer_for(1, **changes)
+                if directory.exists():
+                    trainer.load(directory)
+
+                def after(metrics: dict[str, Any]) -> None:
+                    if not trainer.source.is_server:
+                        trainer.save(directory)
+                    elif metrics["iteration"] == killed_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+                try:
+                    trainer.train(on_iteration=after)
+                except LostRankError as error:
+                    return {"error": str(error)}
+                finally:
+                    trainer.close()
+                return state(trainer)
+
+        return work
+
+    def run(name: str, killed_at: int) -> dict[str, Any]:
+        ranks, _store = started(2, trained_on(tmp_path / name, killed_at), tmp_path)
+        for process in ranks:
+            process.join(timeout=60)
+        assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL if killed_at else 0]
+        found: dict[str, Any] = torch.load(tmp_path / "0.pt", weights_only=False)
+        return found
+
+    expected = run("through", 0)
+    lost = run("killed", 3)["error"]
+    assert "rank 0 waited for the others at the rollout of iteration" in lost
+    found = run("killed", 0)
+    assert all(map(torch.equal, found["policy"], expected["policy"]))
+    assert all(map(torch.equal, found["critic"], expected["critic"]))
+
+
+def failing_once(images: Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> Tensor:
+    """A reward that fails on one of the ranks that sample, in its second rollout."""
+    failing_once.calls = getattr(failing_once, "calls", 0) + 1  # type: ignore[attr-defined]
+    if World.current().rank == 2 and failing_once.calls == 2:  # type: ignore[attr-defined]
+        raise OSError("the server is gone")
+    return brightness(images, prompts, metadata)
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_reward_that_fails_where_others_sample_is_met_by_those_that_learn(
+    policy: str, tmp_path: Path
+) -> None:
+    def work() -> list[Any]:
+        changes = {"rollout_batch_size": 0, "on_reward_error": policy, "staleness": 1}
+        trainer = trainer_for(2, rewards=[failing_once], **changes)
+        seen: list[Any] = []
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer.train(on_iteration=lambda metrics: seen.append(metrics.get("skipped", False)))
+        except RewardError as error:
+            seen.append(str(error))
+        trainer.close()
+        return seen
+
+    learner, *samplers = on_ranks(3, work, tmp_path)
+    if policy == "skip":
+        assert learner == [False, True, False, False]
+        assert samplers == [[False] * ITERATIONS] * 2
+    else:
+        assert learner[0] is False
+        assert "the server is gone" in learner[1]
+        # The rollout behind it was under way already.
+        assert samplers == [[False] * 3] * 2
+
+
+def _refused(settings: dict[str, Any], size: int, tmp_path: Path) -> list[str]:
+    def work() -> str:
+        try:
+            trainer_for(**settings)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    return on_ranks(size, work, tmp_path)
+
+
+def test_rollout_ranks_leave_one_that_learns(tmp_path: Path) -> None:
+    refused = Refusal(
+        "rollout_ranks=2 of 2 leave no rank that learns",
+        cause="As many rollout ranks as processes, or a run without torchrun.",
+        remedy="start at least 3 processes with torchrun",
+    )
+    for message in _refused({"rollout_ranks": 2}, 2, tmp_path):
+        with refused.raised():
+            raise ValueError(message)
+    assert _refused({"rollout_ranks": 1}, 1, tmp_path)[0].startswith("rollout_ranks=1 of 1")
