@@ -54,8 +54,10 @@ class Subject:
 
     @property
     def batch_size(self) -> int:
-        """Trajectories of a rollout on this rank."""
-        return -(-self.config.batch_size // self.ranks)
+        """Trajectories of a rollout on this rank; where others sample, on the one that has most."""
+        samplers = self.config.rollout_ranks
+        sharing = min(samplers, self.ranks - samplers) if samplers else self.ranks
+        return -(-self.config.batch_size // sharing)
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +155,8 @@ def memory_plan(
         weights += sum(parameter.numel() for parameter in backbone.model.parameters())
     trained = sum(parameter.nbytes for parameter in backbone.policy_parameters())
     critic_bytes = 0 if critic is None else _trained_bytes(critic)
-    average = sum(tensor.nbytes for tensor in backbone.policy_state().values()) if config.ema_decay else 0
+    state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
+    average = state if config.ema_decay else 0
     training = (trained + critic_bytes) * (1 + MOMENTS) + average
     batch = subject.batch_size
     size = min(config.rollout_batch_size or batch, batch)
@@ -161,10 +164,15 @@ def memory_plan(
     part = Sampled.of(subject, table, config.sampler, size, features=keep, overlaps=overlaps)
     rollout = batch * part.trajectory_bytes
     beside = rollout if size < batch else 0
-    replayed = (config.ppo.critic_rollouts - 1) * config.batch_size * _kept_bytes(part.rollout)
+    held = (config.ppo.critic_rollouts - 1) * config.batch_size * _kept_bytes(part.rollout)
+    # Weights of the iterations before, and the rollouts that are under way.
+    held += config.staleness * state + (config.staleness + 1) * rollout * (config.rollout_ranks > 0)
+    # Today's make room for those that act.
+    aside = state * (config.staleness > 0 and config.rollout_ranks == 0)
+    sampling = weights + training + beside + aside
     phases = [
-        Phase("rollout", weights + training + beside, part.peak_bytes, size, "rollout_batch_size", replayed),
-        *_update(subject, part.rollout, anchor, weights + training + rollout, replayed),
+        Phase("rollout", sampling, part.peak_bytes, size, "rollout_batch_size", held),
+        *_update(subject, part.rollout, anchor, weights + training + rollout, held),
     ]
     kept = 0
     if critic is not None and pretrains:
@@ -179,7 +187,7 @@ def memory_plan(
     shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
     images = config.eval_samples * shown.image_bytes // count
     fixed = weights + training + rollout + average
-    phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + replayed))
+    phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
     if on_cpu:

@@ -11,7 +11,7 @@ from lacfast.backbones import PipelineSettings, adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.critic.critic import Critic
-from lacfast.distributed import World
+from lacfast.distributed import World, require_learners
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.rewards.names import require_known
 from lacfast.rewards.registry import declared_heads
@@ -57,7 +57,8 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
         ranks: processes that share a rollout.
 
     Raises:
-        ValueError: when they cannot be read, for an unknown reward, or a batch of fewer than the ranks.
+        ValueError: when they cannot be read, for an unknown reward, a batch of fewer than the ranks, or no
+            rank that learns.
     """
     model = _Model.of(config, ranks)
     return Plan(count(*model.parts, config.train), model.memory(config, device, pretrains, ranks))
@@ -78,7 +79,8 @@ class _Model:
 
     @staticmethod
     def of(config: RunConfig, ranks: int) -> _Model:
-        World(size=ranks).share(config.train.batch_size)
+        world = World(size=ranks).able_to_share(config.train.batch_size)
+        require_learners(world, config.train.rollout_ranks)
         require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
         if config.model in TINY_MODELS:
             # The weights do not matter, so one step of pretraining does.

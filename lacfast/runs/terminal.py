@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from lacfast.config import to_json
 from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
+from lacfast.runs.apart import HOST_BYTES, Apart, apart
 from lacfast.runs.capacity import GPU_BYTES, smaller_batches
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import Plan
@@ -178,7 +179,9 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
             ("rollout", _size(memory.rollout_bytes)),
         )
     )
-    if config.gpus > 1:
+    if config.train.rollout_ranks:
+        console.print(_apart(apart(costs, config.train, config.gpus, memory.rollout_bytes)))
+    elif config.gpus > 1:
         console.print(_shared(scaling(costs, config.train, config.gpus)))
     table = Table(title="Memory at its peak", title_justify="left", title_style="bold")
     table.add_column("")
@@ -209,6 +212,18 @@ def _shared(found: Scaling) -> Table:
         ("work", f"{found.flops / 1e12:,.2f} TFLOP"),
         ("gradients sent", f"{found.optimizer_steps} times, {_size(round(found.gradient_bytes))} in all"),
         (f"efficiency at {speeds}", f"{found.efficiency:.1%}"),
+    )
+
+
+def _apart(found: Apart) -> Table:
+    """An iteration where ranks of their own sample."""
+    speeds = f"{RANK_FLOPS / 1e12:,.0f} TFLOP/s per GPU and {HOST_BYTES / 1e9:,.0f} GB/s per host, on paper"
+    order = "one after the other" if found.staleness == 0 else "at a time"
+    return _named(
+        f"{found.learners} GPUs learn and {found.rollout_ranks} sample, {order}",
+        ("rollout sent by the rank that has most", _size(found.rollout_bytes)),
+        ("weights sent to each that samples", _size(found.weight_bytes)),
+        (f"waiting, at {speeds}", found.waiting),
     )
 
 

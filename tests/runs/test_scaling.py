@@ -9,6 +9,7 @@ import pytest
 from refusals import Refusal
 from rich.console import Console
 
+from lacfast.runs.apart import apart
 from lacfast.runs.costs import Costs
 from lacfast.runs.plan import plan
 from lacfast.runs.presets import RUNS
@@ -57,3 +58,30 @@ def test_what_has_no_meaning_is_refused() -> None:
         replace(RUNS["shapes"](), gpus=4)
     with pytest.raises(ValueError, match="is fewer than the 1000 ranks"):
         plan(SHAPES, ranks=1000)
+
+
+def test_ranks_that_sample_apart_work_while_the_others_learn(costs: Costs) -> None:
+    stale = replace(SHAPES.train, rollout_ranks=1, staleness=1)
+    found = apart(costs, stale, 4, rollout_bytes=1000)
+    sampled = costs.sampling_flops + costs.decode_flops
+    assert found.sampling_seconds == pytest.approx(sampled / RANK_FLOPS)
+    sums = scaling(costs, stale, 3).gradient_bytes / LINK_BYTES
+    assert found.learning_seconds == pytest.approx((costs.flops - sampled) / 3 / RANK_FLOPS + sums)
+    assert found.rollout_bytes == 1000
+    assert found.weight_bytes == 4 * costs.trained_parameters
+    assert found.seconds == max(found.learning_seconds, found.sampling_seconds, found.sending_seconds)
+    in_turn = apart(costs, replace(stale, staleness=0), 4, rollout_bytes=1000)
+    assert in_turn.seconds == pytest.approx(
+        in_turn.learning_seconds + in_turn.sampling_seconds + in_turn.sending_seconds
+    )
+
+
+def test_a_dry_run_tells_who_waits_for_whom() -> None:
+    config = replace(SHAPES, gpus=4, train=replace(SHAPES.train, rollout_ranks=1, staleness=1))
+    out = io.StringIO()
+    show_plan(config, plan(config, ranks=4), Console(file=out, width=200))
+    assert "3 GPUs learn and 1 sample, at a time" in out.getvalue()
+    assert "on paper" in out.getvalue()
+    assert "those that learn " in out.getvalue()
+    with pytest.raises(ValueError, match="rollout_ranks=1 of 1 leave no rank that learns"):
+        plan(config, ranks=1)
