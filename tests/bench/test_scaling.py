@@ -15,17 +15,29 @@ def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seconds = iter([6.0, 4.0, 9.0, 5.0, 3.0, 2.0])
-    monkeypatch.setattr(scaling, "measured", lambda processes: next(seconds))
+    monkeypatch.setattr(scaling, "measured", lambda processes: scaling.Iteration(next(seconds)))
     scaling.main(["--rounds", "3"])
     assert json.loads(capsys.readouterr().out)["speed-up"] == {"1": 1.0, "2": 1.5}
 
 
 def test_one_process_measures_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "BATCH", 8)
+    monkeypatch.setattr(scaling, "WARM_UP", 1)
     monkeypatch.setattr(scaling, "ITERATIONS", 1)
-    seconds = scaling.seconds_per_iteration()
-    assert seconds is not None
-    assert seconds > 0
+    found = scaling.iteration()
+    assert found is not None
+    assert found.seconds > 0
+    assert found.waited == 0
+
+
+def test_the_overlap_is_what_neither_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, one = scaling.Iteration(4.0), scaling.Iteration(5.0, waited=0.5, samplers_waited=2.0)
+    monkeypatch.setattr(scaling, "measured", lambda _, rollout_ranks=0: one if rollout_ranks else both)
+    scaling.main(["--apart", "--rounds", "2"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["speed-up"], found["overlap"]) == (0.8, 0.5)
 
 
 def test_the_table_has_the_presets_on_as_many_gpus_as_their_batch_has_images(
