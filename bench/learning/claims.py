@@ -154,6 +154,15 @@ def _budget_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+def _staleness_arms(backbone: BackboneName) -> dict[str, Arm]:
+    config = latent_critic(backbone)
+    return {
+        "no staleness": _unpretrained(config),
+        "one update behind": _unpretrained(replace(config, staleness=1)),
+        "two updates behind": _unpretrained(replace(config, staleness=2)),
+    }
+
+
 CLAIMS = {
     "baselines": Claim(
         question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
@@ -262,5 +271,16 @@ CLAIMS = {
         "picture gains nothing more than a plain one of the data; both rewards weigh alike after "
         "normalising each. Where the checker comes first, the budget counts only for images that obey the "
         "prompt.",
+    ),
+    "staleness": Claim(
+        question="What do rollouts of a policy that has not seen the last updates cost?",
+        problem="shapes",
+        arms=_staleness_arms,
+        budgets={"dit": Budget(images=4_800, seconds=0, judged_every=2_400)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        grid=(1.0,),
+        seeds=3,
+        note="All arms run in one process, so their seconds say nothing of what rollout ranks save, which is "
+        "in docs/distributed.md; trajectories and weights are those of ranks apart.",
     ),
 }
