@@ -61,8 +61,8 @@ class Backbone(Protocol):
     def policy_state(self) -> dict[str, Tensor]:
         """The live tensors that a checkpoint of the policy holds, by diffusers' names without adapters."""
 
-    def frozen_anchor(self) -> Backbone:
-        """The policy of today for the KL: the same model without its LoRA, or else a frozen copy."""
+    def frozen_anchor(self, which: str = "start") -> Backbone:
+        """A frozen policy for the KL: that of today, or the model without its LoRA; see KLPenalty.anchor."""
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the model's activations in the backward pass instead of keeping them."""

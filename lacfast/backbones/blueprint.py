@@ -19,6 +19,7 @@ from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.published import PublishedModel, published_as
+from lacfast.backbones.trained_lora import LoRASource
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
 
@@ -40,7 +41,7 @@ def load_blueprint(
     source: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    lora: LoRAConfig | None = None,
+    lora: LoRAConfig | LoRASource | None = None,
     settings: PipelineSettings | None = None,
 ) -> Blueprint:
     """The blueprint of a pipeline's directory or hub id; only its configs are read.
@@ -50,7 +51,7 @@ def load_blueprint(
     Args:
         source: directory or hub id of a diffusers pipeline.
         dtype: that the model would run in.
-        lora: the adapter that would be trained.
+        lora: the adapter that would be trained; a trained one is read for its rank and modules.
         settings: resolution and the like.
 
     Raises:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,6 +29,7 @@ from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
 from lacfast.backbones.schedulers import from_scheduler
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LoRATrunk, SharedTrunk
+from lacfast.checkpoint import load_in_place
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
@@ -95,9 +96,8 @@ class LatentBackbone(ABC):
         if adapters.tuner_layers(model):
             raise ValueError(
                 f"the {type(model).__name__} already has adapters {list(model.peft_config)}; load the "
-                "pipeline anew, or merge them with pipeline.fuse_lora() and pipeline.unload_lora_weights() "
-                "and keep the result with pipeline.save_pretrained(): what is trained on it belongs to that "
-                "directory"
+                "pipeline anew and say what becomes of them: load_backbone(..., lora=...) trains one on, "
+                "load_backbone(..., merged_loras={...}) merges them into the weights"
             )
         self.dtype: torch.dtype = dtype or model.dtype
         self.lora = lora
@@ -116,7 +116,10 @@ class LatentBackbone(ABC):
         self.storage = storage
         self.scheduler = scheduler
         self.critic: Critic | None = None
-        self._without_adapter = False
+        self.continues_lora = False
+        """Whether the LoRA was trained before."""
+        self._adapter: str | None = adapters.POLICY
+        """That `predict` runs with, where there is a LoRA."""
         self._compilation: tuple[str, str | None] | None = None
         self._precision = "model"
         self._quantized: QuantizedLinears | None = None
@@ -162,8 +165,8 @@ class LatentBackbone(ABC):
 
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         switch: AbstractContextManager[None] = nullcontext()
-        if self._without_adapter:
-            switch = adapters.activated(self.model, None)
+        if self._adapter != adapters.POLICY:
+            switch = adapters.activated(self.model, self._adapter)
         with switch, self._running_dtype(sample):
             output = self.predict_with(self.model, sample.to(self.dtype), timestep, conditioning)
         # The update guides in float32 too: the first ratio is then exactly 1.
@@ -172,7 +175,7 @@ class LatentBackbone(ABC):
     def forward_signature(self) -> Hashable:
         return (
             self.dtype,
-            self._without_adapter,
+            self._adapter,
             self.model.training,
             attention_signature(self.model),
             adapters.signature(self.model),
@@ -291,14 +294,43 @@ class LatentBackbone(ABC):
             return adapters.adapter_state(self.model, adapters.POLICY)
         return adapters.plain_state(self.model)
 
-    def frozen_anchor(self) -> LatentBackbone:
-        """The policy of today: with LoRA its weights without the adapter, at no cost; else a frozen copy."""
+    def load_policy(self, state: Mapping[str, Tensor], what: str) -> None:
+        """Take over weights that were trained before.
+
+        Args:
+            state: as `policy_state` gives.
+            what: whose they are, for messages.
+
+        Raises:
+            ValueError: for weights that do not fit.
+        """
+        load_in_place(self.policy_state(), state, what)
+        self.continues_lora = self.lora is not None
+
+    def frozen_anchor(self, which: str = "start") -> LatentBackbone:
+        """A frozen policy: with LoRA on the policy's own weights, else a copy of them.
+
+        Args:
+            which: see KLPenalty.anchor.
+
+        Raises:
+            ValueError: for the base of a model of which all weights are trained.
+        """
         anchor = copy.copy(self)
         anchor.critic = None
         if self.lora is None:
+            if which == "base":
+                raise ValueError(
+                    "anchor='base' is the model without its LoRA, and here all weights are trained; use "
+                    "anchor='start', or train a LoRA"
+                )
             anchor.model = copy.deepcopy(self.model).requires_grad_(False)
+        elif which == "base" or not self.continues_lora:
+            # A LoRA begins as no change at all.
+            anchor._adapter = None
         else:
-            anchor._without_adapter = True
+            anchor._adapter = adapters.own_name(self.model, adapters.ANCHOR, anchor)
+            adapters.copy_adapter(self.model, adapters.POLICY, anchor._adapter, self.lora, self.lora_targets)
         return anchor
 
     def enable_gradient_checkpointing(self) -> None:

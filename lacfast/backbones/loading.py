@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers
 import torch
@@ -31,10 +32,11 @@ from lacfast.backbones.qwen_image import QWEN_IMAGE_PIPELINES
 from lacfast.backbones.sd3 import SD3_PIPELINES, SD3Backbone
 from lacfast.backbones.sdxl import SDXL_PIPELINES
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
+from lacfast.backbones.trained_lora import LoRASource, read_lora
 from lacfast.backbones.unet import SD15_PIPELINES, UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.backbones.z_image import Z_IMAGE_PIPELINES
-from lacfast.checkpoint import CRITIC_WEIGHTS, load_in_place, read_critic
+from lacfast.checkpoint import CRITIC_WEIGHTS, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
 from lacfast.runtime.directories import recover, require_whole
 from lacfast.tasks.codec import PatchCodec
@@ -110,8 +112,9 @@ class _Request:
 
     device: str | torch.device | None
     dtype: torch.dtype | None
-    lora: LoRAConfig | None
+    lora: LoRAConfig | LoRASource | None
     settings: PipelineSettings | None
+    merged_loras: Mapping[str, float]
 
 
 def load_backbone(
@@ -122,10 +125,11 @@ def load_backbone(
     num_rewards: int = 1,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    lora: LoRAConfig | None = None,
+    lora: LoRAConfig | LoRASource | None = None,
     attention_backend: str | None = None,
     settings: PipelineSettings | None = None,
     base: Any = None,
+    merged_loras: Mapping[str, float] | None = None,
 ) -> LatentBackbone:
     """The backbone of a diffusers pipeline, or of a directory that was saved, with its critic if it has one.
 
@@ -140,10 +144,15 @@ def load_backbone(
         device: where to put the pipeline. None: where it is, the CPU for a directory.
         dtype: that the model runs in; trained weights are float32 all the same. A directory's text encoders
             and VAE are loaded in it. None: the pipeline's, float32 for a directory.
-        lora: train this adapter. None: all weights, or the adapter of a directory that was saved with one.
+        lora: train this adapter, or train on one that was trained before: a directory, a file or a hub id in
+            diffusers' or peft's layout, or one file of a repository, "owner/name/file.safetensors"; rank,
+            alpha and modules are then its own. None: all weights, or the adapter of a directory that was
+            saved with one. KLPenalty.anchor says whether the KL is measured from it or from its base.
         attention_backend: "sdpa", "xformers" or a name of diffusers' dispatcher. None: the model's own.
         settings: resolution, negative prompt, decoder. None: the pipeline's own, or the saved ones.
         base: the pipeline, directory or hub id that a saved LoRA belongs to, where it has moved.
+        merged_loras: LoRA, as `lora` takes them -> weight, which are added to the frozen weights before
+            anything is trained. None: those of a saved directory, or none.
 
     Raises:
         ValueError: for a source that is none of these, a pipeline without an adapter, or settings that
@@ -151,8 +160,13 @@ def load_backbone(
     """
     if critic is not None and critic_file is not None:
         raise ValueError(f"critic={critic} and critic_file={str(critic_file)!r} are two critics; pass one")
-    _require_kinds(dtype=(dtype, torch.dtype), lora=(lora, LoRAConfig), settings=(settings, PipelineSettings))
-    request = _Request(device, dtype, lora, settings)
+    _require_kinds(
+        dtype=(dtype, torch.dtype),
+        lora=(lora, (LoRAConfig, str, PathLike)),
+        settings=(settings, PipelineSettings),
+        merged_loras=(merged_loras, Mapping),
+    )
+    request = _Request(device, dtype, lora, settings, merged_loras or {})
     path = None if isinstance(source, DiffusionPipeline) else _path(source)
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
     with torch.random.fork_rng(devices=[]):
@@ -175,10 +189,11 @@ def load_backbone(
     return backbone
 
 
-def _require_kinds(**arguments: tuple[Any, type]) -> None:
-    for name, (value, kind) in arguments.items():
-        if value is not None and not isinstance(value, kind):
-            wanted = f"{kind.__module__}.{kind.__qualname__}"
+def _require_kinds(**arguments: tuple[Any, type | tuple[type, ...]]) -> None:
+    for name, (value, kinds) in arguments.items():
+        if value is not None and not isinstance(value, kinds):
+            first, *_ = kinds if isinstance(kinds, tuple) else (kinds,)
+            wanted = f"{first.__module__}.{first.__qualname__}"
             raise ValueError(f"{name}={value!r} is a {type(value).__name__}; pass a {wanted} or None")
 
 
@@ -218,6 +233,11 @@ def _from_parts(path: Path, saved: LoRAConfig | None, request: _Request) -> Late
         raise ValueError(f"{path} holds a {name}, which has no backbone; known: {', '.join(MODELS)}")
     if request.settings is not None:
         raise ValueError(f"{path} holds no pipeline, so settings={request.settings} would be ignored")
+    if request.merged_loras or isinstance(request.lora, str | PathLike):
+        raise ValueError(
+            f"{path} holds no pipeline, and only a pipeline's LoRA can be read beside its model; leave lora "
+            "and merged_loras out: a saved directory has its own LoRA"
+        )
     text, codec = WordEncoder.from_pretrained(path / "text"), PatchCodec.from_pretrained(path / "codec")
     model = getattr(diffusers, name).from_pretrained(path / "model")
     backbone = adapt_pretrained(
@@ -238,9 +258,12 @@ def _from_saved(path: Path, description: dict[str, Any], request: _Request, base
         request.dtype or getattr(torch, description["dtype"]),
         _one_lora(saved, request.lora),
         request.settings or from_json(PipelineSettings, description["settings"]),
+        request.merged_loras,
     )
     if (path / "model_index.json").exists():
         return _from_pipeline(_open_pipeline(str(path), request), request)
+    # What was merged is in a whole pipeline's weights; earlier versions merged nothing.
+    request = replace(request, merged_loras=request.merged_loras or description.get("merged_loras", {}))
     origin = base if base is not None else description["base"]
     if origin is None:
         raise ValueError(
@@ -254,10 +277,13 @@ def _from_saved(path: Path, description: dict[str, Any], request: _Request, base
 
 
 def _load_policy(backbone: LatentBackbone, path: Path) -> None:
-    load_in_place(backbone.policy_state(), backbone.read_policy(path), f"model in {path}")
+    backbone.load_policy(backbone.read_policy(path), f"model in {path}")
 
 
-def _one_lora(saved: LoRAConfig | None, asked: LoRAConfig | None) -> LoRAConfig | None:
+Asked = TypeVar("Asked", bound=LoRAConfig | LoRASource | None)
+
+
+def _one_lora(saved: LoRAConfig | None, asked: Asked) -> LoRAConfig | Asked:
     if saved is not None and asked not in (None, saved):
         raise ValueError(
             f"the directory holds a LoRA of {saved}, so {asked} would be ignored; leave lora out"
@@ -313,21 +339,31 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
         encoder: nn.Module | None = getattr(pipeline, name)
         if encoder is not None:
             encoder.eval().requires_grad_(False)
+    trained = None
+    if isinstance(request.lora, str | PathLike):
+        trained = read_lora(request.lora, pipeline, family.model_part, family.text_parts)
+    for source, weight in request.merged_loras.items():
+        read_lora(source, pipeline, family.model_part, family.text_parts).merge_into(pipeline, weight)
     scheduler = family.scheduler(pipeline.scheduler)
     weights = {name: getattr(pipeline, name) for name in (family.model_part, "vae", *family.text_parts)}
     fingerprint = Fingerprint.of(weights, scheduler)
     map_shape = family.latent_map(pipeline, settings.resolution or _default_resolution(pipeline, family))
-    return family.backbone(
+    backbone = family.backbone(
         pipeline,
         settings,
         map_shape,
         prompt_encoder=PipelineEncoder(pipeline, family, settings),
         codec=VAECodec(prepare_vae(pipeline.vae, settings), family, map_shape),
         scheduler=scheduler,
-        storage=PipelineStorage(pipeline, family, settings, _origin(pipeline), fingerprint),
-        lora=request.lora,
+        storage=PipelineStorage(
+            pipeline, family, settings, _origin(pipeline), fingerprint, request.merged_loras
+        ),
+        lora=request.lora if trained is None else trained.config(family.model_part),
         dtype=request.dtype,
     )
+    if trained is not None:
+        backbone.load_policy(trained.state(family.model_part), f"LoRA {trained.source}")
+    return backbone
 
 
 def _default_resolution(pipeline: Any, family: PipelineFamily) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -26,11 +26,13 @@ from lacfast.config import LoRAConfig
 
 POLICY = "policy"
 """Name of the policy's adapter."""
+ANCHOR = "anchor"
+"""Name of a frozen copy of the policy's adapter as it was before training."""
 CRITIC = "critic"
 """Name of the first critic's adapter, for the critic trunk "lora"; others have a number behind it."""
 
-_OWNERS = "lacfast_critics"
-"""Attribute of a model: name of a critic's adapter -> its trunk, as long as that lives."""
+_OWNERS = "lacfast_owners"
+"""Attribute of a model: name of a critic's or an anchor's adapter -> whose it is, as long as that lives."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def add_adapter(
         ValueError: when no module of the model is named so.
     """
     targets = list(default_targets if config.target_modules is None else config.target_modules)
-    if not any(_is_target(module_name, targets) for module_name, _ in model.named_modules()):
+    if not any(is_target(module_name, targets) for module_name, _ in model.named_modules()):
         raise ValueError(
             f"target_modules={targets} match no module of {type(model).__name__}; "
             f"leave it out for the family's own: {list(default_targets)}"
@@ -130,9 +132,10 @@ def add_adapter(
     if name in getattr(model, "peft_config", {}):
         model.delete_adapters(name)
     needs_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    alpha: Any = config.rank if config.alpha is None else config.alpha
     settings: Any = LoraConfig(
         r=config.rank,
-        lora_alpha=config.rank if config.alpha is None else config.alpha,
+        lora_alpha=alpha,
         target_modules=targets,
         init_lora_weights="gaussian",
     )
@@ -156,16 +159,35 @@ def add_adapter(
     return weights
 
 
-def critic_name(model: nn.Module, trunk: nn.Module) -> str:
-    """The name of an adapter that is to be `trunk`'s alone: that of a critic which is gone, or a new one."""
-    owners: WeakValueDictionary[str, nn.Module] = model.__dict__.setdefault(_OWNERS, WeakValueDictionary())
-    names = (f"{CRITIC}_{number}" if number > 1 else CRITIC for number in count(1))
+def copy_adapter(
+    model: Any, name: str, copied: str, config: LoRAConfig, default_targets: tuple[str, ...]
+) -> None:
+    """Add a frozen adapter `copied` with the weights that `name` has now; arguments as `add_adapter`."""
+    weights = adapter_state(model, name)
+    for parameter in add_adapter(model, copied, config, default_targets):
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for own, tensor in adapter_state(model, copied).items():
+            tensor.copy_(weights[own])
+
+
+def own_name(model: nn.Module, kind: str, owner: Any) -> str:
+    """The name of an adapter that is to be `owner`'s alone: that of an owner which is gone, or a new one.
+
+    Args:
+        model: that gets the adapter.
+        kind: CRITIC or ANCHOR.
+        owner: a trunk or a frozen policy.
+    """
+    owners: WeakValueDictionary[str, Any] = model.__dict__.setdefault(_OWNERS, WeakValueDictionary())
+    names = (f"{kind}_{number}" if number > 1 else kind for number in count(1))
     name = next(name for name in names if name not in owners)
-    owners[name] = trunk
+    owners[name] = owner
     return name
 
 
-def _is_target(module_name: str, targets: list[str]) -> bool:
+def is_target(module_name: str, targets: Iterable[str]) -> bool:
+    """Whether a module's name has one of these ends."""
     return any(module_name == target or module_name.endswith(f".{target}") for target in targets)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ class PipelineStorage:
         settings: PipelineSettings,
         base: str | None,
         fingerprint: Fingerprint,
+        merged_loras: Mapping[str, float],
     ) -> None:
         """
         Args:
@@ -67,12 +69,14 @@ class PipelineStorage:
             settings: it is used with.
             base: directory or hub id of the untrained pipeline, None when it has none.
             fingerprint: of the untrained pipeline.
+            merged_loras: LoRAs in its weights, with theirs, that `base` is without.
         """
         self.pipeline = pipeline
         self.family = family
         self.settings = settings
         self.base = base
         self.fingerprint = fingerprint
+        self.merged_loras = {_anywhere(source): weight for source, weight in merged_loras.items()}
 
     def write(self, backbone: LatentBackbone, directory: Path) -> None:
         part = self.family.model_part
@@ -90,6 +94,7 @@ class PipelineStorage:
             directory,
             pipeline=type(self.pipeline).__name__,
             base=self.base,
+            merged_loras=self.merged_loras,
             settings=to_json(self.settings),
             lora=None if backbone.lora is None else to_json(backbone.lora),
             dtype=str(backbone.dtype).removeprefix("torch."),
@@ -154,6 +159,11 @@ def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         state: dict[str, Tensor] = type(model).from_pretrained(directory).state_dict()
     return state
+
+
+def _anywhere(source: str) -> str:
+    """A path as it is valid from any directory; a hub id stays."""
+    return str(Path(source).absolute()) if Path(source).exists() else str(source)
 
 
 def _contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:

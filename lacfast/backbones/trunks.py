@@ -82,7 +82,7 @@ class LoRATrunk(OwnForwardTrunk):
     ) -> None:
         """`config` and `targets` as lora.add_adapter; the adapter's weights become the trunk's too."""
         super().__init__()
-        self.adapter = adapters.critic_name(model, self)
+        self.adapter = adapters.own_name(model, adapters.CRITIC, self)
         self.weights = nn.ParameterList(adapters.add_adapter(model, self.adapter, config, targets))
         # In a tuple, so that the base is no part of the critic's own weights.
         self.base = (model,)

@@ -136,7 +136,7 @@ class LoRAConfig(Config):
 
     rank: Count = 32
     """Rank of the change of every weight. flow_grpo: 32."""
-    alpha: Count | None = None
+    alpha: Positive | None = None
     """The change is scaled by alpha / rank. None: alpha = rank; flow_grpo: 2 rank."""
     target_modules: tuple[str, ...] | None = None
     """Ends of the names of the adapted modules. None: the family's attention projections."""

@@ -25,6 +25,8 @@ RATIOS = ("innovation", "ratio_norm")
 """Kinds of likelihood ratio; see PPOConfig.ratio."""
 KL_KINDS = ("exact", "velocity", "flow_grpo")
 """Kinds of KL to the anchor; see KLPenalty.kind."""
+ANCHORS = ("start", "base")
+"""Policies that the KL is measured from; see KLPenalty.anchor."""
 _Beta = Annotated[float, Range(least=0, below=1)]
 
 
@@ -55,7 +57,7 @@ class KLMask(Choice):
 
 @dataclass(frozen=True)
 class KLPenalty(Choice, name="penalty"):
-    """The KL to the anchor, the policy as it was before training, in the policy's loss."""
+    """The KL to the anchor, a frozen policy, in the policy's loss."""
 
     weight: Positive
     """beta. flow_grpo: 0.04."""
@@ -64,6 +66,9 @@ class KLPenalty(Choice, name="penalty"):
     target: Positive | None = None
     """KL per element, in the unit of its kind, that the weight holds by a rule of proportion, from where it
     is set; see lacfast.learning.adaptive_kl. None: the weight stays."""
+    anchor: Annotated[str, OneOf(ANCHORS)] = "start"
+    """Which policy: "start", as it was before this training, with the LoRA that it went on from; "base", the
+    model without its LoRA."""
 
 
 MINIBATCH_DRAWS = ("free", "stratified")

@@ -73,7 +73,8 @@ class Learner:
         self._gradients = GradientMemory(self._weights)
         self.anchor = None
         if ppo.kl is not None:
-            self.anchor = KLAnchor(backbone.frozen_anchor(), self._graphs, config.sampler.guidance_scale)
+            frozen = backbone.frozen_anchor(ppo.kl.anchor)
+            self.anchor = KLAnchor(frozen, self._graphs, config.sampler.guidance_scale)
         self.critic_update = None
         if backbone.critic is not None:
             optimizer = critic_optimizer(backbone.critic, ppo)

@@ -27,16 +27,23 @@ class RunConfig(Config):
 
     UNREAD = (
         Unread(
-            options=("dtype", "resolution", "attention_backend"),
+            options=("dtype", "resolution", "attention_backend", "lora_from", "merged_loras"),
             where=lambda run: run.model in EMBEDDED_MODELS,
             because=lambda run: (
                 f": model={run.model!r} is made on the spot, in float32 at the size of its pictures"
             ),
         ),
         Unread(
-            options=("lora",),
+            options=("lora", "lora_from"),
             where=lambda run: run.full_finetuning,
             because=lambda run: ": full_finetuning=True trains all weights",
+        ),
+        Unread(
+            options=("lora",),
+            where=lambda run: run.lora_from != "",
+            because=lambda run: (
+                f": that of lora_from={run.lora_from!r} has rank, alpha and modules of its own"
+            ),
         ),
         Unread(
             options=("gpus",),
@@ -83,6 +90,12 @@ class RunConfig(Config):
     """Dtype that the model runs in; trained weights are float32 all the same."""
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""
+    lora_from: str = ""
+    """A trained LoRA to train on: a directory, file or hub id in diffusers' or peft's layout, or one file of
+    a repository, owner/name/FILE. Empty: a new one, or that of a saved model. `train.ppo.kl` says whether
+    its anchor is this LoRA's policy or its base."""
+    merged_loras: tuple[tuple[str, Finite], ...] = ()
+    """(LoRA, weight) pairs that are added to the model's weights before anything is trained."""
     full_finetuning: bool = False
     """Train all weights where a preset has a `lora`."""
     resolution: tuple[Count, Count] | None = None

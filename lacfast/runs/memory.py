@@ -147,7 +147,7 @@ def memory_plan(
     subject, overlaps = Subject(backbone, critic, conditioning, config, ranks), overlaps and not on_cpu
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor()
+    anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor(config.ppo.kl.anchor)
     weights = _bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + beside_bytes
     weights += 0 if anchor.model is backbone.model else _bytes(anchor.model)
     if config.rollout_precision != "model":

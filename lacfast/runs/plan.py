@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,15 @@ TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
 def torch_dtype(name: Dtype) -> torch.dtype | None:
     """The dtype of that name; None for float32, which loads a model as it is saved."""
     return None if name == "float32" else getattr(torch, name)
+
+
+def model_arguments(config: RunConfig) -> dict[str, Any]:
+    """What load_backbone and load_blueprint are told of a run's model."""
+    return {
+        "dtype": torch_dtype(config.dtype),
+        "lora": config.lora_from or config.lora,
+        "settings": PipelineSettings(resolution=config.resolution),
+    }
 
 
 @dataclass(frozen=True)
@@ -88,12 +98,7 @@ class _Model:
             backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
             conditioning, beside = backbone.encode_unconditional(1), 0
         else:
-            blueprint = load_blueprint(
-                config.model,
-                dtype=torch_dtype(config.dtype),
-                lora=config.lora,
-                settings=PipelineSettings(resolution=config.resolution),
-            )
+            blueprint = load_blueprint(config.model, **model_arguments(config))
             backbone, conditioning = blueprint.backbone, blueprint.conditioning()
             kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
             beside = blueprint.decoder_bytes + kept

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lacfast.backbones import PipelineSettings, adapt_pretrained, load_backbone
+from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig, SamplerConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
@@ -38,7 +38,7 @@ from lacfast.runs.phases import (
     pretrain_model,
     show_value_pretraining,
 )
-from lacfast.runs.plan import TINY_MODELS, planned_memory, torch_dtype
+from lacfast.runs.plan import TINY_MODELS, model_arguments, planned_memory, torch_dtype
 from lacfast.runs.saved import evaluation_sampler, saved_model
 from lacfast.runs.terminal import PhaseLog
 from lacfast.runtime.directories import locked, require_whole, whole_directory
@@ -99,10 +99,9 @@ def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) ->
         return load_backbone(
             config.model,
             device=device,
-            dtype=torch_dtype(config.dtype),
-            lora=config.lora,
             attention_backend=config.attention_backend or None,
-            settings=PipelineSettings(resolution=config.resolution),
+            merged_loras=dict(config.merged_loras),
+            **model_arguments(config),
         )
 
 

@@ -123,11 +123,25 @@ IGNORED = [
     *rows(
         RunConfig,
         {"model": "shapes-dit"},
-        {"dtype": "bfloat16", "resolution": (64, 64), "attention_backend": "sdpa"},
+        {
+            "dtype": "bfloat16", "resolution": (64, 64), "attention_backend": "sdpa",
+            "lora_from": "somebody/ink", "merged_loras": (("somebody/ink", 1.0),),
+        },
         {"model": "pipeline"},
     ),
     *rows(RunConfig, {}, {"gpus": 4}, {"dry_run": True}),
     *rows(RunConfig, {"full_finetuning": True}, {"lora": LoRAConfig()}),
+    *rows(
+        RunConfig,
+        {"full_finetuning": True, "model": "pipeline"},
+        {"lora_from": "somebody/ink"},
+        {"model": "pipeline"},
+    ),
+    *rows(
+        RunConfig,
+        {"lora_from": "somebody/ink", "model": "pipeline"},
+        {"lora": LoRAConfig()},
+    ),
     *rows(
         RunConfig,
         {"value_pretraining": False},
@@ -195,7 +209,8 @@ READ = {
     ),
     # A choice is there with all that it reads, or not at all.
     "Fixed": "steps", "Random": "size within", "Sliding": "size every stride within",
-    "Ratio": "clip_range", "Nats": "clip_nats", "KLMask": "kl_threshold", "KLPenalty": "weight kind target",
+    "Ratio": "clip_range", "Nats": "clip_nats", "KLMask": "kl_threshold",
+    "KLPenalty": "weight kind target anchor",
     "CriticValues": "", "GroupBaseline": "std", "GRPO": "std", "LeaveOneOut": "std",
     "DDPO": "buffer_size min_count", "BatchMean": "",
 }  # fmt: skip

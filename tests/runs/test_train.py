@@ -18,7 +18,7 @@ from refusals import Refusal
 from safetensors.torch import load_file
 from tiny_pipelines import PROMPTS, tiny_pipeline
 
-from lacfast.backbones import prompt_files
+from lacfast.backbones import load_backbone, prompt_files
 from lacfast.backbones.pipelines import PipelineEncoder
 from lacfast.config import (
     CriticConfig,
@@ -35,6 +35,7 @@ from lacfast.prompts import Draws, PromptSet
 from lacfast.runs import train as run
 from lacfast.runs.config import EvaluationRun, RunConfig
 from lacfast.runs.directory import RunDirectory
+from lacfast.runs.plan import plan
 from lacfast.runs.terminal import PhaseLog
 
 
@@ -102,6 +103,25 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(model: Pat
         expected, found = load_file(through / name), load_file(resumed / name)
         assert all(torch.equal(expected[key], found[key]) for key in expected)
     assert lines(tmp_path / "killed") == lines(tmp_path / "through")
+
+
+def test_a_run_goes_on_from_a_trained_lora_beside_merged_ones(model: Path, tmp_path: Path) -> None:
+    first = run.train(run_config(model, tmp_path / "first"))
+    second = run_config(
+        model, tmp_path / "second", lora=None, lora_from=str(first), merged_loras=((str(first), 0.5),)
+    )
+    assert plan(second).costs == plan(run_config(model, tmp_path / "first")).costs
+    with pytest.raises(StoppedError):
+        run.train(second, stop_after(2))
+    last = run.train(second)
+    backbone = load_backbone(last)
+    assert backbone.lora == LoRAConfig(rank=2, target_modules=backbone.lora.target_modules)
+    assert json.loads((last / "lacfast.json").read_text())["merged_loras"] == {str(first): 0.5}
+    before, after = (load_file(each / "pytorch_lora_weights.safetensors") for each in (first, last))
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(".lora_A." in name for name in changed)
+    assert any(".lora_B." in name for name in changed)
 
 
 def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_nothing(

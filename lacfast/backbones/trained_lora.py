@@ -1,0 +1,264 @@
+"""LoRAs that were trained elsewhere: read by diffusers' loader or peft's, to be trained on or merged.
+
+They are read onto copies of a pipeline's modules that have no weights, so that the pipeline is not touched
+and nothing is rounded to the dtype of its base.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from torch import Tensor, nn
+
+from lacfast.backbones import lora as adapters
+from lacfast.config import LoRAConfig
+from lacfast.runtime.directories import recover, require_whole
+
+LoRASource = str | os.PathLike[str]
+"""A directory, a file, a hub id, or a file of a repository: "owner/name/file.safetensors"."""
+
+_PEFT_CONFIG = "adapter_config.json"
+"""Beside peft's weights."""
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class TrainedLoRA:
+    """A LoRA with its weights as they were saved, on the CPU."""
+
+    source: str
+    parts: Mapping[str, Any]
+    """Component of the pipeline that it adapts -> a module like it with the adapter, and no other weights."""
+
+    def config(self, part: str) -> LoRAConfig:
+        """The adapter as it is trained on.
+
+        Args:
+            part: component that is trained.
+
+        Raises:
+            ValueError: for what is not trained here: text encoders, or ranks and scales that differ.
+        """
+        others = sorted(set(self.parts) - {part})
+        if others:
+            raise self._refusal(f"adapts {', '.join(others)}, and only the {part} is trained")
+        layers = adapters.tuner_layers(self.parts[part])
+        ranks = {layer.r[adapters.POLICY] for layer in layers.values()}
+        scales = {layer.scaling[adapters.POLICY] for layer in layers.values()}
+        if len(ranks) > 1 or len(scales) > 1:
+            raise self._refusal(
+                f"has ranks {sorted(ranks)} and scales {sorted(scales)}; one of each is trained"
+            )
+        (rank,), (scale,) = ranks, scales
+        return LoRAConfig(
+            rank=rank, alpha=None if scale == 1 else rank * scale, target_modules=_ends(self.parts[part])
+        )
+
+    def state(self, part: str) -> dict[str, Tensor]:
+        """The weights of a component, named as in `lora.adapter_state`."""
+        return adapters.adapter_state(self.parts[part], adapters.POLICY)
+
+    @torch.no_grad()
+    def merge_into(self, pipeline: Any, weight: float) -> None:
+        """Add `weight` times the LoRA's change to the pipeline's weights; the sum is rounded once."""
+        for component, adapted in self.parts.items():
+            module: nn.Module = getattr(pipeline, component)
+            for name, layer in adapters.tuner_layers(adapted).items():
+                base: Any = module.get_submodule(name).weight
+                change = layer.float().get_delta_weight(adapters.POLICY).to(base.device)
+                base.copy_(base.float() + weight * change)
+
+    def _refusal(self, fault: str) -> ValueError:
+        return ValueError(
+            f"the LoRA {self.source} {fault}. Merge it into the weights and train a new one on them: "
+            f"merged_loras={{{self.source!r}: 1.0}}, or --merged-loras {self.source} 1.0"
+        )
+
+
+def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tuple[str, ...]) -> TrainedLoRA:
+    """A LoRA in diffusers' layout (or one that its loader knows, as kohya's) or in peft's.
+
+    Args:
+        source: see LoRASource; a directory that lacfast saved is one too.
+        pipeline: that it belongs to.
+        model_part: its component that is trained; a LoRA in peft's layout is of this one.
+        text_parts: its components that encode prompts.
+
+    Raises:
+        ValueError: when there is none, when it does not fit, or when it is more than a plain LoRA.
+    """
+    place, file = _place(source)
+    hollow = _without_weights(pipeline, (model_part, *text_parts))
+    model = getattr(hollow, model_part)
+    shapes = _shapes(model)
+    try:
+        with _quiet():
+            peft = _peft_directory(place, file)
+            if peft is not None:
+                _load_peft(model, peft)
+            else:
+                hollow.load_lora_weights(
+                    place, weight_name=file, adapter_name=adapters.POLICY, low_cpu_mem_usage=True
+                )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{source} is no LoRA of a {type(pipeline).__name__}: {error}; pass a directory or file in "
+            "diffusers' or peft's layout, a hub id, or one file of a repository as owner/name/FILE"
+        ) from error
+    parts = {name: getattr(hollow, name) for name in (model_part, *text_parts)}
+    trained = TrainedLoRA(str(source), {name: part for name, part in parts.items() if _is_adapted(part)})
+    if not trained.parts:
+        raise ValueError(
+            f"{source} adapts no part of the {type(pipeline).__name__}; pass a LoRA of this model"
+        )
+    if getattr(model, "_transformer_norm_layers", None) or not shapes.items() <= _shapes(model).items():
+        raise ValueError(f"{source} changes more than a LoRA does: norms or shapes; pass a plain LoRA")
+    for part in trained.parts.values():
+        _require_plain(part, str(source))
+    return trained
+
+
+def _require_plain(adapted: Any, source: str) -> None:
+    """
+    Raises:
+        ValueError: for a kind of LoRA whose change is no s B A, or weights that are missing.
+    """
+    config = adapted.peft_config[adapters.POLICY]
+    layers = adapters.tuner_layers(adapted)
+    if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
+        raise ValueError(
+            f"{source} is no plain LoRA but a LoKr, a DoRA or one with biases; let diffusers merge it: "
+            "pipeline.load_lora_weights(), pipeline.fuse_lora(), pipeline.save_pretrained()"
+        )
+    missing = [
+        name for name, tensor in adapters.adapter_state(adapted, adapters.POLICY).items() if tensor.is_meta
+    ]
+    if isinstance(config.target_modules, set | list):
+        missing += [
+            target
+            for target in config.target_modules
+            if not any(adapters.is_target(name, (target,)) for name in layers)
+        ]
+    if missing:
+        raise ValueError(
+            f"{source} is a LoRA of another model: {', '.join(missing[:3])} of {len(missing)} do not fit a "
+            f"{type(adapted).__name__}; pass one of this model"
+        )
+
+
+def _place(source: LoRASource) -> tuple[str, str | None]:
+    """Directory or repository, and the file in it where one is named."""
+    path = Path(source)
+    if not path.exists():
+        recover(path)
+    if path.is_file():
+        return str(path.parent), path.name
+    if path.is_dir():
+        require_whole(path)
+        return str(path), None
+    owner, _, rest = str(source).partition("/")
+    name, _, file = rest.partition("/")
+    return f"{owner}/{name}" if name else owner, file or None
+
+
+def _peft_directory(place: str, file: str | None) -> Path | None:
+    """The directory of a LoRA in peft's layout, from the hub where it is there."""
+    if Path(place).is_dir():
+        has_config = (Path(place) / _PEFT_CONFIG).exists()
+        return Path(place) if has_config and file in (None, SAFETENSORS_WEIGHTS_NAME) else None
+    if file is not None:
+        return None
+    try:
+        config = hf_hub_download(place, _PEFT_CONFIG)
+        hf_hub_download(place, SAFETENSORS_WEIGHTS_NAME)
+    except EntryNotFoundError:
+        return None
+    return Path(config).parent
+
+
+def _load_peft(model: Any, directory: Path) -> None:
+    config = LoraConfig.from_pretrained(str(directory))
+    state = {
+        name.removeprefix(_PEFT_PREFIX): tensor
+        for name, tensor in load_peft_weights(str(directory), device="cpu").items()
+    }
+    model.load_lora_adapter(
+        state,
+        prefix=None,
+        metadata=config.to_dict(),
+        adapter_name=adapters.POLICY,
+        low_cpu_mem_usage=True,
+    )
+
+
+def _without_weights(pipeline: Any, parts: tuple[str, ...]) -> Any:
+    """The pipeline with other modules in the place of some parts: of the same shapes, without weights."""
+    hollow = copy.copy(pipeline)
+    for name in parts:
+        part = getattr(pipeline, name)
+        if part is not None:
+            setattr(hollow, name, _hollow(part))
+    return hollow
+
+
+def _hollow(part: Any) -> Any:
+    """A module like `part` in float32 on the CPU, of which every tensor is one number, repeated."""
+    kind: Any = type(part)
+    with torch.device("meta"):
+        # transformers' modules are made of their config, diffusers' by it.
+        made = kind.from_config(part.config) if hasattr(kind, "load_config") else kind(part.config)
+    for module in made.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    repeated = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    is_weight = tensors is module._parameters
+                    tensors[name] = nn.Parameter(repeated, requires_grad=False) if is_weight else repeated
+    return made
+
+
+def _ends(adapted: nn.Module) -> tuple[str, ...]:
+    """The shortest ends of names that tell the adapted modules from all others."""
+    layers = adapters.tuner_layers(adapted).keys()
+    names = {name.removesuffix(".base_layer") for name, _ in adapted.named_modules()}
+    depth, found, ends = 0, set[str](), set[str]()
+    while found != layers and depth <= max(name.count(".") for name in layers):
+        depth += 1
+        ends = {".".join(name.split(".")[-depth:]) for name in layers}
+        found = {name for name in names if adapters.is_target(name, ends)}
+    return tuple(sorted(ends))
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {
+        name.replace(".base_layer.", "."): parameter.shape
+        for name, parameter in model.named_parameters()
+        if adapters.adapter_of(name) is None
+    }
+
+
+def _is_adapted(part: nn.Module | None) -> bool:
+    return part is not None and bool(adapters.tuner_layers(part))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' lines on the parts that a LoRA does not adapt."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
