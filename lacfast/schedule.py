@@ -174,6 +174,44 @@ def ddim(
     prev_signal = torch.where(
         prev_timesteps < 0, torch.tensor(final_alpha_cumprod).double(), alphas[prev_timesteps.clamp(min=0)]
     )
+    return _ddim_table(signal, prev_signal, timesteps, eta, prediction_type, window)
+
+
+def ddim_levels(
+    sigmas: Tensor,
+    timesteps: Tensor,
+    eta: float,
+    *,
+    prediction_type: str = "epsilon",
+    window: Window | None = None,
+) -> TransitionTable:
+    """DDIM on any noise levels, also between those of the training. At eta = 0 it is Euler's method on them.
+
+    Args:
+        sigmas: (T + 1,) noise over signal, sqrt((1 - A) / A), falling: what solvers of an ODE have.
+        timesteps: (T,) that the model is told, whole or not.
+        eta: 0 deterministic, 1 DDPM's posterior variance.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        window: (start, stop) steps that are stochastic. None: all.
+
+    Raises:
+        ValueError: for an unknown prediction type, or an eta out of [0, 1].
+    """
+    require_noise_level("ddim", eta)
+    signal = 1 / (1 + torch.as_tensor(sigmas, dtype=torch.float64, device="cpu") ** 2)
+    timesteps = torch.as_tensor(timesteps, device="cpu")
+    return _ddim_table(signal[:-1], signal[1:], timesteps, eta, prediction_type, window)
+
+
+def _ddim_table(
+    signal: Tensor,
+    prev_signal: Tensor,
+    timesteps: Tensor,
+    eta: float,
+    prediction_type: str,
+    window: Window | None,
+) -> TransitionTable:
+    """`signal` and `prev_signal` are A before and after each step."""
     std = eta * ((1 - prev_signal) / (1 - signal) * (1 - signal / prev_signal)).clamp(min=0).sqrt()
     stochastic = _ddim_rows(signal, prev_signal, std, prediction_type)
     deterministic = _ddim_rows(signal, prev_signal, torch.zeros_like(std), prediction_type)

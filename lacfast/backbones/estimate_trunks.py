@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.backbones.taps import Tap, feature_map_tokens, record_taps
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.records import Conditioning
@@ -46,14 +47,14 @@ class CleanEstimate(nn.Module):
         super().__init__()
         config = {} if scheduler is None else scheduler.config
         self.num_timesteps: float = config.get("num_train_timesteps", FLOW_TIMESTEPS)
-        is_flow = scheduler is None or "FlowMatch" in type(scheduler).__name__
-        self.prediction_type = "flow" if is_flow else config["prediction_type"]
+        has_flow = is_flow(scheduler)
+        self.prediction_type = "flow" if has_flow else config["prediction_type"]
         if self.prediction_type not in ("flow", "epsilon", "v_prediction", "sample"):
             raise ValueError(
                 f"no estimate of the clean latent for prediction_type {self.prediction_type!r}; "
                 "use a critic trunk that reads no estimate, like 'branch'"
             )
-        alphas = torch.ones(1) if is_flow else scheduler.alphas_cumprod.float()
+        alphas = torch.ones(1) if has_flow else scheduler.alphas_cumprod.float()
         self.register_buffer("alphas_cumprod", alphas, persistent=False)
 
     def forward(self, sample: Tensor, model_output: Tensor, timestep: Tensor) -> Tensor:
@@ -63,6 +64,7 @@ class CleanEstimate(nn.Module):
             return sample - scales / self.num_timesteps * model_output
         if self.prediction_type == "sample":
             return model_output
+        # Between two timesteps of the training the level is the lower one's: a critic's feature, no step.
         alpha: Tensor = self.alphas_cumprod[scales.long()]
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
         if self.prediction_type == "v_prediction":

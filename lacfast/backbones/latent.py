@@ -27,6 +27,7 @@ from lacfast.backbones.parts import Embeddings, LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
+from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.backbones.schedulers import from_scheduler
 from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LoRATrunk, SharedTrunk
 from lacfast.checkpoint import load_in_place
@@ -265,8 +266,7 @@ class LatentBackbone(ABC):
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window
-        is_flow = self.scheduler is None or "FlowMatch" in type(self.scheduler).__name__
-        if config.shift != 1.0 and not is_flow:
+        if config.shift != 1.0 and not is_flow(self.scheduler):
             raise ValueError(
                 f"shift={config.shift} would be ignored: {type(self.scheduler).__name__} has the levels of "
                 "its training, and only a flow's can be shifted; leave shift out"

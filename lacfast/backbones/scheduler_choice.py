@@ -1,4 +1,4 @@
-"""What becomes of a pipeline's scheduler: it stays, becomes DDIM on its own training noise, or is refused.
+"""What becomes of a pipeline's scheduler: it stays, becomes DDIM on its own noise levels, or is refused.
 
 A sampler here draws the noise itself and steps by a table, so a scheduler gives noise levels only. Those of
 an epsilon or v model are read as DDIM, whose step is affine at every eta; those of a flow model as they are.
@@ -10,6 +10,7 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 DDIM_ALREADY = ("DDIMScheduler", "DDIMParallelScheduler")
@@ -46,15 +47,36 @@ OTHER_LEVELS = (
     "sigma_max",
 )
 """Settings that move noise levels to where DDIM has none."""
+OWN_LEVELS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Solvers that tell a noise level per step and the last one, wherever their settings put them."""
+TRIED_STEPS = (7, 10, 23)
+"""Numbers of steps by which the levels of two schedulers are compared."""
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler that was chosen here has a flow's noise levels; None is flow matching."""
+    if scheduler is None or "FlowMatch" in type(scheduler).__name__:
+        return True
+    return bool(own_settings(scheduler).get("use_flow_sigmas", False))
 
 
 def ddim_scheduler(scheduler: Any) -> Any:
-    """DDIM on the training noise of an epsilon or v model's scheduler; flow matching stays itself.
+    """DDIM on the noise levels of an epsilon or v model's scheduler; flow matching stays itself.
 
-    Warns once where the pipeline's own call would step otherwise.
+    A solver whose levels DDIM does not have is kept, and its levels are read. Warns once where the pipeline's
+    own call would step otherwise.
 
     Raises:
-        ValueError: for a scheduler whose noise levels DDIM does not have.
+        ValueError: for a scheduler whose noise levels no sampler here has.
     """
     name = type(scheduler).__name__
     if name == "FlowMatchEulerDiscreteScheduler":
@@ -65,28 +87,58 @@ def ddim_scheduler(scheduler: Any) -> Any:
         )
     own = own_settings(scheduler)
     _refuse(name, {setting: False for setting in NOT_AFFINE if own.get(setting)})
-    _refuse(name, {setting: None for setting in OTHER_LEVELS if own.get(setting)})
+    moved = [setting for setting in OTHER_LEVELS if own.get(setting)]
+    _refuse(name, dict.fromkeys(moved if name not in OWN_LEVELS else {"use_flow_sigmas"} & {*moved}))
     _refuse(name, {"timestep_type": "discrete"} if own.get("timestep_type") == "continuous" else {})
     require_ddim_step(name, scheduler.config)
+    # diffusers takes no setting over that its class has by default, and schedulers without a clip would get
+    # DDIM's default, which clips latents to [-1, 1].
+    told = {key: own[key] for key in ("timestep_spacing", "steps_offset") if key in own}
+    chosen = DDIMScheduler.from_config(  # type: ignore[no-untyped-call]
+        scheduler.config, **told, clip_sample=False
+    )
+    place = "on the same training noise"
+    if name in OWN_LEVELS and not all(_has_levels(scheduler, chosen, steps) for steps in TRIED_STEPS):
+        chosen, place = type(scheduler).from_config(scheduler.config), "on its own noise levels"
     if name in BECOME_DDIM:
         warnings.warn(
-            f"{name} becomes DDIM on the same training noise: noise_level is its eta, and the pipeline's own "
+            f"{name} becomes DDIM {place}: noise_level is its eta, and the pipeline's own "
             "call may show other images. Give the pipeline a DDIMScheduler to see the same ones",
             stacklevel=2,
         )
-    # Schedulers without a clip would get DDIM's default, which clips latents to [-1, 1].
-    return DDIMScheduler.from_config(  # type: ignore[no-untyped-call]
-        scheduler.config, clip_sample=False
-    )
+    return chosen
+
+
+def _has_levels(scheduler: Any, ddim: Any, steps: int) -> bool:
+    """Whether DDIM has a solver's timesteps and noise levels."""
+    own, ddim = type(scheduler).from_config(scheduler.config), type(ddim).from_config(ddim.config)
+    own.set_timesteps(steps)
+    ddim.set_timesteps(steps)
+    if not torch.equal(own.timesteps.double(), ddim.timesteps.double()):
+        return False
+    signal = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.view(1)])
+    levels = own.sigmas / (1 + own.sigmas**2).sqrt()
+    return torch.allclose(levels, (1 - signal).sqrt(), rtol=0, atol=1e-6)
 
 
 def flow_scheduler(scheduler: Any) -> Any:
-    """A flow-matching scheduler as it is: its noise levels under Euler steps.
+    """A flow's scheduler as it is: its noise levels under Euler steps.
+
+    Warns where the pipeline's own call would step otherwise.
 
     Raises:
-        ValueError: for another solver, whose noise levels are others, or steps that draw their own noise.
+        ValueError: for a solver that does not tell its levels, or steps that draw their own noise.
     """
     name = type(scheduler).__name__
+    own = own_settings(scheduler)
+    # The others take no last step to the picture.
+    if own.get("use_flow_sigmas", False) and own.get("final_sigmas_type") == "zero" and name in OWN_LEVELS:
+        warnings.warn(
+            f"{name}'s noise levels are kept and its steps become Euler's: the pipeline's own call may show "
+            "other images. Give the pipeline a FlowMatchEulerDiscreteScheduler to see the same ones",
+            stacklevel=2,
+        )
+        return type(scheduler).from_config(scheduler.config)
     if name != "FlowMatchEulerDiscreteScheduler":
         shift = scheduler.config.get("flow_shift", scheduler.config.get("shift", 1.0))
         raise ValueError(

@@ -8,10 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lacfast.backbones.scheduler_choice import NOT_AFFINE, require_ddim_step, require_forward_time
+from lacfast.backbones.scheduler_choice import (
+    NOT_AFFINE,
+    OWN_LEVELS,
+    is_flow,
+    require_ddim_step,
+    require_forward_time,
+)
 from lacfast.config.sampling import require_noise_level
 from lacfast.records import TransitionTable
-from lacfast.schedule import FLOW_KINDS, Window, ddim, flow_table
+from lacfast.schedule import FLOW_KINDS, Window, ddim, ddim_levels, flow_table
 
 
 def from_scheduler(
@@ -27,7 +33,8 @@ def from_scheduler(
     """The table that makes the same steps as a diffusers scheduler, which is not modified.
 
     Args:
-        scheduler: FlowMatchEulerDiscreteScheduler, DDIMScheduler or DDPMScheduler.
+        scheduler: FlowMatchEulerDiscreteScheduler, DDIMScheduler or DDPMScheduler; of the solvers in
+            OWN_LEVELS the table has the noise levels, under Euler steps or DDIM's.
         num_steps: T.
         kind: a flow kind for FlowMatchEulerDiscrete, "ddim" for DDIM and DDPM, "ddpm" for DDPM with its
             own variance; "ode" for all, which is DDIM without noise.
@@ -41,17 +48,20 @@ def from_scheduler(
             (clipping, thresholding).
     """
     name = type(scheduler).__name__
-    known = {
+    known: dict[str, tuple[str, ...]] = {
         "FlowMatchEulerDiscreteScheduler": tuple(FLOW_KINDS),
         "DDIMScheduler": ("ddim", "ode"),
         "DDPMScheduler": ("ddim", "ddpm", "ode"),
     }
+    known |= dict.fromkeys(OWN_LEVELS, ("ddim", "ode"))
+    if name in OWN_LEVELS and is_flow(scheduler):
+        known[name] = tuple(FLOW_KINDS)
     if name not in known:
         raise ValueError(f"no transition table for {name}; known schedulers: {', '.join(known)}")
     if kind not in known[name]:
         raise ValueError(f"{name} cannot run sampler kind {kind!r}; known: {', '.join(known[name])}")
     own = type(scheduler).from_config(scheduler.config)
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if is_flow(own):
         return _from_flow_match(own, num_steps, kind, noise_level, window, sigmas, mu)
     for setting in NOT_AFFINE:
         if own.config.get(setting, False):
@@ -62,6 +72,9 @@ def from_scheduler(
     require_ddim_step(name, own.config)
     own.set_timesteps(num_steps)
     require_noise_level(kind, noise_level)
+    if name in OWN_LEVELS:
+        prediction = own.config.prediction_type
+        return ddim_levels(own.sigmas, own.timesteps, noise_level, prediction_type=prediction, window=window)
     return _from_ddpm(own, window) if kind == "ddpm" else _from_ddim(own, kind, noise_level, window)
 
 

@@ -15,13 +15,21 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from refusals import Refusal
 from tiny_pipelines import PROMPTS, backbone_of, ode_images, own_call, sd_noise, tiny_pipeline, unet
 
 from lacfast import SamplerConfig
-from lacfast.backbones.scheduler_choice import BECOME_DDIM, DDIM_ALREADY, ddim_scheduler, flow_scheduler
+from lacfast.backbones.scheduler_choice import (
+    BECOME_DDIM,
+    DDIM_ALREADY,
+    OWN_LEVELS,
+    ddim_scheduler,
+    flow_scheduler,
+)
 from lacfast.backbones.schedulers import from_scheduler
 
 CLASSES = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
@@ -58,12 +66,134 @@ def test_an_epsilon_model_s_scheduler_is_ddim_becomes_ddim_or_is_refused(name: s
     told = [str(warning.message) for warning in caught if "becomes DDIM" in str(warning.message)]
     assert len(told) == (name in BECOME_DDIM)
     assert all(message.startswith(f"{name} ") for message in told)
-    table = from_scheduler(chosen, 10, "ode", 0.0)
-    if name == FLOW:
-        assert type(chosen).__name__ == FLOW
-    elif hasattr(scheduler, "alphas_cumprod"):
-        noise = (1 - scheduler.alphas_cumprod[table.timesteps.long()].double()).sqrt()
-        assert torch.equal(table.sigmas[:-1], noise)
+    assert type(chosen).__name__ in ("DDIMScheduler", name)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "leading": {"timestep_spacing": "leading", "steps_offset": 1},
+    "leading without an offset": {"timestep_spacing": "leading", "steps_offset": 0},
+    "trailing": {"timestep_spacing": "trailing"},
+    "linspace": {"timestep_spacing": "linspace"},
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "lu": {"use_lu_lambdas": True},
+    "flow": {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"},
+    "range": {"sigma_min": 0.1, "sigma_max": 10.0},
+    "log-linear": {"interpolation_type": "log_linear"},
+    "ends at the least": {"final_sigmas_type": "sigma_min"},
+    "cut": {"lambda_min_clipped": -3.0},
+    "zero SNR": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    "zero SNR of epsilon": {"rescale_betas_zero_snr": True},
+    "continuous": {"timestep_type": "continuous", "prediction_type": "v_prediction"},
+}
+"""What moves a scheduler's noise levels, in one class or another."""
+
+
+def with_settings(name: str, settings: dict[str, Any]) -> Any:
+    """None where the class does not have them, or cannot be made of them."""
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    if not settings.keys() <= known.keys():
+        return None
+    noise = {key: value for key, value in sd_noise(clip_sample=False).items() if key != "steps_offset"}
+    try:
+        return kind(**{key: value for key, value in noise.items() if key in known} | settings)
+    except (ImportError, NotImplementedError):
+        return None
+
+
+@pytest.mark.parametrize("name", [*DDIM_ALREADY, *BECOME_DDIM])
+def test_whatever_moves_the_noise_levels_of_an_epsilon_model_they_are_the_scheduler_s_own(name: str) -> None:
+    """Or refused: never another schedule without a word."""
+    for told, settings in SETTINGS.items():
+        scheduler = with_settings(name, settings)
+        if scheduler is None:
+            continue
+        if told in REFUSED[""] | REFUSED.get(name, set()):
+            with pytest.raises(ValueError, match=f"^{name} "):
+                ddim_scheduler(scheduler)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table = from_scheduler(ddim_scheduler(scheduler), 12, "ode", 0.0)
+        scheduler.set_timesteps(12)
+        own = scheduler.timesteps.double()
+        if name not in OWN_LEVELS:
+            # Methods of second order tell a step's middle too, and DDIM has whole timesteps alone.
+            apart = (table.timesteps.double()[:, None] - own).abs().amin(dim=1)
+            assert float(apart.max()) <= 0.5, told
+        else:
+            torch.testing.assert_close(table.timesteps.double(), own, rtol=0, atol=1e-4, msg=told)
+            levels = scheduler.sigmas.double()
+            noise = levels / (1 + levels**2).sqrt()
+            torch.testing.assert_close(table.sigmas, noise, rtol=0, atol=1e-6, msg=told)
+
+
+_MOVED = {"karras", "exponential", "beta"}
+REFUSED: dict[str, set[str]] = {
+    "": {"flow", "zero SNR of epsilon", "continuous"},
+    "HeunDiscreteScheduler": _MOVED,
+    "KDPM2AncestralDiscreteScheduler": _MOVED,
+    "KDPM2DiscreteScheduler": _MOVED,
+}
+"""Class -> the settings that it is refused with; "" is every class."""
+
+
+@pytest.mark.parametrize("name", OWN_LEVELS)
+def test_a_flow_model_s_solver_gives_its_shifted_levels(name: str) -> None:
+    for shift in (1.0, 2.5):
+        settings = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+        scheduler = with_settings(name, settings)
+        if scheduler is None or scheduler.config.get("final_sigmas_type") != "zero":
+            with pytest.raises(ValueError, match=f"^{name} "):
+                flow_scheduler(scheduler or scheduler_of(name))
+            continue
+        with pytest.warns(UserWarning, match=f"{name}'s noise levels are kept"):
+            table = from_scheduler(flow_scheduler(scheduler), 8, "flow_sde", 0.7)
+        scheduler.set_timesteps(8)
+        assert torch.equal(table.timesteps, scheduler.timesteps.float())
+        assert torch.equal(table.sigmas, scheduler.sigmas.double())
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(**sd_noise()),
+        *(EulerDiscreteScheduler(**sd_noise(**SETTINGS[each])) for each in ("karras", "exponential", "beta")),
+        EulerDiscreteScheduler(**sd_noise(prediction_type="v_prediction", use_karras_sigmas=True)),
+        DPMSolverMultistepScheduler(**sd_noise(use_karras_sigmas=True, solver_order=1)),
+        UniPCMultistepScheduler(**sd_noise(solver_order=1, disable_corrector=[0, 1, 2, 3])),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+@pytest.mark.filterwarnings("ignore:.*becomes DDIM")
+def test_solvers_of_first_order_give_the_pipeline_s_own_images_on_their_levels(scheduler: Any) -> None:
+    pipeline = tiny_pipeline("sd15")
+    pipeline.scheduler = scheduler
+    latents, images = ode_images(backbone_of(pipeline), PROMPTS[:1], 3.0)
+    scheduler.set_timesteps(4)
+    start = float(scheduler.sigmas[0])
+    # Euler's coordinates begin with noise alone; ours have the variance of a noised picture.
+    scale = (
+        (start**2 + 1) ** 0.5 / float(scheduler.init_noise_sigma)
+        if "Euler" in type(scheduler).__name__
+        else 1
+    )
+    expected = own_call(pipeline, PROMPTS[:1], scale * latents.clone(), 3.0)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*noise levels are kept")
+def test_a_flow_s_solver_of_first_order_gives_the_pipeline_s_own_images() -> None:
+    pipeline = tiny_pipeline("sd3")
+    pipeline.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=2.5, prediction_type="flow_prediction", solver_order=1
+    )
+    latents, images = ode_images(backbone_of(pipeline), PROMPTS[:1], 1.0)
+    expected = own_call(pipeline, PROMPTS[:1], latents.clone(), 1.0)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -112,12 +242,11 @@ def test_a_flow_scheduler_s_spacing_gives_the_pipeline_s_own_images() -> None:
             ),
         ),
         (
-            DPMSolverMultistepScheduler(**sd_noise(use_karras_sigmas=True)),
+            HeunDiscreteScheduler(**sd_noise(use_karras_sigmas=True)),
             Refusal(
-                "DPMSolverMultistepScheduler with use_karras_sigmas takes steps that DDIM does not have",
-                cause="The pipeline's scheduler has noise levels between those of the training.",
-                remedy="DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, "
-                "use_karras_sigmas=None)",
+                "HeunDiscreteScheduler with use_karras_sigmas takes steps that DDIM does not have",
+                cause="A second-order scheduler has noise levels between those of the training.",
+                remedy="HeunDiscreteScheduler.from_config(pipeline.scheduler.config, use_karras_sigmas=None)",
             ),
         ),
         (
@@ -181,10 +310,10 @@ def test_other_noise_levels_are_refused_at_load(scheduler: Any, refusal: Refusal
     ("scheduler", "refusal"),
     [
         (
-            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.5),
+            FlowMatchHeunDiscreteScheduler(shift=2.5),
             Refusal(
-                "UniPCMultistepScheduler has noise levels or steps that no sampler here makes",
-                cause="A flow model's pipeline has another solver, whose flow_shift spaces its noise levels.",
+                "FlowMatchHeunDiscreteScheduler has noise levels or steps that no sampler here makes",
+                cause="A flow model's pipeline has a solver that does not tell one noise level per step.",
                 remedy="pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.5)",
             ),
         ),
