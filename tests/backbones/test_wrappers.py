@@ -40,6 +40,44 @@ def offloaded(module: Any) -> Any:
     return add_hook_to_module(module, ModelHook())
 
 
+def compiled_in_place(module: Any) -> Any:
+    module.mid_block.compile(backend="eager")
+    return module
+
+
+def offloaded_inside(module: Any) -> Any:
+    add_hook_to_module(module.mid_block, ModelHook())
+    return module
+
+
+def cast_by_layers(module: Any) -> Any:
+    module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    return module
+
+
+def quantised(module: Any) -> Any:
+    """Weights as bitsandbytes packs them: bytes of another shape."""
+    layer = module.mid_block.resnets[0].time_emb_proj
+    layer.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)
+    return module
+
+
+def in_another_tensor(module: Any) -> Any:
+    """As torchao's tensors, which say that they are floats."""
+
+    class Quantised(torch.Tensor):
+        __module__ = "torchao.quantization"
+
+    layer = module.mid_block.resnets[0].time_emb_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
+    return module
+
+
+def on_two_devices(module: Any) -> Any:
+    module.mid_block.to("meta")
+    return module
+
+
 def sharded(module: Any) -> Any:
     return fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
 
@@ -69,6 +107,54 @@ def sharded(module: Any) -> Any:
                 "pipeline.unet is offloaded by accelerate's ModelHook",
                 cause="The pipeline was loaded with a device map, or enable_model_cpu_offload() was called.",
                 remedy="call pipeline.remove_all_hooks()",
+            ),
+        ),
+        (
+            offloaded_inside,
+            Refusal(
+                "pipeline.unet is offloaded by accelerate's ModelHook",
+                cause="The pipeline was loaded with a device map, or enable_model_cpu_offload() was called.",
+                remedy="backbone.free_text_encoders() keeps the text encoders off the device",
+            ),
+        ),
+        (
+            cast_by_layers,
+            Refusal(
+                "pipeline.unet has diffusers' hooks (layerwise_casting)",
+                cause="Group offloading, layerwise casting or a cache of diffusers is on.",
+                remedy="load the pipeline anew without group offloading",
+            ),
+        ),
+        (
+            compiled_in_place,
+            Refusal(
+                "pipeline.unet or its blocks were compiled in place",
+                cause="module.compile() or compile_repeated_blocks() was called on the pipeline's model.",
+                remedy="let the trainer compile: TrainConfig(compile=True)",
+            ),
+        ),
+        (
+            quantised,
+            Refusal(
+                "pipeline.unet holds quantised weights (torch.uint8)",
+                cause="The pipeline was loaded with a quantization_config, or quantised after that.",
+                remedy="load the pipeline without quantization_config, in bfloat16",
+            ),
+        ),
+        (
+            in_another_tensor,
+            Refusal(
+                "pipeline.unet holds quantised weights (Quantised)",
+                cause="The pipeline was loaded with a quantization_config, or quantised after that.",
+                remedy="rollout_precision='fp8') samples with quantised weights",
+            ),
+        ),
+        (
+            on_two_devices,
+            Refusal(
+                "pipeline.unet lies on cpu and meta",
+                cause="A device map spread the pipeline's model over several devices.",
+                remedy="load the pipeline without device_map",
             ),
         ),
     ],
