@@ -23,6 +23,7 @@ _HOMES = {
     "ValuePretrainingConfig": "config",
     "load_backbone": "backbones",
     "load_prompts": "prompts",
+    "push_to_hub": "backbones",
     "steer": "steering",
 }
 """Public name -> the room that it comes from; __init__.pyi says the same to type checkers."""

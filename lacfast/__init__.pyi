@@ -1,5 +1,6 @@
 from lacfast.backbones import PipelineSettings as PipelineSettings
 from lacfast.backbones import load_backbone as load_backbone
+from lacfast.backbones import push_to_hub as push_to_hub
 from lacfast.config import AdvantageConfig as AdvantageConfig
 from lacfast.config import CriticConfig as CriticConfig
 from lacfast.config import EarlyStoppingConfig as EarlyStoppingConfig

@@ -47,6 +47,8 @@ CRITIC_DESCRIPTION = "lacfast_critic"
 EARLIER_DESCRIPTION = "critic.json"
 """Where they were before they went into the file."""
 TRAINER_STATE = "trainer.pt"
+MODEL_CARD = "README.md"
+"""Written by what writes the policy; the notes are added to it."""
 
 
 Notes = Mapping[str, Any]
@@ -67,6 +69,10 @@ def save_backbone(backbone: Backbone, directory: Path, notes: Notes | None = Non
 def _write_notes(target: Path, notes: Notes | None) -> None:
     for name, value in (notes or {}).items():
         write_json(target / name, value)
+        card = target / MODEL_CARD
+        if card.exists():
+            with card.open("a", encoding="utf-8") as opened:
+                opened.write(f"\n`{name}`\n\n```json\n{json.dumps(value, indent=2)}\n```\n")
 
 
 def write_backbone(backbone: Backbone, target: Path) -> None:

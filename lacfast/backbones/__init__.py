@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from lacfast.backbones.loading import MODELS, PIPELINES, adapt, adapt_pretrained, load_backbone
-from lacfast.backbones.pipelines import PipelineSettings
+from lacfast.backbones.publishing import push_to_hub
+from lacfast.config import PipelineSettings
 
-__all__ = ["MODELS", "PIPELINES", "PipelineSettings", "adapt", "adapt_pretrained", "load_backbone"]
+__all__ = [
+    "MODELS",
+    "PIPELINES",
+    "PipelineSettings",
+    "adapt",
+    "adapt_pretrained",
+    "load_backbone",
+    "push_to_hub",
+]

@@ -159,6 +159,11 @@ def add_adapter(
     return weights
 
 
+def scale_of(config: LoRAConfig) -> float:
+    """What an adapter's change is multiplied by."""
+    return 1.0 if config.alpha is None else config.alpha / config.rank
+
+
 def copy_adapter(
     model: Any, name: str, copied: str, config: LoRAConfig, default_targets: tuple[str, ...]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.model_card import model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
 
 DESCRIPTION = "lacfast.json"
@@ -81,10 +85,11 @@ class PipelineStorage:
     def write(self, backbone: LatentBackbone, directory: Path) -> None:
         part = self.family.model_part
         if backbone.lora is not None:
+            metadata = backbone.model.peft_config[adapters.POLICY].to_dict()
+            state, metadata = _scaled_by_weights(backbone.policy_state(), metadata)
             arguments = {
-                f"{part}_lora_layers": _contiguous(backbone.policy_state()),
-                f"{part}_lora_adapter_metadata": backbone.model.peft_config[adapters.POLICY].to_dict(),
-            }
+                f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
+            }  # fmt: skip
             self.pipeline.save_lora_weights(directory, **arguments)
         elif backbone.prompts.is_aside:
             backbone.plain_model().save_pretrained(directory / part)
@@ -101,6 +106,14 @@ class PipelineStorage:
             fingerprint=self.fingerprint.to_json(),
         )
 
+        card = model_card(
+            type(self.pipeline).__name__,
+            self.base,
+            is_lora=backbone.lora is not None,
+            merged_loras=self.merged_loras,
+        )
+        (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+
     def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
         part = self.family.model_part
         own = getattr(self.pipeline, part)
@@ -116,9 +129,10 @@ class PipelineStorage:
         # The model itself is there when all its weights were trained.
         self._require_same_base(directory, trained=() if backbone.lora is not None else (part,))
         if backbone.lora is not None:
-            prefix = f"{part}."
-            saved = load_file(directory / LORA_WEIGHT_NAME_SAFE)
-            return {name.removeprefix(prefix): tensor for name, tensor in saved.items()}
+            file = directory / LORA_WEIGHT_NAME_SAFE
+            state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(file).items()}
+            own = adapters.scale_of(backbone.lora)
+            return _scaled_by(state, _saved_scale(file, part, own) / own)
         return _model_state(backbone.model, directory / part)
 
     def _require_same_base(self, directory: Path, *, trained: tuple[str, ...]) -> None:
@@ -159,6 +173,42 @@ def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         state: dict[str, Tensor] = type(model).from_pretrained(directory).state_dict()
     return state
+
+
+def _scaled_by_weights(
+    state: dict[str, Tensor], metadata: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A LoRA with alpha / rank inside its weights, and the settings that say so.
+
+    diffusers reads alpha in the file's metadata, ComfyUI and sd-scripts in keys beside the weights, and
+    diffusers refuses a file with such keys. Without alpha all of them scale by 1. A scale that is no power of
+    two would round the weights, and a run that goes on would have others: it stays alpha's.
+    """
+    scale = metadata["lora_alpha"] / metadata["r"]
+    if math.frexp(scale)[0] != 0.5:
+        warnings.warn(
+            f"the LoRA is scaled by alpha / rank = {scale}, which diffusers reads and others may take for 1. "
+            "With an alpha of rank, 2 rank or rank / 2 the scale is inside the weights",
+            stacklevel=3,
+        )
+        return state, metadata
+    return _scaled_by(state, scale), metadata | {"lora_alpha": metadata["r"]}
+
+
+def _scaled_by(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:
+    return {
+        name: tensor * factor if factor != 1 and ".lora_B." in name else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _saved_scale(file: Path, part: str, unsaid: float) -> float:
+    """alpha / rank of a LoRA's file, `unsaid` where it does not tell."""
+    with safe_open(file, framework="pt") as opened:
+        told = (opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY)
+    metadata: dict[str, Any] = {} if told is None else json.loads(told)
+    scale: float = metadata[f"{part}.lora_alpha"] / metadata[f"{part}.r"] if metadata else unsaid
+    return scale
 
 
 def _anywhere(source: str) -> str:

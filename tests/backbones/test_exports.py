@@ -1,0 +1,132 @@
+"""What is saved scales alike in every program, has a card, and goes to the hub when it is told to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from refusals import Refusal
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_pipelines import SETTINGS, backbone_of, saved_pipeline, tiny_pipeline
+from tiny_trainers import differing, trainer_of
+
+from lacfast import LoRAConfig, load_backbone, push_to_hub
+from lacfast.backbones import publishing
+from lacfast.checkpoint import save_backbone, save_run
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def change(state: dict[str, Any], module: str, scale: float) -> torch.Tensor:
+    return scale * state[f"{module}.lora_B.weight"] @ state[f"{module}.lora_A.weight"]
+
+
+def with_weights(rank: int, alpha: float | None) -> Any:
+    """A backbone whose LoRA is no identity."""
+    backbone = backbone_of(tiny_pipeline("flux"), lora=LoRAConfig(rank=rank, alpha=alpha))
+    with torch.no_grad():
+        for number, tensor in enumerate(backbone.policy_state().values()):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+    return backbone
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(4, 8), (4, 1), (4, None), (3, 6)])
+def test_a_saved_lora_has_the_same_change_for_who_reads_alpha_and_for_who_does_not(
+    rank: int, alpha: float | None, tmp_path: Path
+) -> None:
+    backbone = with_weights(rank, alpha)
+    save_backbone(backbone, tmp_path / "saved")
+    state, module = backbone.policy_state(), "transformer_blocks.0.attn.to_q"
+    wanted = change(state, module, 1 if alpha is None else alpha / rank)
+    saved = {
+        name.removeprefix("transformer."): each for name, each in load_file(tmp_path / "saved" / FILE).items()
+    }
+    # ComfyUI and sd-scripts look for keys with alpha, find none, and take 1.
+    assert not any("alpha" in name for name in saved)
+    torch.testing.assert_close(change(saved, module, 1), wanted, rtol=1e-6, atol=0)
+    with safe_open(tmp_path / "saved" / FILE, framework="pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert told["transformer.lora_alpha"] == told["transformer.r"]
+    # A run that goes on has the same bits.
+    assert not differing(state, backbone.read_policy(tmp_path / "saved"))
+
+
+def test_a_scale_that_would_round_the_weights_stays_alpha_s_and_is_told(tmp_path: Path) -> None:
+    backbone = with_weights(4, 3)
+    with pytest.warns(UserWarning, match=r"alpha / rank = 0.75.*others may take for 1.*2 rank or rank / 2"):
+        save_backbone(backbone, tmp_path / "saved")
+    assert not differing(backbone.policy_state(), backbone.read_policy(tmp_path / "saved"))
+    pipeline = tiny_pipeline("flux")
+    pipeline.load_lora_weights(tmp_path / "saved")
+    assert pipeline.transformer.transformer_blocks[0].attn.to_q.scaling == {"default_0": 0.75}
+
+
+def test_a_card_tells_base_use_and_settings(tmp_path: Path) -> None:
+    base = saved_pipeline("flux", tmp_path / "base")
+    other = tmp_path / "other"
+    save_backbone(load_backbone(base, lora=LoRAConfig(rank=2), settings=SETTINGS), other)
+    backbone = load_backbone(base, lora=LoRAConfig(rank=2), settings=SETTINGS, merged_loras={str(other): 0.5})
+    save_backbone(backbone, tmp_path / "saved", notes={"run.json": {"train": {"seed": 7}}})
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    assert "- lora\n" in card
+    assert '"seed": 7' in card
+    assert "base_model" not in card, "a path says nothing to others"
+    code = card.partition("```python\n")[2].partition("```")[0]
+    code = code.replace('"THIS_MODEL"', repr(str(tmp_path / "saved"))).replace("BASE", repr(str(base)))
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert made["pipeline"].get_active_adapters() == ["trained", "merged_1"]
+
+    backbone.storage.base = "black-forest-labs/FLUX.1-dev"
+    save_backbone(backbone, tmp_path / "hub")
+    assert "base_model: black-forest-labs/FLUX.1-dev\n" in (tmp_path / "hub" / "README.md").read_text()
+
+
+class Hub:
+    """What is asked of the hub."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def create_repo(self, repository: str, **arguments: Any) -> None:
+        self.calls.append((repository, arguments))
+
+    def upload_folder(self, **arguments: Any) -> SimpleNamespace:
+        self.calls.append(("upload", arguments))
+        return SimpleNamespace(commit_url="https://huggingface.co/somebody/cats/commit/1")
+
+
+def test_a_saved_model_goes_to_the_hub_without_what_only_training_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub()
+    monkeypatch.setattr(publishing, "HfApi", lambda: hub)
+    with Refusal(
+        "holds no saved model",
+        cause="`push_to_hub` got a directory that no save wrote.",
+        remedy="pass a checkpoint, as runs/cats/checkpoints/best",
+    ).raised():
+        push_to_hub(tmp_path, "somebody/cats")
+    assert not hub.calls
+    save_run(backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(rank=2)), {"iteration": 1}, tmp_path / "run")
+    assert push_to_hub(tmp_path / "run", "somebody/cats").endswith("commit/1")
+    (repository, made), (_, sent) = hub.calls
+    assert (repository, made) == ("somebody/cats", {"private": True, "exist_ok": True})
+    kept = {path.name for path in sent["folder_path"].iterdir()} - set(sent["ignore_patterns"])
+    assert kept == {FILE, "lacfast.json", "README.md"}
+
+
+def test_a_model_in_float16_is_not_trained() -> None:
+    backbone = backbone_of(tiny_pipeline("sd3"), lora=LoRAConfig(rank=2), dtype=torch.float16)
+    with Refusal(
+        "the model runs in float16, whose smallest numbers lie above the gradients",
+        cause="A model is trained in float16.",
+        remedy="load it with dtype=torch.bfloat16 or float32",
+    ).raised():
+        trainer_of(backbone)
