@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from lacfast.backbones.lora import merged_copy
 from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
 from lacfast.backbones.transformer import JOINT_ATTENTION, Blocks, PackedBackbone
+from lacfast.config import SamplerConfig
 from lacfast.critic.trunk import Features
-from lacfast.records import Conditioning
+from lacfast.records import Conditioning, TransitionTable
 
 LONGEST_PROMPT = 4096
 """Tokens that have a position."""
@@ -40,6 +42,16 @@ class FluxBackbone(PackedBackbone):
 
     def block_arguments(self) -> nn.Module:
         return Positions(self.model, *self.position_ids())
+
+    def transition_table(self, config: SamplerConfig) -> TransitionTable:
+        if config.guidance_scale > 1 and self.model.config["guidance_embeds"]:
+            warnings.warn(
+                f"guidance_scale={config.guidance_scale} is classifier-free guidance, a second forward of "
+                "every step (diffusers' true_cfg_scale); what FLUX calls guidance_scale the model is told: "
+                f"PipelineSettings(embedded_guidance={config.guidance_scale}), --pipeline.embedded-guidance",
+                stacklevel=2,
+            )
+        return super().transition_table(config)
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)

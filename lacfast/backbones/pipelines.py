@@ -14,36 +14,8 @@ from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.backbones.transformer import unpacked
-from lacfast.config.checks import Config, Count, NonNegative
+from lacfast.config import PipelineSettings as PipelineSettings
 from lacfast.transfer import to_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineSettings(Config):
-    """How a pipeline is used; a saved directory keeps them."""
-
-    resolution: tuple[Count, Count] | None = None
-    """(height, width) in pixels. None: the pipeline's own."""
-    negative_prompt: str | None = None
-    """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
-    max_sequence_length: Count | None = None
-    """Tokens of a prompt, CLIP's aside. None: the pipeline's own, 256 of SD3, 300 of PixArt, else 512."""
-    embedded_guidance: NonNegative | None = None
-    """Guidance that a distilled FLUX is told; not classifier-free guidance. None: the pipeline's own, 3.5 of
-    FLUX.1 and 4 of FLUX.2."""
-    vae_dtype: str | None = None
-    """torch's name of the dtype that the decoder runs in, "bfloat16". None: the decoder's own."""
-    vae_slicing: bool = False
-    """Decode one image at a time."""
-    vae_tiling: bool = False
-    """Decode an image in tiles."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.vae_dtype is not None and not isinstance(getattr(torch, self.vae_dtype, None), torch.dtype):
-            raise ValueError(
-                f"vae_dtype={self.vae_dtype!r} is no dtype of torch; use 'bfloat16' or 'float32'"
-            )
 
 
 TOKENS = "encoder_hidden_states"

@@ -20,6 +20,7 @@ from lacfast.config.critic import (
     LoRAConfig,
 )
 from lacfast.config.graph import GraphConfig, GraphMode
+from lacfast.config.pipeline import PipelineSettings
 from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, KLPenalty, Nats, PPOConfig, Ratio
 from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
@@ -55,6 +56,7 @@ __all__ = [
     "LoRAConfig",
     "Nats",
     "PPOConfig",
+    "PipelineSettings",
     "Random",
     "Ratio",
     "SamplerConfig",

@@ -61,9 +61,16 @@ def _advantages(stored: Settings) -> Settings:
     return kept
 
 
+def _run(stored: Settings) -> Settings:
+    """The resolution was the one setting of a pipeline that a run had."""
+    kept = {name: value for name, value in stored.items() if name != "resolution"}
+    return kept | ({"pipeline": {"resolution": stored["resolution"]}} if "resolution" in stored else {})
+
+
 _SPELLINGS: dict[str, Callable[[Settings], Settings]] = {
     "AdvantageConfig": _advantages,
     "PPOConfig": _ppo,
+    "RunConfig": _run,
     "SamplerConfig": _sampler,
 }
 """Dataclass -> what makes today's settings of its earlier ones."""

@@ -118,5 +118,5 @@ def _too_large(memory: MemoryPlan, free: int) -> str:
         f"{free / GIB:,.1f} GiB are free: weights {memory.weight_bytes / GIB:,.1f}, gradients, moments and "
         f"average {memory.training_bytes / GIB:,.1f}, a rollout {memory.rollout_bytes / GIB:,.1f}; train a "
         "LoRA in place of all weights, or use --dtype bfloat16, --no-keep-text-encoders, a smaller "
-        "--train.batch-size or --resolution"
+        "--train.batch-size or --pipeline.resolution"
     )

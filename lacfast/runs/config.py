@@ -8,7 +8,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lacfast.config import LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig, resumption
+from lacfast.config import (
+    LoRAConfig,
+    PipelineSettings,
+    SamplerConfig,
+    SteeringConfig,
+    TrainConfig,
+    resumption,
+)
 from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, check_fields
 from lacfast.config.unread import Unread
 from lacfast.rewards.names import require_servers
@@ -27,7 +34,7 @@ class RunConfig(Config):
 
     UNREAD = (
         Unread(
-            options=("dtype", "resolution", "attention_backend", "lora_from", "merged_loras"),
+            options=("dtype", "pipeline", "attention_backend", "lora_from", "merged_loras"),
             where=lambda run: run.model in EMBEDDED_MODELS,
             because=lambda run: (
                 f": model={run.model!r} is made on the spot, in float32 at the size of its pictures"
@@ -44,6 +51,11 @@ class RunConfig(Config):
             because=lambda run: (
                 f": that of lora_from={run.lora_from!r} has rank, alpha and modules of its own"
             ),
+        ),
+        Unread(
+            options=("pipeline.negative_prompt",),
+            where=lambda run: not run.is_guided,
+            because=lambda run: ": no sampler of the run has a guidance_scale above 1",
         ),
         Unread(
             options=("gpus",),
@@ -98,8 +110,7 @@ class RunConfig(Config):
     """(LoRA, weight) pairs that are added to the model's weights before anything is trained."""
     full_finetuning: bool = False
     """Train all weights where a preset has a `lora`."""
-    resolution: tuple[Count, Count] | None = None
-    """(height, width) in pixels. None: the pipeline's own."""
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     attention_backend: str = ""
     """"sdpa", "xformers" or a name of diffusers' dispatcher. Empty: the model's own."""
     keep_text_encoders: bool = True
@@ -131,6 +142,12 @@ class RunConfig(Config):
         train = self.train
         pretrains = self.value_pretraining and train.critic.trunk != "none"
         return train.eval_every > 0 or (pretrains and train.pretrain.held_out_samples > 0)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the unconditional half ever runs."""
+        samplers = (self.train.sampler, self.train.eval_sampler)
+        return any(sampler is not None and sampler.guidance_scale > 1 for sampler in samplers)
 
     def __post_init__(self) -> None:
         check_fields(self)

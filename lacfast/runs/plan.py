@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lacfast.backbone import build_critic
-from lacfast.backbones import PipelineSettings, adapt_pretrained
+from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.critic.critic import Critic
@@ -44,7 +44,7 @@ def model_arguments(config: RunConfig) -> dict[str, Any]:
     return {
         "dtype": torch_dtype(config.dtype),
         "lora": config.lora_from or config.lora,
-        "settings": PipelineSettings(resolution=config.resolution),
+        "settings": config.pipeline,
     }
 
 

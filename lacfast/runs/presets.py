@@ -12,6 +12,7 @@ from lacfast.config import (
     Fixed,
     KLPenalty,
     LoRAConfig,
+    PipelineSettings,
     PPOConfig,
     Ratio,
     SamplerConfig,
@@ -133,7 +134,7 @@ def sd35m_geneval() -> RunConfig:
         rewards=(("flow_grpo+http://127.0.0.1:18085", 1.0),),
         dtype="bfloat16",
         lora=LoRAConfig(rank=32, alpha=64),
-        resolution=(512, 512),
+        pipeline=PipelineSettings(resolution=(512, 512)),
         keep_text_encoders=False,
         train=_sd35_medium(),
     )
@@ -160,7 +161,7 @@ def flux_pickscore() -> RunConfig:
         rewards=(("pickscore", 1.0),),
         dtype="bfloat16",
         lora=LoRAConfig(rank=32, alpha=64),
-        resolution=(512, 512),
+        pipeline=PipelineSettings(resolution=(512, 512)),
         keep_text_encoders=False,
         train=replace(
             _sd35_medium(),
@@ -225,7 +226,7 @@ def dance_grpo_hpsv2() -> RunConfig:
         prompts="assets/prompts.txt",
         rewards=(("hpsv2", 1.0),),
         dtype="bfloat16",
-        resolution=(720, 720),
+        pipeline=PipelineSettings(resolution=(720, 720)),
         keep_text_encoders=False,
         train=TrainConfig(
             batch_size=16 * 12,

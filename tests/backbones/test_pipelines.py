@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,46 @@ def test_z_image_s_prompts_of_two_buckets_stand_in_one_batch() -> None:
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
 
+def test_flux_says_that_guidance_scale_is_not_the_guidance_that_it_is_told() -> None:
+    backbone = backbone_of(tiny_pipeline("flux"))
+    with pytest.warns(UserWarning, match=r"guidance_scale=3.5 is classifier-free.*embedded_guidance=3.5"):
+        backbone.transition_table(SamplerConfig(num_steps=4, guidance_scale=3.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backbone.transition_table(SamplerConfig(num_steps=4))
+        backbone_of(tiny_pipeline("sd3")).transition_table(SamplerConfig(num_steps=4, guidance_scale=3.5))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "refusal"),
+    [
+        (
+            "sd3",
+            {"embedded_guidance": 4.0},
+            Refusal(
+                "embedded_guidance=4.0 would be ignored: the SD3Transformer2DModel is told no guidance",
+                cause="The guidance of a distilled FLUX for another model.",
+                remedy="SamplerConfig(guidance_scale=4.0)",
+            ),
+        ),
+        (
+            "sdxl",
+            {"max_sequence_length": 64},
+            Refusal(
+                "max_sequence_length=64 would be ignored: StableDiffusionXLPipeline reads as many tokens",
+                cause="A length of prompts for a pipeline of CLIP's encoders alone.",
+                remedy="leave it out",
+            ),
+        ),
+    ],
+)
+def test_a_setting_that_a_pipeline_does_not_read_is_refused(
+    family: str, settings: dict[str, Any], refusal: Refusal
+) -> None:
+    with refusal.raised():
+        load_backbone(tiny_pipeline(family), settings=PipelineSettings(resolution=RESOLUTION, **settings))
+
+
 def test_timesteps_reach_the_model_whole() -> None:
     backbone = backbone_of(tiny_pipeline("sd3"))
     sample, conditioning = torch.randn(1, 4, 8, 8), backbone.encode_prompts(PROMPTS[:1])
@@ -224,9 +265,9 @@ def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) 
     ).raised():
         load_backbone(tmp_path / "missing")
     with Refusal(
-        "vae_dtype='float99' is no dtype of torch",
-        cause="A dtype that torch does not have.",
-        remedy="use 'bfloat16' or 'float32'",
+        "unknown vae_dtype 'float99'",
+        cause="A dtype that no decoder runs in.",
+        remedy="Known: float32, bfloat16, float16",
     ).raised():
         PipelineSettings(vae_dtype="float99")
 
@@ -271,7 +312,7 @@ def test_bad_sources_and_settings_get_one_error_with_the_remedy(tmp_path: Path) 
             Refusal(
                 "settings={'resolution': (16, 16)} is a dict",
                 cause="A dict in the place of PipelineSettings.",
-                remedy="pass a lacfast.backbones.pipelines.PipelineSettings or None",
+                remedy="pass a lacfast.config.pipeline.PipelineSettings or None",
             ),
         ),
     ],

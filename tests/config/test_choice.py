@@ -81,7 +81,9 @@ def test_the_command_line_takes_the_word(capsys: pytest.CaptureFixture[str]) -> 
     assert main(dry_run("--train.sampler.window", "none", "--train.ppo.kl", "penalty:0.1,kind=velocity")) == 0
     printed = "".join(capsys.readouterr().out.split())
     assert '"window":null' in printed
-    assert '"kl":{"choice":"penalty","weight":0.1,"kind":"velocity","target":null}' in printed
+    assert (
+        '"kl":{"choice":"penalty","weight":0.1,"kind":"velocity","target":null,"anchor":"start"}' in printed
+    )
 
 
 def test_help_shows_how_to_write_a_choice(capsys: pytest.CaptureFixture[str]) -> None:

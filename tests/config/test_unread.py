@@ -124,10 +124,18 @@ IGNORED = [
         RunConfig,
         {"model": "shapes-dit"},
         {
-            "dtype": "bfloat16", "resolution": (64, 64), "attention_backend": "sdpa",
+            "dtype": "bfloat16", "attention_backend": "sdpa", "pipeline.resolution": (64, 64),
+            "pipeline.max_sequence_length": 8, "pipeline.embedded_guidance": 3.0,
+            "pipeline.vae_dtype": "bfloat16", "pipeline.vae_slicing": True, "pipeline.vae_tiling": True,
             "lora_from": "somebody/ink", "merged_loras": (("somebody/ink", 1.0),),
         },
         {"model": "pipeline"},
+    ),
+    *rows(
+        RunConfig,
+        {"model": "pipeline"},
+        {"pipeline.negative_prompt": "blurred"},
+        {"model": "pipeline", "train.sampler.guidance_scale": 2.0},
     ),
     *rows(RunConfig, {}, {"gpus": 4}, {"dry_run": True}),
     *rows(RunConfig, {"full_finetuning": True}, {"lora": LoRAConfig()}),
@@ -193,7 +201,7 @@ READ = {
     "RetryConfig": "timeout_s give_up_s max_bad_answers backoff_s max_backoff_s jitter",
     "RunConfig": (
         "out model prompts rewards device full_finetuning keep_text_encoders value_pretraining save_every "
-        "keep_last resume tensorboard wandb_project dry_run train"
+        "keep_last resume tensorboard wandb_project dry_run train pipeline"
     ),
     "SamplerConfig": "kind num_steps shift guidance_scale",
     "SteeringConfig": (

@@ -13,6 +13,7 @@ from tiny_pipelines import PROMPTS, tiny_pipeline
 from lacfast.config import (
     GraphConfig,
     LoRAConfig,
+    PipelineSettings,
     PPOConfig,
     Ratio,
     SamplerConfig,
@@ -35,7 +36,7 @@ def test_a_run_is_stopped_resumed_evaluated_and_steered(cuda: WaitLog, tmp_path:
         model=str(tmp_path / "model"),
         prompts=str(prompts),
         rewards=((REWARD, 1.0),),
-        resolution=(16, 16),
+        pipeline=PipelineSettings(resolution=(16, 16)),
         lora=LoRAConfig(rank=2),
         save_every=1,
         train=tiny_config(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lacfast import PipelineSettings
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Ratio
 from lacfast.records import TransitionTable
@@ -31,7 +30,7 @@ def table_of(name: str) -> TransitionTable:
         config.model,
         dtype=torch_dtype(config.dtype),
         lora=config.lora,
-        settings=PipelineSettings(resolution=config.resolution),
+        settings=config.pipeline,
     )
     return blueprint.backbone.transition_table(config.train.sampler)
 
@@ -80,7 +79,7 @@ def test_dance_grpo_has_the_settings_of_its_script() -> None:
     assert ppo.num_minibatches == 12 // 4
     # 0.6 of the fifteen steps before the last.
     assert len(table_of("dance-grpo-hpsv2").trainable_steps) * ppo.timestep_fraction == 9
-    assert config.resolution == (720, 720)
+    assert config.pipeline.resolution == (720, 720)
 
 
 def test_ddpo_has_the_settings_of_its_script() -> None:

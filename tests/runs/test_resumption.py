@@ -26,6 +26,7 @@ from lacfast.config import (
     AdvantageConfig,
     BatchMean,
     LoRAConfig,
+    PipelineSettings,
     PPOConfig,
     Ratio,
     TrainConfig,
@@ -149,9 +150,9 @@ def test_settings_that_may_change_are_told_and_written(config: RunConfig) -> Non
             ),
         ),
         (
-            {"resolution": (64, 64)},
+            {"pipeline": PipelineSettings(resolution=(64, 64))},
             Refusal(
-                "resolution was None and is (64, 64) now",
+                "pipeline.resolution was None and is (64, 64) now",
                 cause="A run goes on with images of another size.",
                 remedy="take the old value",
             ),

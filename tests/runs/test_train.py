@@ -23,6 +23,7 @@ from lacfast.backbones.pipelines import PipelineEncoder
 from lacfast.config import (
     CriticConfig,
     LoRAConfig,
+    PipelineSettings,
     PPOConfig,
     SamplerConfig,
     TrainConfig,
@@ -58,7 +59,7 @@ def run_config(model: Path, out: Path, **changes: Any) -> RunConfig:
         prompts=str(model / "prompts.txt"),
         rewards=(("jpeg_incompressibility", 1.0),),
         lora=LoRAConfig(rank=2),
-        resolution=(16, 16),
+        pipeline=PipelineSettings(resolution=(16, 16)),
         save_every=1,
         train=TrainConfig(
             batch_size=4,

@@ -23,11 +23,11 @@ REFUSED = [
         Refusal("--budget cannot be 'soon'", cause="A word for a number.", remedy="write --budget FLOAT"),
     ),
     (
-        "train shapes --resolution 64",
+        "train shapes --pipeline.resolution 64",
         Refusal(
-            "--resolution cannot be '64'",
+            "--pipeline.resolution cannot be '64'",
             cause="One number for a pair.",
-            remedy="write --resolution {None}|{INT INT}",
+            remedy="write --pipeline.resolution {None}|{INT INT}",
         ),
     ),
     (
