@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from logging import Handler, LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
     model = getattr(hollow, model_part)
     shapes = _shapes(model)
     try:
-        with _quiet():
+        with _heard() as left_out:
             peft = _peft_directory(place, file)
             if peft is not None:
                 _load_peft(model, peft)
@@ -117,6 +118,11 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
             f"{source} is no LoRA of a {type(pipeline).__name__}: {error}; pass a directory or file in "
             "diffusers' or peft's layout, a hub id, or one file of a repository as owner/name/FILE"
         ) from error
+    if left_out:
+        raise ValueError(
+            f"{source} would not be loaded as it is. diffusers says: {left_out[0][:200]}. Pass a plain "
+            f"LoRA of this {type(pipeline).__name__}, and of a directory with several the file"
+        )
     parts = {name: getattr(hollow, name) for name in (model_part, *text_parts)}
     trained = TrainedLoRA(str(source), {name: part for name, part in parts.items() if _is_adapted(part)})
     if not trained.parts:
@@ -133,28 +139,13 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
 def _require_plain(adapted: Any, source: str) -> None:
     """
     Raises:
-        ValueError: for a kind of LoRA whose change is no s B A, or weights that are missing.
+        ValueError: for a kind of LoRA whose change is no s B A.
     """
     config = adapted.peft_config[adapters.POLICY]
-    layers = adapters.tuner_layers(adapted)
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
         raise ValueError(
             f"{source} is no plain LoRA but a LoKr, a DoRA or one with biases; let diffusers merge it: "
             "pipeline.load_lora_weights(), pipeline.fuse_lora(), pipeline.save_pretrained()"
-        )
-    missing = [
-        name for name, tensor in adapters.adapter_state(adapted, adapters.POLICY).items() if tensor.is_meta
-    ]
-    if isinstance(config.target_modules, set | list):
-        missing += [
-            target
-            for target in config.target_modules
-            if not any(adapters.is_target(name, (target,)) for name in layers)
-        ]
-    if missing:
-        raise ValueError(
-            f"{source} is a LoRA of another model: {', '.join(missing[:3])} of {len(missing)} do not fit a "
-            f"{type(adapted).__name__}; pass one of this model"
         )
 
 
@@ -253,12 +244,29 @@ def _is_adapted(part: nn.Module | None) -> bool:
     return part is not None and bool(adapters.tuner_layers(part))
 
 
+class _Lines(Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: LogRecord) -> None:
+        # A LoRA of the model alone is none of the text encoders, which is no fault.
+        if not record.getMessage().startswith("No LoRA keys associated"):
+            self.lines.append(record.getMessage())
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without diffusers' lines on the parts that a LoRA does not adapt."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+def _heard() -> Iterator[list[str]]:
+    """What diffusers warns of meanwhile, as it does of weights that it leaves out; it is not shown."""
+    level, heard = logging.get_verbosity(), _Lines()
+    logging.set_verbosity_warning()
+    logging.disable_default_handler()
+    logging.add_handler(heard)
     try:
-        yield
+        yield heard.lines
     finally:
+        logging.remove_handler(heard)
+        logging.enable_default_handler()
         logging.set_verbosity(level)

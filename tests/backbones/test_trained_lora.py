@@ -76,15 +76,15 @@ def by_peft(family: str, directory: Path) -> Path:
     return directory
 
 
-def by_kohya(directory: Path) -> Path:
-    """sd-scripts' layout of an SD 1.5 LoRA: its own names, alpha as a tensor per module."""
+def by_kohya(directory: Path, *more: str) -> Path:
+    """sd-scripts' layout of an SD 1.5 LoRA: its own names, alpha as a tensor per module, `more` beside it."""
     _, state = adapted("sd15", target_modules=["to_q", "to_v"])
     written = {}
     for name, tensor in state.items():
         module, projection, _ = name.rsplit(".", 2)
         key = "lora_unet_" + module.replace(".", "_")
         written[f"{key}.{'lora_down' if projection == 'lora_A' else 'lora_up'}.weight"] = tensor.contiguous()
-        written[f"{key}.alpha"] = torch.tensor(6.0)
+        written |= {f"{key}.{each}": torch.tensor(6.0) for each in ("alpha", *more)}
     directory.mkdir()
     save_file(written, directory / "kohya.safetensors")
     return directory / "kohya.safetensors"
@@ -260,13 +260,22 @@ REFUSED = {
             remedy="pipeline.fuse_lora()",
         ),
     ),
+    "dora of another program": (
+        "sd15",
+        lambda directory: by_kohya(directory, "dora_scale"),
+        Refusal(
+            "would not be loaded as it is. diffusers says: It seems like you are using a DoRA checkpoint",
+            cause="diffusers' loader would leave out a part of a LoRA.",
+            remedy="Pass a plain LoRA of this StableDiffusionPipeline",
+        ),
+    ),
     "another model": (
         "sd3",
         lambda directory: by_diffusers("flux", directory, with_metadata=False),
         Refusal(
-            "fit a SD3Transformer2DModel",
+            "diffusers says: Loading adapter weights from state_dict led to unexpected keys",
             cause="A LoRA of another model.",
-            remedy="pass one of this model",
+            remedy="Pass a plain LoRA of this StableDiffusion3Pipeline",
         ),
     ),
     "nothing there": (
