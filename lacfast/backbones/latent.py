@@ -295,15 +295,7 @@ class LatentBackbone(ABC):
         return adapters.plain_state(self.model)
 
     def load_policy(self, state: Mapping[str, Tensor], what: str) -> None:
-        """Take over weights that were trained before.
-
-        Args:
-            state: as `policy_state` gives.
-            what: whose they are, for messages.
-
-        Raises:
-            ValueError: for weights that do not fit.
-        """
+        """Take over weights that were trained before, named as in `policy_state`; `what` is for messages."""
         load_in_place(self.policy_state(), state, what)
         self.continues_lora = self.lora is not None
 
@@ -318,19 +310,18 @@ class LatentBackbone(ABC):
         """
         anchor = copy.copy(self)
         anchor.critic = None
+        if self.lora is None and which == "base":
+            raise ValueError(
+                "anchor='base' is the model without its LoRA, and here all weights are trained; use "
+                "anchor='start', or train a LoRA"
+            )
         if self.lora is None:
-            if which == "base":
-                raise ValueError(
-                    "anchor='base' is the model without its LoRA, and here all weights are trained; use "
-                    "anchor='start', or train a LoRA"
-                )
             anchor.model = copy.deepcopy(self.model).requires_grad_(False)
-        elif which == "base" or not self.continues_lora:
-            # A LoRA begins as no change at all.
-            anchor._adapter = None
-        else:
-            anchor._adapter = adapters.own_name(self.model, adapters.ANCHOR, anchor)
-            adapters.copy_adapter(self.model, adapters.POLICY, anchor._adapter, self.lora, self.lora_targets)
+            return anchor
+        # A new LoRA is no change at all.
+        anchor._adapter = None
+        if which == "start" and self.continues_lora:
+            anchor._adapter = adapters.frozen_copy(self.model, anchor, self.lora, self.lora_targets)
         return anchor
 
     def enable_gradient_checkpointing(self) -> None:

@@ -333,7 +333,7 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     family = _family(pipeline)
     require_plain_parts(pipeline.components, family.model_part)
     settings = request.settings or PipelineSettings()
-    _require_read(settings, family, pipeline)
+    family.require_read(settings, pipeline)
     if request.device is not None:
         pipeline.to(request.device)
     for name in family.text_parts:
@@ -365,25 +365,6 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     if trained is not None:
         backbone.load_policy(trained.state(family.model_part), f"LoRA {trained.source}")
     return backbone
-
-
-def _require_read(settings: PipelineSettings, family: PipelineFamily, pipeline: Any) -> None:
-    """
-    Raises:
-        ValueError: for a setting that this pipeline does not read.
-    """
-    guidance, length = settings.embedded_guidance, settings.max_sequence_length
-    model = getattr(pipeline, family.model_part)
-    if guidance is not None and not model.config.get("guidance_embeds", False):
-        raise ValueError(
-            f"embedded_guidance={guidance} would be ignored: the {type(model).__name__} is told no guidance; "
-            f"leave it out, or guide without a classifier by SamplerConfig(guidance_scale={guidance})"
-        )
-    if length is not None and family.sequence_length is None:
-        raise ValueError(
-            f"max_sequence_length={length} would be ignored: {type(pipeline).__name__} reads as many tokens "
-            "as its text encoders take; leave it out"
-        )
 
 
 def _default_resolution(pipeline: Any, family: PipelineFamily) -> tuple[int, int]:

@@ -164,18 +164,6 @@ def scale_of(config: LoRAConfig) -> float:
     return 1.0 if config.alpha is None else config.alpha / config.rank
 
 
-def copy_adapter(
-    model: Any, name: str, copied: str, config: LoRAConfig, default_targets: tuple[str, ...]
-) -> None:
-    """Add a frozen adapter `copied` with the weights that `name` has now; arguments as `add_adapter`."""
-    weights = adapter_state(model, name)
-    for parameter in add_adapter(model, copied, config, default_targets):
-        parameter.requires_grad_(False)
-    with torch.no_grad():
-        for own, tensor in adapter_state(model, copied).items():
-            tensor.copy_(weights[own])
-
-
 def own_name(model: nn.Module, kind: str, owner: Any) -> str:
     """The name of an adapter that is to be `owner`'s alone: that of an owner which is gone, or a new one.
 
@@ -188,6 +176,24 @@ def own_name(model: nn.Module, kind: str, owner: Any) -> str:
     names = (f"{kind}_{number}" if number > 1 else kind for number in count(1))
     name = next(name for name in names if name not in owners)
     owners[name] = owner
+    return name
+
+
+def frozen_copy(model: Any, owner: Any, config: LoRAConfig, default_targets: tuple[str, ...]) -> str:
+    """Add a frozen adapter with the policy's weights of now; returns its name.
+
+    Args:
+        model: that has the policy's adapter.
+        owner: whose the copy is.
+        config: the policy's adapter's, and
+        default_targets: its family's modules.
+    """
+    name, weights = own_name(model, ANCHOR, owner), adapter_state(model, POLICY)
+    for parameter in add_adapter(model, name, config, default_targets):
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        for own, tensor in adapter_state(model, name).items():
+            tensor.copy_(weights[own])
     return name
 
 

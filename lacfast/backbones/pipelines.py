@@ -17,7 +17,6 @@ from lacfast.backbones.transformer import unpacked
 from lacfast.config import PipelineSettings as PipelineSettings
 from lacfast.transfer import to_device
 
-
 TOKENS = "encoder_hidden_states"
 """Name of a prompt's tokens in every family."""
 
@@ -55,6 +54,24 @@ class PipelineFamily:
     """(height, width) in pixels of the pipeline's own call, where no config tells it."""
     has_frames: bool = False
     """Whether the decoder takes and gives a video (B, C, F, H, W), which is of one frame here."""
+
+    def require_read(self, settings: PipelineSettings, pipeline: Any) -> None:
+        """
+        Raises:
+            ValueError: for a setting that this pipeline does not read.
+        """
+        guidance, length = settings.embedded_guidance, settings.max_sequence_length
+        model = getattr(pipeline, self.model_part)
+        if guidance is not None and not model.config.get("guidance_embeds", False):
+            raise ValueError(
+                f"embedded_guidance={guidance} would be ignored: the {type(model).__name__} is told no "
+                f"guidance; leave it out, or guide without a classifier by SamplerConfig(guidance_scale={guidance})"
+            )
+        if length is not None and self.sequence_length is None:
+            raise ValueError(
+                f"max_sequence_length={length} would be ignored: {type(pipeline).__name__} reads as many "
+                "tokens as its text encoders take; leave it out"
+            )
 
     def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
         """(B, ...) of the prompts, through the pipeline's own encode_prompt."""
