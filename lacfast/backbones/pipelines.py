@@ -65,7 +65,7 @@ class PipelineFamily:
         if guidance is not None and not model.config.get("guidance_embeds", False):
             raise ValueError(
                 f"embedded_guidance={guidance} would be ignored: the {type(model).__name__} is told no "
-                f"guidance; leave it out, or guide without a classifier by SamplerConfig(guidance_scale={guidance})"
+                f"guidance; leave it out, or use SamplerConfig(guidance_scale={guidance})"
             )
         if length is not None and self.sequence_length is None:
             raise ValueError(
