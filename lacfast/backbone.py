@@ -83,6 +83,19 @@ class Backbone(Protocol):
         """The `policy_state` in a directory that `save_pretrained` wrote."""
 
 
+def require_gradients(backbone: Backbone) -> None:
+    """
+    Raises:
+        ValueError: for a model that runs in float16.
+    """
+    if getattr(backbone, "dtype", None) == torch.float16:
+        raise ValueError(
+            "the model runs in float16, whose smallest numbers lie above the gradients of a mean-reduced "
+            "log-prob: much of a LoRA's would be 0; load it with dtype=torch.bfloat16 or float32, on the "
+            "command line --dtype bfloat16. Evaluation and steering take float16"
+        )
+
+
 def build_critic(
     backbone: Backbone, num_rewards: int, config: CriticConfig, *, seed: int = 0
 ) -> Critic | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lacfast.advantages import AdvantageEstimator
-from lacfast.backbone import Backbone, attach_critic
+from lacfast.backbone import Backbone, attach_critic, require_gradients
 from lacfast.checkpoint import Notes
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
@@ -54,19 +54,6 @@ from lacfast.runtime.profiling import span
 from lacfast.runtime.signals import Indivisible, held_back
 
 
-def _require_gradients(backbone: Backbone) -> None:
-    """
-    Raises:
-        ValueError: for a model that runs in float16.
-    """
-    if getattr(backbone, "dtype", None) == torch.float16:
-        raise ValueError(
-            "the model runs in float16, whose smallest numbers lie above the gradients of a mean-reduced "
-            "log-prob: much of a LoRA's would be 0; load it with dtype=torch.bfloat16 or float32, on the "
-            "command line --dtype bfloat16. Evaluation and steering take float16"
-        )
-
-
 class LatentActorCriticTrainer:
     """Latent actor-critic post-training of a diffusion model (arXiv 2605.27736).
 
@@ -101,7 +88,7 @@ class LatentActorCriticTrainer:
             ValueError: for settings that cannot train, or a reward whose model or server is not there.
         """
         self.config = config or TrainConfig()
-        _require_gradients(backbone)
+        require_gradients(backbone)
         self.world = World.current().able_to_share(self.config.batch_size)
         self.backbone = backbone
         specs = (rewards, evaluation_rewards)

@@ -120,7 +120,7 @@ class LatentBackbone(ABC):
         self.continues_lora = False
         """Whether the LoRA was trained before."""
         self._adapter: str | None = adapters.POLICY
-        """That `predict` runs with, where there is a LoRA."""
+        """The adapter that `predict` runs with, where there is a LoRA."""
         self._compilation: tuple[str, str | None] | None = None
         self._precision = "model"
         self._quantized: QuantizedLinears | None = None
