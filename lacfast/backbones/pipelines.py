@@ -58,19 +58,13 @@ class PipelineFamily:
     def require_read(self, settings: PipelineSettings, pipeline: Any) -> None:
         """
         Raises:
-            ValueError: for a setting that this pipeline does not read.
+            ValueError: for a guidance that this pipeline's model is not told.
         """
-        guidance, length = settings.embedded_guidance, settings.max_sequence_length
-        model = getattr(pipeline, self.model_part)
+        guidance, model = settings.embedded_guidance, getattr(pipeline, self.model_part)
         if guidance is not None and not model.config.get("guidance_embeds", False):
             raise ValueError(
                 f"embedded_guidance={guidance} would be ignored: the {type(model).__name__} is told no "
                 f"guidance; leave it out, or use SamplerConfig(guidance_scale={guidance})"
-            )
-        if length is not None and self.sequence_length is None:
-            raise ValueError(
-                f"max_sequence_length={length} would be ignored: {type(pipeline).__name__} reads as many "
-                "tokens as its text encoders take; leave it out"
             )
 
     def encode(self, pipeline: Any, prompts: list[str], settings: PipelineSettings) -> Embeddings:
