@@ -20,7 +20,8 @@ from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lacfast.backbones import lora as adapters
@@ -110,8 +111,13 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
             if peft is not None:
                 _load_peft(model, peft)
             else:
+                # Of safetensors alone: what else a file may be could run code.
                 hollow.load_lora_weights(
-                    place, weight_name=file, adapter_name=adapters.POLICY, low_cpu_mem_usage=True
+                    place,
+                    weight_name=file,
+                    adapter_name=adapters.POLICY,
+                    use_safetensors=True,
+                    low_cpu_mem_usage=True,
                 )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:
         raise ValueError(
@@ -181,10 +187,8 @@ def _peft_directory(place: str, file: str | None) -> Path | None:
 
 def _load_peft(model: Any, directory: Path) -> None:
     config = LoraConfig.from_pretrained(str(directory))
-    state = {
-        name.removeprefix(_PEFT_PREFIX): tensor
-        for name, tensor in load_peft_weights(str(directory), device="cpu").items()
-    }
+    saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in saved.items()}
     model.load_lora_adapter(
         state,
         prefix=None,
