@@ -1,6 +1,7 @@
 """The kernel table: every op, shape and dtype, ours beside the reference and the peers' formulas.
 
     OMP_NUM_THREADS=1 python -m bench.kernels                      writes bench/results/kernels-cpu-DATE.json
+    OMP_NUM_THREADS=1 python -m bench.kernels --avx2               kernels-avx2-DATE.json: AVX2 at most
     python -m bench.kernels --cases claim --ops gaussian_step      some of it, to the screen only
     python -m bench.kernels --device cuda --out PATH               CUDA graphs, cold and hot L2
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +32,14 @@ from bench.workloads import WORKLOADS
 from bench.workloads.workload import Workload
 
 RESULTS = Path(__file__).parent / "results"
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+    "LACFAST_INSTRUCTION_SET": "x86-64-v3",
+}
+"""The environment that holds torch, its libraries, its compiler and lacfast to AVX2; each reads it once."""
 Row = dict[str, Any]
 Measure = Callable[[Workload], dict[str, Row]]
 """Workload -> provider -> seconds, speed_up and what else was measured; or provider -> {"error": why}."""
@@ -151,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--cases", choices=shapes.SELECTIONS, default="all")
     options.add_argument("--ops", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="OP")
+    options.add_argument("--avx2", action="store_true", help="hold torch and lacfast to AVX2, CPU")
     options.add_argument("--no-compile", action="store_true", help="leave torch.compile out: quick")
     options.add_argument("--seconds", type=float, default=3600.0, help="start no workload after this")
     options.add_argument("--budget", type=float, default=4.0, help="seconds of timing per workload, CPU")
@@ -160,13 +172,17 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.avx2 and not AVX2.items() <= os.environ.items():
+        command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
+        return subprocess.run(command, env=os.environ | AVX2, check=False).returncode
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("kernels: --device cuda needs a CUDA device; --device cpu runs anywhere", file=sys.stderr)
         return 2
     out = options.out
     if out is None and options.cases == "all" and options.ops == list(WORKLOADS):
-        out = RESULTS / f"kernels-{device.type}-{machine.today()}.json"
+        kind = "avx2" if options.avx2 else device.type
+        out = RESULTS / f"kernels-{kind}-{machine.today()}.json"
     torch.set_num_threads(1)
     bandwidth = roofline.copy_bandwidth(device)
     result: dict[str, Any] = {

@@ -95,6 +95,16 @@ def gae_loop(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -
     return advantages, advantages + values
 
 
+def gae_vectorized(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """The sum that the loop unrolls to, as a product with a triangle of powers: (B, T, M) -> the same."""
+    steps = torch.arange(rewards.shape[1], dtype=rewards.dtype, device=rewards.device)
+    distance = steps[None, :] - steps[:, None]
+    powers = torch.where(distance >= 0, (gamma * gae_lambda) ** distance, 0.0)
+    next_values = torch.nn.functional.pad(values[:, 1:], (0, 0, 0, 1))
+    advantages = torch.matmul(powers, rewards + gamma * next_values - values)
+    return advantages, advantages + values
+
+
 def normalized_advantages(
     rewards: Tensor,
     values: Tensor,

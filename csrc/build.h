@@ -2,12 +2,16 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 namespace lacfast {
 
 namespace cpu {
-// The instruction set in use: "x86-64-v2", "x86-64-v3" or "portable".
-const char* instruction_set();
+// The instruction set in use, and those of this build that the processor has, from the oldest to the newest.
+std::string instruction_set();
+std::vector<std::string> instruction_sets();
+// For the calls that begin after it, of every thread. Throws for one that is not among them.
+void use_instruction_set(const std::string& name);
 }  // namespace cpu
 
 namespace cuda {

@@ -22,7 +22,7 @@ from bench.workloads.workload import (
 from lacfast import ops, reference
 
 GAMMA, GAE_LAMBDA = 0.99, 0.95
-LOOP = "Python loop"
+LOOP, VECTORIZED = "Python loop", "product with powers"
 
 
 def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
@@ -61,7 +61,7 @@ def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, comp
 
 
 def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
-    """GAE, beside the loop over time that trainers write."""
+    """GAE, beside the loop over time that trainers write, and its vectorised form."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(case.shape, generator=generator).to(device, dtype) for _ in range(2))
     settings = {"gamma": GAMMA, "gae_lambda": GAE_LAMBDA, "value_lambda": GAE_LAMBDA}
@@ -69,8 +69,12 @@ def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compil
     def ours(function: Callable[..., tuple[Tensor, Tensor]]) -> Call:
         return lambda given: function(given["rewards"], given["values"], **settings)
 
+    def peer(function: Callable[..., tuple[Tensor, ...]]) -> Call:
+        return lambda given: function(given["rewards"], given["values"], GAMMA, GAE_LAMBDA)
+
     providers = {
-        LOOP: lambda given: peers.gae_loop(given["rewards"], given["values"], GAMMA, GAE_LAMBDA),
+        LOOP: peer(peers.gae_loop),
+        VECTORIZED: peer(peers.gae_vectorized),
         **variants(REFERENCES, reference.gae, ours, compiled),
         OURS: ours(ops.gae),
     }

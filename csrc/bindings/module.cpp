@@ -67,6 +67,8 @@ std::string cuda_unusable_reason() { return cuda::unusable_reason(); }
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CPU and CUDA kernels of lacfast; called through lacfast.ops.";
   module.def("instruction_set", &cpu::instruction_set);
+  module.def("instruction_sets", &cpu::instruction_sets);
+  module.def("use_instruction_set", &cpu::use_instruction_set);
   module.def("cuda_unusable_reason", &cuda_unusable_reason);
   module.def("philox4x32_10", &philox_words);
   module.def("kernel_names", &kernel_names);

@@ -26,8 +26,13 @@ struct GaeState {
 };
 
 template <typename A>
+LACFAST_INLINE A gae_delta(A reward, A value, A next_value, const GaeDecay<A>& decay) {
+  return reward + decay.gamma * next_value - value;
+}
+
+template <typename A>
 LACFAST_INLINE void gae_step(GaeState<A>& state, A reward, A value, const GaeDecay<A>& decay) {
-  const A delta = reward + decay.gamma * state.next_value - value;
+  const A delta = gae_delta(reward, value, state.next_value, decay);
   state.advantage = delta + decay.policy * state.advantage;
   state.value_advantage = delta + decay.value * state.value_advantage;
   state.next_value = value;

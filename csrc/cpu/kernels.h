@@ -13,8 +13,8 @@ constexpr std::int64_t kBlock = 1024;
 
 // Tokens of value_pool that are scored and summed before the next are read: a tile and its vectors fit the L2 cache.
 constexpr int kTile = 16;
-// Numbers to which its vectors are padded with zeros: two of the widest registers, four of the narrowest.
-constexpr std::int64_t kPad = 16;
+// Numbers to which its vectors are padded with zeros: two of the widest registers, eight of the narrowest.
+constexpr std::int64_t kPad = 32;
 
 LACFAST_INLINE std::int64_t padded_dim(const ValuePool& op) { return (dim_of(op) + kPad - 1) / kPad * kPad; }
 
@@ -41,8 +41,10 @@ struct Kernels {
   void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProb& gradients);
   RatioSums (*log_ratio)(const LogRatio& op, Run run);
   void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, Result grad_model_output);
-  void (*gae)(const Gae& op, const GaeOutputs& outputs);
-  void (*gae_backward)(const Gae& op, const GaeOutputs& grads, const Gae& gradients);
+  // Of chains [first, last); chain row * heads + head is one head of one row.
+  void (*gae)(const Gae& op, std::int64_t first, std::int64_t last, const GaeOutputs& outputs);
+  void (*gae_backward)(const Gae& op, std::int64_t first, std::int64_t last, const GaeOutputs& grads,
+                       const Gae& gradients);
   void (*advantage_sums)(const AdvantageSums& op, const AdvantageSumsOutputs& outputs);
   void (*advantage_apply)(const AdvantageApply& op, const AdvantageApplyOutputs& outputs);
   void (*value_pool)(const ValuePool& op, Run run, void* scratch, void* partial, void* token_stats);
@@ -63,6 +65,12 @@ namespace v2 {
 extern const Kernels kernels;
 }
 namespace v3 {
+extern const Kernels kernels;
+}
+namespace v4 {
+extern const Kernels kernels;
+}
+namespace v4bf16 {
 extern const Kernels kernels;
 }
 #else

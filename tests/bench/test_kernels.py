@@ -14,7 +14,9 @@ from bench.graph_timing import cold_and_hot, num_copies
 from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.shapes import TINY_LATENT
 from bench.workloads import latents, verified
+from bench.workloads.critics import LOOP, VECTORIZED
 from bench.workloads.workload import OURS, OURS_DRAWN, PEER, PEER_DRAWN, REFERENCE, Workload, WrongResultError
+from lacfast import _C
 
 CPU = torch.device("cpu")
 
@@ -188,10 +190,20 @@ def test_command_writes_rows_with_their_machine(tmp_path: Path, capsys: pytest.C
     assert kernels.main(arguments) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["missing"] == {}
-    assert {row["provider"] for row in result["rows"]} == {"Python loop", REFERENCE, OURS}
+    assert {row["provider"] for row in result["rows"]} == {LOOP, VECTORIZED, REFERENCE, OURS}
     assert result["copy_gigabytes_per_second"] > 0
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert "gae, tiny" in capsys.readouterr().out
+
+
+@pytest.mark.skipif("x86-64-v3" not in _C.instruction_sets(), reason="about processors with AVX2")
+def test_an_older_instruction_set_holds_both_sides(tmp_path: Path) -> None:
+    out = tmp_path / "kernels.json"
+    arguments = ["--avx2", "--cases", "tiny", "--no-compile", "--budget", "0.01", "--ops", "gae"]
+    assert kernels.main([*arguments, "--out", str(out)]) == 0
+    processor = json.loads(out.read_text(encoding="utf-8"))["machine"]["processor"]
+    assert processor["instruction set (torch)"] == "AVX2"
+    assert processor["instruction set (lacfast)"] == "x86-64-v3"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
