@@ -118,7 +118,6 @@ def kernels(result: dict[str, Any]) -> str:
             share = ", ".join(f"{row['percent_of_copy']:.0f}" for row in own if row)
             lines.append(f"| {name} | {' | '.join(shown)} | {share} |")
     machine, processor = result["machine"], result["machine"]["processor"]
-    option = " --avx2" if processor["instruction set (torch)"] == "AVX2" else ""
     note = (
         f"Milliseconds (and speed-up) of one thread on {machine['label']}, torch "
         f"{machine['versions']['torch']} with {processor['instruction set (torch)']}, lacfast with "
@@ -130,7 +129,7 @@ def kernels(result: dict[str, Any]) -> str:
         "for `ppo_loss`, whose peers read stored latents instead; for `gae` their Python loop, for "
         "`systematic_resample` the eager reference, for `normal_noise` torch.compile of the reference. A "
         f"copy beyond the cache moves {result['copy_gigabytes_per_second']:.1f} GB/s; smaller data may pass "
-        f"it. `python -m bench.kernels{option}` measures it."
+        "it. `python -m bench.kernels` measures it."
     )
     return "\n".join([*lines, "", note])
 
@@ -228,7 +227,6 @@ def blocks() -> dict[str, str]:
         "proof": (RECORD / "summary.json", proof),
         "demo": (RECORD / "summary.json", demo),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
-        "kernels-avx2": (newest("kernels-avx2-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),
