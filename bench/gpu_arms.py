@@ -17,12 +17,11 @@ import copy
 import importlib.util
 import json
 import math
-import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import machine
+from bench.arms import ARMS, EAGER, PREPARE_SECONDS, CompiledForwards, arm_changes, time_limit, unsettled
 from bench.interleaved import Provider, race, speed_ups
 from lacfast.config import BatchMean, CriticValues
-from lacfast.metrics import compiled_graphs
 
 if TYPE_CHECKING:
     from bench.random_models import Subject
@@ -44,28 +43,9 @@ if TYPE_CHECKING:
 BATCHES = (1, 4, 16)
 TRUNKS = ("none", "shared", "branch")
 VALUE_BATCH = 4
-PREPARE_SECONDS = 90.0
-"""Within which an arm compiles, or it would take the time of all others."""
 MOST_CAPTURES = 8
 """Calls after which an arm has compiled, warmed up and captured all that it ever will."""
-EAGER = "eager"
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """How the engine runs."""
-
-    is_compiled: bool
-    is_captured: bool
-
-
-ARMS = {
-    EAGER: Arm(is_compiled=False, is_captured=False),
-    "compile": Arm(is_compiled=True, is_captured=False),
-    "graph": Arm(is_compiled=False, is_captured=True),
-    "compile+graph": Arm(is_compiled=True, is_captured=True),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +59,6 @@ class Plan:
     arms: tuple[str, ...] = tuple(ARMS)
     prepare_seconds: float = math.inf
     """Limit of a call that compiles, besides its work; an arm beyond it is left out for its model."""
-
-
-def arm_changes(arm: Arm, device: torch.device) -> dict[str, Any]:
-    """Fields of TrainConfig. Without a CUDA device the fake graph takes the graph's place."""
-    from lacfast.config import GraphConfig
-
-    captured = "on" if device.type == "cuda" else "fake"
-    graph = GraphConfig(mode=captured, strict=True) if arm.is_captured else GraphConfig(mode="off")
-    return {"graph": graph, "compile": arm.is_compiled}
 
 
 def trainer_of(
@@ -132,32 +103,6 @@ class Work:
     trainer: LatentActorCriticTrainer | None = None
     size: Callable[[], int] | None = None
     """Trajectories or pairs that run at a time, fewer than asked once memory has run out; 0: all."""
-
-
-class CompiledForwards:
-    """The compiled forwards of a model's blocks, in place only while an arm runs that has them."""
-
-    def __init__(self) -> None:
-        self._forwards: dict[torch.nn.Module, Any] = {}
-
-    def take(self, model: torch.nn.Module) -> None:
-        """Take them off the model, whose blocks then run as they are."""
-        from lacfast.backbones.compilation import CompiledForward
-
-        for block in model.modules():
-            if isinstance(block.__dict__.get("forward"), CompiledForward):
-                self._forwards[block] = block.__dict__.pop("forward")
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within the context the blocks run compiled."""
-        for block, forward in self._forwards.items():
-            block.forward = forward
-        try:
-            yield
-        finally:
-            for block in self._forwards:
-                del block.forward
 
 
 class Bench:
@@ -299,7 +244,7 @@ class Bench:
 
         result = None
         for _ in range(MOST_CAPTURES):
-            before = _unsettled(work.trainer)
+            before = unsettled(work.trainer)
             try:
                 with time_limit(limit):
                     peaks.append(self._peak_gigabytes(call))
@@ -307,7 +252,7 @@ class Bench:
                 # Its next batch would wait as long.
                 self._too_slow[name] = str(error)
                 raise
-            if len(peaks) > 1 and _unsettled(work.trainer) == before:
+            if len(peaks) > 1 and unsettled(work.trainer) == before:
                 row["preparing_gigabytes"] = max(peaks)
                 return result
         raise RuntimeError(f"still compiles, warms up or captures after {MOST_CAPTURES} calls")
@@ -340,35 +285,6 @@ class Bench:
     def _same_losses(own: dict[str, Any], expected: dict[str, Any]) -> float:
         """Relative difference of the gradient's norm."""
         return abs(own["policy_grad_norm"] / expected["policy_grad_norm"] - 1)
-
-
-def _unsettled(trainer: LatentActorCriticTrainer | None) -> tuple[int, ...]:
-    """Counts that rise while an arm still compiles, warms up or captures."""
-    if trainer is None:
-        return ()
-    found = trainer.graphs.statistics
-    graphs = (found.captures, found.eager_steps) if trainer.graphs.captures else ()
-    return (*graphs, compiled_graphs())
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Stop what runs in the context after `seconds`; inf: never.
-
-    Raises:
-        TimeoutError: then, in the middle of it.
-    """
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not compiled within {seconds:.3g} s")
-
-    handler = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, 0.0 if math.isinf(seconds) else seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, handler)
 
 
 def collect(

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from bench import machine
+from bench.arms import ARMS, EAGER, PREPARE_SECONDS, arm_changes, time_limit
 from bench.equal_results import both_gradients, both_trajectories, relative, scored_rollout
-from bench.gpu_arms import ARMS, EAGER, PREPARE_SECONDS, arm_changes, time_limit
 from bench.interleaved import Provider, race, speed_ups
 from bench.matched_loops import PEER_BATCH, Match, PeerLoop, engine, peer_loop, plain_score, tiny_match
 from bench.peer_loops import FlowGRPOLoop, Samples, samples_of

@@ -11,11 +11,13 @@ What would go wrong on a GPU goes wrong here, at the line that does it:
     the same within a capture, or in torch.cuda.set_sync_debug_mode("error")        -> RuntimeError
 A captured graph replays the operations of its capture on the memory that they had, so what is frozen there is
 frozen here. Kernels are those of the CPU, threads share one stream, and memory is without end: neither times
-nor races nor the compiled kernels are seen.
+nor races nor the compiled kernels are seen. torch.compile cannot trace such tensors: what it is given runs as
+it is, and every variant that it would compile is counted as a graph.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import threading
@@ -41,7 +43,7 @@ from pretended_tensors import (
     values_of,
 )
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lacfast.runtime import cuda_graph, profiling
 
@@ -150,7 +152,12 @@ def _torch_cuda() -> dict[str, Any]:
     """What stands in torch.cuda."""
     main = _Stream()
     properties = SimpleNamespace(
-        name="a pretended GPU", major=9, minor=0, total_memory=80 * GIB, multi_processor_count=132
+        name="a pretended GPU",
+        major=9,
+        minor=0,
+        total_memory=80 * GIB,
+        multi_processor_count=132,
+        L2_cache_size=50 << 20,
     )
 
     def held(device: Any = None) -> int:
@@ -230,12 +237,30 @@ def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Cal
     return launch
 
 
+def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """torch.compile of what gets batches of any size."""
+    variants: set[Any] = set()
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        variant = (torch.is_grad_enabled(), *((tensor.dtype, tensor.shape[1:]) for tensor in tensors))
+        if variant not in variants:
+            variants.add(variant)
+            torch._dynamo.utils.counters["stats"]["unique_graphs"] += 1
+        return function(*args, **kwargs)
+
+    return run
+
+
 @contextmanager
 def pretended_cuda() -> Iterator[WaitLog]:
     """Within the context there is a CUDA device; gives the log of the host's waits for it."""
     log.clear()
     _pools.clear()
-    caches = (backend.unusable_reason, backend._natural_backend, profiling._default_spans)
+    caches = [backend.unusable_reason, backend._natural_backend, profiling._default_spans]
+    if "lacfast.backbones.compilation" in sys.modules:
+        caches.append(sys.modules["lacfast.backbones.compilation"]._compiled)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _torch_cuda().items():
             patch.setattr(torch.cuda, name, value)
@@ -256,6 +281,7 @@ def pretended_cuda() -> Iterator[WaitLog]:
 def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     """Where torch asks in C++ which device a tensor is on, and what is of a thread."""
     patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+    patch.setattr(torch, "compile", _compile)
     autocast, is_enabled = torch.autocast.__init__, torch.is_autocast_enabled
 
     def entered(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:

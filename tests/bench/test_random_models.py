@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench import gpu_arms
-from bench.gpu_arms import ARMS, EAGER, Bench, Plan, Work, arm_changes
+from bench.arms import ARMS, EAGER, arm_changes
+from bench.gpu_arms import Bench, Plan, Work
 from bench.random_models import PPO, Subject, match_of, random_pipeline, subjects, tiny_subject
 from lacfast.backbones.compilation import CompiledForward
 from lacfast.backbones.published import PublishedModel
