@@ -7,7 +7,8 @@ bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from th
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
 (`python -m bench.host_work`), what the presets hold in memory from bench/results/memory.json
-(`python -m bench.memory`), the README's figures from iterations, costs and bench/results/learning. Methods
+(`python -m bench.memory`), what an OCR engine reads before and after PPO from bench/results/ocr.json
+(`python -m bench.ocr`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import costs as published_costs
-from bench import headline, host_work, memory
+from bench import headline, host_work, memory, ocr
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -34,6 +35,7 @@ PAGES = (
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "results.md",
     RECORD / "README.md",
+    ROOT / "docs" / "ocr.md",
 )
 """Where markers may stand, each table's in exactly one of them."""
 PICTURE = "comparison.png"
@@ -231,6 +233,7 @@ def blocks() -> dict[str, str]:
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),
         "memory": (memory.RESULT, memory.table),
+        "ocr": (ocr.RESULT, ocr.table),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

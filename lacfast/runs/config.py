@@ -24,7 +24,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 """How a model is judged of which no run tells how."""
-EMBEDDED_MODELS = ("shapes-dit", "shapes-unet", "glyphs-dit", "glyphs-unet")
+EMBEDDED_MODELS = tuple(
+    f"{task}-{name}" for task in ("shapes", "glyphs", "words") for name in ("dit", "unet")
+)
 """Models that are pretrained on the spot; lacfast.runs.train makes them."""
 
 
@@ -86,10 +88,11 @@ class RunConfig(Config):
     out: str
     """Directory of the run: settings, metrics.jsonl, samples/, checkpoints/."""
     model: str
-    """Directory or hub id of a diffusers pipeline; "shapes-dit", "shapes-unet", "glyphs-dit"
-    and "glyphs-unet" are made on the spot."""
+    """Directory or hub id of a diffusers pipeline; "shapes-dit", "glyphs-dit", "words-dit" and the same with
+    "-unet" are made on the spot."""
     prompts: str
-    """A .txt, .jsonl or .parquet file, a `datasets` directory, or "animals", "shapes"."""
+    """A .txt, .jsonl or .parquet file, a `datasets` directory, or "animals", "shapes", "glyphs",
+    "words"."""
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
     rewards: tuple[tuple[str, Finite], ...]

@@ -20,7 +20,7 @@ from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import Dtype, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.memory import memory_plan
-from lacfast.tasks import glyphs, scenes
+from lacfast.tasks import glyphs, scenes, words
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.task import Task
@@ -30,6 +30,8 @@ TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
     "glyphs-unet": (glyphs.TASK, "unet"),
     "shapes-dit": (scenes.TASK, "dit"),
     "shapes-unet": (scenes.TASK, "unet"),
+    "words-dit": (words.TASK, "dit"),
+    "words-unet": (words.TASK, "unet"),
 }
 """Models that are pretrained on the spot."""
 

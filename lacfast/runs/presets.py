@@ -81,6 +81,29 @@ def shapes_run() -> RunConfig:
     )
 
 
+def words_run() -> RunConfig:
+    """Words that an OCR engine reads in tiny pictures, without downloads; needs `lacfast[rewards]`."""
+    config = replace(falling(shapes("dit")), pretrain=ValuePretrainingConfig())
+    return RunConfig(
+        out="runs/words",
+        model="words-dit",
+        prompts="words",
+        held_out="words-held-out",
+        rewards=(("words_ocr", 1.0),),
+        evaluation_rewards=("words_ocr_strict", "words_gold"),
+        best="words_ocr_strict",
+        value_pretraining=False,
+        train=replace(
+            config,
+            iterations=120,
+            eval_every=30,
+            eval_samples=480,
+            # Twice that of shapes: what docs/results.md found best for glyphs.
+            ppo=replace(config.ppo, policy_learning_rate=2 * config.ppo.policy_learning_rate),
+        ),
+    )
+
+
 def sd15_ddpo() -> RunConfig:
     """Stable Diffusion 1.5, DDPO's first task (arXiv 2305.13301): images that compress well as JPEG.
 
@@ -300,6 +323,7 @@ def ddpo_compressibility() -> RunConfig:
 
 RUNS = {
     "shapes": shapes_run,
+    "words": words_run,
     "sd15-ddpo": sd15_ddpo,
     "sd35m-geneval": sd35m_geneval,
     "sd35m-ocr": sd35m_ocr,

@@ -46,7 +46,7 @@ from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
 from lacfast.schedule import FLOW_KINDS
-from lacfast.tasks import glyphs, scenes
+from lacfast.tasks import glyphs, scenes, words
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
@@ -57,6 +57,8 @@ PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
     "glyphs-held-out": lambda: glyphs.TASK.split()[1],
     "shapes": lambda: scenes.TASK.split()[0],
     "shapes-held-out": lambda: scenes.TASK.split()[1],
+    "words": lambda: words.TASK.split()[0],
+    "words-held-out": lambda: words.TASK.split()[1],
 }
 """Prompts that need no file."""
 
