@@ -109,7 +109,8 @@ def _templates() -> tuple[list[str], FloatArray]:
 def _standardized(rows: FloatArray) -> FloatArray:
     """Rows with mean 0 and length 1; those without contrast stay 0."""
     centred = rows - rows.mean(axis=1, keepdims=True)
-    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+    unit: FloatArray = centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+    return unit
 
 
 def read_by_templates(images: FloatArray) -> list[str]:
