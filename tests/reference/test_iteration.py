@@ -47,6 +47,8 @@ class Denoiser(nn.Module):
 class DenoiserBackbone(linear_chain.LinearChain):
     """The trainer's protocol around a Denoiser; the critic reads its hidden layer as two tokens."""
 
+    rescales_guidance = False
+
     def __init__(self) -> None:
         self.model = Denoiser()
         self.critic = None
@@ -64,7 +66,7 @@ class DenoiserBackbone(linear_chain.LinearChain):
 
         return SharedTrunk({"hidden": (Tap("lower", read), 8)})
 
-    def frozen_anchor(self) -> DenoiserBackbone:
+    def frozen_anchor(self, which: str = "start") -> DenoiserBackbone:
         return copy.deepcopy(self)
 
 
