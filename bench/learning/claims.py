@@ -280,7 +280,7 @@ CLAIMS = {
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         grid=(1.0,),
         seeds=3,
-        note="All arms run in one process, so their seconds say nothing of what rollout ranks save, which is "
-        "in docs/distributed.md; trajectories and weights are those of ranks apart.",
+        note="All arms run in one process, so their seconds say nothing of what rollout ranks save; "
+        "trajectories and weights are those of ranks apart.",
     ),
 }
