@@ -29,14 +29,13 @@ from bench.matched_loops import brightness, tiny_match
 from lacfast.distributed import joined
 from lacfast.runs.plan import TINY_MODELS, plan
 from lacfast.runs.presets import RUNS
-from lacfast.runs.scaling import scaling
 from lacfast.trainer import LatentActorCriticTrainer
 
 BATCH = 192
 """Of the preset."""
 STALENESS = 1
 """Of the ranks apart: the least with which both work at a time."""
-GPUS = (8, 16, 32, 64)
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Columns of the table."""
 ITERATIONS = 3
 """Timed ones of a process group, behind those that warm up."""
@@ -118,15 +117,15 @@ def apart(rounds: int) -> dict[str, float]:
 
 def paper() -> str:
     """The presets of published models on GPUS, by lacfast.runs.scaling, as Markdown."""
-    head = " | ".join(f"{gpus} GPUs" for gpus in GPUS)
-    lines = [f"| | batch | gradients sent per GPU | {head} |", "|---|" + "---|" * (2 + len(GPUS))]
+    head = " | ".join(f"{gpus:,} GPUs" for gpus in GPUS)
+    lines = [f"| | batch | sent per GPU | {head} |", "|---|" + "---|" * (2 + len(GPUS))]
     for name, preset in RUNS.items():
         config = preset()
         if config.model in TINY_MODELS:
             continue
-        costs, batch = plan(config).costs, config.train.batch_size
-        found = [scaling(costs, config.train, gpus) if gpus <= batch else None for gpus in GPUS]
-        sent = max(each.gradient_bytes for each in found if each is not None)
+        planned, batch = plan(config, ranks=config.train.shard), config.train.batch_size
+        found = [planned.on(gpus) if gpus <= batch else None for gpus in GPUS]
+        sent = max(each.gradient_bytes + each.gathered_bytes for each in found if each is not None)
         cells = ["" if each is None else f"{each.efficiency:.1%}" for each in found]
         lines.append(f"| `{name}` | {batch:,} | {sent / 1e9:.1f} GB | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lacfast.config import CriticConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk
+from lacfast.distributed.sharding import Divider
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.rewards.heads import RewardHeads
 
@@ -64,6 +65,10 @@ class Backbone(Protocol):
     def frozen_anchor(self, which: str = "start") -> Backbone:
         """A frozen policy for the KL: that of today, or the model without its LoRA; see KLPenalty.anchor."""
 
+    def shard(self, sharding: Divider) -> None:
+        """Divide the weights of the model and of its critic's own blocks over ranks, see TrainConfig.shard;
+        the parameters are other objects then."""
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the model's activations in the backward pass instead of keeping them."""
 
@@ -76,8 +81,14 @@ class Backbone(Protocol):
     def requantize(self) -> None:
         """Make a quantised policy follow the weights that it was made of; any other has nothing to do."""
 
-    def save_pretrained(self, directory: Path) -> None:
-        """Write what `load_backbone` and plain diffusers read."""
+    def saved_weights(self) -> dict[str, Tensor]:
+        """The live tensors that `save_pretrained` writes, by name."""
+
+    def save_pretrained(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write what `load_backbone` and plain diffusers read, on one rank.
+
+        `weights` are those of `saved_weights`, with what is sharded whole; None: they are as they are.
+        """
 
     def read_policy(self, directory: Path) -> dict[str, Tensor]:
         """The `policy_state` in a directory that `save_pretrained` wrote."""

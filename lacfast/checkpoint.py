@@ -7,6 +7,7 @@ What lies in the directory of a trainer's checkpoint:
     the policy              a LoRA, or the model, as load_backbone and plain diffusers read it
     critic.safetensors      the critic, its settings in the metadata
     trainer.pt              what else lives between iterations, see below
+    shards/                 of a run with sharded weights their moments and averages, by torch's DCP
 
 trainer.pt is a dictionary of plain values and tensors:
 
@@ -25,9 +26,10 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,9 @@ from torch import Tensor
 from lacfast.backbone import Backbone, build_critic
 from lacfast.config import CriticConfig, from_json, to_json
 from lacfast.critic.critic import Critic
+from lacfast.distributed import ALONE, World
+from lacfast.distributed.shard_files import with_shards, without_shards, write_shards
+from lacfast.distributed.sharding import copy_, whole_on_first
 from lacfast.rewards.heads import RewardHeads
 from lacfast.runtime.directories import DamagedError, recover, require_whole, whole_directory
 from lacfast.runtime.files import write_json
@@ -49,21 +54,28 @@ EARLIER_DESCRIPTION = "critic.json"
 TRAINER_STATE = "trainer.pt"
 MODEL_CARD = "README.md"
 """Written by what writes the policy; the notes are added to it."""
+SHARDS = "shards"
 
 
 Notes = Mapping[str, Any]
 """Name of a file that lies beside what is saved -> its JSON."""
 
 
-def save_backbone(backbone: Backbone, directory: Path, notes: Notes | None = None) -> None:
+def save_backbone(
+    backbone: Backbone, directory: Path, notes: Notes | None = None, world: World = ALONE
+) -> None:
     """Model, prompt encoder, codec and, where there is one, the critic: what load_backbone reads.
+
+    Written by the first of the `world`'s ranks; all call it.
 
     Raises:
         ValueError: when that would delete something in `directory` that no save has written.
     """
-    with whole_directory(directory) as target:
-        write_backbone(backbone, target)
-        _write_notes(target, notes)
+    weights = _WholeWeights.of(backbone, world)
+    if world.is_first:
+        with whole_directory(directory) as target:
+            weights.write(backbone, target)
+            _write_notes(target, notes)
 
 
 def _write_notes(target: Path, notes: Notes | None) -> None:
@@ -75,20 +87,35 @@ def _write_notes(target: Path, notes: Notes | None) -> None:
                 opened.write(f"\n`{name}`\n\n```json\n{json.dumps(value, indent=2)}\n```\n")
 
 
-def write_backbone(backbone: Backbone, target: Path) -> None:
-    backbone.save_pretrained(target)
-    if backbone.critic is not None:
-        critic = backbone.critic
-        description = {
-            "config": to_json(critic.config),
-            "num_rewards": critic.num_rewards,
-            "rewards": None if critic.rewards is None else critic.rewards.to_json(),
-        }
-        save_file(
-            {name: tensor.contiguous() for name, tensor in critic.state_dict().items()},
-            target / CRITIC_WEIGHTS,
-            {CRITIC_DESCRIPTION: json.dumps(description)},
+class _WholeWeights(NamedTuple):
+    """What is written of a backbone, on the first rank."""
+
+    policy: dict[str, Tensor]
+    critic: dict[str, Tensor]
+
+    @staticmethod
+    def of(backbone: Backbone, world: World) -> _WholeWeights:
+        """The weights of today; all ranks call it."""
+        critic = {} if backbone.critic is None else backbone.critic.state_dict()
+        what = "the weights of the checkpoint"
+        return _WholeWeights(
+            whole_on_first(backbone.saved_weights(), world, what), whole_on_first(critic, world, what)
         )
+
+    def write(self, backbone: Backbone, target: Path) -> None:
+        backbone.save_pretrained(target, self.policy)
+        if backbone.critic is not None:
+            critic = backbone.critic
+            description = {
+                "config": to_json(critic.config),
+                "num_rewards": critic.num_rewards,
+                "rewards": None if critic.rewards is None else critic.rewards.to_json(),
+            }
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.critic.items()},
+                target / CRITIC_WEIGHTS,
+                {CRITIC_DESCRIPTION: json.dumps(description)},
+            )
 
 
 def read_critic(backbone: Backbone, path: Path) -> Critic | None:
@@ -143,25 +170,49 @@ def load_in_place(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: 
     require_same_shapes(own, saved, what)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(saved[name])
+            copy_(tensor, saved[name])
 
 
-def save_run(backbone: Backbone, state: dict[str, Any], directory: Path, notes: Notes | None = None) -> None:
+def save_run(
+    backbone: Backbone,
+    state: dict[str, Any],
+    directory: Path,
+    notes: Notes | None = None,
+    world: World = ALONE,
+) -> None:
     """Backbone, critic and the trainer's own `state`, which torch.load(weights_only=True) can read.
+
+    All ranks of the `world` call it; the first writes, and of what is sharded each its part.
 
     Raises:
         ValueError: when that would delete something in `directory` that no save has written.
     """
-    with whole_directory(directory) as target:
-        write_backbone(backbone, target)
-        # A file of Python's: its error, which the writer of a path hides, says that the disk is full.
-        with (target / TRAINER_STATE).open("wb") as file:
-            torch.save(state, file)
-        _write_notes(target, notes)
+    weights = _WholeWeights.of(backbone, world)
+    plain, shards = without_shards(state)
+    if not (shards or world.is_first):
+        return
+    with _directory_of_all(directory, world) if shards else whole_directory(directory) as target:
+        if shards:
+            write_shards(shards, target / SHARDS, world)
+        if world.is_first:
+            weights.write(backbone, target)
+            # A file of Python's: its error, which the writer of a path hides, says that the disk is full.
+            with (target / TRAINER_STATE).open("wb") as file:
+                torch.save(plain, file)
+            _write_notes(target, notes)
+
+
+@contextmanager
+def _directory_of_all(directory: Path, world: World) -> Iterator[Path]:
+    """A whole_directory of the first rank in which all of them write."""
+    with whole_directory(directory) if world.is_first else nullcontext(directory) as made:
+        yield Path(world.of_first(str(made), "the directory of the checkpoint"))
+        world.wait("the end of the checkpoint")
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The `state` of save_run, of a directory that is compared with its checksums.
+    """The `state` of save_run, of a directory that is compared with its checksums; what is sharded as
+    SavedShards.
 
     Raises:
         ValueError: when the directory holds none, is damaged, or is of a later version's format.
@@ -177,7 +228,8 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise DamagedError(
             f"{directory} is damaged: {TRAINER_STATE} cannot be read; go on from the checkpoint before it"
         ) from error
-    return state
+    found: dict[str, Any] = with_shards(state, directory / SHARDS)
+    return found
 
 
 def load_weights(backbone: Backbone, directory: Path) -> None:

@@ -141,7 +141,7 @@ class Train:
         from lacfast.runs.train import train
 
         if self.settings.dry_run:
-            show_plan(self.settings, plan(self.settings, ranks=self.settings.gpus))
+            show_plan(self.settings, plan(self.settings, ranks=self.settings.planned_gpus))
             return
         with joined() as world:
             checkpoint = train(self.settings, show_iteration)
@@ -247,9 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         try:
             with raised():
-                command = _parsed(arguments)
-                if not isinstance(command, Train | Evaluate | Steer):
-                    _require_one_process(type(command).__name__.lower())
+                try:
+                    command = _parsed(arguments)
+                    if not isinstance(command, Train | Evaluate | Steer):
+                        _require_one_process(type(command).__name__.lower())
+                except ValueError as error:
+                    _leave_to_first(error)
+                    raise
                 command.run()
         finally:
             # Here, where it can be said that nobody reads; not when the interpreter ends.
@@ -274,11 +278,18 @@ def _require_one_process(command: str) -> None:
         ValueError: under a launcher of several processes, which would all do the same.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"lacfast {command} runs in one process; start it without torchrun")
+
+
+def _leave_to_first(error: ValueError) -> None:
+    """
+    Raises:
+        ToldElsewhereError: on every rank but the first: the command line is the same on all of them.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
         from lacfast.distributed import ToldElsewhereError
 
-        if int(os.environ.get("RANK", "0")) > 0:
-            raise ToldElsewhereError
-        raise ValueError(f"lacfast {command} runs in one process; start it without torchrun")
+        raise ToldElsewhereError(str(error)) from error
 
 
 def _parsed(arguments: list[str]) -> Command:

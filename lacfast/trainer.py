@@ -48,7 +48,7 @@ from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, unwatched
 from lacfast.rollout.source import RolloutSource
 from lacfast.rollout.tables import TrainingTables
-from lacfast.runtime.graph import GraphRunner
+from lacfast.runtime.graph import EAGER, GraphRunner
 from lacfast.runtime.memory import BatchSize
 from lacfast.runtime.profiling import span
 from lacfast.runtime.signals import Indivisible, held_back
@@ -90,6 +90,7 @@ class LatentActorCriticTrainer:
         self.config = config or TrainConfig()
         require_gradients(backbone)
         self.world = World.current().able_to_share(self.config.batch_size)
+        self.world.require_shards(self.config.shard)
         self.backbone = backbone
         specs = (rewards, evaluation_rewards)
         self.scorers = [RewardSet.create(spec).prepared() for spec in specs if spec is not None]
@@ -104,7 +105,8 @@ class LatentActorCriticTrainer:
         attach_critic(backbone, self.estimator.heads, self.config.critic, seed=self.config.seed)
         if self.config.compile:
             backbone.compile_blocks()
-        self.graphs = GraphRunner(self.config.graph, self.device)
+        # What is gathered anew for every forward has no address that a graph could keep.
+        self.graphs = GraphRunner(self.config.graph if self.config.shard == 1 else EAGER, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.actor = Actor(backbone, self.sampler, self.graphs, self.config)
         self.behaviour, self.rollout_sampler = self.actor.backbone, self.actor.sampler

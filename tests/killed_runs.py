@@ -117,7 +117,8 @@ def contents(directory: Path) -> dict[str, Any]:
                     for entry in entries
                 ]
             )
-        elif path.name == directories.LOCK:
+        elif path.name in (directories.LOCK, ".metadata"):
+            # torch gives every checkpoint of shards a number of its own.
             found[name] = ""
         elif path.name == directories.MANIFEST:
             found[name] = list(json.loads(path.read_text())["files"])

@@ -34,6 +34,7 @@ from lacfast.checkpoint import load_in_place
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
+from lacfast.distributed.sharding import Divider, divided, own_class
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.runtime.memory import BatchSize
@@ -48,8 +49,11 @@ def _unchanged(tensor: Tensor) -> Tensor:
 class Storage(Protocol):
     """A format: what is written beside the critic and the trainer's state."""
 
-    def write(self, backbone: LatentBackbone, directory: Path) -> None:
-        """Write the backbone into an existing directory."""
+    def weights(self, backbone: LatentBackbone) -> dict[str, Tensor]:
+        """The live weights that are written."""
+
+    def write(self, backbone: LatentBackbone, directory: Path, weights: dict[str, Tensor]) -> None:
+        """Write the backbone into an existing directory, with these weights, none of them sharded."""
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
         """The `policy_state` that `write` left there."""
@@ -324,6 +328,15 @@ class LatentBackbone(ABC):
             anchor._adapter = adapters.frozen_copy(self.model, anchor, self.lora, self.lora_targets)
         return anchor
 
+    def shard(self, sharding: Divider) -> None:
+        named = self.model.named_parameters()
+        # An adapter is small, and cast as a whole where it is used.
+        whole = [parameter for name, parameter in named if adapters.adapter_of(name) is not None]
+        sharding.divide(self.model, self.repeated_blocks, self.dtype, whole=whole)
+        trunk = None if self.critic is None else self.critic.trunk
+        if trunk is not None and any(type(part).__name__ in self.repeated_blocks for part in trunk.modules()):
+            sharding.divide(trunk, self.repeated_blocks, self.dtype)
+
     def enable_gradient_checkpointing(self) -> None:
         model, weight = self.model, next(self.model.parameters())
 
@@ -379,17 +392,20 @@ class LatentBackbone(ABC):
         if self._quantized is not None and self.lora is None:
             self._quantized.refresh()
 
-    def plain_model(self) -> Any:
-        """The model as diffusers knows it, on the same weights: without the critic's or any adapter."""
-        if not adapters.tuner_layers(self.model):
+    def plain_model(self, weights: dict[str, Tensor]) -> Any:
+        """The model as diffusers knows it, without adapters, on `weights`: its own, none sharded."""
+        if not adapters.tuner_layers(self.model) and not divided([self.model]):
             return self.model
         with torch.device("meta"):
-            plain = type(self.model).from_config(self.model.config)
-        plain.load_state_dict(adapters.plain_state(self.model), assign=True)
+            plain = own_class(self.model).from_config(self.model.config)
+        plain.load_state_dict(weights, assign=True)
         return plain
 
-    def save_pretrained(self, directory: Path) -> None:
-        self.storage.write(self, directory)
+    def saved_weights(self) -> dict[str, Tensor]:
+        return self.storage.weights(self)
+
+    def save_pretrained(self, directory: Path, weights: dict[str, Tensor] | None = None) -> None:
+        self.storage.write(self, directory, self.saved_weights() if weights is None else weights)
 
     def read_policy(self, directory: Path) -> dict[str, Tensor]:
         return self.storage.read(self, directory)

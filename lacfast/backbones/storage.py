@@ -23,6 +23,7 @@ from lacfast.backbones.model_card import model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
 from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
+from lacfast.distributed.sharding import own_class
 
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
@@ -31,16 +32,22 @@ DESCRIPTION = "lacfast.json"
 class PartsStorage:
     """model/, text/ and codec/, and the LoRA beside them: self-contained and small."""
 
-    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+    def weights(self, backbone: LatentBackbone) -> dict[str, Tensor]:
+        adapter = {} if backbone.lora is None else backbone.policy_state()
+        return adapters.plain_state(backbone.model) | adapter
+
+    def write(self, backbone: LatentBackbone, directory: Path, weights: dict[str, Tensor]) -> None:
+        names = () if backbone.lora is None else backbone.policy_state().keys()
+        adapter = {name: weights[name] for name in names}
         parts: dict[str, Any] = {
-            "model": backbone.plain_model(),
+            "model": backbone.plain_model({name: weights[name] for name in weights if name not in names}),
             "text": backbone.prompt_encoder,
             "codec": backbone.codec,
         }
         for name, part in parts.items():
             part.save_pretrained(directory / name)
         if backbone.lora is not None:
-            save_file(_contiguous(backbone.policy_state()), directory / LORA_WEIGHT_NAME_SAFE)
+            save_file(_contiguous(adapter), directory / LORA_WEIGHT_NAME_SAFE)
             write_description(directory, lora=to_json(backbone.lora))
 
     def read(self, backbone: LatentBackbone, directory: Path) -> dict[str, Tensor]:
@@ -82,19 +89,22 @@ class PipelineStorage:
         self.fingerprint = fingerprint
         self.merged_loras = {_anywhere(source): weight for source, weight in merged_loras.items()}
 
-    def write(self, backbone: LatentBackbone, directory: Path) -> None:
+    def weights(self, backbone: LatentBackbone) -> dict[str, Tensor]:
+        return backbone.policy_state()
+
+    def write(self, backbone: LatentBackbone, directory: Path, weights: dict[str, Tensor]) -> None:
         part = self.family.model_part
         if backbone.lora is not None:
             metadata = backbone.model.peft_config[adapters.POLICY].to_dict()
-            state, metadata = _scaled_by_weights(backbone.policy_state(), metadata)
+            state, metadata = _scaled_by_weights(weights, metadata)
             arguments = {
                 f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
             }  # fmt: skip
             self.pipeline.save_lora_weights(directory, **arguments)
         elif backbone.prompts.is_aside:
-            backbone.plain_model().save_pretrained(directory / part)
+            backbone.plain_model(weights).save_pretrained(directory / part)
         else:
-            self._write_pipeline(backbone.plain_model(), directory)
+            self._write_pipeline(backbone.plain_model(weights), directory)
         write_description(
             directory,
             pipeline=type(self.pipeline).__name__,
@@ -171,7 +181,7 @@ def _require_same_lora(backbone: LatentBackbone, directory: Path) -> None:
 def _model_state(model: Any, directory: Path) -> dict[str, Tensor]:
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
     with torch.random.fork_rng(devices=[]):
-        state: dict[str, Tensor] = type(model).from_pretrained(directory).state_dict()
+        state: dict[str, Tensor] = own_class(model).from_pretrained(directory).state_dict()
     return state
 
 

@@ -10,7 +10,7 @@ from lacfast.config.stored import to_json
 CHANGEABLE = {
     *("iterations", "rollout_batch_size", "rollout_precision", "rollout_ranks", "ema_decay"),
     *("on_reward_error", "on_bad_gradient"),
-    *("graph", "gradient_checkpointing", "compile", "early_stopping"),
+    *("graph", "gradient_checkpointing", "compile", "early_stopping", "shard", "shard_gradients"),
     *("eval_every", "eval_samples", "eval_batch_size", "eval_sampler"),
     *("critic.value_clip", "critic.joint_weight"),
     *("ppo.clip", "ppo.dual_clip", "ppo.ratio", "ppo.balance_steps", "ppo.cfg_grad"),

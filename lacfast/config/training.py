@@ -116,6 +116,17 @@ class TrainConfig(Config):
             remedy="use keep_features=True",
         ),
         Unread(
+            options=("shard_gradients",),
+            where=lambda train: train.shard == 1,
+            because=lambda train: ": shard=1 divides nothing",
+            remedy="set shard",
+        ),
+        Unread(
+            options=("graph.warmup_steps", "graph.strict"),
+            where=lambda train: train.shard > 1,
+            because=lambda train: f": shard={train.shard} captures nothing",
+        ),
+        Unread(
             options=("ppo.cfg_grad",),
             where=lambda train: train.sampler.guidance_scale == 1,
             because=lambda train: ": guidance_scale=1 runs without the unconditional half",
@@ -154,6 +165,12 @@ class TrainConfig(Config):
     rollout_ranks: CountOrNone = 0
     """Ranks of torchrun, the last ones, that sample while the others learn; 0: all do both, in turn. Without
     staleness one group waits while the other works. The run is the same with any number of them."""
+    shard: Count = 1
+    """Ranks that weights are divided over, with gradients and moments: those of the model, the critic's own
+    blocks and the anchor's copy. It divides the number of ranks. 1: every rank has all of them."""
+    shard_gradients: bool = False
+    """Sum gradients over the shards behind every microbatch, so that a rank keeps its part of them alone.
+    False: a rank keeps them whole until the last microbatch, and they are sent once."""
     rollout_precision: Annotated[str, OneOf(ROLLOUT_PRECISIONS)] = "model"
     """Precision of the policy that samples rollouts. "model": its own; "fp8": its blocks in float8, on Ada,
     Hopper and later; "fp8_weights": their weights alone, on any device, slower. The ratio is then the exact
@@ -192,6 +209,7 @@ class TrainConfig(Config):
         if self.rollout_precision != "model":
             self._require_exact_correction()
         self._require_fitting_rollouts()
+        self._require_fitting_shards()
         self._require_fitting_advantages()
         self._require_fitting_replay()
         self._require_enough_pairs()
@@ -204,6 +222,26 @@ class TrainConfig(Config):
             self.early_stopping.patience == 0 or self.eval_every > 0,
             f"early_stopping.patience={self.early_stopping.patience} counts evaluations, and eval_every=0 "
             "makes none; set eval_every",
+        )
+
+    def _require_fitting_shards(self) -> None:
+        if self.shard == 1:
+            return
+        mode, precision = self.graph.mode, self.rollout_precision
+        require(
+            mode in ("auto", "off"),
+            f"graph.mode={mode!r} would freeze where weights are gathered to, and shard={self.shard} gathers "
+            "them anew in every forward; use graph.mode='auto', which captures nothing then, or shard=1",
+        )
+        require(
+            self.staleness == 0 and self.rollout_ranks == 0,
+            f"staleness={self.staleness} and rollout_ranks={self.rollout_ranks} keep and send whole weights, and "
+            f"shard={self.shard} has them in parts; use staleness=0 and rollout_ranks=0, or shard=1",
+        )
+        require(
+            precision == "model",
+            f"rollout_precision={precision!r} keeps a quantised copy of all weights on every rank, and "
+            f"shard={self.shard} is for those that do not fit; use rollout_precision='model' or shard=1",
         )
 
     def _require_fitting_advantages(self) -> None:

@@ -40,11 +40,19 @@ class Share:
     first: int
     count: int
     total: int
+    ranks: int = 1
+    """Ranks that share the batch."""
 
     @property
     def rows(self) -> slice:
         """The rows as an index of the batch."""
         return slice(self.first, self.first + self.count)
+
+    def owners(self, rows: Tensor) -> Tensor:
+        """The rank of each row of the batch."""
+        each, larger = divmod(self.total, self.ranks)
+        behind = larger * (each + 1)
+        return torch.where(rows < behind, rows // (each + 1), larger + (rows - behind) // max(each, 1))
 
 
 @dataclass
@@ -141,7 +149,18 @@ class World:
             )
         each, larger = divmod(total, self.size)
         first = self.rank * each + min(self.rank, larger)
-        return Share(first, each + (self.rank < larger), total)
+        return Share(first, each + (self.rank < larger), total, self.size)
+
+    def require_shards(self, count: int) -> None:
+        """
+        Raises:
+            ValueError: for weights that cannot be divided over `count` of these ranks.
+        """
+        if self.size % count:
+            raise ValueError(
+                f"shard={count} does not divide the {self.size} ranks; start a multiple of {count} processes "
+                f"with torchrun --nproc-per-node {count}, or choose a divisor of {self.size}"
+            )
 
     def sum_(self, tensors: Sequence[Tensor], what: str, *, maxima: Sequence[Tensor] = ()) -> None:
         """Add tensors over all ranks, in place and in their own dtypes.
@@ -243,9 +262,18 @@ class World:
         return False
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Say where a rank waits, and who is missing when the others do not come."""
-        self._say("at", what)
+    def waiting(self, what: str, *, aloud: bool = True) -> Iterator[None]:
+        """Say where a rank waits, and who is missing when the others do not come.
+
+        Args:
+            what: it waits for.
+            aloud: the others can tell where this rank was last.
+
+        Raises:
+            LostRankError: out of the block.
+        """
+        if aloud:
+            self._say("at", what)
         try:
             yield
         except RuntimeError as error:

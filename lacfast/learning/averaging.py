@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lacfast.distributed.shard_files import SavedShard, divided_as
 from lacfast.runtime.weights import copy_weights, in_place
 
 
@@ -29,9 +30,9 @@ class WeightAverage:
             else:
                 self.weights[name].copy_(tensor)
 
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Continue from saved averages of the same model."""
-        copy_weights(self.weights, weights)
+    def load(self, weights: Mapping[str, Tensor | SavedShard]) -> None:
+        """Continue from saved averages of the same model, whole or sharded."""
+        copy_weights(self.weights, divided_as(weights, self.weights))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

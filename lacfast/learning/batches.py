@@ -184,4 +184,4 @@ def critic_minibatch(
     found = gathered(source.states, minibatch.steps, minibatch.rows, staging)
     states = States(found.sample, source.timesteps[found.steps], found.conditioning)
     ahead = GatheredSource(states, found.features, source.targets[found.rows])
-    return ahead, replace(ahead.pairs, elsewhere=minibatch.elsewhere)
+    return ahead, replace(ahead.pairs, elsewhere=minibatch.elsewhere, masked=minibatch.masked)

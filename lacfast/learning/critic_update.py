@@ -31,7 +31,7 @@ class CriticUpdate(Update[CriticBatch, Totals]):
         world: World = ALONE,
     ) -> None:
         """`critic` is trained in place; for the others see Update."""
-        super().__init__(Totals, optimizer, config, guard, runner, world)
+        super().__init__(Totals, optimizer, config, guard, runner, world, modules=(critic,))
         self.critic = critic
 
     def learn(self, source: CriticSource | GatheredSource, minibatch: Pairs, records: UpdateRecords) -> None:

@@ -7,9 +7,10 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lacfast.distributed.sharding import clip_gradients_
 from lacfast.learning.optimizers import parameters_of
 from lacfast.runtime.profiling import span
 
@@ -53,7 +54,7 @@ class GradientGuard:
             norm: () filled with the norm of all gradients together, before they are clipped.
             max_grad_norm: their bound.
         """
-        norm.copy_(nn.utils.clip_grad_norm_(parameters_of(optimizer), max_grad_norm))
+        norm.copy_(clip_gradients_(parameters_of(optimizer), max_grad_norm))
         is_bad = (~torch.isfinite(norm)).to(self.failed.dtype)
         if self._raises:
             torch.maximum(self.failed, is_bad, out=self.failed)

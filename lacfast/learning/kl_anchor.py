@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from lacfast.backbone import Backbone
+from lacfast.distributed.sharding import gathered
 from lacfast.learning.pairs import Pairs, states_of
 from lacfast.policy import States, guided_output
 from lacfast.records import Conditioning, Rollout, Static, padding_rows
@@ -76,8 +78,8 @@ class KLAnchor:
         outputs = torch.empty_like(rollout.model_outputs[: len(steps)])
         signature = self._signature()
         size, uncond = min(batch_size, rollout.batch_size), rollout.uncond_conditioning
-        for position in range(len(steps)):
-            for first in range(0, rollout.batch_size, size):
+        with gathered(self.backbone.model):
+            for position, first in product(range(len(steps)), range(0, rollout.batch_size, size)):
                 kept = min(size, rollout.batch_size - first)
                 # A captured tail is padded, so that there is one shape.
                 rows = first + padding_rows(kept, size if self.graphs.captures else kept, steps.device)

@@ -15,7 +15,8 @@ from lacfast.backbone import Backbone
 from lacfast.checkpoint import require_same_shapes
 from lacfast.config import TrainConfig
 from lacfast.critic.states import state_bytes
-from lacfast.distributed import ALONE, World
+from lacfast.distributed import ALONE, Sharding, World
+from lacfast.distributed.sharding import gathered
 from lacfast.learning.adaptive_kl import adapted_weight
 from lacfast.learning.averaging import WeightAverage
 from lacfast.learning.batches import CriticSource, PolicySource, critic_minibatch
@@ -42,6 +43,7 @@ from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
 from lacfast.runtime.host_memory import SLOTS, Staging
+from lacfast.runtime.profiling import span
 from lacfast.seeds import epoch_seed
 
 
@@ -62,7 +64,11 @@ class Learner:
             graphs: captures the steps. None: they run eagerly.
             world: the ranks that learn the same weights, each from its own trajectories.
         """
-        ppo, parameters = config.ppo, backbone.policy_parameters()
+        ppo = config.ppo
+        anchor = None if ppo.kl is None else backbone.frozen_anchor(ppo.kl.anchor)
+        if config.shard > 1:
+            self._shard(backbone, anchor, config, world)
+        parameters = backbone.policy_parameters()
         self.backbone = backbone
         self.config = config
         self.world = world
@@ -72,9 +78,8 @@ class Learner:
         self._graphs = GraphRunner() if graphs is None else graphs
         self._gradients = GradientMemory(self._weights)
         self.anchor = None
-        if ppo.kl is not None:
-            frozen = backbone.frozen_anchor(ppo.kl.anchor)
-            self.anchor = KLAnchor(frozen, self._graphs, config.sampler.guidance_scale)
+        if anchor is not None:
+            self.anchor = KLAnchor(anchor, self._graphs, config.sampler.guidance_scale)
         self.critic_update = None
         if backbone.critic is not None:
             optimizer = critic_optimizer(backbone.critic, ppo)
@@ -104,6 +109,16 @@ class Learner:
         self._tables: StepTables | None = None
         if config.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
+
+    @staticmethod
+    def _shard(backbone: Backbone, anchor: Backbone | None, config: TrainConfig, world: World) -> None:
+        """Divide the weights over the ranks: behind all that copies them, before all that holds them."""
+        world.require_shards(config.shard)
+        device = next(backbone.model.parameters()).device
+        sharding = Sharding(world, config.shard, device, scatters=config.shard_gradients, span=span)
+        if anchor is not None and anchor.model is not backbone.model:
+            anchor.shard(sharding)
+        backbone.shard(sharding)
 
     @property
     def updates(self) -> list[PolicyUpdate | CriticUpdate]:
@@ -175,6 +190,7 @@ class Learner:
             fraction=ppo.timestep_fraction,
             share=source.rollout.share,
             draw=ppo.minibatch_draw,
+            even=self.config.shard > 1,
         ):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True
@@ -193,7 +209,10 @@ class Learner:
         # The same fields for every rollout, so that a graph fits all.
         bounds = old_values if ppo.critic_rollouts == 1 else None
         count, staging = ppo.critic_minibatches or ppo.num_minibatches, Staging(self.failed.device)
-        for experience, minibatch in self.replay.minibatches(today, count, generator, ppo.minibatch_draw):
+        even = self.config.shard > 1
+        for experience, minibatch in self.replay.minibatches(
+            today, count, generator, ppo.minibatch_draw, even=even
+        ):
             targets, timesteps = experience.targets_for(update.critic), update.tables.timesteps
             source = CriticSource(experience, targets, timesteps, bounds)
             update.learn(*critic_minibatch(source, minibatch, staging), records)
@@ -206,14 +225,16 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within the context the model has its averaged weights."""
+        """Within the context the model has its averaged weights, whole ones: ranks may steer as they like."""
+        whole = gathered(self.backbone.model, self.backbone.critic)
         if self.average is None:
-            yield
+            with whole:
+                yield
             return
         # What is sampled within is not of the weights that learn.
         self.policy_update.version += 1
         try:
-            with self.average.applied():
+            with self.average.applied(), whole:
                 yield
         finally:
             self.policy_update.version += 1

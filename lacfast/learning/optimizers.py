@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
+from lacfast.distributed.shard_files import divided_as
+from lacfast.distributed.sharding import own_part
 
 
 def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
@@ -104,12 +106,27 @@ def make_capturable(optimizer: Optimizer) -> None:
 
 
 def load_moments(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take over moments and step counts of a state_dict; rates, betas and decay stay this run's own."""
+    """Take over moments and step counts of a state_dict; rates, betas and decay stay this run's own.
+
+    Moments may be whole or sharded in it, and are divided as the parameters are here.
+    """
+    parameters = parameters_of(optimizer)
+    saved = {
+        f"{number} {name}": value
+        for number, entries in state["state"].items()
+        for name, value in entries.items()
+        if value.shape == parameters[number].shape
+    }
+    placed = divided_as(saved, {name: parameters[int(name.partition(" ")[0])] for name in saved})
+    moments = {
+        number: {name: placed.get(f"{number} {name}", value) for name, value in entries.items()}
+        for number, entries in state["state"].items()
+    }
     groups = [
         group | {"params": saved["params"]}
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def require_same_parameters(optimizer: Optimizer, state: dict[str, Any], what: str) -> None:
@@ -137,4 +154,4 @@ def require_same_parameters(optimizer: Optimizer, state: dict[str, Any], what: s
 def missing_moments(optimizer: Optimizer) -> int:
     """Bytes that the optimizer's first step will allocate."""
     missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
-    return sum(2 * parameter.numel() * parameter.element_size() for parameter in missing)
+    return sum(2 * own_part(parameter).nbytes for parameter in missing)

@@ -30,14 +30,21 @@ class Pairs:
     """Pairs of the same minibatch that other ranks have."""
     batch_size: int | None = None
     """Trajectories, where these are all pairs with them."""
+    masked: int = 0
+    """Pairs at the end that only fill up, where all ranks need as many."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
+    def counted(self) -> int:
+        """Pairs that count."""
+        return len(self) - self.masked
+
+    @property
     def total(self) -> int:
-        """Pairs of the minibatch, here and elsewhere."""
-        return len(self) + self.elsewhere
+        """Pairs of the minibatch that count, here and elsewhere."""
+        return self.counted + self.elsewhere
 
     def select(self, index: Tensor | slice) -> Pairs:
         return Pairs(self.steps[index], self.rows[index], self.position[index])
@@ -46,15 +53,19 @@ class Pairs:
         """Parts of `size`, the last one smaller."""
         if len(self):
             columns = (torch.split(column, size) for column in (self.steps, self.rows, self.position))
-            yield from (Pairs(*part) for part in zip(*columns, strict=True))
+            left = self.counted
+            for part in zip(*columns, strict=True):
+                pairs = Pairs(*part)
+                yield replace(pairs, masked=len(pairs) - min(max(left, 0), len(pairs)))
+                left -= len(pairs)
 
     def padded(self, size: int) -> tuple[Pairs, Tensor]:
-        """`size` pairs, of which those beyond these repeat the last, and the mask (size,) of these."""
+        """`size` pairs, those beyond these repeat the last, and the mask (size,) of those that count."""
         device = self.rows.device
+        mask = torch.arange(size, device=device) < self.counted
         if len(self) == size:
-            return self, torch.ones(size, dtype=torch.bool, device=device)
-        rows = padding_rows(len(self), size, device)
-        return self.select(rows), torch.arange(size, device=device) < len(self)
+            return self, mask
+        return self.select(padding_rows(len(self), size, device)), mask
 
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -73,6 +84,7 @@ class Shuffled:
         share: Share | None = None,
         *,
         draw: str = "free",
+        even: bool = False,
     ) -> None:
         """
         Args:
@@ -80,8 +92,10 @@ class Shuffled:
             generator: on the host.
             share: of the batch that this rank has. None: all of it.
             draw: PPOConfig.minibatch_draw.
+            even: every rank gets as many pairs as the one that has most, masked ones at the end.
         """
         self._before: list[int] | None = None
+        self._owners: Tensor | None = None
         self.total = len(pairs) if share is None else len(pairs) // share.count * share.total
         if draw == "stratified":
             batch = pairs.batch_size if share is None else share.total
@@ -90,6 +104,8 @@ class Shuffled:
         else:
             order = torch.randperm(self.total, generator=generator)
         if share is not None and share.count < share.total:
+            if even:
+                self._owners = share.owners(order % share.total)
             rows = order % share.total - share.first
             is_own = (rows >= 0) & (rows < share.count)
             order = (order // share.total * share.count + rows)[is_own]
@@ -100,8 +116,15 @@ class Shuffled:
         """This rank's pairs among those at the places `first` to `behind`."""
         if self._before is None:
             return self._pairs.select(slice(first, behind))
-        own = slice(self._before[first], self._before[behind])
-        return replace(self._pairs.select(own), elsewhere=behind - first - (own.stop - own.start))
+        start, count = self._before[first], self._before[behind] - self._before[first]
+        own = self._pairs.select(slice(start, start + count))
+        most = count if self._owners is None else int(self._owners[first:behind].bincount().max())
+        if most > count:
+            # Any pair will do: behind these, or before them at the end.
+            places = torch.arange(start, start + most, device=self._pairs.rows.device)
+            places[count:] %= len(self._pairs)
+            own = replace(self._pairs.select(places), masked=most - count)
+        return replace(own, elsewhere=behind - first - count)
 
 
 def stratified_order(steps: int, batch: int, generator: torch.Generator) -> Tensor:
@@ -145,6 +168,7 @@ def minibatches(
     fraction: float = 1.0,
     share: Share | None = None,
     draw: str = "free",
+    even: bool = False,
 ) -> Iterator[Pairs]:
     """A random `fraction` of the pairs in `count` parts, whose sizes differ by one at most over all ranks.
 
@@ -155,11 +179,12 @@ def minibatches(
         fraction: of all pairs.
         share: of the batch that this rank has. None: all of it.
         draw: PPOConfig.minibatch_draw.
+        even: see Shuffled.
 
     Raises:
         ValueError: for fewer pairs than parts.
     """
-    shuffled = Shuffled(pairs, generator, share, draw=draw)
+    shuffled = Shuffled(pairs, generator, share, draw=draw, even=even)
     chosen = math.ceil(fraction * shuffled.total)
     if chosen < count:
         raise ValueError(

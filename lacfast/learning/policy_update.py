@@ -57,7 +57,9 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         penalty = config.ppo.kl
         # A graph would freeze a weight that adapts.
         runner = runner if penalty is None or penalty.target is None else EAGER
-        super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner, world)
+        # A critic may learn on the features of the policy's own forwards.
+        modules = (backbone.model, reader.critic)
+        super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner, world, modules=modules)
         self.backbone = backbone
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor

@@ -5,13 +5,16 @@ The actor is frozen, and trajectories are functions of seed and iteration, so of
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
+from lacfast.checkpoint import load_in_place
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
+from lacfast.distributed import World
+from lacfast.distributed.sharding import whole_on_first
 from lacfast.records import Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 
@@ -62,7 +65,7 @@ class MeasuredCritic:
 
     def restore(self, critic: Critic, normalizer: RewardNormalizer) -> Tensor:
         """Put both back; returns the explained variance (T, M)."""
-        critic.load_state_dict(self.weights)
+        load_in_place(critic.state_dict(), self.weights, "best critic")
         normalizer.load_state_dict(self.normalizer)
         return self.explained_variance
 
@@ -118,8 +121,12 @@ class PretrainingState:
         vars(self).update(vars(PretrainingState(self.iteration)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return asdict(self)
+        """Plain values and tensors, whole ones on the first rank; all ranks call it."""
+        best = self.best
+        if best is not None:
+            weights = whole_on_first(best.weights, World.current(), "the weights of the best critic")
+            best = replace(best, weights=weights)
+        return asdict(replace(self, best=best))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""

@@ -232,9 +232,17 @@ class ValueReplay(StateMemory[Experience]):
             self._room.require(today.nbytes // today.batch_size)
 
     def minibatches(
-        self, today: Experience, count: int, generator: torch.Generator, draw: str = "free"
+        self,
+        today: Experience,
+        count: int,
+        generator: torch.Generator,
+        draw: str = "free",
+        *,
+        even: bool = False,
     ) -> Iterator[tuple[Experience, Pairs]]:
-        """`count` minibatches, which together have as many states as today's rollout; `draw` as in PPOConfig.
+        """`count` minibatches, which together have as many states as today's rollout.
+
+        `draw` and `even` as in pairs.minibatches.
 
         Each is of one rollout, drawn at random, and has states of it that no earlier one had; its pairs lie
         where the rollout does.
@@ -244,7 +252,14 @@ class ValueReplay(StateMemory[Experience]):
         """
         known = [*self, today]
         parts = [
-            list(minibatches(all_states(experience), count, generator, share=experience.share, draw=draw))
+            list(
+                minibatches(
+                    *(all_states(experience), count, generator),
+                    share=experience.share,
+                    draw=draw,
+                    even=even,
+                )
+            )
             for experience in known
         ]
         for part in range(count):

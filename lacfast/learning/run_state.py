@@ -52,7 +52,7 @@ class RunState:
         self.parts: dict[str, Part] = {"advantages": estimator, "learner": learner, **parts}
 
     def save(self, directory: Path, counts: Counts, notes: Notes | None, *, is_whole: bool) -> None:
-        """Write all of it, on the first rank; see lacfast.checkpoint. All ranks call it.
+        """Write all of it; see lacfast.checkpoint. All ranks call it.
 
         Raises:
             ValueError: unless `is_whole`; when that would delete something that no save has written.
@@ -69,8 +69,7 @@ class RunState:
             "weights": self.rewards.weights.tolist(),
             **{name: part.state_dict() for name, part in self.parts.items()},
         }
-        if self.learner.world.is_first:
-            save_run(self.backbone, state, directory, notes)
+        save_run(self.backbone, state, directory, notes, self.learner.world)
 
     def load(self, directory: Path) -> Counts:
         """Continue from what `save` wrote, in place; returns its counts.

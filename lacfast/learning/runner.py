@@ -37,7 +37,7 @@ class UpdateRunner:
 
     def shaped(self, pairs: Pairs, size: int) -> tuple[Pairs, Tensor | None]:
         """The pairs to run for a microbatch, and the mask of those that count; None: all."""
-        return pairs, None
+        return pairs.padded(len(pairs)) if pairs.masked else (pairs, None)
 
     def gradient(self, run: Callable[[Batch], None], batch: Batch, *, is_first: bool) -> None:
         """Run forward and backward of a microbatch; those behind a step's first have one layout."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from lacfast.config import PPOConfig
 from lacfast.distributed import ALONE, World
+from lacfast.distributed.sharding import divided, is_sharded, sum_behind
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.optimizers import parameters_of, set_rates
 from lacfast.learning.pairs import Pairs
@@ -60,6 +62,8 @@ class Update(ABC, Generic[Batch, Sums]):
         guard: GradientGuard,
         runner: UpdateRunner = EAGER,
         world: World = ALONE,
+        *,
+        modules: Iterable[nn.Module | None] = (),
     ) -> None:
         """
         Args:
@@ -69,6 +73,7 @@ class Update(ABC, Generic[Batch, Sums]):
             guard: of its steps.
             runner: of a step's parts.
             world: the ranks that step together, each on its own pairs of a minibatch.
+            modules: whose weights a backward reaches; sharded ones sum their gradients themselves.
         """
         self.optimizer = optimizer
         self.config = config
@@ -77,7 +82,10 @@ class Update(ABC, Generic[Batch, Sums]):
         """Learning rates of the groups, before anything changes them."""
         self.runner = runner
         self.world = world
-        self.microbatch = BatchSize(config.microbatch_size, unit="pair", setting="ppo.microbatch_size")
+        self._divided = divided(modules)
+        self.microbatch = BatchSize(
+            config.microbatch_size, unit="pair", setting="ppo.microbatch_size", shrinks=not self._divided
+        )
         self._totals_type = totals
         self._tables: StepTables | None = None
         self._reached: list[nn.Parameter] | None = None
@@ -122,7 +130,12 @@ class Update(ABC, Generic[Batch, Sums]):
             finally:
                 self.optimizer.zero_grad(set_to_none=True)
 
+        is_given = bool(self.microbatch.size)
         self.microbatch.find(probe, self.guard.failed.device, reserved=reserved)
+        if self._divided and not is_given:
+            # Each of its forwards waits for those of the others.
+            what = f"the microbatches of the {self.guard.what}"
+            self.microbatch.size = min(self.world.entries([self.microbatch.size], what))
 
     def step(self, source: Source[Batch], minibatch: Pairs) -> Tensor:
         """One optimizer step on `minibatch`; returns its Totals.record, still on the device.
@@ -135,14 +148,14 @@ class Update(ABC, Generic[Batch, Sums]):
     def _attempt(self, source: Source[Batch], minibatch: Pairs, limit: int) -> Tensor:
         self.begin()
         size = self.microbatch_pairs(minibatch, limit)
-        is_first = True
-        for part in each("update/microbatch", minibatch.split(size)):
+        parts = list(minibatch.split(size))
+        for number, part in enumerate(each("update/microbatch", parts)):
             pairs, mask = self.runner.shaped(part, size)
             # Filled on the device: a copy of a host number would wait for it.
-            share = torch.full_like(self.totals.loss, len(part) / minibatch.total)
-            batch = source.batch(pairs, share, mask, is_first=is_first)
-            self.runner.gradient(self.gradient, batch, is_first=is_first)
-            is_first = False
+            share = torch.full_like(self.totals.loss, part.counted / minibatch.total)
+            batch = source.batch(pairs, share, mask, is_first=number == 0)
+            sum_behind(self._divided, is_last=number == len(parts) - 1)
+            self.runner.gradient(self.gradient, batch, is_first=number == 0)
         return self.finish()
 
     def microbatch_pairs(self, minibatch: Pairs, limit: int) -> int:
@@ -166,7 +179,7 @@ class Update(ABC, Generic[Batch, Sums]):
         what = f"the gradients of the {self.guard.what}"
         if self._reached is None:
             # A rank without pairs of the first minibatch has no gradient at all.
-            parameters = parameters_of(self.optimizer)
+            parameters = [each for each in parameters_of(self.optimizer) if not is_sharded(each)]
             here = [number for number, each in enumerate(parameters) if each.grad is not None]
             reached = sorted(set(self.world.entries(here, what)))
             self._reached = [parameters[number] for number in reached]

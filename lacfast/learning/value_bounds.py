@@ -23,6 +23,7 @@ from torch import Tensor
 from lacfast.backbone import Backbone
 from lacfast.config import TrainConfig
 from lacfast.distributed import ALONE, World
+from lacfast.distributed.sharding import gathered
 from lacfast.records import FirstSampleId, NoiseKey, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -167,19 +168,20 @@ def value_bounds(
     # A deterministic completion needs no measuring.
     measured = range(max(rollout.table.trainable_steps, default=-1) + 1)
     ceiling = floor.new_ones(rollout.num_steps, len(floor))
-    for step in measured:
-        ids = torch.arange(len(branches)) + FirstSampleId.COMPLETIONS + step * len(branches)
-        completed = _completed(backbone, rollout, step, here[is_own], ids[is_own], config, size)
-        pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
-        scored = finished(pending, world, f"the completions of step {step}")
-        scores = torch.cat(
-            [
-                torch.zeros(0, len(rewards.names)),
-                *(torch.stack(list(part.values()), dim=1) for part in scored),
-            ]
-        )
-        scores = world.rows(scores, f"the scores of the completions of step {step}")
-        ceiling[step] = variance_components(normalizer.head_rewards(scores), branches).share
+    with gathered(backbone.model):
+        for step in measured:
+            ids = torch.arange(len(branches)) + FirstSampleId.COMPLETIONS + step * len(branches)
+            completed = _completed(backbone, rollout, step, here[is_own], ids[is_own], config, size)
+            pending = [scores for _, scores in decoded_and_scored(completed, backbone, rewards)]
+            scored = finished(pending, world, f"the completions of step {step}")
+            scores = torch.cat(
+                [
+                    torch.zeros(0, len(rewards.names)),
+                    *(torch.stack(list(part.values()), dim=1) for part in scored),
+                ]
+            )
+            scores = world.rows(scores, f"the scores of the completions of step {step}")
+            ceiling[step] = variance_components(normalizer.head_rewards(scores), branches).share
     return ValueBounds(floor, ceiling, len(measured) * len(branches))
 
 

@@ -20,6 +20,7 @@ from lacfast.critic.values import (
     value_targets,
 )
 from lacfast.distributed import ALONE, World
+from lacfast.distributed.sharding import gathered
 from lacfast.learning.batches import CriticSource, critic_minibatch
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
@@ -115,7 +116,8 @@ def held_out_variance(
     critic: Critic, rollout: Rollout, normalizer: RewardNormalizer, world: World = ALONE
 ) -> Tensor:
     """Explained variance (T, M) on a rollout that the critic does not learn from, with today's critic."""
-    valued = replace(rollout, values=rollout_values(critic, rollout))
+    with gathered(critic):
+        valued = replace(rollout, values=rollout_values(critic, rollout))
     return rollout_variance(outcomes(valued, world), normalizer)
 
 
@@ -290,7 +292,11 @@ def _learn_from(
     for _ in range(math.ceil(settings.passes * kept_states / settings.minibatch_size)):
         states = memory[int(torch.randint(len(memory), (1,), generator=generator))]
         targets = value_targets(states.rewards, normalizer, config.ppo.target_clip)
-        shuffled = Shuffled(all_states(states), generator, states.share, draw=config.ppo.minibatch_draw)
+        shuffled = Shuffled(
+            *(all_states(states), generator, states.share),
+            draw=config.ppo.minibatch_draw,
+            even=config.shard > 1,
+        )
         drawn = shuffled.between(0, min(settings.minibatch_size, shuffled.total))
         source = CriticSource(states, targets, update.tables.timesteps)
         gathered, minibatch = critic_minibatch(source, drawn, staging)

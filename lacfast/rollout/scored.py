@@ -18,6 +18,7 @@ from torch import Tensor
 from lacfast import reference
 from lacfast.backbone import Backbone
 from lacfast.distributed import ALONE, World
+from lacfast.distributed.sharding import gathered
 from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
 from lacfast.rewards.normalizer import RewardNormalizer
@@ -84,6 +85,7 @@ def sampled(
     """Trajectories for `prompts` without rewards, part by part.
 
     Sample ids count from `first_id`, so the trajectories depend neither on `part_size` nor on the ranks.
+    Sharded weights are whole meanwhile: ranks may have as many parts as they like.
 
     Args:
         sampler: of the policy; its critic values the states.
@@ -116,7 +118,8 @@ def sampled(
         )
         return replace(rollout, policy_version=policy_version)
 
-    return part_size.parts(sample, len(prompts))
+    with gathered(sampler.backbone.model, sampler.critic):
+        yield from part_size.parts(sample, len(prompts))
 
 
 def watched(parts: Iterable[Rollout], count: int, watcher: Watcher) -> Iterator[Rollout]:

@@ -136,8 +136,13 @@ class RunConfig(Config):
     dry_run: bool = False
     """Print the resolved settings, the memory and the cost of an iteration, and stop. Reads no weights."""
     gpus: Count = 1
-    """GPUs that `dry_run` plans for; torchrun says how many a run has."""
+    """GPUs that `dry_run` plans for, 1: train.shard of them; torchrun says how many a run has."""
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def planned_gpus(self) -> int:
+        """GPUs that `dry_run` plans for: at least as many as share the weights, where none are named."""
+        return self.train.shard if self.gpus == 1 else self.gpus
 
     @property
     def is_measured(self) -> bool:

@@ -52,14 +52,16 @@ class Keeper:
 
     def keep(self, evaluation: Evaluation) -> None:
         """A picture of the evaluation, and the weights it judged if they are the best so far."""
-        trainer, directory = self.trainer, self.directory
-        if not trainer.world.is_first:
-            return
-        picture = contact_sheet(evaluation.images)
-        picture.save(directory.samples(trainer.iteration))
-        trainer.log.picture(trainer.iteration, "samples", picture)
-        best, found = directory.best_score(self.score), evaluation.means()[self.score]
-        if best is None or found > best:
+        trainer, directory, world = self.trainer, self.directory, self.trainer.source.world
+        found, is_best = evaluation.means()[self.score], False
+        if world.is_first:
+            picture = contact_sheet(evaluation.images)
+            picture.save(directory.samples(trainer.iteration))
+            trainer.log.picture(trainer.iteration, "samples", picture)
+            best = directory.best_score(self.score)
+            is_best = best is None or found > best
+        if world.of_first(is_best, "the best score"):
             kept = {"score": found, "name": self.score, "iteration": trainer.iteration}
+            notes = {SCORE: kept, SETTINGS: self.settings}
             with trainer.averaged():
-                save_backbone(trainer.backbone, directory.best, notes={SCORE: kept, SETTINGS: self.settings})
+                save_backbone(trainer.backbone, directory.best, notes, world)

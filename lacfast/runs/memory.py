@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ from lacfast.rollout.memory import trajectory_bytes
 from lacfast.rollout.step import begin, denoise_step
 from lacfast.runs.capacity import MemoryPlan, Phase
 from lacfast.runs.costs import LiveBytes, fused_attention
+from lacfast.runs.shards import Shards
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.host_memory import SLOTS
 
@@ -51,6 +52,8 @@ class Subject:
     config: TrainConfig
     ranks: int = 1
     """Ranks that share a rollout."""
+    shards: Shards = field(default_factory=Shards)
+    """Weights that are divided over some of them."""
 
     @property
     def batch_size(self) -> int:
@@ -144,20 +147,26 @@ def memory_plan(
         overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
         ranks: processes that share a rollout, on one host.
     """
-    subject, overlaps = Subject(backbone, critic, conditioning, config, ranks), overlaps and not on_cpu
+    shards, overlaps = Shards.of(backbone, config.shard), overlaps and not on_cpu
+    subject = Subject(backbone, critic, conditioning, config, ranks, shards)
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor(config.ppo.kl.anchor)
     weights = _bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + beside_bytes
     weights += 0 if anchor.model is backbone.model else _bytes(anchor.model)
+    loaded = weights
+    for divided in shards.modules + [shards.model] * (anchor.model is not backbone.model):
+        weights -= shards.saved(divided.kept)
     if config.rollout_precision != "model":
         # A byte per weight of the quantised copy.
         weights += sum(parameter.numel() for parameter in backbone.model.parameters())
     trained = sum(parameter.nbytes for parameter in backbone.policy_parameters())
     critic_bytes = 0 if critic is None else _trained_bytes(critic)
     state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
-    average = state if config.ema_decay else 0
+    average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
     training = (trained + critic_bytes) * (1 + MOMENTS) + average
+    for divided in shards.modules:
+        training -= shards.saved(divided.gradient) * (1 + MOMENTS)
     batch = subject.batch_size
     size = min(config.rollout_batch_size or batch, batch)
     keep = critic is not None and config.critic.keep_features
@@ -171,7 +180,11 @@ def memory_plan(
     aside = state * (config.staleness > 0 and config.rollout_ranks == 0)
     sampling = weights + training + beside + aside
     phases = [
-        Phase("rollout", sampling, part.peak_bytes, size, "rollout_batch_size", held),
+        *([Phase("loading", loaded, 0, 1, "", 0)] if shards.modules else []),
+        Phase(
+            *("rollout", sampling + shards.gathered, part.peak_bytes),
+            *(size, "rollout_batch_size", held),
+        ),
         *_update(subject, part.rollout, anchor, weights + training + rollout, held),
     ]
     kept = 0
@@ -180,13 +193,14 @@ def memory_plan(
         if not keep:
             seen = Sampled.of(subject, table, config.sampler, size, features=True, overlaps=overlaps)
         kept = _kept_bytes(seen.rollout)
-        phases += _pretraining(subject, seen, weights + average + critic_bytes * (1 + MOMENTS))
+        learned = average + (critic_bytes - shards.saved(shards.critic.gradient)) * (1 + MOMENTS)
+        phases += _pretraining(subject, seen, weights + learned)
     sampler = config.eval_sampler or config.sampler
     count = min(config.eval_batch_size, config.eval_samples)
     eval_table = table if config.eval_sampler is None else backbone.transition_table(sampler)
     shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
     images = config.eval_samples * shown.image_bytes // count
-    fixed = weights + training + rollout + average
+    fixed = weights + training + rollout + average + shards.gathered
     phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
@@ -255,7 +269,10 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
         fixed += steps * subject.batch_size * rollout.model_outputs[0, 0].nbytes
     minibatch = -(-int(ppo.timestep_fraction * steps * subject.batch_size) // ppo.num_minibatches)
     source = PolicySource(rollout, advantages, tables.timesteps)
-    phases = [_microbatch("policy update", subject, policy, source, minibatch, fixed, host)]
+    scatters, shards = config.shard_gradients, subject.shards
+    at_work = shards.model.at_work(scatters=scatters)
+    at_work += 0 if config.critic.keep_features else shards.critic.at_work(scatters=scatters)
+    phases = [_microbatch("policy update", subject, policy, source, minibatch, fixed + at_work, host)]
     if critic_update is not None and config.critic.keep_features:
         states = CriticSource(rollout, advantages.targets, tables.timesteps)
         count = ppo.critic_minibatches or ppo.num_minibatches
@@ -263,6 +280,7 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
         if ppo.critic_rollouts > 1:
             staged = SLOTS * minibatch * state_bytes(rollout)
             fixed, host = fixed + staged, host + staged
+        fixed += shards.critic.at_work(scatters=scatters)
         phases.append(_microbatch("critic update", subject, critic_update, states, minibatch, fixed, host))
     return phases
 
@@ -271,11 +289,12 @@ def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
     """Rollouts of value pretraining, which lie on the host, and the critic's steps on them."""
     config, settings, critic = subject.config, subject.config.pretrain, subject.critic
     assert critic is not None
+    shards = subject.shards
     rollout, held_out = part.rollout, settings.held_out_samples
     state, valued = state_bytes(rollout), 0
     if held_out:
         # The best weights are kept.
-        fixed += _bytes(critic)
+        fixed += _bytes(critic) - shards.saved(shards.critic.kept)
         at_once = min(STATES_AT_ONCE, held_out * rollout.num_steps)
         valued = SLOTS * at_once * state + _valued(subject, rollout, at_once)
     made = host_room(config).trajectories * part.trajectory_bytes
@@ -291,9 +310,16 @@ def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
     source = CriticSource(rollout, targets, tables.timesteps)
     name = "value pretraining"
     return [
-        Phase(f"{name}, rollout", fixed, part.peak_bytes, rollout.batch_size, "rollout_batch_size", made),
-        _microbatch(f"{name}, update", subject, update, source, minibatch, fixed + staged, host + staged),
-        Phase(f"{name}, held out", fixed + valued, 0, 1, "", host),
+        Phase(
+            *(f"{name}, rollout", fixed + shards.gathered, part.peak_bytes),
+            *(rollout.batch_size, "rollout_batch_size", made),
+        ),
+        _microbatch(
+            *(f"{name}, update", subject, update, source, minibatch),
+            fixed + staged + shards.critic.at_work(scatters=config.shard_gradients),
+            host + staged,
+        ),
+        Phase(f"{name}, held out", fixed + valued + shards.critic.gathered, 0, 1, "", host),
     ]
 
 
@@ -316,7 +342,7 @@ def _microbatch(
     count = even_size(minibatch, limit) if limit else 1
     learned = parameters_of(update.optimizer)
     # A backward adds to gradients that are there, but for the first of an optimizer step, which makes them.
-    is_alone = count >= minibatch
+    is_alone = count >= minibatch and not subject.shards.modules
     for parameter in learned:
         parameter.grad = None if is_alone else torch.zeros_like(parameter)
     if is_alone:

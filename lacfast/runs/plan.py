@@ -11,15 +11,18 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.distributed import World, require_learners
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.rewards.names import require_known
 from lacfast.rewards.registry import declared_heads
-from lacfast.runs.capacity import MemoryPlan
+from lacfast.runs.capacity import GPU_BYTES, MemoryPlan
 from lacfast.runs.config import Dtype, RunConfig
 from lacfast.runs.costs import Costs, count
 from lacfast.runs.memory import memory_plan
+from lacfast.runs.scaling import Scaling, scaling
+from lacfast.runs.shards import Shards
 from lacfast.tasks import glyphs, scenes, words
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import pretrain
@@ -56,6 +59,26 @@ class Plan:
 
     costs: Costs
     memory: MemoryPlan
+    shards: Shards
+    """What a rank has in parts."""
+    config: TrainConfig
+    num_steps: int
+
+    def on(self, ranks: int) -> Scaling:
+        """The iteration on so many ranks; microbatches are those that 80 GB hold where none are given.
+
+        Raises:
+            ValueError: for ranks that config.shard does not divide.
+        """
+        World(size=ranks).require_shards(self.config.shard)
+        update = next(phase for phase in self.memory.phases if phase.setting == "ppo.microbatch_size")
+        microbatch = self.config.ppo.microbatch_size or max(update.fitting(GPU_BYTES), 1)
+        return scaling(
+            *(self.costs, self.config, ranks),
+            shards=self.shards,
+            microbatch=microbatch,
+            num_steps=self.num_steps,
+        )
 
 
 def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: int = 1) -> Plan:
@@ -73,7 +96,9 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
             rank that learns.
     """
     model = _Model.of(config, ranks)
-    return Plan(count(*model.parts, config.train), model.memory(config, device, pretrains, ranks))
+    backbone, _, table, _ = model.parts
+    costs, memory = count(*model.parts, config.train), model.memory(config, device, pretrains, ranks)
+    return Plan(costs, memory, Shards.of(backbone, config.train.shard), config.train, table.num_steps)
 
 
 def planned_memory(config: RunConfig, *, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
@@ -92,6 +117,7 @@ class _Model:
     @staticmethod
     def of(config: RunConfig, ranks: int) -> _Model:
         world = World(size=ranks).able_to_share(config.train.batch_size)
+        world.require_shards(config.train.shard)
         require_learners(world, config.train.rollout_ranks)
         require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
         if config.model in TINY_MODELS:

@@ -241,7 +241,7 @@ def dance_grpo_hpsv2() -> RunConfig:
     Revision: XueZeyue/DanceGRPO at 15cc71d53cc2. There 16 GPUs take a prompt each. Its trajectories of one
     prompt share their first noise, its timesteps are cut to whole numbers, and a group's deviation divides by
     N - 1; here the noise is each trajectory's own, timesteps are exact, and it divides by N. All weights with
-    their moments are more than a GPU of 80 GB holds; `dance-grpo-hpsv2-lora` fits.
+    their moments are more than a GPU of 80 GB holds: eight of them share them, of 8 or 16.
     """
     return RunConfig(
         out="runs/dance-grpo-hpsv2",
@@ -269,6 +269,8 @@ def dance_grpo_hpsv2() -> RunConfig:
                 adam_eps=1e-8,
             ),
             gradient_checkpointing=True,
+            shard=8,
+            shard_gradients=True,
             eval_every=40,
             eval_samples=256,
             eval_batch_size=8,
@@ -279,7 +281,9 @@ def dance_grpo_hpsv2() -> RunConfig:
 
 def dance_grpo_hpsv2_lora() -> RunConfig:
     """DanceGRPO's published settings for a GPU of 80 GB: a LoRA in place of all weights."""
-    return replace(dance_grpo_hpsv2(), out="runs/dance-grpo-hpsv2-lora", lora=LoRAConfig(rank=32))
+    run = dance_grpo_hpsv2()
+    train = replace(run.train, shard=1, shard_gradients=False)
+    return replace(run, out="runs/dance-grpo-hpsv2-lora", lora=LoRAConfig(rank=32), train=train)
 
 
 def ddpo_compressibility() -> RunConfig:

@@ -28,7 +28,7 @@ from lacfast.runs.apart import HOST_BYTES, Apart, apart
 from lacfast.runs.capacity import GPU_BYTES, smaller_batches
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import Plan
-from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, Scaling, scaling
+from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, Scaling
 from lacfast.steering import SteeringStats
 
 QUIET_INTERVAL = 15.0
@@ -181,8 +181,8 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
     )
     if config.train.rollout_ranks:
         console.print(_apart(apart(costs, config.train, config.gpus, memory.rollout_bytes)))
-    elif config.gpus > 1:
-        console.print(_shared(scaling(costs, config.train, config.gpus)))
+    elif config.planned_gpus > 1:
+        console.print(_shared(plan.on(config.planned_gpus)))
     table = Table(title="Memory at its peak", title_justify="left", title_style="bold")
     table.add_column("")
     for column in ("device", "host"):
@@ -206,11 +206,16 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
 
 def _shared(found: Scaling) -> Table:
     """An iteration on several GPUs."""
+    gathered = []
+    if found.gathers:
+        sent = f"{found.gathers} times, {_size(round(found.gathered_bytes))} in all"
+        gathered = [("weights sent where they are gathered", sent)]
     speeds = f"{RANK_FLOPS / 1e12:,.0f} TFLOP/s and {LINK_BYTES / 1e9:,.0f} GB/s per GPU, on paper"
     return _named(
         f"On {found.ranks} GPUs, each",
         ("work", f"{found.flops / 1e12:,.2f} TFLOP"),
         ("gradients sent", f"{found.optimizer_steps} times, {_size(round(found.gradient_bytes))} in all"),
+        *gathered,
         (f"efficiency at {speeds}", f"{found.efficiency:.1%}"),
     )
 

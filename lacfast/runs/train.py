@@ -130,6 +130,7 @@ def check(config: RunConfig) -> None:
         ValueError: for what is unknown or not here; a RewardError for a reward's server or model.
         ImportError: when a reward's optional package is not installed.
     """
+    World.current().require_shards(config.train.shard)
     torch_device(config.device)
     require_learners(World.current(), config.train.rollout_ranks)
     if config.model in TINY_MODELS:

@@ -40,16 +40,18 @@ class BatchSize:
     What is computed does not depend on it, or by the order of sums alone.
     """
 
-    def __init__(self, size: int, *, unit: str, setting: str) -> None:
+    def __init__(self, size: int, *, unit: str, setting: str, shrinks: bool = True) -> None:
         """
         Args:
             size: to begin with. 0: all that there are, or what `find` finds.
             unit: what is counted, as "pair".
             setting: the option that it begins with.
+            shrinks: it is halved when memory runs out. False where others wait for as many batches.
         """
         self.size = size
         self.unit = unit
         self.setting = setting
+        self.shrinks = shrinks
 
     def find(self, probe: Probe, device: torch.device, *, reserved: int) -> None:
         """Choose a size for the memory that is free now, if none was given.
@@ -97,7 +99,7 @@ class BatchSize:
             release: frees what `work` made for a size that did not fit.
 
         Raises:
-            DoesNotFitError: for one at a time.
+            DoesNotFitError: for one at a time, or for a size that does not shrink.
         """
         while True:
             tried = min(self.size or count, count)
@@ -106,6 +108,11 @@ class BatchSize:
             except torch.OutOfMemoryError as error:
                 if tried == 1:
                     raise self._does_not_fit(error) from error
+                if not self.shrinks:
+                    raise DoesNotFitError(
+                        f"out of memory with {tried} {self.unit}s at a time, and the other ranks wait for as "
+                        f"many batches; set {self.setting} to {tried // 2}"
+                    ) from error
             # Out here the error no longer holds the tensors of the attempt.
             self.size = tried // 2
             release()

@@ -31,6 +31,8 @@ SPANS = (
     "advantages",
     "update/microbatch",
     "update/all_reduce",
+    "shard/gather",
+    "shard/sum",
     "optimizer",
     "sync",
 )

@@ -43,9 +43,11 @@ def test_the_overlap_is_what_neither_waits(
 def test_the_table_has_the_presets_on_as_many_gpus_as_their_batch_has_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    costs = SimpleNamespace(flops=8 * 400e12, trained_parameters=0, critic_parameters=0)
-    monkeypatch.setattr(scaling, "plan", lambda config: SimpleNamespace(costs=costs))
+    found = SimpleNamespace(efficiency=1.0, gradient_bytes=0.0, gathered_bytes=2e9)
+    monkeypatch.setattr(scaling, "plan", lambda config, ranks: SimpleNamespace(on=lambda gpus: found))
     monkeypatch.setattr(scaling, "RUNS", {name: RUNS[name] for name in ("shapes", "flux-pickscore")})
     head, _, *rows = scaling.paper().splitlines()
-    assert head.endswith("8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs |")
-    assert rows == ["| `flux-pickscore` | 48 | 0.0 GB | 100.0% | 100.0% | 100.0% |  |"]
+    assert head.endswith(
+        "| 8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs | 128 GPUs | 256 GPUs | 512 GPUs | 1,024 GPUs |"
+    )
+    assert rows == ["| `flux-pickscore` | 48 | 2.0 GB | 100.0% | 100.0% | 100.0% |  |  |  |  |  |"]

@@ -56,6 +56,7 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 APART = replace(CONFIG, train=replace(CONFIG.train, rollout_ranks=1, staleness=2))
+SHARDED = replace(CONFIG, train=replace(CONFIG.train, shard=2))
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,9 @@ APART = replace(CONFIG, train=replace(CONFIG.train, rollout_ranks=1, staleness=2
         (CONFIG, 2),
         pytest.param(CONFIG, 20, marks=pytest.mark.slow),
         pytest.param(APART, 4, marks=pytest.mark.slow),
+        pytest.param(SHARDED, 2, marks=pytest.mark.slow),
     ],
-    ids=["2 times", "20 times", "apart"],
+    ids=["2 times", "20 times", "apart", "sharded"],
 )
 def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_not(
     config: RunConfig,

@@ -3,111 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranked_runs import ARMS, CRITIC_ROUNDING, state, trained, trainer_for
 from ranks import on_ranks
-from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import distributed
 
-from lacfast import LatentActorCriticTrainer
-from lacfast.config import (
-    GRPO,
-    AdvantageConfig,
-    CriticConfig,
-    GraphConfig,
-    KLPenalty,
-    LoRAConfig,
-    PPOConfig,
-    Ratio,
-    SamplerConfig,
-    ValuePretrainingConfig,
-)
-from lacfast.records import Rollout
-
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
-ITERATIONS = 3
-# Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
-PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
-SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
-PRETRAINING = ValuePretrainingConfig(iterations=2, held_out_samples=8, completions=2, bound_states=4)
-GROUPS = AdvantageConfig(estimator=GRPO())
-
-
-def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
-    return images[:, 0].mean(dim=(1, 2)) - images[:, 1].mean(dim=(1, 2))
-
-
-ARMS: dict[str, dict[str, Any]] = {
-    "branch": {},
-    "lora": {"lora": LoRAConfig(rank=2)},
-    "shared": {"critic": CriticConfig(trunk="shared", **SMALL)},
-    "joint": {"critic": CriticConfig(trunk="joint", joint_weight=0.1, **SMALL)},
-    "clean_net": {"critic": CriticConfig(trunk="clean_net", **SMALL)},
-    "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
-    "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
-    "kl": {"ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2)},
-    "stratified": {"ppo": replace(PPO, minibatch_draw="stratified")},
-    "replay": {"ppo": replace(PPO, critic_rollouts=2)},
-    "value pretraining": {"pretrain": PRETRAINING},
-    "graphs": {"graph": GraphConfig(mode="fake")},
-}
 CASES = {arm: (2, 3, 4) if arm in ("branch", "two rewards") else (2,) for arm in ARMS}
 """Arm -> the numbers of ranks that it is tried on."""
-
-
-def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
-    backbone = tiny_backbone("dit", lora=changes.pop("lora", None))
-    rewards = changes.pop("rewards", [brightness])
-    sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
-    settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes
-    return LatentActorCriticTrainer(backbone, rewards, PROMPTS, tiny_config(**settings))
-
-
-def state(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
-    """What a run is to leave: its weights, the critic's, the statistics."""
-    critic = {} if trainer.critic is None else trainer.critic.state_dict()
-    return {
-        "policy": [parameter.detach().clone() for parameter in trainer.backbone.policy_parameters()],
-        "critic": [tensor.clone() for tensor in critic.values()],
-        "std": trainer.normalizer.std,
-    }
-
-
-def gradient_bytes(trainer: LatentActorCriticTrainer, ranks: int) -> float:
-    """What a ring sends of the gradients of an iteration: twice all but one's own part, 4 bytes a weight."""
-    trained = sum(parameter.numel() for parameter in trainer.backbone.policy_parameters())
-    assert trainer.critic is not None
-    learned = sum(parameter.numel() for parameter in trainer.critic.parameters() if parameter.requires_grad)
-    return 2 * (ranks - 1) / ranks * 4 * PPO.num_minibatches * (trained + learned)
-
-
-def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every arm's first trajectories on this rank, its metrics and what it leaves."""
-    found = {}
-    for name, changes in arms.items():
-        trainer, rollouts, history = trainer_for(**changes), [], []
-        if "pretrain" in changes:
-            history = trainer.pretrain_critic().history
-        metrics = [trainer.train_iteration(rollouts.append) for _ in range(ITERATIONS)]
-        first: Rollout = rollouts[0]
-        evaluation = trainer.evaluate(samples=6)
-        found[name] = state(trainer) | {
-            "latents": first.latents,
-            "ids": first.noise.sample_ids,
-            "rewards": [metric["reward/brightness"] for metric in metrics],
-            "evaluation": evaluation.means(),
-            "history": history,
-            "traffic": metrics[-1].get("traffic_bytes", 0),
-            "gradient_bytes": 0 if trainer.critic is None else gradient_bytes(trainer, trainer.world.size),
-            "images_made": trainer.images,
-            "images": evaluation.images,
-        }
-        trainer.close()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +49,7 @@ def test_a_run_does_not_depend_on_the_number_of_ranks(
     else:
         assert torch.equal(latents, alone["latents"])
     for found in ranks:
-        for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
+        for kind, close in (("policy", 1e-6), ("critic", CRITIC_ROUNDING.get(arm, 2e-5))):
             torch.testing.assert_close(found[kind], alone[kind], rtol=0, atol=close)
             assert all(map(torch.equal, found[kind], ranks[0][kind]))
         torch.testing.assert_close(found["std"], alone["std"], rtol=1e-5, atol=0)

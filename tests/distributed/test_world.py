@@ -19,7 +19,8 @@ SIZE = 3
 
 def test_rows_are_split_evenly_and_in_order() -> None:
     shares = [World(rank, SIZE).share(8) for rank in range(SIZE)]
-    assert shares == [Share(0, 3, 8), Share(3, 3, 8), Share(6, 2, 8)]
+    assert shares == [Share(0, 3, 8, SIZE), Share(3, 3, 8, SIZE), Share(6, 2, 8, SIZE)]
+    assert shares[0].owners(torch.arange(8)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
     assert World().share(8) == Share(0, 8, 8)
     refused = Refusal(
         "a batch of 2 is fewer than the 3 ranks",

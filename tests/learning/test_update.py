@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lacfast import ops
 from lacfast.distributed import World
-from lacfast.learning.pairs import all_pairs, minibatches
+from lacfast.learning.pairs import Pairs, all_pairs, minibatches
 from lacfast.learning.step_tables import step_weights
 from lacfast.schedule import flow_sde, uniform_sigmas
 
@@ -33,6 +35,32 @@ def test_a_position_points_to_its_step() -> None:
     steps = torch.tensor([1, 4, 5])
     for part in minibatches(all_pairs(steps, 7), 4, torch.Generator().manual_seed(0)):
         assert torch.equal(steps[part.position], part.steps)
+
+
+@given(batch=st.integers(1, 9), ranks=st.integers(1, 4), count=st.integers(1, 4), seed=st.integers(0, 99))
+def test_even_minibatches_have_as_many_pairs_on_every_rank_and_count_each_once(
+    batch: int, ranks: int, count: int, seed: int
+) -> None:
+    steps, ranks = torch.tensor([1, 4, 5]), min(ranks, batch)
+    count = min(count, 3 * batch)
+    found: list[list[Pairs]] = []
+    for rank in range(ranks):
+        share = World(rank, ranks).share(batch)
+        pairs, generator = all_pairs(steps, share.count), torch.Generator().manual_seed(seed)
+        found.append(list(minibatches(pairs, count, generator, share=share, even=True)))
+    counted = []
+    for parts in zip(*found, strict=True):
+        assert len({len(part) for part in parts}) == 1
+        assert min(part.masked for part in parts) == 0
+        assert {part.total for part in parts} == {sum(part.counted for part in parts)}
+        for rank, part in enumerate(parts):
+            first, real = World(rank, ranks).share(batch).first, slice(part.counted)
+            counted += list(zip(part.steps[real].tolist(), (part.rows[real] + first).tolist(), strict=True))
+            split = list(part.split(2))
+            assert sum(each.counted for each in split) == part.counted
+            masks = [each.padded(2)[1].sum() for each in split]
+            assert sum(map(int, masks)) == part.counted
+    assert sorted(counted) == [(step, row) for step in steps.tolist() for row in range(batch)]
 
 
 def test_balanced_steps_pull_equally_on_the_model_s_output() -> None:

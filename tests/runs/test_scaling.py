@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 
 import pytest
 from refusals import Refusal
 from rich.console import Console
 
+from lacfast.config import variant
 from lacfast.runs.apart import apart
 from lacfast.runs.costs import Costs
 from lacfast.runs.plan import plan
@@ -41,11 +43,41 @@ def test_one_rank_sends_nothing(costs: Costs) -> None:
     assert (found.gradient_bytes, found.efficiency, found.flops) == (0, 1, costs.flops)
 
 
+SHARDED = variant(SHAPES, train=replace(SHAPES.train, shard=2), value_pretraining=False)
+
+
+def test_a_rank_keeps_its_part_of_weights_gradients_and_moments() -> None:
+    whole = plan(variant(SHAPES, value_pretraining=False), ranks=4).memory
+    parts = plan(SHARDED, ranks=4)
+    model = parts.shards.model
+    assert whole.weight_bytes - parts.memory.weight_bytes == model.kept // 2
+    assert whole.training_bytes - parts.memory.training_bytes == model.gradient // 2 * 4
+    update = {phase.name: phase.fixed for phase in parts.memory.phases}["policy update"]
+    scattered = replace(SHARDED, train=replace(SHARDED.train, shard_gradients=True))
+    memory = plan(scattered, ranks=4).memory
+    assert {phase.name: phase.fixed for phase in memory.phases}["policy update"] < update
+
+
+def test_weights_are_gathered_once_for_a_rollout_and_twice_for_a_microbatch() -> None:
+    ppo = SHARDED.train.ppo
+    planned = plan(
+        replace(SHARDED, train=replace(SHARDED.train, ppo=replace(ppo, microbatch_size=64))), ranks=4
+    )
+    pairs = planned.costs.update_pairs // (ppo.num_minibatches * ppo.num_inner_epochs) / 4
+    microbatches = ppo.num_minibatches * ppo.num_inner_epochs * math.ceil(pairs / 64)
+    found = planned.on(4)
+    assert found.gathers == 1 + 2 * microbatches
+    assert found.gathered_bytes == found.gathers * planned.shards.model.gathered / 2
+
+
 def test_a_dry_run_for_several_gpus_shows_it() -> None:
     config, out = replace(SHAPES, gpus=4), io.StringIO()
     show_plan(config, plan(config, ranks=4), Console(file=out, width=200))
     assert "On 4 GPUs, each" in out.getvalue()
     assert "on paper" in out.getvalue()
+    sharded, out = replace(SHARDED, gpus=4), io.StringIO()
+    show_plan(sharded, plan(sharded, ranks=4), Console(file=out, width=200))
+    assert "weights sent where they are gathered" in out.getvalue()
 
 
 def test_what_has_no_meaning_is_refused() -> None:
@@ -56,6 +88,8 @@ def test_what_has_no_meaning_is_refused() -> None:
     )
     with refused.raised():
         replace(RUNS["shapes"](), gpus=4)
+    with pytest.raises(ValueError, match="shard=2 does not divide the 3 ranks"):
+        plan(SHARDED, ranks=3)
     with pytest.raises(ValueError, match="is fewer than the 1000 ranks"):
         plan(SHAPES, ranks=1000)
 

@@ -362,3 +362,16 @@ def test_a_resumed_run_keeps_the_size_that_was_found(tmp_path: Path, monkeypatch
     resumed.load(tmp_path / "run")
     resumed.train_iteration()
     assert resumed.learner.policy_update.microbatch.size == first.learner.policy_update.microbatch.size == 4
+
+
+def test_a_size_that_other_ranks_wait_for_does_not_shrink() -> None:
+    refused = Refusal(
+        "out of memory with 4 pairs at a time, and the other ranks wait for as many batches",
+        cause="A rank with sharded weights runs out of memory.",
+        remedy="set ppo.microbatch_size to 2",
+        error=memory.DoesNotFitError,
+    )
+    size = BatchSize(4, unit="pair", setting="ppo.microbatch_size", shrinks=False)
+    with refused.raised():
+        size.run(partial(out_of_memory_beyond, 2), 4)
+    assert size.size == 4

@@ -1,0 +1,113 @@
+"""Tiny training runs of many kinds and what they leave: what numbers of ranks are held to each other by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+
+from lacfast import LatentActorCriticTrainer
+from lacfast.config import (
+    GRPO,
+    AdvantageConfig,
+    CriticConfig,
+    GraphConfig,
+    KLPenalty,
+    LoRAConfig,
+    PPOConfig,
+    Ratio,
+    SamplerConfig,
+    ValuePretrainingConfig,
+)
+from lacfast.distributed.sharding import is_sharded
+from lacfast.records import Rollout
+
+ITERATIONS = 3
+# Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
+SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
+PRETRAINING = ValuePretrainingConfig(iterations=2, held_out_samples=8, completions=2, bound_states=4)
+GROUPS = AdvantageConfig(estimator=GRPO())
+
+
+def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> torch.Tensor:
+    return images[:, 0].mean(dim=(1, 2)) - images[:, 1].mean(dim=(1, 2))
+
+
+ARMS: dict[str, dict[str, Any]] = {
+    "branch": {},
+    "lora": {"lora": LoRAConfig(rank=2)},
+    "shared": {"critic": CriticConfig(trunk="shared", **SMALL)},
+    "joint": {"critic": CriticConfig(trunk="joint", joint_weight=0.1, **SMALL)},
+    "clean_net": {"critic": CriticConfig(trunk="clean_net", **SMALL)},
+    "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
+    "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
+    "kl": {"ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2)},
+    "stratified": {"ppo": replace(PPO, minibatch_draw="stratified")},
+    "replay": {"ppo": replace(PPO, critic_rollouts=2)},
+    "value pretraining": {"pretrain": PRETRAINING},
+    "graphs": {"graph": GraphConfig(mode="fake")},
+}
+
+
+CRITIC_ROUNDING = {"value pretraining": 1e-2}
+"""Arm -> how far the critic's weights may be apart, 2e-5 for others: standardised rewards have the mean 0, so
+the first gradient of the value is rounding, of which Adam makes whole steps."""
+
+
+def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
+    backbone = tiny_backbone("dit", lora=changes.pop("lora", None))
+    rewards = changes.pop("rewards", [brightness])
+    sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
+    settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes
+    return LatentActorCriticTrainer(backbone, rewards, PROMPTS, tiny_config(**settings))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of a sharded tensor all of it, on every rank."""
+    return (tensor.full_tensor() if is_sharded(tensor) else tensor).detach().clone()
+
+
+def state(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
+    """What a run is to leave: its weights, the critic's, the statistics."""
+    critic = {} if trainer.critic is None else trainer.critic.state_dict()
+    return {
+        "policy": [whole(parameter) for parameter in trainer.backbone.policy_parameters()],
+        "critic": [whole(tensor) for tensor in critic.values()],
+        "std": trainer.normalizer.std,
+    }
+
+
+def gradient_bytes(trainer: LatentActorCriticTrainer, ranks: int) -> float:
+    """What a ring sends of the gradients of an iteration: twice all but one's own part, 4 bytes a weight."""
+    trained = sum(parameter.numel() for parameter in trainer.backbone.policy_parameters())
+    assert trainer.critic is not None
+    learned = sum(parameter.numel() for parameter in trainer.critic.parameters() if parameter.requires_grad)
+    return 2 * (ranks - 1) / ranks * 4 * PPO.num_minibatches * (trained + learned)
+
+
+def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Every arm's first trajectories on this rank, its metrics and what it leaves."""
+    found = {}
+    for name, changes in arms.items():
+        trainer, rollouts, history = trainer_for(**changes), [], []
+        if "pretrain" in changes:
+            history = trainer.pretrain_critic().history
+        metrics = [trainer.train_iteration(rollouts.append) for _ in range(ITERATIONS)]
+        first: Rollout = rollouts[0]
+        evaluation = trainer.evaluate(samples=6)
+        found[name] = state(trainer) | {
+            "latents": first.latents,
+            "ids": first.noise.sample_ids,
+            "rewards": [metric["reward/brightness"] for metric in metrics],
+            "evaluation": evaluation.means(),
+            "history": history,
+            "traffic": metrics[-1].get("traffic_bytes", 0),
+            "gradient_bytes": 0 if trainer.critic is None else gradient_bytes(trainer, trainer.world.size),
+            "images_made": trainer.images,
+            "images": evaluation.images,
+        }
+        trainer.close()
+    return found
