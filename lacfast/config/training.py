@@ -235,8 +235,8 @@ class TrainConfig(Config):
         )
         require(
             self.staleness == 0 and self.rollout_ranks == 0,
-            f"staleness={self.staleness} and rollout_ranks={self.rollout_ranks} keep and send whole weights, and "
-            f"shard={self.shard} has them in parts; use staleness=0 and rollout_ranks=0, or shard=1",
+            f"staleness={self.staleness} and rollout_ranks={self.rollout_ranks} keep and send whole weights, "
+            f"and shard={self.shard} has them in parts; use staleness=0 and rollout_ranks=0, or shard=1",
         )
         require(
             precision == "model",
