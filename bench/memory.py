@@ -6,7 +6,7 @@ python -m bench.memory      counts and writes bench/results/memory.json, which `
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,13 @@ RESULT = Path(__file__).parent / "results" / "memory.json"
 
 
 def configurations() -> dict[str, RunConfig]:
-    """Every preset of a published model."""
+    """Every preset of a published model, on one GPU."""
     found = {name: preset() for name, preset in RUNS.items()}
-    return {name: config for name, config in found.items() if config.model not in TINY_MODELS}
+    return {
+        name: replace(config, train=replace(config.train, shard=1, shard_gradients=False))
+        for name, config in found.items()
+        if config.model not in TINY_MODELS
+    }
 
 
 def measure(config: RunConfig) -> dict[str, Any]:
