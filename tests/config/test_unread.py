@@ -119,6 +119,8 @@ IGNORED = [
         {"ppo.critic_minibatches": 2, "ppo.critic_rollouts": 2},
     ),
     *rows(TrainConfig, {}, {"ppo.cfg_grad": "both"}, {"sampler.guidance_scale": 2.0}),
+    *rows(TrainConfig, {}, {"shard_gradients": True}, {"shard": 2}),
+    *rows(TrainConfig, {"shard": 2}, {"graph.warmup_steps": 1, "graph.strict": True}),
     *rows(TrainConfig, {}, {"early_stopping.patience": 2}, {"eval_every": 1}),
     *rows(
         RunConfig,
@@ -213,7 +215,7 @@ READ = {
     "TrainConfig": (
         "seed batch_size rollout_batch_size samples_per_prompt iterations sampler advantages critic ppo "
         "pretrain ema_decay graph gradient_checkpointing compile rollout_precision staleness rollout_ranks "
-        "eval_every early_stopping eval_sampler on_reward_error on_bad_gradient"
+        "shard eval_every early_stopping eval_sampler on_reward_error on_bad_gradient"
     ),
     # A choice is there with all that it reads, or not at all.
     "Fixed": "steps", "Random": "size within", "Sliding": "size every stride within",
