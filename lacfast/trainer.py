@@ -105,7 +105,6 @@ class LatentActorCriticTrainer:
         attach_critic(backbone, self.estimator.heads, self.config.critic, seed=self.config.seed)
         if self.config.compile:
             backbone.compile_blocks()
-        # What is gathered anew for every forward has no address that a graph could keep.
         self.graphs = GraphRunner(self.config.graph if self.config.shard == 1 else EAGER, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.actor = Actor(backbone, self.sampler, self.graphs, self.config)

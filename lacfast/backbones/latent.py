@@ -34,7 +34,7 @@ from lacfast.checkpoint import load_in_place
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
-from lacfast.distributed.sharding import Divider, divided, own_class
+from lacfast.distributed.sharding import Divider
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.runtime.memory import BatchSize
@@ -329,9 +329,8 @@ class LatentBackbone(ABC):
         return anchor
 
     def shard(self, sharding: Divider) -> None:
-        named = self.model.named_parameters()
         # An adapter is small, and cast as a whole where it is used.
-        whole = [parameter for name, parameter in named if adapters.adapter_of(name) is not None]
+        whole = [weight for name, weight in self.model.named_parameters() if adapters.adapter_of(name)]
         sharding.divide(self.model, self.repeated_blocks, self.dtype, whole=whole)
         trunk = None if self.critic is None else self.critic.trunk
         if trunk is not None and any(type(part).__name__ in self.repeated_blocks for part in trunk.modules()):
@@ -391,15 +390,6 @@ class LatentBackbone(ABC):
         """Follow the policy that this is a quantised copy of; the base of a LoRA never moves."""
         if self._quantized is not None and self.lora is None:
             self._quantized.refresh()
-
-    def plain_model(self, weights: dict[str, Tensor]) -> Any:
-        """The model as diffusers knows it, without adapters, on `weights`: its own, none sharded."""
-        if not adapters.tuner_layers(self.model) and not divided([self.model]):
-            return self.model
-        with torch.device("meta"):
-            plain = own_class(self.model).from_config(self.model.config)
-        plain.load_state_dict(weights, assign=True)
-        return plain
 
     def saved_weights(self) -> dict[str, Tensor]:
         return self.storage.weights(self)

@@ -23,7 +23,7 @@ from lacfast.backbones.model_card import model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
 from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
-from lacfast.distributed.sharding import own_class
+from lacfast.distributed.sharding import divided, own_class
 
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
@@ -40,7 +40,7 @@ class PartsStorage:
         names = () if backbone.lora is None else backbone.policy_state().keys()
         adapter = {name: weights[name] for name in names}
         parts: dict[str, Any] = {
-            "model": backbone.plain_model({name: weights[name] for name in weights if name not in names}),
+            "model": _plain_model(backbone, {name: weights[name] for name in weights if name not in names}),
             "text": backbone.prompt_encoder,
             "codec": backbone.codec,
         }
@@ -102,9 +102,9 @@ class PipelineStorage:
             }  # fmt: skip
             self.pipeline.save_lora_weights(directory, **arguments)
         elif backbone.prompts.is_aside:
-            backbone.plain_model(weights).save_pretrained(directory / part)
+            _plain_model(backbone, weights).save_pretrained(directory / part)
         else:
-            self._write_pipeline(backbone.plain_model(weights), directory)
+            self._write_pipeline(_plain_model(backbone, weights), directory)
         write_description(
             directory,
             pipeline=type(self.pipeline).__name__,
@@ -162,6 +162,17 @@ class PipelineStorage:
                 "was changed in memory (a fused LoRA, another scheduler or VAE) is kept by "
                 "pipeline.save_pretrained()"
             )
+
+
+def _plain_model(backbone: LatentBackbone, weights: dict[str, Tensor]) -> Any:
+    """The model as diffusers knows it, without adapters, on `weights`: its own, none of them sharded."""
+    model = backbone.model
+    if not adapters.tuner_layers(model) and not divided([model]):
+        return model
+    with torch.device("meta"):
+        plain = own_class(model).from_config(model.config)
+    plain.load_state_dict(weights, assign=True)
+    return plain
 
 
 def _require_same_lora(backbone: LatentBackbone, directory: Path) -> None:
