@@ -290,8 +290,7 @@ class LatentBackbone(ABC):
     def policy_parameters(self) -> list[nn.Parameter]:
         """The LoRA's weights, or all but the critic's LoRA."""
         trained = None if self.lora is None else adapters.POLICY
-        named = self.model.named_parameters()
-        return [parameter for name, parameter in named if adapters.adapter_of(name) == trained]
+        return [each for name, each in self.model.named_parameters() if adapters.adapter_of(name) == trained]
 
     def policy_state(self) -> dict[str, Tensor]:
         if self.lora is not None:
