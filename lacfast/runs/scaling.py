@@ -96,7 +96,7 @@ class _Sent:
     steps: int
     """Optimizer steps."""
     pairs: int
-    """Of all steps and ranks."""
+    """Pairs of all steps and ranks."""
     ranks: int
     microbatch: int
     config: TrainConfig
