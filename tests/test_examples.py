@@ -61,6 +61,11 @@ TINY: dict[str, dict[str, str]] = {
         '"Tongyi-MAI/Z-Image"': "pipeline('z_image')",
         "resolution=(512, 512), max_sequence_length=256": "resolution=(16, 16), max_sequence_length=16",
     },
+    "families/sana.md": CPU
+    | {
+        '"Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"': "pipeline('sana')",
+        "resolution=(1024, 1024)": "resolution=(16, 16), max_sequence_length=16",
+    },
     "migration.md": {
         'DefaultDDPOStableDiffusionPipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", use_lora=True)': (
             "pipeline('sd15')"

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -24,6 +26,8 @@ from diffusers import (
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -39,6 +43,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -54,11 +60,12 @@ from transformers import (
 
 from lacfast import PipelineSettings, SamplerConfig, load_backbone
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.sana import INSTRUCTION
 from lacfast.records import NoiseKey
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image", "sana")
 WORDS = ("a", "red", "blue", "cat", "dog", "of", "photo", "the", "tree", "sky")
 PROMPTS = [
     "a red cat",
@@ -424,6 +431,40 @@ def z_image() -> ZImagePipeline:
     )
 
 
+def sana() -> SanaPipeline:
+    tokenizer = qwen_tokenizer(*INSTRUCTION)
+    return SanaPipeline(
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=3,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=16,
+            sample_size=8,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            encoder_layers_per_block=(1, 1),
+            decoder_layers_per_block=(1, 1),
+            encoder_qkv_multiscales=((), ()),
+            decoder_qkv_multiscales=((), ()),
+            scaling_factor=0.41407,
+        ),
+        text_encoder=Gemma2Model(Gemma2Config(**language_model(tokenizer, width=16, head_dim=8))),
+        tokenizer=tokenizer,
+    )
+
+
 BUILDERS = {
     "sd15": sd15,
     "sdxl": sdxl,
@@ -433,6 +474,7 @@ BUILDERS = {
     "flux2_klein": flux2_klein,
     "qwen_image": qwen_image,
     "z_image": z_image,
+    "sana": sana,
 }
 
 
@@ -463,9 +505,13 @@ def load_pipeline(directory: Path) -> Any:
     return pipeline
 
 
-def use_ddim(pipeline: Any) -> None:
-    """Give a UNet's pipeline DDIM, as a user of DDIM does."""
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+def use_first_order(pipeline: Any) -> None:
+    """Give a pipeline the steps of our sampler without noise: DDIM, or a flow's solver in its first order."""
+    scheduler = pipeline.scheduler
+    if scheduler.config.get("prediction_type") == "flow_prediction":
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver_order=1)
+    elif type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
+        pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
 
 
 SETTINGS = PipelineSettings(resolution=RESOLUTION, max_sequence_length=LENGTH)
@@ -505,6 +551,11 @@ def own_call(
         # There guidance_scale is told to a distilled model; true_cfg_scale is the classifier-free one.
         empty = EMPTY_PROMPTS[type(pipeline).__name__]
         arguments = {"true_cfg_scale": guidance_scale, "negative_prompt": [empty] * len(prompts)}
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    if "use_resolution_binning" in parameters:
+        arguments["use_resolution_binning"] = False
+        # SANA's wants sides that its own autoencoder's factor divides.
+        pipeline.check_inputs = lambda *_: None
     if "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters:
         arguments["max_sequence_length"] = LENGTH
     if type(pipeline).__name__ == "ZImagePipeline":

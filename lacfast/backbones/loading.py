@@ -29,6 +29,7 @@ from lacfast.backbones.pipelines import (
     prepare_vae,
 )
 from lacfast.backbones.qwen_image import QWEN_IMAGE_PIPELINES
+from lacfast.backbones.sana import SANA_PIPELINES
 from lacfast.backbones.sd3 import SD3_PIPELINES, SD3Backbone
 from lacfast.backbones.sdxl import SDXL_PIPELINES
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
@@ -52,6 +53,7 @@ PIPELINES: dict[str, PipelineFamily] = {
     "Flux2KleinPipeline": FLUX2_PIPELINES,
     "QwenImagePipeline": QWEN_IMAGE_PIPELINES,
     "ZImagePipeline": Z_IMAGE_PIPELINES,
+    "SanaPipeline": SANA_PIPELINES,
 }
 """diffusers' pipeline class -> how it is used. A new family is a file with such an object and a line here."""
 

@@ -62,8 +62,11 @@ class TransformerBackbone(LatentBackbone):
 
     blocks: ClassVar[tuple[Blocks, ...]]
     """The model's lists of blocks, in the order in which they run."""
-    time_unit: ClassVar[float] = 1.0
-    """Timesteps of the schedule that are 1 to the model."""
+
+    @property
+    def time_unit(self) -> float:
+        """Timesteps of the schedule that are 1 to the model."""
+        return 1.0
 
     @property
     def width(self) -> int:
@@ -188,8 +191,6 @@ class BranchTrunk(Trunk):
 class PackedBackbone(TransformerBackbone):
     """A model on packed latents (L, D): one token per 2x2 patch of the latent map."""
 
-    time_unit = 1000.0
-
     def __init__(
         self, model: Any, *args: Any, grid: tuple[int, int], embedded_guidance: float, **kwargs: Any
     ) -> None:
@@ -203,6 +204,10 @@ class PackedBackbone(TransformerBackbone):
         self.grid = grid
         self.latent_maps = partial(unpacked, grid=grid)
         self.embedded_guidance = embedded_guidance
+
+    @property
+    def time_unit(self) -> float:
+        return 1000.0
 
     @property
     def image_tokens(self) -> int:
@@ -221,3 +226,32 @@ def unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
     rows, columns = grid
     patches = latents.view(len(latents), rows, columns, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
+
+
+class CrossAttentionBackbone(TransformerBackbone):
+    """A model on latents (C, H, W) whose blocks read the prompt's tokens under a mask."""
+
+    prompt_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    blocks = (
+        Blocks(
+            "transformer_blocks",
+            streams=("hidden_states",),
+            inputs=("encoder_hidden_states", "encoder_attention_mask", "timestep"),
+        ),
+    )
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        config = model.config
+        if config["out_channels"] == 2 * config["in_channels"]:
+            # Behind its prediction a model may give a variance, which no sampler here reads.
+            self.prediction = partial(first_channels, count=config["in_channels"])
+
+    @property
+    def width(self) -> int:
+        width: int = self.model.config["num_attention_heads"] * self.model.config["attention_head_dim"]
+        return width
+
+
+def first_channels(output: Tensor, *, count: int) -> Tensor:
+    return output[:, :count]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from refusals import Refusal
-from tiny_pipelines import backbone_of, tiny_pipeline, use_ddim
+from tiny_pipelines import backbone_of, tiny_pipeline, use_first_order
 
 from lacfast import LoRAConfig, load_backbone
 from lacfast.backbones.fingerprint import Fingerprint
@@ -34,14 +34,14 @@ def fingerprint(pipeline: Any, dtype: torch.dtype = torch.float32) -> Fingerprin
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("saved") / "lora"
     pipeline = tiny_pipeline("sd15")
-    use_ddim(pipeline)
+    use_first_order(pipeline)
     save_backbone(backbone_of(pipeline, lora=LORA), directory)
     return directory
 
 
 def base(change: Callable[[Any], None] = lambda pipeline: None) -> Any:
     pipeline = tiny_pipeline("sd15")
-    use_ddim(pipeline)
+    use_first_order(pipeline)
     change(pipeline)
     return pipeline
 
@@ -115,7 +115,7 @@ def test_the_same_base_loads_in_silence_in_any_dtype_and_under_another_solver(sa
 @pytest.mark.parametrize("dtypes", [(torch.float16,), (torch.bfloat16,), (torch.float16, torch.bfloat16)])
 def test_rounding_a_model_leaves_its_fingerprint(dtypes: tuple[torch.dtype, ...]) -> None:
     original, rounded = fingerprint(base()), tiny_pipeline("sd15")
-    use_ddim(rounded)
+    use_first_order(rounded)
     for dtype in dtypes:
         found = fingerprint(rounded, dtype)
     assert original.differences(found) == found.differences(original) == []

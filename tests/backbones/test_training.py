@@ -20,7 +20,7 @@ from tiny_pipelines import (
     own_call,
     saved_pipeline,
     tiny_pipeline,
-    use_ddim,
+    use_first_order,
 )
 from tiny_trainers import anchor_output, clones, differing, trainer_of
 
@@ -79,8 +79,7 @@ def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_p
 
     pipeline = load_pipeline(base)
     pipeline.load_lora_weights(tmp_path / "saved")
-    if hasattr(pipeline, "unet"):
-        use_ddim(pipeline)
+    use_first_order(pipeline)
     torch.testing.assert_close(
         own_call(pipeline, PROMPTS[:1], latents.clone(), scale), images, rtol=0, atol=1e-4
     )
@@ -113,8 +112,7 @@ def test_saved_weights_give_the_same_image_in_plain_diffusers(
         setattr(pipeline, part, model)
     else:
         pipeline = load_pipeline(tmp_path / "saved")
-    if hasattr(pipeline, "unet"):
-        use_ddim(pipeline)
+    use_first_order(pipeline)
     torch.testing.assert_close(
         own_call(pipeline, PROMPTS[:1], latents.clone(), 2.0), images, rtol=0, atol=1e-4
     )
