@@ -7,6 +7,7 @@ import transformers
 
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.parts import empty_embeddings
 from lacfast.backbones.published import PublishedModel, published_models
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
@@ -28,7 +29,8 @@ def trained_backbone(model: PublishedModel, *, lora_rank: int = 32) -> LatentBac
 
 def prompt_conditioning(model: PublishedModel, backbone: LatentBackbone, batch: int) -> Conditioning:
     """Conditioning of `batch` prompts, without values."""
-    return backbone.conditioning(model.embeddings(batch, device=backbone.device, dtype=backbone.dtype))
+    embeddings = empty_embeddings(model.prompt, batch, device=backbone.device, dtype=backbone.dtype)
+    return backbone.conditioning(embeddings)
 
 
 def encode_prompt(model: PublishedModel) -> None:

@@ -16,7 +16,7 @@ from bench import matched_loops
 from bench.matched_loops import LEARNING_RATE, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.parts import Embeddings
+from lacfast.backbones.parts import Embeddings, empty_embeddings
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.config import Fixed, KLPenalty, LoRAConfig, PPOConfig, SamplerConfig
 
@@ -89,7 +89,7 @@ def random_pipeline(published: PublishedModel, device: torch.device, dtype: torc
         settings=PipelineSettings(resolution=published.resolution),
     )
     generator = torch.Generator(device).manual_seed(0)
-    embeddings = published.embeddings(1, device=device)
+    embeddings = empty_embeddings(published.prompt, 1, device=device)
     for tensor in embeddings.values():
         if tensor.is_floating_point():
             tensor.normal_(generator=generator)

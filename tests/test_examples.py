@@ -66,6 +66,11 @@ TINY: dict[str, dict[str, str]] = {
         '"Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"': "pipeline('sana')",
         "resolution=(1024, 1024)": "resolution=(16, 16), max_sequence_length=16",
     },
+    "families/pixart.md": CPU
+    | {
+        '"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"': "pipeline('pixart')",
+        "resolution=(1024, 1024)": "resolution=(16, 16), max_sequence_length=16",
+    },
     "migration.md": {
         'DefaultDDPOStableDiffusionPipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", use_lora=True)': (
             "pipeline('sd15')"

@@ -23,6 +23,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -36,6 +38,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from peft import PeftModel
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
@@ -65,7 +68,9 @@ from lacfast.records import NoiseKey
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image", "sana")
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image", "sana", "pixart")
+DDIM_FAMILIES = ("sd15", "sdxl", "pixart")
+"""Those that predict the noise."""
 WORDS = ("a", "red", "blue", "cat", "dog", "of", "photo", "the", "tree", "sky")
 PROMPTS = [
     "a red cat",
@@ -420,7 +425,7 @@ def z_image() -> ZImagePipeline:
             n_kv_heads=2,
             cap_feat_dim=16,
             axes_dims=[4, 6, 6],
-            axes_lens=[128, 16, 16],
+            axes_lens=[1024, 16, 16],
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(
@@ -465,6 +470,25 @@ def sana() -> SanaPipeline:
     )
 
 
+def pixart() -> PixArtSigmaPipeline:
+    return PixArtSigmaPipeline(
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=8,
+            num_layers=3,
+            cross_attention_dim=32,
+            sample_size=8,
+            caption_channels=32,
+        ),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        vae=vae(4, scaling_factor=0.13025),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
 BUILDERS = {
     "sd15": sd15,
     "sdxl": sdxl,
@@ -475,6 +499,7 @@ BUILDERS = {
     "qwen_image": qwen_image,
     "z_image": z_image,
     "sana": sana,
+    "pixart": pixart,
 }
 
 
@@ -503,6 +528,14 @@ def load_pipeline(directory: Path) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(directory)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_lora(pipeline: Any, directory: Path) -> None:
+    """Through plain diffusers, or through peft where the pipeline loads no LoRA."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(directory)
+    else:
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, directory).merge_and_unload()
 
 
 def use_first_order(pipeline: Any) -> None:

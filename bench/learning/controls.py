@@ -195,7 +195,7 @@ def prompt_only(backbone: LatentBackbone, config: CriticConfig) -> PromptTrunk:
 def pixel(backbone: LatentBackbone, config: CriticConfig) -> PixelTrunk:
     """The trunk "pixel"; its last map is as wide as the head."""
     return PixelTrunk(
-        CleanEstimate(backbone.scheduler),
+        CleanEstimate(backbone.scheduler, backbone.prediction),
         backbone.codec.decode,
         backbone.latent_shape,
         pooled_prompt(backbone.any_prompt()).shape[-1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch import nn
 
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.loading import PIPELINES, load_backbone
-from lacfast.backbones.parts import Embeddings
+from lacfast.backbones.parts import Embeddings, empty_embeddings
 from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.prompt_cache import PromptCache
-from lacfast.backbones.published import PublishedModel, published_as
+from lacfast.backbones.published import published_as
 from lacfast.backbones.trained_lora import LoRASource
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
@@ -60,20 +60,26 @@ def load_blueprint(
     published = None if Path(source).is_dir() else published_as(str(source))
     pipeline = published.build() if published is not None else _described(str(source))
     backbone = load_backbone(pipeline, dtype=dtype, lora=lora, settings=settings)
-    if published is not None:
-        backbone.prompts = PromptCache(ShapesOnly(published))
-    encoders = [getattr(pipeline, name) for name in PIPELINES[type(pipeline).__name__].text_parts]
+    family = PIPELINES[type(pipeline).__name__]
+    shapes = (
+        family.prompt_shapes(pipeline, settings or PipelineSettings())
+        if published is None
+        else published.prompt
+    )
+    if shapes is not None:
+        backbone.prompts = PromptCache(ShapesOnly(shapes))
+    encoders = [getattr(pipeline, name) for name in family.text_parts]
     return Blueprint(backbone, _bytes([pipeline.vae], dtype), _bytes(encoders, dtype))
 
 
 class ShapesOnly:
-    """A PromptEncoder without tokenizer: embeddings of the published shapes on the meta device."""
+    """A PromptEncoder that runs nothing: embeddings of known shapes on the meta device."""
 
-    def __init__(self, model: PublishedModel) -> None:
-        self.model = model
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
-        return self.model.embeddings(len(prompts), device="meta")
+        return empty_embeddings(self.shapes, len(prompts), device="meta")
 
     def encode_unconditional(self) -> Embeddings:
         return self.encode([""])

@@ -38,13 +38,17 @@ class CleanEstimate(nn.Module):
 
     alphas_cumprod: Tensor
 
-    def __init__(self, scheduler: Any) -> None:
-        """`scheduler`: diffusers' for DDIM, DDPM or flow matching; None: flow matching.
+    def __init__(self, scheduler: Any, prediction: Callable[[Tensor], Tensor] | None = None) -> None:
+        """
+        Args:
+            scheduler: diffusers' for DDIM, DDPM or flow matching; None: flow matching.
+            prediction: what a step takes of the model's output. None: all of it.
 
         Raises:
             ValueError: for a prediction type that is none of these.
         """
         super().__init__()
+        self.prediction = prediction
         config = {} if scheduler is None else scheduler.config
         self.num_timesteps: float = config.get("num_train_timesteps", FLOW_TIMESTEPS)
         has_flow = is_flow(scheduler)
@@ -58,7 +62,9 @@ class CleanEstimate(nn.Module):
         self.register_buffer("alphas_cumprod", alphas, persistent=False)
 
     def forward(self, sample: Tensor, model_output: Tensor, timestep: Tensor) -> Tensor:
-        """(B, ...) of states (B, ...), outputs (B, ...) and timesteps (B,)."""
+        """(B, ...) of states (B, ...), the model's outputs (B, ...) and timesteps (B,)."""
+        if self.prediction is not None:
+            model_output = self.prediction(model_output)
         scales = timestep.view(-1, *(1,) * (sample.ndim - 1))
         if self.prediction_type == "flow":
             return sample - scales / self.num_timesteps * model_output
@@ -75,15 +81,13 @@ class CleanEstimate(nn.Module):
 class EstimateTrunk(Trunk):
     """A trunk that reads nothing of the actor's forward but its output."""
 
-    def __init__(self, estimate: CleanEstimate, prediction: Callable[[Tensor], Tensor] | None = None) -> None:
-        """`prediction`: what a step takes of the model's output; None: all of it."""
+    def __init__(self, estimate: CleanEstimate) -> None:
         super().__init__()
         self.estimate = estimate
-        self.prediction = prediction
 
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         def read(arguments: dict[str, Any], output: Any) -> Features:
-            return {"model_output": output[0] if self.prediction is None else self.prediction(output[0])}
+            return {"model_output": output[0]}
 
         return record_taps(model, [Tap("", read)], detach=detach)
 
@@ -106,16 +110,14 @@ class CleanNetTrunk(EstimateTrunk):
         estimate: CleanEstimate,
         latent_maps: Callable[[Tensor], Tensor],
         latent_shape: tuple[int, ...],
-        prediction: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
             estimate: state and model output to clean latents.
             latent_maps: latents as the model takes them (B, ...) to maps (B, C, H, W).
             latent_shape: of one latent.
-            prediction: see EstimateTrunk.
         """
-        super().__init__(estimate, prediction)
+        super().__init__(estimate)
         self.latent_maps = latent_maps
         channels, *sides = latent_maps(torch.zeros(1, *latent_shape)).shape[1:]
         strides = [2] * halvings(max(sides)) + [1, 1]

@@ -67,6 +67,7 @@ FLUX2_PIPELINES = Flux2Pipelines(
     backbone_class=Flux2Backbone,
     prompt_outputs={"encoder_hidden_states": 0},
     sequence_length=512,
+    token_width="joint_attention_dim",
     embedded_guidance=4.0,
 )
 """Flux2Pipeline: FLUX.2 dev (guidance embedding). Flux2KleinPipeline: its base guides classifier-free."""

@@ -201,9 +201,8 @@ class LatentBackbone(ABC):
         if config.trunk == "branch":
             return self.branch_trunk(config.num_blocks)
         if config.trunk == "clean_net":
-            return CleanNetTrunk(
-                CleanEstimate(self.scheduler), self.latent_maps, self.latent_shape, self.prediction
-            )
+            estimate = CleanEstimate(self.scheduler, self.prediction)
+            return CleanNetTrunk(estimate, self.latent_maps, self.latent_shape)
         return registered_trunk(self, config)
 
     def _tapped_trunk(self, config: CriticConfig, shared: SharedTrunk) -> Trunk:

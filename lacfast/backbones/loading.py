@@ -28,6 +28,7 @@ from lacfast.backbones.pipelines import (
     VAECodec,
     prepare_vae,
 )
+from lacfast.backbones.pixart import PIXART_PIPELINES
 from lacfast.backbones.qwen_image import QWEN_IMAGE_PIPELINES
 from lacfast.backbones.sana import SANA_PIPELINES
 from lacfast.backbones.sd3 import SD3_PIPELINES, SD3Backbone
@@ -54,6 +55,7 @@ PIPELINES: dict[str, PipelineFamily] = {
     "QwenImagePipeline": QWEN_IMAGE_PIPELINES,
     "ZImagePipeline": Z_IMAGE_PIPELINES,
     "SanaPipeline": SANA_PIPELINES,
+    "PixArtSigmaPipeline": PIXART_PIPELINES,
 }
 """diffusers' pipeline class -> how it is used. A new family is a file with such an object and a line here."""
 

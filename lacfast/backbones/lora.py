@@ -16,7 +16,9 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from peft import LoraConfig
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils.peft_utils import delete_adapter_layers
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -130,7 +132,8 @@ def add_adapter(
             f"leave it out for the family's own: {list(default_targets)}"
         )
     if name in getattr(model, "peft_config", {}):
-        model.delete_adapters(name)
+        delete_adapter_layers(model, name)  # type: ignore[no-untyped-call]
+        del model.peft_config[name]
     needs_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
     alpha: Any = config.rank if config.alpha is None else config.alpha
     settings: Any = LoraConfig(
@@ -143,7 +146,10 @@ def add_adapter(
         # peft draws on the CPU, and warns of a second adapter, which is what a critic's is.
         torch.default_generator.manual_seed(config.seed)
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        model.add_adapter(settings, adapter_name=name)
+        if isinstance(model, PeftAdapterMixin):
+            model.add_adapter(settings, adapter_name=name)
+        else:
+            inject_adapter_in_model(settings, model, adapter_name=name)
     weights = []
     for layer in _found_layers(model).values():
         if name in layer.lora_A:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,6 +15,22 @@ Embeddings = dict[str, Tensor]
 def stacked(prompts: Sequence[Embeddings]) -> Embeddings:
     """(B, ...) of B prompts' (...)."""
     return {name: torch.stack([prompt[name] for prompt in prompts]) for name in prompts[0]}
+
+
+def empty_embeddings(
+    shapes: Mapping[str, tuple[int, ...]],
+    count: int,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Embeddings:
+    """(B, ...) of `count` prompts, without values; a mask says that all tokens are theirs."""
+    return {
+        name: torch.ones((count, *shape), device=device, dtype=torch.bool)
+        if name.endswith("mask")
+        else torch.empty((count, *shape), device=device, dtype=dtype)
+        for name, shape in shapes.items()
+    }
 
 
 class PromptEncoder(Protocol):

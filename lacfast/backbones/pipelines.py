@@ -46,6 +46,9 @@ class PipelineFamily:
     encoded alone and padded to `sequence_length`, so that its bits depend on no other."""
     scheduler: Callable[[Any], Any] = flow_scheduler
     """From the pipeline's scheduler to one of its noise levels that a transition table can be made of."""
+    token_width: str | None = None
+    """Entry of the model's config with the width of a prompt's tokens, where the encoder is a language model,
+    which a blueprint cannot run. None: it can."""
     pads_to: int = 1
     """A masked prompt's length is rounded up to a multiple of it."""
     multiple: int | None = None
@@ -71,14 +74,30 @@ class PipelineFamily:
         """(B, ...) of the prompts, through the pipeline's own encode_prompt."""
         if self.mask is None:
             return self._encoded(pipeline, prompts, settings, self.prompt_outputs)
-        length = settings.max_sequence_length or self.sequence_length
-        assert length is not None
-        length = -(-length // self.pads_to) * self.pads_to
-        padded = {}
+        padded, length = {}, self._length(settings)
         for prompt in dict.fromkeys(prompts):
             tokens = self._encoded(pipeline, [prompt], settings, self.prompt_outputs)[TOKENS]
             padded[prompt] = _padded(tokens, self.mask, length)
         return {name: torch.cat([padded[prompt][name] for prompt in prompts]) for name in (TOKENS, self.mask)}
+
+    def _length(self, settings: PipelineSettings) -> int:
+        """Tokens of every prompt, where the pipeline lets choose."""
+        length = settings.max_sequence_length or self.sequence_length
+        assert length is not None
+        return -(-length // self.pads_to) * self.pads_to
+
+    def prompt_shapes(
+        self, pipeline: Any, settings: PipelineSettings
+    ) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of what `encode` gives of a prompt; None where its encoders run on any device."""
+        if self.token_width is None:
+            return None
+        length = self._length(settings)
+        width = getattr(pipeline, self.model_part).config[self.token_width]
+        masks = (
+            [self.mask] if self.mask is not None else [name for name in self.prompt_outputs if name != TOKENS]
+        )
+        return {TOKENS: (length, width)} | dict.fromkeys(masks, (length,))
 
     def encode_unconditional(self, pipeline: Any, settings: PipelineSettings) -> Embeddings:
         """B = 1, of the negative prompt."""

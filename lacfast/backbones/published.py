@@ -13,8 +13,6 @@ import torch
 import transformers
 from torch import nn
 
-from lacfast.backbones.parts import Embeddings
-
 CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -59,17 +57,6 @@ class PublishedModel:
                 return getattr(diffusers, class_name).from_config(config)
             encoder = getattr(transformers, class_name)
             return encoder(encoder.config_class(**config))
-
-    def embeddings(
-        self, count: int, *, device: str | torch.device, dtype: torch.dtype = torch.float32
-    ) -> Embeddings:
-        """(B, ...) of `count` prompts, without values; a mask says that all tokens are theirs."""
-        return {
-            name: torch.ones((count, *shape), device=device, dtype=torch.bool)
-            if name.endswith("mask")
-            else torch.empty((count, *shape), device=device, dtype=dtype)
-            for name, shape in self.prompt.items()
-        }
 
     def text_encoders(self) -> list[nn.Module]:
         """The parts that encode prompts, on the meta device."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from diffusers.models.transformers import transformer_qwenimage
+from torch import Tensor, nn
 
 from lacfast.backbones.lora import merged_copy
 from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
@@ -22,6 +23,11 @@ class QwenImageBackbone(PackedBackbone):
     prompt_arguments = ("encoder_hidden_states", "encoder_hidden_states_mask")
     rescales_guidance = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # diffusers' own makes a tensor of a Python number, for a length nobody reads: no graph can hold it.
+        transformer_qwenimage.compute_text_seq_len_from_mask = _text_length
+
     def fixed_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         return {"img_shapes": [[(1, *self.grid)]]}
 
@@ -31,6 +37,14 @@ class QwenImageBackbone(PackedBackbone):
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
         shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
         return {"sigmas": linear_sigmas(num_steps)} | shift
+
+
+def _text_length(
+    encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """Length of the prompts' tokens (B, L, D), nothing, and their mask (B, L) as bool."""
+    mask = encoder_hidden_states_mask
+    return encoder_hidden_states.shape[1], None, None if mask is None else mask.bool()
 
 
 class Positions(nn.Module):
@@ -53,6 +67,7 @@ QWEN_IMAGE_PIPELINES = PackedPipelines(
     # As its authors write no negative prompt.
     empty_prompt=" ",
     sequence_length=512,
+    token_width="joint_attention_dim",
     mask="encoder_hidden_states_mask",
     has_frames=True,
 )

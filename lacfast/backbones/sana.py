@@ -99,6 +99,7 @@ SANA_PIPELINES = SanaPipelines(
     prompt_outputs={"encoder_hidden_states": 0, "encoder_attention_mask": 1},
     negative_outputs={"encoder_hidden_states": 2, "encoder_attention_mask": 3},
     sequence_length=300,
+    token_width="caption_channels",
     scheduler=sana_scheduler,
 )
 """SanaPipeline: SANA and SANA-1.5."""

@@ -25,6 +25,10 @@ from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
 from lacfast.distributed.sharding import divided, own_class
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""A LoRA as PeftModel.from_pretrained reads it."""
+PEFT_PREFIX = "base_model.model."
+"""Before the names in it."""
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
 
@@ -58,7 +62,8 @@ class PartsStorage:
 
 
 class PipelineStorage:
-    """What plain diffusers loads: `load_lora_weights` for LoRA, `from_pretrained` for all weights.
+    """What plain diffusers loads: `load_lora_weights` for LoRA, `from_pretrained` for all weights. Where the
+    pipeline has no `load_lora_weights`, a LoRA is what `PeftModel.from_pretrained` loads.
 
     With LoRA only its weights are written. Without, the whole pipeline is; when its encoders are set aside,
     the trained model alone, and the rest comes from `base` again.
@@ -95,12 +100,7 @@ class PipelineStorage:
     def write(self, backbone: LatentBackbone, directory: Path, weights: dict[str, Tensor]) -> None:
         part = self.family.model_part
         if backbone.lora is not None:
-            metadata = backbone.model.peft_config[adapters.POLICY].to_dict()
-            state, metadata = _scaled_by_weights(weights, metadata)
-            arguments = {
-                f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
-            }  # fmt: skip
-            self.pipeline.save_lora_weights(directory, **arguments)
+            self._write_lora(weights, backbone, directory)
         elif backbone.prompts.is_aside:
             _plain_model(backbone, weights).save_pretrained(directory / part)
         else:
@@ -124,6 +124,20 @@ class PipelineStorage:
         )
         (directory / MODEL_CARD).write_text(card, encoding="utf-8")
 
+    def _write_lora(self, weights: dict[str, Tensor], backbone: LatentBackbone, directory: Path) -> None:
+        part, config = self.family.model_part, backbone.model.peft_config[adapters.POLICY]
+        if hasattr(self.pipeline, "save_lora_weights"):
+            state, metadata = _scaled_by_weights(weights, config.to_dict())
+            arguments = {
+                f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
+            }  # fmt: skip
+            self.pipeline.save_lora_weights(directory, **arguments)
+            return
+        # A pipeline that loads no LoRA itself: its model does, through peft, which reads alpha in the config.
+        config.save_pretrained(directory)
+        state = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in weights.items()}
+        save_file(_contiguous(state), directory / PEFT_WEIGHTS)
+
     def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
         part = self.family.model_part
         own = getattr(self.pipeline, part)
@@ -139,6 +153,9 @@ class PipelineStorage:
         # The model itself is there when all its weights were trained.
         self._require_same_base(directory, trained=() if backbone.lora is not None else (part,))
         if backbone.lora is not None:
+            if not hasattr(self.pipeline, "save_lora_weights"):
+                saved = load_file(directory / PEFT_WEIGHTS)
+                return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
             file = directory / LORA_WEIGHT_NAME_SAFE
             state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(file).items()}
             own = adapters.scale_of(backbone.lora)

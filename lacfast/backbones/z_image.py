@@ -186,6 +186,7 @@ Z_IMAGE_PIPELINES = PipelineFamily(
     prompt_options={"do_classifier_free_guidance": False},
     prompt_outputs={"encoder_hidden_states": 0},
     sequence_length=512,
+    token_width="cap_feat_dim",
     mask="encoder_hidden_states_mask",
     pads_to=MULTIPLE,
     multiple=PATCH,

@@ -233,9 +233,9 @@ def fused_attention() -> Iterator[None]:
     def attention(
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **named: Any
     ) -> Tensor:
-        if not query.is_meta or attn_mask is not None:
+        if not query.is_meta:
             return original(query, key, value, attn_mask, *args, **named)
-        # Dropout and a causal mask change no shape.
+        # Dropout and masks change no shape.
         output: Tensor = _ATEN._scaled_dot_product_flash_attention(query, key, value)[0]
         return output
 

@@ -15,6 +15,7 @@ from tiny_pipelines import (
     SETTINGS,
     backbone_of,
     guided,
+    load_lora,
     load_pipeline,
     ode_images,
     own_call,
@@ -78,7 +79,7 @@ def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_p
     assert not torch.allclose(images, untrained, atol=1e-3)
 
     pipeline = load_pipeline(base)
-    pipeline.load_lora_weights(tmp_path / "saved")
+    load_lora(pipeline, tmp_path / "saved")
     use_first_order(pipeline)
     torch.testing.assert_close(
         own_call(pipeline, PROMPTS[:1], latents.clone(), scale), images, rtol=0, atol=1e-4

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES, tiny_pipeline
+from tiny_pipelines import DDIM_FAMILIES, FAMILIES, tiny_pipeline
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, load_backbone
@@ -23,7 +23,7 @@ SETTINGS = PipelineSettings(resolution=(16, 16))
 
 
 def config_for(family: str, **changes: Any) -> TrainConfig:
-    kind = "ddim" if family in ("sd15", "sdxl") else "flow_sde"
+    kind = "ddim" if family in DDIM_FAMILIES else "flow_sde"
     sampler = SamplerConfig(kind=kind, num_steps=4, guidance_scale=1.0 if family == "flux" else 3.0)
     return replace(TrainConfig(batch_size=8, sampler=sampler), **changes)
 
