@@ -77,7 +77,7 @@ MICROBATCH_OPERATIONS = {
     "sdxl": 26_754,
     "sd35_medium": 21_506,
     "flux_dev": 18_446,
-    "qwen_image": 49_000,
+    "qwen_image": 43_700,
 }
 """Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""
 SYNCS = {"step": 0, "microbatch": 0}
