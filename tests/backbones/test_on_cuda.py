@@ -23,6 +23,18 @@ PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, microbatch_size=12)
 
 EAGER = GraphConfig(mode="off")
 SLOW = pytest.mark.slow
+UNPRETENDED = {
+    ("qwen_image", GRAPHS): "autograd fills the unused half of a split with zeros that the device never sees",
+    ("qwen_image", EAGER): "autograd fills the unused half of a split with zeros that the device never sees",
+    ("z_image", GRAPHS): "a replayed backward pass has other values than the eager one; not explained yet",
+}
+"""What does not run on the pretended device, and as far as it is known why."""
+
+
+def marks(family: str, graph: GraphConfig, *, is_core: bool) -> tuple[Any, ...]:
+    if (family, graph) in UNPRETENDED:
+        return (SLOW, pytest.mark.xfail(strict=True, reason=UNPRETENDED[family, graph]))
+    return () if is_core else (SLOW,)
 
 
 def train(backbone: Any, prompts: list[str], sampler: SamplerConfig, graph: GraphConfig = GRAPHS) -> None:
@@ -38,7 +50,7 @@ def train(backbone: Any, prompts: list[str], sampler: SamplerConfig, graph: Grap
 @pytest.mark.parametrize(
     ("family", "graph"),
     [
-        pytest.param(family, graph, id=f"{family}, {graph.mode}", marks=() if is_core else SLOW)
+        pytest.param(family, graph, id=f"{family}, {graph.mode}", marks=marks(family, graph, is_core=is_core))
         for family in FAMILIES
         # A UNet and a transformer on graphs in every run of the tests, the others eagerly.
         for graph, is_core in ((GRAPHS, family in ("sdxl", "sd3")), (EAGER, family in ("sd15", "flux")))
