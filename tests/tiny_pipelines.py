@@ -539,9 +539,9 @@ def load_lora(pipeline: Any, directory: Path) -> None:
 
 
 def use_first_order(pipeline: Any) -> None:
-    """Give a pipeline the steps of our sampler without noise: DDIM, or a flow's solver in its first order."""
+    """Give a pipeline the steps of our sampler without noise: DDIM, or a solver in its first order."""
     scheduler = pipeline.scheduler
-    if scheduler.config.get("prediction_type") == "flow_prediction":
+    if "solver_order" in scheduler.config:
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver_order=1)
     elif type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)

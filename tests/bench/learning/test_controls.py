@@ -70,7 +70,7 @@ def test_the_gradient_of_a_critic_on_pixels_reaches_the_latent(family: str) -> N
 def test_every_control_values_and_learns_beside_a_lora_policy(family: str, trunk: str) -> None:
     backbone = backbone_of(tiny_pipeline(family), lora=LoRAConfig(rank=2))
     sampler = SamplerConfig(
-        kind="ddim" if "DDIM" in type(backbone.scheduler).__name__ else "flow_sde",
+        kind="flow_sde" if "Flow" in type(backbone.scheduler).__name__ else "ddim",
         num_steps=3,
         noise_level=1.0,
     )
