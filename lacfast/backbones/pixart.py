@@ -27,6 +27,7 @@ PIXART_PIPELINES = PipelineFamily(
     prompt_outputs={"encoder_hidden_states": 0, "encoder_attention_mask": 1},
     negative_outputs={"encoder_hidden_states": 2, "encoder_attention_mask": 3},
     sequence_length=300,
+    token_width="caption_channels",
     scheduler=ddim_scheduler,
 )
 """PixArtSigmaPipeline."""
