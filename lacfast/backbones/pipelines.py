@@ -47,8 +47,8 @@ class PipelineFamily:
     scheduler: Callable[[Any], Any] = flow_scheduler
     """From the pipeline's scheduler to one of its noise levels that a transition table can be made of."""
     token_width: str | None = None
-    """Entry of the model's config with the width of a prompt's tokens, where a blueprint cannot run the encoder
-    because it looks at values. None: it can."""
+    """Entry of the model's config with the width of a prompt's tokens, where a blueprint cannot run the
+    encoder because it looks at values. None: it can."""
     pads_to: int = 1
     """A masked prompt's length is rounded up to a multiple of it."""
     multiple: int | None = None
