@@ -45,6 +45,9 @@ from lacfast.seeds import derived_seed
 INITIAL_RATE_FACTOR = 3.0
 """Multiple of the critic's learning rates at the start; it falls linearly to 1 over the iterations."""
 
+ROUNDING = 1e-6
+"""Explained variance by which a critic is no better: values of one critic differ by it in other units."""
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -253,7 +256,7 @@ class ValuePretraining:
             **records.left_out(),
             **self._guard.metrics(),
         )
-        if state.history[-1] > max(state.history[:-1], default=-math.inf):
+        if state.history[-1] > max(state.history[:-1], default=-math.inf) + ROUNDING:
             state.best_iteration = len(state.history)
             if self.held_out is not None:
                 state.best = MeasuredCritic.of(critic, normalizer, variance)

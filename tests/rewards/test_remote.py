@@ -50,8 +50,8 @@ def slow(prompts: list[str]) -> tuple[int, bytes]:
 def start() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(*answers: Answer, port: int = 0) -> Server:
-        servers.append(Server(*answers, port=port))
+    def start(*answers: Answer, port: int = 0, then: Answer = right) -> Server:
+        servers.append(Server(*answers, port=port, then=then))
         return servers[-1]
 
     yield start
@@ -273,7 +273,7 @@ def test_https_speaks_to_a_server_whose_certificate_is_trusted_only(
 
 @pytest.mark.parametrize("status", [200, 500])
 def test_an_answer_without_end_is_refused(start: Callable[..., Server], status: int) -> None:
-    server = start(*[lambda prompts: (status, b" " * (5 * 2**20))] * 9)
+    server = start(then=lambda prompts: (status, b" " * (5 * 2**20)))
     with Refusal(
         "the answer is longer than 4194304 bytes",
         cause="A server that sends something else than scores.",

@@ -99,7 +99,7 @@ REFUSED = [
         Refusal(
             "unknown command 'train shapez'; did you mean 'train shapes'?",
             cause="A preset that is misspelled.",
-            remedy="Known: train shapes, train sd15-ddpo",
+            remedy="Known: train shapes, train words, train sd15-ddpo",
         ),
     ),
     (
