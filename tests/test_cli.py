@@ -182,14 +182,6 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
             ),
         ),
         (
-            ["train", "shapes", "--train.sampler.kind", "ddim"],
-            Refusal(
-                "unknown sampler kind 'ddim'",
-                cause="A sampler of noise prediction for a model that predicts a flow.",
-                remedy="Known: cps, dance_sde, flow_ddim, flow_sde, ode",
-            ),
-        ),
-        (
             ["train", "shapes", "--train.batch-size", "33", "--train.samples-per-prompt", "2"],
             Refusal(
                 "batch_size=33 must be a multiple of samples_per_prompt=2",
