@@ -98,6 +98,7 @@ def given() -> dict[str, Any]:
         "images": torch.zeros(2, 3, 8, 8),
         "metadata": [{}, {}],
         "reward_function": lambda images, prompts, metadata: (images.mean(dim=(1, 2, 3)), {}),
+        "their_reward": lambda images, prompts, metadata: {"ocr": images.mean(dim=(1, 2, 3))},
         "prompt_function": lambda: (PIPELINE_PROMPTS[0], {}),
         "image_outputs_logger": lambda images, step, log: None,
     }
@@ -107,6 +108,7 @@ def given() -> dict[str, Any]:
 def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(names.BUILT_IN, "pickscore", "tiny_backbones:brightness")
+    monkeypatch.setenv("JUDGE_KEY", "of the page's judge")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     if page == "steering.md":
         save_backbone(given()["trainer"].backbone, tmp_path / "runs" / "shapes" / "checkpoints" / "best")
