@@ -133,7 +133,8 @@ def add_adapter(
         )
     if name in getattr(model, "peft_config", {}):
         delete_adapter_layers(model, name)  # type: ignore[no-untyped-call]
-        model.peft_config.pop(name, None)
+        # peft takes the attribute away with the last adapter, and diffusers' models may keep the entry.
+        getattr(model, "peft_config", {}).pop(name, None)
     needs_gradient = {parameter: parameter.requires_grad for parameter in model.parameters()}
     alpha: Any = config.rank if config.alpha is None else config.alpha
     settings: Any = LoraConfig(
