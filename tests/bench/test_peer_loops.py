@@ -19,7 +19,6 @@ from lacfast.backbones.lora import tuner_layers
 from lacfast.backbones.lora_linear import LoRALinear
 from tests.tiny_backbones import tiny_backbone
 
-
 SAME_NOISE = 1e-6
 """Two backends' normals are as far from each other: 5e-7, relative."""
 
