@@ -47,7 +47,7 @@ class Domain:
 
 
 def names_in(package: Path) -> set[str]:
-    """First arguments of every call of span and each, and of the room that is handed span: it knows no other."""
+    """First arguments of every call of span and each, and of the room that is handed span."""
     return {
         node.args[0].value
         for path in package.rglob("*.py")
