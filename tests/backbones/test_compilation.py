@@ -93,7 +93,7 @@ def test_a_compiled_run_starts_at_ratio_one_and_compiles_in_its_first_iteration_
     assert before > 0
     # Other batch sizes, an evaluation, other steps.
     trainer.evaluate(samples=7)
-    trainer.tables = TrainingTables(backbone, SamplerConfig(num_steps=3), seed=0)
+    trainer.tables = trainer.source.tables = TrainingTables(backbone, SamplerConfig(num_steps=3), seed=0)
     shorter = trainer.train_iteration()
     assert_same_sum(shorter["first_max_abs_log_ratio"], 0, unit=1)
     assert len(shorter["explained_variance"]) == 3

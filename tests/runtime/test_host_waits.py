@@ -38,8 +38,8 @@ ITERATION = {
 }
 SCORING = {
     # In the thread of the rewards, for every part of a rollout: are the images finite, and the scores.
-    "lacfast/rewards/registry.py:require_finite": 1,
-    "lacfast/rewards/registry.py:_checked": 1,
+    "lacfast/rewards/scoring.py:require_finite": 1,
+    "lacfast/rewards/scoring.py:_checked": 1,
 }
 
 
