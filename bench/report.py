@@ -7,7 +7,8 @@ bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from th
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
 (`python -m bench.host_work`), what the presets hold in memory from bench/results/memory.json
-(`python -m bench.memory`), what an OCR engine reads before and after PPO from bench/results/ocr.json
+(`python -m bench.memory`), what the GPU kernels issue from bench/results/kernel-counts.json
+(`python -m bench.roofline --sass`), what an OCR engine reads before and after PPO from bench/results/ocr.json
 (`python -m bench.ocr`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import costs as published_costs
-from bench import headline, host_work, memory, ocr
+from bench import headline, host_work, kernel_counts, memory, ocr
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -234,6 +235,7 @@ def blocks() -> dict[str, str]:
         "host-work": (host_work.RESULT, host_work.table),
         "memory": (memory.RESULT, memory.table),
         "ocr": (ocr.RESULT, ocr.table),
+        "kernel-counts": (kernel_counts.RESULT, kernel_counts.table),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

@@ -58,6 +58,13 @@ def architecture_of(device: torch.device) -> str:
     return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that one program may have; an H100's for others than CUDA devices (the interpreter's)."""
+    if device.type != "cuda":
+        return 227 << 10
+    return _cuda_shared_bytes(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @cache
 def pick_launch(op: str, elements: int, architecture: str) -> tuple[int, int, int, int]:
     """block, blocks and num_warps for one latent's size, and the number of programs that share the latent."""
@@ -122,3 +129,9 @@ def _tables() -> dict[str, dict[str, list[Launch]]]:
 def _cuda_architecture(index: int) -> str:
     major, minor = torch.cuda.get_device_capability(index)
     return f"sm_{major}{minor}"
+
+
+@cache
+def _cuda_shared_bytes(index: int) -> int:
+    # One KiB of every program is the system's.
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_multiprocessor) - 1024

@@ -8,7 +8,8 @@ Bytes: the features are read once; Q (D + 1) + L (Q + 1) numbers per sample are 
 where a backward will come. Eagerly the features are read three times, and a normalised copy in float32 is
 written once and read twice.
 
-A program holds whole tokens in registers: a few at a time, their scores and then their share of the sums,
+For bfloat16 features value_pool_tiles.py has the passes over tokens, on tensor cores. For the others a
+program here holds whole tokens in registers: a few at a time, their scores and then their share of the sums,
 rescaled when the maximum grows (streaming softmax). More than HEADS heads take several programs over the
 same tokens, neighbours in time, so that all but the first read the L2 cache. The tokens of one sample are
 split among at most MAX_SPLITS programs by their number alone and added in a fixed order without atomics: a
@@ -24,12 +25,15 @@ import torch
 import triton
 import triton.language as tl
 
-from . import compiled, launch
+from . import compiled, launch, value_pool_tiles
 
 MAX_SPLITS = 32
 MAX_HEADS = 4
 """Heads of one program: q' and the sums of four fill half of the registers."""
-COMBINE_BLOCK = 256
+COMBINE_SPLITS = 32
+COMBINE_BLOCK = 64
+"""Splits and features that are added at a time: enough loads under way to hide each other."""
+COMBINE_WARPS = 4
 MAX_REGISTERS = 128
 """Two tokens, q' and the sums of four heads fit; more would halve the programs of a multiprocessor."""
 
@@ -131,27 +135,37 @@ def pool_kernel(
 
 
 @triton.jit
+def partial_block(partial_ptr, first, offs_s, offs_d, num_splits, D, Q):
+    """(splits, features) of the sums of one head of one sample, 0 outside."""
+    mask = (offs_s < num_splits)[:, None] & (offs_d < D)[None, :]
+    return tl.load(partial_ptr + (first + offs_s * Q)[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def combine_kernel(
     partial_ptr, extrema_ptr, norm_weight_ptr, pooled_ptr, tokens_ptr, log_sum_exp_ptr, D, Q, num_splits,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
+    ALL_SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, IS_SAVED: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0) // Q
     i_q = tl.program_id(0) % Q
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = i_b.to(tl.int64) * num_splits * Q + i_q
-    offs_s = tl.arange(0, BLOCK_S)
+    offs_s = tl.arange(0, ALL_SPLITS)
     mask_s = offs_s < num_splits
     b_max = tl.load(extrema_ptr + (first + offs_s * Q) * 2, mask=mask_s, other=float("-inf"))
     b_total = tl.load(extrema_ptr + (first + offs_s * Q) * 2 + 1, mask=mask_s, other=0.0)
     maximum = tl.max(b_max, axis=0)
     total = tl.sum(b_total * tl.exp(b_max - maximum), axis=0)
-    b_sums = tl.zeros((BLOCK_D,), tl.float32)
-    for i_split in range(num_splits):
-        row = first + i_split * Q
-        share = tl.exp(tl.load(extrema_ptr + row * 2) - maximum)
-        b_sums += share * tl.load(partial_ptr + row * D + offs_d, mask=offs_d < D, other=0.0)
+    b_sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for i_block in range(tl.cdiv(num_splits, BLOCK_S)):
+        offs_block = i_block * BLOCK_S + tl.arange(0, BLOCK_S)
+        b_partial = partial_block(partial_ptr, first, offs_block, offs_d, num_splits, D, Q)
+        row_ptr = extrema_ptr + (first + offs_block * Q) * 2
+        b_share = tl.exp(tl.load(row_ptr, mask=offs_block < num_splits, other=float("-inf")) - maximum)
+        b_sums += b_share[:, None] * b_partial
     store_pooled(
-        b_sums / total, maximum + tl.log(total), norm_weight_ptr,
+        tl.sum(b_sums, axis=0) / total, maximum + tl.log(total), norm_weight_ptr,
         pooled_ptr, tokens_ptr, log_sum_exp_ptr, i_b, i_q, offs_d, Q, D, HAS_WEIGHT, IS_SAVED,
     )  # fmt: skip
 
@@ -169,8 +183,16 @@ def pool_launch(features: torch.Tensor, num_heads: int) -> tuple[dict[str, int],
         "HEADS": heads,
         "num_warps": num_warps,
         "maxnreg": MAX_REGISTERS,
+        "enable_fp_fusion": True,
     }
     return options, (triton.cdiv(tokens, block_l * tiles), triton.cdiv(num_heads, heads), tiles)
+
+
+def tiles_launch(features: torch.Tensor, num_heads: int) -> value_pool_tiles.TileLaunch | None:
+    """The launch on tensor cores; None where the features are not for them."""
+    _, tokens, dim = features.shape
+    shared_bytes = launch.shared_bytes(features.device)
+    return value_pool_tiles.tile_launch(features.dtype, tokens, dim, num_heads, shared_bytes)
 
 
 def value_pool(inputs: Any, outputs: Any) -> None:
@@ -178,23 +200,30 @@ def value_pool(inputs: Any, outputs: Any) -> None:
     features, query, norm_weight, eps, _ = inputs
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]
+    on_tiles = tiles_launch(features, num_heads)
     options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
+    if on_tiles is not None:
+        num_splits = on_tiles.num_splits
     partial = extrema = None
     if num_splits > 1:
         rows = batch * num_splits * num_heads
         partial = torch.empty(rows * dim, dtype=torch.float32, device=features.device)
         extrema = torch.empty(rows * 2, dtype=torch.float32, device=features.device)
     flags = {"HAS_WEIGHT": norm_weight is not None, "IS_SAVED": outputs.tokens is not None}
-    compiled.run(
-        pool_kernel, (batch * num_splits * num_groups,),
-        features, query, norm_weight, *outputs, partial, extrema,
-        tokens, dim, num_heads, eps, num_splits, num_groups, tiles,
-        IS_SPLIT=num_splits > 1, **flags, **options,
-    )  # fmt: skip
+    if on_tiles is not None:
+        value_pool_tiles.pool_tiles(on_tiles, inputs, outputs, partial, extrema)
+    else:
+        compiled.run(
+            pool_kernel, (batch * num_splits * num_groups,),
+            features, query, norm_weight, *outputs, partial, extrema,
+            tokens, dim, num_heads, eps, num_splits, num_groups, tiles,
+            IS_SPLIT=num_splits > 1, **flags, **options,
+        )  # fmt: skip
     if num_splits > 1:
         compiled.run(
             combine_kernel, (batch * num_heads, triton.cdiv(dim, COMBINE_BLOCK)),
             partial, extrema, norm_weight, outputs.pooled, outputs.tokens, outputs.log_sum_exp,
             dim, num_heads, num_splits,
-            BLOCK_S=MAX_SPLITS, BLOCK_D=COMBINE_BLOCK, num_warps=2, **flags,
+            ALL_SPLITS=triton.next_power_of_2(num_splits), BLOCK_S=COMBINE_SPLITS, BLOCK_D=COMBINE_BLOCK,
+            num_warps=COMBINE_WARPS, enable_fp_fusion=True, **flags,
         )  # fmt: skip

@@ -24,8 +24,17 @@ import torch
 import triton
 import triton.language as tl
 
-from . import compiled
-from .value_pool import COMBINE_BLOCK, pool_launch, token_tile, weighted_head
+from . import compiled, value_pool_tiles
+from .value_pool import (
+    COMBINE_BLOCK,
+    COMBINE_SPLITS,
+    COMBINE_WARPS,
+    partial_block,
+    pool_launch,
+    tiles_launch,
+    token_tile,
+    weighted_head,
+)
 
 # Tokens x features of one program of the features' gradient, and its warps.
 FEATURES_BLOCK = (16, 128, 4)
@@ -90,7 +99,7 @@ def pool_grad_kernel(
 @triton.jit
 def finish_heads_kernel(
     partial_ptr, query_ptr, norm_weight_ptr, tokens_ptr, grad_ptr, grad_query_ptr, products_ptr,
-    D, Q, num_splits, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    D, Q, num_splits, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_QUERY_GRAD: tl.constexpr, HAS_WEIGHT_GRAD: tl.constexpr,
 ):  # fmt: skip
     """z of one head from its splits; grad_query, and query z + grad pooled for the norm's weight."""
@@ -98,9 +107,11 @@ def finish_heads_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     first = (i_row // Q).to(tl.int64) * num_splits * Q + i_row % Q
-    b_z = tl.zeros((BLOCK_D,), tl.float32)
-    for i_split in range(num_splits):
-        b_z += tl.load(partial_ptr + (first + i_split * Q) * D + offs_d, mask=mask_d, other=0.0)
+    b_sums = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for i_block in range(tl.cdiv(num_splits, BLOCK_S)):
+        offs_s = i_block * BLOCK_S + tl.arange(0, BLOCK_S)
+        b_sums += partial_block(partial_ptr, first, offs_s, offs_d, num_splits, D, Q)
+    b_z = tl.sum(b_sums, axis=0)
     offs = i_row.to(tl.int64) * D + offs_d
     if HAS_WEIGHT_GRAD:
         b_query = tl.load(query_ptr + offs, mask=mask_d, other=0.0).to(tl.float32)
@@ -174,7 +185,10 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]
     rows = batch * num_heads
+    on_tiles = tiles_launch(features, num_heads)
     options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
+    if on_tiles is not None:
+        num_splits = on_tiles.num_splits
     has_weight = norm_weight is not None
     has_sums = grad_query is not None or grad_norm_weight is not None
 
@@ -184,26 +198,31 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
     partial = workspace(has_sums, rows * num_splits * dim)
     along = workspace(grad_features is not None, rows * tokens)
     delta = workspace(grad_features is not None, rows)
-    compiled.run(
-        pool_grad_kernel, (batch * num_splits * num_groups,),
-        features, norm_weight, pooled_tokens, log_sum_exp, token_stats, grad, partial, along, delta,
-        tokens, dim, num_heads, num_splits, num_groups, tiles,
-        HAS_WEIGHT=has_weight, HAS_SUMS=has_sums, HAS_ALONG=grad_features is not None, **options,
-    )  # fmt: skip
+    if on_tiles is not None:
+        value_pool_tiles.pool_grad_tiles(on_tiles, inputs, outputs, grad, partial, along, delta)
+    else:
+        compiled.run(
+            pool_grad_kernel, (batch * num_splits * num_groups,),
+            features, norm_weight, pooled_tokens, log_sum_exp, token_stats, grad, partial, along, delta,
+            tokens, dim, num_heads, num_splits, num_groups, tiles,
+            HAS_WEIGHT=has_weight, HAS_SUMS=has_sums, HAS_ALONG=grad_features is not None, **options,
+        )  # fmt: skip
     if has_sums:
         products = workspace(grad_norm_weight is not None, rows * dim)
         compiled.run(
             finish_heads_kernel, (rows, triton.cdiv(dim, COMBINE_BLOCK)),
             partial, query, norm_weight, pooled_tokens, grad, grad_query, products,
             dim, num_heads, num_splits,
-            BLOCK_D=COMBINE_BLOCK, HAS_WEIGHT=has_weight, HAS_QUERY_GRAD=grad_query is not None,
-            HAS_WEIGHT_GRAD=grad_norm_weight is not None, num_warps=2,
+            BLOCK_S=COMBINE_SPLITS, BLOCK_D=COMBINE_BLOCK, HAS_WEIGHT=has_weight,
+            HAS_QUERY_GRAD=grad_query is not None, HAS_WEIGHT_GRAD=grad_norm_weight is not None,
+            num_warps=COMBINE_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         if grad_norm_weight is not None:
             block_r, block_d, num_warps = WEIGHT_BLOCK
             compiled.run(
                 norm_weight_grad_kernel, (triton.cdiv(dim, block_d),),
-                products, grad_norm_weight, dim, rows, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps,
+                products, grad_norm_weight, dim, rows,
+                BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps, enable_fp_fusion=True,
             )  # fmt: skip
     if grad_features is not None:
         block_l, block_d, num_warps = FEATURES_BLOCK
@@ -211,5 +230,5 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
             features_grad_kernel, (batch * triton.cdiv(tokens, block_l), triton.cdiv(dim, block_d)),
             features, query, norm_weight, log_sum_exp, token_stats, grad, along, delta, grad_features,
             tokens, dim, num_heads, BLOCK_L=block_l, BLOCK_D=block_d, HAS_WEIGHT=has_weight,
-            num_warps=num_warps,
+            num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip

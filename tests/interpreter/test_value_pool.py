@@ -9,13 +9,21 @@ from lacfast.kernels.value_pool_backward import value_pool_backward
 from torch import Tensor
 
 from lacfast import ops, reference
-from lacfast.kernels import launch
+from lacfast.kernels import launch, value_pool_tiles
 from lacfast.ops.value_pool import ValuePool, ValuePoolOutputs
 
 pytestmark = pytest.mark.interpreter
 
 # B, L, Q, D: one program; ragged tile; two groups of heads, split; a group lacks a head; several blocks of D.
 SHAPES = [(1, 1, 1, 1), (2, 5, 2, 16), (1, 11, 5, 24), (1, 19, 3, 70), (1, 5, 1, 300)]
+# On tensor cores: warps and chunks, the last of each not full; splits, the last ragged; groups of heads.
+TILE_SHAPES = [
+    *((1, 5, heads, 72) for heads in range(1, 9)),
+    (2, 1, 1, 8),
+    (1, 39, 2, 136),
+    (1, 18, 4, 1536),
+    (1, 17, 2, 3072),
+]
 EPS = 1e-6
 
 
@@ -28,6 +36,8 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
     [
         *((shape, torch.float32, True) for shape in SHAPES),
         (SHAPES[2], torch.bfloat16, False),
+        (SHAPES[3], torch.bfloat16, True),
+        *((shape, torch.bfloat16, shape[2] != 3) for shape in TILE_SHAPES),
         (SHAPES[3], torch.float16, True),
     ],
 )
@@ -64,12 +74,46 @@ def test_pool_and_gradients_equal_the_reference(
     assert _relative(log_sum_exp, scores.logsumexp(dim=-1)) < 5e-6
 
 
-def test_a_sample_has_the_same_bits_in_any_batch(draw: Callable[..., Tensor]) -> None:
-    features, query = draw(3, 11, 24), draw(3, 2, 24)
-    with ops.backend("triton"):
-        together = ops.value_pool(features, query)
-        alone = ops.value_pool(features[1:2].contiguous(), query[1:2].contiguous())
-    assert torch.equal(alone, together[1:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_has_the_same_bits_in_any_batch(draw: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    features, query = draw(3, 40, 24, dtype=dtype), draw(3, 2, 24)
+
+    def pooled(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = query[rows].clone().requires_grad_()
+        with ops.backend("triton"):
+            out = ops.value_pool(features[rows].contiguous(), leaf)
+            (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        return out.detach(), grad
+
+    together, alone = pooled(slice(None)), pooled(slice(1, 2))
+    assert all(torch.equal(one, all_[1:2]) for one, all_ in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 31, 1024, 4096, 16_384])
+def test_the_splits_of_tiles_cover_all_tokens_once_and_fill_a_gpu(tokens: int) -> None:
+    found = value_pool_tiles.tile_launch(torch.bfloat16, tokens, 1536, 7, 227 << 10)
+    per_split = value_pool_tiles.BLOCK_L * found.tiles
+    assert (found.num_splits - 1) * per_split < tokens <= found.num_splits * per_split
+    assert found.num_groups == 2
+    assert tokens < 4096 or found.num_splits == value_pool_tiles.MAX_SPLITS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "shared_bytes"),
+    [(torch.float16, 64, 227 << 10), (torch.bfloat16, 70, 227 << 10), (torch.bfloat16, 3072, 163 << 10)],
+)
+def test_tiles_take_only_what_they_hold(dtype: torch.dtype, dim: int, shared_bytes: int) -> None:
+    assert value_pool_tiles.tile_launch(dtype, 64, dim, 1, shared_bytes) is None
+
+
+def test_three_parts_are_the_whole_number() -> None:
+    numbers = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 1000)
+    rest, total = numbers.clone(), torch.zeros(1000, dtype=torch.float64)
+    for _ in range(3):
+        part = rest.bfloat16().float()
+        total += part
+        rest -= part
+    assert torch.equal(total, numbers.double())
 
 
 @pytest.mark.parametrize("dim", [64, 1536, 4096])

@@ -3,20 +3,18 @@
 import importlib
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-from aot_specifications import SPECIFICATIONS  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from bench import sass
+from bench.aot_specifications import SHARED_BYTES, SPECIFICATIONS
 
 ARCHITECTURES = [80, 90, 100]
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MAX_REGISTERS = 128
 
 pytestmark = pytest.mark.skipif(
@@ -32,6 +30,8 @@ def cases() -> Iterator[Any]:
     for variants in SPECIFICATIONS.values():
         for position, spec in enumerate(variants):
             for architecture in ARCHITECTURES:
+                if spec.shared_bytes > SHARED_BYTES[architecture]:
+                    continue
                 is_rest = position > 0 and architecture != MEASURED
                 marks = [pytest.mark.slow] if is_rest else []
                 yield pytest.param(spec, architecture, marks=marks, id=f"{spec.name}-sm_{architecture}")
@@ -52,22 +52,17 @@ def test_every_launched_kernel_has_a_spec(name: str) -> None:
     assert set(launched) == {spec.kernel.__name__ for spec in SPECIFICATIONS[name]}
 
 
-@pytest.mark.parametrize(("spec", "architecture"), cases())
+@pytest.mark.parametrize(("spec", "architecture"), list(cases()))
 def test_kernel_compiles_without_spills(spec, architecture: int, tmp_path: Path) -> None:
-    index = {name: i for i, name in enumerate(spec.kernel.arg_names)}
-    source = ASTSource(
-        spec.kernel,
-        signature=spec.signature(),
-        constexprs={(index[name],): value for name, value in spec.constants().items()},
-        attrs={(index[name],): [["tt.divisibility", 16]] for name in spec.divisible()},
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=spec.options())
+    compiled = sass.compile_kernel(spec, architecture)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    usage = resource_usage(cubin)
+    usage = sass.resource_usage(cubin)
     assert usage["STACK"] == 0
     assert usage["LOCAL"] == 0
-    assert usage["REG"] <= MAX_REGISTERS
+    assert usage["REG"] <= (spec.max_registers or MAX_REGISTERS)
+    if spec.shared_bytes:
+        assert compiled.metadata.shared <= spec.shared_bytes
 
     # Moving a block from one layout to another goes through shared memory and a barrier.
     if not spec.converts_layouts:
@@ -76,14 +71,6 @@ def test_kernel_compiles_without_spills(spec, architecture: int, tmp_path: Path)
         loads = global_load_bits(compiled.asm["ptx"])
         assert loads.count(128) + loads.count(64) > 0
         assert min(loads) >= spec.vector_bits, f"a load of a block moves {min(loads)} bits"
-
-
-def resource_usage(cubin: Path) -> dict[str, int]:
-    """REG, STACK, SHARED and LOCAL of the only kernel in a cubin."""
-    printed = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    return {key: int(number) for key, number in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed)}
 
 
 def global_load_bits(ptx: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""What test_aot.py compiles: one record per variant of every Triton kernel.
+"""What is compiled without a GPU: one record per variant of every Triton kernel.
 
 A GPU is not needed to compile, so kernels are proven (no spills, few registers, vector loads) where none is.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from lacfast.kernels import (
@@ -19,7 +20,11 @@ from lacfast.kernels import (
     step_log_prob,
     value_pool,
     value_pool_backward,
+    value_pool_tiles,
 )
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Architecture -> what one program may have."""
 
 POINTER = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 """Latent dtype -> Triton pointer type."""
@@ -41,6 +46,8 @@ class AotSpec(NamedTuple):
     """What the compiler is held to; it takes more for a kernel that has few warps and much to keep."""
     converts_layouts: bool = False
     """Whether blocks change from one layout to another, which takes shared memory and a barrier."""
+    shared_bytes: int = 0
+    """What the launcher counts on; 0 where it does not ask."""
     fp_fusion: bool = False
     """Whether products and sums may become one rounding; off where other backends must give the same bits."""
 
@@ -60,7 +67,10 @@ class AotSpec(NamedTuple):
 
     def divisible(self) -> list[str]:
         """Arguments that are multiples of 16: pointers, and the size of a latent or token in real models."""
-        return [name for name, kind in self.signature().items() if kind.startswith("*") or name in ("N", "D")]
+        kinds = self.signature().items()
+        return [
+            name for name, kind in kinds if kind.startswith("*") or (name in ("N", "D") and kind == "i32")
+        ]
 
 
 def _key_arguments(noise: str | None) -> dict[str, str | None]:
@@ -139,6 +149,7 @@ GAUSSIAN_STEP = [
     _step_spec("float32", "float32", _SMALL_STEP, guided=False, noise=None, split=False),
     _step_spec("float32", "float32", _MEDIUM_STEP, guided=True, noise=None, split=False),
     _step_spec("float32", "float32", _LARGE_STEP, guided=False, noise="float32", split=True),
+    _step_spec("float32", "float32", _LARGE_STEP, guided=False, noise=None, split=True),
     _step_spec("float32", "bfloat16", _MEDIUM_STEP, guided=False, noise=None, split=False),
     _step_spec("float32", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True),
     _step_spec("bfloat16", "bfloat16", _MEDIUM_STEP, guided=True, noise="bfloat16", split=False),
@@ -406,24 +417,24 @@ def _pool_spec(
 
 VALUE_POOL = [
     _pool_spec("float32", 64, 1, weight=None, split=False, saved=False),
-    _pool_spec("bfloat16", 64, 4, weight="float32", split=False, saved=True),
-    _pool_spec("bfloat16", 1536, 1, weight="float32", split=True, saved=True),
-    _pool_spec("bfloat16", 1536, 4, weight="float32", split=True, saved=True),
+    _pool_spec("float16", 64, 4, weight="float32", split=False, saved=True),
+    _pool_spec("float16", 1536, 1, weight="float32", split=True, saved=True),
     _pool_spec("float32", 1536, 4, weight="float32", split=True, saved=False),
-    _pool_spec("bfloat16", 3072, 4, query="bfloat16", weight="bfloat16", split=True, saved=True),
-    _pool_spec("float16", 4096, 16, query="float16", weight="float32", split=True, saved=True),
+    _pool_spec("float16", 3072, 4, query="float16", weight="float16", split=True, saved=True),
+    _pool_spec("bfloat16", 4096, 16, query="bfloat16", weight="float32", split=True, saved=True),
     AotSpec(
         "value_pool_combine",
         value_pool.combine_kernel,
         {"partial_ptr": "*fp32", "extrema_ptr": "*fp32", "norm_weight_ptr": "*fp32", "pooled_ptr": "*fp32"}
         | {"tokens_ptr": "*fp32", "log_sum_exp_ptr": "*fp32", "D": "i32", "Q": "i32", "num_splits": "i32"}
         | {
-            "BLOCK_S": value_pool.MAX_SPLITS,
+            "ALL_SPLITS": value_pool_tiles.MAX_SPLITS,
+            "BLOCK_S": value_pool.COMBINE_SPLITS,
             "BLOCK_D": value_pool.COMBINE_BLOCK,
             "HAS_WEIGHT": True,
             "IS_SAVED": True,
         },
-        num_warps=2,
+        num_warps=value_pool.COMBINE_WARPS,
         converts_layouts=True,
         fp_fusion=True,
     ),
@@ -481,12 +492,10 @@ _POINTERS = ("partial_ptr", "query_ptr", "norm_weight_ptr", "tokens_ptr", "grad_
 
 VALUE_POOL_BACKWARD = [
     _pool_grad_spec("float32", 64, 1, along=True, sums=True),
-    _pool_grad_spec("bfloat16", 64, 4, along=False, sums=True),
-    _pool_grad_spec("bfloat16", 1536, 1, along=False, sums=True),
-    _pool_grad_spec("bfloat16", 1536, 4, along=False, sums=True),
+    _pool_grad_spec("float16", 64, 4, along=False, sums=True),
     _pool_grad_spec("float32", 1536, 4, along=True, sums=True),
-    _pool_grad_spec("bfloat16", 3072, 4, along=True, sums=False),
-    _pool_grad_spec("float16", 4096, 16, along=True, sums=True),
+    _pool_grad_spec("float16", 3072, 4, along=True, sums=False),
+    _pool_grad_spec("bfloat16", 4096, 16, along=True, sums=True),
     _features_grad_spec("float32"),
     _features_grad_spec("bfloat16"),
     AotSpec(
@@ -497,12 +506,13 @@ VALUE_POOL_BACKWARD = [
             "D": "i32",
             "Q": "i32",
             "num_splits": "i32",
+            "BLOCK_S": value_pool.COMBINE_SPLITS,
             "BLOCK_D": value_pool.COMBINE_BLOCK,
             "HAS_WEIGHT": True,
         }
         | {"HAS_QUERY_GRAD": True, "HAS_WEIGHT_GRAD": True},
-        num_warps=2,
-        vector_bits=64,
+        num_warps=value_pool.COMBINE_WARPS,
+        converts_layouts=True,
         fp_fusion=True,
     ),
     AotSpec(
@@ -518,6 +528,46 @@ VALUE_POOL_BACKWARD = [
 ]
 
 
+def _tiles_spec(
+    dim: int, *, backward: bool, weight: bool = True, split: bool = True, saved: bool = True
+) -> AotSpec:
+    found = value_pool_tiles.tile_launch(torch.bfloat16, 4096, dim, 4, SHARED_BYTES[90])
+    assert found is not None
+    constants = {name: value for name, value in found.options.items() if name.isupper()}
+    arguments = {"features_ptr": "*bf16", "norm_weight_ptr": "*fp32" if weight else None}
+    arguments |= dict.fromkeys(("L", "Q", "num_splits", "num_groups", "tiles"), "i32") | constants
+    arguments |= {"partial_ptr": "*fp32" if split else None}
+    if backward:
+        kernel = value_pool_tiles.pool_grad_tiles_kernel
+        arguments |= _SAVED | {"grad_ptr": "*fp32"}
+        arguments |= dict.fromkeys(("along_ptr", "delta_ptr"), "*fp32" if saved else None)
+    else:
+        kernel = value_pool_tiles.pool_tiles_kernel
+        arguments |= {"query_ptr": "*fp32", "pooled_ptr": "*fp32", "eps": "fp32"}
+        arguments |= {"extrema_ptr": "*fp32" if split else None}
+        arguments |= dict.fromkeys(_SAVED, "*fp32" if saved else None)
+    return AotSpec(
+        f"value_pool_tiles{'_grad' if backward else ''}-D{dim}-{'split' if split else 'whole'}",
+        kernel,
+        arguments,
+        found.options["num_warps"],
+        max_registers=255,
+        converts_layouts=True,
+        fp_fusion=True,
+        shared_bytes=value_pool_tiles.shared_bytes_needed(found.options),
+    )
+
+
+VALUE_POOL_TILES = [
+    _tiles_spec(1536, backward=False),
+    _tiles_spec(1536, backward=True),
+    _tiles_spec(3072, backward=False),
+    _tiles_spec(3072, backward=True),
+    _tiles_spec(64, backward=False, weight=False, split=False, saved=False),
+    _tiles_spec(96, backward=False, split=False),
+    _tiles_spec(2432, backward=True, split=False),
+]
+
 SPECIFICATIONS = {
     "philox": PHILOX,
     "gaussian_step": GAUSSIAN_STEP,
@@ -527,5 +577,6 @@ SPECIFICATIONS = {
     "ppo_gradient": PPO_GRADIENT,
     "value_pool": VALUE_POOL,
     "value_pool_backward": VALUE_POOL_BACKWARD,
+    "value_pool_tiles": VALUE_POOL_TILES,
 }
 """File of kernels/ -> what is compiled of it."""
