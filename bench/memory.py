@@ -1,4 +1,4 @@
-"""What the presets hold in memory at their peak, phase by phase, counted in full size on the meta device.
+"""What the recipes hold in memory at their peak, phase by phase, counted in full size on the meta device.
 
 python -m bench.memory      counts and writes bench/results/memory.json, which `bench.report` shows
 """
@@ -13,14 +13,14 @@ from typing import Any
 from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import TINY_MODELS, plan
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 
 
 def configurations() -> dict[str, RunConfig]:
-    """Every preset of a published model, on one GPU."""
-    found = {name: preset() for name, preset in RUNS.items()}
+    """Every recipe of a published model, on one GPU."""
+    found = {name: recipe.settings for name, recipe in recipes().items()}
     return {
         name: replace(config, train=replace(config.train, shard=1, shard_gradients=False))
         for name, config in found.items()
@@ -82,7 +82,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     note = (
         "GB at the peak, weights and decoder included; the text encoders are there besides while they "
-        "encode a block of prompts, where a preset keeps them off the device. A lower bound: reward "
+        "encode a block of prompts, where a recipe keeps them off the device. A lower bound: reward "
         "models, captured graphs, the context of CUDA and fragments come on top. `before` is the same "
         "count for the layout in which rollouts of value pretraining lay on the device and a rollout was "
         "joined from its parts. Where the size of a microbatch is found from the free memory, the update "

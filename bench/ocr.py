@@ -167,7 +167,7 @@ def table(found: dict[str, Any]) -> str:
     reader, images = found["engine"], found["images"]
     note = (
         f"{found['samples']} images of held-out words per column, with the same noise; {images:,} images in "
-        f"{found['iterations']} of the preset's {found['planned']} iterations. {reader['name']} "
+        f"{found['iterations']} of the recipe's {found['planned']} iterations. {reader['name']} "
         f"{reader['version']} takes {reader['milliseconds']:.0f} ms of one thread per image "
         f"({found['machine']['label']}), and reads {100 * reader['reads']:.1f} % of the task's own pictures."
     )

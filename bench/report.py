@@ -6,7 +6,7 @@ The proof and the demo's table come from docs/demo/summary.json, the kernels fro
 bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
-(`python -m bench.host_work`), what the presets hold in memory from bench/results/memory.json
+(`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
 (`python -m bench.memory`), what the GPU kernels issue from bench/results/kernel-counts.json
 (`python -m bench.roofline --sass`), what an OCR engine reads before and after PPO from bench/results/ocr.json
 (`python -m bench.ocr`), the README's figures from iterations, costs and bench/results/learning. Methods

@@ -1,9 +1,9 @@
-"""Strong scaling: the same iteration of the preset `shapes` by more processes, one thread each, in turn.
+"""Strong scaling: the same iteration of the recipe `shapes` by more processes, one thread each, in turn.
 
     python -m bench.scaling                               1 and 2 processes, five rounds, to the screen
     python -m bench.scaling --processes 1 4 --rounds 3
     python -m bench.scaling --apart                       one process that samples beside one that learns
-    python -m bench.scaling --paper                       a table of the presets on many GPUs, nothing is run
+    python -m bench.scaling --paper                       a table of the recipes on many GPUs, nothing is run
 
 A round runs each number of processes once; a speed-up is the median over the rounds of the ratio within a
 round, in seconds of wall time, so the machine should have an idle core for every process.
@@ -28,7 +28,7 @@ from bench import machine
 from bench.matched_loops import brightness, tiny_match
 from lacfast.distributed import joined
 from lacfast.runs.plan import TINY_MODELS, plan
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe, recipes
 from lacfast.trainer import LatentActorCriticTrainer
 
 BATCH = 192
@@ -64,7 +64,7 @@ def iteration(rollout_ranks: int = 0) -> Iteration | None:
     torch.set_num_threads(1)
     with joined() as world:
         match = tiny_match("dit", batches=8, num_steps=8)
-        preset = RUNS["shapes"]().train
+        preset = recipe("shapes").train
         config = replace(
             preset,
             batch_size=BATCH,
@@ -116,11 +116,11 @@ def apart(rounds: int) -> dict[str, float]:
 
 
 def paper() -> str:
-    """The presets of published models on GPUS, by lacfast.runs.scaling, as Markdown."""
+    """The recipes of published models on GPUS, by lacfast.runs.scaling, as Markdown."""
     head = " | ".join(f"{gpus:,} GPUs" for gpus in GPUS)
     lines = [f"| | batch | sent per GPU | {head} |", "|---|" + "---|" * (2 + len(GPUS))]
-    for name, preset in RUNS.items():
-        config = preset()
+    for name, planned_recipe in recipes().items():
+        config = planned_recipe.settings
         if config.model in TINY_MODELS:
             continue
         planned, batch = plan(config, ranks=config.train.shard), config.train.batch_size

@@ -6,12 +6,15 @@ import io
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
+from functools import reduce
 from importlib.metadata import version
 from itertools import takewhile
+from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -20,7 +23,7 @@ from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.config.unread import made as _made
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import Recipe, find_recipe, is_file, recipe_names, recipes
 from lacfast.runs.usage import refusal
 from lacfast.runtime.signals import raised
 
@@ -116,23 +119,11 @@ class Report:
         print(f"report: {write_run_report(self.run_directory)}")
 
 
-if TYPE_CHECKING:
-    Preset = RunConfig
-else:
-    # One subcommand per preset; an optional part of one becomes flags of its own, not a subcommand.
-    Preset = tyro.conf.AvoidSubcommands[
-        tyro.extras.subcommand_type_from_defaults(
-            {name: preset() for name, preset in RUNS.items()},
-            {name: preset.__doc__.partition("\n")[0] for name, preset in RUNS.items()},
-        )
-    ]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model; a preset names the task, every setting is a flag after it."""
+    """Train a model; a recipe, by name or file, says how, every setting is a flag after it."""
 
-    settings: Annotated[Preset, tyro.conf.arg(name="")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
 
     def run(self) -> None:
         from lacfast.distributed import joined
@@ -149,14 +140,39 @@ class Train:
                 print(f"checkpoint: {checkpoint}")
 
 
-Command = (
-    Annotated[tyro.conf.OmitArgPrefixes[Demo], tyro.conf.subcommand("demo")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Steer, tyro.conf.subcommand("steer")]
-    | Annotated[tyro.conf.OmitArgPrefixes[Report], tyro.conf.subcommand("report")]
-    | Annotated[tyro.conf.OmitArgPrefixes[Info], tyro.conf.subcommand("info")]
-)
+Command = Demo | Train | Evaluate | Steer | Report | Info
+
+
+def _commands(train: type[Train]) -> Any:
+    """The commands as the parser takes them."""
+    flat: Any = tyro.conf.OmitArgPrefixes
+    known: dict[str, Any] = {
+        "demo": flat[Demo],
+        "train": train,
+        "evaluate": Evaluate,
+        "steer": Steer,
+        "report": flat[Report],
+        "info": flat[Info],
+    }
+    return reduce(or_, (_subcommand(name, kind) for name, kind in known.items()))
+
+
+def _subcommand(name: str, kind: Any) -> Any:
+    annotated: Any = Annotated
+    return annotated[kind, tyro.conf.subcommand(name)]
+
+
+def _train(known: Mapping[str, Recipe]) -> type[Train]:
+    """Train with a subcommand per recipe; an optional part of one becomes flags of its own, no subcommand."""
+    annotated: Any = Annotated
+    settings = tyro.extras.subcommand_type_from_defaults(
+        {name: recipe.settings for name, recipe in known.items()},
+        {name: recipe.summary for name, recipe in known.items()},
+    )
+    field = ("settings", annotated[settings, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")])
+    return make_dataclass(
+        "Train", [field], bases=(Train,), namespace={"__doc__": Train.__doc__}, frozen=True, kw_only=True
+    )
 
 
 _REGISTRY = tyro.constructors.ConstructorRegistry()
@@ -237,7 +253,7 @@ COMMON: dict[type, tuple[str, ...]] = {
     TrainConfig: ("seed", "iterations", "batch_size", "ppo"),
     PPOConfig: ("policy_learning_rate",),
 }
-"""What `lacfast train PRESET --help` shows: twelve flags, and the parts that some of them are in."""
+"""What `lacfast train RECIPE --help` shows: twelve flags, and the parts that some of them are in."""
 _REST = "\nThese are the settings that most runs change. All of them: {command} --help-all"
 
 
@@ -296,12 +312,16 @@ def _parsed(arguments: list[str]) -> Command:
     if arguments == ["--version"]:
         print(f"lacfast {version('lacfast')}")
         raise SystemExit(0)
-    is_short = arguments[:1] == ["train"] and not {"-h", "--help"}.isdisjoint(arguments[2:])
+    trains = arguments[:1] == ["train"]
+    named = [word for word in arguments[1:2] if trains and not word.startswith("-")]
+    # What is neither is refused here, where it is known that it should be a recipe.
+    own = {word: find_recipe(word) for word in named if word not in recipe_names()}
+    is_short = trains and not {"-h", "--help"}.isdisjoint(arguments[2:])
     refused = io.StringIO()
     try:
         with redirect_stderr(refused):
-            return tyro.cli(
-                Command,
+            return tyro.cli(  # type: ignore[no-any-return]
+                _commands(_train(own or recipes()) if trains else Train),
                 prog="lacfast",
                 description="Latent actor-critic post-training of diffusion models. "
                 "--version tells the version.",
@@ -324,7 +344,8 @@ def _parsed(arguments: list[str]) -> Command:
 def _understood(arguments: list[str]) -> str:
     """The command that the arguments begin with."""
     commands = [kind.__name__.lower() for kind in (Demo, Train, Evaluate, Steer, Report, Info)]
-    known = (commands, RUNS if arguments[:1] == ["train"] else ())
+    files = [word for word in arguments[1:2] if is_file(word)]
+    known = (commands, [*recipe_names(), *files] if arguments[:1] == ["train"] else ())
     words = takewhile(lambda pair: pair[0] in pair[1], zip(arguments, known, strict=False))
     return " ".join(["lacfast", *(word for word, _ in words)])
 

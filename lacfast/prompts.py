@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from lacfast.config import TrainConfig
+from lacfast.config.checks import unknown
 from lacfast.distributed import Share
 from lacfast.seeds import derived_seed
 
@@ -30,9 +31,11 @@ PromptSource = str | Path | Iterable[PromptEntry] | Callable[[], Iterable[Prompt
 """Entries, or a file, directory or function that `load_prompts` reads."""
 
 _FORMATS = (
-    "a .txt file (one prompt per line), a .jsonl file (one {'prompt': ..., ...} per line), a .parquet file "
-    "or a directory that datasets.save_to_disk wrote"
+    "a .txt file (one prompt per line), a .jsonl file (one {'prompt': ..., ...} per line), a .parquet file, "
+    "a directory that datasets.save_to_disk wrote, or hub:OWNER/NAME"
 )
+HUB = "hub:"
+"""What the name of a data set of the hub begins with."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") ->
     """The prompts of a file, a directory, a function without arguments, or of entries in memory.
 
     Text: one prompt per line, blank lines are skipped. JSONL: one object per line; GenEval's
-    `evaluation_metadata.jsonl` is one. A `.parquet` file needs pyarrow, a `datasets` directory datasets.
+    `evaluation_metadata.jsonl` is one. A `.parquet` file needs pyarrow, a `datasets` directory datasets, and
+    so does a data set of the hub, "hub:OWNER/NAME,split=test,column=Prompt", see HubDataset.
     A whole row becomes the prompt's metadata, so that a reward or its server finds every key.
 
     Args:
@@ -147,12 +151,15 @@ def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") ->
         column: the key or column that holds the caption.
 
     Raises:
-        ValueError: for a path that does not exist, an unknown format, or a bad line, which is named by file
-            and number.
+        ValueError: for a path that does not exist, an unknown format, a data set that cannot be loaded, or a
+            bad line, which is named by file and number.
         ImportError: when the format's optional package is missing, with the command that installs it.
     """
     if isinstance(source, PromptSet):
         return source
+    if isinstance(source, str) and source.startswith(HUB):
+        found = HubDataset.named(source.removeprefix(HUB), column)
+        return _collected(found.rows(), column=found.column, origin=source)
     if isinstance(source, str | Path):
         return _collected(_read(Path(source), column), column=column, origin=str(source))
     entries = source() if callable(source) else source
@@ -229,19 +236,82 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, PromptEntry]]:
 
 
 def _read_dataset(path: Path, column: str) -> Iterator[tuple[str, PromptEntry]]:
-    try:
-        from datasets import load_from_disk
-    except ImportError as error:
-        raise ImportError(f"the datasets directory {path} needs datasets: pip install datasets") from error
-    dataset = load_from_disk(str(path))
+    dataset = _datasets(f"the datasets directory {path}").load_from_disk(str(path))
     if isinstance(dataset, dict):
         raise ValueError(
             f"{path} holds the splits {sorted(dataset)}; pass one, such as {path / min(dataset)}"
         )
+    yield from _rows(dataset, column, str(path))
+
+
+def _datasets(what: str) -> Any:
+    """
+    Raises:
+        ImportError: where `what` needs the package and it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{what} needs datasets: pip install 'lacfast[datasets]'") from error
+    return datasets
+
+
+def _rows(dataset: Any, column: str, origin: str) -> Iterator[tuple[str, PromptEntry]]:
     if column not in dataset.column_names:
-        raise ValueError(f"{path} has no column {column!r}; its columns are {dataset.column_names}")
+        raise ValueError(f"{origin} has no column {column!r}; its columns are {dataset.column_names}")
     for index, row in enumerate(dataset):
-        yield f"{path}, row {index}", row
+        yield f"{origin}, row {index}", row
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set by its name on Hugging Face's hub, or a directory in the hub's layout."""
+
+    name: str
+    split: str = "train"
+    """One of the data set's, or a part of it, as "train[:1000]"."""
+    column: str = "prompt"
+    """What holds the caption."""
+    config: str = ""
+    """Which of the data set's configurations. Empty: its only or default one."""
+    revision: str = ""
+    """Branch, tag or commit. Empty: the newest, which may be another one tomorrow."""
+
+    @staticmethod
+    def named(words: str, column: str = "prompt") -> HubDataset:
+        """The data set of "OWNER/NAME,split=test,column=Prompt".
+
+        Raises:
+            ValueError: for a setting that there is none of.
+        """
+        name, *settings = words.split(",")
+        given = {"column": column}
+        known = [field.name for field in fields(HubDataset)[1:]]
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if not equals or key not in known:
+                raise unknown(f"setting of {HUB}{name}", key, known, "Write hub:OWNER/NAME,split=test")
+            given[key] = value
+        return HubDataset(name, **given)
+
+    def rows(self) -> Iterator[tuple[str, PromptEntry]]:
+        """(where it stands, row) of its split; downloads what the cache does not hold.
+
+        Raises:
+            ValueError: when it cannot be loaded, or has no such column.
+            ImportError: when datasets is not installed.
+        """
+        origin = HUB + self.name
+        datasets = _datasets(f"the data set {origin}")
+        try:
+            # Data alone: a repository's own code is not run.
+            dataset = datasets.load_dataset(
+                self.name, self.config or None, split=self.split, revision=self.revision or None
+            )
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ValueError(f"{origin} cannot be loaded, {reason}; check name, split and network") from error
+        return _rows(dataset, self.column, origin)
 
 
 def _collected(

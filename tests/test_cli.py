@@ -19,7 +19,7 @@ from lacfast.backbones.prompt_files import PromptFiles
 from lacfast.cli import main
 from lacfast.runs import phases
 from lacfast.runs.endings import FAILURE, USAGE
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe_names
 from lacfast.tasks.pretraining import pretrain
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
@@ -62,7 +62,7 @@ def help_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_help_of_a_preset_has_the_twelve_flags_that_people_use_and_says_where_the_rest_is(
+def test_help_of_a_recipe_has_the_twelve_flags_that_people_use_and_says_where_the_rest_is(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     short = help_of(["train", "sd15-ddpo", "--help"], capsys)
@@ -79,9 +79,9 @@ def test_help_of_a_preset_has_the_twelve_flags_that_people_use_and_says_where_th
     assert {"lora.rank", "train.critic.trunk", "train.ppo.clip", "keep-last"} < found
 
 
-def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     printed = help_of(["train", "--help"], capsys)
-    assert all(name in printed for name in RUNS)
+    assert all(name in printed for name in recipe_names())
     assert "without downloads" in printed
 
 
@@ -288,7 +288,7 @@ def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_reach_the_parts_of_a_preset(
+def test_flags_reach_the_parts_of_a_recipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from lacfast.rewards import names
 from lacfast.runs import demo, terminal, train
 from lacfast.runs.config import RunConfig
 from lacfast.runs.endings import USAGE
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe, recipe_names
 from lacfast.tasks.pretraining import pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +39,10 @@ INSTEAD = {
 }
 """What commands on a run say, and what stands here in its place."""
 BASELINE = "--train.advantages.estimator grpo --train.critic.trunk none --train.samples-per-prompt 8"
-"""What docs/training.md says of all presets."""
+"""What docs/training.md says of all recipes."""
 
 
-WHOLE = re.compile(r"lacfast (info$|train [a-z][\w-]+ -|(demo|evaluate|steer|report) \S)")
+WHOLE = re.compile(r"lacfast (info$|train [a-z][\w./-]+ -|(demo|evaluate|steer|report) \S)")
 
 
 def commands() -> Iterator[str]:
@@ -103,22 +103,26 @@ def test_a_command_on_a_run_runs(command: str, place: Path, monkeypatch: pytest.
     assert run(command) == 0
 
 
-@pytest.mark.parametrize("command", [*TRAINING, *(f"lacfast train {name} {BASELINE}" for name in RUNS)])
+@pytest.mark.parametrize(
+    "command", [*TRAINING, *(f"lacfast train {name} {BASELINE}" for name in recipe_names())]
+)
 def test_a_training_command_means_settings(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They train in tests/runs/, and their dry runs count there."""
+    # Where the recipes lie that the pages name by their path.
+    monkeypatch.chdir(ROOT)
     asked: list[RunConfig] = []
     monkeypatch.setattr(train, "train", lambda config, *_: asked.append(config))
     monkeypatch.setattr("lacfast.runs.plan.plan", lambda config, **_: asked.append(config))
     monkeypatch.setattr(terminal, "show_plan", lambda *_: None)
     assert run(command) == 0
     (config,) = asked
-    assert config.model == RUNS[command.split()[2]]().model
+    assert config.model == recipe(command.split()[2]).model
     if BASELINE in command:
         assert config.train.advantages.estimator == GRPO()
         assert config.train.critic.trunk == "none"
 
 
-def test_a_preset_becomes_a_baseline_and_trains(place: Path) -> None:
+def test_a_recipe_becomes_a_baseline_and_trains(place: Path) -> None:
     assert BASELINE in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     quick = f"{BASELINE} --train.batch-size 8 --train.eval-every 0 --train.iterations 1"
     assert run(f"lacfast train shapes --out runs/grpo {quick}") == 0

@@ -24,7 +24,7 @@ from lacfast.config.critic import TRUNKS, VALUE_LOSSES
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS
 from lacfast.rewards.names import registered_rewards
 from lacfast.runs.config import RunConfig
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
@@ -112,7 +112,7 @@ def code(text: str, folder: Path) -> Iterator[str]:
 
 
 def commands(text: str, folder: Path) -> Iterator[str]:
-    """Modules and scripts that Python runs, subcommands and presets of lacfast, and the options of both."""
+    """Modules and scripts that Python runs, subcommands and recipes of lacfast, and the options of both."""
     text = re.sub(r"\s*\\\n\s*", " ", text)
     lines = [
         line
@@ -214,9 +214,9 @@ def _command(command: str) -> Iterator[str]:
         if words[1] not in SUBCOMMANDS:
             yield f"subcommand {words[1]}"
             return
-        preset = words[2] if words[1] == "train" and len(words) > 2 else ""
-        if re.fullmatch(r"[a-z][a-z0-9-]+", preset) and preset not in RUNS:
-            yield f"preset {preset}"
+        recipe = words[2] if words[1] == "train" and len(words) > 2 else ""
+        if re.fullmatch(r"[a-z][a-z0-9-]+", recipe) and recipe not in recipe_names():
+            yield f"recipe {recipe}"
         for option in _given(words):
             if option not in _options(words[1]):
                 yield f"option {option} of lacfast {words[1]}"
@@ -243,9 +243,9 @@ SUBCOMMANDS = ("demo", "train", "evaluate", "steer", "report", "info")
 def _options(subcommand: str) -> set[str]:
     """Options that the command line's own help names."""
     printed = io.StringIO()
-    preset = ["shapes"] if subcommand == "train" else []
+    recipe = ["shapes"] if subcommand == "train" else []
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stopped:
-        cli.main([subcommand, *preset, "--help-all"])
+        cli.main([subcommand, *recipe, "--help-all"])
     assert stopped.value.code == 0
     return {"--help-all", *re.findall(r"--[a-z][\w.-]*", printed.getvalue())}
 
@@ -290,7 +290,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         ("`python bench/nowhere.py`", "script bench/nowhere.py"),
         ("`python -m bench.kernels --nothing`", "option --nothing of bench/kernels.py"),
         ("```bash\nlacfast dream\n```", "subcommand dream"),
-        ("`lacfast train nothing`", "preset nothing"),
+        ("`lacfast train nothing`", "recipe nothing"),
         ("`lacfast train shapes --train.nothing 1`", "option --train.nothing of lacfast train"),
         ("`--train.nothing`", "option --train.nothing"),
     ],
@@ -308,7 +308,7 @@ def test_a_wrong_name_is_found(text: str, problem: str) -> None:
         ("advantages", "`combination`", COMBINATIONS),
         ("steering", "`method`", STEERING_METHODS),
         ("steering", "`guidance_form`", GUIDANCE_FORMS),
-        ("training", "preset", RUNS),
+        ("training", "recipe", recipe_names()),
         ("rewards", "name", registered_rewards()),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

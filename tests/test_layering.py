@@ -34,7 +34,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DEPENDENCIES = {
     "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy", "PIL",
     "matplotlib", "rich", "tyro", "nvtx", "xformers", "pybind11", "pytest", "hypothesis", "tensorboard",
-    "wandb", "accelerate", "torchao",
+    "wandb", "accelerate", "torchao", "yaml",
 }  # fmt: skip
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "kernels")
 

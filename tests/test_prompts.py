@@ -221,9 +221,69 @@ def test_real_datasets_and_parquet_are_read(tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "p.parquet").metadata == expected
 
 
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory as a data set's repository has it, two splits and a column that is no "prompt"."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "repository"
+    path.mkdir()
+    for split, prompts in {"train": ["a cat", "a dog"], "test": ["a <b>tree</b>"]}.items():
+        lines = [json.dumps({"Prompt": prompt, "seed": 7}) for prompt in prompts]
+        (path / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_a_data_set_goes_by_its_name_split_and_column(repository: Path) -> None:
+    train = load_prompts(f"hub:{repository},column=Prompt")
+    assert train.texts == ["a cat", "a dog"]
+    assert train.metadata[0] == {"Prompt": "a cat", "seed": 7}
+    assert load_prompts(f"hub:{repository},split=test", column="Prompt").texts == ["a <b>tree</b>"]
+    assert load_prompts(f"hub:{repository},split=train[:1],column=Prompt").texts == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        (
+            ",column=Promt",
+            Refusal(
+                "has no column 'Promt'; its columns are ['Prompt', 'seed']",
+                cause="A data set's caption under another name.",
+                remedy="its columns are",
+            ),
+        ),
+        (
+            ",splt=test",
+            Refusal(
+                "unknown setting of hub:",
+                cause="A setting of a data set that there is none of.",
+                remedy="did you mean 'split'?",
+            ),
+        ),
+        (
+            ",split=validation,column=Prompt",
+            Refusal(
+                "cannot be loaded, ValueError: Unknown split",
+                cause="A data set of the hub that is not there, has no such split, or no network.",
+                remedy="check name, split and network",
+            ),
+        ),
+        (
+            "-nowhere",
+            Refusal("cannot be loaded", cause="The same.", remedy="check name, split and network"),
+        ),
+    ],
+    ids=["column", "setting", "split", "name"],
+)
+def test_a_data_set_that_cannot_be_read_says_why(repository: Path, settings: str, refused: Refusal) -> None:
+    with refused.raised():
+        load_prompts(f"hub:{repository}{settings}")
+
+
 @pytest.mark.parametrize(
     ("package", "name", "command"),
-    [("datasets", "folder", "pip install datasets"), ("pyarrow", "p.parquet", "pip install pyarrow")],
+    [("datasets", "folder", "pip install 'lacfast"), ("pyarrow", "p.parquet", "pip install pyarrow")],
 )
 def test_a_missing_package_gives_its_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str, command: str

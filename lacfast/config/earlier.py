@@ -22,7 +22,8 @@ def _ppo(stored: Settings) -> Settings:
     """Three options of which exactly one was set are `clip`; three that a weight turned on are `kl`."""
     choices = {"clip_range": "ratio", "clip_nats": "nats", "kl_threshold": "kl_mask"}
     kept = {name: value for name, value in stored.items() if name not in (*choices, "kl_weight", "kl_target")}
-    if "kl_weight" in stored or isinstance(stored.get("kl"), str):
+    # A kind alone; a choice's word has its weight.
+    if "kl_weight" in stored or stored.get("kl") in ("exact", "velocity", "flow_grpo"):
         kept["kl"] = None
         if stored.get("kl_weight"):
             kept["kl"] = {"choice": "penalty", "weight": stored["kl_weight"]}
@@ -57,7 +58,8 @@ def _advantages(stored: Settings) -> Settings:
     if isinstance(stored.get("estimator"), str):
         read = {"grpo": ("group_std",), "leave_one_out": ("group_std",), "ddpo": ("buffer_size", "min_count")}
         own = {names[name]: stored[name] for name in read.get(stored["estimator"], ()) if name in stored}
-        kept["estimator"] = {"choice": stored["estimator"], **own}
+        # Without any it is a choice's word.
+        kept["estimator"] = {"choice": stored["estimator"], **own} if own else stored["estimator"]
     return kept
 
 

@@ -1,12 +1,13 @@
-"""Settings as JSON and back: what run.json and the descriptions inside checkpoints hold."""
+"""Settings as JSON and back: what run.json, recipes and the descriptions inside checkpoints hold."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from lacfast.config.choice import Choice, variants
+from lacfast.config.checks import unknown
+from lacfast.config.choice import Choice, parse, variants
 from lacfast.config.earlier import today
 from lacfast.config.unread import made
 
@@ -21,14 +22,14 @@ def to_json(settings: Any) -> Any:
     return {"choice": settings.name} | found if isinstance(settings, Choice) else found
 
 
-def from_json(kind: type[T], stored: dict[str, Any]) -> T:
-    """Settings from what `to_json` made, today or before an option was spelled as it is.
-
-    What nothing reads is at its default, whatever an earlier version let a file say.
+def from_json(kind: type[T], stored: dict[str, Any], *, forgets: bool = True) -> T:
+    """Settings from what `to_json` made, today or by an earlier version, or what people write.
 
     Args:
         kind: the dataclass that was stored; options that are missing have their defaults.
-        stored: its JSON, where tuples are lists.
+        stored: its JSON, where tuples are lists. A choice may be its word, "ratio:1e-4", and pairs a dict.
+        forgets: what nothing reads is at its default, whatever an earlier version let a file say. False: it
+            is refused.
 
     Raises:
         ValueError: for an option that `kind` does not have, or a value out of its range.
@@ -36,28 +37,34 @@ def from_json(kind: type[T], stored: dict[str, Any]) -> T:
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     given = today(kind.__name__, stored)
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise ValueError(
-            f"{kind.__name__} has no {', '.join(unknown)}; known: {', '.join(known)}. Another version of "
-            "lacfast wrote these settings: take the option out of the file, or install that version"
-        )
-    values = {name: _typed(hints[name], value) for name, value in given.items()}
-    return made(kind, values, SimpleNamespace(**values))
+    for name in given:
+        if name not in known:
+            raise unknown(
+                f"option of {kind.__name__}",
+                name,
+                known,
+                "Take it out of the file, or install the version of lacfast that wrote it",
+            )
+    values = {name: _typed(hints[name], value, forgets) for name, value in given.items()}
+    return made(kind, values, SimpleNamespace(**values)) if forgets else kind(**values)
 
 
-def _typed(annotation: Any, value: Any) -> Any:
+def _typed(annotation: Any, value: Any, forgets: bool) -> Any:
     """The value as a field of this type holds it."""
     if isinstance(value, list):
-        return tuple(_typed(None, entry) for entry in value)
+        return tuple(_typed(None, entry, forgets) for entry in value)
+    choices = variants(annotation)
+    if isinstance(value, str) and choices:
+        return parse(value, choices)
     if not isinstance(value, dict):
         return value
     if "choice" in value:
-        known = variants(annotation)
-        if value["choice"] not in known:
-            raise ValueError(f"unknown choice {value['choice']!r}; known: {', '.join(known)}")
+        if value["choice"] not in choices:
+            raise unknown("choice", value["choice"], choices)
         settings = {name: entry for name, entry in value.items() if name != "choice"}
-        return from_json(known[value["choice"]], settings)
+        return from_json(choices[value["choice"]], settings, forgets=forgets)
+    if get_origin(annotation) is tuple:
+        return tuple(value.items())
     members = (annotation, *get_args(annotation))
     records = [member for member in members if isinstance(member, type) and is_dataclass(member)]
-    return from_json(records[0], value) if records else value
+    return from_json(records[0], value, forgets=forgets) if records else value

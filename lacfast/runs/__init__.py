@@ -1,1 +1,1 @@
-"""The command line's jobs: train, evaluate, steer, demo; their presets, directories and costs."""
+"""The command line's jobs: train, evaluate, steer, demo; their recipes, directories and costs."""

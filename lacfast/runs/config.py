@@ -32,7 +32,7 @@ EMBEDDED_MODELS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """One run of `lacfast train`; a preset gives the defaults."""
+    """One run of `lacfast train`; a recipe gives the defaults."""
 
     UNREAD = (
         Unread(
@@ -91,8 +91,8 @@ class RunConfig(Config):
     """Directory or hub id of a diffusers pipeline; "shapes-dit", "glyphs-dit", "words-dit" and the same with
     "-unet" are made on the spot."""
     prompts: str
-    """A .txt, .jsonl or .parquet file, a `datasets` directory, or "animals", "shapes", "glyphs",
-    "words"."""
+    """A .txt, .jsonl or .parquet file, a `datasets` directory, "hub:OWNER/NAME,column=prompt,split=train", or
+    "animals", "shapes", "glyphs", "words"."""
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
     rewards: tuple[tuple[str, Finite], ...]
@@ -112,7 +112,7 @@ class RunConfig(Config):
     merged_loras: tuple[tuple[str, Finite], ...] = ()
     """(LoRA, weight) pairs that are added to the model's weights before anything is trained."""
     full_finetuning: bool = False
-    """Train all weights where a preset has a `lora`."""
+    """Train all weights where a recipe has a `lora`."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     attention_backend: str = ""
     """"sdpa", "xformers" or a name of diffusers' dispatcher. Empty: the model's own."""

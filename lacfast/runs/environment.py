@@ -23,7 +23,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "profile": ("nvtx",),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
-    "dev": ("ruff", "mypy", "pre-commit"),
+    "dev": ("ruff", "mypy", "types-PyYAML", "pre-commit"),
 }
 """Optional extra -> the packages that it brings."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lacfast.backbones import load_backbone
 from lacfast.config import SamplerConfig, to_json
 from lacfast.distributed import World
-from lacfast.prompts import PromptSet
+from lacfast.prompts import HUB, PromptSet
 from lacfast.report.pictures import contact_sheet, to_image
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
@@ -40,7 +40,8 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
         ValueError: for no prompt, or a file that does not exist.
     """
     first = prompts[0] if prompts else ""
-    is_source = first in PROMPT_SOURCES or (first and Path(first).exists()) or first.endswith(PROMPT_FILES)
+    is_file = first.endswith(PROMPT_FILES) or (first and Path(first).exists())
+    is_source = first in PROMPT_SOURCES or first.startswith(HUB) or is_file
     if is_source and len(prompts) > 1:
         raise ValueError(f"--prompts takes one source or texts, not {first!r} and {len(prompts) - 1} more")
     found = prompts_of(first) if is_source else PromptSet.create(list(prompts))

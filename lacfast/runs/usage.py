@@ -45,7 +45,9 @@ def _unrecognized(word: str, parts: list[list[str]], command: str, remedy: str) 
         return str(unknown("command", f"{command} {word}".removeprefix("lacfast "), _full(command, names)))
     near = re.findall(r"^ {4}(--[\w.-]+)", "\n".join(_following(parts, "Perhaps you meant:")), re.MULTILINE)
     if word in near:
-        owners = re.findall(r"in (lacfast .*?) --help", "\n".join(_following(parts, "Perhaps you meant:")))
+        option = rf"^ {{4}}{re.escape(word)}\b(.*?)(?=^ {{4}}\S|\Z)"
+        described = re.findall(option, "\n".join(_following(parts, "Perhaps you meant:")), re.M | re.S)
+        owners = [owner for text in described for owner in re.findall(r"in (lacfast .*?) --help", text)]
         return f"{command} has no {word}; it is an option of {', '.join(dict.fromkeys(owners))}"
     guess = f"did you mean {near[0]}? Otherwise " if near else ""
     return f"unknown {'option' if word.startswith('-') else 'word'} {word} of {command}; {guess}{remedy}"

@@ -11,7 +11,7 @@ from lacfast.backbones import PipelineSettings
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.published import published_as, published_models
 from lacfast.runs.plan import TINY_MODELS
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipes
 
 PARAMETERS = {
     "sd15": 859.5,
@@ -39,7 +39,7 @@ def millions(module: Any) -> float:
 
 def test_every_published_model_is_known() -> None:
     assert set(published_models()) == set(PARAMETERS)
-    models = {run().model for run in RUNS.values()} - set(TINY_MODELS)
+    models = {recipe.settings.model for recipe in recipes().values()} - set(TINY_MODELS)
     assert all(published_as(model) is not None for model in models), models
 
 

@@ -1,4 +1,4 @@
-"""The presets fit the GPUs that they are for, and what is recorded of them is what is planned."""
+"""The recipes fit the GPUs that they are for, and what is recorded of them is what is planned."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ TOO_LARGE = {"dance-grpo-hpsv2"}
 """Presets that train all weights of FLUX; with a LoRA they are another."""
 
 
-def test_every_preset_is_recorded() -> None:
+def test_every_recipe_is_recorded() -> None:
     assert RECORDED.keys() == memory.configurations().keys()
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_preset_fits_its_gpu_or_says_with_what_it_does(name: str) -> None:
+def test_a_recipe_fits_its_gpu_or_says_with_what_it_does(name: str) -> None:
     peak = max(phase["device"] for phase in RECORDED[name]["phases"])
     assert (peak > GPU_BYTES) == (name in TOO_LARGE)
     assert name not in TOO_LARGE or f"{name}-lora" in RECORDED
 
 
-def test_a_preset_fitted_no_gpu_before_its_rollouts_lay_on_the_host() -> None:
+def test_a_recipe_fitted_no_gpu_before_its_rollouts_lay_on_the_host() -> None:
     assert RECORDED["sd35m-ocr"]["before"]["value pretraining"] > GPU_BYTES
 
 

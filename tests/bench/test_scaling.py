@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import scaling
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipes
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
@@ -40,12 +40,13 @@ def test_the_overlap_is_what_neither_waits(
     assert (found["speed-up"], found["overlap"]) == (0.8, 0.5)
 
 
-def test_the_table_has_the_presets_on_as_many_gpus_as_their_batch_has_images(
+def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = SimpleNamespace(efficiency=1.0, gradient_bytes=0.0, gathered_bytes=2e9)
     monkeypatch.setattr(scaling, "plan", lambda config, ranks: SimpleNamespace(on=lambda gpus: found))
-    monkeypatch.setattr(scaling, "RUNS", {name: RUNS[name] for name in ("shapes", "flux-pickscore")})
+    found = {name: recipes()[name] for name in ("shapes", "flux-pickscore")}
+    monkeypatch.setattr(scaling, "recipes", lambda: found)
     head, _, *rows = scaling.paper().splitlines()
     assert head.endswith(
         "| 8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs | 128 GPUs | 256 GPUs | 512 GPUs | 1,024 GPUs |"

@@ -30,7 +30,7 @@ from lacfast.config import (
 )
 from lacfast.config.checks import Config, field_types
 from lacfast.runs.config import RunConfig
-from lacfast.runs.presets import RUNS, shapes_run
+from lacfast.runs.recipes import recipe, recipe_names
 
 
 class Row(NamedTuple):
@@ -367,7 +367,7 @@ def test_a_run_refuses_what_it_would_ignore(changes: dict[str, Any], refusal: Re
 
 
 def test_a_variant_forgets_what_its_preset_set_and_nothing_reads() -> None:
-    preset = shapes_run().train
+    preset = recipe("shapes").train
     changes: dict[str, Any] = {
         "critic": CriticConfig(trunk="none"), "advantages": AdvantageConfig(estimator=BatchMean())
     }  # fmt: skip
@@ -381,7 +381,7 @@ def test_a_variant_forgets_what_its_preset_set_and_nothing_reads() -> None:
 
 
 def test_a_variant_refuses_what_is_asked_for_and_nothing_reads() -> None:
-    preset = shapes_run().train
+    preset = recipe("shapes").train
     with pytest.raises(ValueError, match=r"^ppo.gae_lambda=0.5 would be ignored"):
         variant(
             preset,
@@ -391,15 +391,15 @@ def test_a_variant_refuses_what_is_asked_for_and_nothing_reads() -> None:
         )
     with pytest.raises(ValueError, match=r"^train.pretrain.patience=3 would be ignored"):
         variant(
-            shapes_run(),
+            recipe("shapes"),
             value_pretraining=False,
             train=replace(preset, pretrain=replace(preset.pretrain, patience=3)),
         )
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_preset_does_without_value_pretraining_evaluations_and_lora(name: str) -> None:
-    preset = RUNS[name]()
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_does_without_value_pretraining_evaluations_and_lora(name: str) -> None:
+    preset = recipe(name)
     short = variant(
         preset,
         value_pretraining=False,

@@ -14,11 +14,11 @@ from lacfast.config import variant
 from lacfast.runs.apart import apart
 from lacfast.runs.costs import Costs
 from lacfast.runs.plan import plan
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe
 from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, scaling
 from lacfast.runs.terminal import show_plan
 
-SHAPES = replace(RUNS["shapes"](), dry_run=True)
+SHAPES = replace(recipe("shapes"), dry_run=True)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         remedy="start it with torchrun --nproc-per-node, or add --dry-run",
     )
     with refused.raised():
-        replace(RUNS["shapes"](), gpus=4)
+        replace(recipe("shapes"), gpus=4)
     with pytest.raises(ValueError, match="shard=2 does not divide the 3 ranks"):
         plan(SHARDED, ranks=3)
     with pytest.raises(ValueError, match="is fewer than the 1000 ranks"):

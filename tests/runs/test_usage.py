@@ -90,16 +90,16 @@ REFUSED = [
         "train shapes --lora.rank 4",
         Refusal(
             "lacfast train shapes has no --lora.rank",
-            cause="An option of other presets.",
+            cause="An option of other recipes.",
             remedy="it is an option of lacfast train",
         ),
     ),
     (
         "train shapez",
         Refusal(
-            "unknown command 'train shapez'; did you mean 'train shapes'?",
-            cause="A preset that is misspelled.",
-            remedy="Known: train shapes, train words, train sd15-ddpo",
+            "unknown recipe 'shapez'; did you mean 'shapes'?",
+            cause="A recipe that is misspelled.",
+            remedy="A file of your own ends in .yaml",
         ),
     ),
     (
@@ -114,7 +114,7 @@ REFUSED = [
         "train",
         Refusal(
             "lacfast train needs one of shapes",
-            cause="A training without its preset.",
+            cause="A training without its recipe.",
             remedy="see lacfast train --help",
         ),
     ),

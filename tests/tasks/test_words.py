@@ -13,7 +13,7 @@ import torch
 from bench import ocr
 from lacfast.rewards.ocr import Pixels
 from lacfast.rewards.registry import RewardSet
-from lacfast.runs import presets
+from lacfast.runs.recipes import recipe
 from lacfast.runs.train import train
 from lacfast.tasks import words
 from lacfast.tasks.codec import fit_codec
@@ -78,11 +78,11 @@ def test_rapidocr_reads_the_tasks_own_pictures() -> None:
 @pytest.mark.slow
 def test_ppo_raises_what_the_engine_reads_of_held_out_words(tmp_path: Path) -> None:
     pytest.importorskip("rapidocr")
-    preset = presets.words_run()
-    short = replace(preset.train, iterations=24, eval_every=24, eval_samples=240)
-    # The preset's rate falls over five times as many iterations.
+    settings = recipe("words")
+    short = replace(settings.train, iterations=24, eval_every=24, eval_samples=240)
+    # The recipe's rate falls over five times as many iterations.
     short = replace(short, ppo=replace(short.ppo, final_learning_rate=None))
-    train(replace(preset, out=str(tmp_path / "run"), train=short))
+    train(replace(settings, out=str(tmp_path / "run"), train=short))
     ocr.record(tmp_path / "run", result=tmp_path / "ocr.json", pictures=tmp_path)
     found = json.loads((tmp_path / "ocr.json").read_text(encoding="utf-8"))
     assert found["curve"][-1] == {"images": 24 * 192, **found["after"]}

@@ -9,7 +9,8 @@ import pytest
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
 from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, KLPenalty, TrainConfig
-from lacfast.runs.presets import RUNS, shapes
+from lacfast.runs.presets import shapes
+from lacfast.runs.recipes import recipe
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import pretrain
@@ -81,9 +82,9 @@ def test_the_rules_for_two_rewards_differ_in_the_rule_alone() -> None:
         assert replace(config, advantages=AdvantageConfig()) == arms.with_trunk("dit", "branch")
 
 
-def test_published_baselines_are_presets() -> None:
+def test_published_baselines_are_recipes() -> None:
     names = ("flow-grpo-geneval", "dance-grpo-hpsv2", "ddpo-compressibility")
-    flow, dance, ddpo = (RUNS[name]().train for name in names)
+    flow, dance, ddpo = (recipe(name).train for name in names)
     assert (flow.batch_size, flow.samples_per_prompt, flow.ppo.kl) == (1152, 24, KLPenalty(0.04, "flow_grpo"))
     assert (dance.batch_size, dance.samples_per_prompt, dance.advantages.estimator) == (
         192,

@@ -1,4 +1,4 @@
-"""A preset that follows a script names its revision and has its noise levels and settings."""
+"""A recipe that follows a script names its revision and has its noise levels and settings."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lacfast.backbones.blueprint import load_blueprint
 from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Ratio
 from lacfast.records import TransitionTable
 from lacfast.runs.plan import torch_dtype
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import directory, recipe
 
 SCRIPTS = {
     "flow-grpo-geneval": "yifan123/flow_grpo",
     "dance-grpo-hpsv2": "XueZeyue/DanceGRPO",
     "ddpo-compressibility": "kvablack/ddpo-pytorch",
 }
-"""Presets that do what somebody's script does."""
+"""Recipes that do what somebody's script does."""
 
 
 def table_of(name: str) -> TransitionTable:
     """Through the published model's own scheduler."""
-    config = RUNS[name]()
+    config = recipe(name)
     blueprint = load_blueprint(
         config.model,
         dtype=torch_dtype(config.dtype),
@@ -63,14 +63,15 @@ LEVELS = {
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_preset_has_the_noise_levels_of_its_script_and_names_the_revision(name: str) -> None:
+def test_a_recipe_has_the_noise_levels_of_its_script_and_names_the_revision(name: str) -> None:
     found: Tensor = table_of(name).sigmas
     torch.testing.assert_close(found.numpy(), LEVELS[name](), rtol=2e-5, atol=2e-6)
-    assert re.search(rf"Revision: {SCRIPTS[name]} at [0-9a-f]{{12}}\.", RUNS[name].__doc__ or "")
+    text = (directory() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert re.search(rf"^# Revision: {SCRIPTS[name]} at [0-9a-f]{{12}}\.", text, re.MULTILINE)
 
 
 def test_dance_grpo_has_the_settings_of_its_script() -> None:
-    config = RUNS["dance-grpo-hpsv2"]()
+    config = recipe("dance-grpo-hpsv2")
     sampler, ppo = config.train.sampler, config.train.ppo
     assert (sampler.num_steps, sampler.noise_level, sampler.shift) == (16, 0.3, 3.0)
     assert (config.train.batch_size, config.train.samples_per_prompt) == (16 * 12, 12)
@@ -83,7 +84,7 @@ def test_dance_grpo_has_the_settings_of_its_script() -> None:
 
 
 def test_ddpo_has_the_settings_of_its_script() -> None:
-    config = RUNS["ddpo-compressibility"]()
+    config = recipe("ddpo-compressibility")
     sampler, ppo = config.train.sampler, config.train.ppo
     assert config.lora == LoRAConfig(rank=4)
     assert (sampler.num_steps, sampler.noise_level, sampler.guidance_scale) == (50, 1.0, 5.0)
@@ -95,7 +96,7 @@ def test_ddpo_has_the_settings_of_its_script() -> None:
 
 
 def test_flow_grpo_has_the_settings_of_its_script() -> None:
-    config = RUNS["flow-grpo-geneval"]()
+    config = recipe("flow-grpo-geneval")
     sampler, ppo = config.train.sampler, config.train.ppo
     assert config.lora == LoRAConfig(rank=32, alpha=64)
     assert (sampler.num_steps, sampler.noise_level, sampler.guidance_scale) == (10, 0.7, 4.5)
