@@ -114,7 +114,7 @@ def test_three_options_of_the_kl_are_its_penalty(earlier: dict[str, Any], today:
 def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
     stored = to_json(replace(recipe("shapes"), out="x"))
     stored["train"]["ppo"]["clip_ratio"] = 1.0
-    with pytest.raises(ValueError, match=r"PPOConfig 'clip_ratio'; did you mean 'clip'\? .*Take it out"):
+    with pytest.raises(ValueError, match=r"PPOConfig 'clip_ratio'; did you mean 'ratio'\? .*Take it out"):
         from_json(RunConfig, stored)
     with pytest.raises(ValueError, match="unknown choice 'ration'; did you mean 'ratio'"):
         from_json(PPOConfig, {"clip": {"choice": "ration"}})
