@@ -146,7 +146,7 @@ def test_it_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
             Refusal(
                 "the datasets directory folder needs datasets",
                 cause="A directory of datasets where that package is not installed.",
-                remedy="pip install datasets",
+                remedy="pip install 'lacfast[datasets]'",
             ),
         ),
         (

@@ -45,8 +45,8 @@ def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
 ) -> None:
     found = SimpleNamespace(efficiency=1.0, gradient_bytes=0.0, gathered_bytes=2e9)
     monkeypatch.setattr(scaling, "plan", lambda config, ranks: SimpleNamespace(on=lambda gpus: found))
-    found = {name: recipes()[name] for name in ("shapes", "flux-pickscore")}
-    monkeypatch.setattr(scaling, "recipes", lambda: found)
+    known = {name: recipes()[name] for name in ("shapes", "flux-pickscore")}
+    monkeypatch.setattr(scaling, "recipes", lambda: known)
     head, _, *rows = scaling.paper().splitlines()
     assert head.endswith(
         "| 8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs | 128 GPUs | 256 GPUs | 512 GPUs | 1,024 GPUs |"
