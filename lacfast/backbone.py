@@ -25,7 +25,9 @@ class Backbone(Protocol):
     dtype: torch.dtype
     """Dtype that the model runs in and takes its samples in."""
     latent_shape: tuple[int, ...]
-    """(C, H, W), or (L, D) where the family packs its latents."""
+    """(C, H, W), (C, F, H, W) of videos, or (L, D) where the family packs its latents."""
+    judged_frames: int
+    """Frames of a video that rewards of images judge; 0 where `decode` gives images."""
     critic: Critic | None
     """Its value function; the trainer makes one, load_backbone loads one."""
 
@@ -48,7 +50,7 @@ class Backbone(Protocol):
         graph has frozen it."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [0, 1] of clean latents."""
+        """Images (B, 3, H, W), or videos (B, F, 3, H, W), float in [0, 1] of clean latents."""
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         """The schedule that `config` describes, for this model's prediction type and scheduler."""

@@ -159,7 +159,7 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:
-    """Mean root mean square distance of two images (B, 3, H, W) of one prompt; NaN where none has two."""
+    """Mean root mean square distance of two images (B, ...) of one prompt; NaN where none has two."""
     rows: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(row)

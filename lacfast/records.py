@@ -299,9 +299,10 @@ class Rollout:
 
     table: TransitionTable
     latents: Tensor
-    """(T + 1, B, C, H, W), x_0 pure noise, x_T the clean latent."""
+    """(T + 1, B, C, H, W), x_0 pure noise, x_T the clean latent; (T + 1, B, C, F, H, W) of videos, and
+    (T + 1, B, L, D) where the model takes packed ones."""
     model_outputs: Tensor
-    """(T, B, C, H, W) as the policy gave them, after guidance."""
+    """(T, B, ...) as the policy gave them, after guidance."""
     log_probs: Tensor
     """(T, B)"""
     values: Tensor
@@ -337,7 +338,7 @@ class Rollout:
 
     @property
     def clean_latents(self) -> Tensor:
-        """(B, C, H, W)"""
+        """(B, ...)"""
         return self.latents[-1]
 
     def origin_of_nan(self) -> str:
@@ -357,7 +358,8 @@ class Evaluation:
     explained_variance: Tensor
     """(T, M); M = 0 without a critic."""
     images: Tensor
-    """(n, 3, H, W) float in [0, 1], on the CPU; on other ranks than the first their own alone."""
+    """(n, 3, H, W) float in [0, 1], or of videos the frames (n, F, 3, H, W) that rewards of images judge, on
+    the CPU; on other ranks than the first their own alone."""
     prompts: list[str]
     calibration: dict[str, Tensor] = field(default_factory=dict)
     """Head -> (3, K) mean value, mean return, its standard error in bins of the value; see rollout.scored."""

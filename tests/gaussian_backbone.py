@@ -42,6 +42,7 @@ class GaussianBackbone:
 
     dtype = torch.float32
     latent_shape = SHAPE
+    judged_frames = 0
 
     def __init__(self, means: Sequence[tuple[float, float]] = ((1.0, -0.5),), spread: float = 0.7) -> None:
         self.model = MixtureVelocity(means, spread)

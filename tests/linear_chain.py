@@ -38,6 +38,7 @@ class LinearChain:
 
     dtype = torch.float32
     latent_shape = SHAPE
+    judged_frames = 0
     rescales_guidance = False
 
     def __init__(self, slope: float = 0.5) -> None:

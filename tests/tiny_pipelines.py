@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -35,6 +36,9 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -59,6 +63,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from lacfast import PipelineSettings, SamplerConfig, load_backbone
@@ -68,7 +74,10 @@ from lacfast.records import NoiseKey
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.graph import GraphRunner
 
-FAMILIES = ("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein", "qwen_image", "z_image", "sana", "pixart")
+FAMILIES = (
+    *("sd15", "sdxl", "sd3", "flux", "flux2", "flux2_klein"),
+    *("qwen_image", "z_image", "sana", "pixart", "wan"),
+)
 DDIM_FAMILIES = ("sd15", "sdxl", "pixart")
 """Those that predict the noise."""
 WORDS = ("a", "red", "blue", "cat", "dog", "of", "photo", "the", "tree", "sky")
@@ -489,6 +498,45 @@ def pixart() -> PixArtSigmaPipeline:
     )
 
 
+FRAMES = 5
+"""Of a tiny video, which are two latent frames."""
+
+
+def wan(**arguments: Any) -> WanPipeline:
+    return WanPipeline(
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=32,
+            freq_dim=16,
+            ffn_dim=64,
+            num_layers=3,
+            rope_max_seq_len=32,
+        ),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=AutoencoderKLWan(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[2.0, 1.5, 1.0, 0.5],
+            scale_factor_temporal=4,
+            scale_factor_spatial=4,
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+        ),
+        tokenizer=t5_tokenizer(),
+        **arguments,
+    )
+
+
 BUILDERS = {
     "sd15": sd15,
     "sdxl": sdxl,
@@ -500,6 +548,7 @@ BUILDERS = {
     "z_image": z_image,
     "sana": sana,
     "pixart": pixart,
+    "wan": wan,
 }
 
 
@@ -542,19 +591,28 @@ def use_first_order(pipeline: Any) -> None:
     """Give a pipeline the steps of our sampler without noise: DDIM, or a solver in its first order."""
     scheduler = pipeline.scheduler
     if "solver_order" in scheduler.config:
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, solver_order=1)
+        # UniPC's corrector is of an order more.
+        first = {"solver_order": 1, "disable_corrector": list(range(STEPS))}
+        pipeline.scheduler = type(scheduler).from_config(scheduler.config, **first)
     elif type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
 
 
 SETTINGS = PipelineSettings(resolution=RESOLUTION, max_sequence_length=LENGTH)
+VIDEOS = ("wan",)
 STEPS = 4
+
+
+def settings_of(family: str, **changes: Any) -> PipelineSettings:
+    """The tests' settings of a family."""
+    return replace(SETTINGS, **({"num_frames": FRAMES} if family in VIDEOS else {}) | changes)
 
 
 def backbone_of(
     pipeline: Any, *, resolution: tuple[int, int] = RESOLUTION, **arguments: Any
 ) -> LatentBackbone:
-    return load_backbone(pipeline, settings=replace(SETTINGS, resolution=resolution), **arguments)
+    family = "wan" if isinstance(pipeline, WanPipeline) else ""
+    return load_backbone(pipeline, settings=settings_of(family, resolution=resolution), **arguments)
 
 
 def ode_images(backbone: LatentBackbone, prompts: list[str], guidance_scale: float) -> tuple[Tensor, Tensor]:
@@ -577,8 +635,9 @@ def own_call(
     guidance_scale: float,
     *,
     resolution: tuple[int, int] = RESOLUTION,
+    **more: Any,
 ) -> Tensor:
-    """Images of the pipeline's own __call__."""
+    """Images, or videos, of the pipeline's own __call__."""
     arguments: dict[str, Any] = {"guidance_scale": guidance_scale}
     if type(pipeline).__name__ in EMPTY_PROMPTS:
         # There guidance_scale is told to a distilled model; true_cfg_scale is the classifier-free one.
@@ -589,6 +648,10 @@ def own_call(
         arguments["use_resolution_binning"] = False
         # SANA's wants sides that its own autoencoder's factor divides.
         pipeline.check_inputs = lambda *_: None
+    if isinstance(pipeline, WanPipeline):
+        # It wants sides that its own autoencoder's factor divides.
+        pipeline.check_inputs = lambda *_: None
+        arguments["num_frames"] = FRAMES
     if "max_sequence_length" in inspect.signature(type(pipeline).__call__).parameters:
         arguments["max_sequence_length"] = LENGTH
     if type(pipeline).__name__ == "ZImagePipeline":
@@ -600,15 +663,16 @@ def own_call(
         # It takes maps of patches.
         rows, columns = (side // 4 for side in resolution)
         latents = latents.mT.unflatten(2, (rows, columns))
-    images: Tensor = pipeline(
+    made = pipeline(
         prompt=list(prompts),
         height=resolution[0],
         width=resolution[1],
         num_inference_steps=STEPS,
         latents=latents,
         output_type="pt",
-        **arguments,
-    ).images
+        **arguments | more,
+    )
+    images: Tensor = made.frames if isinstance(pipeline, WanPipeline) else made.images
     return images
 
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig, SamplerConfig, TrainConfig
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.config import KLPenalty, Ratio
 
 
 def config_for(
     backbone: LatentBackbone, *, trunk: str = "branch", guidance_scale: float = 1.0, **changes: Any
 ) -> TrainConfig:
-    is_ddim = "Flow" not in type(backbone.scheduler).__name__
+    is_ddim = not is_flow(backbone.scheduler)
     ppo = PPOConfig(
         clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, kl=KLPenalty(0.1), policy_learning_rate=1e-3
     )

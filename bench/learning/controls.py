@@ -6,6 +6,7 @@ estimator ShuffledCritic its baseline.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.advantages import with_baseline
-from lacfast.backbones.estimate_trunks import CleanEstimate, EstimateTrunk, halvings
+from lacfast.backbones.estimate_trunks import CONVOLUTIONS, CleanEstimate, EstimateTrunk, halvings
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.prompt_trunks import pooled_prompt, prompt_tokens
 from lacfast.backbones.taps import feature_map_tokens
@@ -22,6 +23,7 @@ from lacfast.backbones.trunks import OwnForwardTrunk
 from lacfast.config import CriticConfig, CriticValues
 from lacfast.critic.trunk import Features, register_trunk
 from lacfast.records import Conditioning, Rollout
+from lacfast.rewards.frames import is_video
 from lacfast.seeds import derived_seed
 
 FIRST_CHANNELS = 16
@@ -36,13 +38,15 @@ class LatentNetTrunk(OwnForwardTrunk):
 
     def __init__(self, latent_shape: tuple[int, ...], prompt_dim: int, dim: int) -> None:
         super().__init__()
-        is_map = len(latent_shape) == 3
-        self.embed: nn.Module = (
-            nn.Conv2d(latent_shape[0], dim, kernel_size=2, stride=2)
-            if is_map
-            else nn.Linear(latent_shape[1], dim)
-        )
-        length = (latent_shape[1] // 2) * (latent_shape[2] // 2) if is_map else latent_shape[0]
+        channels, *sides = latent_shape
+        self.embed: nn.Module
+        if len(sides) == 1:
+            length, self.embed = channels, nn.Linear(sides[0], dim)
+        else:
+            # A frame of a video is not joined with the next.
+            patch = (1,) * (len(sides) - 2) + (2, 2)
+            self.embed = CONVOLUTIONS[len(sides)](channels, dim, kernel_size=patch, stride=patch)  # type: ignore[arg-type]
+            length = math.prod(side // step for side, step in zip(sides, patch, strict=True))
         self.position = nn.Parameter(0.02 * torch.randn(length, dim))
         self.prompt = nn.Linear(prompt_dim, dim)
         self.layers = nn.ModuleList(
@@ -62,7 +66,7 @@ class LatentNetTrunk(OwnForwardTrunk):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> list[Tensor]:
         embedded = self.embed(sample)
-        tokens = (feature_map_tokens(embedded) if embedded.ndim == 4 else embedded) + self.position
+        tokens = (embedded if embedded.ndim == 3 else feature_map_tokens(embedded)) + self.position
         prompt = self.prompt(conditioning.tensors["encoder_hidden_states"].to(sample.dtype).mean(dim=1))
         hidden = torch.cat([prompt[:, None].to(tokens.dtype), tokens], dim=1)
         for layer in self.layers:
@@ -118,11 +122,12 @@ class PixelTrunk(EstimateTrunk):
         # In a tuple, so that the decoder is no part of the critic's own weights.
         self.decoder = (decode,)
         with torch.no_grad():
-            side = max(decode(torch.zeros(1, *latent_shape, device=device)).shape[2:])
-        depth = max(halvings(side), 1)
+            _, *sides = _channels_first(decode(torch.zeros(1, *latent_shape, device=device)))[0].shape
+        depth = max(halvings(max(sides)), 1)
         widths = [3] + [min(FIRST_CHANNELS * 2**stage, dim) for stage in range(depth - 1)] + [dim]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1) for narrow, wide in pairwise(widths)
+            CONVOLUTIONS[len(sides)](narrow, wide, kernel_size=3, stride=2, padding=1)
+            for narrow, wide in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.GroupNorm(1, width, affine=False) for width in widths[1:])
         self.modulations = nn.ModuleList(nn.Linear(prompt_dim, 2 * width) for width in widths[1:])
@@ -134,15 +139,20 @@ class PixelTrunk(EstimateTrunk):
         (decode,) = self.decoder
         # A decoder has a dtype of its own: SDXL's overflows in float16.
         with torch.autocast(sample.device.type, enabled=False):
-            images = decode(self.clean(features, sample, timestep))
+            images = _channels_first(decode(self.clean(features, sample, timestep)))
         prompt = pooled_prompt(conditioning).to(sample.dtype)
         hidden = 2 * images - 1
         for convolution, norm, modulation in zip(
             self.convolutions, self.norms, self.modulations, strict=True
         ):
-            scale, shift = modulation(prompt)[..., None, None].chunk(2, dim=1)
+            scale, shift = modulation(prompt).view(len(prompt), -1, *(1,) * (hidden.ndim - 2)).chunk(2, dim=1)
             hidden = nn.functional.silu(norm(convolution(hidden)) * (1 + scale) + shift)
         return [feature_map_tokens(hidden)]
+
+
+def _channels_first(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as they are, videos (B, F, 3, H, W) as (B, 3, F, H, W)."""
+    return images.transpose(1, 2) if is_video(images) else images
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,10 @@ class EstimateTrunk(Trunk):
         return estimate
 
 
+CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+"""By the sides of a map: height and width, before which a video has its frames."""
+
+
 def halvings(side: int) -> int:
     """How often `side` must be halved until it is at most MAP_SIDE."""
     return max(math.ceil(math.log2(side / MAP_SIDE)), 0)
@@ -114,7 +118,7 @@ class CleanNetTrunk(EstimateTrunk):
         """
         Args:
             estimate: state and model output to clean latents.
-            latent_maps: latents as the model takes them (B, ...) to maps (B, C, H, W).
+            latent_maps: latents as the model takes them (B, ...) to maps (B, C, H, W) or (B, C, F, H, W).
             latent_shape: of one latent.
         """
         super().__init__(estimate)
@@ -123,7 +127,7 @@ class CleanNetTrunk(EstimateTrunk):
         strides = [2] * halvings(max(sides)) + [1, 1]
         widths = [channels] + [CLEAN_CHANNELS] * len(strides)
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, kernel_size=3, stride=stride, padding=1)
+            CONVOLUTIONS[len(sides)](before, after, kernel_size=3, stride=stride, padding=1)
             for (before, after), stride in zip(pairwise(widths), strides, strict=True)
         )
         # At high noise an epsilon model's estimate is large: normalised behind the first convolution.

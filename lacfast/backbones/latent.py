@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
+from lacfast.backbones.casting import cast_weights
 from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk
 from lacfast.backbones.parts import Embeddings, LatentCodec, PromptEncoder
@@ -72,7 +73,8 @@ class LatentBackbone(ABC):
     prompt_arguments: ClassVar[tuple[str, ...]]
     """What the model is told of a prompt, by its forward's names."""
     rescales_guidance: ClassVar[bool] = False
-    """See the protocol."""
+    judged_frames = 0
+    """See the protocol for both."""
 
     def __init__(
         self,
@@ -91,31 +93,25 @@ class LatentBackbone(ABC):
             model: the family's diffusers model, which gets the adapter and its dtype in place.
             prompt_encoder: text to embeddings; frozen.
             codec: latents to images; frozen.
-            latent_shape: (C, H, W), or (L, D) for packed latents.
+            latent_shape: (C, H, W), (C, F, H, W) of videos, or (L, D) for packed latents.
             storage: how it is written.
             scheduler: a diffusers scheduler that gives the noise levels. None: flow matching with
                 SamplerConfig.shift.
             lora: train this adapter and freeze the rest. None: train all weights.
             dtype: that the model runs in. None: the model's.
         """
-        if adapters.tuner_layers(model):
-            raise ValueError(
-                f"the {type(model).__name__} already has adapters {list(model.peft_config)}; load the "
-                "pipeline anew and say what becomes of them: load_backbone(..., lora=...) trains one on, "
-                "load_backbone(..., merged_loras={...}) merges them into the weights"
-            )
+        adapters.require_none(model)
         self.dtype: torch.dtype = dtype or model.dtype
         self.lora = lora
         self.model = model.eval().requires_grad_(False)
         weights_dtype = torch.float32 if lora is None else self.dtype
         if model.dtype != weights_dtype:
-            # torch's own: diffusers' warns of modules to keep in float32 even where there are none.
-            nn.Module.to(model, weights_dtype)
+            cast_weights(model, weights_dtype)
         self.prompts = PromptCache(prompt_encoder)
         self.codec = codec
         self.latent_shape = latent_shape
         self.latent_maps: Callable[[Tensor], Tensor] = _unchanged
-        """Maps (B, C, H, W) of latents (B, ...) as the model takes them; a family that packs them unpacks."""
+        """Maps (B, C, H, W) or (B, C, F, H, W) of latents (B, ...); a family that packs them unpacks."""
         self.prediction: Callable[[Tensor], Tensor] = _unchanged
         """The output (B, ...) that a step takes, of what the model gives."""
         self.storage = storage
@@ -128,7 +124,9 @@ class LatentBackbone(ABC):
         self._compilation: tuple[str, str | None] | None = None
         self._precision = "model"
         self._quantized: QuantizedLinears | None = None
-        self._decoding = BatchSize(0, unit="image", setting="rollout_batch_size or eval_batch_size")
+        # Of videos one fills a decoder, which goes through its frames one after the other.
+        at_a_time = 1 if len(latent_shape) == 4 else 0
+        self._decoding = BatchSize(at_a_time, unit="image", setting="rollout_batch_size or eval_batch_size")
         if lora is not None:
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
@@ -263,9 +261,7 @@ class LatentBackbone(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        parts = self._decoding.parts(lambda rows: self.codec.decode(latents[rows]), len(latents))
-        images = list(parts)
-        return images[0] if len(images) == 1 else torch.cat(images)
+        return self._decoding.joined(lambda rows: self.codec.decode(latents[rows]), len(latents))
 
     def transition_table(self, config: SamplerConfig) -> TransitionTable:
         window = None if config.kind == "ode" else config.stochastic_window

@@ -36,6 +36,7 @@ from lacfast.backbones.sdxl import SDXL_PIPELINES
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.trained_lora import LoRASource, read_lora
 from lacfast.backbones.unet import SD15_PIPELINES, UNetBackbone
+from lacfast.backbones.wan import WAN_PIPELINES
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.backbones.z_image import Z_IMAGE_PIPELINES
 from lacfast.checkpoint import CRITIC_WEIGHTS, read_critic
@@ -56,6 +57,7 @@ PIPELINES: dict[str, PipelineFamily] = {
     "ZImagePipeline": Z_IMAGE_PIPELINES,
     "SanaPipeline": SANA_PIPELINES,
     "PixArtSigmaPipeline": PIXART_PIPELINES,
+    "WanPipeline": WAN_PIPELINES,
 }
 """diffusers' pipeline class -> how it is used. A new family is a file with such an object and a line here."""
 
@@ -335,9 +337,9 @@ def _family(pipeline: Any) -> PipelineFamily:
 
 def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     family = _family(pipeline)
-    require_plain_parts(pipeline.components, family.model_part)
     settings = request.settings or PipelineSettings()
     family.require_read(settings, pipeline)
+    require_plain_parts(pipeline.components, family.model_part)
     if request.device is not None:
         pipeline.to(request.device)
     for name in family.text_parts:
@@ -352,7 +354,7 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     scheduler = family.scheduler(pipeline.scheduler)
     weights = {name: getattr(pipeline, name) for name in (family.model_part, "vae", *family.text_parts)}
     fingerprint = Fingerprint.of(weights, scheduler)
-    map_shape = family.latent_map(pipeline, settings.resolution or _default_resolution(pipeline, family))
+    map_shape = family.latent_map(pipeline, settings)
     backbone = family.backbone(
         pipeline,
         settings,
@@ -366,18 +368,10 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
         lora=request.lora if trained is None else trained.config(family.model_part),
         dtype=request.dtype,
     )
+    backbone.judged_frames = family.judged_frames(settings)
     if trained is not None:
         backbone.load_policy(trained.state(family.model_part), f"LoRA {trained.source}")
     return backbone
-
-
-def _default_resolution(pipeline: Any, family: PipelineFamily) -> tuple[int, int]:
-    if family.resolution is not None:
-        return family.resolution
-    model = getattr(pipeline, family.model_part)
-    size = getattr(pipeline, "default_sample_size", None) or model.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    return height * pipeline.vae_scale_factor, width * pipeline.vae_scale_factor
 
 
 def _origin(pipeline: Any) -> str | None:

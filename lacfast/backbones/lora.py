@@ -56,6 +56,19 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
     return _adapted(model).layers
 
 
+def require_none(model: Any) -> None:
+    """
+    Raises:
+        ValueError: for a model that comes with adapters.
+    """
+    if tuner_layers(model):
+        raise ValueError(
+            f"the {type(model).__name__} already has adapters {list(model.peft_config)}; load the "
+            "pipeline anew and say what becomes of them: load_backbone(..., lora=...) trains one on, "
+            "load_backbone(..., merged_loras={...}) merges them into the weights"
+        )
+
+
 def _adapted(model: nn.Module) -> _Adapted:
     configs = getattr(model, "peft_config", {})
     known = _ADAPTED.get(model)

@@ -56,4 +56,4 @@ class LatentCodec(Protocol):
     """Latents to images."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) float in [0, 1]."""
+        """Images (B, 3, H, W), or videos (B, F, 3, H, W), float in [0, 1]."""

@@ -55,14 +55,24 @@ class PipelineFamily:
     """What sides of the latents must be divisible by. None: the model's patch size."""
     resolution: tuple[int, int] | None = None
     """(height, width) in pixels of the pipeline's own call, where no config tells it."""
+    scale_factor: str = "vae_scale_factor"
+    """Attribute of the pipeline with the pixels that a side of the latents stands for."""
     has_frames: bool = False
-    """Whether the decoder takes and gives a video (B, C, F, H, W), which is of one frame here."""
+    """Whether the decoder takes and gives a video (B, C, F, H, W); a picture is one of a single frame."""
+    num_frames: int | None = None
+    """Frames of the pipeline's own call; None: it makes pictures."""
 
     def require_read(self, settings: PipelineSettings, pipeline: Any) -> None:
         """
         Raises:
-            ValueError: for a guidance that this pipeline's model is not told.
+            ValueError: for a guidance that this pipeline's model is not told, or frames of a picture.
         """
+        for name in ("num_frames", "judged_frames") if self.num_frames is None else ():
+            if getattr(settings, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(settings, name)} would be ignored: a {type(pipeline).__name__} makes "
+                    "pictures and no videos; leave it out"
+                )
         guidance, model = settings.embedded_guidance, getattr(pipeline, self.model_part)
         if guidance is not None and not model.config.get("guidance_embeds", False):
             raise ValueError(
@@ -130,15 +140,33 @@ class PipelineFamily:
             for name, place in outputs.items()
         }
 
-    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-        """(C, H, W) of the latents of images of (height, width) pixels, before any packing.
+    def latent_map(self, pipeline: Any, settings: PipelineSettings) -> tuple[int, ...]:
+        """(C, H, W) of the latents of an image, (C, F, H, W) of a video, before any packing.
 
         Raises:
             ValueError: for a resolution that is no multiple of what the model needs.
         """
         config = getattr(pipeline, self.model_part).config
-        multiple = self.multiple or config.get("patch_size", 1)
-        return latent_map(pipeline, config.in_channels, resolution, multiple=multiple)
+        factor: int = getattr(pipeline, self.scale_factor)
+        resolution = settings.resolution or self.resolution
+        if resolution is None:
+            size = getattr(pipeline, "default_sample_size", None) or config.sample_size
+            height, width = (size, size) if isinstance(size, int) else size
+            resolution = (height * factor, width * factor)
+        step = factor * (self.multiple or config.get("patch_size", 1))
+        if any(side % step for side in resolution):
+            near = tuple(max(round(side / step), 1) * step for side in resolution)
+            raise ValueError(f"resolution={resolution} must be a multiple of {step} pixels; use {near}")
+        return (self.latent_channels(config), resolution[0] // factor, resolution[1] // factor)
+
+    def latent_channels(self, config: Any) -> int:
+        """C, by the model's config."""
+        channels: int = config.in_channels
+        return channels
+
+    def judged_frames(self, settings: PipelineSettings) -> int:
+        """Frames of a video that rewards of images judge; 0: it makes pictures."""
+        return 0
 
     def backbone(
         self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...], **shared: Any
@@ -163,8 +191,10 @@ class PipelineFamily:
         if getattr(config, "scaling_factor", None) is not None:
             latents = latents / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None:
-            mean = to_device(torch.tensor(config.latents_mean), latents.device).view(1, -1, 1, 1)
-            std = to_device(torch.tensor(config.latents_std), latents.device).view(1, -1, 1, 1)
+            mean, std = (
+                to_device(torch.tensor(each), latents.device).view(1, -1, *(1,) * (latents.ndim - 2))
+                for each in (config.latents_mean, config.latents_std)
+            )
             latents = latents * std + mean
         if getattr(config, "shift_factor", None) is not None:
             latents = latents + config.shift_factor
@@ -177,9 +207,10 @@ class PackedPipelines(PipelineFamily):
 
     embedded_guidance: float = 1.0
     """What a distilled model is told where PipelineSettings say nothing."""
+    multiple: int | None = 2
 
-    def latent_map(self, pipeline: Any, resolution: tuple[int, int]) -> tuple[int, ...]:
-        return latent_map(pipeline, pipeline.transformer.config.in_channels // 4, resolution, multiple=2)
+    def latent_channels(self, config: Any) -> int:
+        return super().latent_channels(config) // 4
 
     def arguments(
         self, pipeline: Any, settings: PipelineSettings, map_shape: tuple[int, ...]
@@ -263,11 +294,12 @@ class VAECodec:
     def decode(self, latents: Tensor) -> Tensor:
         """(decoder(latents) / 2 + 1/2) clipped to [0, 1], float32."""
         maps = self.family.unscaled(self.vae, self.family.unpack(latents, self.map_shape)).to(self.vae.dtype)
-        if self.family.has_frames:
+        is_picture = maps.ndim == 4
+        if self.family.has_frames and is_picture:
             maps = maps.unsqueeze(2)
         images: Tensor = self.vae.decode(maps, return_dict=False)[0]
         if self.family.has_frames:
-            images = images.squeeze(2)
+            images = images.squeeze(2) if is_picture else images.transpose(1, 2)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -295,25 +327,6 @@ def encoder_device(encoder: Any) -> torch.device:
         raise ValueError("the pipeline has no text encoder to encode prompts with; load it with its encoders")
     device: torch.device = next(encoder.parameters()).device
     return device
-
-
-def latent_map(
-    pipeline: Any, channels: int, resolution: tuple[int, int], *, multiple: int = 1
-) -> tuple[int, ...]:
-    """(C, H, W) of the latents of images of `resolution`.
-
-    Args:
-        multiple: that latent height and width must be divisible by.
-
-    Raises:
-        ValueError: for a resolution that is no multiple of what the model needs.
-    """
-    factor = pipeline.vae_scale_factor
-    if any(side % (factor * multiple) for side in resolution):
-        step = factor * multiple
-        near = tuple(max(round(side / step), 1) * step for side in resolution)
-        raise ValueError(f"resolution={resolution} must be a multiple of {step} pixels; use {near}")
-    return (channels, resolution[0] // factor, resolution[1] // factor)
 
 
 def dynamic_shift(scheduler: Any, tokens: int, *, max_shift: float) -> dict[str, Any]:

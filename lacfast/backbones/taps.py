@@ -84,5 +84,5 @@ def blocks_at(depth: int, fractions: Sequence[float]) -> list[int]:
 
 
 def feature_map_tokens(feature_map: Tensor) -> Tensor:
-    """(B, C, H, W) as tokens (B, H W, C)."""
+    """(B, C, H, W) as tokens (B, H W, C), (B, C, F, H, W) as (B, F H W, C)."""
     return feature_map.flatten(2).mT

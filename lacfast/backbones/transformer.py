@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -78,8 +79,9 @@ class TransformerBackbone(LatentBackbone):
     def image_tokens(self) -> int:
         """Tokens of an image in the blocks."""
         _, *sides = self.latent_shape
-        patch: int = self.model.config["patch_size"]
-        return (sides[0] // patch) * (sides[1] // patch)
+        patch = self.model.config["patch_size"]
+        patches = (patch,) * len(sides) if isinstance(patch, int) else patch
+        return math.prod(side // step for side, step in zip(sides, patches, strict=True))
 
     def fixed_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """What the model takes that is the same for all samples."""

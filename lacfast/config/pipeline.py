@@ -14,6 +14,12 @@ class PipelineSettings(Config):
 
     resolution: tuple[Count, Count] | None = None
     """(height, width) in pixels. None: the pipeline's own."""
+    num_frames: Count | None = None
+    """Frames of a video, 1 more than a multiple of those that a latent frame stands for, 4 of Wan. None: the
+    pipeline's own, 81 of Wan."""
+    judged_frames: Count | None = None
+    """Frames of a video that a reward of images judges, evenly spaced from the first to the last; its score
+    is their mean. 1: the middle one. None: 3, or as many as there are."""
     negative_prompt: str | None = None
     """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
     max_sequence_length: Count | None = None

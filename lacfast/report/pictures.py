@@ -16,6 +16,8 @@ from torch import Tensor
 
 GRID_COLUMNS = 10
 GRID_IMAGES = 60
+FRAMES_PER_SECOND = 16
+"""Of videos: Wan's."""
 SCALE = 3
 """Screen pixels per pixel of a tiny image."""
 GREEN, RED = "#1a7f37", "#cf222e"
@@ -68,8 +70,33 @@ def grid(images: Tensor, *, columns: int = GRID_COLUMNS, scale: int = SCALE, gap
 
 
 def contact_sheet(images: Tensor) -> Image.Image:
-    """The first GRID_IMAGES of images (n, 3, H, W), small ones enlarged."""
-    return grid(images[:GRID_IMAGES], scale=max(1, 96 // images.shape[-1]))
+    """The first GRID_IMAGES of images (n, 3, H, W), small ones enlarged; videos (n, F, 3, H, W) are rows."""
+    scale = max(1, 96 // images.shape[-1])
+    if images.ndim == 4:
+        return grid(images[:GRID_IMAGES], scale=scale)
+    frames = images.shape[1]
+    shown = images[: max(GRID_IMAGES // frames, 1)].flatten(0, 1)
+    return grid(shown, columns=frames, scale=scale)
+
+
+def save_sample(pixels: Tensor, path: Path) -> Path:
+    """Write an image (3, H, W) as a PNG file, or a video (F, 3, H, W) as a WebP that plays.
+
+    Args:
+        pixels: in [0, 1].
+        path: without its suffix.
+
+    Returns:
+        The path with it.
+    """
+    if pixels.ndim == 3:
+        path = path.with_suffix(".png")
+        to_image(pixels).save(path)
+        return path
+    path = path.with_suffix(".webp")
+    first, *others = (to_image(frame) for frame in pixels)
+    first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
+    return path
 
 
 def comparison(gallery: Gallery) -> Figure:

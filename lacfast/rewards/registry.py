@@ -6,7 +6,7 @@ import importlib
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lacfast.config.checks import unknown
 from lacfast.prompts import PromptSet
+from lacfast.rewards.frames import JUDGED_FRAMES
 from lacfast.rewards.names import registered_rewards, require_known, server
 from lacfast.rewards.reward import Cancellable, Checkable, Declaration, Judged, Loadable, Reward, RewardError
 from lacfast.rewards.scoring import require_finite, require_reference, scored, time_limit
@@ -48,6 +49,8 @@ class RewardSet:
     """Reward -> names of its scores: its own, or those that it declares."""
     weights: Tensor
     """(M,) float32 of the scores, in the order of `names`."""
+    judged: int = JUDGED_FRAMES
+    """Frames of a video that rewards of images judge."""
 
     @staticmethod
     def create(spec: RewardSet | RewardSpec) -> RewardSet:
@@ -109,9 +112,26 @@ class RewardSet:
             for name in [name for name in rewards.functions if name not in functions]:
                 functions[name], heads[name] = rewards.functions[name], rewards.heads[name]
                 weights += [given[head] for head in heads[name]]
-        union = RewardSet(functions, heads, torch.tensor(weights, dtype=torch.float32))
+        union = RewardSet(functions, heads, torch.tensor(weights, dtype=torch.float32), sets[0].judged)
         _require_different(union.names)
         return union
+
+    def judging(self, frames: int) -> RewardSet:
+        """The rewards of a model's images, or of its videos.
+
+        Args:
+            frames: of a video that rewards of images judge; 0: the model makes images.
+
+        Raises:
+            ValueError: for a reward of videos where images are made.
+        """
+        videos = [name for name, each in self.functions.items() if Declaration.of(each).video]
+        if videos and not frames:
+            raise ValueError(
+                f"reward {videos[0]!r} judges videos and the model makes images; leave it out, or train a "
+                "model of videos"
+            )
+        return replace(self, judged=frames or self.judged)
 
     @property
     def names(self) -> list[str]:
@@ -158,7 +178,7 @@ class RewardSet:
         """name -> (B,) float32 on the CPU.
 
         Args:
-            images: (B, 3, H, W)
+            images: (B, 3, H, W) or videos (B, F, 3, H, W)
             prompts: B of them.
             metadata: B of them.
             origin: as in require_finite.
@@ -176,7 +196,9 @@ class RewardSet:
                 return {
                     head: scores
                     for name, function in self.functions.items()
-                    for head, scores in scored(name, function, images, prompts, metadata, own).items()
+                    for head, scores in scored(
+                        name, function, images, prompts, metadata, own, judged=self.judged
+                    ).items()
                 }
         finally:
             if caller is None:

@@ -99,7 +99,7 @@ class RemoteReward:
             found = None if "authorization" in given else authorization(host)
             if found is not None:
                 self._credentials[url] = {"Authorization": found}
-        self.declaration = Declaration(heads=self.wire.heads)
+        self.declaration = Declaration(heads=self.wire.heads, video=self.wire.video)
         if self.batch_size < 1 or self.concurrency < 1:
             raise ValueError(
                 f"batch_size={self.batch_size} and concurrency={self.concurrency} must be 1 or more"
@@ -127,7 +127,7 @@ class RemoteReward:
         """(B,) float32 scores on the CPU, or a dict of them by the wire format's heads; no gradient.
 
         Args:
-            images: (B, 3, H, W) float in [0, 1].
+            images: (B, 3, H, W) float in [0, 1], or videos (B, F, 3, H, W) where the wire format has them.
             prompts: B of them.
             metadata: B of them.
 

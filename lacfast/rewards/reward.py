@@ -11,6 +11,7 @@ from lacfast.runtime.failures import FailedError
 
 Reward = Callable[..., Any]
 """(images (B, 3, H, W) float in [0, 1], prompts, metadata) -> (B,) numbers, alone or with a dict of notes;
+of a video a few frames are such images, and their mean is its score;
 what else it may take and return its Declaration says."""
 
 
@@ -27,6 +28,9 @@ class Declaration(Config):
     images: Annotated[str, OneOf(("tensor", "pil"))] = "tensor"
     """"tensor": (B, 3, H, W) float in [0, 1] on the device where they were made; "pil": a list of B RGB
     images of Pillow."""
+    video: bool = False
+    """It judges whole videos: (B, F, 3, H, W), or B lists of F images of Pillow, and no pictures. False: of a
+    video it is given PipelineSettings.judged_frames frames as images, and its score is their mean."""
     reference: str = ""
     """Key of the metadata under which every prompt has a picture to compare with: a path, an image of Pillow,
     or (3, H, W) in [0, 1]. The reward is given them as `references`, a list in the form of `images`, each of
@@ -105,10 +109,11 @@ def declares(
     heads: tuple[str, ...] = (),
     weights: tuple[float, ...] = (),
     images: str = "tensor",
+    video: bool = False,
     reference: str = "",
 ) -> Callable[[RewardFunction], RewardFunction]:
     """Decorator that gives a function a Declaration; a class of rewards has it as an attribute instead."""
-    declaration = Declaration(heads=heads, weights=weights, images=images, reference=reference)
+    declaration = Declaration(heads=heads, weights=weights, images=images, video=video, reference=reference)
 
     def marked(reward: RewardFunction) -> RewardFunction:
         reward.declaration = declaration  # type: ignore[attr-defined]

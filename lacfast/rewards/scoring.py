@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lacfast.rewards.frames import JUDGED_FRAMES, is_video, judged_frames, repeated
 from lacfast.rewards.image_files import pictures
 from lacfast.rewards.reward import TIME_LIMIT_S, Declaration, NotFiniteError, Reward, RewardError
 from lacfast.rewards.workers import Caller, TooLongError
@@ -32,27 +33,40 @@ def scored(
     prompts: list[str],
     metadata: list[dict[str, Any]],
     caller: Caller,
+    *,
+    judged: int = JUDGED_FRAMES,
 ) -> dict[str, Tensor]:
     """Head -> (B,) float32 on the CPU: the reward's own name, or the heads that it declares.
 
     Args:
         name: of the reward.
         function: the reward.
-        images: (B, 3, H, W); the reward gets a copy.
+        images: (B, 3, H, W) or videos (B, F, 3, H, W); the reward gets a copy.
         prompts: B of them.
         metadata: B of them; the reward gets copies of their containers and arrays.
         caller: makes the call.
+        judged: frames of a video that a reward of images is given.
 
     Raises:
         RewardError: when the reward raises, takes too long, or returns what is not scores of its heads; it
             names the reward, the prompts and what came back.
     """
     declaration, limit_s = Declaration.of(function), time_limit(function)
+    if declaration.video and not is_video(images):
+        raise RewardError(
+            f"reward {name!r} judges videos, and images of shape {tuple(images.shape)} were made; {_REMEDY}"
+        )
+    if is_video(images) and not declaration.video:
+        frames = judged_frames(images, judged)
+        count = frames.shape[1]
+        told = (repeated(prompts, count), repeated(metadata, count))
+        by_frame = scored(name, function, frames.flatten(0, 1), *told, caller)
+        return {head: scores.view(-1, count).mean(dim=1) for head, scores in by_frame.items()}
 
     def call() -> Any:
         # What a reward changes in place is its own: the others and later iterations see what was made.
         own = _copied(metadata)
-        given = images.clone() if declaration.images == "tensor" else pictures(images)
+        given = images.clone() if declaration.images == "tensor" else _pictures(images)
         if not (key := declaration.reference):
             return function(given, list(prompts), own)
         references: list[Any] = [
@@ -140,7 +154,7 @@ def _checked(name: str, head: str, raw: Any, prompts: list[str]) -> Tensor:
 
 
 def require_finite(images: Tensor, prompts: list[str], origin: Callable[[], str] | None = None) -> None:
-    """A check of images (B, 3, H, W) before anybody looks at them.
+    """A check of images (B, ...) before anybody looks at them.
 
     Args:
         images: of `prompts`.
@@ -199,6 +213,11 @@ def reference(prompt: str, metadata: dict[str, Any], *, key: str) -> Image.Image
             "give (3, H, W) in [0, 1], an image of Pillow or a path"
         )
     return pictures(pixels[None])[0]
+
+
+def _pictures(images: Tensor) -> list[Any]:
+    """Images of Pillow, or a list of them for each video."""
+    return [pictures(video) for video in images] if is_video(images) else pictures(images)
 
 
 def _pixels(picture: Image.Image, like: Tensor) -> Tensor:

@@ -29,6 +29,10 @@ class WireFormat(Protocol):
     def heads(self) -> tuple[str, ...]:
         """Names of the scores of one image; empty where there is one without a name of its own."""
 
+    @property
+    def video(self) -> bool:
+        """Whether requests are of videos."""
+
     def scores(self, body: bytes) -> list[tuple[float, ...]]:
         """The scores of an answer's body: a row per image, in it one of each head.
 
@@ -42,14 +46,16 @@ class JSONFormat:
     """Our own format.
 
     Request: {"images": [base64 of a file, ...], "image_format": "png" or "jpeg", "prompts": [str, ...],
-    "metadata": [object, ...]}. Answer: {"scores": [number, ...]}, one per image, in order; with `heads`
-    {"scores": {head: [number, ...], ...}}.
+    "metadata": [object, ...]}; with `video` "videos" in place of "images", a list of files for each. Answer:
+    {"scores": [number, ...]}, one per image, in order; with `heads` {"scores": {head: [number, ...], ...}}.
     """
 
     image_format: str = "png"
     """"png" keeps every bit; "jpeg" (quality 95) is about five times smaller."""
     heads: tuple[str, ...] = ()
     """Names of the scores that the server gives each image. Empty: one score, which has no name."""
+    video: bool = False
+    """The server judges whole videos and is sent all frames of each."""
 
     def __post_init__(self) -> None:
         if self.image_format not in ("png", "jpeg"):
@@ -62,9 +68,14 @@ class JSONFormat:
     def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
         # zlib's fastest level: a local network is faster than its better ones.
         settings = {"compress_level": 1} if self.image_format == "png" else {"quality": 95}
-        files = encode_images(images, image_format=self.image_format.upper(), **settings)
-        message = {
-            "images": [base64.b64encode(file).decode("ascii") for file in files],
+        frames = images.flatten(0, 1) if self.video else images
+        files = encode_images(frames, image_format=self.image_format.upper(), **settings)
+        texts = [base64.b64encode(file).decode("ascii") for file in files]
+        shown: dict[str, Any] = {"images": texts}
+        if self.video:
+            count = images.shape[1]
+            shown = {"videos": [texts[first : first + count] for first in range(0, len(texts), count)]}
+        message = shown | {
             "image_format": self.image_format,
             "prompts": prompts,
             "metadata": metadata,
@@ -127,6 +138,10 @@ class FlowGRPOFormat:
     @property
     def heads(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def video(self) -> bool:
+        return False
 
     def scores(self, body: bytes) -> list[tuple[float, ...]]:
         answer = read_plain_pickle(body)

@@ -87,13 +87,13 @@ class SamplerBuffers:
     step: Tensor
     """(1,) int64, advanced by the step itself."""
     sample: Tensor
-    """(B, C, H, W) current latents."""
+    """(B, ...) current latents, (B, C, H, W) of a map."""
     model_input: Tensor
-    """(G, B, C, H, W) the same in the model's dtype."""
+    """(G, B, ...) the same in the model's dtype."""
     latents: Tensor
-    """(T + 1, B, C, H, W)"""
+    """(T + 1, B, ...)"""
     model_outputs: Tensor
-    """(T, B, C, H, W)"""
+    """(T, B, ...)"""
     log_probs: Tensor
     """(T, B)"""
     values: Tensor
@@ -121,7 +121,7 @@ class SamplerBuffers:
 
         Args:
             inputs: of the batch, not copied.
-            latent_shape: (C, H, W) or (L, D).
+            latent_shape: of one sample, see Backbone.
             num_rewards: M, heads of the critic that values every step; 0 without one.
             dtype: of the latents.
             model_dtype: that the model takes them in.

@@ -21,6 +21,7 @@ from lacfast.distributed import ALONE, World
 from lacfast.distributed.sharding import gathered
 from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation, FirstSampleId, NoiseKey, Rollout, TransitionTable
+from lacfast.rewards.frames import judged_frames
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
@@ -142,14 +143,15 @@ def decoded_and_scored(
         parts: taken one by one; the next is made while the scores of this one are computed.
         backbone: whose codec decodes; on CUDA in a thread of its own.
         rewards: run in a thread of their own, one part at a time.
-        images: gets the images (B, 3, H, W) of every part, on the CPU. None: they are not kept.
+        images: gets the images (B, 3, H, W) of every part, or the frames (B, F, 3, H, W) of its videos that
+            rewards of images judge, on the CPU. None: they are not kept.
     """
 
     def decode(latents: Tensor) -> Tensor:
         decoded = backbone.decode(latents)
         if images is not None:
             # Parts are decoded in their order; those of the GPU wait for themselves in the decoder's thread.
-            images.append(decoded.cpu())
+            images.append(judged_frames(decoded, rewards.judged).cpu())
         return decoded
 
     on_gpu = next(backbone.model.parameters()).is_cuda

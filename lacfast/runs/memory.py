@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from lacfast.rollout.memory import trajectory_bytes
 from lacfast.rollout.step import begin, denoise_step
 from lacfast.runs.capacity import MemoryPlan, Phase
 from lacfast.runs.costs import LiveBytes, fused_attention
+from lacfast.runs.decoding import Decoding
 from lacfast.runs.shards import Shards
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.host_memory import SLOTS
@@ -109,6 +111,11 @@ class Subject:
             first = replace(rollout, table=_shortened(table, max(2 * STATES_AT_ONCE // count, 2)))
             values = rollout_values(self.critic, first)
         return replace(rollout, values=values.new_empty(table.num_steps, *values.shape[1:]))
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """Follows the decoder."""
+        return Decoding(self.backbone, self.followed)
 
     def _prompts(self, count: int) -> Conditioning:
         """(count, ...) of their own."""
@@ -199,7 +206,7 @@ def memory_plan(
     count = min(config.eval_batch_size, config.eval_samples)
     eval_table = table if config.eval_sampler is None else backbone.transition_table(sampler)
     shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
-    images = config.eval_samples * shown.image_bytes // count
+    images = config.eval_samples * shown.kept_bytes // count
     fixed = weights + training + rollout + average + shards.gathered
     phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + held))
     for module in (backbone.model, *([] if critic is None else [critic])):
@@ -216,7 +223,8 @@ class Sampled:
     rollout: Rollout
     peak_bytes: int
     """While it is sampled and decoded."""
-    image_bytes: int
+    kept_bytes: int
+    """Of its images, or of the frames of its videos, that an evaluation keeps."""
 
     @staticmethod
     def of(
@@ -231,11 +239,11 @@ class Sampled:
         """Arguments as `Subject.part` and `memory_plan`."""
         with torch.no_grad():
             made, rollout = subject.followed(lambda: subject.part(table, sampler, count, features=features))
-            decoded, images = subject.followed(lambda: subject.backbone.decode(rollout.clean_latents))
+            decoded = subject.decoding.of(rollout.clean_latents)
         held = count * trajectory_bytes(rollout)
         # One part is decoded and the images of another are scored while the next is sampled.
-        peak = made + decoded + images.nbytes if overlaps else max(made, held + decoded)
-        return Sampled(rollout, peak, images.nbytes)
+        peak = made + decoded.peak + decoded.images if overlaps else max(made, held + decoded.peak)
+        return Sampled(rollout, peak, decoded.kept)
 
     @property
     def trajectory_bytes(self) -> int:

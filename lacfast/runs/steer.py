@@ -14,7 +14,8 @@ from lacfast.backbones import load_backbone
 from lacfast.config import SamplerConfig, to_json
 from lacfast.distributed import World
 from lacfast.prompts import HUB, PromptSet
-from lacfast.report.pictures import contact_sheet, to_image
+from lacfast.report.pictures import contact_sheet, save_sample
+from lacfast.rewards.frames import JUDGED_FRAMES, judged_frames
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
 from lacfast.runs.directory import STEERED, require_own
@@ -106,12 +107,11 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
 def _write(
     out: Path, images: Tensor, prompts: PromptSet, stats: SteeringStats, settings: dict[str, Any]
 ) -> None:
-    """images/00000.png and so on, samples.png, and statistics.json with a row per image."""
-    contact_sheet(images).save(out / "samples.png")
+    """images/00000.png or, of videos, .webp, samples.png, and statistics.json with a row per image."""
+    contact_sheet(judged_frames(images, JUDGED_FRAMES)).save(out / "samples.png")
     rows = []
     for index, text in enumerate(prompts.texts):
-        name = f"images/{index:05d}.png"
-        to_image(images[index]).save(out / name)
+        name = str(save_sample(images[index], out / f"images/{index:05d}").relative_to(out))
         values = stats.values[:, index].tolist()
         scores = {reward: float(score[index]) for reward, score in (stats.rewards | stats.gold).items()}
         rows.append({"file": name, "prompt": text, "values": values, "scores": scores})

@@ -374,6 +374,7 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
             watcher=lines.images,
             world=world,
         )
+        scorer = scorer.judging(backbone.judged_frames)
         unused = RewardNormalizer.create(len(scorer.names))
         evaluation = evaluate(parts, backbone, [scorer], unused, world)
         lines.scores(evaluation)

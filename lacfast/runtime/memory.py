@@ -143,6 +143,23 @@ class BatchSize:
             # Whoever took it may have let it go; the next part must not be made beside it.
             del result
 
+    def joined(self, work: Callable[[slice], Tensor], count: int) -> Tensor:
+        """(count, ...) of `work` on all rows, part by part; parts are written where they stay.
+
+        Raises:
+            DoesNotFitError: for a single row.
+        """
+        whole, done = torch.empty(0), 0
+        for part in self.parts(work, count):
+            if len(part) == count:
+                return part
+            # Parts that are kept until the last would need as much room again.
+            whole = whole if done else part.new_empty((count, *part.shape[1:]))
+            whole[done : done + len(part)] = part
+            done += len(part)
+            del part
+        return whole
+
     def _does_not_fit(self, error: torch.OutOfMemoryError) -> DoesNotFitError:
         return DoesNotFitError(
             f"out of memory with a single {self.unit}: {error}; use gradient_checkpointing, a LoRA in place "

@@ -60,7 +60,7 @@ def steer(
         more_critics: an ensemble beside the backbone's own on the same rewards, of which the minimum counts.
 
     Returns:
-        images (n, 3, H, W) float in [0, 1], and what they cost and scored.
+        images (n, 3, H, W), or videos (n, F, 3, H, W), float in [0, 1], and what they cost and scored.
 
     Raises:
         ValueError: for settings that cannot work or would be ignored, before any image is made; when V does
@@ -70,7 +70,7 @@ def steer(
     config, sampler = config or SteeringConfig(), sampler or SamplerConfig()
     prompts = PromptSet.create(prompts)
     critics = (() if backbone.critic is None else (backbone.critic,)) + tuple(more_critics)
-    scorer, gold_scorer = _reward_set(rewards), _reward_set(gold)
+    scorer, gold_scorer = (_reward_set(each, backbone.judged_frames) for each in (rewards, gold))
     for judges in (scorer, gold_scorer):
         if judges is not None:
             judges.require_prompts(prompts)
@@ -125,8 +125,8 @@ def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
 
 
-def _reward_set(rewards: RewardSet | RewardSpec | None) -> RewardSet | None:
-    return None if rewards is None else RewardSet.create(rewards)
+def _reward_set(rewards: RewardSet | RewardSpec | None, judged: int) -> RewardSet | None:
+    return None if rewards is None else RewardSet.create(rewards).judging(judged)
 
 
 def _asked_weights(

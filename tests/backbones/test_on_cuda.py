@@ -11,7 +11,7 @@ import torch
 from host_waits import WaitLog
 from safetensors.torch import load_file
 from tiny_backbones import on_cuda, tiny_backbone, tiny_config
-from tiny_pipelines import DDIM_FAMILIES, FAMILIES, PROMPTS, SETTINGS, tiny_pipeline
+from tiny_pipelines import DDIM_FAMILIES, FAMILIES, PROMPTS, settings_of, tiny_pipeline
 
 from lacfast import LatentActorCriticTrainer, load_backbone
 from lacfast.checkpoint import save_backbone
@@ -60,7 +60,7 @@ def test_a_family_trains(cuda: WaitLog, family: str, graph: GraphConfig, tmp_pat
     is_ddim = family in DDIM_FAMILIES
     # One of either: weights in 16 bits with a LoRA, and all weights in 32.
     given = {"lora": LoRAConfig(rank=2), "dtype": torch.bfloat16} if is_ddim else {"dtype": torch.float32}
-    backbone = load_backbone(tiny_pipeline(family), device="cuda", settings=SETTINGS, **given)
+    backbone = load_backbone(tiny_pipeline(family), device="cuda", settings=settings_of(family), **given)
     kind = {"kind": "ddim", "noise_level": 1.0} if is_ddim else {}
     train(backbone, PROMPTS, SamplerConfig(num_steps=2, guidance_scale=2.0, **kind), graph)
     backbone.free_text_encoders(PROMPTS)

@@ -14,16 +14,19 @@ from refusals import Refusal
 from tiny_backbones import brightness
 from tiny_pipelines import (
     FAMILIES,
+    FRAMES,
     PROMPTS,
     RESOLUTION,
     SETTINGS,
     STEPS,
+    VIDEOS,
     backbone_of,
     guided,
     load_pipeline,
     ode_images,
     own_call,
     saved_pipeline,
+    settings_of,
     tiny_pipeline,
     unet,
     use_first_order,
@@ -49,7 +52,8 @@ def test_sampling_without_noise_gives_the_pipeline_s_own_images(
     backbone = backbone_of(pipeline, resolution=resolution)
     latents, images = ode_images(backbone, PROMPTS[:2], guidance_scale)
     expected = own_call(pipeline, PROMPTS[:2], latents.clone(), guidance_scale, resolution=resolution)
-    assert images.shape == (2, 3, *resolution)
+    frames = (FRAMES,) if family in VIDEOS else ()
+    assert images.shape == (2, *frames, 3, *resolution)
     assert expected.std() > 0.01
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
 
@@ -132,7 +136,7 @@ def test_nothing_behind_a_prompt_s_mask_changes_a_bit(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_negative_prompt_takes_the_empty_one_s_place(family: str) -> None:
-    settings = replace(SETTINGS, negative_prompt="blue sky")
+    settings = settings_of(family, negative_prompt="blue sky")
     plain, negative = (
         backbone_of(tiny_pipeline(family)),
         load_backbone(tiny_pipeline(family), settings=settings),

@@ -12,7 +12,6 @@ from refusals import Refusal
 from tiny_pipelines import (
     FAMILIES,
     PROMPTS,
-    SETTINGS,
     backbone_of,
     guided,
     load_lora,
@@ -20,6 +19,7 @@ from tiny_pipelines import (
     ode_images,
     own_call,
     saved_pipeline,
+    settings_of,
     tiny_pipeline,
     use_first_order,
 )
@@ -70,7 +70,7 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_path: Path) -> None:
     base, scale = saved_pipeline(family, tmp_path / "base"), guided(family, 2.0)
-    trainer = trainer_of(load_backbone(base, lora=LORA, settings=SETTINGS))
+    trainer = trainer_of(load_backbone(base, lora=LORA, settings=settings_of(family)))
     untrained = ode_images(trainer.backbone, PROMPTS[:1], scale)[1]
     trainer.train_iteration()
     save_backbone(trainer.backbone, tmp_path / "saved")
@@ -100,7 +100,7 @@ def test_saved_weights_give_the_same_image_in_plain_diffusers(
 ) -> None:
     base = saved_pipeline(family, tmp_path / "base")
     # The critic's own adapter must leave no trace in the saved model.
-    trainer = trainer_of(load_backbone(base, settings=SETTINGS), trunk="lora")
+    trainer = trainer_of(load_backbone(base, settings=settings_of(family)), trunk="lora")
     if freed:
         trainer.backbone.free_text_encoders(PROMPTS)
     trainer.train_iteration()

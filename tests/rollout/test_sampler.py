@@ -19,6 +19,7 @@ from lacfast import LatentActorCriticTrainer, ops
 from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.checkpoint import load_weights, save_run
 from lacfast.config import (
     TRUNKS,
@@ -218,8 +219,7 @@ def test_every_family_is_captured_in_bfloat16_too(family: str, lora: LoRAConfig 
 
 def ddim(backbone: LatentBackbone) -> SamplerConfig:
     """SD 1.x and XL predict the noise."""
-    is_flow = "Flow" in type(backbone.scheduler).__name__
-    return SAMPLER if is_flow else replace(SAMPLER, kind="ddim", noise_level=1.0)
+    return SAMPLER if is_flow(backbone.scheduler) else replace(SAMPLER, kind="ddim", noise_level=1.0)
 
 
 @pytest.mark.parametrize("trunk", [trunk for trunk in TRUNKS if trunk != "none"])

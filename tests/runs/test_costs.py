@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import DDIM_FAMILIES, FAMILIES, tiny_pipeline
+from tiny_pipelines import DDIM_FAMILIES, FAMILIES, FRAMES, tiny_pipeline
 
 from lacfast.backbone import build_critic
 from lacfast.backbones import PipelineSettings, load_backbone
@@ -22,6 +22,12 @@ LORA = LoRAConfig(rank=2)
 SETTINGS = PipelineSettings(resolution=(16, 16))
 
 
+def settings_for(directory: Path) -> PipelineSettings:
+    """Of the pipeline in a directory."""
+    is_video = "WanPipeline" in (directory / "model_index.json").read_text(encoding="utf-8")
+    return replace(SETTINGS, num_frames=FRAMES) if is_video else SETTINGS
+
+
 def config_for(family: str, **changes: Any) -> TrainConfig:
     kind = "ddim" if family in DDIM_FAMILIES else "flow_sde"
     sampler = SamplerConfig(kind=kind, num_steps=4, guidance_scale=1.0 if family == "flux" else 3.0)
@@ -30,7 +36,7 @@ def config_for(family: str, **changes: Any) -> TrainConfig:
 
 @cache
 def counted(directory: Path, config: TrainConfig) -> Costs:
-    blueprint = load_blueprint(directory, lora=LORA, settings=SETTINGS)
+    blueprint = load_blueprint(directory, lora=LORA, settings=settings_for(directory))
     backbone = blueprint.backbone
     critic = build_critic(backbone, 1, config.critic)
     table = backbone.transition_table(config.sampler)
@@ -39,7 +45,7 @@ def counted(directory: Path, config: TrainConfig) -> Costs:
 
 def update_bytes(directory: Path, config: TrainConfig) -> int:
     """Bytes of a pair's update."""
-    blueprint = load_blueprint(directory, lora=LORA, settings=SETTINGS)
+    blueprint = load_blueprint(directory, lora=LORA, settings=settings_for(directory))
     table = blueprint.backbone.transition_table(config.sampler)
     plan = memory_plan(blueprint.backbone, None, table, blueprint.conditioning(), config)
     (batch,) = (phase.batch for phase in plan.phases if phase.name == "policy update")
@@ -56,7 +62,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_a_blueprint_costs_what_the_real_model_costs(family: tuple[str, Path]) -> None:
     name, directory = family
     config = config_for(name)
-    real = load_backbone(directory, lora=LORA, settings=SETTINGS)
+    real = load_backbone(directory, lora=LORA, settings=settings_for(directory))
     critic = build_critic(real, 1, config.critic)
     table = real.transition_table(config.sampler)
     on_cpu = count(real, critic, table, real.encode_unconditional(1), config)

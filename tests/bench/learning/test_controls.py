@@ -24,6 +24,7 @@ from bench.learning.controls import CONTROL_TRUNKS, ShuffledCritic, with_values_
 from lacfast import CriticConfig, load_backbone
 from lacfast.advantages import AdvantageEstimator
 from lacfast.backbone import build_critic
+from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.checkpoint import save_backbone
 from lacfast.config import AdvantageConfig, LoRAConfig, SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.steering import steer
@@ -70,7 +71,7 @@ def test_the_gradient_of_a_critic_on_pixels_reaches_the_latent(family: str) -> N
 def test_every_control_values_and_learns_beside_a_lora_policy(family: str, trunk: str) -> None:
     backbone = backbone_of(tiny_pipeline(family), lora=LoRAConfig(rank=2))
     sampler = SamplerConfig(
-        kind="flow_sde" if "Flow" in type(backbone.scheduler).__name__ else "ddim",
+        kind="flow_sde" if is_flow(backbone.scheduler) else "ddim",
         num_steps=3,
         noise_level=1.0,
     )
