@@ -85,7 +85,8 @@ def flow_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = None
     """Flow-GRPO's SDE, diffusion noise_level sqrt(s / (1 - s)).
 
     Args:
-        sigmas: (T + 1,) noise levels, falling within [0, 1]. At s = 1 the diffusion uses sigmas[1].
+        sigmas: (T + 1,) noise levels, falling within [0, 1]. In the first step 1 - s counts as no less than the
+            step itself: at s = 1 that is Flow-GRPO's sigmas[1], and solvers begin a little below.
         noise_level: eta, 0.7 in Flow-GRPO. 0 gives the ODE.
         window: (start, stop) steps that are stochastic; the others are ODE steps. None: all.
 
@@ -94,7 +95,9 @@ def flow_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = None
     """
 
     def rows(s: Tensor, n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        g = noise_level * (s / (1 - torch.where(s == 1, n[0], s))).sqrt()
+        left = 1 - s
+        left[0] = torch.maximum(left[0], s[0] - n[0])
+        g = noise_level * (s / left).sqrt()
         return _reverse_sde(s, n, g)
 
     return _flow_table("flow_sde", sigmas, noise_level, rows, window)

@@ -86,6 +86,19 @@ def test_every_row_of_every_kind_is_finite(kind: str, level: float) -> None:
         assert column.isfinite().all()
 
 
+@pytest.mark.parametrize(("below", "near"), [(1e-6, 1e-4), (1e-3, 0.05)])
+def test_a_schedule_that_begins_a_little_below_pure_noise_takes_the_step_of_pure_noise(
+    below: float, near: float
+) -> None:
+    """As solvers' do, where noise_level sqrt(s / (1 - s)) alone would throw the sample away."""
+    levels = SIGMAS.clone()
+    levels[0] = 1 - below
+    table, pure = (schedule.flow_sde(each, NOISE_LEVEL) for each in (levels, SIGMAS))
+    for row in ("a", "b", "std"):
+        torch.testing.assert_close(getattr(table, row), getattr(pure, row), rtol=0, atol=near)
+        assert torch.equal(getattr(table, row)[1:], getattr(pure, row)[1:])
+
+
 def test_a_window_leaves_ode_steps_outside() -> None:
     table = schedule.flow_sde(SIGMAS, NOISE_LEVEL, window=(2, 5))
     whole, ode = schedule.flow_sde(SIGMAS, NOISE_LEVEL), schedule.ode(SIGMAS)

@@ -84,6 +84,14 @@ def test_a_negative_prompt_and_another_shift_give_the_pipeline_s_own_videos() ->
     assert (levels[0][1:-1] > levels[1][1:-1]).all()
 
 
+@pytest.mark.parametrize("family", ["wan", "sana"])
+def test_the_first_step_of_a_solver_s_levels_keeps_the_sample(family: str) -> None:
+    table = backbone_of(tiny_pipeline(family)).transition_table(SamplerConfig(num_steps=10))
+    assert 0.999 < table.sigmas[0] < 1
+    assert (table.a.abs() <= 1).all()
+    assert (table.std <= 1).all()
+
+
 def test_a_euler_scheduler_is_taken_as_it_is() -> None:
     pipeline = tiny_pipeline("wan")
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
