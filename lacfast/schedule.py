@@ -85,8 +85,8 @@ def flow_sde(sigmas: Tensor, noise_level: float, *, window: Window | None = None
     """Flow-GRPO's SDE, diffusion noise_level sqrt(s / (1 - s)).
 
     Args:
-        sigmas: (T + 1,) noise levels, falling within [0, 1]. In the first step 1 - s counts as no less than the
-            step itself: at s = 1 that is Flow-GRPO's sigmas[1], and solvers begin a little below.
+        sigmas: (T + 1,) noise levels, falling within [0, 1]. In the first step 1 - s counts as no less than
+            the step itself: at s = 1 that is Flow-GRPO's sigmas[1], and solvers begin a little below.
         noise_level: eta, 0.7 in Flow-GRPO. 0 gives the ODE.
         window: (start, stop) steps that are stochastic; the others are ODE steps. None: all.
 
