@@ -191,9 +191,7 @@ def test_two_models_and_models_of_pictures_and_prompts_are_refused() -> None:
             remedy="load Wan 2.1, or Wan2.2-TI2V-5B",
         ).raised():
             backbone_of(each)
-    config = {
-        name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")
-    }
+    config = {name: value for name, value in pipeline.transformer.config.items() if not name.startswith("_")}
     for changes in ({"in_channels": 9}, {"image_dim": 8, "added_kv_proj_dim": 32}):
         pipeline.transformer = WanTransformer3DModel.from_config(config | changes)
         with Refusal(
