@@ -233,7 +233,7 @@ def unpacked(latents: Tensor, grid: tuple[int, int]) -> Tensor:
 class CrossAttentionBackbone(TransformerBackbone):
     """A model on latents (C, H, W) whose blocks read the prompt's tokens under a mask."""
 
-    prompt_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    prompt_arguments: ClassVar[tuple[str, ...]] = ("encoder_hidden_states", "encoder_attention_mask")
     blocks = (
         Blocks(
             "transformer_blocks",

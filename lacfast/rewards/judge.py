@@ -164,6 +164,10 @@ class ChatFormat:
     def heads(self) -> tuple[str, ...]:
         return self.answer.heads
 
+    @property
+    def video(self) -> bool:
+        return False
+
     def request(self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> bytes:
         (prompt,), (about,) = prompts, metadata
         shown = [reference(prompt, about, key=self.reference)] if self.reference else []
