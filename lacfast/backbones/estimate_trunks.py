@@ -98,7 +98,7 @@ class EstimateTrunk(Trunk):
 
 
 CONVOLUTIONS: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
-"""By the sides of a map: height and width, before which a video has its frames."""
+"""Convolution by the number of a map's sides: height and width, before which a video has its frames."""
 
 
 def halvings(side: int) -> int:
