@@ -17,7 +17,7 @@ from torch import Tensor
 GRID_COLUMNS = 10
 GRID_IMAGES = 60
 FRAMES_PER_SECOND = 16
-"""Of videos: Wan's."""
+"""Rate at which videos play: Wan's."""
 SCALE = 3
 """Screen pixels per pixel of a tiny image."""
 GREEN, RED = "#1a7f37", "#cf222e"

@@ -20,7 +20,7 @@ class DecodedBytes(NamedTuple):
     peak: int
     images: int
     kept: int
-    """Of the images, or of the frames of videos that rewards of images judge: what an evaluation keeps."""
+    """What an evaluation keeps: the images, or the frames of videos that rewards of images judge."""
 
 
 class Decoding:
@@ -33,7 +33,7 @@ class Decoding:
         self._video = cache(self._followed_video)
 
     def of(self, latents: Tensor) -> DecodedBytes:
-        """Of clean latents (B, ...)."""
+        """What clean latents (B, ...) take."""
         count = len(latents)
         if not self.backbone.judged_frames:
             peak, images = self.followed(lambda: self.backbone.decode(latents))

@@ -224,7 +224,7 @@ class Sampled:
     peak_bytes: int
     """While it is sampled and decoded."""
     kept_bytes: int
-    """Of its images, or of the frames of its videos, that an evaluation keeps."""
+    """What an evaluation keeps: its images, or frames of its videos."""
 
     @staticmethod
     def of(
