@@ -87,15 +87,12 @@ class LatentActorCriticTrainer:
         Raises:
             ValueError: for settings that cannot train, or a reward whose model or server is not there.
         """
-        self.config, judged = config or TrainConfig(), backbone.judged_frames
+        self.config = config or TrainConfig()
         require_gradients(backbone)
         self.world = World.current().able_to_share(self.config.batch_size)
         self.world.require_shards(self.config.shard)
         self.backbone = backbone
-        specs = (rewards, evaluation_rewards)
-        self.scorers = [
-            RewardSet.create(each).judging(judged).prepared() for each in specs if each is not None
-        ]
+        self.scorers = RewardSet.scorers((rewards, evaluation_rewards), backbone.judged_frames)
         self.rewards = self.scorers[0]
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)

@@ -98,6 +98,17 @@ class RewardSet:
         )
 
     @staticmethod
+    def scorers(specs: Sequence[RewardSet | RewardSpec | None], frames: int) -> list[RewardSet]:
+        """The sets of what is not None, prepared; `frames` as `judging`.
+
+        Raises:
+            ValueError: see `create` and `judging`.
+            RewardError: see `prepared`.
+        """
+        found = [RewardSet.create(each).judging(frames) for each in specs if each is not None]
+        return [each.prepared() for each in found]
+
+    @staticmethod
     def union(sets: Sequence[RewardSet]) -> RewardSet:
         """All rewards of several sets; of two that share a name the first counts.
 
