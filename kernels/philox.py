@@ -23,42 +23,86 @@ from . import compiled, launch
 
 
 @triton.jit
+def wide_product(word, FACTOR: tl.constexpr):
+    """High and low word of a 64-bit product: one instruction, where a product and a high product are two."""
+    product = word.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def philox_words(seed, sample_id, step, offs_q):
     """Four uint32 words per quad of elements. seed, sample_id, step: int64 scalars; offs_q: int32 block."""
-    sample_bits = sample_id.to(tl.uint64)
-    sample_low = (sample_bits & 0xFFFFFFFF).to(tl.uint32)
-    sample_high = (sample_bits >> 32).to(tl.uint32)
-    return tl.philox(seed, offs_q, step.to(tl.int32), sample_low, sample_high)
+    seed_bits, sample_bits = seed.to(tl.uint64), sample_id.to(tl.uint64)
+    key_0, key_1 = (seed_bits & 0xFFFFFFFF).to(tl.uint32), (seed_bits >> 32).to(tl.uint32)
+    word_0 = offs_q.to(tl.uint32)
+    zeros = word_0 * 0
+    word_1 = zeros + step.to(tl.int32).to(tl.uint32, bitcast=True)
+    word_2 = zeros + (sample_bits & 0xFFFFFFFF).to(tl.uint32)
+    word_3 = zeros + (sample_bits >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high_0, low_0 = wide_product(word_0, 0xD2511F53)
+        high_2, low_2 = wide_product(word_2, 0xCD9E8D57)
+        word_0 = high_2 ^ word_1 ^ key_0
+        word_2 = high_0 ^ word_3 ^ key_1
+        word_1, word_3 = low_2, low_0
+        key_0 += 0x9E3779B9
+        key_1 += 0xBB67AE85
+    return word_0, word_1, word_2, word_3
+
+
+@triton.jit
+def radius_of(word):
+    """sqrt(-2 ln u), u = (word >> 8) 2^-24 + 2^-25, with an error of 2e-7 of it.
+
+    The library's logarithm asks for zeros, infinities and subnormal numbers first. u is none of them, so its
+    exponent comes off in integers, which leaves m of [2/3, 4/3), and a polynomial gives -2 ln m / (m - 1).
+    """
+    u = tl.fma((word >> 8).to(tl.int32).to(tl.float32), 5.9604644775390625e-08, 2.98023223876953125e-08)
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    ratio = tl.fma(f, 0.3073139341764306, -0.342223754635344)
+    ratio = tl.fma(f, ratio, 0.3284017213153263)
+    ratio = tl.fma(f, ratio, -0.39590073199150094)
+    ratio = tl.fma(f, ratio, 0.5001524347435282)
+    ratio = tl.fma(f, ratio, -0.6667597743416065)
+    ratio = tl.fma(f, ratio, 0.9999987551994435)
+    ratio = tl.fma(f, ratio, -1.999999672427396)
+    # -2 ln 2 2^-23
+    return tl.sqrt(tl.fma(exponent.to(tl.float32), -1.6525917e-07, f * ratio))
+
+
+@triton.jit
+def turn_of(word):
+    """cos and sin of 2 pi u, u = (word >> 8) 2^-24 + 2^-25, with an error of 1e-7.
+
+    The two highest bits, rounded, are the nearest quarter of a turn. What is left of it, as a signed integer,
+    wraps into [-1/2, 1/2) quarters by itself, so nothing is lost before the polynomials.
+    """
+    rest = ((word & 0xFFFFFF00) << 2).to(tl.int32, bitcast=True).to(tl.float32)
+    rest = tl.fma(rest, 2.3283064365386963e-10, 1.1920928955078125e-07)
+    square = rest * rest
+    sine = tl.fma(square, -0.004592331658109811, 0.07967592316744289)
+    sine = tl.fma(square, sine, -0.645962941038817)
+    sine = tl.fma(square, sine, 1.5707963051998401) * rest
+    cosine = tl.fma(square, -0.020408352541813817, 0.25359864416612843)
+    cosine = tl.fma(square, cosine, -1.233697014261482)
+    cosine = tl.fma(square, cosine, 0.9999999724239551)
+    quadrant = word + 0x20000000
+    is_odd = (quadrant & 0x40000000) != 0
+    cos_bits = tl.where(is_odd, sine, cosine).to(tl.uint32, bitcast=True)
+    sin_bits = tl.where(is_odd, cosine, sine).to(tl.uint32, bitcast=True)
+    cos_bits = cos_bits ^ ((quadrant + 0x40000000) & 0x80000000)
+    sin_bits = sin_bits ^ (quadrant & 0x80000000)
+    return cos_bits.to(tl.float32, bitcast=True), sin_bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def box_muller(word_radius, word_angle):
     """Two independent normals from two words."""
-    u_radius = (word_radius >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
-    u_angle = (word_angle >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.98023223876953125e-08
-    radius = tl.sqrt(-2.0 * tl.log(u_radius))
-    # The library's sin and cos keep a table in local memory for large arguments. Here the angle is a fraction
-    # of a turn, so its nearest quarter comes off exactly and a short polynomial does the rest (error 2e-8).
-    quarters = u_angle * 4.0
-    nearest = tl.floor(quarters + 0.5)
-    rest = quarters - nearest
-    square = rest * rest
-    sine = tl.fma(square, 0.00016044118478735982, -0.0046817541353186881)
-    sine = tl.fma(square, sine, 0.079692626246167046)
-    sine = tl.fma(square, sine, -0.64596409750624625)
-    sine = tl.fma(square, sine, 1.5707963267948966) * rest
-    cosine = tl.fma(square, -2.5202042373060605e-05, 0.00091926027483942659)
-    cosine = tl.fma(square, cosine, -0.020863480763352961)
-    cosine = tl.fma(square, cosine, 0.25366950790104802)
-    cosine = tl.fma(square, cosine, -1.2337005501361697)
-    cosine = tl.fma(square, cosine, 1.0)
-    quadrant = nearest.to(tl.int32)
-    is_odd = (quadrant & 1) != 0
-    cos_angle = tl.where(is_odd, sine, cosine)
-    sin_angle = tl.where(is_odd, cosine, sine)
-    cos_angle = tl.where(((quadrant + 1) & 2) != 0, -cos_angle, cos_angle)
-    sin_angle = tl.where((quadrant & 2) != 0, -sin_angle, sin_angle)
-    return radius * cos_angle, radius * sin_angle
+    radius = radius_of(word_radius)
+    cosine, sine = turn_of(word_angle)
+    return radius * cosine, radius * sine
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from lacfast.kernels.philox import normal_noise, philox_words
+from lacfast.kernels.philox import box_muller, normal_noise, philox_words
 from torch import Tensor
 
 from lacfast import reference
@@ -85,6 +85,29 @@ def test_normals_equal_the_reference(
     expected = reference.normal_noise((4, num_elements), steps, NoiseKey(seed, sample_ids))
     # Logarithm, sine and cosine of two libraries in float32; the contract between backends is 1e-4.
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+
+
+@triton.jit
+def box_muller_kernel(radius_ptr, angle_ptr, out_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    words = tl.load(radius_ptr + offs).to(tl.uint32), tl.load(angle_ptr + offs).to(tl.uint32)
+    cosine, sine = box_muller(*words)
+    tl.store(out_ptr + offs, cosine)
+    tl.store(out_ptr + N + offs, sine)
+
+
+def test_two_words_become_normals_as_in_float64() -> None:
+    generator = np.random.default_rng(0)
+    # Every quarter's borders, the smallest and the largest radius, and numbers between.
+    edges = np.array([0, 0xFF, 0x100, 0x1FFFFFFF, 0x20000000, 0x5FFFFF00, 0x60000000, WORD - 0xFF, WORD])
+    grid = np.stack(np.meshgrid(edges, edges), axis=-1).reshape(-1, 2)
+    words = np.concatenate([grid, generator.integers(0, WORD, (4096 - len(grid), 2), endpoint=True)])
+    out = torch.full((2, 4096), torch.nan)
+    box_muller_kernel[(1,)](*torch.from_numpy(words.astype(np.int64)).mT.contiguous(), out, N=4096)
+    # The definition rounds u to float32: the last of the largest ones is 1.
+    radius, angle = ((words >> 8) * 2.0**-24 + 2.0**-25).astype(np.float32).astype(np.float64).T
+    expected = np.sqrt(-2 * np.log(radius)) * np.stack([np.cos(2 * np.pi * angle), np.sin(2 * np.pi * angle)])
+    assert np.abs(out.numpy() - expected).max() < 2e-6
 
 
 def test_normals_do_not_depend_on_the_batch(

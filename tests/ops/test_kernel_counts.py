@@ -75,6 +75,10 @@ def test_instructions_leave_value_pool_four_fifths_of_the_bandwidth(spec: str) -
     assert min(kernel_counts.pool_ceilings(spec, range(1, 9)).values()) >= 0.8
 
 
+def test_a_drawn_normal_takes_at_most_38_instructions() -> None:
+    assert RECORDED["rows"]["normal_noise-1024x2"]["sm_90"]["instructions"] <= 38
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     triton.__version__ != RECORDED["triton"], reason=f"recorded with Triton {RECORDED['triton']}"
