@@ -22,6 +22,7 @@ from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.config.unread import made as _made
+from lacfast.report.commands import Compare, Report, Watch
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.recipes import Recipe, find_recipe, is_file, recipe_names, recipes
 from lacfast.runs.usage import refusal
@@ -107,19 +108,6 @@ class Steer(SteeringRun):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Write report.html of a run: curves per step, the critic's value, pictures, and signs of failure."""
-
-    run_directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIRECTORY")]
-    """Directory of `lacfast train`, or of any trainer with metrics_path."""
-
-    def run(self) -> None:
-        from lacfast.report.run import write_run_report
-
-        print(f"report: {write_run_report(self.run_directory)}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a model; a recipe, by name or file, says how, every setting is a flag after it."""
 
@@ -140,7 +128,7 @@ class Train:
                 print(f"checkpoint: {checkpoint}")
 
 
-Command = Demo | Train | Evaluate | Steer | Report | Info
+Command = Demo | Train | Evaluate | Steer | Report | Watch | Compare | Info
 
 
 def _commands(train: type[Train]) -> Any:
@@ -152,6 +140,8 @@ def _commands(train: type[Train]) -> Any:
         "evaluate": Evaluate,
         "steer": Steer,
         "report": flat[Report],
+        "watch": flat[Watch],
+        "compare": flat[Compare],
         "info": flat[Info],
     }
     return reduce(or_, (_subcommand(name, kind) for name, kind in known.items()))
@@ -343,7 +333,9 @@ def _parsed(arguments: list[str]) -> Command:
 
 def _understood(arguments: list[str]) -> str:
     """The command that the arguments begin with."""
-    commands = [kind.__name__.lower() for kind in (Demo, Train, Evaluate, Steer, Report, Info)]
+    commands = [
+        kind.__name__.lower() for kind in (Demo, Train, Evaluate, Steer, Report, Watch, Compare, Info)
+    ]
     files = [word for word in arguments[1:2] if is_file(word)]
     known = (commands, [*recipe_names(), *files] if arguments[:1] == ["train"] else ())
     words = takewhile(lambda pair: pair[0] in pair[1], zip(arguments, known, strict=False))

@@ -42,7 +42,7 @@ BASELINE = "--train.advantages.estimator grpo --train.critic.trunk none --train.
 """What docs/training.md says of all recipes."""
 
 
-WHOLE = re.compile(r"lacfast (info$|train [a-z][\w./-]+ -|(demo|evaluate|steer|report) \S)")
+WHOLE = re.compile(r"lacfast (info$|train [a-z][\w./-]+ -|(demo|evaluate|steer|report|watch|compare) \S)")
 
 
 def commands() -> Iterator[str]:

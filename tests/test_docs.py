@@ -236,7 +236,7 @@ def _given(words: list[str]) -> list[str]:
     return [word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)]
 
 
-SUBCOMMANDS = ("demo", "train", "evaluate", "steer", "report", "info")
+SUBCOMMANDS = ("demo", "train", "evaluate", "steer", "report", "watch", "compare", "info")
 
 
 @functools.cache

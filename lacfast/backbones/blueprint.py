@@ -46,7 +46,7 @@ def load_blueprint(
 ) -> Blueprint:
     """The blueprint of a pipeline's directory or hub id; only its configs are read.
 
-    Those of the models that presets train come with the package; for another hub id the hub is asked.
+    Those of the models that recipes train come with the package; for another hub id the hub is asked.
 
     Args:
         source: directory or hub id of a diffusers pipeline.

@@ -49,7 +49,7 @@ def register_trunk(name: str, build: Callable[[Any, CriticConfig], Trunk]) -> No
     A process that loads a critic with this trunk must have registered it first.
 
     Args:
-        name: what CriticConfig.trunk, presets and saved critics call it.
+        name: what CriticConfig.trunk, recipes and saved critics call it.
         build: (lacfast.backbones.latent.LatentBackbone, settings of the critic) to a new trunk.
 
     Raises:

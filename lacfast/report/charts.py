@@ -180,7 +180,7 @@ def _curves(
             axes.set_yscale("log")
         axes.set(xlabel="iteration", ylabel=label)
 
-    return _svg(draw, legend=any(names))
+    return svg(draw, legend=any(names))
 
 
 def _reliability(bins: dict[str, Values]) -> str:
@@ -203,8 +203,9 @@ def _reliability(bins: dict[str, Values]) -> str:
         ends = [float(reached.min()), float(reached.max())]
         axes.plot(ends, ends, "--", color=GRID, linewidth=0.9)
         axes.set(xlabel="value, deviations of the reward", ylabel="mean return")
+        axes.locator_params(axis="x", nbins=6)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def _map(
@@ -229,7 +230,7 @@ def _map(
         axes.set(xlabel="iteration", ylabel="denoising step", yticks=list(ticks))
         axes.figure.colorbar(picture, ax=axes, label=label)
 
-    return _svg(draw, legend=False)
+    return svg(draw, legend=False)
 
 
 def _bounded_variance(evaluation: Record, bounded: Records) -> str:
@@ -248,7 +249,7 @@ def _bounded_variance(evaluation: Record, bounded: Records) -> str:
         axes.axhline(0, color=GRID, linewidth=0.7)
         axes.set(xlabel="denoising step (1: pure noise)", ylabel="explained variance")
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def running_mean(values: Values) -> Values:
@@ -257,7 +258,7 @@ def running_mean(values: Values) -> Values:
     return np.array([values[max(end - window, 0) : end].mean() for end in range(1, len(values) + 1)])
 
 
-def _svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
+def svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
     """The chart as an inline drawing that takes the page's text colour; the same every time."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.1, 2.6), layout="constrained")

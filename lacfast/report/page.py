@@ -45,15 +45,16 @@ def settings_tables(settings: dict[str, Any]) -> Iterable[str]:
     for title, values in settings.items():
         rows = "".join(
             f"<tr><td><code>{escape(name)}</code></td><td><code>{escape(str(value))}</code></td></tr>"
-            for name, value in _flat(values)
+            for name, value in flat(values)
         )
         table = f'<div class="scroll"><table>{rows}</table></div>'
         yield f"<details><summary>{escape(title)}</summary>{table}</details>"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted name, value) of nested settings."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

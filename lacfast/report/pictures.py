@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 GRID_COLUMNS = 10
@@ -20,6 +23,8 @@ FRAMES_PER_SECOND = 16
 """Rate at which videos play: Wan's."""
 SCALE = 3
 """Screen pixels per pixel of a tiny image."""
+PROMPTS = "lacfast prompts"
+"""What a grid's PNG file holds its prompts under."""
 GREEN, RED = "#1a7f37", "#cf222e"
 
 
@@ -97,6 +102,19 @@ def save_sample(pixels: Tensor, path: Path) -> Path:
     first, *others = (to_image(frame) for frame in pixels)
     first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
     return path
+
+
+def save_with_prompts(picture: Image.Image, path: Path, prompts: Sequence[str]) -> None:
+    """Save a PNG that holds the prompts of its images, row by row."""
+    about = PngInfo()
+    about.add_itxt(PROMPTS, json.dumps(list(prompts)))
+    picture.save(path, pnginfo=about)
+
+
+def prompts_of(picture: Image.Image) -> list[str]:
+    """The prompts that a picture holds; none of another program's or an earlier version's."""
+    text = getattr(picture, "text", {}).get(PROMPTS, "[]")
+    return [str(prompt) for prompt in json.loads(text)]
 
 
 def comparison(gallery: Gallery) -> Figure:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -13,8 +12,9 @@ from PIL import Image
 
 from lacfast.report.diagnostics import Finding, findings
 from lacfast.report.page import card, charts, fill, settings_tables
-from lacfast.report.pictures import png_data_uri
-from lacfast.report.records import Records, average, named, phase, read_metrics, recent
+from lacfast.report.pictures import png_data_uri, prompts_of
+from lacfast.report.progress import Progress, duration, progress, read_run
+from lacfast.report.records import Records, average, named, phase, recent
 
 PAGE = "report.html"
 SHOWN_PICTURES = 6
@@ -24,6 +24,17 @@ SHOWN_PICTURES = 6
 def write_run_report(directory: Path) -> Path:
     """Write report.html into the directory of a run; returns the page's path.
 
+    Raises:
+        ValueError: see render_run.
+    """
+    page = directory / PAGE
+    page.write_text(render_run(directory), encoding="utf-8")
+    return page
+
+
+def render_run(directory: Path) -> str:
+    """The page of a run as text.
+
     Args:
         directory: of `lacfast train` or any trainer with `metrics_path`: metrics.jsonl, and where there are
             any run.json and samples/*.png.
@@ -31,27 +42,18 @@ def write_run_report(directory: Path) -> Path:
     Raises:
         ValueError: when there are no metrics, or they are a demo's, which has a report of its own.
     """
-    metrics = directory / "metrics.jsonl"
-    if not metrics.is_file():
-        raise ValueError(f"{directory} holds no metrics.jsonl; give the directory of a training run")
+    records, settings = read_run(directory)
     if (directory / "summary.json").exists():
         raise ValueError(
             f"{directory} holds a demo, whose report.html this one would replace; open that, or give the "
             "directory of a training run"
         )
-    records = read_metrics(metrics)
-    settings = directory / "run.json"
-    page = directory / PAGE
-    page.write_text(
-        render(
-            directory.resolve().name,
-            records,
-            sorted((directory / "samples").glob("*.png")),
-            json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {},
-        ),
-        encoding="utf-8",
+    return render(
+        directory.resolve().name,
+        records,
+        sorted((directory / "samples").glob("*.png")),
+        settings,
     )
-    return page
 
 
 def render(name: str, records: Records, pictures: Sequence[Path], settings: dict[str, Any]) -> str:
@@ -81,6 +83,8 @@ def render(name: str, records: Records, pictures: Sequence[Path], settings: dict
         judged=_CHOSEN_HERE if evaluations else "",
         charts=charts(records),
         pictures="\n".join(_pictures(pictures)),
+        prompts=_prompts(pictures),
+        state=escape(_state(progress(records, settings))),
         settings="\n".join(settings_tables({"run.json": settings} if settings else {})),
     )
 
@@ -101,6 +105,26 @@ def headline(evaluations: Records, train: Records) -> str:
         return f"{reward} on evaluation prompts went from {first:.3g} to {last:.3g}"
     start, end = (average(part, f"reward/{reward}") for part in (train[: len(recent(train))], recent(train)))
     return f"{reward} on the run's own images went from {start:.3g} to {end:.3g}; no evaluation compared them"
+
+
+def _state(found: Progress) -> str:
+    """How far the run is; empty where it is done or nothing tells."""
+    if found.planned is None or found.is_done:
+        return ""
+    left = f", {duration(found.seconds_left)} left" if math.isfinite(found.seconds_left) else ""
+    return f" of {found.planned:,}{left}"
+
+
+def _prompts(pictures: Sequence[Path]) -> str:
+    """The prompts of the last grid; every evaluation has the same."""
+    if not pictures:
+        return ""
+    with Image.open(pictures[-1]) as picture:
+        prompts = prompts_of(picture)
+    if not prompts:
+        return ""
+    rows = "".join(f"<li>{escape(prompt)}</li>" for prompt in prompts)
+    return f"<details><summary>Prompts of the images, row by row</summary><ol>{rows}</ol></details>"
 
 
 def _finding(finding: Finding) -> str:

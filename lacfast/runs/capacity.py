@@ -10,7 +10,7 @@ from lacfast.runtime.host_memory import HOST_SHARE, free_host_bytes
 
 GIB = 2**30
 GPU_BYTES = 80 * 10**9
-"""Memory of the GPUs that the presets of large models are for."""
+"""Memory of the GPUs that the recipes of large models are for."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "profile": ("nvtx",),
+    "browser": ("playwright",),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
     "dev": ("ruff", "mypy", "types-PyYAML", "pre-commit"),
 }
