@@ -26,7 +26,7 @@ MOST_RUNS = 6
 
 @dataclass(frozen=True)
 class Run:
-    """One of the runs that are compared."""
+    """A run that is compared with others."""
 
     name: str
     records: Records
