@@ -21,7 +21,7 @@ from lacfast.report.records import Records, average, named, phase, recent
 AXES = {"images": "images", "iterations": "iteration", "hours": "hours of rollouts and updates"}
 """What the curves can stand over -> its label."""
 MOST_RUNS = 6
-"""As many as there are colours that one can tell apart."""
+"""Runs that have a colour each that one can tell apart."""
 
 
 @dataclass(frozen=True)

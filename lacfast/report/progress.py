@@ -24,7 +24,7 @@ class Progress:
     """Iterations that it was asked for. None: no settings lie beside the metrics."""
     images: int
     images_per_second: float
-    """Of the last iterations, rewards included; NaN before the first."""
+    """Speed of the last iterations, rewards included; NaN before the first."""
     seconds_left: float
     """At the speed of the last iterations, without evaluations; NaN where it cannot be told."""
     pretraining: int
