@@ -5,17 +5,26 @@ it in text: more host time than the rest of an op. Here the key is a tuple of wh
 and the compiled kernel is called directly. A key is as fine as Triton's own: an alignment, a size that is 1
 or a multiple of 16, and a constant each have their kernel. Hooks that Triton calls before a launch are called
 at a kernel's first launch only.
+
+How a compiled kernel is called is no promise of Triton's. Where a version has it otherwise, every launch is
+Triton's own, after one warning.
 """
 
+import warnings
 from typing import Any
 
 import torch
+import triton
 from triton.runtime import JITFunction
 
 ALIGNED = 15
 """Bits that are 0 in a multiple of 16."""
+CHANGED = (TypeError, AttributeError, LookupError, NotImplementedError)
+"""What calling a compiled kernel raises before anything is launched, if it is called otherwise by now."""
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 """What is launched -> the compiled kernel, and its constants in the order of its signature."""
+_unknown: set[str] = set()
+"""What this version of Triton does otherwise: empty, or all launches are Triton's."""
 
 
 def run(kernel: Any, num_programs: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -42,15 +51,32 @@ def run(kernel: Any, num_programs: tuple[int, ...], *arguments: Any, **options: 
         ],
     )
     found = _compiled.get(key)
-    if found is None:
-        compiled = kernel[num_programs](*arguments, **options)
-        # The interpreter compiles nothing.
-        if isinstance(kernel, JITFunction):
+    if found is not None:
+        compiled, values = found
+        try:
+            compiled[(*num_programs, 1, 1)[:3]](*arguments, *values)
+            return
+        except CHANGED as error:
+            _leave_to_triton(error)
+    compiled = kernel[num_programs](*arguments, **options)
+    # The interpreter compiles nothing.
+    if isinstance(kernel, JITFunction) and not _unknown:
+        try:
             constants = kernel.arg_names[len(arguments) :]
             _compiled[key] = compiled, tuple(options[name] for name in constants)
-        return
-    compiled, values = found
-    compiled[(*num_programs, 1, 1)[:3]](*arguments, *values)
+        except CHANGED as error:
+            _leave_to_triton(error)
+
+
+def _leave_to_triton(error: Exception) -> None:
+    _compiled.clear()
+    _unknown.add(repr(error))
+    warnings.warn(
+        f"Triton {triton.__version__} launches kernels otherwise than lacfast knows ({error!r}); every "
+        "launch takes Triton's own way, which costs the host more time",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _specialised(value: Any) -> Any:

@@ -91,7 +91,6 @@ def unusable_reason(name: str) -> str:
     return str(importlib.import_module("lacfast._C").cuda_unusable_reason())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend of kernel `name` for a device and dtype; a compiled graph keeps the choice."""
     forced = _forced.get()
@@ -99,6 +98,10 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
         _require_device(forced, device_type)
         return forced
     return _natural_backend(name, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; that decorator imports the compiler, most of the import.
+vars(choose)["_dynamo_marked_constant"] = True
 
 
 @cache

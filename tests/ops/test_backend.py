@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -25,3 +26,17 @@ def test_cuda_without_a_device_has_a_reason() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a device")
     assert ops.available()["cuda"] not in ("", "usable")
+
+
+def test_the_choice_of_a_backend_is_marked_as_torch_marks_constants() -> None:
+    assert vars(backend.choose) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+
+def test_importing_the_ops_does_not_import_the_compiler() -> None:
+    """It takes nearly as long as torch itself. A test of seconds would fail on a busy machine."""
+    names = "'torch._dynamo', 'triton', 'sympy'"
+    program = f"import sys, lacfast.ops; print([name for name in ({names}) if name in sys.modules])"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.strip() == "[]"

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from lacfast.kernels import compiled  # noqa: E402
@@ -54,6 +55,7 @@ def scaled(x_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, HAS_Y: tl.constexpr):  
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setattr(compiled, "_compiled", {})
+    monkeypatch.setattr(compiled, "_unknown", set())
     scaled.device_caches.clear()
     recorder = Recorder()
     monkeypatch.setattr(driver, "_active", recorder)
@@ -99,3 +101,66 @@ def test_a_second_launch_does_not_go_through_triton(
     compiled.run(scaled, (2, 5), X, Y, 0.75, 48, **options)
     assert [launch[:3] for launch in recorder.launches] == [(1, 1, 1), (2, 5, 1)]
     assert recorder.launches[1][-4:] == (0.75, 48, 64, True)
+
+
+def _other_arguments(self: Any, grid: tuple[int, ...]) -> Any:
+    def runner(grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        pytest.fail("called with another form of arguments")
+
+    return runner
+
+
+def _not_callable(self: Any, grid: tuple[int, ...]) -> Any:
+    raise NotImplementedError("launch a kernel with kernel.launch(grid, ...)")
+
+
+@pytest.mark.parametrize("changed", [_other_arguments, _not_callable])
+def test_a_triton_that_launches_otherwise_launches_itself(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, changed: Any
+) -> None:
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
+    compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
+    monkeypatch.setattr(CompiledKernel, "__getitem__", changed)
+    with pytest.warns(RuntimeWarning, match="takes Triton's own way"):
+        compiled.run(scaled, (2, 5), X, Y, 0.75, 48, **options)
+    # Said once.
+    compiled.run(scaled, (3,), X, Y, 0.25, 48, **options)
+    assert [launch[:3] for launch in recorder.launches] == [(1, 1, 1), (2, 5, 1), (3, 1, 1)]
+    assert [launch[-4:] for launch in recorder.launches[1:]] == [(0.75, 48, 64, True), (0.25, 48, 64, True)]
+    assert not compiled._compiled
+
+
+def test_a_kernel_that_does_not_tell_its_arguments_is_launched_by_triton(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
+    compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
+    compiled._compiled.clear()
+
+    class Silent(triton.JITFunction):
+        """arg_names is renamed."""
+
+        arg_names = property(lambda _: {}["arg_names"])
+
+        def __init__(self) -> None:
+            pass
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return scaled[grid]
+
+    with pytest.warns(RuntimeWarning, match="launches kernels otherwise"):
+        compiled.run(Silent(), (4,), X, Y, 0.5, 32, **options)
+    assert recorder.launches[-1][:3] == (4, 1, 1)
+
+
+def test_an_error_of_the_device_is_not_taken_for_another_triton(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, grid: tuple[int, ...]) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
+    compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
+    monkeypatch.setattr(CompiledKernel, "__getitem__", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
