@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lacfast.distributed.world import Traffic
 from lacfast.records import Advantages, Evaluation, Rollout
 from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.runtime.files import needing_space, writing_to
@@ -186,6 +188,33 @@ def graph_metrics(runner: GraphRunner) -> dict[str, Any]:
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process so far, whoever asked; still after warm-up."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+class IterationMeter:
+    """What an iteration takes, beside what it learns: seconds, bytes to other ranks, graphs."""
+
+    def __init__(self, graphs: GraphRunner, traffic: Traffic, *, compiles: bool) -> None:
+        """Made where the iteration begins; `compiles`: count what torch.compile makes."""
+        self._graphs = graphs
+        self._traffic = traffic
+        self._compiled = compiled_graphs() if compiles else None
+        self._sent = traffic.num_bytes
+        self._start = self._scored = time.perf_counter()
+
+    def end_rollout(self) -> None:
+        """Note that the rollout has its rewards."""
+        self._scored = time.perf_counter()
+
+    def metrics(self) -> dict[str, Any]:
+        """Seconds of rollout and update, bytes that this rank has sent, graphs and recompilations."""
+        found = graph_metrics(self._graphs) | self._traffic.metrics(self._sent)
+        if self._compiled is not None:
+            found["recompiles"] = compiled_graphs() - self._compiled
+        seconds = {
+            "seconds_rollout": self._scored - self._start,
+            "seconds_update": time.perf_counter() - self._scored,
+        }
+        return found | seconds
 
 
 class Tracker(Protocol):

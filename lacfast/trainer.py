@@ -26,15 +26,7 @@ from lacfast.learning.run_state import Counts, Part, RunState
 from lacfast.learning.value_bounds import ValueBounds, value_bounds
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.learning.value_pretraining import PretrainingRollouts, PretrainResult, ValuePretraining
-from lacfast.metrics import (
-    MetricsLog,
-    Tracker,
-    compiled_graphs,
-    evaluation_metrics,
-    graph_metrics,
-    on_host,
-    rollout_metrics,
-)
+from lacfast.metrics import IterationMeter, MetricsLog, Tracker, evaluation_metrics, on_host, rollout_metrics
 from lacfast.prompts import Draws, PromptSet, PromptSource
 from lacfast.records import Advantages, Evaluation, Rollout, TransitionTable
 from lacfast.rewards.heads import stack_rewards
@@ -46,6 +38,7 @@ from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, unwatched
+from lacfast.rollout.shares import require_ranks
 from lacfast.rollout.source import RolloutSource
 from lacfast.rollout.tables import TrainingTables
 from lacfast.runtime.graph import EAGER, GraphRunner
@@ -89,8 +82,7 @@ class LatentActorCriticTrainer:
         """
         self.config = config or TrainConfig()
         require_gradients(backbone)
-        self.world = World.current().able_to_share(self.config.batch_size)
-        self.world.require_shards(self.config.shard)
+        self.world = require_ranks(self.config, World.current())
         self.backbone = backbone
         self.scorers = RewardSet.scorers((rewards, evaluation_rewards), backbone.judged_frames)
         self.rewards = self.scorers[0]
@@ -274,9 +266,9 @@ class LatentActorCriticTrainer:
 
         `on_rollout` gets the scored rollout first. `progress` is that of `update`.
         """
-        start, graphs = time.perf_counter(), compiled_graphs() if self.config.compile else 0
+        meter = IterationMeter(self.graphs, self.world.traffic, compiles=self.config.compile)
         rollout = self.next_rollout()
-        scored = time.perf_counter()
+        meter.end_rollout()
         if rollout is not None and on_rollout is not None:
             on_rollout(rollout)
         # What is learned is logged too, or a run that goes on would miss a line.
@@ -287,11 +279,8 @@ class LatentActorCriticTrainer:
                 self.iteration += 1
             else:
                 metrics = self.update(rollout, progress=progress)
-            if self.config.compile:
-                metrics["recompiles"] = compiled_graphs() - graphs
-            metrics |= {"iteration": self.iteration, "images": self.images} | graph_metrics(self.graphs)
-            metrics |= self.source.metrics
-            metrics |= {"seconds_rollout": scored - start, "seconds_update": time.perf_counter() - scored}
+            metrics |= {"iteration": self.iteration, "images": self.images}
+            metrics |= self.source.metrics | meter.metrics()
             self.log.write("train", **metrics)
         return metrics
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
@@ -28,7 +31,11 @@ ITERATIONS = 3
 # Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
 PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
 SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
-PRETRAINING = ValuePretrainingConfig(iterations=2, held_out_samples=8, completions=2, bound_states=4)
+# The first minibatch must not have all states: standardised rewards have the mean 0, so the gradient of the
+# value's bias would be rounding alone, of which Adam makes whole steps.
+PRETRAINING = ValuePretrainingConfig(
+    iterations=2, minibatch_size=8, held_out_samples=8, completions=2, bound_states=4
+)
 GROUPS = AdvantageConfig(estimator=GRPO())
 
 
@@ -40,21 +47,27 @@ ARMS: dict[str, dict[str, Any]] = {
     "branch": {},
     "lora": {"lora": LoRAConfig(rank=2)},
     "shared": {"critic": CriticConfig(trunk="shared", **SMALL)},
-    "joint": {"critic": CriticConfig(trunk="joint", joint_weight=0.1, **SMALL)},
+    "joint": {
+        "critic": CriticConfig(trunk="joint", joint_weight=0.1, **SMALL),
+        "ppo": replace(PPO, minibatch_draw="stratified"),
+    },
     "clean_net": {"critic": CriticConfig(trunk="clean_net", **SMALL)},
     "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
     "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
-    "kl": {"ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2)},
-    "stratified": {"ppo": replace(PPO, minibatch_draw="stratified")},
-    "replay": {"ppo": replace(PPO, critic_rollouts=2)},
+    "kl, replay": {
+        "ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2, critic_rollouts=2)
+    },
     "value pretraining": {"pretrain": PRETRAINING},
     "graphs": {"graph": GraphConfig(mode="fake")},
+    "copy": {"critic": CriticConfig(trunk="copy", **SMALL), "pretrain": PRETRAINING},
+    "on the policy's features": {"critic": CriticConfig(trunk="branch", keep_features=False, **SMALL)},
+    "uneven": {
+        "batch_size": 7,
+        "samples_per_prompt": 1,
+        "ppo": replace(PPO, critic_rollouts=2, num_minibatches=4),
+    },
+    "scattered": {"gradient_checkpointing": True, "ema_decay": 0.5},
 }
-
-
-CRITIC_ROUNDING = {"value pretraining": 1e-2}
-"""Arm -> how far the critic's weights may be apart, 2e-5 for others: standardised rewards have the mean 0, so
-the first gradient of the value is rounding, of which Adam makes whole steps."""
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
@@ -88,12 +101,12 @@ def gradient_bytes(trainer: LatentActorCriticTrainer, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * 4 * PPO.num_minibatches * (trained + learned)
 
 
-def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Every arm's first trajectories on this rank, its metrics and what it leaves."""
+def trained(arms: Iterable[str], **changes: Any) -> dict[str, Any]:
+    """Every arm's first trajectories on this rank, its metrics and what it leaves, with further changes."""
     found = {}
-    for name, changes in arms.items():
-        trainer, rollouts, history = trainer_for(**changes), [], []
-        if "pretrain" in changes:
+    for name in arms:
+        trainer, rollouts, history = trainer_for(**ARMS[name], **changes), [], []
+        if "pretrain" in ARMS[name]:
             history = trainer.pretrain_critic().history
         metrics = [trainer.train_iteration(rollouts.append) for _ in range(ITERATIONS)]
         first: Rollout = rollouts[0]
@@ -111,3 +124,30 @@ def trained(arms: dict[str, dict[str, Any]]) -> dict[str, Any]:
         }
         trainer.close()
     return found
+
+
+@cache
+def alone(arm: str) -> dict[str, Any]:
+    """What an arm comes to in one process."""
+    found: dict[str, Any] = trained([arm])[arm]
+    return found
+
+
+def assert_same_run(arm: str, ranks: list[dict[str, Any]]) -> None:
+    """What the ranks found of an arm is what one process does, up to the order of sums."""
+    expected, found = alone(arm), [rank[arm] for rank in ranks]
+    assert torch.equal(torch.cat([rank["ids"] for rank in found]), expected["ids"])
+    latents = torch.cat([rank["latents"] for rank in found], dim=1)
+    # Parts of other sizes than 2 may take another kernel.
+    is_whole = all(rank["latents"].shape[1] % 2 == 0 for rank in found[:-1])
+    torch.testing.assert_close(latents, expected["latents"], rtol=0, atol=0 if is_whole else 1e-5)
+    for rank in found:
+        for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
+            torch.testing.assert_close(rank[kind], expected[kind], rtol=0, atol=close)
+            assert all(map(torch.equal, rank[kind], found[0][kind]))
+        torch.testing.assert_close(rank["std"], expected["std"], rtol=1e-5, atol=0)
+        assert rank["rewards"] == pytest.approx(expected["rewards"], abs=1e-6)
+        assert rank["history"] == pytest.approx(expected["history"], abs=1e-5)
+        assert rank["images_made"] == expected["images_made"]
+        assert rank["evaluation"] == pytest.approx(expected["evaluation"], abs=1e-6)
+    torch.testing.assert_close(found[0]["images"], expected["images"], rtol=0, atol=1e-4)

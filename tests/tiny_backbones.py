@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +22,7 @@ from lacfast.config import (
     variant,
 )
 from lacfast.tasks import models, scenes
-from lacfast.tasks.codec import fit_codec
+from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import word_encoder
 
@@ -38,8 +41,15 @@ def tiny_backbone(
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     text = word_encoder(generator=torch.Generator().manual_seed(100))
-    pretrained = Pretrained(model.eval(), text.eval().requires_grad_(False), fit_codec(), ())
+    # A backbone may be moved to another device, and takes its codec along.
+    codec = copy.deepcopy(_codec())
+    pretrained = Pretrained(model.eval(), text.eval().requires_grad_(False), codec, ())
     return adapt_pretrained(pretrained, lora=lora)
+
+
+@cache
+def _codec() -> PatchCodec:
+    return fit_codec()
 
 
 def on_cuda(backbone: LatentBackbone) -> LatentBackbone:

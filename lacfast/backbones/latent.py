@@ -35,7 +35,7 @@ from lacfast.checkpoint import load_in_place
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
-from lacfast.distributed.sharding import Divider
+from lacfast.distributed.sharding import Divider, Divisible
 from lacfast.ops.checks import arithmetic_dtype
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.runtime.memory import BatchSize
@@ -324,11 +324,12 @@ class LatentBackbone(ABC):
 
     def shard(self, sharding: Divider) -> None:
         # An adapter is small, and cast as a whole where it is used.
-        whole = [weight for name, weight in self.model.named_parameters() if adapters.adapter_of(name)]
-        sharding.divide(self.model, self.repeated_blocks, self.dtype, whole=whole)
+        named = self.model.named_parameters()
+        whole = frozenset(weight for name, weight in named if adapters.adapter_of(name))
+        sharding.divide(Divisible(self.model, self.repeated_blocks, self.dtype, whole))
         trunk = None if self.critic is None else self.critic.trunk
         if trunk is not None and any(type(part).__name__ in self.repeated_blocks for part in trunk.modules()):
-            sharding.divide(trunk, self.repeated_blocks, self.dtype)
+            sharding.divide(Divisible(trunk, self.repeated_blocks, self.dtype))
 
     def enable_gradient_checkpointing(self) -> None:
         model, weight = self.model, next(self.model.parameters())

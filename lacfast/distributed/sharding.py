@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -35,17 +36,36 @@ def _unnamed(name: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@dataclass(frozen=True)
+class Divisible:
+    """A module whose weights are to be divided over ranks."""
+
+    root: nn.Module
+    """Its forward is called."""
+    blocks: Collection[str]
+    """Names of classes; each such module within is gathered on its own, all else with the root."""
+    dtype: torch.dtype
+    """That weights which are trained are gathered in, and whose gradients are summed in float32. Frozen ones
+    keep theirs."""
+    whole: frozenset[nn.Parameter] = frozenset()
+    """Parameters that stay whole on every rank, and are summed by World.sum_."""
+
+    def parts(self) -> list[tuple[nn.Module, list[nn.Parameter]]]:
+        """The modules that are gathered on their own with the weights of each, the root's last."""
+        taken = set(self.whole)
+        found = []
+        within = (each for each in self.root.modules() if each is not self.root)
+        for module in (*(each for each in within if type(each).__name__ in self.blocks), self.root):
+            weights = [each for each in module.parameters() if each not in taken]
+            taken.update(weights)
+            found.append((module, weights))
+        return found
+
+
 class Divider(Protocol):
     """What weights are given to that are to be divided over ranks."""
 
-    def divide(
-        self,
-        root: nn.Module,
-        blocks: Collection[str],
-        dtype: torch.dtype,
-        *,
-        whole: Iterable[nn.Parameter] = (),
-    ) -> None:
+    def divide(self, module: Divisible) -> None:
         """See Sharding.divide."""
 
 
@@ -91,47 +111,32 @@ class Sharding:
         self._sum: Any = _Sum(world, world.size // count, span)
         self._scatters = scatters
 
-    def divide(
-        self,
-        root: nn.Module,
-        blocks: Collection[str],
-        dtype: torch.dtype,
-        *,
-        whole: Iterable[nn.Parameter] = (),
-    ) -> None:
+    def divide(self, module: Divisible) -> None:
         """Divide a module's weights over the ranks, in place; its parameters are other objects afterwards.
 
         Nothing stays gathered behind a forward, see `gathered`: a copy would be stale where weights change.
-
-        Args:
-            root: whose forward is called.
-            blocks: names of classes; each such module within is gathered on its own, all else with the root.
-            dtype: that weights which are trained are gathered in, and whose gradients are summed in float32.
-                Frozen ones keep theirs.
-            whole: parameters that stay whole on every rank, and are summed by World.sum_.
         """
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        ignored = set(whole)
-        for module, weights in parts_of(root, blocks, whole=ignored):
+        for part, weights in module.parts():
             is_trained = any(each.requires_grad for each in weights)
             # Inputs keep their dtype: a timestep near 1000 has no place in bfloat16.
             policy = MixedPrecisionPolicy(cast_forward_inputs=False)
             if is_trained:
-                policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+                policy = MixedPrecisionPolicy(module.dtype, torch.float32, cast_forward_inputs=False)
             fully_shard(
-                module,
+                part,
                 mesh=self.mesh,
                 reshard_after_forward=True,
                 mp_policy=policy,
-                ignored_params=ignored,
+                ignored_params=set(module.whole),
             )
-            assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_all_gather(self._gather)
-            module.set_custom_reduce_scatter(self._sum)
-            _DIVIDED[module] = self
+            assert isinstance(part, FSDPModule)
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+            part.set_custom_all_gather(self._gather)
+            part.set_custom_reduce_scatter(self._sum)
+            _DIVIDED[part] = self
 
     def sum_behind(self, part: Any, is_last: bool) -> None:
         """See the function `sum_behind`; `part` is one of this."""
@@ -146,20 +151,6 @@ _DIVIDED: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 """Modules whose weights are gathered on their own, and by what."""
 _GATHERED: WeakSet[nn.Module] = WeakSet()
 """Those that are within `gathered`."""
-
-
-def parts_of(
-    root: nn.Module, blocks: Collection[str], *, whole: Collection[nn.Parameter]
-) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """The modules that are gathered on their own with the weights of each, the root's last; see `divide`."""
-    taken = set(whole)
-    found = []
-    named = [module for module in root.modules() if type(module).__name__ in blocks and module is not root]
-    for module in (*named, root):
-        weights = [each for each in module.parameters() if each not in taken]
-        taken.update(weights)
-        found.append((module, weights))
-    return found
 
 
 class _Collective:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from lacfast.distributed.buckets import in_buckets
+
 Entry = TypeVar("Entry")
 
 TIMEOUT = timedelta(minutes=45)
@@ -21,8 +23,6 @@ TIMEOUT = timedelta(minutes=45)
 END_SECONDS = 2.0
 """How long a rank that fails waits to hear whether another one fails for the same reason."""
 _LOST = "lost"
-BUCKET_BYTES = 256 * 2**20
-"""Gradients that are summed in one call; the bucket is memory beside them."""
 
 
 class LostRankError(RuntimeError):
@@ -57,7 +57,7 @@ class Share:
 
 @dataclass
 class Traffic:
-    """What this rank has sent to others, by the algorithms that are optimal for large messages."""
+    """Tensors that this rank has sent to others, by the algorithms that are optimal for large ones."""
 
     num_bytes: float = 0.0
 
@@ -127,13 +127,17 @@ class World:
         """What a rank of this world is among all that were started."""
         return self._members[rank] if self._members else rank
 
-    def able_to_share(self, total: int) -> World:
+    def able_to_share(self, total: int, setting: str = "batch_size") -> World:
         """This world.
 
         Raises:
-            ValueError: for a batch of `total` that has fewer rows than there are ranks.
+            ValueError: for a batch of `total` that has fewer rows than there are ranks, as `setting` says.
         """
-        self.share(total)
+        if 0 < total < self.size:
+            raise ValueError(
+                f"a batch of {total} is fewer than the {self.size} ranks; raise {setting}, or start fewer "
+                "processes"
+            )
         return self
 
     def share(self, total: int) -> Share:
@@ -142,11 +146,7 @@ class World:
         Raises:
             ValueError: for fewer rows than ranks.
         """
-        if 0 < total < self.size:
-            raise ValueError(
-                f"a batch of {total} is fewer than the {self.size} ranks; raise batch_size, or start fewer "
-                "processes"
-            )
+        self.able_to_share(total)
         each, larger = divmod(total, self.size)
         first = self.rank * each + min(self.rank, larger)
         return Share(first, each + (self.rank < larger), total, self.size)
@@ -179,7 +179,7 @@ class World:
         everything = [*tensors, *places]
         self.traffic.num_bytes += 2 * (self.size - 1) / self.size * sum(each.nbytes for each in everything)
         with self.waiting(what):
-            _in_buckets(everything, partial(distributed.all_reduce, group=self._group))
+            in_buckets(everything, partial(distributed.all_reduce, group=self._group))
         for place, largest in zip(places, maxima, strict=True):
             largest.copy_(place.amax())
 
@@ -200,6 +200,7 @@ class World:
             return own
         padded, counts = self._padded(own.movedim(dim, 0), what)
         parts = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
+        self.traffic.num_bytes += padded.nbytes if self.rank else 0
         with self.waiting(what):
             distributed.gather(padded, parts, dst=self._among_all(0), group=self._group)
         if parts is None:
@@ -234,8 +235,27 @@ class World:
         """Give tensors the first rank's values, in place."""
         if self.size == 1:
             return
+        # Each rank but the last hands them on to the next.
+        is_last = self.rank == self.size - 1
+        self.traffic.num_bytes += 0 if is_last else sum(each.nbytes for each in tensors)
         with self.waiting(what):
-            _in_buckets(tensors, partial(distributed.broadcast, src=self._among_all(0), group=self._group))
+            in_buckets(tensors, partial(distributed.broadcast, src=self._among_all(0), group=self._group))
+
+    def meet(self) -> None:
+        """Go on when all ranks have joined: one that leaves at once would break the others' joining.
+
+        Raises:
+            LostRankError: when some never come.
+        """
+        if self._store is None:
+            return
+        with self.waiting("the start"):
+            count = self._store.add("joined", 1)
+            # A process may join again later.
+            key = f"all joined/{(count - 1) // self.size}"
+            if count % self.size == 0:
+                self._store.set(key, "")
+            self._store.wait([key], self.timeout)
 
     def is_told_elsewhere(self, error: Exception) -> bool:
         """Whether another rank ends with the same error, or with the one that this rank's is due to.
@@ -276,6 +296,9 @@ class World:
             self._say("at", what)
         try:
             yield
+        except torch.OutOfMemoryError:
+            # It is an error of this rank.
+            raise
         except RuntimeError as error:
             own = self._among_all(self.rank)
             raise LostRankError(
@@ -358,6 +381,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
         backend, store=stores.PrefixStore("group", store), rank=rank, world_size=size, timeout=timeout
     )
     try:
+        _JOINED.meet()
         yield _JOINED
     except Exception as error:
         if _JOINED.is_told_elsewhere(error):
@@ -372,28 +396,3 @@ def _joined_rows(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> Te
     """The first `counts` rows of each part, as rows along `dim`."""
     rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     return rows.movedim(0, dim).contiguous()
-
-
-@torch.no_grad()
-def _in_buckets(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Run a collective that works in place on tensors, many at a time."""
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        collective(flat)
-        for tensor, part in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, in runs of one dtype and device that hold at most BUCKET_BYTES, or one."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        is_alike = not bucket or (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
-        if bucket and (not is_alike or size + tensor.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket

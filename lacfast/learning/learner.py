@@ -151,7 +151,6 @@ class Learner:
             self.replay.require_room(experience)
         self._find_sizes(source, experience)
         source = replace(source, anchor_outputs=self.policy_update.anchor_outputs(source))
-        sent = self.world.traffic.num_bytes
         self.failed.zero_()
         refresh(self.policy_schedule)
         if self.critic_update is not None:
@@ -171,7 +170,7 @@ class Learner:
             self.replay.add(experience)
         if self.average is not None:
             self.average.update()
-        metrics = records.metrics() | self.world.traffic.metrics(sent)
+        metrics = records.metrics()
         if is_stopped:
             metrics["stopped_by_kl_limit"] = True
         for update in self.updates:

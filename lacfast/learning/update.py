@@ -24,7 +24,7 @@ from lacfast.learning.pairs import Pairs
 from lacfast.learning.runner import EAGER, Batch, UpdateRunner
 from lacfast.learning.step_tables import StepTables
 from lacfast.learning.totals import Totals
-from lacfast.runtime.memory import BatchSize
+from lacfast.runtime.memory import BatchSize, DoesNotFitError
 from lacfast.runtime.profiling import each, span
 
 Batch_co = TypeVar("Batch_co", covariant=True)
@@ -168,12 +168,26 @@ class Update(ABC, Generic[Batch, Sums]):
         self.totals.zero_()
 
     def finish(self) -> Tensor:
-        """Sum over the ranks, clip the gradients and step; returns as `step` does."""
-        if self.world.size > 1:
+        """Sum over the ranks, clip the gradients and step; returns as `step` does.
+
+        Raises:
+            DoesNotFitError: when memory runs out on one of several ranks. The others have its gradients and
+                step with them, so it cannot begin anew with smaller microbatches.
+        """
+        if self.world.size == 1:
+            self.runner.optimize(self._clip_and_step, self.optimizer)
+            return self.totals.record()
+        try:
             with span("update/all_reduce"):
                 self._sum_over_ranks()
-        self.runner.optimize(self._clip_and_step, self.optimizer)
-        return self.totals.record()
+            self.runner.optimize(self._clip_and_step, self.optimizer)
+            return self.totals.record()
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"rank {self.world.rank} ran out of memory at the optimizer step of the {self.guard.what}, "
+                "which the other ranks take with its gradients; lower ppo.microbatch_size, train a LoRA in "
+                f"place of all weights, or raise shard, and go on from the last checkpoint ({error})"
+            ) from error
 
     def _sum_over_ranks(self) -> None:
         what = f"the gradients of the {self.guard.what}"

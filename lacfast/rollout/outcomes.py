@@ -16,9 +16,23 @@ def outcomes(rollout: Rollout, world: World) -> Rollout:
     Every rank computes the same statistics of the same rows, so they do not depend on the number of ranks.
     Latents, outputs and features have no elements, (T + 1, B, 0) and the like. A world of one has the rollout
     itself.
+
+    Raises:
+        ValueError: for a rollout that does not know which rows of the batch of all ranks it has.
     """
     if world.size == 1:
         return rollout
+    if rollout.share is None:
+        raise ValueError(
+            f"a rollout of {rollout.batch_size} trajectories has no share of the batch that {world.size} "
+            "ranks have together; take what trainer.rollout or trainer.collect returns, or set "
+            f"share=trainer.world.share(total), whose count must be {rollout.batch_size}"
+        )
+    if rollout.share.count != rollout.batch_size:
+        raise ValueError(
+            f"a rollout of {rollout.batch_size} trajectories has a share of {rollout.share.count}; set "
+            "share=trainer.world.share(total) for the batch of all ranks"
+        )
     prompts = world.entries(rollout.prompts, "the prompts of the rollout")
 
     def stateless(tensor: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
-from lacfast.distributed import World, require_learners
+from lacfast.distributed import World
 from lacfast.records import Conditioning, TransitionTable
 from lacfast.rewards.names import require_known
 from lacfast.rewards.registry import declared_heads
+from lacfast.rollout.shares import require_ranks
 from lacfast.runs.capacity import GPU_BYTES, MemoryPlan
 from lacfast.runs.config import Dtype, RunConfig
 from lacfast.runs.costs import Costs, count
@@ -116,9 +117,7 @@ class _Model:
 
     @staticmethod
     def of(config: RunConfig, ranks: int) -> _Model:
-        world = World(size=ranks).able_to_share(config.train.batch_size)
-        world.require_shards(config.train.shard)
-        require_learners(world, config.train.rollout_ranks)
+        require_ranks(config.train, World(size=ranks), pretrains=config.value_pretraining)
         require_known([*(name for name, _ in config.rewards), *config.evaluation_rewards])
         if config.model in TINY_MODELS:
             # The weights do not matter, so one step of pretraining does.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lacfast.backbone import Backbone
-from lacfast.distributed.sharding import parts_of
+from lacfast.distributed.sharding import Divisible
 
 
 @dataclass(frozen=True)
@@ -73,20 +72,9 @@ class Shards:
             backbone.shard(found)
         return found
 
-    def divide(
-        self,
-        root: nn.Module,
-        blocks: Collection[str],
-        dtype: torch.dtype,
-        *,
-        whole: Iterable[nn.Parameter] = (),
-    ) -> None:
+    def divide(self, module: Divisible) -> None:
         """See lacfast.distributed.Sharding."""
-        self.modules.append(
-            Divided(
-                tuple(_part(weights, dtype) for _, weights in parts_of(root, blocks, whole=frozenset(whole)))
-            )
-        )
+        self.modules.append(Divided(tuple(_part(weights, module.dtype) for _, weights in module.parts())))
 
     @property
     def model(self) -> Divided:

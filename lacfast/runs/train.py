@@ -15,7 +15,7 @@ from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig, SamplerConfig, from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
-from lacfast.distributed import World, require_learners
+from lacfast.distributed import World
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
@@ -27,6 +27,8 @@ from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import evaluate, judged
+from lacfast.rollout.shares import require_ranks
+from lacfast.runs.agreement import agreed
 from lacfast.runs.capacity import require_memory
 from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, EvaluationRun, RunConfig
 from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
@@ -130,9 +132,8 @@ def check(config: RunConfig) -> None:
         ValueError: for what is unknown or not here; a RewardError for a reward's server or model.
         ImportError: when a reward's optional package is not installed.
     """
-    World.current().require_shards(config.train.shard)
+    require_ranks(config.train, World.current(), pretrains=config.value_pretraining)
     torch_device(config.device)
-    require_learners(World.current(), config.train.rollout_ranks)
     if config.model in TINY_MODELS:
         _require_flow(config)
     prompts = prompts_of(config.prompts)
@@ -216,9 +217,14 @@ def train(
         RewardError: see TrainConfig.on_reward_error.
     """
     out = Path(config.out)
-    require_own(out, RUN)
-    check(config)
     world = World.current()
+
+    def check_all() -> None:
+        require_own(out, RUN)
+        check(config)
+
+    # A machine may lack what the others have, as a reward's server.
+    agreed(world, check_all, "the checks")
     if not world.is_first:
         on_iteration, tell = None, _silent
     with locked(out) if world.is_first else nullcontext():

@@ -99,12 +99,15 @@ class BatchSize:
             release: frees what `work` made for a size that did not fit.
 
         Raises:
-            DoesNotFitError: for one at a time, or for a size that does not shrink.
+            DoesNotFitError: for one at a time, for a size that does not shrink, or by the work itself.
         """
         while True:
             tried = min(self.size or count, count)
             try:
                 return work(self.size or count)
+            except DoesNotFitError:
+                # A smaller size would not help, as the work says.
+                raise
             except torch.OutOfMemoryError as error:
                 if tried == 1:
                     raise self._does_not_fit(error) from error

@@ -15,22 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks, started
+from ranked_runs import GROUPS, PPO, PRETRAINING, SMALL, state
+from ranked_runs import trainer_for as tiny_trainer
+from ranks import started, together
 from refusals import Refusal
-from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from tiny_backbones import brightness
 from torch import Tensor, distributed
 
 from lacfast import LatentActorCriticTrainer
-from lacfast.config import (
-    GRPO,
-    AdvantageConfig,
-    CriticConfig,
-    LoRAConfig,
-    PPOConfig,
-    Ratio,
-    SamplerConfig,
-    ValuePretrainingConfig,
-)
+from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.distributed import LostRankError, World, joined
 from lacfast.records import Rollout
 from lacfast.rewards.reward import RewardError
@@ -38,9 +31,6 @@ from lacfast.rollout.memory import trajectory_bytes
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
 ITERATIONS = 4
-# Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
-PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
-SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
 ARMS: dict[str, dict[str, Any]] = {
     "staleness 0": {},
     "staleness 1": {"staleness": 1},
@@ -51,17 +41,8 @@ ARMS: dict[str, dict[str, Any]] = {
         "ppo": replace(PPO, critic_rollouts=2),
         "guidance": 2.0,
     },
-    "groups": {
-        "staleness": 2,
-        "advantages": AdvantageConfig(estimator=GRPO()),
-        "samples_per_prompt": 4,
-        "ema_decay": 0.5,
-    },
-    "value pretraining": {
-        "staleness": 1,
-        "pretrain": ValuePretrainingConfig(iterations=2, held_out_samples=8, completions=2, bound_states=4),
-        "eval_every": 2,
-    },
+    "groups": {"staleness": 2, "advantages": GROUPS, "samples_per_prompt": 4, "ema_decay": 0.5},
+    "value pretraining": {"staleness": 1, "pretrain": PRETRAINING, "eval_every": 2},
 }
 EVERYWHERE = ("staleness 1", "staleness 2")
 LAYOUTS = {
@@ -70,25 +51,11 @@ LAYOUTS = {
     "1 + 2": (1, 2, EVERYWHERE),
 }
 """Ranks that learn, ranks that sample, and the arms that are tried on them."""
+Runs = dict[str, dict[str, list[Any]]]
 
 
 def trainer_for(rollout_ranks: int, **changes: Any) -> LatentActorCriticTrainer:
-    backbone = tiny_backbone("dit", lora=changes.pop("lora", None))
-    rewards = changes.pop("rewards", [brightness])
-    sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
-    settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes
-    settings |= {"rollout_ranks": rollout_ranks, "iterations": ITERATIONS}
-    return LatentActorCriticTrainer(backbone, rewards, PROMPTS, tiny_config(**settings))
-
-
-def state(trainer: LatentActorCriticTrainer) -> dict[str, Any]:
-    critic = {} if trainer.critic is None else trainer.critic.state_dict()
-    return {
-        "policy": [parameter.detach().clone() for parameter in trainer.backbone.policy_parameters()],
-        "critic": [tensor.clone() for tensor in critic.values()],
-        "images": trainer.images,
-        "iteration": trainer.iteration,
-    }
+    return tiny_trainer(rollout_ranks=rollout_ranks, iterations=ITERATIONS, **changes)
 
 
 def trained(trainer: LatentActorCriticTrainer, iterations: int | None = None) -> dict[str, Any]:
@@ -103,7 +70,13 @@ def trained(trainer: LatentActorCriticTrainer, iterations: int | None = None) ->
 
     trainer.update = watched  # type: ignore[method-assign]
     ran = trainer.train(iterations, on_iteration=metrics.append)
-    found = state(trainer) | {"latents": latents, "metrics": metrics, "ran": ran}
+    found = state(trainer) | {
+        "latents": latents,
+        "metrics": metrics,
+        "ran": ran,
+        "images": trainer.images,
+        "iteration": trainer.iteration,
+    }
     trainer.close()
     return found
 
@@ -123,48 +96,116 @@ def alone() -> dict[str, Any]:
     return runs(0, tuple(ARMS))
 
 
+def saved(directory: Path) -> None:
+    """Stop by an error behind the second iteration, as a run does that a signal ends."""
+    for arm in EVERYWHERE:
+        trainer = trainer_for(1, **ARMS[arm])
+
+        def stop(metrics: dict[str, Any], arm: str = arm, trainer: Any = trainer) -> None:
+            if metrics["iteration"] == 2 and not trainer.source.is_server:
+                trainer.save(directory / arm)
+                raise InterruptedError
+
+        with suppress(InterruptedError):
+            trainer.train(on_iteration=stop)
+        trainer.close()
+
+
+def resumed(directory: Path, rollout_ranks: int) -> dict[str, Any]:
+    found = {}
+    for arm in EVERYWHERE:
+        trainer = trainer_for(rollout_ranks, **ARMS[arm])
+        trainer.load(directory / arm)
+        found[arm] = trained(trainer)
+    return found
+
+
+def failing_once(images: Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> Tensor:
+    """A reward that fails on one of the ranks that sample, in its second rollout."""
+    failing_once.calls = getattr(failing_once, "calls", 0) + 1  # type: ignore[attr-defined]
+    if World.current().rank == 2 and failing_once.calls == 2:  # type: ignore[attr-defined]
+        raise OSError("the server is gone")
+    return brightness(images, prompts, metadata)
+
+
+def failed(policy: str) -> list[Any]:
+    """What a rank sees of two rollout ranks of which one fails, by TrainConfig.on_reward_error."""
+    failing_once.calls = 0  # type: ignore[attr-defined]
+    changes = {"rollout_batch_size": 0, "on_reward_error": policy, "staleness": 1}
+    trainer = trainer_for(2, rewards=[failing_once], **changes)
+    seen: list[Any] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(on_iteration=lambda metrics: seen.append(metrics.get("skipped", False)))
+    except RewardError as error:
+        seen.append(str(error))
+    trainer.close()
+    return seen
+
+
+def refused(rollout_ranks: int) -> str:
+    """The message of a trainer that cannot be."""
+    with pytest.raises(ValueError, match="rollout_ranks=") as caught:
+        trainer_for(rollout_ranks)
+    return str(caught.value)
+
+
 @pytest.fixture(scope="module")
-def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Every arm on every layout, of the ranks that learn."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
 
-    def on(learners: int, samplers: int, arms: Sequence[str]) -> list[dict[str, Any]]:
-        found = on_ranks(learners + samplers, partial(runs, samplers, arms), tmp_path_factory.mktemp("apart"))
-        for sampler in found[learners:]:
-            assert {arm: each["ran"] for arm, each in sampler.items()} == dict.fromkeys(arms, ITERATIONS)
-        return found[:learners]
 
-    return {layout: on(*counts) for layout, counts in LAYOUTS.items()}
+@pytest.fixture(scope="module")
+def apart(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """What the ranks of every layout do, in one group of processes each."""
+    further: dict[str, dict[str, Callable[[], Any]]] = {
+        "1 + 1": {"saved": partial(saved, checkpoints), "refused": partial(refused, 2)},
+        "2 + 1": {},
+        "1 + 2": {
+            "resumed": partial(resumed, checkpoints, 2),
+            **{policy: partial(failed, policy) for policy in ("skip", "raise")},
+        },
+    }
+    return {
+        layout: together(
+            learners + samplers,
+            {"trained": partial(runs, samplers, arms), **further[layout]},
+            tmp_path_factory.mktemp("apart"),
+        )
+        for layout, (learners, samplers, arms) in LAYOUTS.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("layout", "arm"), [(layout, arm) for layout, (_, _, arms) in LAYOUTS.items() for arm in arms]
 )
 def test_a_run_does_not_depend_on_who_samples(
-    arm: str, layout: str, alone: dict[str, Any], apart: dict[str, list[dict[str, Any]]]
+    arm: str, layout: str, alone: dict[str, Any], apart: Runs
 ) -> None:
-    expected, ranks = alone[arm], [found[arm] for found in apart[layout]]
+    learners, _, _ = LAYOUTS[layout]
+    found = [rank[arm] for rank in apart[layout]["trained"]]
+    expected, ranks, samplers = alone[arm], found[:learners], found[learners:]
+    assert all(sampler["ran"] == ITERATIONS for sampler in samplers)
     for number, latents in enumerate(expected["latents"]):
         found = torch.cat([rank["latents"][number] for rank in ranks], dim=1)
         # Behind the first update weights differ by the order of sums.
         seen = max(number - ARMS[arm].get("staleness", 0), 0)
         torch.testing.assert_close(found, latents, rtol=0, atol=1e-5 if seen else 0)
     for rank in ranks:
-        # Adam of value pretraining makes whole steps of rounding errors where a gradient is 0.
-        has_exact_critic = "pretrain" not in ARMS[arm]
         for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
-            if kind == "policy" or has_exact_critic:
-                torch.testing.assert_close(rank[kind], expected[kind], rtol=0, atol=close)
+            torch.testing.assert_close(rank[kind], expected[kind], rtol=0, atol=close)
             assert all(map(torch.equal, rank[kind], ranks[0][kind]))
         assert (rank["images"], rank["iteration"]) == (expected["images"], ITERATIONS)
         for found, metrics in zip(rank["metrics"], expected["metrics"], strict=True):
             for name in ("reward/brightness", "first_max_abs_log_ratio"):
                 assert found[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6)
-            if "value_mean" in metrics and has_exact_critic:
+            if "value_mean" in metrics:
                 torch.testing.assert_close(found["value_mean"], metrics["value_mean"], rtol=0, atol=1e-5)
 
 
-def test_who_waits_and_what_is_sent_is_logged(apart: dict[str, list[dict[str, Any]]]) -> None:
-    metrics = apart["1 + 1"][0]["staleness 2"]["metrics"]
+def test_who_waits_and_what_is_sent_is_logged(apart: Runs) -> None:
+    metrics = apart["1 + 1"]["trained"][0]["staleness 2"]["metrics"]
     assert [found["staleness"] for found in metrics] == [0, 1, 2, 2]
     # Three rollouts by the first weights, the last by those behind the first update.
     sent = [found["weight_bytes"] > 1000 for found in metrics]
@@ -177,40 +218,16 @@ def test_who_waits_and_what_is_sent_is_logged(apart: dict[str, list[dict[str, An
     assert all(found["seconds_rollout_ranks_waited"] >= 0 for found in metrics)
 
 
-def test_a_run_goes_on_on_other_ranks_while_rollouts_were_under_way(tmp_path: Path) -> None:
-    arms = {name: ARMS[name] for name in ("staleness 1", "staleness 2")}
-
-    def save(name: str, changes: dict[str, Any]) -> None:
-        """Stop by an error behind the second iteration, as a run does that a signal ends."""
-        trainer = trainer_for(1, **changes)
-
-        def stop(metrics: dict[str, Any]) -> None:
-            if metrics["iteration"] == 2 and not trainer.source.is_server:
-                trainer.save(tmp_path / name)
-                raise InterruptedError
-
-        with suppress(InterruptedError):
-            trainer.train(on_iteration=stop)
-        trainer.close()
-
-    def resumed(rollout_ranks: int) -> dict[str, Any]:
-        found = {}
-        for name, changes in arms.items():
-            trainer = trainer_for(rollout_ranks, **changes)
-            trainer.load(tmp_path / name)
-            found[name] = trained(trainer)
-        return found
-
-    on_ranks(2, lambda: [save(*arm) for arm in arms.items()], tmp_path / "saved")
-    expected = {name: trained(trainer_for(0, **changes)) for name, changes in arms.items()}
-    alone = resumed(0)
-    ranks = on_ranks(3, partial(resumed, 2), tmp_path / "resumed")
-    for name, whole in expected.items():
-        for found in (alone[name], ranks[0][name]):
+def test_a_run_goes_on_on_other_ranks_while_rollouts_were_under_way(
+    checkpoints: Path, alone: dict[str, Any], apart: Runs
+) -> None:
+    here, ranks = resumed(checkpoints, 0), apart["1 + 2"]["resumed"]
+    for arm in EVERYWHERE:
+        for found in (here[arm], ranks[0][arm]):
             assert found["ran"] == ITERATIONS - 2
-            for latents, known in zip(found["latents"], whole["latents"][2:], strict=True):
+            for latents, known in zip(found["latents"], alone[arm]["latents"][2:], strict=True):
                 torch.testing.assert_close(latents, known, rtol=0, atol=1e-5)
-            torch.testing.assert_close(found["policy"], whole["policy"], rtol=0, atol=1e-6)
+            torch.testing.assert_close(found["policy"], alone[arm]["policy"], rtol=0, atol=1e-6)
 
 
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
@@ -256,32 +273,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert all(map(torch.equal, found["critic"], expected["critic"]))
 
 
-def failing_once(images: Tensor, prompts: list[str], metadata: list[dict[str, object]]) -> Tensor:
-    """A reward that fails on one of the ranks that sample, in its second rollout."""
-    failing_once.calls = getattr(failing_once, "calls", 0) + 1  # type: ignore[attr-defined]
-    if World.current().rank == 2 and failing_once.calls == 2:  # type: ignore[attr-defined]
-        raise OSError("the server is gone")
-    return brightness(images, prompts, metadata)
-
-
 @pytest.mark.parametrize("policy", ["skip", "raise"])
-def test_a_reward_that_fails_where_others_sample_is_met_by_those_that_learn(
-    policy: str, tmp_path: Path
-) -> None:
-    def work() -> list[Any]:
-        changes = {"rollout_batch_size": 0, "on_reward_error": policy, "staleness": 1}
-        trainer = trainer_for(2, rewards=[failing_once], **changes)
-        seen: list[Any] = []
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                trainer.train(on_iteration=lambda metrics: seen.append(metrics.get("skipped", False)))
-        except RewardError as error:
-            seen.append(str(error))
-        trainer.close()
-        return seen
-
-    learner, *samplers = on_ranks(3, work, tmp_path)
+def test_a_reward_that_fails_where_others_sample_is_met_by_those_that_learn(policy: str, apart: Runs) -> None:
+    learner, *samplers = apart["1 + 2"][policy]
     if policy == "skip":
         assert learner == [False, True, False, False]
         assert samplers == [[False] * ITERATIONS] * 2
@@ -292,24 +286,12 @@ def test_a_reward_that_fails_where_others_sample_is_met_by_those_that_learn(
         assert samplers == [[False] * 3] * 2
 
 
-def _refused(settings: dict[str, Any], size: int, tmp_path: Path) -> list[str]:
-    def work() -> str:
-        try:
-            trainer_for(**settings)
-        except ValueError as error:
-            return str(error)
-        return ""
-
-    return on_ranks(size, work, tmp_path)
-
-
-def test_rollout_ranks_leave_one_that_learns(tmp_path: Path) -> None:
-    refused = Refusal(
+def test_rollout_ranks_leave_one_that_learns(apart: Runs) -> None:
+    refusal = Refusal(
         "rollout_ranks=2 of 2 leave no rank that learns",
         cause="As many rollout ranks as processes, or a run without torchrun.",
         remedy="start at least 3 processes with torchrun",
     )
-    for message in _refused({"rollout_ranks": 2}, 2, tmp_path):
-        with refused.raised():
-            raise ValueError(message)
-    assert _refused({"rollout_ranks": 1}, 1, tmp_path)[0].startswith("rollout_ranks=1 of 1")
+    for message in apart["1 + 1"]["refused"]:
+        refusal.check(message)
+    assert refused(1).startswith("rollout_ranks=1 of 1")
