@@ -9,7 +9,8 @@ bench/results/costs.json (`python -m bench.costs`), the host's work from bench/r
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
 (`python -m bench.memory`), what the GPU kernels issue from bench/results/kernel-counts.json
 (`python -m bench.roofline --sass`), what an OCR engine reads before and after PPO from bench/results/ocr.json
-(`python -m bench.ocr`), the README's figures from iterations, costs and bench/results/learning. Methods
+(`python -m bench.ocr`), what several processes make of an iteration from bench/results/scaling.json
+(`python -m bench.scaling`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.
 
 python -m bench.report              from what is recorded
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import costs as published_costs
-from bench import headline, host_work, kernel_counts, memory, ocr
+from bench import headline, host_work, kernel_counts, memory, ocr, scaling
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -37,6 +38,7 @@ PAGES = (
     ROOT / "docs" / "results.md",
     RECORD / "README.md",
     ROOT / "docs" / "ocr.md",
+    ROOT / "docs" / "distributed.md",
 )
 """Where markers may stand, each table's in exactly one of them."""
 PICTURE = "comparison.png"
@@ -236,6 +238,9 @@ def blocks() -> dict[str, str]:
         "memory": (memory.RESULT, memory.table),
         "ocr": (ocr.RESULT, ocr.table),
         "kernel-counts": (kernel_counts.RESULT, kernel_counts.table),
+        "ranks-on-paper": (scaling.RESULT, scaling.paper_table),
+        "ranks": (scaling.RESULT, scaling.strong_text),
+        "ranks-apart": (scaling.RESULT, scaling.apart_text),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))

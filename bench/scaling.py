@@ -1,9 +1,11 @@
 """Strong scaling: the same iteration of the recipe `shapes` by more processes, one thread each, in turn.
 
-    python -m bench.scaling                               1 and 2 processes, five rounds, to the screen
+    python -m bench.scaling                               1 and 2 processes, five rounds
     python -m bench.scaling --processes 1 4 --rounds 3
     python -m bench.scaling --apart                       one process that samples beside one that learns
-    python -m bench.scaling --paper                       a table of the recipes on many GPUs, nothing is run
+    python -m bench.scaling --paper                       the recipes on many GPUs: counted, nothing is run
+
+Each is written to bench/results/scaling.json, from which `python -m bench.report` writes docs/distributed.md.
 
 A round runs each number of processes once; a speed-up is the median over the rounds of the ratio within a
 round, in seconds of wall time, so the machine should have an idle core for every process.
@@ -20,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +30,14 @@ import torch
 from bench import machine
 from bench.matched_loops import brightness, tiny_match
 from lacfast.distributed import joined
+from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import TINY_MODELS, plan
 from lacfast.runs.recipes import recipe, recipes
 from lacfast.trainer import LatentActorCriticTrainer
 
+RESULT = Path(__file__).parent / "results" / "scaling.json"
 BATCH = 192
-"""Of the preset."""
+"""Of the recipe."""
 STALENESS = 1
 """Of the ranks apart: the least with which both work at a time."""
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -115,20 +120,77 @@ def apart(rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in shown.items()}
 
 
-def paper() -> str:
-    """The recipes of published models on GPUS, by lacfast.runs.scaling, as Markdown."""
+def strong(processes: Sequence[int], rounds: int) -> dict[str, float]:
+    """How often as fast as the first number of processes each is; medians of the ratios within rounds."""
+    found = [{count: measured(count).seconds for count in processes} for _ in range(rounds)]
+    first = processes[0]
+    return {
+        str(count): round(statistics.median(each[first] / each[count] for each in found), 3)
+        for count in processes
+    }
+
+
+def on_paper(config: RunConfig) -> dict[str, Any]:
+    """A recipe on GPUS, by lacfast.runs.scaling: efficiencies where its batch has an image for each."""
+    planned, batch = plan(config, ranks=config.train.shard), config.train.batch_size
+    found = {gpus: planned.on(gpus) for gpus in GPUS if gpus <= batch}
+    sent = max(each.gradient_bytes + each.gathered_bytes for each in found.values())
+    return {
+        "batch": batch,
+        "gigabytes": round(sent / 1e9, 1),
+        "efficiency": {str(gpus): round(each.efficiency, 3) for gpus, each in found.items()},
+    }
+
+
+def paper() -> dict[str, Any]:
+    """The recipes of published models, `on_paper`."""
+    known = {name: each.settings for name, each in recipes().items()}
+    return {name: on_paper(config) for name, config in known.items() if config.model not in TINY_MODELS}
+
+
+def paper_table(recorded: dict[str, Any]) -> str:
+    """What `paper` found, as Markdown."""
     head = " | ".join(f"{gpus:,} GPUs" for gpus in GPUS)
-    lines = [f"| | batch | sent per GPU | {head} |", "|---|" + "---|" * (2 + len(GPUS))]
-    for name, planned_recipe in recipes().items():
-        config = planned_recipe.settings
-        if config.model in TINY_MODELS:
-            continue
-        planned, batch = plan(config, ranks=config.train.shard), config.train.batch_size
-        found = [planned.on(gpus) if gpus <= batch else None for gpus in GPUS]
-        sent = max(each.gradient_bytes + each.gathered_bytes for each in found if each is not None)
-        cells = ["" if each is None else f"{each.efficiency:.1%}" for each in found]
-        lines.append(f"| `{name}` | {batch:,} | {sent / 1e9:.1f} GB | {' | '.join(cells)} |")
+    lines = [f"| | batch | sent per GPU | {head} |", "|---|---|---|" + "---|" * len(GPUS)]
+    for name, row in recorded["paper"].items():
+        efficiencies = (row["efficiency"].get(str(gpus)) for gpus in GPUS)
+        cells = ["" if each is None else f"{each:.1%}" for each in efficiencies]
+        lines.append(f"| `{name}` | {row['batch']:,} | {row['gigabytes']:.1f} GB | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def strong_text(recorded: dict[str, Any]) -> str:
+    """What `strong` found, in a sentence."""
+    result = recorded["strong"]
+    first, *others = result["speed-up"]
+    faster = " and ".join(f"{count} {result['speed-up'][count]:.2f} times as fast" for count in others)
+    return (
+        f"On a CPU with gloo, processes of one thread beside {first}: {faster} at an iteration of `shapes` "
+        f"({result['processor']}, {result['date']}, medians of {result['rounds']} rounds in turn of "
+        "`python -m bench.scaling`)."
+    )
+
+
+def apart_text(recorded: dict[str, Any]) -> str:
+    """What `apart` found, in sentences."""
+    result = recorded["apart"]
+    found = result["found"]
+    return (
+        f"A process that samples beside one that learns: both work at a time for {found['overlap']:.0%} of "
+        f"an iteration. It takes {found['seconds of two apart']:.2f} s, of which the one that learns waits "
+        f"{found['seconds that the one that learns waits']:.2f} s and the one that samples "
+        f"{found['seconds that the one that samples waits']:.2f} s; two that do both in turn take "
+        f"{found['seconds of two that do both']:.2f} s ({result['processor']}, {result['date']}, `shapes` "
+        f"with staleness {STALENESS}, medians of {result['rounds']} rounds in turn of "
+        "`python -m bench.scaling --apart`)."
+    )
+
+
+def record(**found: Any) -> dict[str, Any]:
+    """Keep what was found beside what was found before; returns all."""
+    known = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    RESULT.write_text(json.dumps(known | found, indent=2) + "\n", encoding="utf-8")
+    return known | found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -137,28 +199,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--paper", action="store_true", help="print the table")
+    parser.add_argument("--paper", action="store_true", help="count the recipes on many GPUs")
     parser.add_argument("--apart", action="store_true", help="ranks that sample beside ranks that learn")
     parser.add_argument("--rank", type=int, help="one process of a round, by the launcher, and rollout ranks")
     options = parser.parse_args(arguments)
-    if options.paper:
-        print(paper())
-        return
     if options.rank is not None:
         found = iteration(options.rank)
         if found is not None:
             print(json.dumps(asdict(found)))
         return
-    processor = machine.label(torch.device("cpu"))
-    if options.apart:
-        print(json.dumps({"processor": processor, **apart(options.rounds)}, indent=2))
+    if options.paper:
+        print(paper_table(record(paper=paper())))
         return
-    rounds = [{count: measured(count).seconds for count in options.processes} for _ in range(options.rounds)]
-    first = options.processes[0]
-    speed_ups = {
-        count: statistics.median(each[first] / each[count] for each in rounds) for count in options.processes
-    }
-    print(json.dumps({"processor": processor, "speed-up": speed_ups}, indent=2))
+    how = {"processor": machine.label(torch.device("cpu")), "date": machine.today(), "rounds": options.rounds}
+    if options.apart:
+        print(apart_text(record(apart=how | {"found": apart(options.rounds)})))
+    else:
+        print(strong_text(record(strong=how | {"speed-up": strong(options.processes, options.rounds)})))
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
     backbone = tiny_backbone("dit", lora=changes.pop("lora", None))
+    backbone.dtype = changes.pop("dtype", backbone.dtype)
     rewards = changes.pop("rewards", [brightness])
     sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
     settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes

@@ -45,8 +45,8 @@ class Divisible:
     blocks: Collection[str]
     """Names of classes; each such module within is gathered on its own, all else with the root."""
     dtype: torch.dtype
-    """That weights which are trained are gathered in, and whose gradients are summed in float32. Frozen ones
-    keep theirs."""
+    """Dtype in which trained weights are gathered; their gradients are summed in float32. Frozen ones keep
+    theirs."""
     whole: frozenset[nn.Parameter] = frozenset()
     """Parameters that stay whole on every rank, and are summed by World.sum_."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -59,11 +61,17 @@ class Plan:
     """An iteration's costs and the run's memory."""
 
     costs: Costs
-    memory: MemoryPlan
     shards: Shards
     """What a rank has in parts."""
     config: TrainConfig
     num_steps: int
+    follow: Callable[[], MemoryPlan]
+    """Follows the allocations of the run's steps, which takes seconds for a large model."""
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """The run's memory, followed when it is first asked for."""
+        return self.follow()
 
     def on(self, ranks: int) -> Scaling:
         """The iteration on so many ranks; microbatches are those that 80 GB hold where none are given.
@@ -72,8 +80,11 @@ class Plan:
             ValueError: for ranks that config.shard does not divide.
         """
         World(size=ranks).require_shards(self.config.shard)
-        update = next(phase for phase in self.memory.phases if phase.setting == "ppo.microbatch_size")
-        microbatch = self.config.ppo.microbatch_size or max(update.fitting(GPU_BYTES), 1)
+        microbatch = self.config.ppo.microbatch_size or 1
+        if self.shards.count > 1 and not self.config.ppo.microbatch_size:
+            # Sharded weights are gathered for each.
+            update = next(phase for phase in self.memory.phases if phase.setting == "ppo.microbatch_size")
+            microbatch = max(update.fitting(GPU_BYTES), 1)
         return scaling(
             *(self.costs, self.config, ranks),
             shards=self.shards,
@@ -98,8 +109,9 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
     """
     model = _Model.of(config, ranks)
     backbone, _, table, _ = model.parts
-    costs, memory = count(*model.parts, config.train), model.memory(config, device, pretrains, ranks)
-    return Plan(costs, memory, Shards.of(backbone, config.train.shard), config.train, table.num_steps)
+    costs = count(*model.parts, config.train)
+    follow = partial(model.memory, config, device, pretrains, ranks)
+    return Plan(costs, Shards.of(backbone, config.train.shard), config.train, table.num_steps, follow)
 
 
 def planned_memory(config: RunConfig, *, device: str, pretrains: bool, ranks: int) -> MemoryPlan:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from bench import scaling
+from lacfast.runs.plan import TINY_MODELS
 from lacfast.runs.recipes import recipes
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     seconds = iter([6.0, 4.0, 9.0, 5.0, 3.0, 2.0])
     monkeypatch.setattr(scaling, "measured", lambda processes: scaling.Iteration(next(seconds)))
+    monkeypatch.setattr(scaling, "RESULT", tmp_path / "scaling.json")
     scaling.main(["--rounds", "3"])
-    assert json.loads(capsys.readouterr().out)["speed-up"] == {"1": 1.0, "2": 1.5}
+    found = json.loads(scaling.RESULT.read_text(encoding="utf-8"))
+    assert found["strong"]["speed-up"] == {"1": 1.0, "2": 1.5}
+    assert capsys.readouterr().out.strip() == scaling.strong_text(found)
 
 
 def test_one_process_measures_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,13 +36,15 @@ def test_one_process_measures_an_iteration(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_overlap_is_what_neither_waits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     both, one = scaling.Iteration(4.0), scaling.Iteration(5.0, waited=0.5, samplers_waited=2.0)
     monkeypatch.setattr(scaling, "measured", lambda _, rollout_ranks=0: one if rollout_ranks else both)
+    monkeypatch.setattr(scaling, "RESULT", tmp_path / "scaling.json")
     scaling.main(["--apart", "--rounds", "2"])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(scaling.RESULT.read_text(encoding="utf-8"))["apart"]["found"]
     assert (found["speed-up"], found["overlap"]) == (0.8, 0.5)
+    assert "at a time for 50% of an iteration" in capsys.readouterr().out
 
 
 def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
@@ -47,8 +54,25 @@ def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
     monkeypatch.setattr(scaling, "plan", lambda config, ranks: SimpleNamespace(on=lambda gpus: found))
     known = {name: recipes()[name] for name in ("shapes", "flux-pickscore")}
     monkeypatch.setattr(scaling, "recipes", lambda: known)
-    head, _, *rows = scaling.paper().splitlines()
+    head, _, *rows = scaling.paper_table({"paper": scaling.paper()}).splitlines()
     assert head.endswith(
         "| 8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs | 128 GPUs | 256 GPUs | 512 GPUs | 1,024 GPUs |"
     )
     assert rows == ["| `flux-pickscore` | 48 | 2.0 GB | 100.0% | 100.0% | 100.0% |  |  |  |  |  |"]
+
+
+RECORDED = json.loads(scaling.RESULT.read_text(encoding="utf-8"))
+
+
+def test_the_recorded_table_has_every_recipe_with_its_batch() -> None:
+    known = {name: each.settings for name, each in recipes().items()}
+    batches = {
+        name: config.train.batch_size for name, config in known.items() if config.model not in TINY_MODELS
+    }
+    assert {name: row["batch"] for name, row in RECORDED["paper"].items()} == batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECORDED["paper"])
+def test_the_recorded_table_is_what_recipes_cost_today(name: str) -> None:
+    assert scaling.on_paper(recipes()[name].settings) == RECORDED["paper"][name]

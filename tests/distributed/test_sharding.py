@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 from ranked_runs import PPO, PRETRAINING, assert_same_run, state, trained, trainer_for
-from ranks import started, together
+from ranks import on_ranks, together
 from refusals import Refusal
 from torch import distributed
 
 from lacfast.backbones import load_backbone
-from lacfast.cli import main
+from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import GraphConfig
 from lacfast.distributed.sharding import gathered, is_sharded, own_part
 from lacfast.runs.costs import count
-from lacfast.runs.endings import USAGE
 from lacfast.runs.scaling import scaling
 from lacfast.runs.shards import Shards
 
@@ -217,6 +214,28 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_by_all_shards(run
     assert runs[2]["bad"] == [{"bad": 2, "same": True}] * 2
 
 
+@pytest.mark.slow
+def test_compiled_blocks_train_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_blocks = LatentBackbone.compile_blocks
+    monkeypatch.setattr(
+        LatentBackbone, "compile_blocks", lambda backbone: compile_blocks(backbone, backend="eager")
+    )
+    assert_same_run("branch", on_ranks(2, lambda: trained(["branch"], compile=True, shard=2), tmp_path))
+
+
+@pytest.mark.slow
+def test_all_weights_in_bfloat16_train_in_parts(tmp_path: Path) -> None:
+    """They are rounded where they are gathered, so trajectories are alike and not the same."""
+    half = {"dtype": torch.bfloat16}
+    expected = trained(["branch"], **half)["branch"]
+    for found in on_ranks(2, lambda: trained(["branch"], shard=2, **half), tmp_path):
+        assert {tensor.dtype for tensor in found["branch"]["policy"]} == {torch.float32}
+        # They moved by ten times as much.
+        for weight, known in zip(found["branch"]["policy"], expected["policy"], strict=True):
+            torch.testing.assert_close(weight, known, rtol=0, atol=5e-5)
+        assert found["branch"]["rewards"] == pytest.approx(expected["rewards"], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "refusal"),
     [
@@ -265,28 +284,3 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_by_all_shards(run
 def test_sharding_that_cannot_be_is_refused(changes: dict[str, Any], refusal: Refusal) -> None:
     with refusal.raised():
         trainer_for(**changes)
-
-
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["--train.shard", "3"], "lacfast: shard=3 does not divide the 2 ranks"),
-        (["--train.shard", "2", "--train.graph.mode", "on"], "lacfast: graph.mode='on' would freeze"),
-    ],
-)
-def test_the_first_rank_alone_refuses_before_any_work(options: list[str], told: str, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-
-    def refused() -> tuple[int, str]:
-        with redirect_stderr(io.StringIO()) as written:
-            code = main(["train", "shapes", "--out", str(out), *options])
-        return code, written.getvalue()
-
-    ranks, _store = started(2, refused, tmp_path)
-    for process in ranks:
-        process.join(timeout=60)
-    (code, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert code == USAGE
-    assert told in first
-    assert second == ""
-    assert not out.exists()
