@@ -29,13 +29,17 @@ from lacfast.records import Rollout
 
 ITERATIONS = 3
 # Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
-PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, adam_eps=1e-4)
+PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, adam_eps=1e-4)
 SMALL = {"hidden_dim": 16, "head_dim": 8, "num_heads": 2}
 # The first minibatch must not have all states: standardised rewards have the mean 0, so the gradient of the
 # value's bias would be rounding alone, of which Adam makes whole steps.
 PRETRAINING = ValuePretrainingConfig(
     iterations=2, minibatch_size=8, held_out_samples=8, completions=2, bound_states=4
 )
+PART = 4
+"""Trajectories at a time, which two ranks have as one does."""
+SMALL_PARTS = {"rollout_batch_size": 2, "ppo": replace(PPO, microbatch_size=4)}
+"""Several parts of a rollout and of a minibatch for each of two ranks, and as many for each of four."""
 GROUPS = AdvantageConfig(estimator=GRPO())
 
 
@@ -44,7 +48,7 @@ def redness(images: torch.Tensor, prompts: list[str], metadata: list[dict[str, o
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "branch": {},
+    "branch": SMALL_PARTS,
     "lora": {"lora": LoRAConfig(rank=2)},
     "shared": {"critic": CriticConfig(trunk="shared", **SMALL)},
     "joint": {
@@ -66,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "samples_per_prompt": 1,
         "ppo": replace(PPO, critic_rollouts=2, num_minibatches=4),
     },
-    "scattered": {"gradient_checkpointing": True, "ema_decay": 0.5},
+    "scattered": SMALL_PARTS | {"gradient_checkpointing": True, "ema_decay": 0.5},
 }
 
 
@@ -75,7 +79,7 @@ def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
     backbone.dtype = changes.pop("dtype", backbone.dtype)
     rewards = changes.pop("rewards", [brightness])
     sampler = SamplerConfig(num_steps=3, guidance_scale=changes.pop("guidance", 1.0))
-    settings = {"rollout_batch_size": 2, "sampler": sampler, "ppo": PPO} | changes
+    settings = {"rollout_batch_size": PART, "sampler": sampler, "ppo": PPO} | changes
     return LatentActorCriticTrainer(backbone, rewards, PROMPTS, tiny_config(**settings))
 
 
@@ -139,8 +143,9 @@ def assert_same_run(arm: str, ranks: list[dict[str, Any]]) -> None:
     expected, found = alone(arm), [rank[arm] for rank in ranks]
     assert torch.equal(torch.cat([rank["ids"] for rank in found]), expected["ids"])
     latents = torch.cat([rank["latents"] for rank in found], dim=1)
-    # Parts of other sizes than 2 may take another kernel.
-    is_whole = all(rank["latents"].shape[1] % 2 == 0 for rank in found[:-1])
+    # Parts of another size may take another kernel.
+    part = ARMS[arm].get("rollout_batch_size", PART)
+    is_whole = all(rank["latents"].shape[1] % part == 0 for rank in found[:-1])
     torch.testing.assert_close(latents, expected["latents"], rtol=0, atol=0 if is_whole else 1e-5)
     for rank in found:
         for kind, close in (("policy", 1e-6), ("critic", 2e-5)):

@@ -228,6 +228,8 @@ def train(
     if not world.is_first:
         on_iteration, tell = None, _silent
     with locked(out) if world.is_first else nullcontext():
+        # Nobody touches what another run has.
+        world.wait("the directory of the run")
         directory = RunDirectory(out, keep_last=config.keep_last)
         return _train(config, directory, on_iteration, tell, log or phase_log(world), world)
 

@@ -18,7 +18,7 @@ from lacfast.cli import main
 from lacfast.config import to_json
 from lacfast.runs.directory import SETTINGS
 from lacfast.runs.endings import FAILURE, USAGE
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipe
 from lacfast.runtime.directories import LOCK, locked
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
@@ -49,12 +49,10 @@ BAD = {
     ),
     "held out": Bad(("--train.pretrain.held-out-samples", "1"), "raise pretrain.held_out_samples"),
     "rollout ranks": Bad(("--train.rollout-ranks", "2"), "lacfast: rollout_ranks=2 of 2 leave no rank"),
-    "server": Bad(NO_SERVER, "lacfast: reward", code=FAILURE),
-    "server of one rank": Bad((), "lacfast: rank 1 of 2: reward", NO_SERVER, FAILURE),
+    "server": Bad(NO_SERVER, "lacfast: remote reward", code=FAILURE),
+    "server of one rank": Bad((), "lacfast: rank 1 of 2: remote reward", NO_SERVER, FAILURE),
     "directory": Bad((), "is in use by process"),
-    "checkpoint": Bad(
-        ("--resume", "{root}/another"), "lacfast: model was 'words-dit' and is 'shapes-dit' now"
-    ),
+    "checkpoint": Bad(("--resume", "{root}/another"), "model was 'words-dit' and is 'shapes-dit' now"),
 }
 
 
@@ -81,7 +79,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
             found[name] = code, written.getvalue(), sorted(path.name for path in root.glob(f"{name}/*"))
         return found
 
-    other = to_json(replace(RUNS["shapes"](), model="words-dit"))
+    other = to_json(replace(recipe("shapes"), model="words-dit"))
     trainer_for().save(root / "another", notes={SETTINGS: other})
     with locked(root / "directory"):
         ranks, _store = started(2, refused, root)
@@ -97,5 +95,5 @@ def test_the_first_rank_alone_refuses_before_any_work(name: str, found: dict[str
     assert BAD[name].told in first
     assert code == BAD[name].code
     assert second == ""
-    # Nothing but what says whose the directory is.
-    assert left in ([], [LOCK])
+    # A checkpoint is asked for in the run's directory.
+    assert left == {"directory": [LOCK], "checkpoint": ["checkpoints", LOCK, "samples"]}.get(name, [])

@@ -94,15 +94,14 @@ def parts() -> dict[str, Any]:
     }
 
 
-def settings(size: int) -> dict[str, Any]:
-    """Of the iteration whose bytes are counted; on four ranks gradients are scattered."""
-    return {"shard_gradients": size == 4, "ppo": replace(PPO, minibatch_draw="stratified")}
+COUNTED = replace(PPO, minibatch_draw="stratified", microbatch_size=2)
+"""Of the iteration whose bytes are counted; on four ranks gradients are scattered."""
 
 
 def sent(size: int) -> float:
-    trainer = trainer_for(shard=2, **settings(size))
-    trainer.train_iteration()
-    return trainer.world.traffic.num_bytes
+    trainer = trainer_for(shard=2, shard_gradients=size == 4, ppo=COUNTED)
+    found: float = trainer.train_iteration()["traffic_bytes"]
+    return found
 
 
 def bad() -> dict[str, Any]:
@@ -195,13 +194,13 @@ def test_within_gathered_a_rank_may_run_alone(runs: Runs) -> None:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_is_sent_is_what_the_plan_says(size: int, runs: Runs) -> None:
-    whole = trainer_for(ppo=settings(size)["ppo"])
+    whole = trainer_for(ppo=COUNTED)
     backbone, table = whole.backbone, whole.table
     costs = count(backbone, whole.critic, table, backbone.encode_unconditional(1), whole.config)
     planned = scaling(
         *(costs, replace(whole.config, shard=2, shard_gradients=size == 4), size),
         shards=Shards.of(backbone, 2),
-        microbatch=PPO.microbatch_size,
+        microbatch=COUNTED.microbatch_size,
         num_steps=table.num_steps,
     )
     total = planned.gradient_bytes + planned.gathered_bytes
