@@ -58,19 +58,28 @@ ARMS: dict[str, dict[str, Any]] = {
     "clean_net": {"critic": CriticConfig(trunk="clean_net", **SMALL)},
     "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
     "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
-    "kl, replay": {
-        "ppo": replace(PPO, kl=KLPenalty(0.1), kl_limit=0.5, num_inner_epochs=2, critic_rollouts=2)
+    "uneven, kl, replay": {
+        "batch_size": 7,
+        "samples_per_prompt": 1,
+        "ppo": replace(
+            PPO,
+            kl=KLPenalty(0.1),
+            kl_limit=0.5,
+            num_inner_epochs=2,
+            critic_rollouts=2,
+            num_minibatches=4,
+        ),
     },
     "value pretraining": {"pretrain": PRETRAINING},
     "graphs": {"graph": GraphConfig(mode="fake")},
     "copy": {"critic": CriticConfig(trunk="copy", **SMALL), "pretrain": PRETRAINING},
     "on the policy's features": {"critic": CriticConfig(trunk="branch", keep_features=False, **SMALL)},
-    "uneven": {
-        "batch_size": 7,
-        "samples_per_prompt": 1,
-        "ppo": replace(PPO, critic_rollouts=2, num_minibatches=4),
+    "scattered": SMALL_PARTS
+    | {
+        "gradient_checkpointing": True,
+        "ema_decay": 0.5,
+        "ppo": replace(PPO, minibatch_draw="stratified", microbatch_size=2),
     },
-    "scattered": SMALL_PARTS | {"gradient_checkpointing": True, "ema_decay": 0.5},
 }
 
 

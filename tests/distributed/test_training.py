@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is
 CASES = {
     "branch": (2, 3, 4),
     **dict.fromkeys(("two rewards", "value pretraining"), (3,)),
-    **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups", "kl, replay", "graphs"), (2,)),
+    **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups", "uneven, kl, replay", "graphs"), (2,)),
 }
 """Arm -> the numbers of ranks that it is tried on."""
-SAVED = ("kl, replay", "groups")
+SAVED = ("uneven, kl, replay", "groups")
 """Arms that are saved by four ranks and go on with fewer."""
 Runs = dict[int, dict[str, list[Any]]]
 
