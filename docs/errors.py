@@ -43,6 +43,11 @@ def rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{where}: write message, cause and remedy literally") from error
 
 
+def _cell(text: str) -> str:
+    """Text without what a table or a link is made of."""
+    return text.replace("|", "\\|").replace("][", "]\\[")
+
+
 def page() -> str:
     """The whole page, a table per room."""
     rooms: defaultdict[str, list[Row]] = defaultdict(list)
@@ -54,7 +59,7 @@ def page() -> str:
         if refusals:
             lines += [f"## {room}", "", "| message | cause | remedy |", "|---|---|---|"]
             lines += [
-                "| " + " | ".join(cell.replace("|", "\\|") for cell in row).replace("\n", " ") + " |"
+                "| " + " | ".join(map(_cell, row)).replace("\n", " ") + " |"
                 for row in dict.fromkeys(refusals)
             ]
             lines.append("")

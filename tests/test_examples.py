@@ -24,6 +24,12 @@ PAGES = {
 }
 CPU = {'device="cuda"': 'device="cpu"'}
 TINY: dict[str, dict[str, str]] = {
+    "index.md": CPU
+    | {
+        '"stabilityai/stable-diffusion-3.5-medium"': "pipeline('sd3')",
+        "batch_size=96, rollout_batch_size=24": "batch_size=4, rollout_batch_size=2",
+        "trainer.train(100)": "trainer.train(1)",
+    },
     "families/sd15.md": CPU
     | {
         '"stable-diffusion-v1-5/stable-diffusion-v1-5"': "pipeline('sd15')",
