@@ -141,9 +141,7 @@ def _step_spec(
     )
 
 
-_SMALL_STEP, _MEDIUM_STEP, _LARGE_STEP = (
-    launch.pick_launch("gaussian_step", elements, launch.DEFAULT)[:3] for elements in (512, 4096, 65_536)
-)
+_SMALL_STEP, *_BETWEEN_STEPS, _MEDIUM_STEP, _LARGE_STEP = launch.shapes("gaussian_step")
 
 GAUSSIAN_STEP = [
     _step_spec("float32", "float32", _SMALL_STEP, guided=False, noise=None, split=False),
@@ -153,6 +151,10 @@ GAUSSIAN_STEP = [
     _step_spec("float32", "bfloat16", _MEDIUM_STEP, guided=False, noise=None, split=False),
     _step_spec("float32", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True),
     _step_spec("bfloat16", "bfloat16", _MEDIUM_STEP, guided=True, noise="bfloat16", split=False),
+    *(
+        _step_spec("float32", "bfloat16", shape, guided=True, noise=None, split=False)
+        for shape in _BETWEEN_STEPS
+    ),
     _step_spec("bfloat16", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True),
     _step_spec("float16", "float16", _LARGE_STEP, guided=False, noise=None, split=True),
     _step_spec("float32", "float32", _SMALL_STEP, guided=True, noise="float32", split=False, slab="float32"),
@@ -223,6 +225,8 @@ def _log_prob_grad_spec(sample: str, output: str, elements: int, *, shared: bool
 
 STEP_LOG_PROB = [
     _log_prob_spec("float32", "float32", 512, shared=True),
+    _log_prob_spec("float32", "bfloat16", 1024, shared=False),
+    _log_prob_spec("float32", "bfloat16", 2048, shared=False),
     _log_prob_spec("float32", "bfloat16", 4096, shared=False),
     _log_prob_spec("float32", "float32", 65_536, shared=False),
     _log_prob_spec("bfloat16", "bfloat16", 65_536, shared=True),

@@ -18,7 +18,7 @@ from lacfast.records import NoiseKey
 pytestmark = pytest.mark.interpreter
 
 # One element, odd, one program of several blocks, several programs with a ragged last one.
-SIZES = [1, 7, 512, 3001, 5001]
+SIZES = [1, 7, 512, 777, 1500, 3001, 5001]
 BATCH = 4
 CLIP_RANGE = 0.01
 KL_WEIGHT = 0.3

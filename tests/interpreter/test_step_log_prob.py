@@ -18,7 +18,7 @@ from lacfast.records import NoiseKey, TrajectorySlab
 pytestmark = pytest.mark.interpreter
 
 # One element, odd, one program of several blocks, several programs with a ragged last one.
-SIZES = [1, 7, 512, 3001, 5001]
+SIZES = [1, 7, 512, 777, 1500, 3001, 5001]
 BATCH = 4
 KINDS = [
     (torch.float32, torch.float32),

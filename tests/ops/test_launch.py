@@ -36,6 +36,13 @@ def test_the_programs_of_a_launch_cover_the_latent_once(op: str, elements: int) 
     assert (splits - 1) * block * blocks < elements <= splits * block * blocks
 
 
+@pytest.mark.parametrize("op", [name for name in launch.names() if name != "value_pool"])
+@pytest.mark.parametrize("elements", [512, 1024, 2048, 4096])
+def test_small_latents_have_no_block_of_nothing_but_a_mask(op: str, elements: int) -> None:
+    block, blocks, _, splits = launch.pick_launch(op, elements, launch.DEFAULT)
+    assert block * blocks * splits == elements
+
+
 def test_an_architecture_without_a_table_uses_the_default() -> None:
     assert launch.pick_launch("gaussian_step", 4096, "sm_61") == launch.pick_launch(
         "gaussian_step", 4096, launch.DEFAULT
