@@ -2,9 +2,9 @@
 
     kernels.get_kernel("OWNER/lacfast-ops", version=0, trust_remote_code=True).normal_noise(...)
 
-The directory is a kernel repository, which kernels.get_local_kernel(DIRECTORY) reads too. build/torch-cuda and
-build/torch-cpu hold the same Python, Triton on a GPU and the reference elsewhere. Imports are relative, and ops
-are registered under a name of their own, so that several versions live in one process. Layout: https://huggingface.co/docs/kernels/kernel-requirements
+The directory is a kernel repository, which kernels.get_local_kernel(DIRECTORY) reads too. build/torch-cuda
+and build/torch-cpu hold the same Python, Triton on a GPU and the reference elsewhere. Imports are relative,
+and ops are registered under a name of their own, so that several versions live in one process. Layout: https://huggingface.co/docs/kernels/kernel-requirements
 """
 
 from __future__ import annotations
