@@ -60,19 +60,21 @@ def is_smoke(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def report_ratios(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, float]]:
-    """report_ratios(title, providers, baseline): prints the table, returns each provider's speed-up.
+    """report_ratios(title, providers, baseline_of): prints the table, returns each provider's speed-up.
 
     The speed-up is the median over rounds of baseline / provider within the round.
     """
 
-    def report(title: str, providers: dict[str, Provider], baseline: str) -> dict[str, float]:
+    def report(
+        title: str, providers: dict[str, Provider], baseline_of: Callable[[str], str]
+    ) -> dict[str, float]:
         seconds = race(providers)
-        ratios = speed_ups(seconds, baseline)
+        ratios = {name: speed_ups(seconds, baseline_of(name))[name] for name in providers}
         with capsys.disabled():
             print(f"\n{title}, {torch.get_num_threads()} thread, interleaved medians")
             for name, times in seconds.items():
                 milliseconds = statistics.median(times) * 1e3
-                print(f"  {name:<28} {milliseconds:9.3f} ms   {ratios[name]:6.2f}x of {baseline}")
+                print(f"  {name:<28} {milliseconds:9.3f} ms   {ratios[name]:6.2f}x of {baseline_of(name)}")
         return ratios
 
     return report
@@ -86,6 +88,6 @@ def claimed_ratios(report_ratios: Callable[..., dict[str, float]]) -> Callable[.
         (case,) = shapes.select(WORKLOADS[op].kind, "claim")
         workload = verified(op, case, dtype, compiled=True)
         calls = {name: partial(call, workload.inputs) for name, call in workload.providers.items()}
-        return report_ratios(workload.title(), calls, workload.baseline)
+        return report_ratios(workload.title(), calls, workload.baseline_of)
 
     return ratios

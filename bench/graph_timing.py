@@ -47,6 +47,18 @@ def graph_seconds(call: Call, copies: list[Inputs], *, calls: int = CALLS, repla
     return statistics.median(seconds) / calls
 
 
+def empty_node_seconds(*, calls: int = CALLS, replays: int = 7) -> float:
+    """Median seconds of a kernel that does nothing, within a graph of `calls`: no launch takes less."""
+    # Triton is there wherever a CUDA device is.
+    from bench.empty_kernel import empty_kernel
+
+    def launch(_: Inputs) -> tuple[torch.Tensor, ...]:
+        empty_kernel[(1,)](num_warps=1)
+        return ()
+
+    return graph_seconds(launch, [{}], calls=calls, replays=replays)
+
+
 def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

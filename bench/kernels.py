@@ -4,9 +4,11 @@
     OMP_NUM_THREADS=1 python -m bench.kernels --avx2               kernels-avx2-DATE.json: AVX2 at most
     python -m bench.kernels --cases claim --ops gaussian_step      some of it, to the screen only
     python -m bench.kernels --device cuda --out PATH               CUDA graphs, cold and hot L2
+    python -m bench.kernels --device cuda --out PATH --seconds 480 --resume    a part, after earlier parts
 
 Results are compared before they are timed. On a CPU: one thread, providers in turn, medians, ratios within a
-round. Bandwidth is that of the fused op's bytes (bench/roofline.py), whoever runs it.
+round. Bandwidth is that of the fused op's bytes (bench/roofline.py), whoever runs it. On a GPU all cases are
+joined by those that exceed its L2 cache, and times stand beside that of an empty node of a graph.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 
 from bench import machine, roofline, shapes
-from bench.graph_timing import cold_and_hot
+from bench.graph_timing import cold_and_hot, empty_node_seconds
 from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import Workload
@@ -60,8 +62,8 @@ def measure_cpu(workload: Workload, *, budget: float) -> dict[str, Row]:
     }
 
 
-def measure_cuda(workload: Workload) -> dict[str, Row]:
-    """Cold times, hot ones beside them."""
+def measure_cuda(workload: Workload, *, empty_node: float) -> dict[str, Row]:
+    """Cold times, hot ones beside them, and these in times of an empty node."""
     times = cold_and_hot(workload)
     rows: dict[str, Row] = {}
     for name, measured in times.items():
@@ -69,7 +71,7 @@ def measure_cuda(workload: Workload) -> dict[str, Row]:
             rows[name] = {"error": measured}
             continue
         cold, hot = measured
-        rows[name] = {"seconds": cold, "hot_microseconds": hot * 1e6}
+        rows[name] = {"seconds": cold, "hot_microseconds": hot * 1e6, "empty_nodes": hot / empty_node}
         base = times[workload.baseline_of(name)]
         if not isinstance(base, str):
             rows[name]["speed_up"] = base[0] / cold
@@ -109,6 +111,7 @@ def table(rows: list[Row]) -> str:
             continue
         speed_up = f"{row['speed_up']:6.2f}x" if "speed_up" in row else ""
         hot = f"  hot {row['hot_microseconds']:.1f} us" if "hot_microseconds" in row else ""
+        hot += f", {row['empty_nodes']:.1f} empty nodes" if "empty_nodes" in row else ""
         lines.append(
             f"  {row['provider']:<26} {row['microseconds']:10.1f} us {speed_up} "
             f"{row['gigabytes_per_second']:8.1f} GB/s {row['percent_of_copy']:6.1f} % of copy{hot}"
@@ -125,7 +128,7 @@ def workloads(
         for case in shapes.select(entry.kind, selection):
             for dtype in entry.dtypes:
                 build = partial(entry.build, case, dtype, device, compiled=compiled)
-                yield f"{name}, {case}, {str(dtype).removeprefix('torch.')}", build
+                yield title_of({"op": name, "case": case, "dtype": str(dtype).removeprefix("torch.")}), build
 
 
 def collect(
@@ -157,6 +160,33 @@ def collect(
     return missing
 
 
+def title_of(row: Row) -> str:
+    """Which workload a row belongs to."""
+    return f"{row['op']}, {row['case']}, {row['dtype']}"
+
+
+def another_run(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """What keeps the rows of two runs from standing in one table; empty where nothing does."""
+    for name in ("device", "machine", "max_autotune"):
+        if earlier.get(name) != now[name]:
+            return name
+    return ""
+
+
+def refusal(options: argparse.Namespace) -> str:
+    """Why the options cannot be followed here; empty where they can."""
+    on_gpu = options.device == "cuda"
+    if options.max_autotune and (not on_gpu or options.no_compile):
+        return "--max-autotune tunes what is compiled for a GPU: add --device cuda, leave out --no-compile"
+    if options.cases == "beyond-cache" and not on_gpu:
+        return "--cases beyond-cache holds a GPU's L2 cache to account: add --device cuda"
+    if options.resume and (options.out is None or not options.out.exists()):
+        return f"--resume goes on with a file: pass an existing --out, not {options.out}"
+    if on_gpu and not torch.cuda.is_available():
+        return "--device cuda needs a CUDA device; --device cpu runs anywhere"
+    return ""
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.split("\n")[0])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -164,7 +194,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--ops", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="OP")
     options.add_argument("--avx2", action="store_true", help="hold torch and lacfast to AVX2, CPU")
     options.add_argument("--no-compile", action="store_true", help="leave torch.compile out: quick")
+    options.add_argument("--max-autotune", action="store_true", help="compiled opponents are tuned, CUDA")
     options.add_argument("--seconds", type=float, default=3600.0, help="start no workload after this")
+    options.add_argument("--resume", action="store_true", help="keep the rows of --out, measure the others")
     options.add_argument("--budget", type=float, default=4.0, help="seconds of timing per workload, CPU")
     options.add_argument("--out", type=Path, help="JSON; by default only a run of all cases and ops is kept")
     return options
@@ -176,8 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "bench.kernels", *(sys.argv[1:] if arguments is None else arguments)]
         return subprocess.run(command, env=os.environ | AVX2, check=False).returncode
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("kernels: --device cuda needs a CUDA device; --device cpu runs anywhere", file=sys.stderr)
+    if reason := refusal(options):
+        print(f"kernels: {reason}", file=sys.stderr)
         return 2
     out = options.out
     if out is None and options.cases == "all" and options.ops == list(WORKLOADS):
@@ -190,9 +222,21 @@ def main(arguments: list[str] | None = None) -> int:
         "device": device.type,
         "machine": machine.describe(device),
         "copy_gigabytes_per_second": bandwidth / 1e9,
+        "max_autotune": options.max_autotune,
         "rows": [],
         "missing": {},
     }
+    if options.resume:
+        earlier = json.loads(out.read_text(encoding="utf-8"))
+        if difference := another_run(earlier, result):
+            print(
+                f"kernels: {out} has another {difference}; measure it anew without --resume", file=sys.stderr
+            )
+            return 2
+        result["rows"] = earlier["rows"]
+    if device.type == "cuda":
+        torch._inductor.config.max_autotune = options.max_autotune
+        result["empty_node_microseconds"] = empty_node_seconds() * 1e6
 
     def keep(rows: list[Row]) -> None:
         print(table(rows), flush=True)
@@ -200,8 +244,19 @@ def main(arguments: list[str] | None = None) -> int:
         if out is not None:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    planned = list(workloads(options.ops, options.cases, device, compiled=not options.no_compile))
-    measure = measure_cuda if device.type == "cuda" else partial(measure_cpu, budget=options.budget)
+    selections = [options.cases]
+    if device.type == "cuda" and options.cases == "all":
+        selections.append("beyond-cache")
+    done = {title_of(row) for row in result["rows"]}
+    planned = [
+        (title, build)
+        for selection in selections
+        for title, build in workloads(options.ops, selection, device, compiled=not options.no_compile)
+        if title not in done
+    ]
+    measure = partial(measure_cpu, budget=options.budget)
+    if device.type == "cuda":
+        measure = partial(measure_cuda, empty_node=result["empty_node_microseconds"] / 1e6)
     result["missing"] = collect(planned, measure, bandwidth, seconds=options.seconds, on_rows=keep)
     keep_missing = json.dumps(result, indent=1) + "\n"
     if out is not None:

@@ -113,6 +113,15 @@ TINY_PARTICLES = ParticleCase("tiny", 3, 5)
 CLAIM_PARTICLES = ParticleCase("a batch of images", 64, 16)
 PARTICLES = (CLAIM_PARTICLES, ParticleCase("one image", 1, 4096))
 
+BEYOND_CACHE: dict[type[Case], tuple[Case, ...]] = {
+    LatentCase: (LatentCase("FLUX 1024 px, packed", 128, (4096, 64)),),
+    PoolCase: (
+        PoolCase("SD3.5-M 1024 px", 16, 4096, 1536),
+        PoolCase("FLUX 1024 px", 8, 4096, 3072),
+    ),
+}
+"""At least 32 M elements each, 64 MB in 16 bits: beyond an H100's L2 cache, so bandwidth is the memory's."""
+
 CASES: dict[type[Case], tuple[Case, Case, tuple[Case, ...]]] = {
     LatentCase: (TINY_LATENT, CLAIM_LATENT, LATENTS),
     PoolCase: (TINY_POOL, CLAIM_POOL, POOLS),
@@ -120,12 +129,13 @@ CASES: dict[type[Case], tuple[Case, Case, tuple[Case, ...]]] = {
     ParticleCase: (TINY_PARTICLES, CLAIM_PARTICLES, PARTICLES),
 }
 """Kind -> the tiny case, the claim's, all real ones."""
-SELECTIONS = ("tiny", "claim", "all")
+SELECTIONS = ("tiny", "claim", "all", "beyond-cache")
 
 
 def select(kind: type[Case], selection: str) -> tuple[Case, ...]:
-    """The cases of a kind under a name of SELECTIONS."""
+    """The cases of a kind under a name of SELECTIONS; a kind may have none beyond the cache."""
     if selection not in SELECTIONS:
         raise ValueError(f"unknown selection {selection!r}; known: {', '.join(SELECTIONS)}")
     tiny, claim, everything = CASES[kind]
-    return {"tiny": (tiny,), "claim": (claim,), "all": everything}[selection]
+    beyond = BEYOND_CACHE.get(kind, ())
+    return {"tiny": (tiny,), "claim": (claim,), "all": everything, "beyond-cache": beyond}[selection]

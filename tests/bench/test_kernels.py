@@ -12,7 +12,7 @@ import torch
 from bench import kernels
 from bench.graph_timing import cold_and_hot, num_copies
 from bench.interleaved import affordable_rounds, race, speed_ups
-from bench.shapes import TINY_LATENT
+from bench.shapes import BEYOND_CACHE, TINY_LATENT, LatentCase
 from bench.workloads import latents, verified
 from bench.workloads.critics import LOOP, VECTORIZED
 from bench.workloads.workload import OURS, OURS_DRAWN, PEER, PEER_DRAWN, REFERENCE, Workload, WrongResultError
@@ -210,3 +210,55 @@ def test_an_older_instruction_set_holds_both_sides(tmp_path: Path) -> None:
 def test_command_says_what_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernels.main(["--device", "cuda"]) == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_a_part_goes_on_where_earlier_ones_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "kernels.json"
+    tiny = ["--cases", "tiny", "--no-compile", "--budget", "0.01", "--out", str(out)]
+    assert kernels.main([*tiny, "--ops", "gae"]) == 0
+    first = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert kernels.main([*tiny, "--resume", "--ops", "gae", "effective_sample_size"]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert rows[: len(first)] == first
+    assert {row["op"] for row in rows[len(first) :]} == {"effective_sample_size"}
+    monkeypatch.setattr(kernels.machine, "describe", lambda _: {"label": "another"})
+    assert kernels.main([*tiny, "--resume", "--ops", "gae"]) == 2
+    assert "has another machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--max-autotune"], "--max-autotune tunes what is compiled for a GPU"),
+        (["--max-autotune", "--device", "cuda", "--no-compile"], "leave out --no-compile"),
+        (["--cases", "beyond-cache"], "add --device cuda"),
+        (["--resume"], "pass an existing --out, not None"),
+        (["--resume", "--out", "nowhere.json"], "pass an existing --out, not nowhere.json"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kernels.main(arguments) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_times_on_a_gpu_stand_beside_an_empty_node(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = dict.fromkeys(workload.providers, (4e-6, 3e-6)) | {REFERENCE: "RuntimeError: not captured"}
+    monkeypatch.setattr(kernels, "cold_and_hot", lambda _: times)
+    rows = kernels.measure_cuda(workload, empty_node=1.5e-6)
+    assert rows[OURS]["empty_nodes"] == pytest.approx(2.0)
+    assert rows[OURS]["speed_up"] == 1.0
+    assert "2.0 empty nodes" in kernels.table(kernels.rows_of(workload, {OURS: rows[OURS]}, 1e9))
+
+
+def test_what_is_beyond_the_cache_exceeds_it_in_16_bits() -> None:
+    for cases in BEYOND_CACHE.values():
+        for case in cases:
+            is_latent = isinstance(case, LatentCase)
+            elements = case.elements if is_latent else case.batch * case.tokens * case.features
+            assert elements >= 32 << 20
