@@ -42,7 +42,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from peft import PeftModel
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
@@ -579,12 +578,13 @@ def load_pipeline(directory: Path) -> Any:
     return pipeline
 
 
-def load_lora(pipeline: Any, directory: Path) -> None:
-    """Through plain diffusers, or through peft where the pipeline loads no LoRA."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(directory)
-    else:
-        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, directory).merge_and_unload()
+def load_as_card_says(saved: Path, base: Path) -> Any:
+    """The pipeline that a saved model's README.md makes, line by line, in plain diffusers and peft."""
+    code = (saved / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    made: dict[str, Any] = {}
+    exec(code.replace('"THIS_MODEL"', repr(str(saved))).replace("BASE", repr(str(base))), made)
+    made["pipeline"].set_progress_bar_config(disable=True)
+    return made["pipeline"]
 
 
 def use_first_order(pipeline: Any) -> None:

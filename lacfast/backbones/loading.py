@@ -349,8 +349,11 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     trained = None
     if isinstance(request.lora, str | PathLike):
         trained = read_lora(request.lora, pipeline, family.model_part, family.text_parts)
+    in_peft_layout = []
     for source, weight in request.merged_loras.items():
-        read_lora(source, pipeline, family.model_part, family.text_parts).merge_into(pipeline, weight)
+        merged = read_lora(source, pipeline, family.model_part, family.text_parts)
+        merged.merge_into(pipeline, weight)
+        in_peft_layout += [source] * merged.is_in_peft_layout
     scheduler = family.scheduler(pipeline.scheduler)
     weights = {name: getattr(pipeline, name) for name in (family.model_part, "vae", *family.text_parts)}
     fingerprint = Fingerprint.of(weights, scheduler)
@@ -363,7 +366,8 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
         codec=VAECodec(prepare_vae(pipeline.vae, settings), family, map_shape),
         scheduler=scheduler,
         storage=PipelineStorage(
-            pipeline, family, settings, _origin(pipeline), fingerprint, request.merged_loras
+            *(pipeline, family, settings, _origin(pipeline), fingerprint),
+            *(request.merged_loras, in_peft_layout),
         ),
         lora=request.lora if trained is None else trained.config(family.model_part),
         dtype=request.dtype,

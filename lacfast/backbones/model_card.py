@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def model_card(pipeline: str, base: str | None, *, is_lora: bool, merged_loras: Mapping[str, float]) -> str:
-    """Metadata of the hub, what the directory holds, and the lines that load it.
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What lies in a directory, as far as it takes to load it."""
 
-    Args:
-        pipeline: diffusers' class.
-        base: hub id or directory of the untrained pipeline; None: unknown.
-        is_lora: only a LoRA was saved.
-        merged_loras: LoRAs in the base's weights, with theirs.
-    """
-    is_on_hub = base is not None and not Path(base).is_absolute()
-    named = f'"{base}"' if is_on_hub else "BASE"
+    pipeline: str
+    """diffusers' class."""
+    base: str | None
+    """Hub id or directory of the untrained pipeline; None: unknown."""
+    part: str
+    """Component that is trained."""
+    model: str
+    """Its class."""
+    kind: str
+    """"lora" and "peft" are adapters that diffusers' pipeline or peft loads, "part" all weights of the trained
+    component alone, "pipeline" everything."""
+    merged_loras: Mapping[str, float]
+    """LoRAs in the base's weights, with theirs."""
+    in_peft_layout: Collection[str] = ()
+    """Those among them that peft loads."""
+
+    @property
+    def is_on_hub(self) -> bool:
+        return self.base is not None and not Path(self.base).is_absolute()
+
+    @property
+    def base_code(self) -> str:
+        return f'"{self.base}"' if self.is_on_hub else "BASE"
+
+
+def model_card(saved: Saved) -> str:
+    """Metadata of the hub, what the directory holds, and the lines that load it."""
+    is_lora = saved.kind in ("lora", "peft")
     metadata = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    metadata += [f"base_model: {base}"] * is_on_hub
+    metadata += [f"base_model: {saved.base}"] * saved.is_on_hub
     metadata += ["tags:", *(f"- {tag}" for tag in ("lacfast", "reinforcement-learning", *["lora"] * is_lora))]
-    code = ["from diffusers import " + pipeline, ""]
-    if not is_lora:
-        code.append(f'pipeline = {pipeline}.from_pretrained("THIS_MODEL")')
-    else:
-        code += [
-            f"pipeline = {pipeline}.from_pretrained({named})",
-            'pipeline.load_lora_weights("THIS_MODEL")',
-        ]
-    if is_lora and merged_loras:
-        names = ["trained", *(f"merged_{number}" for number in range(1, len(merged_loras) + 1))]
-        sources = zip(names, ["THIS_MODEL", *merged_loras], strict=True)
-        code[-1:] = [f'pipeline.load_lora_weights("{each}", adapter_name="{name}")' for name, each in sources]
-        code.append(f"pipeline.set_adapters({names}, {[1.0, *merged_loras.values()]})")
-    what = "LoRA" if is_lora else "pipeline"
+    what = {"part": saved.part, "pipeline": "pipeline"}.get(saved.kind, "LoRA")
     return "\n".join(
         [
             *("---", *metadata, "---", ""),
-            f"A {pipeline}'s {what}, trained by reinforcement learning with lacfast. Where there is a",
+            f"A {saved.pipeline}'s {what}, trained by reinforcement learning with lacfast. Where there is a",
             "critic.safetensors, it is its value function, and `lacfast steer` samples with it.",
-            *("", "```python", *code, "```", ""),
+            *("", "```python", *_LINES[saved.kind](saved), "```", ""),
         ]
     )
+
+
+def _pipeline(saved: Saved) -> list[str]:
+    return [
+        f"from diffusers import {saved.pipeline}",
+        "",
+        f'pipeline = {saved.pipeline}.from_pretrained("THIS_MODEL")',
+    ]
+
+
+def _part(saved: Saved) -> list[str]:
+    return [
+        f"from diffusers import {saved.pipeline}, {saved.model}",
+        "",
+        f'{saved.part} = {saved.model}.from_pretrained("THIS_MODEL", subfolder="{saved.part}")',
+        f"pipeline = {saved.pipeline}.from_pretrained({saved.base_code}, {saved.part}={saved.part})",
+    ]
+
+
+def _adapter(saved: Saved) -> list[str]:
+    """A LoRA on its base, into which others are merged first, one after the other."""
+    uses_peft = saved.kind == "peft" or bool(saved.in_peft_layout)
+    lines = [
+        f"from diffusers import {saved.pipeline}",
+        *["from peft import PeftModel"] * uses_peft,
+        *["from peft.helpers import rescale_adapter_scale"] * bool(saved.in_peft_layout),
+        "",
+        f"pipeline = {saved.pipeline}.from_pretrained({saved.base_code})",
+    ]
+    for source, weight in saved.merged_loras.items():
+        if source in saved.in_peft_layout:
+            lines += [
+                f'merged = PeftModel.from_pretrained(pipeline.{saved.part}, "{source}")',
+                f"with rescale_adapter_scale(merged, {weight}):",
+                f"    pipeline.{saved.part} = merged.merge_and_unload()",
+            ]
+        else:
+            lines += [
+                f'pipeline.load_lora_weights("{source}")',
+                f"pipeline.fuse_lora(lora_scale={weight})",
+                "pipeline.unload_lora_weights()",
+            ]
+    if saved.kind == "lora":
+        return [*lines, 'pipeline.load_lora_weights("THIS_MODEL")']
+    adapted = f'PeftModel.from_pretrained(pipeline.{saved.part}, "THIS_MODEL")'
+    return [*lines, f"pipeline.{saved.part} = {adapted}.merge_and_unload()"]
+
+
+_LINES = {"pipeline": _pipeline, "part": _part, "lora": _adapter, "peft": _adapter}
+"""Kind -> the lines that load it."""

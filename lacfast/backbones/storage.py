@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.model_card import model_card
+from lacfast.backbones.model_card import Saved, model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
 from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
@@ -77,6 +77,7 @@ class PipelineStorage:
         base: str | None,
         fingerprint: Fingerprint,
         merged_loras: Mapping[str, float],
+        in_peft_layout: Collection[str],
     ) -> None:
         """
         Args:
@@ -86,6 +87,7 @@ class PipelineStorage:
             base: directory or hub id of the untrained pipeline, None when it has none.
             fingerprint: of the untrained pipeline.
             merged_loras: LoRAs in its weights, with theirs, that `base` is without.
+            in_peft_layout: those among them that peft loads.
         """
         self.pipeline = pipeline
         self.family = family
@@ -93,6 +95,7 @@ class PipelineStorage:
         self.base = base
         self.fingerprint = fingerprint
         self.merged_loras = {_anywhere(source): weight for source, weight in merged_loras.items()}
+        self.in_peft_layout = [_anywhere(source) for source in in_peft_layout]
 
     def weights(self, backbone: LatentBackbone) -> dict[str, Tensor]:
         return backbone.policy_state()
@@ -100,10 +103,12 @@ class PipelineStorage:
     def write(self, backbone: LatentBackbone, directory: Path, weights: dict[str, Tensor]) -> None:
         part = self.family.model_part
         if backbone.lora is not None:
-            self._write_lora(weights, backbone, directory)
+            kind = self._write_lora(weights, backbone, directory)
         elif backbone.prompts.is_aside:
+            kind = "part"
             _plain_model(backbone, weights).save_pretrained(directory / part)
         else:
+            kind = "pipeline"
             self._write_pipeline(_plain_model(backbone, weights), directory)
         write_description(
             directory,
@@ -115,16 +120,19 @@ class PipelineStorage:
             dtype=str(backbone.dtype).removeprefix("torch."),
             fingerprint=self.fingerprint.to_json(),
         )
-
-        card = model_card(
-            type(self.pipeline).__name__,
-            self.base,
-            is_lora=backbone.lora is not None,
+        saved = Saved(
+            pipeline=type(self.pipeline).__name__,
+            base=self.base,
+            part=part,
+            model=own_class(backbone.model).__name__,
+            kind=kind,
             merged_loras=self.merged_loras,
+            in_peft_layout=self.in_peft_layout,
         )
-        (directory / MODEL_CARD).write_text(card, encoding="utf-8")
+        (directory / MODEL_CARD).write_text(model_card(saved), encoding="utf-8")
 
-    def _write_lora(self, weights: dict[str, Tensor], backbone: LatentBackbone, directory: Path) -> None:
+    def _write_lora(self, weights: dict[str, Tensor], backbone: LatentBackbone, directory: Path) -> str:
+        """Returns the kind of what was written, see Saved."""
         part, config = self.family.model_part, backbone.model.peft_config[adapters.POLICY]
         if hasattr(self.pipeline, "save_lora_weights"):
             state, metadata = _scaled_by_weights(weights, config.to_dict())
@@ -132,11 +140,12 @@ class PipelineStorage:
                 f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
             }  # fmt: skip
             self.pipeline.save_lora_weights(directory, **arguments)
-            return
+            return "lora"
         # A pipeline that loads no LoRA itself: its model does, through peft, which reads alpha in the config.
         config.save_pretrained(directory)
         state = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in weights.items()}
         save_file(_contiguous(state), directory / PEFT_WEIGHTS)
+        return "peft"
 
     def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
         part = self.family.model_part

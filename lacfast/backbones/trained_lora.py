@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.utils import logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class TrainedLoRA:
     source: str
     parts: Mapping[str, Any]
     """Component of the pipeline that it adapts -> a module like it with the adapter, and no other weights."""
+    is_in_peft_layout: bool
+    """Whether it is peft's loader that reads it."""
 
     def config(self, part: str) -> LoRAConfig:
         """The adapter as it is trained on.
@@ -130,7 +133,8 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
             f"LoRA of this {type(pipeline).__name__}, and of a directory with several the file"
         )
     parts = {name: getattr(hollow, name) for name in (model_part, *text_parts)}
-    trained = TrainedLoRA(str(source), {name: part for name, part in parts.items() if _is_adapted(part)})
+    adapted = {name: part for name, part in parts.items() if _is_adapted(part)}
+    trained = TrainedLoRA(str(source), adapted, is_in_peft_layout=peft is not None)
     if not trained.parts:
         raise ValueError(
             f"{source} adapts no part of the {type(pipeline).__name__}; pass a LoRA of this model"
@@ -189,13 +193,20 @@ def _load_peft(model: Any, directory: Path) -> None:
     config = LoraConfig.from_pretrained(str(directory))
     saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
     state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in saved.items()}
-    model.load_lora_adapter(
-        state,
-        prefix=None,
-        metadata=config.to_dict(),
-        adapter_name=adapters.POLICY,
-        low_cpu_mem_usage=True,
-    )
+    if isinstance(model, PeftAdapterMixin):
+        model.load_lora_adapter(
+            state,
+            prefix=None,
+            metadata=config.to_dict(),
+            adapter_name=adapters.POLICY,
+            low_cpu_mem_usage=True,
+        )
+        return
+    inject_adapter_in_model(config, model, adapter_name=adapters.POLICY)
+    left: Any = set_peft_model_state_dict(model, state, adapter_name=adapters.POLICY)
+    missing = [name for name in left.missing_keys if adapters.adapter_of(name)]
+    if missing or left.unexpected_keys:
+        raise KeyError(f"its weights do not fit: {[*missing, *left.unexpected_keys][:2]}")
 
 
 def _without_weights(pipeline: Any, parts: tuple[str, ...]) -> Any:

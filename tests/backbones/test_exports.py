@@ -12,10 +12,10 @@ import torch
 from refusals import Refusal
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_pipelines import SETTINGS, backbone_of, saved_pipeline, tiny_pipeline
+from tiny_pipelines import backbone_of, tiny_pipeline
 from tiny_trainers import differing, trainer_of
 
-from lacfast import LoRAConfig, load_backbone, push_to_hub
+from lacfast import LoRAConfig, push_to_hub
 from lacfast.backbones import publishing
 from lacfast.checkpoint import save_backbone, save_run
 
@@ -67,22 +67,13 @@ def test_a_scale_that_would_round_the_weights_stays_alpha_s_and_is_told(tmp_path
 
 
 def test_a_card_tells_base_use_and_settings(tmp_path: Path) -> None:
-    base = saved_pipeline("flux", tmp_path / "base")
-    other = tmp_path / "other"
-    save_backbone(load_backbone(base, lora=LoRAConfig(rank=2), settings=SETTINGS), other)
-    backbone = load_backbone(base, lora=LoRAConfig(rank=2), settings=SETTINGS, merged_loras={str(other): 0.5})
+    backbone = with_weights(2, None)
     save_backbone(backbone, tmp_path / "saved", notes={"run.json": {"train": {"seed": 7}}})
     card = (tmp_path / "saved" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert "- lora\n" in card
     assert '"seed": 7' in card
     assert "base_model" not in card, "a path says nothing to others"
-    code = card.partition("```python\n")[2].partition("```")[0]
-    code = code.replace('"THIS_MODEL"', repr(str(tmp_path / "saved"))).replace("BASE", repr(str(base)))
-    made: dict[str, Any] = {}
-    exec(code, made)
-    assert made["pipeline"].get_active_adapters() == ["trained", "merged_1"]
-
     backbone.storage.base = "black-forest-labs/FLUX.1-dev"
     save_backbone(backbone, tmp_path / "hub")
     assert "base_model: black-forest-labs/FLUX.1-dev\n" in (tmp_path / "hub" / "README.md").read_text()

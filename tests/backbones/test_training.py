@@ -14,7 +14,7 @@ from tiny_pipelines import (
     PROMPTS,
     backbone_of,
     guided,
-    load_lora,
+    load_as_card_says,
     load_pipeline,
     ode_images,
     own_call,
@@ -78,8 +78,7 @@ def test_a_saved_lora_gives_the_same_image_in_plain_diffusers(family: str, tmp_p
     latents, images = ode_images(trainer.backbone, PROMPTS[:1], scale)
     assert not torch.allclose(images, untrained, atol=1e-3)
 
-    pipeline = load_pipeline(base)
-    load_lora(pipeline, tmp_path / "saved")
+    pipeline = load_as_card_says(tmp_path / "saved", base)
     use_first_order(pipeline)
     torch.testing.assert_close(
         own_call(pipeline, PROMPTS[:1], latents.clone(), scale), images, rtol=0, atol=1e-4
@@ -106,13 +105,7 @@ def test_saved_weights_give_the_same_image_in_plain_diffusers(
     trainer.train_iteration()
     save_backbone(trainer.backbone, tmp_path / "saved")
     latents, images = ode_images(trainer.backbone, PROMPTS[:1], 2.0)
-    if freed:
-        pipeline = load_pipeline(base)
-        part = "unet" if hasattr(pipeline, "unet") else "transformer"
-        model = type(getattr(pipeline, part)).from_pretrained(tmp_path / "saved", subfolder=part)
-        setattr(pipeline, part, model)
-    else:
-        pipeline = load_pipeline(tmp_path / "saved")
+    pipeline = load_as_card_says(tmp_path / "saved", base)
     use_first_order(pipeline)
     torch.testing.assert_close(
         own_call(pipeline, PROMPTS[:1], latents.clone(), 2.0), images, rtol=0, atol=1e-4
