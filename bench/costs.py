@@ -57,19 +57,44 @@ QWEN_IMAGE = TrainConfig(
     batch_size=BATCH, sampler=SamplerConfig(num_steps=10, noise_level=1.2, guidance_scale=4.0)
 )
 """flow_grpo's for Qwen-Image, all steps stochastic."""
+KLEIN = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=8, noise_level=0.7, guidance_scale=4.0))
+"""Flow-Factory's for FLUX.2 klein, all steps but the last stochastic."""
+Z_IMAGE = TrainConfig(
+    batch_size=BATCH, sampler=SamplerConfig(num_steps=10, noise_level=0.7, guidance_scale=5.0)
+)
+"""Flow-Factory's for Z-Image, likewise."""
+SANA = TrainConfig(batch_size=BATCH, sampler=SamplerConfig(num_steps=10, noise_level=0.7, guidance_scale=4.5))
+"""Flow-GRPO's steps and noise, with the pipeline's guidance."""
+PIXART = TrainConfig(
+    batch_size=BATCH, sampler=SamplerConfig(kind="ddim", num_steps=20, noise_level=1.0, guidance_scale=4.5)
+)
+"""The pipeline's steps and guidance, with DDPO's noise."""
 IMAGES_PER_PROMPT = {"sd35_medium": 24}
 """Images of a rollout with one prompt: flow_grpo's group, which encodes it for each, the engine once."""
-CONFIGS = {"sd15": DDIM, "sdxl": DDIM, "sd35_medium": FLOW, "flux_dev": FLUX, "qwen_image": QWEN_IMAGE}
+CONFIGS = {
+    "sd15": DDIM,
+    "sdxl": DDIM,
+    "sd35_medium": FLOW,
+    "flux_dev": FLUX,
+    "flux2_dev": FLUX,
+    "flux2_klein": KLEIN,
+    "qwen_image": QWEN_IMAGE,
+    "z_image": Z_IMAGE,
+    "sana": SANA,
+    "pixart_sigma": PIXART,
+}
 
-REMEMBERING = ("qwen_image",)
+REMEMBERING = ("qwen_image", "z_image")
 """Models that keep the rotary tables of their first forward."""
 
 # Budgets of what is counted; a test holds them. Lower one when a count falls; raising one needs a reason.
 ADDED_KERNELS = 6
 """Operations but views that a denoising step adds to its model's own: the model's input, the timestep, its
 scale in FLUX, the output as float32, guidance with transition and stores, the step's index."""
-RESCALING_KERNELS = {"qwen_image": 7}
-"""What a step adds where guidance is rescaled, which no fused step does: guidance, norms, the rescaling."""
+OWN_KERNELS = {"qwen_image": 7, "z_image": 2, "sana": 1}
+"""What a step adds besides: where guidance is rescaled, which no fused step does, guidance, norms and the
+rescaling; where a mask stands beside the prompts, joining it with the unconditional one's; where time and
+velocity are turned around, that."""
 KERNELS_PER_FEATURE = 1
 """The same with a critic, per tensor that it reads of the model: the store."""
 MICROBATCH_OPERATIONS = {
@@ -78,6 +103,11 @@ MICROBATCH_OPERATIONS = {
     "sd35_medium": 21_506,
     "flux_dev": 18_446,
     "qwen_image": 43_700,
+    "flux2_dev": 12_931,
+    "flux2_klein": 9_179,
+    "z_image": 16_847,
+    "sana": 11_784,
+    "pixart_sigma": 11_018,
 }
 """Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""
 SYNCS = {"step": 0, "microbatch": 0}

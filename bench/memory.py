@@ -63,7 +63,7 @@ def before(memory: MemoryPlan, config: RunConfig) -> dict[str, int]:
 def table(result: dict[str, Any]) -> str:
     """Bytes per trajectory and the peak of every phase, before and after, as Markdown."""
     head = "trajectory | before: value pretraining | rollout | after: value pretraining | rollout | update"
-    lines = [f"| | {head} | evaluation | host |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [f"| | {head} | evaluation | prompts | host |", "|---|---|---|---|---|---|---|---|---|---|"]
     for name, row in result.items():
         peaks: dict[str, int] = {}
         for phase in row["phases"]:
@@ -75,14 +75,14 @@ def table(result: dict[str, Any]) -> str:
             *(_gigabytes(row["before"].get(kind)) for kind in ("value pretraining", "rollout")),
             *(
                 _gigabytes(peaks.get(kind))
-                for kind in ("value pretraining", "rollout", "update", "evaluation")
+                for kind in ("value pretraining", "rollout", "update", "evaluation", "encoding prompts")
             ),
             _gigabytes(host),
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     note = (
-        "GB at the peak, weights and decoder included; the text encoders are there besides while they "
-        "encode a block of prompts, where a recipe keeps them off the device. A lower bound: reward "
+        "GB at the peak, weights and decoder included, and under `prompts` the text encoders while they "
+        "encode a block of them, where a recipe keeps them off the device. A lower bound: reward "
         "models, captured graphs, the context of CUDA and fragments come on top. `before` is the same "
         "count for the layout in which rollouts of value pretraining lay on the device and a rollout was "
         "joined from its parts. Where the size of a microbatch is found from the free memory, the update "

@@ -12,7 +12,10 @@ from lacfast.backbones.published import PublishedModel, published_models
 from lacfast.config import LoRAConfig
 from lacfast.records import Conditioning
 
-ORDER = ("sd15", "sdxl", "sd35_medium", "flux_dev", "qwen_image")
+ORDER = (
+    *("sd15", "sdxl", "sd35_medium", "flux_dev", "flux2_dev", "flux2_klein", "qwen_image", "z_image"),
+    *("sana", "pixart_sigma"),
+)
 PUBLISHED = {name: published_models()[name] for name in ORDER}
 """In the order of the table."""
 

@@ -5,25 +5,26 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, make_dataclass, replace
 from functools import reduce
 from importlib.metadata import version
 from itertools import takewhile
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TextIO, get_args
 
 import tyro
 
-from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.checks import Config, Count, Positive, Seed
 from lacfast.config.choice import Choice, parse, usage, variants
 from lacfast.config.unread import made as _made
 from lacfast.report.commands import Compare, Report, Watch
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
+from lacfast.runs.help import PAGES, asked, fitted, footer, settings_of
 from lacfast.runs.recipes import Recipe, find_recipe, is_file, recipe_names, recipes
 from lacfast.runs.usage import refusal
 from lacfast.runtime.signals import raised
@@ -216,35 +217,28 @@ def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Str
     return replace(whole, instantiate=made)
 
 
-_SHORT = tyro.constructors.ConstructorRegistry()
-_SHORT.primitive_rule(_one_word)
+def _page(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.ConstructorRegistry:
+    """What reads a command's settings, and shows only these of them in its help."""
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(_one_word)
 
+    @registry.struct_rule
+    def some(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+        kinds = info.type.__mro__ if isinstance(info.type, type) else ()
+        names = next((shown[kind] for kind in kinds if kind in shown), None)
+        if names is None or registry in info.markers:
+            return None
+        marked = replace(info, markers=(*info.markers, registry))
+        whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
+        assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+        hidden: Any = tyro.conf.Suppress
+        fields = (
+            field if field.name in names else replace(field, type=hidden[field.type])
+            for field in whole.fields
+        )
+        return replace(whole, fields=tuple(fields))
 
-@_SHORT.struct_rule
-def _common_settings(
-    info: tyro.constructors.StructTypeInfo,
-) -> tyro.constructors.StructConstructorSpec | None:
-    """The settings of a run without those that few people change."""
-    if info.type not in COMMON or _SHORT in info.markers:
-        return None
-    marked = replace(info, markers=(*info.markers, _SHORT))
-    whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
-    assert isinstance(whole, tyro.constructors.StructConstructorSpec)
-    hidden: Any = tyro.conf.Suppress
-    fields = (
-        field if field.name in COMMON[info.type] else replace(field, type=hidden[field.type])
-        for field in whole.fields
-    )
-    return replace(whole, fields=tuple(fields))
-
-
-COMMON: dict[type, tuple[str, ...]] = {
-    RunConfig: ("out", "model", "prompts", "held_out", "rewards", "device", "resume", "dry_run", "train"),
-    TrainConfig: ("seed", "iterations", "batch_size", "ppo"),
-    PPOConfig: ("policy_learning_rate",),
-}
-"""What `lacfast train RECIPE --help` shows: twelve flags, and the parts that some of them are in."""
-_REST = "\nThese are the settings that most runs change. All of them: {command} --help-all"
+    return registry
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -306,18 +300,23 @@ def _parsed(arguments: list[str]) -> Command:
     named = [word for word in arguments[1:2] if trains and not word.startswith("-")]
     # What is neither is refused here, where it is known that it should be a recipe.
     own = {word: find_recipe(word) for word in named if word not in recipe_names()}
-    is_short = trains and not {"-h", "--help"}.isdisjoint(arguments[2:])
-    refused = io.StringIO()
+    topic = asked(arguments)
+    command = _understood(arguments)
+    registry, printed = _REGISTRY, [*arguments]
+    if topic is not None:
+        registry = _page(settings_of(arguments[0], topic))
+        printed = [*arguments[: PAGES[arguments[0]].words], "--help"]
+    refused, told = io.StringIO(), _Told(sys.stdout)
     try:
-        with redirect_stderr(refused):
+        with redirect_stderr(refused), redirect_stdout(told):
             return tyro.cli(  # type: ignore[no-any-return]
                 _commands(_train(own or recipes()) if trains else Train),
                 prog="lacfast",
                 description="Latent actor-critic post-training of diffusion models. "
                 "--version tells the version.",
-                args=["--help" if word == "--help-all" else word for word in arguments],
+                args=["--help" if word == "--help-all" else word for word in printed],
                 config=(tyro.conf.FlagCreatePairsOff,),
-                registry=_SHORT if is_short else _REGISTRY,
+                registry=registry,
             )
     except _SettingsError as error:
         message, *word = error.args
@@ -325,10 +324,27 @@ def _parsed(arguments: list[str]) -> Command:
         raise ValueError(flag + message) from error
     except SystemExit as stopped:
         if stopped.code:
-            raise ValueError(refusal(refused.getvalue(), arguments, _understood(arguments))) from None
-        if is_short:
-            print(_REST.format(command=_understood(arguments)))
+            raise ValueError(refusal(refused.getvalue(), arguments, command)) from None
+        text = told.getvalue().rstrip("\n")
+        if topic is not None:
+            text += f"\n\n{footer(arguments[0], command, topic)}"
+        print(fitted(text, shutil.get_terminal_size().columns))
         raise
+
+
+class _Told(io.StringIO):
+    """Keeps what is printed, in the colours of where it goes."""
+
+    def __init__(self, goes_to: TextIO) -> None:
+        super().__init__()
+        self._goes_to = goes_to
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._goes_to.encoding or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._goes_to.isatty()
 
 
 def _understood(arguments: list[str]) -> str:

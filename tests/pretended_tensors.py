@@ -6,7 +6,8 @@ The part of tests/pretended_cuda.py that stands in for torch's dispatcher; there
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partialmethod
 from typing import Any
 
@@ -33,6 +34,8 @@ class DeviceMismatchError(RuntimeError):
 class _OfThread(threading.local):
     tape: Tape | None = None
     """What the thread captures."""
+    is_asked: bool = False
+    """Whether it is Python that calls torch now, and not torch's own backward pass."""
 
 
 thread = _OfThread()
@@ -117,6 +120,9 @@ class CudaTensor(Tensor):
         host_args, host_kwargs = tree_map_only(CudaTensor, values_of, (args, kwargs))
         if _is_cuda(host_kwargs.get("device")):
             host_kwargs["device"] = "cpu"
+        if func is torch.ops.aten._conj.default:
+            # A lazy one's bit is of the values alone, and nothing below the dispatcher would read it there.
+            return CudaTensor(_executed(torch.ops.aten._conj_physical.default, host_args, host_kwargs))
         results = _executed(func, host_args, host_kwargs)
         return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, CudaTensor, results))
 
@@ -327,6 +333,25 @@ class _Recorded(TorchDispatchMode):
         return _executed(func, args, kwargs or {})
 
 
+class _Backward(TorchDispatchMode):
+    """The zeros that a backward pass makes in C++ for a gradient that there is none of, as of a split's half
+    that nothing uses: it takes their device from a tensor that says there that it is the host's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zeros.default and not thread.is_asked:
+            return CudaTensor(_executed(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _asked(is_asked: bool) -> Iterator[None]:
+    before, thread.is_asked = thread.is_asked, is_asked
+    try:
+        yield
+    finally:
+        thread.is_asked = before
+
+
 class DeviceMode(TorchFunctionMode):
     """What decides about devices in C++, where a tensor of this device is one of the host."""
 
@@ -355,7 +380,11 @@ class DeviceMode(TorchFunctionMode):
                         Tensor, lambda each: CudaTensor(each.detach(), each.requires_grad), made
                     )
             args = tree_map_only(CudaTensor, values_of, args)
-        results = func(*args, **kwargs)
+        if name in ("backward", "grad") and any(isinstance(leaf, CudaTensor) for leaf in tree_leaves(args)):
+            with _asked(False), _Backward():
+                return func(*args, **kwargs)
+        with _asked(True):
+            results = func(*args, **kwargs)
         return _pinned(results) if pin else results
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from refusals import Refusal
 
 from lacfast.backbones.prompt_files import PromptFiles
 from lacfast.cli import main
+from lacfast.config.checks import Config, field_types
+from lacfast.config.choice import Choice
 from lacfast.runs import phases
 from lacfast.runs.endings import FAILURE, USAGE
+from lacfast.runs.help import PAGES, asked
 from lacfast.runs.recipes import recipe_names
 from lacfast.tasks.pretraining import pretrain
 
@@ -72,11 +76,63 @@ def test_help_of_a_recipe_has_the_twelve_flags_that_people_use_and_says_where_th
     }  # fmt: skip
     assert set(re.findall(r"^\W --(\w[\w.-]*)", short, re.MULTILINE)) == flags
     assert "DDPO's first task" in short
-    assert "lacfast train sd15-ddpo --help-all" in short
+    assert "lacfast train sd15-ddpo --help TOPIC has others: run, model," in " ".join(short.split())
+    assert "--help-all has all" in " ".join(short.split())
     whole = help_of(["train", "sd15-ddpo", "--help-all"], capsys)
     found = set(re.findall(r"^\W --(\w[\w.-]*)", whole, re.MULTILINE))
     assert flags < found
     assert {"lora.rank", "train.critic.trunk", "train.ppo.clip", "keep-last"} < found
+
+
+def every_setting(kind: type[Config], prefix: str = "") -> list[str]:
+    """Dotted names of all settings."""
+    found = []
+    for name, annotation in field_types(kind).items():
+        parts = [each for each in (annotation, *get_args(annotation)) if _is_config(each)]
+        found += every_setting(parts[0], f"{prefix}{name}.") if parts else [prefix + name]
+    return found
+
+
+def _is_config(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Config) and not issubclass(kind, Choice)
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_every_setting_is_in_one_topic_of_the_help(command: str) -> None:
+    pages = PAGES[command]
+    named = [name for topic in pages.topics.values() for name in topic.settings]
+    for setting in every_setting(pages.root):
+        inside = [name for name in named if f"{setting}.".startswith(f"{name}.")]
+        assert len(inside) == 1, f"{setting} is in {inside}"
+
+
+def test_help_is_80_columns_wide_and_a_topic_one_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = {"train": ["train", "flow-grpo-geneval"], "steer": ["steer"]}
+    screens = [[*words, "--help"] for words in commands.values()]
+    screens += [[*commands[name], "--help", topic] for name in PAGES for topic in PAGES[name].topics]
+    others = [[], ["train"], ["evaluate"], ["demo"], ["report"], ["info"]]
+    wide = [[*words, "--help"] for words in others] + [[*words, "--help-all"] for words in commands.values()]
+    for words in screens + wide:
+        lines = help_of(words, capsys).splitlines()
+        assert max(map(len, lines)) <= 80, words
+        assert len(lines) <= 55 or words in wide, (words, len(lines))
+
+
+def test_help_of_a_topic_has_its_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = help_of(["train", "sd15-ddpo", "--help", "optimizer"], capsys)
+    flags = set(re.findall(r"^\W --(\w[\w.-]*)", printed, re.MULTILINE))
+    assert {"train.ppo.betas", "train.ppo.moments"} < flags
+    assert all(flag.startswith("train.ppo.") for flag in flags)
+    assert "AdamW of actor and critic." in printed
+    with Refusal(
+        "unknown topic of --help 'optimiser'",
+        cause="Help is asked of a topic that there is not.",
+        remedy="did you mean 'optimizer'?",
+    ).raised():
+        asked(["train", "sd15-ddpo", "--help", "optimiser"])
 
 
 def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_pipelines import PROMPTS, RESOLUTION, tiny_pipeline
 
-from lacfast.backbones.loading import PIPELINES
+from lacfast.backbones.families import PIPELINES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

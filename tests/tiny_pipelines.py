@@ -604,14 +604,17 @@ STEPS = 4
 
 
 def settings_of(family: str, **changes: Any) -> PipelineSettings:
-    """The tests' settings of a family."""
-    return replace(SETTINGS, **({"num_frames": FRAMES} if family in VIDEOS else {}) | changes)
+    """The tests' settings of a family, as far as it reads them: CLIP has one length."""
+    own: dict[str, Any] = {"num_frames": FRAMES} if family in VIDEOS else {}
+    if family in ("sd15", "sdxl"):
+        own["max_sequence_length"] = None
+    return replace(SETTINGS, **own | changes)
 
 
 def backbone_of(
     pipeline: Any, *, resolution: tuple[int, int] = RESOLUTION, **arguments: Any
 ) -> LatentBackbone:
-    family = "wan" if isinstance(pipeline, WanPipeline) else ""
+    family = "wan" if isinstance(pipeline, WanPipeline) else "sd15" if hasattr(pipeline, "unet") else ""
     return load_backbone(pipeline, settings=settings_of(family, resolution=resolution), **arguments)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lacfast.backbones.loading import MODELS, PIPELINES, adapt, adapt_pretrained, load_backbone
+from lacfast.backbones.families import PIPELINES
+from lacfast.backbones.loading import MODELS, adapt, adapt_pretrained, load_backbone
 from lacfast.backbones.publishing import push_to_hub
 from lacfast.config import PipelineSettings
 

@@ -13,8 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from lacfast.backbones.families import PIPELINES
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.loading import PIPELINES, load_backbone
+from lacfast.backbones.loading import load_backbone
 from lacfast.backbones.parts import Embeddings, empty_embeddings
 from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.prompt_cache import PromptCache
@@ -43,6 +44,7 @@ def load_blueprint(
     dtype: torch.dtype | None = None,
     lora: LoRAConfig | LoRASource | None = None,
     settings: PipelineSettings | None = None,
+    base_precision: str = "model",
 ) -> Blueprint:
     """The blueprint of a pipeline's directory or hub id; only its configs are read.
 
@@ -53,13 +55,16 @@ def load_blueprint(
         dtype: that the model would run in.
         lora: the adapter that would be trained; a trained one is read for its rank and modules.
         settings: resolution and the like.
+        base_precision: see load_backbone.
 
     Raises:
         ValueError: when the configs cannot be read.
     """
     published = None if Path(source).is_dir() else published_as(str(source))
     pipeline = published.build() if published is not None else _described(str(source))
-    backbone = load_backbone(pipeline, dtype=dtype, lora=lora, settings=settings)
+    backbone = load_backbone(
+        pipeline, dtype=dtype, lora=lora, settings=settings, base_precision=base_precision
+    )
     family = PIPELINES[type(pipeline).__name__]
     shapes = (
         family.prompt_shapes(pipeline, settings or PipelineSettings())

@@ -89,6 +89,7 @@ FLUX_PIPELINES = PackedPipelines(
     prompt_options={"prompt_2": None},
     prompt_outputs={"encoder_hidden_states": 0, "pooled_projections": 1},
     sequence_length=512,
+    longest_prompt=512,
     embedded_guidance=3.5,
 )
 """FluxPipeline: FLUX.1 dev (guidance embedding) and schnell."""

@@ -16,14 +16,16 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lacfast import schedule
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import attention_signature
 from lacfast.backbones.casting import cast_weights
+from lacfast.backbones.checkpointing import checkpoint_blocks
 from lacfast.backbones.compilation import compile_blocks
 from lacfast.backbones.estimate_trunks import CleanEstimate, CleanNetTrunk
+from lacfast.backbones.int8 import is_quantized
+from lacfast.backbones.masters import MasterRMSNorm
 from lacfast.backbones.parts import Embeddings, LatentCodec, PromptEncoder
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.prompt_trunks import PromptTap
@@ -127,7 +129,9 @@ class LatentBackbone(ABC):
         # Of videos one fills a decoder, which goes through its frames one after the other.
         at_a_time = 1 if len(latent_shape) == 4 else 0
         self._decoding = BatchSize(at_a_time, unit="image", setting="rollout_batch_size or eval_batch_size")
-        if lora is not None:
+        if lora is None:
+            MasterRMSNorm.install(model)
+        else:
             adapters.add_adapter(model, adapters.POLICY, lora, self.lora_targets)
         for parameter in self.policy_parameters():
             parameter.requires_grad_(True)
@@ -323,6 +327,11 @@ class LatentBackbone(ABC):
         return anchor
 
     def shard(self, sharding: Divider) -> None:
+        if is_quantized(self.model):
+            raise ValueError(
+                "base_precision='int8' is for a model that fits one GPU, and shard is for one that does "
+                "not; use base_precision='model' or shard=1"
+            )
         # An adapter is small, and cast as a whole where it is used.
         named = self.model.named_parameters()
         whole = frozenset(weight for name, weight in named if adapters.adapter_of(name))
@@ -332,21 +341,7 @@ class LatentBackbone(ABC):
             sharding.divide(Divisible(trunk, self.repeated_blocks, self.dtype))
 
     def enable_gradient_checkpointing(self) -> None:
-        model, weight = self.model, next(self.model.parameters())
-
-        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            if weight.is_meta and self.lora is None:
-                # torch takes its own autocast along to where a forward runs again, not the stand-in.
-                return nullcontext(), self._running_dtype(weight)
-            return nullcontext(), adapters.recomputation(model)
-
-        def again(block: Callable[..., Any], *args: Any) -> Any:
-            # A model in eval mode draws nothing, and a graph could not hold a generator's state.
-            return checkpoint(
-                block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-            )
-
-        model.enable_gradient_checkpointing(again)
+        checkpoint_blocks(self.model, self._running_dtype if self.lora is None else None)
 
     def _running_dtype(self, like: Tensor) -> AbstractContextManager[Any]:
         # A frozen base has the dtype itself.
@@ -374,6 +369,11 @@ class LatentBackbone(ABC):
         Raises:
             ValueError: where this machine or this model cannot.
         """
+        if is_quantized(self.model):
+            raise ValueError(
+                f"rollout_precision={precision!r} quantises a base that base_precision='int8' quantised "
+                "before; use rollout_precision='model', which samples with that base"
+            )
         behaviour = copy.copy(self)
         behaviour.model, behaviour._quantized = quantized_copy(
             self.model, self.repeated_blocks, QUANTIZERS[precision](self.device), self.dtype

@@ -16,29 +16,22 @@ from torch import nn
 
 from lacfast.backbone import build_critic
 from lacfast.backbones.attention import set_attention_backend
+from lacfast.backbones.families import family_of, open_pipeline
 from lacfast.backbones.fingerprint import Fingerprint
-from lacfast.backbones.flux import FLUX_PIPELINES
-from lacfast.backbones.flux2 import FLUX2_PIPELINES
+from lacfast.backbones.int8 import quantize_base
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import LatentCodec, PromptEncoder
 from lacfast.backbones.pipelines import (
     PipelineEncoder,
-    PipelineFamily,
     PipelineSettings,
     VAECodec,
     prepare_vae,
 )
-from lacfast.backbones.pixart import PIXART_PIPELINES
-from lacfast.backbones.qwen_image import QWEN_IMAGE_PIPELINES
-from lacfast.backbones.sana import SANA_PIPELINES
-from lacfast.backbones.sd3 import SD3_PIPELINES, SD3Backbone
-from lacfast.backbones.sdxl import SDXL_PIPELINES
+from lacfast.backbones.sd3 import SD3Backbone
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.trained_lora import LoRASource, read_lora
-from lacfast.backbones.unet import SD15_PIPELINES, UNetBackbone
-from lacfast.backbones.wan import WAN_PIPELINES
+from lacfast.backbones.unet import UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
-from lacfast.backbones.z_image import Z_IMAGE_PIPELINES
 from lacfast.checkpoint import CRITIC_WEIGHTS, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, from_json
 from lacfast.runtime.directories import recover, require_whole
@@ -46,20 +39,8 @@ from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
 
-PIPELINES: dict[str, PipelineFamily] = {
-    "StableDiffusionPipeline": SD15_PIPELINES,
-    "StableDiffusionXLPipeline": SDXL_PIPELINES,
-    "StableDiffusion3Pipeline": SD3_PIPELINES,
-    "FluxPipeline": FLUX_PIPELINES,
-    "Flux2Pipeline": FLUX2_PIPELINES,
-    "Flux2KleinPipeline": FLUX2_PIPELINES,
-    "QwenImagePipeline": QWEN_IMAGE_PIPELINES,
-    "ZImagePipeline": Z_IMAGE_PIPELINES,
-    "SanaPipeline": SANA_PIPELINES,
-    "PixArtSigmaPipeline": PIXART_PIPELINES,
-    "WanPipeline": WAN_PIPELINES,
-}
-"""diffusers' pipeline class -> how it is used. A new family is a file with such an object and a line here."""
+BASE_PRECISIONS = ("model", "int8")
+"""What the frozen base of a LoRA is kept in."""
 
 MODELS: dict[str, type[LatentBackbone]] = {
     "SD3Transformer2DModel": SD3Backbone,
@@ -121,6 +102,7 @@ class _Request:
     lora: LoRAConfig | LoRASource | None
     settings: PipelineSettings | None
     merged_loras: Mapping[str, float]
+    base_precision: str
 
 
 def load_backbone(
@@ -136,6 +118,7 @@ def load_backbone(
     settings: PipelineSettings | None = None,
     base: Any = None,
     merged_loras: Mapping[str, float] | None = None,
+    base_precision: str | None = None,
 ) -> LatentBackbone:
     """The backbone of a diffusers pipeline, or of a directory that was saved, with its critic if it has one.
 
@@ -159,6 +142,8 @@ def load_backbone(
         base: the pipeline, directory or hub id that a saved LoRA belongs to, where it has moved.
         merged_loras: LoRA, as `lora` takes them -> weight, which are added to the frozen weights before
             anything is trained. None: those of a saved directory, or none.
+        base_precision: "int8" keeps a LoRA's frozen base in a byte per weight, quantised on the CPU before
+            it goes to `device`; "model" in its dtype. None: a saved directory's, else "model".
 
     Raises:
         ValueError: for a source that is none of these, a pipeline without an adapter, or settings that
@@ -172,7 +157,9 @@ def load_backbone(
         settings=(settings, PipelineSettings),
         merged_loras=(merged_loras, Mapping),
     )
-    request = _Request(device, dtype, lora, settings, merged_loras or {})
+    if base_precision not in (None, *BASE_PRECISIONS):
+        raise ValueError(f"unknown base_precision {base_precision!r}; known: {', '.join(BASE_PRECISIONS)}")
+    request = _Request(device, dtype, lora, settings, merged_loras or {}, base_precision or "")
     path = None if isinstance(source, DiffusionPipeline) else _path(source)
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
     with torch.random.fork_rng(devices=[]):
@@ -181,7 +168,7 @@ def load_backbone(
         elif path.is_dir():
             backbone = _from_directory(path, request, base)
         else:
-            backbone = _from_pipeline(_open_pipeline(str(source), request), request)
+            backbone = _from_pipeline(_opened(source, request), request)
     if attention_backend is not None:
         set_attention_backend(backbone.model, attention_backend)
     if critic is not None:
@@ -222,7 +209,7 @@ def _from_directory(path: Path, request: _Request, base: Any) -> LatentBackbone:
     if "pipeline" in description:
         return _from_saved(path, description, request, base)
     if (path / "model_index.json").exists():
-        return _from_pipeline(_open_pipeline(str(path), request), request)
+        return _from_pipeline(_opened(path, request), request)
     if (path / "model" / "config.json").exists():
         return _from_parts(path, saved_lora(description), request)
     raise ValueError(
@@ -239,6 +226,8 @@ def _from_parts(path: Path, saved: LoRAConfig | None, request: _Request) -> Late
         raise ValueError(f"{path} holds a {name}, which has no backbone; known: {', '.join(MODELS)}")
     if request.settings is not None:
         raise ValueError(f"{path} holds no pipeline, so settings={request.settings} would be ignored")
+    if request.base_precision == "int8":
+        raise ValueError(f"{path} holds a tiny model, not a pipeline's; leave base_precision out")
     if request.merged_loras or isinstance(request.lora, str | PathLike):
         raise ValueError(
             f"{path} holds no pipeline, and only a pipeline's LoRA can be read beside its model; leave lora "
@@ -265,9 +254,10 @@ def _from_saved(path: Path, description: dict[str, Any], request: _Request, base
         _one_lora(saved, request.lora),
         request.settings or from_json(PipelineSettings, description["settings"]),
         request.merged_loras,
+        request.base_precision or description.get("base_precision", "model"),
     )
     if (path / "model_index.json").exists():
-        return _from_pipeline(_open_pipeline(str(path), request), request)
+        return _from_pipeline(_opened(path, request), request)
     # What was merged is in a whole pipeline's weights; earlier versions merged nothing.
     request = replace(request, merged_loras=request.merged_loras or description.get("merged_loras", {}))
     origin = base if base is not None else description["base"]
@@ -276,10 +266,14 @@ def _from_saved(path: Path, description: dict[str, Any], request: _Request, base
             f"{path} does not know the {description['pipeline']} that it was trained on; "
             "pass that pipeline, its directory or its hub id as base="
         )
-    pipeline = origin if isinstance(origin, DiffusionPipeline) else _open_pipeline(str(origin), request)
+    pipeline = origin if isinstance(origin, DiffusionPipeline) else _opened(origin, request)
     backbone = _from_pipeline(pipeline, request)
     _load_policy(backbone, path)
     return backbone
+
+
+def _opened(name: Any, request: _Request) -> Any:
+    return open_pipeline(str(name), request.dtype, is_frozen=request.lora is not None)
 
 
 def _load_policy(backbone: LatentBackbone, path: Path) -> None:
@@ -297,50 +291,19 @@ def _one_lora(saved: LoRAConfig | None, asked: Asked) -> LoRAConfig | Asked:
     return asked if saved is None else saved
 
 
-def _open_pipeline(name: str, request: _Request) -> Any:
-    """The pipeline of a directory or hub id, trained weights in float32."""
-    try:
-        class_name = DiffusionPipeline.load_config(name)["_class_name"]
-        family = _named_family(class_name)
-        dtypes: Any = request.dtype
-        if request.dtype is not None and request.lora is None:
-            dtypes = {family.model_part: torch.float32, "default": request.dtype}
-        build: Any = DiffusionPipeline.from_pretrained
-        return build(name, **({} if dtypes is None else {_dtype_argument(): dtypes}))
-    except OSError as error:
-        raise ValueError(
-            f"{name!r} is no directory and could not be loaded from the hub: {error}; pass a pipeline "
-            "object, a directory or a hub id like 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
-        ) from error
-
-
-def _dtype_argument() -> str:
-    """diffusers renamed it, and warns of the older name."""
-    version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    return "dtype" if version >= (0, 42) else "torch_dtype"
-
-
-def _named_family(class_name: str) -> PipelineFamily:
-    if class_name not in PIPELINES:
-        raise ValueError(
-            f"no backbone for {class_name}; known: {', '.join(PIPELINES)}. A class of your own that derives "
-            "from one of them is loaded by you: pass the pipeline object"
-        )
-    return PIPELINES[class_name]
-
-
-def _family(pipeline: Any) -> PipelineFamily:
-    """The family of a pipeline's class, or of the nearest that it derives from."""
-    names = [kind.__name__ for kind in type(pipeline).__mro__]
-    return _named_family(next((name for name in names if name in PIPELINES), names[0]))
-
-
 def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
-    family = _family(pipeline)
+    family = family_of(pipeline)
     settings = request.settings or PipelineSettings()
     family.require_read(settings, pipeline)
     require_plain_parts(pipeline.components, family.model_part)
-    if request.device is not None:
+    is_quantized = request.base_precision == "int8"
+    if is_quantized and request.lora is None:
+        raise ValueError(
+            "base_precision='int8' is of a frozen base, and without a LoRA all weights are trained; pass "
+            "lora=LoRAConfig(), or leave base_precision out"
+        )
+    # A base that is quantised goes to the device when it is small.
+    if request.device is not None and not is_quantized:
         pipeline.to(request.device)
     for name in family.text_parts:
         encoder: nn.Module | None = getattr(pipeline, name)
@@ -357,6 +320,11 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     scheduler = family.scheduler(pipeline.scheduler)
     weights = {name: getattr(pipeline, name) for name in (family.model_part, "vae", *family.text_parts)}
     fingerprint = Fingerprint.of(weights, scheduler)
+    if is_quantized:
+        model = weights[family.model_part]
+        quantize_base(model, family.backbone_class.repeated_blocks, request.dtype or model.dtype)
+        if request.device is not None:
+            pipeline.to(request.device)
     map_shape = family.latent_map(pipeline, settings)
     backbone = family.backbone(
         pipeline,

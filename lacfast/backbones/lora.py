@@ -22,8 +22,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lacfast.backbones.int8 import Int8Linear, running_dtype
 from lacfast.backbones.lora_linear import LoRALinear
-from lacfast.backbones.masters import Casts, MasterLinear
+from lacfast.backbones.masters import Casts, MasterLinear, MasterRMSNorm
 from lacfast.config import LoRAConfig
 
 POLICY = "policy"
@@ -224,7 +225,10 @@ def is_target(module_name: str, targets: Iterable[str]) -> bool:
 
 def _keep_float32(layer: Any, name: str) -> list[nn.Parameter]:
     weights = []
+    dtype = running_dtype(layer.get_base_layer())
     for projections in (layer.lora_A, layer.lora_B):
+        # As peft leaves it where the base's own weights have this dtype.
+        projections[name].to(dtype)
         if type(projections[name]) is nn.Linear:
             projections[name] = MasterLinear.wrap(projections[name])
             layer.cast_input_dtype_enabled = False
@@ -294,10 +298,15 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def merged_copy(module: nn.Module) -> Any:
     """A trainable float32 copy of a module with the active adapter's change inside its weights."""
-    copied = copy.deepcopy(module).float()
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        if isinstance(part, Int8Linear):
+            part.make_plain()
+    copied.float()
     for name, layer in _found_layers(copied).items():
         if not layer._disable_adapters:
             layer.merge(adapter_names=layer._active_adapter)
         parent, _, child = name.rpartition(".")
         setattr(copied.get_submodule(parent), child, layer.get_base_layer())
+    MasterRMSNorm.install(copied)
     return copied.requires_grad_(True)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import linear
 
+from lacfast.backbones.int8 import Int8Linear, dequantized, running_dtype
+
 MERGED_DTYPES = (torch.float32, torch.float64)
 """Dtypes of the layers whose adapter is added to the weight."""
 DENSE_GRADIENT_SIZE = 192 * 192
@@ -42,8 +44,11 @@ class LoRALinear(PeftLinear):
         base: Any = self.base_layer
         projections: Any = self.lora_A[adapter], self.lora_B[adapter]
         down, up = (projection.weight for projection in projections)
-        casts = [getattr(projection, "cast", None) for projection in projections]
-        return lora_linear(x, base.weight, base.bias, down, up, self.scaling[adapter], *casts)
+        down_cast, up_cast = (getattr(projection, "cast", None) for projection in projections)
+        scale = base.weight_scale if isinstance(base, Int8Linear) else None
+        return lora_linear(
+            *(x, base.weight, base.bias, down, up, self.scaling[adapter], down_cast, up_cast), scale=scale
+        )
 
     def _covered(self, x: Tensor) -> str | None:
         """The adapter that alone is active on a plain layer, if this forward computes what peft's would."""
@@ -60,12 +65,12 @@ class LoRALinear(PeftLinear):
         return adapter if is_plain and self._base_is_plain(x) and self._casts_to(adapter, x.dtype) else None
 
     def _base_is_plain(self, x: Tensor) -> bool:
-        """A frozen nn.Linear that nobody looks into, on a weight of the input's dtype; none is quantised."""
+        """A frozen layer that nobody looks into, in the input's dtype: nn.Linear, or ours in int8."""
         base: Any = self.base_layer
         return (
-            type(base) is nn.Linear
+            type(base) in (nn.Linear, Int8Linear)
             and type(base.weight) is nn.Parameter
-            and base.weight.dtype == x.dtype
+            and running_dtype(base) == x.dtype
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
             and not base._forward_hooks
@@ -90,6 +95,7 @@ def lora_linear(
     scaling: float,
     down_cast: Tensor | None = None,
     up_cast: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Output (..., out) of a frozen Linear layer with a LoRA; equation at the head of the file.
 
@@ -97,20 +103,23 @@ def lora_linear(
 
     Args:
         x: (..., in).
-        weight: (out, in), W.
+        weight: (out, in), W; with `scale` its levels in int8, and W is what lacfast.backbones.int8 makes of
+            them in x's dtype.
         bias: (out,) or None, b.
         down: (r, in), A, of any dtype.
         up: (out, r), B, of any dtype.
         scaling: s = alpha / r.
         down_cast: `down` in the weight's dtype, where that was made before; another dtype's is not taken.
         up_cast: `up`, likewise.
+        scale: (out, 1) of a weight in int8. None: it is none.
     """
-    if weight.dtype in MERGED_DTYPES and weight.numel() <= DENSE_GRADIENT_SIZE:
+    if x.dtype in MERGED_DTYPES and weight.numel() <= DENSE_GRADIENT_SIZE:
+        weight = dequantized(weight, scale, x.dtype)
         added = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scaling)
         return linear(x, added, bias)
     rows = x.reshape(-1, x.shape[-1])
     casts = down_cast, up_cast
-    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, scaling, *casts)  # type: ignore[no-untyped-call]
+    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, scaling, *casts, scale)  # type: ignore[no-untyped-call]
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -131,7 +140,9 @@ class _LowRankGradients(Function):
         scaling: float,
         down_cast: Tensor | None,
         up_cast: Tensor | None,
+        scale: Tensor | None,
     ) -> Tensor:
+        stored, weight = weight, dequantized(weight, scale, rows.dtype)
         down, up = _as(weight.dtype, master_down, down_cast), _as(weight.dtype, master_up, up_cast)
         reduced = None
         if weight.dtype in MERGED_DTYPES:
@@ -141,7 +152,7 @@ class _LowRankGradients(Function):
             output = linear(rows, weight, bias)
             # In place, by the operator whose FLOPs torch counts.
             torch.addmm(output, reduced, up.t(), alpha=scaling, out=output)
-        ctx.save_for_backward(rows, weight, down, up, reduced)
+        ctx.save_for_backward(rows, stored, scale, down, up, reduced)
         ctx.scaling = scaling
         ctx.dtypes = master_down.dtype, master_up.dtype
         return output
@@ -149,10 +160,11 @@ class _LowRankGradients(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (d_output,) = gradients
-        rows, weight, down, up, reduced = ctx.saved_tensors
+        rows, stored, scale, down, up, reduced = ctx.saved_tensors
         needs_rows, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
         d_rows = d_down = d_up = None
         d_reduced = d_output.mm(up)
+        weight = dequantized(stored, scale, rows.dtype) if needs_rows else stored
         if needs_rows and reduced is None:
             # Cheaper to add again than to keep for every layer.
             d_rows = d_output.mm(torch.addmm(weight, up, down, alpha=ctx.scaling))
@@ -164,7 +176,7 @@ class _LowRankGradients(Function):
         if needs_up:
             reduced = rows.mm(down.t()) if reduced is None else reduced
             d_up = d_output.t().mm(reduced).mul_(ctx.scaling).to(ctx.dtypes[1])
-        return d_rows, None, None, d_down, d_up, None, None, None
+        return d_rows, None, None, d_down, d_up, None, None, None, None
 
 
 def _as(dtype: torch.dtype, master: Tensor, cast: Tensor | None) -> Tensor:

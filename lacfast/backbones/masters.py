@@ -1,4 +1,4 @@
-"""Float32 weights of adapters and their casts to the model's dtype, made together when a forward begins.
+"""Float32 weights in a model of 16 bits: adapters', cast together when a forward begins, and norms'.
 
 Masters change in many ways: by an optimizer's step, eager or in a graph, a checkpoint, an average, by hand. A
 cast that outlived one of them would be wrong without a sign, so none outlives the forward that it was made
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lacfast.backbones.int8 import running_dtype
 
 
 class MasterLinear(nn.Linear):
@@ -38,6 +40,24 @@ class MasterLinear(nn.Linear):
         return nn.functional.linear(hidden_states, weight.to(dtype))
 
 
+class MasterRMSNorm(nn.RMSNorm):
+    """A norm with a float32 weight that is given 16 bits: in float32 and back.
+
+    torch computes it so too, but of two dtypes only in many kernels, for which it warns.
+    """
+
+    @staticmethod
+    def install(module: nn.Module) -> None:
+        """Give all norms in a module this class, in place: the same attributes."""
+        for part in module.modules():
+            if type(part) is nn.RMSNorm:
+                part.__class__ = MasterRMSNorm
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = hidden_states.dtype if self.weight is None else self.weight.dtype
+        return super().forward(hidden_states.to(dtype)).to(hidden_states.dtype)
+
+
 class Casts:
     """The masters of one adapter, and their casts as long as a forward needs them."""
 
@@ -45,8 +65,9 @@ class Casts:
         """`projections`: masters, each with the layer that it adapts."""
         self._groups: dict[torch.dtype, dict[torch.Size, list[MasterLinear]]] = {}
         for master, base in projections:
-            if base.weight.dtype in (torch.bfloat16, torch.float16):
-                of_shape = self._groups.setdefault(base.weight.dtype, {})
+            dtype = running_dtype(base)
+            if dtype in (torch.bfloat16, torch.float16):
+                of_shape = self._groups.setdefault(dtype, {})
                 of_shape.setdefault(master.weight.shape, []).append(master)
         self.made: list[Tensor] = []
         """Those of the forward that runs."""

@@ -20,8 +20,8 @@ class Saved:
     model: str
     """Its class."""
     kind: str
-    """"lora" and "peft" are adapters that diffusers' pipeline or peft loads, "part" all weights of the trained
-    component alone, "pipeline" everything."""
+    """"lora" and "peft" are adapters that diffusers' pipeline or peft loads, "part" all weights of the
+    trained component alone, "pipeline" everything."""
     merged_loras: Mapping[str, float]
     """LoRAs in the base's weights, with theirs."""
     in_peft_layout: Collection[str] = ()

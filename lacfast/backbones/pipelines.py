@@ -21,6 +21,15 @@ TOKENS = "encoder_hidden_states"
 """Name of a prompt's tokens in every family."""
 
 
+UNDER_MASK: Mapping[str, Any] = {
+    "prompt_outputs": {TOKENS: 0, "encoder_attention_mask": 1},
+    "negative_outputs": {TOKENS: 2, "encoder_attention_mask": 3},
+    "sequence_length": 300,
+    "token_width": "caption_channels",
+}
+"""Prompts as PixArt's pipelines give them, and SANA's after them: 300 tokens under a mask."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineFamily:
     """How one class of pipelines is used; a family's file has one."""
@@ -41,6 +50,8 @@ class PipelineFamily:
     """What stands for no negative prompt. None: the pipeline's own way without one."""
     sequence_length: int | None = None
     """encode_prompt's max_sequence_length in the pipeline's own call; None: it takes none."""
+    longest_prompt: int | None = None
+    """The largest that the pipeline's own call takes. None: it looks at none."""
     mask: str | None = None
     """The backbone's mask of the tokens (B, L), where encode_prompt pads to the longest prompt: each is then
     encoded alone and padded to `sequence_length`, so that its bits depend on no other."""
@@ -65,14 +76,25 @@ class PipelineFamily:
     def require_read(self, settings: PipelineSettings, pipeline: Any) -> None:
         """
         Raises:
-            ValueError: for a guidance that this pipeline's model is not told, or frames of a picture.
+            ValueError: for frames of a picture, a guidance or a length of prompts that this pipeline does not
+                know, and for a length beyond those that its own call takes.
         """
+        kind, length = type(pipeline).__name__, settings.max_sequence_length
         for name in ("num_frames", "judged_frames") if self.num_frames is None else ():
             if getattr(settings, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(settings, name)} would be ignored: a {type(pipeline).__name__} makes "
-                    "pictures and no videos; leave it out"
+                    f"{name}={getattr(settings, name)} would be ignored: a {kind} makes pictures and no "
+                    "videos; leave it out"
                 )
+        if length is not None and self.sequence_length is None:
+            raise ValueError(
+                f"max_sequence_length={length} would be ignored: a {kind} has the length of its CLIP "
+                "encoders; leave it out"
+            )
+        if length is not None and self.longest_prompt is not None and length > self.longest_prompt:
+            raise ValueError(
+                f"max_sequence_length={length} is more than a {kind} takes; use at most {self.longest_prompt}"
+            )
         guidance, model = settings.embedded_guidance, getattr(pipeline, self.model_part)
         if guidance is not None and not model.config.get("guidance_embeds", False):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lacfast.backbones.pipelines import PipelineFamily
+from lacfast.backbones.pipelines import UNDER_MASK, PipelineFamily
 from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.transformer import CrossAttentionBackbone
 from lacfast.records import Conditioning
@@ -24,10 +24,7 @@ PIXART_PIPELINES = PipelineFamily(
     backbone_class=PixArtBackbone,
     # As in the pipeline's own call.
     prompt_options={"clean_caption": True},
-    prompt_outputs={"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    negative_outputs={"encoder_hidden_states": 2, "encoder_attention_mask": 3},
-    sequence_length=300,
-    token_width="caption_channels",
+    **UNDER_MASK,
     scheduler=ddim_scheduler,
 )
 """PixArtSigmaPipeline."""

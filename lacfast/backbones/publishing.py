@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
+from lacfast.backbones.storage import EXACT_WEIGHTS
 from lacfast.checkpoint import TRAINER_STATE
 from lacfast.runtime.directories import MANIFEST, require_whole
 
@@ -30,11 +31,11 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool = True)
     require_whole(directory)
     hub = HfApi()
     hub.create_repo(repository, private=private, exist_ok=True)
-    # The manifest has a checksum of every file, and these two stay here.
+    # The manifest has a checksum of every file, and these stay here.
     done = hub.upload_folder(
         repo_id=repository,
         folder_path=directory,
-        ignore_patterns=[TRAINER_STATE, MANIFEST],
+        ignore_patterns=[TRAINER_STATE, MANIFEST, EXACT_WEIGHTS],
         commit_message=f"Upload {directory.name} by lacfast",
     )
     return str(done.commit_url)

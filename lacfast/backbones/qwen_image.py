@@ -67,6 +67,7 @@ QWEN_IMAGE_PIPELINES = PackedPipelines(
     # As its authors write no negative prompt.
     empty_prompt=" ",
     sequence_length=512,
+    longest_prompt=1024,
     token_width="joint_attention_dim",
     mask="encoder_hidden_states_mask",
     has_frames=True,

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from torch import nn
 
-from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.backbones.pipelines import UNDER_MASK, PipelineFamily, PipelineSettings
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.backbones.transformer import CrossAttentionBackbone
 from lacfast.config import SamplerConfig
@@ -96,10 +96,7 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 SANA_PIPELINES = SanaPipelines(
     backbone_class=SanaBackbone,
     prompt_options={"complex_human_instruction": INSTRUCTION},
-    prompt_outputs={"encoder_hidden_states": 0, "encoder_attention_mask": 1},
-    negative_outputs={"encoder_hidden_states": 2, "encoder_attention_mask": 3},
-    sequence_length=300,
-    token_width="caption_channels",
+    **UNDER_MASK,
     scheduler=sana_scheduler,
 )
 """SanaPipeline: SANA and SANA-1.5."""

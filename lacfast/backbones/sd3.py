@@ -28,5 +28,6 @@ SD3_PIPELINES = PipelineFamily(
     negative_outputs={"encoder_hidden_states": 1, "pooled_projections": 3},
     empty_prompt=None,
     sequence_length=256,
+    longest_prompt=512,
 )
 """StableDiffusion3Pipeline: SD3, SD3.5 medium and large."""

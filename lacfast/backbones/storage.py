@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.fingerprint import Fingerprint
+from lacfast.backbones.int8 import is_quantized
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.model_card import Saved, model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
@@ -31,6 +32,8 @@ PEFT_PREFIX = "base_model.model."
 """Before the names in it."""
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
+EXACT_WEIGHTS = "lora_before_scaling.safetensors"
+"""A LoRA's weights as they are trained, where those that loaders scale by 1 had to be rounded."""
 
 
 class PartsStorage:
@@ -118,6 +121,7 @@ class PipelineStorage:
             settings=to_json(self.settings),
             lora=None if backbone.lora is None else to_json(backbone.lora),
             dtype=str(backbone.dtype).removeprefix("torch."),
+            base_precision="int8" if is_quantized(backbone.model) else "model",
             fingerprint=self.fingerprint.to_json(),
         )
         saved = Saved(
@@ -136,6 +140,8 @@ class PipelineStorage:
         part, config = self.family.model_part, backbone.model.peft_config[adapters.POLICY]
         if hasattr(self.pipeline, "save_lora_weights"):
             state, metadata = _scaled_by_weights(weights, config.to_dict())
+            if not _is_exact(adapters.scale_of(backbone.lora)):
+                save_file(_contiguous(weights), directory / EXACT_WEIGHTS)
             arguments = {
                 f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata
             }  # fmt: skip
@@ -165,6 +171,8 @@ class PipelineStorage:
             if not hasattr(self.pipeline, "save_lora_weights"):
                 saved = load_file(directory / PEFT_WEIGHTS)
                 return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
+            if (directory / EXACT_WEIGHTS).exists():
+                return load_file(directory / EXACT_WEIGHTS)
             file = directory / LORA_WEIGHT_NAME_SAFE
             state = {name.removeprefix(f"{part}."): tensor for name, tensor in load_file(file).items()}
             own = adapters.scale_of(backbone.lora)
@@ -227,19 +235,17 @@ def _scaled_by_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A LoRA with alpha / rank inside its weights, and the settings that say so.
 
-    diffusers reads alpha in the file's metadata, ComfyUI and sd-scripts in keys beside the weights, and
-    diffusers refuses a file with such keys. Without alpha all of them scale by 1. A scale that is no power of
-    two would round the weights, and a run that goes on would have others: it stays alpha's.
+    diffusers reads alpha in the file's metadata, ComfyUI and sd-scripts in keys beside the weights, and most
+    of diffusers' loaders refuse a file with such keys. Without alpha all of them scale by 1. A scale that is
+    no power of two rounds the weights, and a run that goes on would have others: it reads EXACT_WEIGHTS.
     """
     scale = metadata["lora_alpha"] / metadata["r"]
-    if math.frexp(scale)[0] != 0.5:
-        warnings.warn(
-            f"the LoRA is scaled by alpha / rank = {scale}, which diffusers reads and others may take for 1. "
-            "With an alpha of rank, 2 rank or rank / 2 the scale is inside the weights",
-            stacklevel=3,
-        )
-        return state, metadata
     return _scaled_by(state, scale), metadata | {"lora_alpha": metadata["r"]}
+
+
+def _is_exact(scale: float) -> bool:
+    """Whether float32 weights times `scale`, and back, are the same."""
+    return math.frexp(scale)[0] == 0.5
 
 
 def _scaled_by(state: dict[str, Tensor], factor: float) -> dict[str, Tensor]:

@@ -44,8 +44,12 @@ class TrainedLoRA:
     source: str
     parts: Mapping[str, Any]
     """Component of the pipeline that it adapts -> a module like it with the adapter, and no other weights."""
-    is_in_peft_layout: bool
+    is_in_peft_layout: bool = False
     """Whether it is peft's loader that reads it."""
+    adapter: str = adapters.POLICY
+    """Its name in the parts."""
+    merging: str = ""
+    """How it is merged into the weights. Empty: by its source."""
 
     def config(self, part: str) -> LoRAConfig:
         """The adapter as it is trained on.
@@ -60,8 +64,8 @@ class TrainedLoRA:
         if others:
             raise self._refusal(f"adapts {', '.join(others)}, and only the {part} is trained")
         layers = adapters.tuner_layers(self.parts[part])
-        ranks = {layer.r[adapters.POLICY] for layer in layers.values()}
-        scales = {layer.scaling[adapters.POLICY] for layer in layers.values()}
+        ranks = {layer.r[self.adapter] for layer in layers.values()}
+        scales = {layer.scaling[self.adapter] for layer in layers.values()}
         if len(ranks) > 1 or len(scales) > 1:
             raise self._refusal(
                 f"has ranks {sorted(ranks)} and scales {sorted(scales)}; one of each is trained"
@@ -73,7 +77,7 @@ class TrainedLoRA:
 
     def state(self, part: str) -> dict[str, Tensor]:
         """The weights of a component, named as in `lora.adapter_state`."""
-        return adapters.adapter_state(self.parts[part], adapters.POLICY)
+        return adapters.adapter_state(self.parts[part], self.adapter)
 
     @torch.no_grad()
     def merge_into(self, pipeline: Any, weight: float) -> None:
@@ -82,13 +86,16 @@ class TrainedLoRA:
             module: nn.Module = getattr(pipeline, component)
             for name, layer in adapters.tuner_layers(adapted).items():
                 base: Any = module.get_submodule(name).weight
-                change = layer.float().get_delta_weight(adapters.POLICY).to(base.device)
+                change = layer.float().get_delta_weight(self.adapter).to(base.device)
                 base.copy_(base.float() + weight * change)
 
     def _refusal(self, fault: str) -> ValueError:
+        merging = self.merging or (
+            f"merged_loras={{{self.source!r}: 1.0}}, or --merged-loras {self.source} 1.0"
+        )
         return ValueError(
             f"the LoRA {self.source} {fault}. Merge it into the weights and train a new one on them: "
-            f"merged_loras={{{self.source!r}: 1.0}}, or --merged-loras {self.source} 1.0"
+            f"{merging}"
         )
 
 
@@ -141,17 +148,42 @@ def read_lora(source: LoRASource, pipeline: Any, model_part: str, text_parts: tu
         )
     if getattr(model, "_transformer_norm_layers", None) or not shapes.items() <= _shapes(model).items():
         raise ValueError(f"{source} changes more than a LoRA does: norms or shapes; pass a plain LoRA")
-    for part in trained.parts.values():
-        _require_plain(part, str(source))
+    _require_plain(trained)
     return trained
 
 
-def _require_plain(adapted: Any, source: str) -> None:
+def loaded_lora(pipeline: Any, model_part: str, text_parts: tuple[str, ...]) -> TrainedLoRA | None:
+    """The LoRA that is on a pipeline already, with its live weights; None where there is none.
+
+    Args:
+        pipeline, model_part, text_parts: see `read_lora`.
+
+    Raises:
+        ValueError: for several, or for more than a plain LoRA.
+    """
+    parts = {name: getattr(pipeline, name) for name in (model_part, *text_parts)}
+    parts = {name: part for name, part in parts.items() if _is_adapted(part)}
+    names = sorted({name for part in parts.values() for name in part.peft_config})
+    if not names:
+        return None
+    merging = "pipeline.fuse_lora(), pipeline.unload_lora_weights()"
+    if len(names) > 1:
+        raise ValueError(f"the pipeline has the LoRAs {names}, and one is trained; merge them: {merging}")
+    trained = TrainedLoRA("of the pipeline", parts, adapter=names[0], merging=merging)
+    _require_plain(trained)
+    return trained
+
+
+def _require_plain(trained: TrainedLoRA) -> None:
     """
     Raises:
         ValueError: for a kind of LoRA whose change is no s B A.
     """
-    config = adapted.peft_config[adapters.POLICY]
+    for adapted in trained.parts.values():
+        _require_plain_config(adapted.peft_config[trained.adapter], trained.source)
+
+
+def _require_plain_config(config: Any, source: str) -> None:
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
         raise ValueError(
             f"{source} is no plain LoRA but a LoKr, a DoRA or one with biases; let diffusers merge it: "

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
-from lacfast.backbones import lora as adapters
+from lacfast.backbones.trained_lora import loaded_lora
 from lacfast.checkpoint import load_in_place
 from lacfast.compat.ddpo import ddim_step_with_logprob, pipeline_with_logprob
 from lacfast.config import LoRAConfig
@@ -135,26 +135,15 @@ def take_adapter(pipeline: Any) -> tuple[LoRAConfig, dict[str, Tensor]] | None:
     """The LoRA that a wrapper has loaded, its weights by peft's names; the pipeline is plain afterwards.
 
     Raises:
-        ValueError: for one that a LoRAConfig cannot say.
+        ValueError: for one that is not trained on.
     """
-    settings = getattr(pipeline.unet, "peft_config", {})
-    if not settings:
+    trained = loaded_lora(pipeline, "unet", ("text_encoder",))
+    if trained is None:
         return None
-    (name, found), *others = settings.items()
-    if (
-        others
-        or found.rank_pattern
-        or found.alpha_pattern
-        or getattr(pipeline.text_encoder, "peft_config", None)
-    ):
-        raise ValueError(
-            f"the pipeline's LoRA {list(settings)} is several, of several ranks, or on the text encoder too; "
-            "merge it with pipeline.fuse_lora() and pipeline.unload_lora_weights()"
-        )
-    state = {key: tensor.clone() for key, tensor in adapters.adapter_state(pipeline.unet, name).items()}
+    config = trained.config("unet")
+    state = {name: tensor.clone() for name, tensor in trained.state("unet").items()}
     pipeline.unload_lora_weights()
-    targets = tuple(sorted(found.target_modules))
-    return LoRAConfig(rank=found.r, alpha=found.lora_alpha, target_modules=targets), state
+    return config, state
 
 
 def continue_adapter(backbone: Any, state: dict[str, Tensor]) -> None:

@@ -23,7 +23,8 @@ class PipelineSettings(Config):
     negative_prompt: str | None = None
     """Text in the prompt's place for classifier-free guidance. None: what the pipeline does without one."""
     max_sequence_length: Count | None = None
-    """Tokens of a prompt, CLIP's aside. None: the pipeline's own, 256 of SD3, 300 of PixArt, else 512."""
+    """Tokens of a prompt but for CLIP's; SD 1.x and SDXL have no others. None: the pipeline's, 256 of SD3,
+    300 of SANA and PixArt, else 512."""
     embedded_guidance: NonNegative | None = None
     """Guidance that a distilled FLUX is told; not classifier-free guidance. None: the pipeline's own, 3.5 of
     FLUX.1 and 4 of FLUX.2."""

@@ -148,6 +148,9 @@ class PPOConfig(Config):
     """AdamW. [paper]"""
     adam_eps: Positive = 1e-15
     """Far below the gradients of a mean-reduced log-prob, whose RMS is near 5e-9."""
+    moments: Annotated[str, OneOf(("float32", "int8"))] = "float32"
+    """What AdamW's moments of actor and critic are kept in: "int8" takes a byte each and a scale per block of
+    256 (arXiv 2110.02861), for small GPUs; the steps are no longer AdamW's to the last digit."""
     max_grad_norm: Bound = 1.0
     """Bound of the gradients' norm, of actor and critic each on its own."""
     cfg_grad: Annotated[str, OneOf(("cond", "both"))] = "cond"

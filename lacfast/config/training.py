@@ -239,6 +239,11 @@ class TrainConfig(Config):
             f"and shard={self.shard} has them in parts; use staleness=0 and rollout_ranks=0, or shard=1",
         )
         require(
+            self.ppo.moments == "float32",
+            f"ppo.moments={self.ppo.moments!r} makes blocks of whole weights, and shard={self.shard} has "
+            "them in parts, moments too; use ppo.moments='float32' or shard=1",
+        )
+        require(
             precision == "model",
             f"rollout_precision={precision!r} keeps a quantised copy of all weights on every rank, and "
             f"shard={self.shard} is for those that do not fit; use rollout_precision='model' or shard=1",

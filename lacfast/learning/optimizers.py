@@ -14,18 +14,27 @@ from lacfast.config import PPOConfig
 from lacfast.critic.critic import Critic
 from lacfast.distributed.shard_files import divided_as
 from lacfast.distributed.sharding import own_part
+from lacfast.learning.int8_moments import Int8AdamW, is_quantized
+from lacfast.learning.int8_moments import moment_bytes as int8_moment_bytes
 
 
-def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> torch.optim.AdamW:
+def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> Optimizer:
     """AdamW over the actor's trained weights, see Backbone.policy_parameters."""
-    return torch.optim.AdamW(
+    return _adamw(
         parameters,
+        config,
         lr=config.policy_learning_rate,
         betas=config.betas,
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
-        fused=True,
     )
+
+
+def _adamw(parameters: Iterable[Any], config: PPOConfig, **settings: Any) -> Optimizer:
+    """With moments of `config`; either kind reads on the device whether a step is off."""
+    if config.moments == "int8":
+        return Int8AdamW(parameters, **settings)
+    return torch.optim.AdamW(parameters, **settings, fused=True)
 
 
 def policy_schedule(
@@ -68,14 +77,14 @@ def take_back(schedule: LambdaLR, steps: int) -> None:
     refresh(schedule)
 
 
-def critic_optimizer(critic: Critic, config: PPOConfig) -> torch.optim.AdamW:
+def critic_optimizer(critic: Critic, config: PPOConfig) -> Optimizer:
     """AdamW over the critic's head and own trunk, each at its rate."""
     groups = [
         {"params": list(critic.head.parameters()), "lr": config.value_learning_rate},
         {"params": list(critic.trunk.parameters()), "lr": config.trunk_learning_rate},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return _adamw(groups, config, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
@@ -141,8 +150,8 @@ def require_same_parameters(optimizer: Optimizer, state: dict[str, Any], what: s
     for number, parameter in enumerate(parameters_of(optimizer)):
         moments = state["state"].get(number)
         if moments is not None:
-            own[f"moments {number}"] = tuple(parameter.shape)
-            saved[f"moments {number}"] = tuple(moments["exp_avg"].shape)
+            own[f"moments {number}"] = _described(parameter.shape, _moments_dtype(optimizer, parameter))
+            saved[f"moments {number}"] = _described(moments["exp_avg"].shape, moments["exp_avg"].dtype)
     for name in {**own, **saved}:
         if own.get(name) != saved.get(name):
             raise ValueError(
@@ -151,7 +160,26 @@ def require_same_parameters(optimizer: Optimizer, state: dict[str, Any], what: s
             )
 
 
+def _described(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(shape)} of {str(dtype).removeprefix('torch.')}"
+
+
+def _moments_dtype(optimizer: Optimizer, parameter: nn.Parameter) -> torch.dtype:
+    is_coded = isinstance(optimizer, Int8AdamW) and is_quantized(parameter)
+    return torch.uint8 if is_coded else parameter.dtype
+
+
+def moment_bytes(parameters: Iterable[nn.Parameter], moments: str) -> int:
+    """Bytes of both moments of a rank's own parts; `moments` as PPOConfig.moments."""
+    of = int8_moment_bytes if moments == "int8" else _float_moment_bytes
+    return sum(of(parameter) for parameter in parameters)
+
+
+def _float_moment_bytes(parameter: nn.Parameter) -> int:
+    return 2 * own_part(parameter).nbytes
+
+
 def missing_moments(optimizer: Optimizer) -> int:
     """Bytes that the optimizer's first step will allocate."""
-    missing = (parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state)
-    return sum(2 * own_part(parameter).nbytes for parameter in missing)
+    missing = [parameter for parameter in parameters_of(optimizer) if parameter not in optimizer.state]
+    return moment_bytes(missing, "int8" if isinstance(optimizer, Int8AdamW) else "float32")

@@ -21,6 +21,7 @@ from lacfast.config.unread import Unread
 from lacfast.rewards.names import require_servers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+BasePrecision = Literal["model", "int8"]
 
 EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 """How a model is judged of which no run tells how."""
@@ -36,16 +37,23 @@ class RunConfig(Config):
 
     UNREAD = (
         Unread(
-            options=("dtype", "pipeline", "attention_backend", "lora_from", "merged_loras"),
+            options=(
+                *("dtype", "base_precision", "pipeline", "attention_backend", "lora_from", "merged_loras"),
+            ),
             where=lambda run: run.model in EMBEDDED_MODELS,
             because=lambda run: (
                 f": model={run.model!r} is made on the spot, in float32 at the size of its pictures"
             ),
         ),
         Unread(
-            options=("lora", "lora_from"),
+            options=("lora", "lora_from", "base_precision"),
             where=lambda run: run.full_finetuning,
             because=lambda run: ": full_finetuning=True trains all weights",
+        ),
+        Unread(
+            options=("base_precision",),
+            where=lambda run: run.lora is None and run.lora_from == "",
+            because=lambda run: " without a LoRA: all weights are trained, in float32",
         ),
         Unread(
             options=("lora",),
@@ -103,6 +111,8 @@ class RunConfig(Config):
     """Where the model lives. Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
     """Dtype that the model runs in; trained weights are float32 all the same."""
+    base_precision: BasePrecision = "model"
+    """What a LoRA's frozen base is kept in: "int8" is a byte per weight of its blocks, a scale per row."""
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""
     lora_from: str = ""
@@ -162,6 +172,13 @@ class RunConfig(Config):
         # Before the settings are shown or written anywhere.
         require_servers([*(name for name, _ in self.rewards), *self.evaluation_rewards])
         super().__post_init__()
+        train = self.train
+        if self.base_precision == "int8" and (train.rollout_precision != "model" or train.shard > 1):
+            raise ValueError(
+                f"base_precision='int8' is one base for sampling and training, on every GPU; "
+                f"train.rollout_precision={train.rollout_precision!r} and train.shard={train.shard} want "
+                "others: use 'model' and 1, or base_precision='model'"
+            )
         for name in ("out", "model", "prompts", "rewards"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; every run needs it")

@@ -19,7 +19,7 @@ from lacfast.learning.batches import CriticSource, PolicySource
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
-from lacfast.learning.optimizers import parameters_of
+from lacfast.learning.optimizers import moment_bytes, parameters_of
 from lacfast.learning.pairs import even_size
 from lacfast.learning.policy_update import PolicyUpdate
 from lacfast.learning.readers import reader_for
@@ -39,7 +39,7 @@ from lacfast.runtime.host_memory import SLOTS
 
 Result = TypeVar("Result")
 MOMENTS = 2
-"""AdamW's, in the weights' dtype."""
+"""AdamW's of sharded weights, in the weights' dtype."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ def memory_plan(
     config: TrainConfig,
     *,
     beside_bytes: int = 0,
+    encoder_bytes: int = 0,
     pretrains: bool = True,
     on_cpu: bool = False,
     overlaps: bool = True,
@@ -149,6 +150,7 @@ def memory_plan(
         conditioning: (1, ...) of a prompt.
         config: what would be trained.
         beside_bytes: of decoder and text encoders.
+        encoder_bytes: of text encoders that are on the device while they encode, and else aside.
         pretrains: with value pretraining.
         on_cpu: the run's device is the host.
         overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
@@ -167,11 +169,16 @@ def memory_plan(
     if config.rollout_precision != "model":
         # A byte per weight of the quantised copy.
         weights += sum(parameter.numel() for parameter in backbone.model.parameters())
-    trained = sum(parameter.nbytes for parameter in backbone.policy_parameters())
-    critic_bytes = 0 if critic is None else _trained_bytes(critic)
+    moments = config.ppo.moments
+    policy_parameters = backbone.policy_parameters()
+    trained = sum(parameter.nbytes for parameter in policy_parameters)
+    trained += moment_bytes(policy_parameters, moments)
+    learnt = [] if critic is None else [each for each in critic.parameters() if each.requires_grad]
+    # Gradients and moments.
+    critic_bytes = sum(parameter.nbytes for parameter in learnt) + moment_bytes(learnt, moments)
     state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
     average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
-    training = (trained + critic_bytes) * (1 + MOMENTS) + average
+    training = trained + critic_bytes + average
     for divided in shards.modules:
         training -= shards.saved(divided.gradient) * (1 + MOMENTS)
     batch = subject.batch_size
@@ -188,6 +195,7 @@ def memory_plan(
     sampling = weights + training + beside + aside
     phases = [
         *([Phase("loading", loaded, 0, 1, "", 0)] if shards.modules else []),
+        *([Phase("encoding prompts", weights + training + encoder_bytes, 0, 1, "", 0)] * (encoder_bytes > 0)),
         Phase(
             *("rollout", sampling + shards.gathered, part.peak_bytes),
             *(size, "rollout_batch_size", held),
@@ -200,7 +208,7 @@ def memory_plan(
         if not keep:
             seen = Sampled.of(subject, table, config.sampler, size, features=True, overlaps=overlaps)
         kept = _kept_bytes(seen.rollout)
-        learned = average + (critic_bytes - shards.saved(shards.critic.gradient)) * (1 + MOMENTS)
+        learned = average + critic_bytes - shards.saved(shards.critic.gradient) * (1 + MOMENTS)
         phases += _pretraining(subject, seen, weights + learned)
     sampler = config.eval_sampler or config.sampler
     count = min(config.eval_batch_size, config.eval_samples)
@@ -388,7 +396,3 @@ def _shortened(table: TransitionTable, steps: int) -> TransitionTable:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _trained_bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)

@@ -53,6 +53,7 @@ def model_arguments(config: RunConfig) -> dict[str, Any]:
         "dtype": torch_dtype(config.dtype),
         "lora": config.lora_from or config.lora,
         "settings": config.pipeline,
+        "base_precision": config.base_precision,
     }
 
 
@@ -126,6 +127,8 @@ class _Model:
     parts: tuple[LatentBackbone, Critic | None, TransitionTable, Conditioning]
     beside_bytes: int
     """Bytes of decoder and text encoders."""
+    encoder_bytes: int
+    """Bytes of text encoders that are aside but while they encode."""
 
     @staticmethod
     def of(config: RunConfig, ranks: int) -> _Model:
@@ -135,16 +138,17 @@ class _Model:
             # The weights do not matter, so one step of pretraining does.
             task, name = TINY_MODELS[config.model]
             backbone = adapt_pretrained(pretrain(name, task, steps=1), lora=config.lora)
-            conditioning, beside = backbone.encode_unconditional(1), 0
+            conditioning, beside, aside = backbone.encode_unconditional(1), 0, 0
         else:
             blueprint = load_blueprint(config.model, **model_arguments(config))
             backbone, conditioning = blueprint.backbone, blueprint.conditioning()
-            kept = blueprint.text_encoder_bytes if config.keep_text_encoders else 0
+            encoders = blueprint.text_encoder_bytes
+            kept, aside = (encoders, 0) if config.keep_text_encoders else (0, encoders)
             beside = blueprint.decoder_bytes + kept
         heads = [head for name, _ in config.rewards for head in declared_heads(name)]
         critic = build_critic(backbone, len(heads), config.train.critic)
         table = backbone.transition_table(config.train.sampler.at(0, seed=config.train.seed))
-        return _Model((backbone, critic, table, conditioning), beside)
+        return _Model((backbone, critic, table, conditioning), beside, aside)
 
     def memory(self, config: RunConfig, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
         natural = "cpu" if config.model in TINY_MODELS else "cuda"
@@ -152,6 +156,7 @@ class _Model:
             *self.parts,
             config.train,
             beside_bytes=self.beside_bytes,
+            encoder_bytes=self.encoder_bytes,
             pretrains=pretrains and config.value_pretraining,
             on_cpu=torch.device(device or config.device or natural).type == "cpu",
             ranks=ranks,

@@ -198,8 +198,7 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
     for line in smaller_batches(memory, GPU_BYTES):
         console.print(f"On a GPU of 80 GB {line}.", highlight=False, soft_wrap=True)
     console.print(
-        "Counted, not timed. Reward models, text encoders while they encode a block of prompts, captured "
-        "graphs and the allocator's reserve come on top."
+        "Counted, not timed. Reward models, captured graphs and the allocator's reserve come on top."
     )
     console.print_json(json.dumps(to_json(config)))
 

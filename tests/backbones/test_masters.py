@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.backbones.masters import MasterLinear
+from lacfast.backbones.masters import MasterLinear, MasterRMSNorm
 from lacfast.checkpoint import load_in_place
 from lacfast.config import CriticConfig, GraphConfig, LoRAConfig
 from lacfast.learning.averaging import WeightAverage
@@ -245,3 +245,32 @@ def test_layers_of_an_adapter_that_came_later_are_known(by: str) -> None:
     else:
         model.add_adapter(PeftConfig(r=2, target_modules=targets), adapter_name="second")
     assert set(adapters.tuner_layers(model)) > few
+
+
+def test_a_norm_with_a_float32_weight_is_computed_in_one_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = nn.RMSNorm(16)
+    with torch.no_grad():
+        norm.weight.add_(0.1 * torch.randn(16))
+    inputs = torch.randn(8, 16).bfloat16()
+    expected, own, seen = norm(inputs), nn.functional.rms_norm, []
+
+    def rms_norm(hidden_states: Tensor, *args: Any) -> Tensor:
+        seen.append((hidden_states.dtype, args[1].dtype))
+        return own(hidden_states, *args)
+
+    monkeypatch.setattr(nn.functional, "rms_norm", rms_norm)
+    MasterRMSNorm.install(norm)
+    found = norm(inputs)
+    # Of two dtypes torch has no fused kernel.
+    assert seen == [(torch.float32, torch.float32)]
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(rank=2), None], ids=["branch", "all weights"])
+def test_flux_s_trained_norms_are_of_that_kind(lora: LoRAConfig | None) -> None:
+    backbone = backbone_of(tiny_pipeline("flux"), lora=lora, dtype=torch.bfloat16)
+    trained = backbone.branch_trunk(1) if lora is not None else backbone.model
+    norms = [part for part in trained.modules() if isinstance(part, nn.RMSNorm)]
+    assert norms
+    assert {type(norm) for norm in norms} == {MasterRMSNorm}

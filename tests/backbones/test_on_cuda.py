@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,16 @@ PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, microbatch_size=12)
 
 EAGER = GraphConfig(mode="off")
 SLOW = pytest.mark.slow
-UNPRETENDED = {
-    ("qwen_image", GRAPHS): "autograd fills the unused half of a split with zeros that the device never sees",
-    ("qwen_image", EAGER): "autograd fills the unused half of a split with zeros that the device never sees",
-    ("z_image", GRAPHS): "a replayed backward pass has other values than the eager one; not explained yet",
-}
-"""What does not run on the pretended device, and as far as it is known why."""
 
 
-def marks(family: str, graph: GraphConfig, *, is_core: bool) -> tuple[Any, ...]:
-    if (family, graph) in UNPRETENDED:
-        return (SLOW, pytest.mark.xfail(strict=True, reason=UNPRETENDED[family, graph]))
-    return () if is_core else (SLOW,)
-
-
-def train(backbone: Any, prompts: list[str], sampler: SamplerConfig, graph: GraphConfig = GRAPHS) -> None:
-    config = tiny_config(batch_size=4, eval_samples=4, ppo=PPO, sampler=sampler, graph=graph)
+def train(
+    backbone: Any,
+    prompts: list[str],
+    sampler: SamplerConfig,
+    graph: GraphConfig = GRAPHS,
+    ppo: PPOConfig = PPO,
+) -> None:
+    config = tiny_config(batch_size=4, eval_samples=4, ppo=ppo, sampler=sampler, graph=graph)
     trainer = LatentActorCriticTrainer(backbone, tiny_backbones.brightness, prompts, config)
     for _ in range(2):
         trainer.train_iteration()
@@ -50,7 +45,7 @@ def train(backbone: Any, prompts: list[str], sampler: SamplerConfig, graph: Grap
 @pytest.mark.parametrize(
     ("family", "graph"),
     [
-        pytest.param(family, graph, id=f"{family}, {graph.mode}", marks=marks(family, graph, is_core=is_core))
+        pytest.param(family, graph, id=f"{family}, {graph.mode}", marks=() if is_core else (SLOW,))
         for family in FAMILIES
         # A UNet and a transformer on graphs in every run of the tests, the others eagerly.
         for graph, is_core in ((GRAPHS, family in ("sdxl", "sd3")), (EAGER, family in ("sd15", "flux")))
@@ -74,3 +69,16 @@ def test_a_family_trains(cuda: WaitLog, family: str, graph: GraphConfig, tmp_pat
 @SLOW
 def test_a_tiny_unet_trains(cuda: WaitLog) -> None:
     train(on_cuda(tiny_backbone("unet")), tiny_backbones.PROMPTS, SamplerConfig(num_steps=2))
+
+
+def test_a_base_in_int8_trains_on_graphs_with_moments_in_a_byte(cuda: WaitLog) -> None:
+    backbone = load_backbone(
+        tiny_pipeline("flux"),
+        device="cuda",
+        settings=settings_of("flux"),
+        lora=LoRAConfig(rank=80),
+        dtype=torch.bfloat16,
+        base_precision="int8",
+    )
+    # Some of the adapter's weights are large enough for codes.
+    train(backbone, PROMPTS, SamplerConfig(num_steps=2), GRAPHS, replace(PPO, moments="int8"))

@@ -213,6 +213,39 @@ def test_flux_says_that_guidance_scale_is_not_the_guidance_that_it_is_told() -> 
         backbone_of(tiny_pipeline("sd3")).transition_table(SamplerConfig(num_steps=4, guidance_scale=3.5))
 
 
+@pytest.mark.parametrize(
+    ("family", "length", "refusal"),
+    [
+        (
+            "sdxl",
+            128,
+            Refusal(
+                "max_sequence_length=128 would be ignored: a StableDiffusionXLPipeline has the length of its",
+                cause="A length of prompts for a pipeline that only has CLIP encoders.",
+                remedy="leave it out",
+            ),
+        ),
+        (
+            "flux",
+            513,
+            Refusal(
+                "max_sequence_length=513 is more than a FluxPipeline takes",
+                cause="Longer prompts than the pipeline's own call takes.",
+                remedy="use at most 512",
+            ),
+        ),
+    ],
+)
+def test_a_length_of_prompts_that_a_pipeline_does_not_have_is_refused(
+    family: str, length: int, refusal: Refusal
+) -> None:
+    with refusal.raised():
+        load_backbone(
+            tiny_pipeline(family),
+            settings=PipelineSettings(resolution=RESOLUTION, max_sequence_length=length),
+        )
+
+
 def test_a_guidance_that_a_model_is_not_told_is_refused() -> None:
     settings = PipelineSettings(resolution=RESOLUTION, embedded_guidance=4.0)
     with Refusal(

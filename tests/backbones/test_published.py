@@ -19,6 +19,11 @@ PARAMETERS = {
     "sd35_medium": 2243.2,
     "flux_dev": 11901.4,
     "qwen_image": 20430.4,
+    "flux2_dev": 32223.3,
+    "flux2_klein": 3875.5,
+    "z_image": 6154.9,
+    "sana": 1604.6,
+    "pixart_sigma": 610.9,
 }
 """Millions, of the denoising model."""
 ENCODERS = {
@@ -27,9 +32,15 @@ ENCODERS = {
     "sd35_medium": [123.7, 694.7, 4762.3],
     "flux_dev": [123.1, 4762.3],
     "qwen_image": [8292.2],
+    "flux2_dev": [24011.4],
+    "flux2_klein": [4022.5],
+    "z_image": [4022.5],
+    "sana": [2614.3],
+    "pixart_sigma": [4762.3],
 }
-"""Millions: CLIP-L with and without projection, bigG, T5-XXL, Qwen2.5-VL-7B."""
-DECODERS = {"qwen_image": 126.9}
+"""Millions: CLIP-L with and without projection, bigG, T5-XXL, Qwen2.5-VL-7B, Mistral-Small-3.1-24B, Qwen3-4B,
+Gemma-2-2B."""
+DECODERS = {"qwen_image": 126.9, "flux2_dev": 84.0, "flux2_klein": 84.0, "sana": 312.3}
 """Millions, of autoencoders that are not those of Stable Diffusion."""
 
 

@@ -15,13 +15,13 @@ from tiny_backbones import tiny_backbone
 from tiny_pipelines import (
     FAMILIES,
     PROMPTS,
-    SETTINGS,
     backbone_of,
     guided,
     load_as_card_says,
     ode_images,
     own_call,
     saved_pipeline,
+    settings_of,
     tiny_pipeline,
     use_first_order,
 )
@@ -187,9 +187,9 @@ def test_merged_loras_are_in_the_weights_and_what_is_saved_knows_them(family: st
     first = (by_diffusers if family in BY_DIFFUSERS else by_peft)(family, tmp_path / "first", **settings)
     second = by_peft(family, tmp_path / "second")
     merged = {str(first): 0.5, str(second): -0.25}
-    backbone = load_backbone(base, settings=SETTINGS, lora=LoRAConfig(rank=2), merged_loras=merged)
+    backbone = load_backbone(base, settings=settings_of(family), lora=LoRAConfig(rank=2), merged_loras=merged)
     latents, images = ode_images(backbone, PROMPTS[:1], scale)
-    plain = ode_images(load_backbone(base, settings=SETTINGS), PROMPTS[:1], scale)[1]
+    plain = ode_images(load_backbone(base, settings=settings_of(family)), PROMPTS[:1], scale)[1]
     assert not torch.allclose(images, plain, atol=1e-3)
 
     save_backbone(backbone, tmp_path / "saved")

@@ -15,10 +15,21 @@ from lacfast.runs import costs as counters
 from lacfast.runs.costs import count
 
 RECORDED = json.loads(costs.RESULT.read_text(encoding="utf-8"))
-BLOCKS = {"sd15": (2, 9), "sdxl": (2, 7), "sd35_medium": (1, 24), "flux_dev": (1, 57), "qwen_image": (1, 60)}
+BLOCKS = {
+    "sd15": (2, 9),
+    "sdxl": (2, 7),
+    "sd35_medium": (1, 24),
+    "flux_dev": (1, 57),
+    "flux2_dev": (1, 56),
+    "flux2_klein": (1, 25),
+    "qwen_image": (1, 60),
+    "z_image": (1, 30),
+    "sana": (1, 20),
+    "pixart_sigma": (1, 28),
+}
 """Blocks of the critic's branch and of the model; a UNet's are its levels and its middle."""
 
-COUNTED_IN_PART = {"sdxl", "qwen_image"}
+COUNTED_IN_PART = {"sdxl", "qwen_image", "flux2_dev", "flux2_klein", "z_image", "sana", "pixart_sigma"}
 """By test_the_step_is_recorded; in full they would take most of the time."""
 
 each_model = pytest.mark.parametrize("name", PUBLISHED)
@@ -56,7 +67,7 @@ def test_a_step_adds_six_kernels_and_a_store_for_each_kept_feature(name: str) ->
     kernels, features = counted(name)["kernels"], counted(name)["features"]
     assert features["none"] == 0 < min(features["shared"], features["branch"])
     for trunk, kept in features.items():
-        budget = costs.ADDED_KERNELS + kept * costs.KERNELS_PER_FEATURE + costs.RESCALING_KERNELS.get(name, 0)
+        budget = costs.ADDED_KERNELS + kept * costs.KERNELS_PER_FEATURE + costs.OWN_KERNELS.get(name, 0)
         assert kernels["step"][trunk] - kernels["model"] <= budget, trunk
 
 

@@ -14,8 +14,12 @@ from lacfast.records import Conditioning, NoiseKey
 from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
 from lacfast.rollout.step import begin, denoise_step
 
+SLOW = ("flux2_dev", "flux2_klein", "z_image", "sana", "pixart_sigma")
 
-@pytest.mark.parametrize("name", PUBLISHED)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PUBLISHED]
+)
 def test_a_step_of_a_published_model_looks_at_no_value(name: str) -> None:
     """FakeTensorMode raises at .item(), nonzero and tensors in an if: what a graph capture cannot do."""
     work = Workload(name)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from refusals import Refusal
 from tiny_pipelines import load_pipeline, saved_pipeline, tiny_pipeline
@@ -133,7 +134,7 @@ def test_a_lora_in_the_models_folder_goes_on(tmp_path: Path) -> None:
     # As with TRL, it is trained whatever use_lora says.
     second = trainer_of(folder, tmp_path / "second")
     assert second.engine.backbone.lora == LoRAConfig(
-        rank=4, alpha=4, target_modules=second.engine.backbone.lora.target_modules
+        rank=4, target_modules=second.engine.backbone.lora.target_modules
     )
     continued = second.engine.backbone.policy_state()
     assert set(continued) == set(trained)
@@ -141,6 +142,28 @@ def test_a_lora_in_the_models_folder_goes_on(tmp_path: Path) -> None:
     wrapper = DefaultDDPOStableDiffusionPipeline(str(folder))
     with pytest.raises(ValueError, match="a LoRA in the model's folder goes on; leave lora out"):
         DDPOTrainer(second.config, brightness, lambda: ("red", {}), wrapper, lora=LoRAConfig(rank=2))
+
+
+def test_a_lora_in_the_models_folder_that_is_more_than_a_plain_one_is_refused(tmp_path: Path) -> None:
+    folder = saved_pipeline("sd15", tmp_path / "base")
+    wrapper = DefaultDDPOStableDiffusionPipeline(str(folder), use_lora=False)
+    config = DDPOConfig(logdir=str(tmp_path), mixed_precision="no")
+    settings = LoraConfig(r=2, target_modules=["to_q"], use_dora=True)
+    wrapper.sd_pipeline.unet.add_adapter(settings, adapter_name="first")
+    with Refusal(
+        "of the pipeline is no plain LoRA but a",
+        cause="TRL's wrapper holds a DoRA, a LoKr or a LoRA with biases.",
+        remedy="pipeline.fuse_lora()",
+    ).raised():
+        DDPOTrainer(config, brightness, lambda: ("red", {}), wrapper)
+    plain = LoraConfig(r=2, target_modules=["to_q"])
+    wrapper.sd_pipeline.unet.add_adapter(plain, adapter_name="second")
+    with Refusal(
+        "the pipeline has the LoRAs ['first', 'second'], and one is trained",
+        cause="TRL's wrapper holds several LoRAs.",
+        remedy="merge them: pipeline.fuse_lora()",
+    ).raised():
+        DDPOTrainer(config, brightness, lambda: ("red", {}), wrapper)
 
 
 class OwnLoss(DDPOTrainer):

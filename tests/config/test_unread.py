@@ -126,7 +126,8 @@ IGNORED = [
         RunConfig,
         {"model": "shapes-dit"},
         {
-            "dtype": "bfloat16", "attention_backend": "sdpa", "pipeline.resolution": (64, 64),
+            "dtype": "bfloat16", "attention_backend": "sdpa",
+            "pipeline.resolution": (64, 64),
             "pipeline.max_sequence_length": 8, "pipeline.embedded_guidance": 3.0,
             "pipeline.vae_dtype": "bfloat16", "pipeline.vae_slicing": True, "pipeline.vae_tiling": True,
             "lora_from": "somebody/ink", "merged_loras": (("somebody/ink", 1.0),),
@@ -141,6 +142,24 @@ IGNORED = [
     ),
     *rows(RunConfig, {}, {"gpus": 4}, {"dry_run": True}),
     *rows(RunConfig, {"full_finetuning": True}, {"lora": LoRAConfig()}),
+    *rows(
+        RunConfig,
+        {"model": "shapes-dit", "lora": LoRAConfig()},
+        {"base_precision": "int8"},
+        {"model": "pipeline", "lora": LoRAConfig()},
+    ),
+    *rows(
+        RunConfig,
+        {"model": "pipeline"},
+        {"base_precision": "int8"},
+        {"model": "pipeline", "lora": LoRAConfig()},
+    ),
+    *rows(
+        RunConfig,
+        {"model": "pipeline", "full_finetuning": True},
+        {"base_precision": "int8"},
+        {"model": "pipeline", "lora": LoRAConfig()},
+    ),
     *rows(
         RunConfig,
         {"full_finetuning": True, "model": "pipeline"},
@@ -198,7 +217,7 @@ READ = {
         "clip dual_clip ratio kl kl_limit advantage_clip balance_steps num_minibatches minibatch_draw "
         "num_inner_epochs timestep_fraction microbatch_size policy_learning_rate warmup_steps "
         "final_learning_rate betas "
-        "weight_decay adam_eps max_grad_norm"
+        "weight_decay adam_eps moments max_grad_norm"
     ),
     "RetryConfig": "timeout_s give_up_s max_bad_answers backoff_s max_backoff_s jitter",
     "RunConfig": (

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from lacfast.backbones.blueprint import load_blueprint
-from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Ratio
+from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Random, Ratio
 from lacfast.records import TransitionTable
 from lacfast.runs.plan import torch_dtype
 from lacfast.runs.recipes import directory, recipe
@@ -19,6 +20,9 @@ SCRIPTS = {
     "flow-grpo-geneval": "yifan123/flow_grpo",
     "dance-grpo-hpsv2": "XueZeyue/DanceGRPO",
     "ddpo-compressibility": "kvablack/ddpo-pytorch",
+    "flow-grpo-qwen-image": "yifan123/flow_grpo",
+    "flow-factory-z-image": "X-GenGroup/Flow-Factory",
+    "flow-factory-klein": "X-GenGroup/Flow-Factory",
 }
 """Recipes that do what somebody's script does."""
 
@@ -55,10 +59,34 @@ def ddpo_levels() -> np.ndarray:
     return np.sqrt(1 - np.cumprod(1 - betas)[timesteps])
 
 
+def shifted(levels: np.ndarray, factor: float) -> np.ndarray:
+    return np.append(factor * levels / (1 + (factor - 1) * levels), 0.0)
+
+
+def qwen_image_levels() -> np.ndarray:
+    """Ten levels from 1 to 0.1, shifted by exp(mu) of 1024 tokens, and stretched to end at 0.02."""
+    mu = 0.5 + (0.9 - 0.5) * (1024 - 256) / (8192 - 256)
+    levels = shifted(np.linspace(1, 0.1, 10), np.exp(mu))[:-1]
+    return np.append(1 - (1 - levels) * (1 - 0.02) / (1 - levels[-1]), 0.0)
+
+
+def z_image_levels() -> np.ndarray:
+    """Ten levels from 1 to 0.1, shifted by the scheduler's 6."""
+    return shifted(np.linspace(1, 0.1, 10), 6.0)
+
+
+def klein_levels() -> np.ndarray:
+    """Eight levels from 1 to 1 / 8, shifted by FLUX.2's own mu of 576 tokens and 8 steps."""
+    return shifted(np.linspace(1, 1 / 8, 8), np.exp(compute_empirical_mu(576, 8)))
+
+
 LEVELS = {
     "flow-grpo-geneval": flow_grpo_levels,
     "dance-grpo-hpsv2": dance_grpo_levels,
     "ddpo-compressibility": ddpo_levels,
+    "flow-grpo-qwen-image": qwen_image_levels,
+    "flow-factory-z-image": z_image_levels,
+    "flow-factory-klein": klein_levels,
 }
 
 
@@ -107,3 +135,23 @@ def test_flow_grpo_has_the_settings_of_its_script() -> None:
     assert config.train.advantages.estimator == GRPO(std="global")
     # int(0.99 10) steps are trained.
     assert len(table_of("flow-grpo-geneval").trainable_steps) == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "window"),
+    [
+        ("flow-grpo-qwen-image", 32, Random(size=2, within=(0, 5))),
+        ("flow-factory-z-image", 48, Random(size=1, within=(1, 4))),
+        ("flow-factory-klein", 48, Random(size=1, within=(1, 4))),
+    ],
+)
+def test_recipes_of_2026_s_models_have_the_settings_of_their_scripts(
+    name: str, groups: int, window: Random
+) -> None:
+    config = recipe(name)
+    sampler, ppo = config.train.sampler, config.train.ppo
+    assert config.lora == LoRAConfig(rank=64, alpha=128)
+    assert (config.train.batch_size, config.train.samples_per_prompt) == (groups * 16, 16)
+    assert sampler.window == window
+    assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-4), 5.0, 3e-4)
+    assert (ppo.num_minibatches, ppo.betas, ppo.adam_eps, ppo.kl) == (2, (0.9, 0.999), 1e-8, None)

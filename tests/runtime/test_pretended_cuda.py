@@ -34,6 +34,20 @@ def test_values_are_those_of_the_host(cuda: WaitLog) -> None:
     assert isinstance(layer.weight, nn.Parameter)
 
 
+def test_gradients_of_rotations_and_of_half_a_split_are_those_of_the_host(cuda: WaitLog) -> None:
+    """A complex product's gradient has a lazy conjugate, and a split's other half zeros from nowhere."""
+    turns, start = torch.randn(4, 4, dtype=torch.complex64), torch.randn(4, 16)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        parameter = start.to(device).requires_grad_()
+        used, _ = parameter.split(8, dim=1)
+        rotated = torch.view_as_complex(used.unflatten(1, (4, 2))) * turns.to(device)
+        loss = (torch.view_as_real(rotated)[..., 0] ** 2).sum()
+        (gradient,) = torch.autograd.grad(loss, parameter)
+        gradients.append(gradient.cpu())
+    assert torch.equal(*gradients)
+
+
 def test_tensors_of_both_devices_are_refused_and_numbers_are_not(cuda: WaitLog) -> None:
     there, here = torch.ones(3, device="cuda"), torch.ones(3)
     with pytest.raises(DeviceMismatchError, match=r"add.*test_tensors_of_both_devices"):
