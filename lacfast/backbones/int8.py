@@ -29,7 +29,7 @@ class Int8Linear(nn.Linear):
     scale_bits: nn.Parameter
     """(out, 1) int32, the bits of s in float32: what casts a model to 16 bits leaves them alone."""
     dtype: torch.dtype
-    """Of W', and of what the layer is given."""
+    """Dtype of W', and of what the layer is given."""
 
     @staticmethod
     @torch.no_grad()

@@ -140,7 +140,7 @@ class PipelineStorage:
         part, config = self.family.model_part, backbone.model.peft_config[adapters.POLICY]
         if hasattr(self.pipeline, "save_lora_weights"):
             state, metadata = _scaled_by_weights(weights, config.to_dict())
-            if not _is_exact(adapters.scale_of(backbone.lora)):
+            if not _is_exact(config.lora_alpha / config.r):
                 save_file(_contiguous(weights), directory / EXACT_WEIGHTS)
             arguments = {
                 f"{part}_lora_layers": _contiguous(state), f"{part}_lora_adapter_metadata": metadata

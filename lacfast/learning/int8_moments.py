@@ -134,7 +134,7 @@ class Int8AdamW(Optimizer):
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would cast codes to the parameter's dtype."""
+        """Take over a state as torch's does, which would cast codes to the parameter's dtype."""
         super().load_state_dict(state_dict)
         for parameter, state in self.state.items():
             for name, like in _first_state(parameter, device="meta").items():

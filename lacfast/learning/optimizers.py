@@ -31,7 +31,7 @@ def policy_optimizer(parameters: Iterable[nn.Parameter], config: PPOConfig) -> O
 
 
 def _adamw(parameters: Iterable[Any], config: PPOConfig, **settings: Any) -> Optimizer:
-    """With moments of `config`; either kind reads on the device whether a step is off."""
+    """AdamW with moments of `config`; either kind reads on the device whether a step is off."""
     if config.moments == "int8":
         return Int8AdamW(parameters, **settings)
     return torch.optim.AdamW(parameters, **settings, fused=True)

@@ -61,13 +61,10 @@ PAGES = {
                     *("keep_last", "best", "tensorboard", "wandb_project", "dry_run", "gpus"),
                 ),
             ),
-            "model": Topic(
-                "The pipeline and how it is used.",
-                ("model", "device", "dtype", "pipeline"),
-            ),
+            "model": Topic("The pipeline.", ("model", "device", "dtype", "base_precision")),
+            "pipeline": Topic("How the pipeline is used.", ("pipeline",)),
             "lora": Topic(
-                "What is trained of the model, and on which base.",
-                ("lora", "lora_from", "merged_loras", "full_finetuning", "base_precision"),
+                "What is trained of the model.", ("lora", "lora_from", "merged_loras", "full_finetuning")
             ),
             "rollout": Topic(
                 "How many trajectories, and how many rollouts of them.",
@@ -224,7 +221,7 @@ def footer(command: str, understood: str, topic: str) -> str:
     """What stands below a page: where the rest is."""
     pages = PAGES[command]
     line = f"{pages.topics[topic].line} " if topic else "These are the settings that most runs change. "
-    return f"{line}{understood} --help TOPIC has others: {', '.join(pages.topics)}; --help-all has all"
+    return f"{line}{understood} --help-all has all, --help TOPIC those of {', '.join(pages.topics)}"
 
 
 def fitted(text: str, width: int) -> str:

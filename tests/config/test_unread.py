@@ -126,8 +126,8 @@ IGNORED = [
         RunConfig,
         {"model": "shapes-dit"},
         {
-            "dtype": "bfloat16", "attention_backend": "sdpa",
-            "pipeline.resolution": (64, 64),
+            "dtype": "bfloat16", "attention_backend": "sdpa", "pipeline.resolution": (64, 64),
+            "pipeline.num_frames": 9, "pipeline.judged_frames": 2,
             "pipeline.max_sequence_length": 8, "pipeline.embedded_guidance": 3.0,
             "pipeline.vae_dtype": "bfloat16", "pipeline.vae_slicing": True, "pipeline.vae_tiling": True,
             "lora_from": "somebody/ink", "merged_loras": (("somebody/ink", 1.0),),

@@ -172,7 +172,14 @@ def test_a_recipe_that_is_not_there_is_refused(source: str, refused: Refusal) ->
         find_recipe(source)
 
 
-FAMILIES = {"stable-diffusion-v1": "sd15", "stable-diffusion-3.5": "sd3", "FLUX.1": "flux"}
+FAMILIES = {
+    "stable-diffusion-v1": "sd15",
+    "stable-diffusion-3.5": "sd3",
+    "FLUX.1": "flux",
+    "FLUX.2-klein": "flux2_klein",
+    "Qwen-Image": "qwen_image",
+    "Z-Image": "z_image",
+}
 """What a model's id holds -> its tiny pipeline."""
 
 
