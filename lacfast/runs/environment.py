@@ -23,7 +23,7 @@ EXTRAS = {
     "wandb": ("wandb",),
     "profile": ("nvtx",),
     "browser": ("playwright",),
-    "docs": ("mkdocs", "mkdocs-material", "mkdocstrings-python"),
+    "docs": ("jupytext", "mkdocs", "mkdocs-material", "mkdocstrings-python"),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
     "dev": ("ruff", "mypy", "types-PyYAML", "pre-commit"),
 }
