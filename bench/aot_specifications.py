@@ -535,6 +535,7 @@ VALUE_POOL_BACKWARD = [
 def _tiles_spec(
     dim: int, *, backward: bool, weight: bool = True, split: bool = True, saved: bool = True
 ) -> AotSpec:
+    """`split`: sums go to `partial`; `saved`: what a backward pass needs is written, or features have one."""
     found = value_pool_tiles.tile_launch(torch.bfloat16, 4096, dim, 4, SHARED_BYTES[90])
     assert found is not None
     constants = {name: value for name, value in found.options.items() if name.isupper()}
@@ -570,6 +571,7 @@ VALUE_POOL_TILES = [
     _tiles_spec(64, backward=False, weight=False, split=False, saved=False),
     _tiles_spec(96, backward=False, split=False),
     _tiles_spec(2432, backward=True, split=False),
+    _tiles_spec(1152, backward=True, saved=False),
 ]
 
 SPECIFICATIONS = {

@@ -201,9 +201,10 @@ def value_pool(inputs: Any, outputs: Any) -> None:
     batch, tokens, dim = features.shape
     num_heads = query.shape[1]
     on_tiles = tiles_launch(features, num_heads)
-    options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
     if on_tiles is not None:
         num_splits = on_tiles.num_splits
+    else:
+        options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
     partial = extrema = None
     if num_splits > 1:
         rows = batch * num_splits * num_heads

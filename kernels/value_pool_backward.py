@@ -186,9 +186,10 @@ def value_pool_backward(inputs: Any, outputs: Any, grads: Any, gradients: Any) -
     num_heads = query.shape[1]
     rows = batch * num_heads
     on_tiles = tiles_launch(features, num_heads)
-    options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
     if on_tiles is not None:
         num_splits = on_tiles.num_splits
+    else:
+        options, (num_splits, num_groups, tiles) = pool_launch(features, num_heads)
     has_weight = norm_weight is not None
     has_sums = grad_query is not None or grad_norm_weight is not None
 

@@ -17,6 +17,7 @@ Tokens are split by their number alone: a result does not depend on the batch.
 # Constants of a kernel are upper case; Triton adds tuples and cannot unpack them.
 # ruff: noqa: N803, RUF005
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -283,6 +284,7 @@ def pool_grad_tiles_kernel(
             tl.store(partial_ptr + rows[None, None, :] * D + offs_d, heads_of_columns(sums[i]), mask=mask)
 
 
+@cache
 def tile_launch(
     dtype: torch.dtype, tokens: int, dim: int, num_heads: int, shared_bytes: int
 ) -> TileLaunch | None:

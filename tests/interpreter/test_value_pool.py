@@ -89,6 +89,27 @@ def test_a_sample_has_the_same_bits_in_any_batch(draw: Callable[..., Tensor], dt
     assert all(torch.equal(one, all_[1:2]) for one, all_ in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("trained", ["features", "query", "weight"])
+def test_a_gradient_is_the_same_alone_and_beside_the_others(
+    draw: Callable[..., Tensor], trained: str
+) -> None:
+    tensors = {
+        "features": draw(2, 20, 40, dtype=torch.bfloat16),
+        "query": draw(2, 3, 40),
+        "weight": 1 + 0.1 * draw(40),
+    }
+
+    def gradient(names: list[str]) -> Tensor:
+        leaves = {name: tensor.clone() for name, tensor in tensors.items()}
+        for name in names:
+            leaves[name].requires_grad_()
+        with ops.backend("triton"):
+            out = ops.value_pool(*leaves.values())
+        return torch.autograd.grad(out.square().sum(), leaves[trained])[0]
+
+    assert torch.equal(gradient([trained]), gradient(list(tensors)))
+
+
 @pytest.mark.parametrize("tokens", [1, 16, 31, 1024, 4096, 16_384])
 def test_the_splits_of_tiles_cover_all_tokens_once_and_fill_a_gpu(tokens: int) -> None:
     found = value_pool_tiles.tile_launch(torch.bfloat16, tokens, 1536, 7, 227 << 10)
