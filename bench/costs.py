@@ -69,6 +69,12 @@ PIXART = TrainConfig(
     batch_size=BATCH, sampler=SamplerConfig(kind="ddim", num_steps=20, noise_level=1.0, guidance_scale=4.5)
 )
 """The pipeline's steps and guidance, with DDPO's noise."""
+WAN = TrainConfig(
+    batch_size=BATCH,
+    sampler=SamplerConfig(num_steps=20, noise_level=0.7, guidance_scale=4.5),
+    ppo=PPOConfig(kl=KLPenalty(0.004), num_minibatches=2),
+)
+"""flow_grpo's steps, guidance and KL for Wan 2.1, at the size of the pipeline's own call."""
 IMAGES_PER_PROMPT = {"sd35_medium": 24}
 """Images of a rollout with one prompt: flow_grpo's group, which encodes it for each, the engine once."""
 CONFIGS = {
@@ -82,6 +88,8 @@ CONFIGS = {
     "z_image": Z_IMAGE,
     "sana": SANA,
     "pixart_sigma": PIXART,
+    "wan_1b": WAN,
+    "wan_14b": WAN,
 }
 
 REMEMBERING = ("qwen_image", "z_image")
@@ -108,6 +116,8 @@ MICROBATCH_OPERATIONS = {
     "z_image": 16_847,
     "sana": 11_784,
     "pixart_sigma": 11_018,
+    "wan_1b": 23_922,
+    "wan_14b": 31_802,
 }
 """Operations of a microbatch of the policy's update: gathering, forwards, loss, backward."""
 SYNCS = {"step": 0, "microbatch": 0}

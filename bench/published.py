@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from lacfast.backbones import PipelineSettings, load_backbone
+from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import empty_embeddings
 from lacfast.backbones.published import PublishedModel, published_models
@@ -14,7 +14,7 @@ from lacfast.records import Conditioning
 
 ORDER = (
     *("sd15", "sdxl", "sd35_medium", "flux_dev", "flux2_dev", "flux2_klein", "qwen_image", "z_image"),
-    *("sana", "pixart_sigma"),
+    *("sana", "pixart_sigma", "wan_1b", "wan_14b"),
 )
 PUBLISHED = {name: published_models()[name] for name in ORDER}
 """In the order of the table."""
@@ -26,7 +26,7 @@ def trained_backbone(model: PublishedModel, *, lora_rank: int = 32) -> LatentBac
         model.build(),
         dtype=torch.bfloat16,
         lora=LoRAConfig(rank=lora_rank),
-        settings=PipelineSettings(resolution=model.resolution),
+        settings=model.settings,
     )
 
 

@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
@@ -15,7 +16,14 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
         model: `_keep_in_fp32_modules` of its class names what no dtype of 16 bits holds.
         dtype: of all other floating weights and buffers.
     """
-    kept = set(type(model)._keep_in_fp32_modules or ()) if dtype.itemsize == 2 else set()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    names = set(type(model)._keep_in_fp32_modules or ()) if dtype.itemsize == 2 else set()
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    kept = {id(tensor) for name, tensor in tensors if names & set(name.split("."))}
+
+    def cast(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.float32 if id(tensor) in kept else dtype)
+
+    # As torch's own `to` does it; diffusers' warns of modules to keep even where there are none.
+    nn.Module._apply(model, cast)

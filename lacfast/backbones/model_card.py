@@ -13,6 +13,8 @@ class Saved:
 
     pipeline: str
     """diffusers' class."""
+    task: str
+    """What the pipeline does, by the hub's name: "text-to-image"."""
     base: str | None
     """Hub id or directory of the untrained pipeline; None: unknown."""
     part: str
@@ -39,7 +41,7 @@ class Saved:
 def model_card(saved: Saved) -> str:
     """Metadata of the hub, what the directory holds, and the lines that load it."""
     is_lora = saved.kind in ("lora", "peft")
-    metadata = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    metadata = ["library_name: diffusers", f"pipeline_tag: {saved.task}"]
     metadata += [f"base_model: {saved.base}"] * saved.is_on_hub
     metadata += ["tags:", *(f"- {tag}" for tag in ("lacfast", "reinforcement-learning", *["lora"] * is_lora))]
     what = {"part": saved.part, "pipeline": "pipeline"}.get(saved.kind, "LoRA")

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 
+from lacfast.config import PipelineSettings
+
 CONFIGS = Path(__file__).with_name("configs")
 
 
@@ -31,10 +33,17 @@ class PublishedModel:
     """Weights of the denoising model, as published."""
     resolution: tuple[int, int]
     """(height, width) that it is counted at."""
+    num_frames: int | None = None
+    """Frames that it is counted at, of a model of videos."""
     prompt: Mapping[str, tuple[int, ...]]
     """Shapes of what the denoising model is told of a prompt, by its forward's names."""
     parts: Mapping[str, Mapping[str, Any]]
     """Component -> its class and its configuration."""
+
+    @property
+    def settings(self) -> PipelineSettings:
+        """What it is counted with."""
+        return PipelineSettings(resolution=self.resolution, num_frames=self.num_frames)
 
     def build(self, *, device: str | torch.device = "meta", text_encoders: bool = True) -> Any:
         """The pipeline without tokenizers, with torch's initial weights where `device` has any."""

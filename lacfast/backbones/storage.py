@@ -126,6 +126,7 @@ class PipelineStorage:
         )
         saved = Saved(
             pipeline=type(self.pipeline).__name__,
+            task="text-to-image" if self.family.num_frames is None else "text-to-video",
             base=self.base,
             part=part,
             model=own_class(backbone.model).__name__,

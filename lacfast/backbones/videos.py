@@ -27,6 +27,11 @@ class VideoPipelines(PipelineFamily):
                 f"num_frames={frames} must be 1 more than a multiple of {step}, as many as a latent frame "
                 f"stands for; use {near}"
             )
+        if settings.vae_slicing:
+            raise ValueError(
+                "vae_slicing=True would be ignored: videos are decoded one after the other; leave it out, or "
+                "use vae_tiling, which splits their frames"
+            )
         if settings.judged_frames is not None and settings.judged_frames > frames:
             raise ValueError(
                 f"judged_frames={settings.judged_frames} exceeds the {frames} frames that a video has; use "

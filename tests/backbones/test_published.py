@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from lacfast.backbones import PipelineSettings
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.published import published_as, published_models
 from lacfast.runs.plan import TINY_MODELS
@@ -24,6 +23,8 @@ PARAMETERS = {
     "z_image": 6154.9,
     "sana": 1604.6,
     "pixart_sigma": 610.9,
+    "wan_1b": 1419.0,
+    "wan_14b": 14288.5,
 }
 """Millions, of the denoising model."""
 ENCODERS = {
@@ -37,10 +38,12 @@ ENCODERS = {
     "z_image": [4022.5],
     "sana": [2614.3],
     "pixart_sigma": [4762.3],
+    "wan_1b": [5680.9],
+    "wan_14b": [5680.9],
 }
 """Millions: CLIP-L with and without projection, bigG, T5-XXL, Qwen2.5-VL-7B, Mistral-Small-3.1-24B, Qwen3-4B,
-Gemma-2-2B."""
-DECODERS = {"qwen_image": 126.9, "flux2_dev": 84.0, "flux2_klein": 84.0, "sana": 312.3}
+Gemma-2-2B, UMT5-XXL."""
+DECODERS = {"qwen_image": 126.9, "flux2_dev": 84.0, "flux2_klein": 84.0, "sana": 312.3, "wan_1b": 126.9, "wan_14b": 126.9}
 """Millions, of autoencoders that are not those of Stable Diffusion."""
 
 
@@ -67,7 +70,7 @@ def test_sizes_are_the_published_ones_and_the_hub_is_not_asked(
     blueprint = load_blueprint(
         model.hub_ids[0],
         dtype=torch.bfloat16,
-        settings=PipelineSettings(resolution=model.resolution),
+        settings=model.settings,
     )
     denoiser = blueprint.backbone.model
     assert millions(denoiser) == PARAMETERS[name]

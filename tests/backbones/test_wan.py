@@ -144,6 +144,14 @@ def test_a_timestep_for_every_token_is_one_for_all() -> None:
             ),
         ),
         (
+            PipelineSettings(num_frames=5, vae_slicing=True),
+            Refusal(
+                "vae_slicing=True would be ignored: videos are decoded one after the other",
+                cause="A memory saving of batches of pictures, for videos.",
+                remedy="leave it out, or use vae_tiling",
+            ),
+        ),
+        (
             PipelineSettings(num_frames=5, judged_frames=6),
             Refusal(
                 "judged_frames=6 exceeds the 5 frames that a video has",
@@ -237,5 +245,6 @@ def test_a_saved_directory_keeps_the_frames(tmp_path: Path) -> None:
     settings = settings_of("wan", num_frames=FRAMES, judged_frames=2)
     backbone = load_backbone(tiny_pipeline("wan"), settings=replace(settings))
     save_backbone(backbone, tmp_path / "saved")
+    assert "pipeline_tag: text-to-video\n" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     loaded = load_backbone(tmp_path / "saved")
     assert (loaded.latent_shape, loaded.judged_frames) == (backbone.latent_shape, 2)

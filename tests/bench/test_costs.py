@@ -26,10 +26,15 @@ BLOCKS = {
     "z_image": (1, 30),
     "sana": (1, 20),
     "pixart_sigma": (1, 28),
+    "wan_1b": (1, 30),
+    "wan_14b": (1, 40),
 }
 """Blocks of the critic's branch and of the model; a UNet's are its levels and its middle."""
 
-COUNTED_IN_PART = {"sdxl", "qwen_image", "flux2_dev", "flux2_klein", "z_image", "sana", "pixart_sigma"}
+COUNTED_IN_PART = {
+    *("sdxl", "qwen_image", "flux2_dev", "flux2_klein", "z_image", "sana", "pixart_sigma"),
+    *("wan_1b", "wan_14b"),
+}
 """By test_the_step_is_recorded; in full they would take most of the time."""
 
 each_model = pytest.mark.parametrize("name", PUBLISHED)

@@ -70,6 +70,21 @@ def test_forward_equals_the_reference(shape, weighted, dtype, backend_name, asse
     assert_near(out, reference.value_pool(*_doubles(inputs)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_video_s_tokens_are_pooled_to_the_last(dtype, assert_near, poisoned_memory):
+    """81 frames of 832 x 480 pixels in Wan: 21 latent frames of 30 x 52 patches."""
+    tokens = 21 * 30 * 52
+    inputs = _inputs((1, tokens, 4, 48), dtype)
+    with ops.backend("cpu"):
+        out, gradients = _gradients(ops.value_pool, inputs)
+        without_last = ops.value_pool(inputs[0][:, :-1].contiguous(), *inputs[1:])
+    expected, exact = _gradients(reference.value_pool, _doubles(inputs))
+    assert_near(out, expected)
+    assert not torch.equal(out, without_last)
+    for actual, gradient in zip(gradients, exact, strict=True):
+        assert_gradient_near(actual, gradient)
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 @pytest.mark.parametrize("shape", SHAPES[1:])

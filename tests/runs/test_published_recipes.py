@@ -13,6 +13,7 @@ from torch import Tensor
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Random, Ratio
 from lacfast.records import TransitionTable
+from lacfast.rewards.frames import judged_places
 from lacfast.runs.plan import torch_dtype
 from lacfast.runs.recipes import directory, recipe
 
@@ -23,6 +24,7 @@ SCRIPTS = {
     "flow-grpo-qwen-image": "yifan123/flow_grpo",
     "flow-factory-z-image": "X-GenGroup/Flow-Factory",
     "flow-factory-klein": "X-GenGroup/Flow-Factory",
+    "flow-grpo-wan-ocr": "yifan123/flow_grpo",
 }
 """Recipes that do what somebody's script does."""
 
@@ -80,6 +82,12 @@ def klein_levels() -> np.ndarray:
     return shifted(np.linspace(1, 1 / 8, 8), np.exp(compute_empirical_mu(576, 8)))
 
 
+def wan_levels() -> np.ndarray:
+    """UniPC's: uniform from 1 to the last training step, which is left out, shifted by 3."""
+    levels = np.linspace(1, 0.001, 21)[:-1]
+    return np.append(3 * levels / (1 + 2 * levels), 0.0)
+
+
 LEVELS = {
     "flow-grpo-geneval": flow_grpo_levels,
     "dance-grpo-hpsv2": dance_grpo_levels,
@@ -87,6 +95,7 @@ LEVELS = {
     "flow-grpo-qwen-image": qwen_image_levels,
     "flow-factory-z-image": z_image_levels,
     "flow-factory-klein": klein_levels,
+    "flow-grpo-wan-ocr": wan_levels,
 }
 
 
@@ -155,3 +164,19 @@ def test_recipes_of_2026_s_models_have_the_settings_of_their_scripts(
     assert sampler.window == window
     assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-4), 5.0, 3e-4)
     assert (ppo.num_minibatches, ppo.betas, ppo.adam_eps, ppo.kl) == (2, (0.9, 0.999), 1e-8, None)
+
+
+def test_flow_grpo_s_wan_has_the_settings_of_its_script() -> None:
+    config = recipe("flow-grpo-wan-ocr")
+    sampler, ppo, pipeline = config.train.sampler, config.train.ppo, config.pipeline
+    assert (pipeline.resolution, pipeline.num_frames) == ((240, 416), 33)
+    assert judged_places(33, pipeline.judged_frames or 0) == [*range(0, 33, 4)]
+    assert (sampler.num_steps, sampler.guidance_scale) == (20, 4.5)
+    # Two batches of eight by groups of four, and an optimizer step for each batch.
+    assert (config.train.batch_size, config.train.samples_per_prompt, ppo.num_minibatches) == (2 * 8, 4, 2)
+    assert (ppo.clip, ppo.advantage_clip, ppo.policy_learning_rate) == (Ratio(1e-3), 5.0, 1e-4)
+    assert ppo.kl is not None
+    assert (ppo.kl.weight, ppo.kl.kind) == (0.004, "flow_grpo")
+    assert config.train.advantages.estimator == GRPO(std="group")
+    # int(0.99 20) steps are trained.
+    assert len(table_of("flow-grpo-wan-ocr").trainable_steps) == 19

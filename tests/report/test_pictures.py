@@ -1,0 +1,43 @@
+"""Pictures of a run: grids of images, rows of a video's frames, and videos that play."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lacfast.report.pictures import GRID_IMAGES, contact_sheet, save_sample, to_image
+from lacfast.rewards.image_files import to_uint8
+
+VIDEOS = torch.rand(3, 5, 3, 100, 120, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_frames_of_a_video_are_a_row() -> None:
+    sheet = np.asarray(contact_sheet(VIDEOS[:2, :3]))
+    assert sheet.shape == (2 * 102 + 2, 3 * 122 + 2, 4)
+    assert np.array_equal(sheet[104:204, 124:244, :3], to_uint8(VIDEOS[1, 1:2])[0])
+    many = contact_sheet(torch.zeros(50, 4, 3, 100, 100))
+    assert many.size == (4 * 102 + 2, (GRID_IMAGES // 4) * 102 + 2)
+    long = contact_sheet(torch.zeros(2, GRID_IMAGES + 1, 3, 100, 100))
+    assert long.size == ((GRID_IMAGES + 1) * 102 + 2, 104)
+
+
+def test_an_image_is_a_png_and_a_video_plays(tmp_path: Path) -> None:
+    image = save_sample(VIDEOS[0, 0], tmp_path / "00000")
+    assert image == tmp_path / "00000.png"
+    with Image.open(image) as found:
+        assert np.array_equal(np.asarray(found), np.asarray(to_image(VIDEOS[0, 0])))
+    # Smooth frames, for the file is lossy.
+    ramp = torch.linspace(0, 1, 4).view(4, 1, 1, 1).expand(4, 3, 32, 48)
+    video = save_sample(ramp, tmp_path / "00001")
+    assert video == tmp_path / "00001.webp"
+    with Image.open(video) as found:
+        assert found.n_frames == 4
+        assert found.size == (48, 32)
+        for number in range(4):
+            found.seek(number)
+            mean = np.asarray(found.convert("RGB")).mean() / 255
+            assert abs(mean - number / 3) < 0.02
+        assert found.info["duration"] == 62
