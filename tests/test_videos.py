@@ -25,7 +25,7 @@ def brightening(videos: Tensor, prompts: list[str], metadata: list[dict[str, Any
 
 @pytest.mark.slow
 def test_a_model_of_videos_learns_a_reward_over_time() -> None:
-    backbone = backbone_of(tiny_pipeline("wan"), lora=LoRAConfig(rank=8))
+    backbone = backbone_of(tiny_pipeline("wan"), lora=LoRAConfig(rank=8, alpha=32))
     config = TrainConfig(
         batch_size=32,
         sampler=SamplerConfig(num_steps=4, noise_level=0.7),
@@ -42,31 +42,24 @@ def test_a_model_of_videos_learns_a_reward_over_time() -> None:
     risen = after.rewards["brightening"] - before.rewards["brightening"]
     # The same prompts and noise: a paired difference.
     error = float(risen.std()) / len(risen) ** 0.5
-    print(before.means(), after.means(), float(risen.mean()) / error)
     assert float(risen.mean()) > 5 * error
     assert before.images.shape == (64, 3, 3, *RESOLUTION)
 
 
 def test_the_command_line_trains_evaluates_and_steers_videos(tmp_path: Path) -> None:
     model, run = saved_pipeline("wan", tmp_path / "model"), tmp_path / "run"
-    flags = ["--model", str(model), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(run)]
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
-    flags += ["--pipeline.resolution", *map(str, RESOLUTION), "--pipeline.num-frames", str(FRAMES)]
-    flags += ["--pipeline.max-sequence-length", str(LENGTH), "--pipeline.judged-frames", "2"]
-    flags += [
-        "--pipeline.vae-dtype",
-        "None",
-        "--dtype",
-        "float32",
-        "--rewards",
-        "test_videos:brightening",
-        "1.0",
-    ]
-    flags += ["--evaluation-rewards", "tiny_backbones:brightness", "--lora.rank", "2"]
-    flags += ["--train.batch-size", "4", "--train.samples-per-prompt", "2", "--train.rollout-batch-size", "4"]
-    flags += ["--train.iterations", "1", "--train.eval-every", "1", "--train.eval-samples", "4"]
-    flags += ["--train.eval-batch-size", "4", "--train.sampler.num-steps", "2"]
-    flags += ["--train.eval-sampler.num-steps", "2"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS[:4]), encoding="utf-8")
+    height, width = RESOLUTION
+    flags = f"""
+        --model {model} --prompts {prompts} --held-out {prompts} --out {run} --dtype float32 --lora.rank 2
+        --pipeline.resolution {height} {width} --pipeline.num-frames {FRAMES} --pipeline.judged-frames 2
+        --pipeline.max-sequence-length {LENGTH}
+        --rewards test_videos:brightening 1.0 --evaluation-rewards tiny_backbones:brightness
+        --train.batch-size 4 --train.samples-per-prompt 2 --train.rollout-batch-size 4 --train.iterations 1
+        --train.sampler.num-steps 2 --train.eval-sampler.num-steps 2
+        --train.eval-every 1 --train.eval-samples 4 --train.eval-batch-size 4
+    """.split()
     assert main(["train", "flow-grpo-wan-ocr", *flags]) == 0
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     (judged,) = [record for record in records if record["phase"] == "evaluate" and record["iteration"] == 1]
@@ -77,8 +70,8 @@ def test_the_command_line_trains_evaluates_and_steers_videos(tmp_path: Path) -> 
         assert sheet.size == (2 * (96 + 2) + 2, 4 * (96 + 2) + 2)
 
     out = tmp_path / "steered"
-    steering = ["steer", str(run), "--prompts", PROMPTS[0], "--out", str(out), "--particles", "2"]
-    steering += ["--selection", "reward", "--rewards", "test_videos:brightening"]
+    steering = ["steer", str(run), "--prompts", PROMPTS[0], "--out", str(out), "--method", "best_of_n"]
+    steering += ["--particles", "2", "--selection", "reward", "--rewards", "test_videos:brightening"]
     assert main(steering) == 0
     with Image.open(out / "images" / "00000.webp") as video:
         assert (video.n_frames, video.size) == (FRAMES, RESOLUTION[::-1])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lacfast.backbones.casting import cast_weights
 from lacfast.backbones.fingerprint import encoder_identity
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import Embeddings
@@ -329,10 +330,10 @@ def prepare_vae(vae: Any, settings: PipelineSettings) -> Any:
     """The VAE, frozen, in the dtype and with the memory savings that are asked for."""
     vae.eval().requires_grad_(False)
     if settings.vae_dtype is not None:
-        vae.to(getattr(torch, settings.vae_dtype))
+        cast_weights(vae, getattr(torch, settings.vae_dtype))
     elif vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         # SDXL's decoder overflows in float16.
-        vae.to(torch.float32)
+        cast_weights(vae, torch.float32)
     if settings.vae_slicing:
         vae.enable_slicing()
     if settings.vae_tiling:

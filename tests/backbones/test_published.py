@@ -43,7 +43,14 @@ ENCODERS = {
 }
 """Millions: CLIP-L with and without projection, bigG, T5-XXL, Qwen2.5-VL-7B, Mistral-Small-3.1-24B, Qwen3-4B,
 Gemma-2-2B, UMT5-XXL."""
-DECODERS = {"qwen_image": 126.9, "flux2_dev": 84.0, "flux2_klein": 84.0, "sana": 312.3, "wan_1b": 126.9, "wan_14b": 126.9}
+DECODERS = {
+    "qwen_image": 126.9,
+    "flux2_dev": 84.0,
+    "flux2_klein": 84.0,
+    "sana": 312.3,
+    "wan_1b": 126.9,
+    "wan_14b": 126.9,
+}
 """Millions, of autoencoders that are not those of Stable Diffusion."""
 
 
