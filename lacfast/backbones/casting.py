@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
@@ -26,4 +26,4 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
         return tensor.to(torch.float32 if id(tensor) in kept else dtype)
 
     # As torch's own `to` does it; diffusers' warns of modules to keep even where there are none.
-    nn.Module._apply(model, cast)
+    model._apply(cast)
