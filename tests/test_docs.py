@@ -45,10 +45,11 @@ FOREIGN = {
     "flow_grpo", "sd3_sde_with_logprob", "stat_tracking", "ode_step_with_logprob", "ddpo_pytorch",
     "diffusers_patch", "ddim_with_logprob", "mean_ref", "std_dev_t", "train_adam_", "num_image_per_prompt",
     "run_sampling", "trainable_layers", "stat_tracker", "rgb_with_grad",
-    "dataset_dir", "model_name_or_path", "finetune_type", "lora_alpha", "resume_path", "advantage_aggregation",
-    "global_std", "adv_clip_range", "kl_beta", "kl_type", "num_inference_steps", "unique_sample_num_per_epoch",
-    "group_size", "gradient_step_per_epoch", "ema_update_interval", "enable_gradient_checkpointing",
-    "dynamics_type", "num_sde_steps", "sde_steps", "eval_freq", "reward_model", "trainer_type", "num_processes",
+    "dataset_dir", "model_name_or_path", "finetune_type", "lora_alpha", "resume_path", "kl_beta", "kl_type",
+    "advantage_aggregation", "global_std", "adv_clip_range", "num_inference_steps", "group_size", "eval_freq",
+    "unique_sample_num_per_epoch", "gradient_step_per_epoch", "ema_update_interval", "num_sde_steps",
+    "enable_gradient_checkpointing", "dynamics_type", "sde_steps", "reward_model", "trainer_type",
+    "num_processes",
     "num_batches_per_epoch", "gradient_accumulation_steps", "adv_clip_max", "reward_fn", "prompt_fn",
 }  # fmt: skip
 """What pages say of diffusers, Nsight, reward servers and the peers' scripts."""
