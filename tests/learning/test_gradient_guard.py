@@ -86,7 +86,8 @@ def test_a_step_with_a_bad_gradient_is_left_out_and_the_others_are_taken(
     assert_same_step(learned(ours), learned(shorter), before)
     assert metrics["bad_gradients/policy"] == 1
     assert "bad_gradients/policy" not in expected
-    assert metrics["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-6)
+    # A mean of terms near 1 that cancel, of steps whose padded parts other processors sum in another order.
+    assert metrics["policy_loss"] == pytest.approx(expected["policy_loss"], abs=1e-5)
     steps = {float(state["step"]) for state in ours.learner.policy_update.optimizer.state.values()}
     assert steps == {2.0 if mode == "off" else 5.0}
     assert ours.learner.critic_update is not None

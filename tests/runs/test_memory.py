@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from refusals import Refusal
 from tiny_backbones import tiny_backbone
-from torch import Tensor, nn
 
-from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig, SamplerConfig
+from bench import allocations
+from lacfast import CriticConfig, PPOConfig, SamplerConfig
 from lacfast.backbone import build_critic
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.config import KLPenalty, Ratio, TrainConfig, ValuePretrainingConfig
 from lacfast.records import Conditioning
-from lacfast.rollout import scored
 from lacfast.runs import capacity
 from lacfast.runs.capacity import GIB, GPU_BYTES, MemoryPlan, Phase, require_memory, smaller_batches
-from lacfast.runs.costs import LiveBytes, fused_attention
+from lacfast.runs.costs import LiveBytes
 from lacfast.runs.memory import memory_plan
 from lacfast.runtime import host_memory
 from lacfast.runtime.host_memory import free_host_bytes
 
-_ATEN = torch.ops.aten
 CONFIG = TrainConfig(
     batch_size=6,
     rollout_batch_size=3,
@@ -40,66 +35,6 @@ CONFIG = TrainConfig(
     eval_samples=3,
     eval_batch_size=3,
 )
-
-
-class WithoutValues(LiveBytes):
-    """Follows memory of a meta model in code that reads values: what the host asks for is 1 or zeros."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
-            return 1.0 if args[0].is_floating_point() else 1
-        if func is _ATEN.copy_.default and args[1].is_meta and not args[0].is_meta:
-            return args[0]
-        if func is _ATEN._to_copy.default and args[0].is_meta:
-            named = kwargs or {}
-            if torch.device(named.get("device") or "meta").type == "cpu":
-                func, kwargs = _ATEN.zeros.default, {"dtype": named.get("dtype") or args[0].dtype}
-                args = (args[0].shape,)
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class Unscored:
-    """A queue that decodes, and scores nothing."""
-
-    def __init__(self, rewards: Any, *, decode: Callable[[Tensor], Tensor], decode_aside: bool) -> None:
-        self.decode = decode
-
-    def submit(self, batch: Tensor, prompts: list[str], *_: Any) -> Future[dict[str, Tensor]]:
-        with torch.no_grad():
-            self.decode(batch)
-        scores: Future[dict[str, Tensor]] = Future()
-        scores.set_result({"unscored": torch.zeros(len(prompts))})
-        return scores
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def __enter__(self) -> Unscored:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Moments(torch.optim.Optimizer):
-    """The memory of a fused AdamW, which the meta device has not."""
-
-    def __init__(self, parameters: Any, lr: float = 1e-3, **_: Any) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and not self.state[parameter]:
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        self.state[parameter][name] = torch.zeros_like(parameter)
-
-
-def unscored(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
-    return torch.zeros(len(prompts))
 
 
 def backbone_without_values(config: TrainConfig) -> tuple[LatentBackbone, Conditioning]:
@@ -119,55 +54,23 @@ def planned(config: TrainConfig) -> MemoryPlan:
     return memory_plan(backbone, backbone.critic, table, one, config, overlaps=False)
 
 
-def followed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, tuple[int, int]]]:
-    """Bytes of model and critic, and what a whole run has beside them: peaks of device and host by phase."""
-    backbone, one = backbone_without_values(config)
-
-    def encoded(count: int) -> Conditioning:
-        shapes = {name: (count, *tensor.shape[1:]) for name, tensor in one.tensors.items()}
-        return Conditioning({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
-
-    monkeypatch.setattr(scored, "RewardQueue", Unscored)
-    monkeypatch.setattr(backbone, "encode_prompts", lambda prompts: encoded(len(prompts)))
-    monkeypatch.setattr(backbone, "encode_unconditional", encoded)
-    monkeypatch.setattr(torch.optim, "AdamW", Moments)
-    assert backbone.critic is not None
-    modules: list[nn.Module] = [backbone.model, backbone.critic]
-    there = sum(tensor.nbytes for module in modules for tensor in module.parameters())
-    live, found = WithoutValues(), {}
-
-    def part(name: str, body: Callable[[], Any]) -> Any:
-        live.peak = dict(live.live)
-        result = body()
-        found[name] = (live.peak.get("meta", 0), live.peak.get("cpu", 0))
-        return result
-
-    with fused_attention(), live:
-        trainer = LatentActorCriticTrainer(backbone, unscored, ["a", "b", "c"], config)
-        if trainer.critic is not None:
-            part("value pretraining", trainer.pretrain_critic)
-        trainer.update(trainer.next_rollout())
-        rollout = part("rollout", trainer.next_rollout)
-        part("update", lambda rollout=rollout: trainer.update(rollout))
-        part("evaluation", trainer.evaluate)
-    return there, found
-
-
 @pytest.mark.slow
-def test_a_plan_is_the_peak_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_the_peak_of_the_whole_run() -> None:
     """Every allocation of value pretraining, two iterations and an evaluation."""
-    plan, (there, found) = planned(CONFIG), followed(CONFIG, monkeypatch)
-    phases = list(plan.phases)
-    for name, (device, host) in found.items():
-        foretold = [phase for phase in phases if phase.name.partition(",")[0].endswith(name)]
-        phases = [phase for phase in phases if phase not in foretold]
-        peak = max(foretold, key=lambda phase: phase.device)
+    plan = planned(CONFIG)
+    foretold = allocations.planned(plan)
+    backbone, one = backbone_without_values(CONFIG)
+    assert backbone.critic is not None
+    weights = [*backbone.model.parameters(), *backbone.critic.parameters()]
+    there = sum(tensor.nbytes for tensor in weights)
+    found = allocations.followed(backbone, one, CONFIG)
+    assert found.keys() == foretold.keys()
+    for name, peak in found.items():
         # Without what is there all the time, which is most of so small a model's.
-        constant = there if name == "value pretraining" else there + plan.training_bytes
-        assert device + there - constant == pytest.approx(peak.device - constant, rel=0.02), name
-        assert host <= max(phase.host for phase in foretold) + found["rollout"][1], name
-    assert phases == [], "phases that no run has"
-    assert found["value pretraining"][1] > 6 * plan.kept_bytes, "the states of its rollouts lie on the host"
+        constant = there + (0 if name == "value pretraining" else plan.training_bytes)
+        assert peak.device - constant == pytest.approx(foretold[name].device - constant, rel=0.02), name
+        assert peak.host <= foretold[name].host + found["rollout"].host, name
+    assert found["value pretraining"].host > 6 * plan.kept_bytes, "the states of its rollouts lie on the host"
 
 
 def test_memory_is_followed_while_it_lives() -> None:
