@@ -1,9 +1,9 @@
 """Every allocation of a whole run, followed on a model without values, beside the memory that was planned.
 
-python -m bench.allocations sd35m-ocr     follows a preset in full size; adds to results/allocations.json
+python -m bench.allocations sd35m-ocr     follows a recipe in full size; adds to results/allocations.json
 
 The trainer itself runs, on the meta device: value pretraining, two iterations and an evaluation, with the
-preset's batches. What repeats an allocation runs once or twice instead of often: see `shortened`.
+recipe's batches. What repeats an allocation runs once or twice instead of often: see `shortened`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +34,7 @@ from lacfast.runs.config import RunConfig
 from lacfast.runs.costs import LiveBytes, fused_attention
 from lacfast.runs.memory import memory_plan
 from lacfast.runs.plan import model_arguments
-from lacfast.runs.presets import RUNS
+from lacfast.runs.recipes import recipes
 
 RESULT = Path(__file__).parent / "results" / "allocations.json"
 _ATEN = torch.ops.aten
@@ -172,7 +172,6 @@ def shortened(config: TrainConfig) -> TrainConfig:
     pretrain = replace(
         config.pretrain,
         iterations=2,
-        passes=0.1,
         held_out_samples=config.rollout_batch_size or config.batch_size,
     )
     # The microbatch is found from the free memory where none is given, of which there is none here.
@@ -182,8 +181,8 @@ def shortened(config: TrainConfig) -> TrainConfig:
     )
 
 
-def beside(config: RunConfig) -> dict[str, dict[str, dict[str, int]]]:
-    """Phase -> bytes "planned" and "followed" on device and host, for a preset's `shortened` run.
+def beside(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Phase -> bytes "planned" and "followed" on the device, for a recipe's `shortened` run.
 
     Raises:
         ValueError: when shortening changes what is planned for the device, but for held-out values.
@@ -202,15 +201,29 @@ def beside(config: RunConfig) -> dict[str, dict[str, dict[str, int]]]:
             raise ValueError(
                 f"{name}: {foretold[name].device} B are planned shortened, {peak.device} B whole"
             )
-    return {
-        name: {"planned": asdict(foretold[name]), "followed": asdict(peak)} for name, peak in found.items()
-    }
+    return {name: {"planned": foretold[name].device, "followed": peak.device} for name, peak in found.items()}
+
+
+def table(result: dict[str, dict[str, dict[str, int]]]) -> str:
+    """What was planned over what was followed, as Markdown."""
+    phases = list(next(iter(result.values())))
+    lines = [f"| planned / followed | {' | '.join(phases)} |", "|---" * (len(phases) + 1) + "|"]
+    for name, row in result.items():
+        cells = [f"{row[phase]['planned'] / row[phase]['followed']:.4f}" for phase in phases]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    note = (
+        "Followed are the allocations of the trainer itself on a model without values, in full size and with "
+        "the recipe's batches: value pretraining, two iterations and an evaluation "
+        "(`python -m bench.allocations`)."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def main(names: list[str]) -> None:
     found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    known = recipes()
     for name in names:
-        found[name] = beside(RUNS[name]())
+        found[name] = beside(known[name].settings)
         RESULT.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for phase, row in found[name].items():
             print(name, phase, row)

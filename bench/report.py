@@ -7,7 +7,8 @@ bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from th
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
-(`python -m bench.memory`), what the GPU kernels issue from bench/results/kernel-counts.json
+(`python -m bench.memory`) and what a run of them then allocates from bench/results/allocations.json
+(`python -m bench.allocations`), what the GPU kernels issue from bench/results/kernel-counts.json
 (`python -m bench.roofline --sass`), what an OCR engine reads before and after PPO from bench/results/ocr.json
 (`python -m bench.ocr`), what several processes make of an iteration from bench/results/scaling.json
 (`python -m bench.scaling`), the README's figures from iterations, costs and bench/results/learning. Methods
@@ -25,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bench import allocations, headline, host_work, kernel_counts, memory, ocr, scaling
 from bench import costs as published_costs
-from bench import headline, host_work, kernel_counts, memory, ocr, scaling
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
 
@@ -236,6 +237,7 @@ def blocks() -> dict[str, str]:
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),
         "memory": (memory.RESULT, memory.table),
+        "allocations": (allocations.RESULT, allocations.table),
         "ocr": (ocr.RESULT, ocr.table),
         "kernel-counts": (kernel_counts.RESULT, kernel_counts.table),
         "ranks-on-paper": (scaling.RESULT, scaling.paper_table),

@@ -56,6 +56,8 @@ class MemoryPlan:
     kept_bytes: int
     """A trajectory of value pretraining."""
     phases: tuple[Phase, ...]
+    prompt_bytes: int = 0
+    """What the text encoders make of a prompt, kept on the host."""
 
     @property
     def peak(self) -> Phase:

@@ -214,14 +214,16 @@ def memory_plan(
     count = min(config.eval_batch_size, config.eval_samples)
     eval_table = table if config.eval_sampler is None else backbone.transition_table(sampler)
     shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
-    images = config.eval_samples * shown.kept_bytes // count
+    # Once more while they are joined.
+    images = 2 * config.eval_samples * shown.kept_bytes // count
     fixed = weights + training + rollout + average + shards.gathered
     phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
     if on_cpu:
         phases = [replace(phase, fixed=phase.fixed + phase.host, host=0) for phase in phases]
-    return MemoryPlan(weights, training, rollout, kept, tuple(phases))
+    prompt = sum(tensor.nbytes for tensor in conditioning.tensors.values())
+    return MemoryPlan(weights, training, rollout, kept, tuple(phases), prompt)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from lacfast.backbones.prompt_cache import DEFAULT_CAPACITY
 from lacfast.config import to_json
 from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
@@ -177,6 +178,10 @@ def show_plan(config: RunConfig, plan: Plan, console: Console | None = None) -> 
             ("weights, decoder and text encoders", _size(memory.weight_bytes)),
             ("gradients, moments, average", _size(memory.training_bytes)),
             ("rollout", _size(memory.rollout_bytes)),
+            (
+                "prompts, on the host",
+                f"{memory.prompt_bytes / 2**20:,.2f} MiB each, {_size(DEFAULT_CAPACITY)} at most",
+            ),
         )
     )
     if config.train.rollout_ranks:
