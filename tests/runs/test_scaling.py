@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import math
 from dataclasses import replace
 
@@ -117,5 +118,6 @@ def test_a_dry_run_tells_who_waits_for_whom() -> None:
     assert "3 GPUs learn and 1 sample, at a time" in out.getvalue()
     assert "on paper" in out.getvalue()
     assert "those that learn " in out.getvalue()
+    assert re.search(r"prompts, on the host .* \d+\.\d\d MiB each, 4\.00 GiB at most", out.getvalue())
     with pytest.raises(ValueError, match="rollout_ranks=1 of 1 leave no rank that learns"):
         plan(config, ranks=1)
