@@ -214,7 +214,8 @@ def table(result: dict[str, dict[str, dict[str, int]]]) -> str:
     note = (
         "Followed are the allocations of the trainer itself on a model without values, in full size and with "
         "the recipe's batches: value pretraining, two iterations and an evaluation "
-        "(`python -m bench.allocations`)."
+        "(`python -m bench.allocations`). The critic's next minibatch is copied ahead on CUDA alone, so of "
+        "FLUX's value pretraining one of two slots is followed."
     )
     return "\n".join([*lines, "", note])
 

@@ -6,6 +6,7 @@
     python bench/gpu_check.py --only tune              also changes kernels/launches.json
     python bench/gpu_check.py --only learning          a slice of the learning runs; call it again to go on
     python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
+    python bench/gpu_check.py --tiny                   the same on a GPU, in a minute or two
 
 Each part is a process of its own with a time limit, so one that crashes costs the others nothing. The result
 is written after every part, to bench/results/GPU-DATE.json by default; the table comes last. Exit code 1 says
@@ -79,6 +80,12 @@ class Setting:
     """Curves, base models and unfinished runs of the part "learning", which goes on from them."""
     claims: tuple[str, ...] = ()
     """Claims of bench.learning; empty: "baselines"."""
+    tiny: bool = False
+    """Sizes of a rehearsal; a CPU has no others."""
+
+    @property
+    def is_rehearsal(self) -> bool:
+        return self.tiny or self.device == "cpu"
 
 
 def run(arguments: list[str], seconds: float, **variables: str) -> tuple[int | None, str]:
@@ -167,7 +174,7 @@ def kernels(setting: Setting) -> Part:
     """The kernel table of bench/kernels.py."""
     out = setting.folder / "kernels.json"
     command = [sys.executable, "-m", "bench.kernels", "--device", setting.device, "--out", str(out)]
-    if setting.device == "cpu":
+    if setting.is_rehearsal:
         command += ["--cases", "tiny", "--no-compile", "--budget", "0.05"]
     # It stops by itself first, so that its last rows are not lost in the middle.
     code, output = run([*command, "--seconds", str(0.85 * setting.seconds)], setting.seconds)
@@ -221,19 +228,17 @@ def update(setting: Setting) -> Part:
 
 def iteration(setting: Setting) -> Part:
     """Whole iterations beside the peers' loops."""
-    return engine(
-        setting, "bench.iteration", ["--quick", "--models", "dit"] if setting.device == "cpu" else []
-    )
+    return engine(setting, "bench.iteration", ["--quick", "--models", "dit"] if setting.is_rehearsal else [])
 
 
 def learning(setting: Setting) -> Part:
     """A slice of the learning runs at the scale of a GPU; the next call goes on where it stopped."""
     if importlib.util.find_spec("diffusers") is None:
         return Part("skipped", "bench.learning needs diffusers, transformers and peft; install them")
-    on_gpu, folder = setting.device != "cpu", setting.learning
-    claims = setting.claims or (("baselines",) if on_gpu else ("budget",))
+    folder, scale = setting.learning, "rehearsal" if setting.is_rehearsal else "gpu"
+    claims = setting.claims or (("budget",) if setting.is_rehearsal else ("baselines",))
     command = [sys.executable, "-m", "bench.learning", *claims, "--device", setting.device]
-    command += ["--scale", "gpu" if on_gpu else "rehearsal", "--out", str(folder)]
+    command += ["--scale", scale, "--out", str(folder)]
     # An iteration, an evaluation or a base model that has begun is not cut short.
     command += ["--materials", str(folder / "materials"), "--minutes", str(0.7 * setting.seconds / 60)]
     code, output = run(command, setting.seconds)
@@ -257,13 +262,13 @@ def learning(setting: Setting) -> Part:
 def profile(setting: Setting) -> Part:
     """torch.profiler's table of one op, and of training where diffusers is installed."""
     out = str(setting.folder / "profile")
-    cases = "tiny" if setting.device == "cpu" else "claim"
+    cases = "tiny" if setting.is_rehearsal else "claim"
     base = [sys.executable, "-m", "bench.profile"]
     options = ["--device", setting.device, "--out", out]
     code, output = run([*base, "op", "gaussian_step", "--cases", cases, *options], setting.seconds)
     print(output, end="")
     part = judged(code, output, setting.seconds, "gaussian_step", {"gaussian_step": output[-TAIL:]})
-    if setting.device == "cpu":
+    if setting.is_rehearsal:
         return part
     if importlib.util.find_spec("diffusers") is None:
         part.summary += "; training skipped: diffusers is not installed"
@@ -358,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--seconds", type=float, default=540.0, help="limit of each part")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options.add_argument("--tiny", action="store_true", help="sizes of a rehearsal; always so on a CPU")
     options.add_argument("--out", type=Path, help="JSON; default bench/results/GPU-DATE.json")
     options.add_argument(
         "--learning",
@@ -378,7 +384,9 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or ROOT / "bench" / "results" / f"{label}-{machine.today()}.json"
     with tempfile.TemporaryDirectory() as folder:
         learning_folder, claims = options.learning.resolve(), tuple(options.claims)
-        setting = Setting(options.device, options.seconds, Path(folder), learning_folder, claims)
+        setting = Setting(
+            options.device, options.seconds, Path(folder), learning_folder, claims, options.tiny
+        )
         done = check(options.only, setting, out, PARTS)
     print(f"\n{out}\n{table(done)}")
     return 1 if any(part.is_failure for part in done.values()) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -102,6 +103,30 @@ def test_the_arms_run_on_a_pretended_device(cuda: WaitLog) -> None:
         if phase == "sampling":
             # Nothing is compiled here, so nothing may differ; an update moves the weights of all arms.
             assert [row["difference"] for row in rows if row["arm"] == "compile"] == [0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kernels", "learning", "profile"])
+def test_a_part_runs_on_a_pretended_device(
+    name: str, cuda: WaitLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a part starts as a process runs in this one, whose device is pretended.
+
+    Not "iteration", whose peers run under autocast: it casts beneath what pretends.
+    """
+
+    def here(arguments: list[str], seconds: float) -> tuple[int | None, str]:
+        assert arguments[:2] == [sys.executable, "-m"]
+        name = arguments[2]
+        module = importlib.import_module(f"{name}.__main__" if name == "bench.learning" else name)
+        return module.main(arguments[3:]) or 0, ""
+
+    monkeypatch.setattr(gpu_check, "run", here)
+    setting = Setting("cuda", 400.0, tmp_path, learning=tmp_path / "learning", tiny=True)
+    part = gpu_check.PARTS[name](setting)
+    assert part.status == "passed", part.output
+    assert [row["error"] for row in part.result.get("rows", []) if "error" in row] == []
+    assert part.result.get("missing", {}) in ({}, [])
 
 
 def test_a_process_is_stopped_at_its_limit() -> None:
