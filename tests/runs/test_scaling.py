@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import re
 import math
+import re
 from dataclasses import replace
 
 import pytest
