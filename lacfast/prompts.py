@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from lacfast.config import TrainConfig
-from lacfast.config.checks import unknown
+from lacfast.config.checks import require, unknown
 from lacfast.distributed import Share
 from lacfast.seeds import derived_seed
 
@@ -285,6 +285,7 @@ class HubDataset:
             ValueError: for a setting that there is none of.
         """
         name, *settings = words.split(",")
+        require(bool(name), f"{HUB}{words} names no data set; write {HUB}OWNER/NAME,split=test")
         given = {"column": column}
         known = [field.name for field in fields(HubDataset)[1:]]
         for setting in settings:

@@ -221,6 +221,15 @@ def test_real_datasets_and_parquet_are_read(tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "p.parquet").metadata == expected
 
 
+def test_a_data_set_without_a_name_is_refused() -> None:
+    with Refusal(
+        "hub:,split=test names no data set",
+        cause="A data set of the hub without its name.",
+        remedy="write hub:OWNER/NAME",
+    ).raised():
+        load_prompts("hub:,split=test")
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory as a data set's repository has it, two splits and a column that is no "prompt"."""

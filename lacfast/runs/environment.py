@@ -25,7 +25,7 @@ EXTRAS = {
     "browser": ("playwright",),
     "docs": ("jupytext", "mkdocs", "mkdocs-material", "mkdocstrings-python"),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
-    "dev": ("ruff", "mypy", "types-PyYAML", "pre-commit"),
+    "dev": ("ruff", "mypy", "types-PyYAML", "build", "pre-commit"),
 }
 """Optional extra -> the packages that it brings."""
 
