@@ -124,8 +124,8 @@ def load_backbone(
 
     Args:
         source: a pipeline object (its model is trained in place), a directory of a pipeline, a directory
-            that trainer.save or save_backbone wrote, or a hub id. Known pipelines: StableDiffusionPipeline,
-            StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline.
+            that trainer.save or save_backbone wrote, or a hub id. Known pipelines are those of
+            lacfast.backbones.PIPELINES.
         critic: make a new critic of this configuration instead of loading one. The trainer makes one too.
         critic_file: a trained critic for this model, say for a plain pipeline: critic.safetensors of a
             checkpoint, or a directory that holds one. None: the one beside a saved backbone.

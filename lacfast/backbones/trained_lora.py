@@ -186,8 +186,8 @@ def _require_plain(trained: TrainedLoRA) -> None:
 def _require_plain_config(config: Any, source: str) -> None:
     if not isinstance(config, LoraConfig) or config.use_dora or config.lora_bias or config.bias != "none":
         raise ValueError(
-            f"{source} is no plain LoRA but a LoKr, a DoRA or one with biases; let diffusers merge it: "
-            "pipeline.load_lora_weights(), pipeline.fuse_lora(), pipeline.save_pretrained()"
+            f"the LoRA {source} is no plain one but a LoKr, a DoRA or one with biases; let diffusers merge "
+            "it: pipeline.load_lora_weights(), pipeline.fuse_lora(), pipeline.save_pretrained()"
         )
 
 

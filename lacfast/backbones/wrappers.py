@@ -42,8 +42,9 @@ def require_plain_model(model: Any, name: str) -> None:
     if kinds:
         raise ValueError(
             f"{name} holds quantised weights ({', '.join(sorted(kinds))}), which nothing is trained on here; "
-            "load the pipeline without quantization_config, in bfloat16. "
-            "TrainConfig(rollout_precision='fp8') samples with quantised weights and trains the others"
+            "load the pipeline without quantization_config, in bfloat16. base_precision='int8' keeps a "
+            "LoRA's base in a byte per weight, TrainConfig(rollout_precision='fp8') samples with quantised "
+            "weights and trains the others"
         )
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:

@@ -251,7 +251,7 @@ REFUSED = {
         "sd3",
         lambda directory: by_diffusers("sd3", directory, use_dora=True),
         Refusal(
-            "is no plain LoRA but a",
+            "is no plain one but a",
             cause="A DoRA, a LoKr or a LoRA with biases is trained on or merged.",
             remedy="pipeline.fuse_lora()",
         ),

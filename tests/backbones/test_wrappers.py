@@ -146,7 +146,7 @@ def sharded(module: Any) -> Any:
             Refusal(
                 "pipeline.unet holds quantised weights (Quantised)",
                 cause="The pipeline was loaded with a quantization_config, or quantised after that.",
-                remedy="rollout_precision='fp8') samples with quantised weights",
+                remedy="base_precision='int8' keeps a LoRA's base in a byte per weight",
             ),
         ),
         (

@@ -151,7 +151,7 @@ def test_a_lora_in_the_models_folder_that_is_more_than_a_plain_one_is_refused(tm
     settings = LoraConfig(r=2, target_modules=["to_q"], use_dora=True)
     wrapper.sd_pipeline.unet.add_adapter(settings, adapter_name="first")
     with Refusal(
-        "of the pipeline is no plain LoRA but a",
+        "the LoRA of the pipeline is no plain one but a",
         cause="TRL's wrapper holds a DoRA, a LoKr or a LoRA with biases.",
         remedy="pipeline.fuse_lora()",
     ).raised():
