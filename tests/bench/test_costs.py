@@ -32,8 +32,8 @@ BLOCKS = {
 """Blocks of the critic's branch and of the model; a UNet's are its levels and its middle."""
 
 COUNTED_IN_PART = {
-    *("sdxl", "qwen_image", "flux2_dev", "flux2_klein", "z_image", "sana", "pixart_sigma"),
-    *("wan_1b", "wan_14b"),
+    *("sdxl", "sd35_medium", "flux_dev", "flux2_dev", "flux2_klein", "qwen_image", "z_image"),
+    *("sana", "pixart_sigma", "wan_1b", "wan_14b"),
 }
 """By test_the_step_is_recorded; in full they would take most of the time."""
 
@@ -50,9 +50,15 @@ def test_what_is_recorded_is_what_is_counted(name: str) -> None:
     assert counted(name) == RECORDED[name], "python -m bench.costs && python -m bench.report"
 
 
+QUICK = ("sdxl", "sd35_medium", "flux_dev")
+
+
 @pytest.mark.parametrize(
     "name",
-    ["sdxl", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(COUNTED_IN_PART - {"sdxl"}))],
+    [
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(COUNTED_IN_PART.difference(QUICK))),
+    ],
 )
 def test_the_step_is_recorded(name: str) -> None:
     work, recorded = costs.Workload(name), RECORDED[name]
