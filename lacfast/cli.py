@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, make_dataclass, replace
@@ -28,6 +29,9 @@ from lacfast.runs.help import PAGES, asked, fitted, footer, settings_of
 from lacfast.runs.recipes import Recipe, find_recipe, is_file, recipe_names, recipes
 from lacfast.runs.usage import refusal
 from lacfast.runtime.signals import raised
+
+FIRST_TELLS_SECONDS = 10.0
+"""How long a rank stays that leaves a wrong command line to the first: its imports may take longer there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +293,8 @@ def _leave_to_first(error: ValueError) -> None:
     if int(os.environ.get("RANK", "0")) > 0:
         from lacfast.distributed import ToldElsewhereError
 
+        # A launcher ends all where one ends, and the first may be slower to read its command line.
+        time.sleep(FIRST_TELLS_SECONDS)
         raise ToldElsewhereError(str(error)) from error
 
 

@@ -38,21 +38,25 @@ def together(size: int, works: Mapping[str, Callable[[], Any]], directory: Path)
 
 
 def started(
-    size: int, work: Callable[[], Any], directory: Path
-) -> tuple[list[BaseProcess], distributed.TCPStore]:
+    size: int, work: Callable[[], Any], directory: Path, *, has_agent: bool = True
+) -> tuple[list[BaseProcess], distributed.TCPStore | None]:
     """Processes with the variables of torchrun, each of which leaves what `work` returns in RANK.pt.
 
-    They meet in the store, which the caller keeps until they have ended.
+    They meet in the store, which the caller keeps until they have ended. Without an agent, as with srun, the
+    first rank has it.
     """
     # As with torchrun, the store outlives every rank.
+    store: distributed.TCPStore | None
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = str(store.port)
+    if not has_agent:
+        store = None
 
     def launched(rank: int, size: int, work: Callable[[], Any], directory: Path) -> None:
         torch.set_num_threads(1)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": str(has_agent), "TORCHELASTIC_RESTART_COUNT": "0"}
         torch.save(work(), directory / f"{rank}.pt")
 
     return _processes(size, launched, work, directory), store

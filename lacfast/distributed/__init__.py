@@ -2,7 +2,8 @@
 
 from lacfast.distributed.bridge import Bridge, require_learners
 from lacfast.distributed.sharding import Sharding
-from lacfast.distributed.world import ALONE, LostRankError, Share, ToldElsewhereError, World, joined
+from lacfast.distributed.share import Share
+from lacfast.distributed.world import ALONE, LostRankError, ToldElsewhereError, World, joined
 
 __all__ = [
     "ALONE",

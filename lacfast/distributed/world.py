@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from lacfast.distributed.buckets import in_buckets
+from lacfast.distributed.share import Share
 
 Entry = TypeVar("Entry")
 
@@ -22,6 +23,8 @@ TIMEOUT = timedelta(minutes=45)
 """How long a rank waits for the others: longer than for a reward that hangs, which is half an hour."""
 END_SECONDS = 2.0
 """How long a rank that fails waits to hear whether another one fails for the same reason."""
+TELL_SECONDS = 1.0
+"""How long a rank stays that leaves the word to another one."""
 _LOST = "lost"
 
 
@@ -31,28 +34,6 @@ class LostRankError(RuntimeError):
 
 class ToldElsewhereError(RuntimeError):
     """This process ends for a reason that another rank has told."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Trajectories of a batch that one rank has: the rows `first` to `first + count` of `total`."""
-
-    first: int
-    count: int
-    total: int
-    ranks: int = 1
-    """Ranks that share the batch."""
-
-    @property
-    def rows(self) -> slice:
-        """The rows as an index of the batch."""
-        return slice(self.first, self.first + self.count)
-
-    def owners(self, rows: Tensor) -> Tensor:
-        """The rank of each row of the batch."""
-        each, larger = divmod(self.total, self.ranks)
-        behind = larger * (each + 1)
-        return torch.where(rows < behind, rows // (each + 1), larger + (rows - behind) // max(each, 1))
 
 
 @dataclass
@@ -235,9 +216,8 @@ class World:
         """Give tensors the first rank's values, in place."""
         if self.size == 1:
             return
-        # Each rank but the last hands them on to the next.
-        is_last = self.rank == self.size - 1
-        self.traffic.num_bytes += 0 if is_last else sum(each.nbytes for each in tensors)
+        if self.rank < self.size - 1:  # Each but the last hands them on to the next.
+            self.traffic.num_bytes += sum(each.nbytes for each in tensors)
         with self.waiting(what):
             in_buckets(tensors, partial(distributed.broadcast, src=self._among_all(0), group=self._group))
 
@@ -269,6 +249,9 @@ class World:
         own = _LOST if is_lost else f"{type(error).__name__}: {error}"
         self._say("end", own)
         asked = [rank for rank in range(self.size) if rank != self.rank] if is_lost else [0] * (self.rank > 0)
+        if not asked and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            # What the others read is this process's.
+            time.sleep(END_SECONDS / 4)
         deadline = time.monotonic() + END_SECONDS
         while asked and time.monotonic() < deadline:
             for rank in list(asked):
@@ -385,6 +368,8 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
         yield _JOINED
     except Exception as error:
         if _JOINED.is_told_elsewhere(error):
+            # Launchers end all where one ends: the first to end is to be the one that tells.
+            time.sleep(TELL_SECONDS)
             raise ToldElsewhereError(str(error)) from error
         raise
     finally:

@@ -21,6 +21,7 @@ from torch import distributed
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import SamplerConfig
 from lacfast.distributed import LostRankError, ToldElsewhereError, World, joined
+from lacfast.distributed.world import TELL_SECONDS
 from lacfast.rewards.reward import RewardError
 from lacfast.runs.endings import ending
 
@@ -181,6 +182,8 @@ def test_what_all_ranks_say_is_told_by_the_first_alone(tmp_path: Path) -> None:
     assert "the server is gone" in first["line"]
     assert second["error"] is ToldElsewhereError
     assert second["line"] == ""
+    # torchrun ends all where one ends, also one that is about to tell.
+    assert second["seconds"] - first["seconds"] > TELL_SECONDS / 2
 
 
 def _starved(trainer: LatentActorCriticTrainer) -> None:
@@ -208,6 +211,21 @@ def test_a_rank_without_memory_for_its_optimizer_step_ends_all_with_one_message(
     assert first["error"] is ToldElsewhereError
     assert first["line"] == ""
     assert max(first["seconds"], second["seconds"]) < 40
+
+
+def test_the_first_rank_alone_tells_where_it_holds_the_store(tmp_path: Path) -> None:
+    def refused() -> type[BaseException]:
+        try:
+            with joined(TIMEOUT):
+                raise ValueError("refused")
+        except Exception as error:
+            return type(error)
+
+    ranks, _store = started(2, refused, tmp_path, has_agent=False)
+    for process in ranks:
+        process.join(timeout=60)
+    told = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert told == [ValueError, ToldElsewhereError]
 
 
 def test_a_rank_that_leaves_at_once_does_not_break_the_joining_of_others(
