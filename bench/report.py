@@ -241,6 +241,7 @@ def blocks() -> dict[str, str]:
         "ocr": (ocr.RESULT, ocr.table),
         "kernel-counts": (kernel_counts.RESULT, kernel_counts.table),
         "ranks-on-paper": (scaling.RESULT, scaling.paper_table),
+        "ranks-apart": (scaling.RESULT, scaling.apart_text),
     }
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))
