@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import scaling
-from lacfast.runs.plan import TINY_MODELS
-from lacfast.runs.recipes import recipes
+from lacfast.runs.recipes import recipe
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
@@ -52,8 +51,7 @@ def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
 ) -> None:
     found = SimpleNamespace(efficiency=1.0, gradient_bytes=0.0, gathered_bytes=2e9)
     monkeypatch.setattr(scaling, "plan", lambda config, ranks: SimpleNamespace(on=lambda gpus: found))
-    known = {name: recipes()[name] for name in ("shapes", "flux-pickscore")}
-    monkeypatch.setattr(scaling, "recipes", lambda: known)
+    monkeypatch.setattr(scaling, "ON_PAPER", ("flux-pickscore",))
     head, _, *rows = scaling.paper_table({"paper": scaling.paper()}).splitlines()
     assert head.endswith(
         "| 8 GPUs | 16 GPUs | 32 GPUs | 64 GPUs | 128 GPUs | 256 GPUs | 512 GPUs | 1,024 GPUs |"
@@ -64,15 +62,12 @@ def test_the_table_has_the_recipes_on_as_many_gpus_as_their_batch_has_images(
 RECORDED = json.loads(scaling.RESULT.read_text(encoding="utf-8"))
 
 
-def test_the_recorded_table_has_every_recipe_with_its_batch() -> None:
-    known = {name: each.settings for name, each in recipes().items()}
-    batches = {
-        name: config.train.batch_size for name, config in known.items() if config.model not in TINY_MODELS
-    }
+def test_the_recorded_table_has_its_recipes_with_their_batches() -> None:
+    batches = {name: recipe(name).train.batch_size for name in scaling.ON_PAPER}
     assert {name: row["batch"] for name, row in RECORDED["paper"].items()} == batches
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED["paper"])
 def test_the_recorded_table_is_what_recipes_cost_today(name: str) -> None:
-    assert scaling.on_paper(recipes()[name].settings) == RECORDED["paper"][name]
+    assert scaling.on_paper(recipe(name)) == RECORDED["paper"][name]
