@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, make_dataclass, replace
 from functools import reduce
 from importlib.metadata import version
@@ -294,7 +294,8 @@ def _leave_to_first(error: ValueError) -> None:
         from lacfast.distributed import ToldElsewhereError
 
         # A launcher ends all where one ends, and the first may be slower to read its command line.
-        time.sleep(FIRST_TELLS_SECONDS)
+        with suppress(KeyboardInterrupt):
+            time.sleep(FIRST_TELLS_SECONDS)
         raise ToldElsewhereError(str(error)) from error
 
 
