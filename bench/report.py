@@ -3,7 +3,7 @@
 A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`, in one of PAGES.
 
 The proof and the demo's table come from docs/demo/summary.json, the kernels from the newest
-bench/results/kernels-cpu-*.json (`python -m bench.kernels`), iterations from the newest
+bench/results/kernels-{cpu,avx512,avx2}-*.json (`python -m bench.kernels`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
@@ -233,6 +233,8 @@ def blocks() -> dict[str, str]:
         "proof": (RECORD / "summary.json", proof),
         "demo": (RECORD / "summary.json", demo),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
+        "kernels-avx512": (newest("kernels-avx512-*.json"), kernels),
+        "kernels-avx2": (newest("kernels-avx2-*.json"), kernels),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),
