@@ -179,6 +179,7 @@ FAMILIES = {
     "FLUX.2-klein": "flux2_klein",
     "Qwen-Image": "qwen_image",
     "Z-Image": "z_image",
+    "Wan2.1": "wan",
 }
 """What a model's id holds -> its tiny pipeline."""
 
