@@ -81,7 +81,7 @@ def _key_arguments(noise: str | None) -> dict[str, str | None]:
 
 PHILOX = [
     AotSpec(
-        f"normal_noise-{block_n}x{blocks}",
+        f"normal_noise-{block_n}x{blocks}x{num_warps}",
         philox.normal_noise_kernel,
         {"steps_ptr": "*i64", "seed_ptr": "*i64", "sample_ids_ptr": "*i64", "out_ptr": "*fp32"}
         | {"N": "i32", "num_splits": "i32", "BLOCK_N": block_n, "BLOCKS": blocks},
@@ -128,7 +128,9 @@ def _step_spec(
     flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
     flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
     flags |= {"IS_SHARED_STEP": slab is not None}
-    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}-noise_{noise}" + ("-guided" if guided else "")
+    name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}x{num_warps}-noise_{noise}" + (
+        "-guided" if guided else ""
+    )
     name += f"-slab_{slab}" if slab else ""
     # Four elements per thread.
     vector_bits = 64 if "float16" in sample + output else 128
@@ -195,7 +197,7 @@ def _log_prob_spec(sample: str, output: str, elements: int, *, shared: bool) -> 
     arguments = _log_prob_arguments(sample, output, shared) | {"log_prob_ptr": "*fp32"}
     arguments |= {"partial_ptr": "*fp32" if splits > 1 else None, "IS_SPLIT": splits > 1}
     arguments |= {"BLOCK_N": block_n, "BLOCKS": blocks}
-    name = f"step_log_prob-{sample}-{output}-{block_n}x{blocks}"
+    name = f"step_log_prob-{sample}-{output}-{block_n}x{blocks}x{num_warps}"
     return AotSpec(
         name,
         step_log_prob.step_log_prob_kernel,
@@ -218,7 +220,9 @@ def _log_prob_grad_spec(sample: str, output: str, elements: int, *, shared: bool
         "BLOCK_N": block_n,
         "BLOCKS": blocks,
     }
-    name = f"step_log_prob_backward-{sample}-{output}-{block_n}x{blocks}" + ("-all" if all_three else "")
+    name = f"step_log_prob_backward-{sample}-{output}-{block_n}x{blocks}x{num_warps}" + (
+        "-all" if all_three else ""
+    )
     vector_bits = 64 if "float16" in sample + output else 128
     return AotSpec(name, step_log_prob.step_log_prob_backward_kernel, arguments, num_warps, vector_bits)
 
@@ -300,7 +304,7 @@ def _ratio_spec(
     output: str, shape: tuple[int, int, int], *, reference: bool, noise: str | None, split: bool,
     is_ppo: bool, everything: bool = False,
 ) -> AotSpec:  # fmt: skip
-    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}-{output}-{shape[0]}x{shape[1]}x{shape[2]}-noise_{noise}"
     arguments = _row_arguments(mask=everything, weights=everything, kl_gains=everything)
     if not is_ppo:
         arguments |= {"advantages_ptr": None, "shares_ptr": None}
@@ -355,7 +359,8 @@ def _ratio_grad_spec(
         "grad_model_output_ptr": POINTER[output],
         "IS_NORMALIZED": everything,
     }
-    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{shape[0]}x{shape[1]}-noise_{noise}"
+    size = "x".join(map(str, shape))
+    name = f"{'ppo_loss' if is_ppo else 'log_ratio'}_grad-{output}-{size}-noise_{noise}"
     name += "-everything" if everything else ""
     return AotSpec(
         name, ppo_gradient.transition_grad_kernel, arguments, shape[2], 64 if "float16" in output else 128

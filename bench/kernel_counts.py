@@ -66,38 +66,38 @@ def _bytes(op: str, dtype: torch.dtype, noise: str = "drawn", reference: bool = 
 
 _HALF, _SINGLE = torch.bfloat16, torch.float32
 ROWS = (
-    Row("`normal_noise`", "normal_noise-1024x2", _bytes("normal_noise", _SINGLE)),
+    Row("`normal_noise`", "normal_noise-1024x2x4", _bytes("normal_noise", _SINGLE)),
     Row(
         "`gaussian_step`, float32, noise given",
-        "gaussian_step-float32-float32-1024x2-noise_float32",
+        "gaussian_step-float32-float32-1024x2x4-noise_float32",
         _bytes("gaussian_step", _SINGLE, "given"),
     ),
     Row(
         "`gaussian_step`, float32, noise drawn",
-        "gaussian_step-float32-float32-1024x2-noise_None",
+        "gaussian_step-float32-float32-1024x2x4-noise_None",
         _bytes("gaussian_step", _SINGLE),
     ),
     Row(
         "`gaussian_step`, bfloat16, guided, noise drawn",
-        "gaussian_step-bfloat16-bfloat16-1024x2-noise_None-guided",
+        "gaussian_step-bfloat16-bfloat16-1024x2x4-noise_None-guided",
         _bytes("gaussian_step, guided", _HALF),
     ),
-    Row("`step_log_prob`, float32", "step_log_prob-float32-float32-1024x2", 12),
-    Row("`step_log_prob`, bfloat16", "step_log_prob-bfloat16-bfloat16-1024x2", 6),
-    Row("its backward, bfloat16", "step_log_prob_backward-bfloat16-bfloat16-1024x1-all", 8),
+    Row("`step_log_prob`, float32", "step_log_prob-float32-float32-1024x2x4", 12),
+    Row("`step_log_prob`, bfloat16", "step_log_prob-bfloat16-bfloat16-1024x2x4", 6),
+    Row("its backward, bfloat16", "step_log_prob_backward-bfloat16-bfloat16-1024x1x4-all", 8),
     Row(
         "`ppo_loss`, float32, anchor, noise given",
-        "ppo_loss-float32-1024x2-noise_float32-everything",
+        "ppo_loss-float32-1024x2x4-noise_float32-everything",
         _bytes("ppo_loss", _SINGLE, "given", reference=True),
     ),
     Row(
         "`ppo_loss`, bfloat16, anchor, noise drawn",
-        "ppo_loss-bfloat16-1024x2-noise_None",
+        "ppo_loss-bfloat16-1024x2x4-noise_None",
         _bytes("ppo_loss", _HALF, reference=True),
     ),
     Row(
         "its backward, bfloat16, anchor, noise drawn",
-        "ppo_loss_grad-bfloat16-1024x1-noise_None",
+        "ppo_loss_grad-bfloat16-1024x1x4-noise_None",
         _bytes("ppo_loss, backward", _HALF, reference=True),
     ),
     Row("`value_pool`, bfloat16, D = 1536", "value_pool_tiles-D1536-split", 2),

@@ -43,6 +43,11 @@ def test_every_kernel_file_is_compiled() -> None:
     assert with_kernels == set(SPECIFICATIONS)
 
 
+def test_every_variant_has_a_name_of_its_own() -> None:
+    names = [spec.name for variants in SPECIFICATIONS.values() for spec in variants]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("name", SPECIFICATIONS)
 def test_every_launched_kernel_has_a_spec(name: str) -> None:
     module = importlib.import_module(f"lacfast.kernels.{name}")

@@ -76,7 +76,7 @@ def test_instructions_leave_value_pool_four_fifths_of_the_bandwidth(spec: str) -
 
 
 def test_a_drawn_normal_takes_at_most_38_instructions() -> None:
-    assert RECORDED["rows"]["normal_noise-1024x2"]["sm_90"]["instructions"] <= 38
+    assert RECORDED["rows"]["normal_noise-1024x2x4"]["sm_90"]["instructions"] <= 38
 
 
 @pytest.mark.slow
