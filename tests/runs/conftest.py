@@ -18,7 +18,7 @@ _PLANS: dict[str, MemoryPlan] = {}
 @pytest.fixture(autouse=True)
 def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(config: RunConfig, **situation: Any) -> MemoryPlan:
-        key = repr((replace(config, out=""), situation))
+        key = repr((replace(config, out="anywhere"), situation))
         if key not in _PLANS:
             _PLANS[key] = planned_memory(config, **situation)
         return _PLANS[key]
