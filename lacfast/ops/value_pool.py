@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lacfast import reference
+from lacfast.ops.backend import forced_backend
 from lacfast.ops.checks import FLOATS, arithmetic_dtype, check_first, check_operand
 from lacfast.ops.op import Op, Sized
 
@@ -38,25 +41,36 @@ def value_pool(
         (B, Q, D) in the query's dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or memory order that does not fit.
+        ValueError: a shape, dtype, device or memory order that does not fit, or more features than the Triton
+            kernel takes where that backend was asked for. Otherwise so wide tokens take the slower reference,
+            and a warning says so once.
     """
     _check(features, query, norm_weight)
     chosen = VALUE_POOL.chosen(features)
+    if chosen == "triton" and features.shape[2] > TRITON_MAX_DIM:
+        chosen = _too_wide(features.shape[2], forced_backend())
     if chosen == "reference":
         # Autocast would round the scores to its own dtype.
         with torch.autocast(features.device.type, enabled=False):
             return reference.value_pool(features, query, norm_weight, eps=eps)
-    if chosen == "triton" and features.shape[2] > TRITON_MAX_DIM:
-        raise ValueError(
-            f"features has {features.shape[2]} features per token; the Triton kernel takes at most "
-            f"{TRITON_MAX_DIM}: call lacfast.reference.value_pool"
-        )
     is_trained = torch.is_grad_enabled() and (
         features.requires_grad
         or query.requires_grad
         or (norm_weight is not None and norm_weight.requires_grad)
     )
     return VALUE_POOL(chosen, ValuePool(features, query, norm_weight, eps, is_trained)).pooled
+
+
+@cache
+def _too_wide(dim: int, forced: str | None) -> str:
+    """The backend instead of Triton for tokens of `dim` features; asked once, so it warns once."""
+    found = (
+        f"features has {dim} features per token and the Triton kernel of value_pool takes {TRITON_MAX_DIM}"
+    )
+    if forced is not None:
+        raise ValueError(f"{found}; leave the backend to lacfast, or call lacfast.reference.value_pool")
+    warnings.warn(f"{found}; its slower eager reference runs", RuntimeWarning, stacklevel=3)
+    return "reference"
 
 
 def _check(features: Tensor, query: Tensor, norm_weight: Tensor | None) -> None:

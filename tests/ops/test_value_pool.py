@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+
 import pytest
 import torch
 from conftest import STORAGE_DTYPES
@@ -10,6 +13,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast import ops, reference
+
+# lacfast.ops has a function of that name.
+value_pool = importlib.import_module("lacfast.ops.value_pool")
 
 # B, L, Q, D: one of each; odd and less than a tile; several tiles and heads; two runs of tokens; one real.
 SHAPES = [(1, 1, 1, 1), (2, 7, 3, 5), (3, 33, 5, 70), (1, 530, 2, 17), (2, 16, 4, 96)]
@@ -297,3 +303,20 @@ def test_it_runs_under_fake_tensors_and_passes_opcheck():
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         ops.value_pool(*change(torch.zeros(4, 6, 8), torch.zeros(4, 3, 8), torch.ones(8)))
+
+
+def test_tokens_wider_than_the_gpu_kernel_takes_run_the_reference_and_say_so_once(monkeypatch):
+    monkeypatch.setattr(value_pool.Op, "chosen", lambda self, features: "triton")
+    value_pool._too_wide.cache_clear()
+    wide = _inputs((1, 3, 2, value_pool.TRITON_MAX_DIM + 1), torch.bfloat16)
+    with pytest.warns(
+        RuntimeWarning, match="has 4097 features per token and the Triton kernel .* takes 4096"
+    ):
+        pooled = ops.value_pool(*wide)
+    assert torch.equal(pooled, reference.value_pool(*wide))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.value_pool(*wide)
+    monkeypatch.setattr(value_pool, "forced_backend", lambda: "triton")
+    with pytest.raises(ValueError, match="leave the backend to lacfast"):
+        ops.value_pool(*wide)
