@@ -1,7 +1,7 @@
 """Bytes, instructions and barriers per element of every op's kernel, and what they allow: no GPU needed.
 
-    python -m bench.roofline --sass            counts, beside what is recorded
-    python -m bench.roofline --sass --write    records the counts: bench/results/kernel-counts.json
+    python -m bench.kernel_counts            counts, beside what is recorded
+    python -m bench.kernel_counts --write    records the counts: bench/results/kernel-counts.json
 
 A multiprocessor issues four instructions of warps per cycle. Where that many per second do not move as many
 bytes as the memory does, the instructions are the limit: the ceiling is the share of the memory's copy
@@ -213,14 +213,14 @@ def table(record: dict[str, Any]) -> str:
         "does not fit into the first's shared memory; no kernel of the table spills. Instructions are those "
         "of one thread. The ceiling is the share of a copy's bandwidth that the instructions allow at the "
         f"published clocks and nine tenths of the published bandwidth ({machines}). "
-        f"`value_pool` has Q = {HEADS}; `python -m bench.roofline --sass` counts."
+        f"`value_pool` has Q = {HEADS}; `python -m bench.kernel_counts` counts."
     )
     return "\n".join([*lines, "", note])
 
 
 def main(arguments: list[str]) -> int:
     """Print the counts; --write records them, otherwise 1 where one rose."""
-    options = argparse.ArgumentParser(prog="python -m bench.roofline --sass")
+    options = argparse.ArgumentParser(prog="python -m bench.kernel_counts")
     options.add_argument("--write", action="store_true", help="record them")
     chosen = options.parse_args(arguments)
     found = counted()
@@ -232,3 +232,7 @@ def main(arguments: list[str]) -> int:
     for line in lines:
         print(line, file=sys.stderr)
     return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

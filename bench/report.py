@@ -9,7 +9,7 @@ bench/results/costs.json (`python -m bench.costs`), the host's work from bench/r
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
 (`python -m bench.memory`) and what a run of them then allocates from bench/results/allocations.json
 (`python -m bench.allocations`), what the GPU kernels issue from bench/results/kernel-counts.json
-(`python -m bench.roofline --sass`), what an OCR engine reads before and after PPO from bench/results/ocr.json
+(`python -m bench.kernel_counts`), what an OCR engine reads before and after PPO from bench/results/ocr.json
 (`python -m bench.ocr`), what several processes make of an iteration from bench/results/scaling.json
 (`python -m bench.scaling`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.

@@ -3,15 +3,13 @@
 A kernel at the roofline takes bytes / copy bandwidth. The bytes are those of a fused op: every operand read
 once, every result written once. A provider that moves more only looks slower.
 
-    python -m bench.roofline           how fast this machine copies
-    python -m bench.roofline --sass    what the GPU kernels issue beside that: see kernel_counts.py
+    python -m bench.roofline    how fast this machine copies
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,19 +161,11 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return time.thread_time() - begin
 
 
-def main(arguments: list[str]) -> int:
-    if arguments[:1] == ["--sass"]:
-        from bench import kernel_counts
-
-        return kernel_counts.main(arguments[1:])
-    if arguments:
-        print(f"roofline: unknown {' '.join(arguments)}; --sass is the only option", file=sys.stderr)
-        return 2
+def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     print(f"a copy on {device.type} moves {copy_bandwidth(device) / 1e9:.1f} GB/s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -30,6 +30,9 @@ from typing import Any
 
 import pytest
 import torch
+
+# Torch imports its compiler at the first call of some operators, which must not be on the pretended device.
+import torch._dynamo
 from host_waits import WaitLog
 from pretended_tensors import (
     DEVICE,

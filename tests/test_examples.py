@@ -77,6 +77,13 @@ TINY: dict[str, dict[str, str]] = {
         '"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"': "pipeline('pixart')",
         "resolution=(1024, 1024)": "resolution=(16, 16), max_sequence_length=16",
     },
+    "families/wan.md": CPU
+    | {
+        '"Wan-AI/Wan2.1-T2V-1.3B-Diffusers"': "pipeline('wan')",
+        "resolution=(240, 416), num_frames=33, judged_frames=9": (
+            "resolution=(16, 16), max_sequence_length=16, num_frames=5, judged_frames=2"
+        ),
+    },
     "migration.md": {
         'DefaultDDPOStableDiffusionPipeline("stable-diffusion-v1-5/stable-diffusion-v1-5", use_lora=True)': (
             "pipeline('sd15')"

@@ -614,7 +614,8 @@ def settings_of(family: str, **changes: Any) -> PipelineSettings:
 def backbone_of(
     pipeline: Any, *, resolution: tuple[int, int] = RESOLUTION, **arguments: Any
 ) -> LatentBackbone:
-    family = "wan" if isinstance(pipeline, WanPipeline) else "sd15" if hasattr(pipeline, "unet") else ""
+    has_unet = (pipeline / "unet").is_dir() if isinstance(pipeline, Path) else hasattr(pipeline, "unet")
+    family = "wan" if isinstance(pipeline, WanPipeline) else "sd15" if has_unet else ""
     return load_backbone(pipeline, settings=settings_of(family, resolution=resolution), **arguments)
 
 

@@ -156,5 +156,8 @@ def test_every_row_of_the_table_keeps_tokens_in_vectors() -> None:
 
 
 def test_wider_tokens_than_registers_hold_are_refused() -> None:
-    with ops.backend("triton"), pytest.raises(ValueError, match=r"5000 features per token.* takes 4096; leave"):
+    with (
+        ops.backend("triton"),
+        pytest.raises(ValueError, match=r"5000 features .* takes 4096; leave"),
+    ):
         ops.value_pool(torch.zeros(1, 2, 5000), torch.zeros(1, 1, 5000))

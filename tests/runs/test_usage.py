@@ -107,7 +107,7 @@ REFUSED = [
         Refusal(
             "unknown command 'trian'; did you mean 'train'?",
             cause="A command that is misspelled.",
-            remedy="Known: demo, train, evaluate, steer, report, info",
+            remedy="Known: demo, train, evaluate, steer, report, watch, compare, info",
         ),
     ),
     (
