@@ -85,13 +85,13 @@ def _adapter(saved: Saved) -> list[str]:
     for source, weight in saved.merged_loras.items():
         if source in saved.in_peft_layout:
             lines += [
-                f'merged = PeftModel.from_pretrained(pipeline.{saved.part}, "{source}")',
+                f"merged = PeftModel.from_pretrained(pipeline.{saved.part}, {_peft_argument(source)})",
                 f"with rescale_adapter_scale(merged, {weight}):",
                 f"    pipeline.{saved.part} = merged.merge_and_unload()",
             ]
         else:
             lines += [
-                f'pipeline.load_lora_weights("{source}")',
+                f"pipeline.load_lora_weights({_diffusers_arguments(source)})",
                 f"pipeline.fuse_lora(lora_scale={weight})",
                 "pipeline.unload_lora_weights()",
             ]
@@ -99,6 +99,21 @@ def _adapter(saved: Saved) -> list[str]:
         return [*lines, 'pipeline.load_lora_weights("THIS_MODEL")']
     adapted = f'PeftModel.from_pretrained(pipeline.{saved.part}, "THIS_MODEL")'
     return [*lines, f"pipeline.{saved.part} = {adapted}.merge_and_unload()"]
+
+
+def _diffusers_arguments(source: str) -> str:
+    """A LoRA as diffusers is told of it: repository and file apart, which are one name here."""
+    parts = source.split("/")
+    if Path(source).is_absolute() or len(parts) < 3:
+        return f'"{source}"'
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+    return f'"{repository}", weight_name="{file}"'
+
+
+def _peft_argument(source: str) -> str:
+    """A LoRA as peft is told of it: by its directory alone."""
+    path = Path(source)
+    return f'"{path.parent if path.suffix == ".safetensors" else source}"'
 
 
 _LINES = {"pipeline": _pipeline, "part": _part, "lora": _adapter, "peft": _adapter}

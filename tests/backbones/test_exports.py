@@ -17,6 +17,7 @@ from tiny_trainers import differing, trainer_of
 
 from lacfast import LoRAConfig, push_to_hub
 from lacfast.backbones import publishing
+from lacfast.backbones.model_card import Saved, model_card
 from lacfast.backbones.storage import EXACT_WEIGHTS
 from lacfast.checkpoint import save_backbone, save_run
 
@@ -69,6 +70,30 @@ def test_a_card_tells_base_use_and_settings(tmp_path: Path) -> None:
     backbone.storage.base = "black-forest-labs/FLUX.1-dev"
     save_backbone(backbone, tmp_path / "hub")
     assert "base_model: black-forest-labs/FLUX.1-dev\n" in (tmp_path / "hub" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("source", "layout", "line"),
+    [
+        ("owner/name", "diffusers", 'load_lora_weights("owner/name")'),
+        ("owner/name/a/b.safetensors", "diffusers", '("owner/name", weight_name="a/b.safetensors")'),
+        ("/mine/b.safetensors", "diffusers", 'load_lora_weights("/mine/b.safetensors")'),
+        ("owner/name-v1.0", "peft", '(pipeline.transformer, "owner/name-v1.0")'),
+        ("/mine/adapter_model.safetensors", "peft", '(pipeline.transformer, "/mine")'),
+    ],
+)
+def test_a_card_names_a_merged_lora_as_its_loader_takes_it(source: str, layout: str, line: str) -> None:
+    saved = Saved(
+        pipeline="FluxPipeline",
+        task="text-to-image",
+        base="owner/base",
+        part="transformer",
+        model="FluxTransformer2DModel",
+        kind="lora",
+        merged_loras={source: 0.5},
+        in_peft_layout=[source] if layout == "peft" else [],
+    )
+    assert line in model_card(saved)
 
 
 class Hub:
