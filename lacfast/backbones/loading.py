@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from lacfast.backbone import build_critic
+from lacfast.backbones import lora as adapters
 from lacfast.backbones.attention import set_attention_backend
 from lacfast.backbones.families import family_of, open_pipeline
 from lacfast.backbones.fingerprint import Fingerprint
@@ -296,6 +297,8 @@ def _from_pipeline(pipeline: Any, request: _Request) -> LatentBackbone:
     settings = request.settings or PipelineSettings()
     family.require_read(settings, pipeline)
     require_plain_parts(pipeline.components, family.model_part)
+    # Before weights are merged or quantised in place, which a backbone that has the adapter runs on.
+    adapters.require_none(getattr(pipeline, family.model_part))
     is_quantized = request.base_precision == "int8"
     if is_quantized and request.lora is None:
         raise ValueError(

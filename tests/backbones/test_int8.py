@@ -170,7 +170,15 @@ def test_what_is_saved_goes_on_in_int8_and_loads_in_plain_diffusers(tmp_path: Pa
     )
 
 
-def test_what_an_int8_base_cannot_do_is_refused(tmp_path: Path) -> None:
+def test_a_pipeline_with_an_adapter_is_refused_before_its_base_is_quantised() -> None:
+    pipeline = tiny_pipeline("flux")
+    backbone = backbone_of(pipeline, lora=LORA)
+    with pytest.raises(ValueError, match="already has adapters"):
+        backbone_of(pipeline, lora=LORA, base_precision="int8")
+    assert not is_quantized(backbone.model)
+
+
+def test_what_an_int8_base_cannot_do_is_refused() -> None:
     with Refusal(
         "base_precision='int8' is of a frozen base, and without a LoRA all weights are trained",
         cause="A model of which all weights are trained is to be kept in int8.",
