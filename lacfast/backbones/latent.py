@@ -127,8 +127,8 @@ class LatentBackbone(ABC):
         self._precision = "model"
         self._quantized: QuantizedLinears | None = None
         # Of videos one fills a decoder, which goes through its frames one after the other.
-        at_a_time = 1 if len(latent_shape) == 4 else 0
-        self._decoding = BatchSize(at_a_time, unit="image", setting="rollout_batch_size or eval_batch_size")
+        at_a_time, unit = (1, "video") if len(latent_shape) == 4 else (0, "image")
+        self._decoding = BatchSize(at_a_time, unit=unit, setting="rollout_batch_size or eval_batch_size")
         if lora is None:
             MasterRMSNorm.install(model)
         else:

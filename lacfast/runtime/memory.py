@@ -166,8 +166,8 @@ class BatchSize:
     def _does_not_fit(self, error: torch.OutOfMemoryError) -> DoesNotFitError:
         return DoesNotFitError(
             f"out of memory with a single {self.unit}: {error}; use gradient_checkpointing, a LoRA in place "
-            "of all weights, bfloat16, a lower resolution, keep_text_encoders=False, or a smaller batch_size "
-            "(its rollout is kept)"
+            "of all weights, bfloat16, a lower resolution, keep_text_encoders=False, vae_tiling, or a "
+            "smaller batch_size (its rollout is kept)"
         )
 
 

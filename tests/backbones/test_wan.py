@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from tiny_pipelines import (
 from lacfast import LoRAConfig, PipelineSettings, SamplerConfig, load_backbone
 from lacfast.backbones.casting import cast_weights
 from lacfast.checkpoint import save_backbone
-from lacfast.runtime.memory import BatchSize
+from lacfast.runtime.memory import BatchSize, DoesNotFitError
 
 
 @pytest.mark.parametrize(("num_frames", "latent_frames"), [(1, 1), (5, 2), (9, 3)])
@@ -64,6 +63,17 @@ def test_a_video_is_decoded_alone_whatever_the_batch() -> None:
     # In one go, as a decoder of pictures.
     backbone._decoding = BatchSize(0, unit="image", setting="")
     torch.testing.assert_close(backbone.decode(latents), together, rtol=0, atol=1e-6)
+
+
+def test_a_video_that_does_not_fit_is_called_one() -> None:
+    backbone = backbone_of(tiny_pipeline("wan"))
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("nothing is free")
+
+    backbone.codec.decode = decode  # type: ignore[method-assign]
+    with pytest.raises(DoesNotFitError, match="out of memory with a single video"):
+        backbone.decode(torch.zeros(2, *backbone.latent_shape))
 
 
 def test_a_negative_prompt_and_another_shift_give_the_pipeline_s_own_videos() -> None:
@@ -243,7 +253,7 @@ def test_a_cast_keeps_in_float32_what_diffusers_keeps(tmp_path: Path) -> None:
 
 def test_a_saved_directory_keeps_the_frames(tmp_path: Path) -> None:
     settings = settings_of("wan", num_frames=FRAMES, judged_frames=2)
-    backbone = load_backbone(tiny_pipeline("wan"), settings=replace(settings))
+    backbone = load_backbone(tiny_pipeline("wan"), settings=settings)
     save_backbone(backbone, tmp_path / "saved")
     assert "pipeline_tag: text-to-video\n" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     loaded = load_backbone(tmp_path / "saved")
