@@ -21,7 +21,6 @@ from lacfast.transfer import to_device
 TOKENS = "encoder_hidden_states"
 """Name of a prompt's tokens in every family."""
 
-
 UNDER_MASK: Mapping[str, Any] = {
     "prompt_outputs": {TOKENS: 0, "encoder_attention_mask": 1},
     "negative_outputs": {TOKENS: 2, "encoder_attention_mask": 3},
@@ -205,7 +204,7 @@ class PipelineFamily:
         return {}
 
     def unpack(self, latents: Tensor, map_shape: tuple[int, ...]) -> Tensor:
-        """Latents (B, C, H, W) of those that the model takes."""
+        """Maps (B, C, H, W) or (B, C, F, H, W) of the latents that the model takes."""
         return latents
 
     def unscaled(self, vae: Any, latents: Tensor) -> Tensor:

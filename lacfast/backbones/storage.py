@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,14 +23,11 @@ from lacfast.backbones.int8 import is_quantized
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.model_card import Saved, model_card
 from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.backbones.trained_lora import PEFT_PREFIX
 from lacfast.checkpoint import MODEL_CARD
 from lacfast.config import LoRAConfig, from_json, to_json
 from lacfast.distributed.sharding import divided, own_class
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
-"""A LoRA as PeftModel.from_pretrained reads it."""
-PEFT_PREFIX = "base_model.model."
-"""Before the names in it."""
 DESCRIPTION = "lacfast.json"
 """What load_backbone needs beside diffusers' own files."""
 EXACT_WEIGHTS = "lora_before_scaling.safetensors"
@@ -151,7 +149,7 @@ class PipelineStorage:
         # A pipeline that loads no LoRA itself: its model does, through peft, which reads alpha in the config.
         config.save_pretrained(directory)
         state = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in weights.items()}
-        save_file(_contiguous(state), directory / PEFT_WEIGHTS)
+        save_file(_contiguous(state), directory / SAFETENSORS_WEIGHTS_NAME)
         return "peft"
 
     def _write_pipeline(self, plain_model: Any, directory: Path) -> None:
@@ -170,7 +168,7 @@ class PipelineStorage:
         self._require_same_base(directory, trained=() if backbone.lora is not None else (part,))
         if backbone.lora is not None:
             if not hasattr(self.pipeline, "save_lora_weights"):
-                saved = load_file(directory / PEFT_WEIGHTS)
+                saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
                 return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
             if (directory / EXACT_WEIGHTS).exists():
                 return load_file(directory / EXACT_WEIGHTS)

@@ -34,16 +34,18 @@ LoRASource = str | os.PathLike[str]
 
 _PEFT_CONFIG = "adapter_config.json"
 """Beside peft's weights."""
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""Before the names in peft's weights."""
 
 
 @dataclass(frozen=True)
 class TrainedLoRA:
-    """A LoRA with its weights as they were saved, on the CPU."""
+    """A LoRA that was trained elsewhere, on modules that have it."""
 
     source: str
     parts: Mapping[str, Any]
-    """Component of the pipeline that it adapts -> a module like it with the adapter, and no other weights."""
+    """Component of the pipeline that it adapts -> a module like it, on the CPU, with the adapter and no other
+    weights; of a LoRA that is on the pipeline the component itself."""
     is_in_peft_layout: bool = False
     """Whether it is peft's loader that reads it."""
     adapter: str = adapters.POLICY
@@ -224,7 +226,7 @@ def _peft_directory(place: str, file: str | None) -> Path | None:
 def _load_peft(model: Any, directory: Path) -> None:
     config = LoraConfig.from_pretrained(str(directory))
     saved = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-    state = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in saved.items()}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in saved.items()}
     if isinstance(model, PeftAdapterMixin):
         model.load_lora_adapter(
             state,
