@@ -51,8 +51,8 @@ def test_frames_are_evenly_spaced_from_the_first_to_the_last(
 ) -> None:
     assert judged_places(total, count) == places
     assert torch.equal(judged_frames(VIDEOS, 2), VIDEOS[:, [0, 4]])
-    assert judged_frames(VIDEOS[:, 0], 2) is not VIDEOS
-    assert judged_frames(VIDEOS[:, 0], 2).shape == (2, 3, 8, 12)
+    images = VIDEOS[:, 0]
+    assert judged_frames(images, 2) is images
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
