@@ -4,7 +4,8 @@
 
 The directory is a kernel repository, which kernels.get_local_kernel(DIRECTORY) reads too. build/torch-cuda
 and build/torch-cpu hold the same Python, Triton on a GPU and the reference elsewhere. Imports are relative,
-and ops are registered under a name of their own, so that several versions live in one process. Layout: https://huggingface.co/docs/kernels/kernel-requirements
+and ops are registered under a name of their own, so that several versions live in one process.
+Layout: https://huggingface.co/docs/kernels/kernel-requirements
 """
 
 from __future__ import annotations
@@ -72,7 +73,13 @@ def rewritten(name: str, text: str, identifier: str) -> str:
 
 
 def write(directory: Path) -> list[Path]:
-    """The build variants of a kernel repository in `directory`, which holds none yet."""
+    """The build variants of a kernel repository.
+
+    Raises:
+        ValueError: where the directory holds some already.
+    """
+    if (directory / "build").exists():
+        raise ValueError(f"{directory}/build is there already; remove it, or name another directory")
     found = sources()
     version = hashlib.sha256(b"".join(path.read_bytes() for _, path in sorted(found.items()))).hexdigest()[
         :10

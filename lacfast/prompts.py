@@ -258,7 +258,10 @@ def _datasets(what: str) -> Any:
 
 def _rows(dataset: Any, column: str, origin: str) -> Iterator[tuple[str, PromptEntry]]:
     if column not in dataset.column_names:
-        raise ValueError(f"{origin} has no column {column!r}; its columns are {dataset.column_names}")
+        raise ValueError(
+            f"{origin} has no column {column!r}; its columns are {dataset.column_names}: name the one that "
+            "holds the caption with column="
+        )
     for index, row in enumerate(dataset):
         yield f"{origin}, row {index}", row
 
@@ -305,7 +308,7 @@ class HubDataset:
         origin = HUB + self.name
         datasets = _datasets(f"the data set {origin}")
         try:
-            # Data alone: a repository's own code is not run.
+            # Data alone: datasets runs no repository's code, from version 4 on.
             dataset = datasets.load_dataset(
                 self.name, self.config or None, split=self.split, revision=self.revision or None
             )

@@ -17,7 +17,7 @@ import torch
 from refusals import Refusal
 
 from lacfast.backbones.prompt_files import PromptFiles
-from lacfast.cli import main
+from lacfast.cli import Command, main
 from lacfast.config.checks import Config, field_types
 from lacfast.config.choice import Choice
 from lacfast.runs import phases
@@ -113,11 +113,13 @@ def test_help_is_80_columns_wide_and_a_topic_one_screen(
     commands = {"train": ["train", "flow-grpo-geneval"], "steer": ["steer"]}
     screens = [[*words, "--help"] for words in commands.values()]
     screens += [[*commands[name], "--help", topic] for name in PAGES for topic in PAGES[name].topics]
-    others = [[], ["train"], ["evaluate"], ["demo"], ["report"], ["info"]]
+    names = [kind.__name__.lower() for kind in get_args(Command)]
+    others = [[], ["train"], *([name] for name in names if name not in PAGES)]
     wide = [[*words, "--help"] for words in others] + [[*words, "--help-all"] for words in commands.values()]
     for words in screens + wide:
         lines = help_of(words, capsys).splitlines()
         assert max(map(len, lines)) <= 80, words
+        assert "(default: )" not in "".join(lines), words
         assert len(lines) <= 55 or words in wide, (words, len(lines))
 
 

@@ -91,7 +91,14 @@ REST = [command for command in FOUND if command not in TRAINING and not command.
 
 
 def test_the_pages_have_commands_of_every_kind() -> None:
-    assert {command.split()[1] for command in FOUND} >= {"demo", "train", "evaluate", "steer"}
+    assert {command.split()[1] for command in FOUND} >= {
+        "demo",
+        "train",
+        "evaluate",
+        "steer",
+        "report",
+        "watch",
+    }
     assert TRAINED in TRAINING
 
 

@@ -259,7 +259,7 @@ def test_a_data_set_goes_by_its_name_split_and_column(repository: Path) -> None:
             Refusal(
                 "has no column 'Promt'; its columns are ['Prompt', 'seed']",
                 cause="A data set's caption under another name.",
-                remedy="its columns are",
+                remedy="name the one that holds the caption with column=",
             ),
         ),
         (

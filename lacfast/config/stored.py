@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -32,7 +32,8 @@ def from_json(kind: type[T], stored: dict[str, Any], *, forgets: bool = True) ->
             is refused.
 
     Raises:
-        ValueError: for an option that `kind` does not have, or a value out of its range.
+        ValueError: for an option that `kind` does not have, one without a default that is missing, or a value
+            out of its range.
     """
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -45,8 +46,18 @@ def from_json(kind: type[T], stored: dict[str, Any], *, forgets: bool = True) ->
                 known,
                 "Take it out of the file, or install the version of lacfast that wrote it",
             )
+    missing = [name for name in _without_default(kind) if name not in given]
+    if missing:
+        raise ValueError(f"{kind.__name__} needs {', '.join(missing)}, and nothing says them; write them")
     values = {name: _typed(hints[name], value, forgets) for name, value in given.items()}
     return made(kind, values, SimpleNamespace(**values)) if forgets else kind(**values)
+
+
+def _without_default(kind: type) -> list[str]:
+    """The options that every file must say."""
+    return [
+        field.name for field in fields(kind) if field.default is MISSING and field.default_factory is MISSING
+    ]
 
 
 def _typed(annotation: Any, value: Any, forgets: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Options that nothing reads beside others: refused where set, forgotten where a preset set them."""
+"""Options that nothing reads beside others: refused where set, forgotten where a recipe set them."""
 
 from __future__ import annotations
 

@@ -64,7 +64,10 @@ class Watch(Config):
 class Compare(Config):
     """Lay runs over one another on one page, with what their settings differ in."""
 
-    run_directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="DIRECTORY")]
+    run_directories: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="DIRECTORY", help_behavior_hint="(required)"),
+    ]
     """Two to six runs."""
     out: Path = Path("compare.html")
     """The page."""

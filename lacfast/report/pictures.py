@@ -77,11 +77,15 @@ def grid(images: Tensor, *, columns: int = GRID_COLUMNS, scale: int = SCALE, gap
 def contact_sheet(images: Tensor) -> Image.Image:
     """The first GRID_IMAGES of images (n, 3, H, W), small ones enlarged; videos (n, F, 3, H, W) are rows."""
     scale = max(1, 96 // images.shape[-1])
+    shown = images[: shown_in_sheet(images)]
     if images.ndim == 4:
-        return grid(images[:GRID_IMAGES], scale=scale)
-    frames = images.shape[1]
-    shown = images[: max(GRID_IMAGES // frames, 1)].flatten(0, 1)
-    return grid(shown, columns=frames, scale=scale)
+        return grid(shown, scale=scale)
+    return grid(shown.flatten(0, 1), columns=images.shape[1], scale=scale)
+
+
+def shown_in_sheet(images: Tensor) -> int:
+    """How many of the images, or videos, a contact sheet has room for."""
+    return GRID_IMAGES if images.ndim == 4 else max(GRID_IMAGES // images.shape[1], 1)
 
 
 def save_sample(pixels: Tensor, path: Path) -> Path:

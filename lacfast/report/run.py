@@ -71,7 +71,7 @@ def render(name: str, records: Records, pictures: Sequence[Path], settings: dict
     train, evaluations = phase(records, "train"), phase(records, "evaluate")
     if not train:
         raise ValueError("the run has not finished an iteration, so there is nothing to report yet")
-    found = findings(records)
+    found, prompts = findings(records), _prompts(pictures)
     return fill(
         "run.html",
         name=escape(name),
@@ -83,7 +83,8 @@ def render(name: str, records: Records, pictures: Sequence[Path], settings: dict
         judged=_CHOSEN_HERE if evaluations else "",
         charts=charts(records),
         pictures="\n".join(_pictures(pictures)),
-        prompts=_prompts(pictures),
+        same=_SAME if prompts else "",
+        prompts=prompts,
         state=escape(_state(progress(records, settings))),
         settings="\n".join(settings_tables({"run.json": settings} if settings else {})),
     )
@@ -94,6 +95,8 @@ _CHOSEN_HERE = (
     "it is set, the early stop, so the best score is a little high. "
     "<code>lacfast evaluate RUN --prompts OTHERS</code> judges it on prompts that chose nothing.</p>"
 )
+# Other trainers' pictures hold no prompts, and may be of others every time.
+_SAME = '<p class="soft">The same prompts and the same noise every time.</p>'
 _NOTHING_FOUND = '<p class="soft">None of the known signatures of failure.</p>'
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from lacfast.report.progress import METRICS, read_run
 from lacfast.report.run import render_run
@@ -45,6 +47,11 @@ class RunServer(ThreadingHTTPServer):
             self.server_close()
             raise
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that leaves before the page has arrived is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def address(self) -> str:
         return f"http://{HOST}:{self.server_port}/"
@@ -69,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         # A page of the web that resolves its own name to this address reads nothing.
-        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        host = (self.headers.get("Host") or "").partition(":")[0]
         if host not in (HOST, "localhost"):
             self._answer(403, "text/plain", "this page is for its own machine")
         elif self.path == "/":

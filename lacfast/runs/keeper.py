@@ -7,7 +7,7 @@ from typing import Any
 
 from lacfast.checkpoint import save_backbone
 from lacfast.records import Evaluation
-from lacfast.report.pictures import GRID_IMAGES, contact_sheet, save_with_prompts
+from lacfast.report.pictures import contact_sheet, save_with_prompts, shown_in_sheet
 from lacfast.runs.directory import SCORE, SETTINGS, RunDirectory
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -56,7 +56,8 @@ class Keeper:
         found, is_best = evaluation.means()[self.score], False
         if world.is_first:
             picture = contact_sheet(evaluation.images)
-            save_with_prompts(picture, directory.samples(trainer.iteration), evaluation.prompts[:GRID_IMAGES])
+            prompts = evaluation.prompts[: shown_in_sheet(evaluation.images)]
+            save_with_prompts(picture, directory.samples(trainer.iteration), prompts)
             trainer.log.picture(trainer.iteration, "samples", picture)
             best = directory.best_score(self.score)
             is_best = best is None or found > best

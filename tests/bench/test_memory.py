@@ -11,9 +11,9 @@ from lacfast.runs.capacity import GPU_BYTES
 
 RECORDED = json.loads(memory.RESULT.read_text(encoding="utf-8"))
 TOO_LARGE = {"dance-grpo-hpsv2"}
-"""Presets that train all weights of FLUX; with a LoRA they are another."""
+"""Recipes that train all weights of FLUX; with a LoRA they are another."""
 SMALLER = {"flux-pickscore-24gb": 24 * 2**30}
-"""Presets for another GPU than one of 80 GB -> its bytes."""
+"""Recipes for another GPU than one of 80 GB -> its bytes."""
 
 
 def test_every_recipe_is_recorded() -> None:

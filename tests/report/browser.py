@@ -27,12 +27,18 @@ def browser() -> Iterator[Any]:
 
 
 def quiet_page(opened: Any, *, width: int = 1280, scheme: str = "light") -> tuple[Any, list[str]]:
-    """A page, and what it complains of: errors, what the console says, requests that fail."""
+    """A page, and what it complains of: errors, what the console says, requests that fail, alerts."""
     page = opened.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("requestfailed", lambda request: said.append(request.url))
+
+    def alerted(dialog: Any) -> None:
+        said.append(dialog.message)
+        dialog.dismiss()
+
+    page.on("dialog", alerted)
     return page, said
 
 

@@ -79,6 +79,21 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "c.html" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_is_no_error_but_a_fault_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "run", evaluations=0)
+    with RunServer(tmp_path / "run", 0) as server:
+        for fault in (BrokenPipeError("left"), RuntimeError("broken")):
+            try:
+                raise fault
+            except (OSError, RuntimeError):
+                server.handle_error(None, (HOST, 1))
+    told = capsys.readouterr().err
+    assert "broken" in told
+    assert "left" not in told
+
+
 def test_the_server_answers_this_machine_alone(tmp_path: Path) -> None:
     write_run(tmp_path / "run", evaluations=0)
     server = RunServer(tmp_path / "run", 0)
@@ -90,10 +105,12 @@ def test_the_server_answers_this_machine_alone(tmp_path: Path) -> None:
             assert "<script nonce=" in answer.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(f"{server.address}metrics.jsonl")
-        elsewhere = HTTPConnection(HOST, server.server_port)
-        elsewhere.request("GET", "/", headers={"Host": f"evil.example:{server.server_port}"})
-        assert elsewhere.getresponse().status == 403
-        elsewhere.close()
+        # A browser leaves port 80 out.
+        for host, status in ((f"evil.example:{server.server_port}", 403), ("evil.example", 403), (HOST, 200)):
+            asked = HTTPConnection(HOST, server.server_port)
+            asked.request("GET", "/stamp", headers={"Host": host})
+            assert asked.getresponse().status == status
+            asked.close()
         with Refusal(
             "cannot be used: Address already in use",
             cause="A port that another program has.",

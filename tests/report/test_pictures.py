@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lacfast.report.pictures import GRID_IMAGES, contact_sheet, save_sample, to_image
+from lacfast.report.pictures import GRID_IMAGES, contact_sheet, save_sample, shown_in_sheet, to_image
 from lacfast.rewards.image_files import to_uint8
 
 VIDEOS = torch.rand(3, 5, 3, 100, 120, generator=torch.Generator().manual_seed(0))
@@ -18,8 +18,9 @@ def test_the_frames_of_a_video_are_a_row() -> None:
     sheet = np.asarray(contact_sheet(VIDEOS[:2, :3]))
     assert sheet.shape == (2 * 102 + 2, 3 * 122 + 2, 4)
     assert np.array_equal(sheet[104:204, 124:244, :3], to_uint8(VIDEOS[1, 1:2])[0])
-    many = contact_sheet(torch.zeros(50, 4, 3, 100, 100))
-    assert many.size == (4 * 102 + 2, (GRID_IMAGES // 4) * 102 + 2)
+    videos = torch.zeros(50, 4, 3, 100, 100)
+    assert contact_sheet(videos).size == (4 * 102 + 2, (GRID_IMAGES // 4) * 102 + 2)
+    assert [shown_in_sheet(each) for each in (videos, videos[:, 0])] == [GRID_IMAGES // 4, GRID_IMAGES]
     long = contact_sheet(torch.zeros(2, GRID_IMAGES + 1, 3, 100, 100))
     assert long.size == ((GRID_IMAGES + 1) * 102 + 2, 104)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lacfast.cli import main
-from lacfast.report.pictures import grid
+from lacfast.report.pictures import grid, save_with_prompts
 from lacfast.report.run import headline, write_run_report
 from tests.report.test_diagnostics import evaluation, iteration
 
@@ -93,6 +93,16 @@ def test_a_picture_is_called_by_its_number_or_by_its_own_name(tmp_path: Path) ->
     (samples / "iteration 5.png").write_bytes((samples / "00000000.png").read_bytes())
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == ["iteration 0", "iteration 5"]
+
+
+def test_only_pictures_that_hold_their_prompts_are_said_to_be_of_the_same(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", evaluations=1)
+    said = "The same prompts and the same noise every time."
+    assert said not in write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    save_with_prompts(grid(torch.zeros(1, 3, 8, 8)), tmp_path / "run" / "samples" / "00000002.png", ["a cat"])
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert said in text
+    assert "<li>a cat</li>" in text
 
 
 def test_a_map_of_nothing_but_zeros_is_not_drawn(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ def test_words_lists_and_nested_settings_are_typed(tmp_path: Path) -> None:
     assert settings.ppo.kl == KLPenalty(0.04, "flow_grpo")
 
 
+def test_plain_values_are_those_of_yaml_1_2(tmp_path: Path) -> None:
+    words = "tensorboard: True\nresume: no\nwandb_project: off\nlora: Null\nsave_every: 0x10\n"
+    numbers = "train: {seed: 010, ema_decay: .5}\n"
+    found = recipe(written(tmp_path / "mine.yaml", MINIMAL + words + numbers))
+    assert (found.tensorboard, found.resume, found.wandb_project, found.lora) == (True, "no", "off", None)
+    assert (found.save_every, found.train.seed, found.train.ema_decay) == (16, 10, 0.5)
+
+
 @pytest.mark.parametrize(
     ("text", "refused"),
     [
@@ -108,6 +116,14 @@ def test_words_lists_and_nested_settings_are_typed(tmp_path: Path) -> None:
                 "holds a str, not settings by name",
                 cause="A recipe that is no list of settings.",
                 remedy="write `model: ...` and so on",
+            ),
+        ),
+        (
+            "model: shapes-dit\nprompts: shapes\n",
+            Refusal(
+                "RunConfig needs out, rewards",
+                cause="A recipe without what every run needs.",
+                remedy="write them",
             ),
         ),
         (
