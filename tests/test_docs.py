@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import lacfast.config
-from lacfast import cli
+from lacfast import cli, ops
 from lacfast.config.advantages import COMBINATIONS, ESTIMATORS
 from lacfast.config.critic import TRUNKS, VALUE_LOSSES
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS
@@ -324,6 +324,12 @@ def test_a_table_of_choices_has_all_of_them(page: str, column: str, known: Colle
     assert table is not None
     named = [name for row in table[1].splitlines() for name in re.findall(r"`(\w[\w-]*)`", row.split("|")[1])]
     assert set(named) - {"RemoteReward", "Judge", "UnifiedReward"} == set(known)
+
+
+def test_the_api_has_every_public_name() -> None:
+    shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [name for name in shown if not _resolves(name)] == []
+    assert {*lacfast.__all__, *ops.__all__} <= {name.rpartition(".")[2] for name in shown}
 
 
 @pytest.mark.parametrize("name", ["structure", "errors"])

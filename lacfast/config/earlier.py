@@ -43,7 +43,7 @@ def _sampler(stored: Settings) -> Settings:
         if isinstance(within, list | tuple):
             kept["window"] = {"choice": "fixed", "steps": within}
         return kept
-    kept["window"] = {"choice": schedule, "size": stored["window_size"], "within": within}
+    kept["window"] = {"choice": schedule, "size": stored.get("window_size"), "within": within}
     if schedule == "sliding":
         kept["window"] |= {
             "every": stored.get("window_interval", 1), "stride": stored.get("window_stride", 1)

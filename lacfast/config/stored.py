@@ -28,8 +28,8 @@ def from_json(kind: type[T], stored: dict[str, Any], *, forgets: bool = True) ->
     Args:
         kind: the dataclass that was stored; options that are missing have their defaults.
         stored: its JSON, where tuples are lists. A choice may be its word, "ratio:1e-4", and pairs a dict.
-        forgets: what nothing reads is at its default, whatever an earlier version let a file say. False: it
-            is refused.
+        forgets: an earlier version may have written it: its spellings are read, and what nothing reads is at
+            its default. False: both are refused.
 
     Raises:
         ValueError: for an option that `kind` does not have, one without a default that is missing, or a value
@@ -37,7 +37,7 @@ def from_json(kind: type[T], stored: dict[str, Any], *, forgets: bool = True) ->
     """
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    given = today(kind.__name__, stored)
+    given = today(kind.__name__, stored) if forgets else stored
     for name in given:
         if name not in known:
             raise unknown(
@@ -70,7 +70,7 @@ def _typed(annotation: Any, value: Any, forgets: bool) -> Any:
     if not isinstance(value, dict):
         return value
     if "choice" in value:
-        if value["choice"] not in choices:
+        if value["choice"] not in tuple(choices):
             raise unknown("choice", value["choice"], choices)
         settings = {name: entry for name, entry in value.items() if name != "choice"}
         return from_json(choices[value["choice"]], settings, forgets=forgets)

@@ -97,7 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cache-Control", "no-store")
         self.send_header(
             "Content-Security-Policy",
-            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'"
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
             + (f"; script-src 'nonce-{nonce}'" if nonce else ""),
         )
         self.end_headers()

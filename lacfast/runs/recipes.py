@@ -73,8 +73,8 @@ def load_recipe(path: Path) -> Recipe:
     one word with its settings, as on the command line: `clip: ratio:1e-4`.
 
     Args:
-        path: .yaml or .yml; .json as a run writes it, in which an earlier version may have left options that
-            nothing reads.
+        path: .yaml or .yml; .json as a run writes it, in which an earlier version may have spelled options
+            otherwise, and left some that nothing reads.
 
     Raises:
         ValueError: for a file that is not there or cannot be read, an unknown option, a value out of its

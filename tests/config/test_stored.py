@@ -118,6 +118,19 @@ def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
         from_json(RunConfig, stored)
     with pytest.raises(ValueError, match="unknown choice 'ration'; did you mean 'ratio'"):
         from_json(PPOConfig, {"clip": {"choice": "ration"}})
+    with pytest.raises(ValueError, match=r"unknown choice \['ratio'\]"):
+        from_json(PPOConfig, {"clip": {"choice": ["ratio"]}})
+    with pytest.raises(ValueError, match="Ratio needs clip_range"):
+        from_json(PPOConfig, {"clip": {"choice": "ratio"}})
+    with pytest.raises(ValueError, match="size=None must be a whole number"):
+        from_json(SamplerConfig, {"window_schedule": "sliding"})
+
+
+def test_what_people_write_has_today_s_spellings_alone() -> None:
+    earlier = {"window_schedule": "sliding", "window_size": 4}
+    assert from_json(SamplerConfig, earlier).window == Sliding(size=4)
+    with pytest.raises(ValueError, match="unknown option of SamplerConfig 'window_schedule'"):
+        from_json(SamplerConfig, earlier, forgets=False)
 
 
 @pytest.mark.parametrize(
