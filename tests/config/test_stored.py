@@ -128,7 +128,7 @@ def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
 
 def test_what_people_write_has_today_s_spellings_alone() -> None:
     earlier = {"window_schedule": "sliding", "window_size": 4}
-    assert from_json(SamplerConfig, earlier).window == Sliding(size=4)
+    assert from_json(SamplerConfig, earlier).window == Sliding(4, every=1)
     with pytest.raises(ValueError, match="unknown option of SamplerConfig 'window_schedule'"):
         from_json(SamplerConfig, earlier, forgets=False)
 
