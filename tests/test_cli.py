@@ -114,8 +114,8 @@ def test_help_is_80_columns_wide_and_a_topic_one_screen(
     screens = [[*words, "--help"] for words in commands.values()]
     screens += [[*commands[name], "--help", topic] for name in PAGES for topic in PAGES[name].topics]
     names = [kind.__name__.lower() for kind in get_args(Command)]
-    others = [[], ["train"], *([name] for name in names if name not in PAGES)]
-    wide = [[*words, "--help"] for words in others] + [[*words, "--help-all"] for words in commands.values()]
+    screens += [["--help"], *([name, "--help"] for name in names if name not in PAGES)]
+    wide = [["train", "--help"], *([*words, "--help-all"] for words in commands.values())]
     for words in screens + wide:
         lines = help_of(words, capsys).splitlines()
         assert max(map(len, lines)) <= 80, words

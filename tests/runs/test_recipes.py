@@ -212,6 +212,7 @@ def test_every_recipe_dry_runs(
 ) -> None:
     """With a tiny model of its family; tests/bench/test_memory.py plans the whole ones."""
     settings = recipe(name)
+    assert find_recipe(name).summary.endswith("."), "the help shows the first line of its comment alone"
 
     def small(source: str, **named: Any) -> Blueprint:
         (directory,) = (path for part, path in tiny.items() if part in source)
