@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,10 +110,12 @@ def save_sample(pixels: Tensor, path: Path) -> Path:
 
 
 def save_with_prompts(picture: Image.Image, path: Path, prompts: Sequence[str]) -> None:
-    """Save a PNG that holds the prompts of its images, row by row."""
+    """Save a PNG that holds the prompts of its images, row by row; a page that is served meets a whole one."""
     about = PngInfo()
     about.add_itxt(PROMPTS, json.dumps(list(prompts)))
-    picture.save(path, pnginfo=about)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, format="PNG", pnginfo=about)
+    os.replace(partial, path)
 
 
 def prompts_of(picture: Image.Image) -> list[str]:

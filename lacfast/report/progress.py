@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lacfast.config.checks import require
 from lacfast.report.records import Records, average, phase, read_metrics, recent
 
 METRICS = "metrics.jsonl"
@@ -39,13 +40,23 @@ def read_run(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The lines of a run's metrics.jsonl, and its settings, {} where there are none.
 
     Raises:
-        ValueError: when the directory holds no metrics.
+        ValueError: when the directory holds no metrics, or other settings than a run's.
     """
     metrics, settings = directory / METRICS, directory / SETTINGS
     if not metrics.is_file():
         raise ValueError(f"{directory} holds no {METRICS}; give the directory of a training run")
-    stored = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    return read_metrics(metrics), dict(stored)
+    return read_metrics(metrics), _settings(settings) if settings.is_file() else {}
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        require(isinstance(stored, dict), f"holds a {type(stored).__name__}")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not hold a run's settings ({error}); take it away, or give another directory"
+        ) from error
+    return dict(stored)
 
 
 def progress(records: Records, settings: dict[str, Any]) -> Progress:

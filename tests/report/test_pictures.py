@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from lacfast.report.pictures import GRID_IMAGES, contact_sheet, save_sample, shown_in_sheet, to_image
+from lacfast.report.pictures import (
+    GRID_IMAGES,
+    contact_sheet,
+    prompts_of,
+    save_sample,
+    save_with_prompts,
+    shown_in_sheet,
+    to_image,
+)
 from lacfast.rewards.image_files import to_uint8
 
 VIDEOS = torch.rand(3, 5, 3, 100, 120, generator=torch.Generator().manual_seed(0))
@@ -23,6 +33,19 @@ def test_the_frames_of_a_video_are_a_row() -> None:
     assert [shown_in_sheet(each) for each in (videos, videos[:, 0])] == [GRID_IMAGES // 4, GRID_IMAGES]
     long = contact_sheet(torch.zeros(2, GRID_IMAGES + 1, 3, 100, 100))
     assert long.size == ((GRID_IMAGES + 1) * 102 + 2, 104)
+
+
+def test_a_grid_with_its_prompts_is_whole_or_not_there(tmp_path: Path) -> None:
+    class Cut(Image.Image):
+        def save(self, fp: Any, format: str | None = None, **params: Any) -> None:  # noqa: A002 - Pillow's name
+            Path(fp).write_bytes(b"half")
+            raise OSError("the disk is full")
+
+    save_with_prompts(to_image(VIDEOS[0, 0]), tmp_path / "00000000.png", ["a cat"])
+    with pytest.raises(OSError, match="full"):
+        save_with_prompts(Cut(), tmp_path / "00000000.png", ["a dog"])
+    with Image.open(tmp_path / "00000000.png") as found:
+        assert prompts_of(found) == ["a cat"]
 
 
 def test_an_image_is_a_png_and_a_video_plays(tmp_path: Path) -> None:

@@ -103,6 +103,21 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "holds no metrics.jsonl" in printed or "given twice" in printed
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [("{", "Expecting property name"), ("[]", "holds a list")], ids=["no JSON", "a list"]
+)
+def test_settings_of_something_else_are_refused(text: str, why: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(text, encoding="utf-8")
+    with Refusal(
+        "run.json does not hold a run's settings",
+        cause="A run.json that a run did not write.",
+        remedy="take it away, or give another directory",
+    ).raised() as caught:
+        shown(tmp_path / "run")
+    assert why in str(caught.value)
+
+
 def test_a_port_without_a_server_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--port", "81"]) == 2
     Refusal(
