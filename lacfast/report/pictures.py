@@ -110,7 +110,7 @@ def save_sample(pixels: Tensor, path: Path) -> Path:
 
 
 def save_with_prompts(picture: Image.Image, path: Path, prompts: Sequence[str]) -> None:
-    """Save a PNG that holds the prompts of its images, row by row; a page that is served meets a whole one."""
+    """Save a PNG that holds the prompts of its images, row by row; who reads it meets a whole one."""
     about = PngInfo()
     about.add_itxt(PROMPTS, json.dumps(list(prompts)))
     partial = path.with_name(f".{path.name}.partial")
