@@ -129,5 +129,7 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     for written in write(Path(sys.argv[1])):
         print(written)
