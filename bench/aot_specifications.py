@@ -402,7 +402,7 @@ def _pool_spec(
         "eps": "fp32",
         "BLOCK_L": block_l,
         "BLOCK_D": triton.next_power_of_2(dim),
-        "HEADS": min(heads, value_pool.MAX_HEADS),
+        "HEADS": value_pool.program_heads(dim, heads),
         "HAS_WEIGHT": weight is not None,
         "IS_SPLIT": split,
         "IS_SAVED": saved,
@@ -431,6 +431,7 @@ VALUE_POOL = [
     _pool_spec("float32", 1536, 4, weight="float32", split=True, saved=False),
     _pool_spec("float16", 3072, 4, query="float16", weight="float16", split=True, saved=True),
     _pool_spec("bfloat16", 4096, 16, query="bfloat16", weight="float32", split=True, saved=True),
+    _pool_spec("bfloat16", 5120, 16, query="bfloat16", weight="float32", split=True, saved=True),
     AotSpec(
         "value_pool_combine",
         value_pool.combine_kernel,
@@ -463,7 +464,7 @@ def _pool_grad_spec(features: str, dim: int, heads: int, *, along: bool, sums: b
     arguments |= {
         "BLOCK_L": block_l,
         "BLOCK_D": triton.next_power_of_2(dim),
-        "HEADS": min(heads, value_pool.MAX_HEADS),
+        "HEADS": value_pool.program_heads(dim, heads),
     }
     arguments |= {"HAS_WEIGHT": True, "HAS_SUMS": sums, "HAS_ALONG": along}
     name = f"value_pool_grad-{features}-D{dim}-Q{heads}"
@@ -505,6 +506,7 @@ VALUE_POOL_BACKWARD = [
     _pool_grad_spec("float32", 1536, 4, along=True, sums=True),
     _pool_grad_spec("float16", 3072, 4, along=True, sums=False),
     _pool_grad_spec("bfloat16", 4096, 16, along=True, sums=True),
+    _pool_grad_spec("bfloat16", 5120, 16, along=True, sums=True),
     _features_grad_spec("float32"),
     _features_grad_spec("bfloat16"),
     AotSpec(

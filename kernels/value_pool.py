@@ -10,10 +10,10 @@ written once and read twice.
 
 For bfloat16 features value_pool_tiles.py has the passes over tokens, on tensor cores. For the others a
 program here holds whole tokens in registers: a few at a time, their scores and then their share of the sums,
-rescaled when the maximum grows (streaming softmax). More than HEADS heads take several programs over the
-same tokens, neighbours in time, so that all but the first read the L2 cache. The tokens of one sample are
-split among at most MAX_SPLITS programs by their number alone and added in a fixed order without atomics: a
-result does not depend on the batch.
+rescaled when the maximum grows (streaming softmax). More heads than `program_heads` take several programs
+over the same tokens, neighbours in time, so that all but the first read the L2 cache. The tokens of one
+sample are split among at most MAX_SPLITS programs by their number alone and added in a fixed order without
+atomics: a result does not depend on the batch.
 """
 
 # Constants of a kernel are upper case; Triton adds tuples and cannot unpack them.
@@ -30,6 +30,8 @@ from . import compiled, launch, value_pool_tiles
 MAX_SPLITS = 32
 MAX_HEADS = 4
 """Heads of one program: q' and the sums of four fill half of the registers."""
+WIDE = 4096
+"""Features of a token beyond which two heads fill as many."""
 COMBINE_SPLITS = 32
 COMBINE_BLOCK = 64
 """Splits and features that are added at a time: enough loads under way to hide each other."""
@@ -170,12 +172,17 @@ def combine_kernel(
     )  # fmt: skip
 
 
+def program_heads(dim: int, num_heads: int) -> int:
+    """Heads of one program, a power of 2."""
+    return min(triton.next_power_of_2(num_heads), MAX_HEADS if dim <= WIDE else MAX_HEADS // 2)
+
+
 def pool_launch(features: torch.Tensor, num_heads: int) -> tuple[dict[str, int], tuple[int, int, int]]:
     """Launch options for a shape, and (num_splits, num_groups, tiles) of its programs."""
     _, tokens, dim = features.shape
     architecture = launch.architecture_of(features.device)
     block_l, _, num_warps, _ = launch.pick_launch("value_pool", dim, architecture)
-    heads = min(triton.next_power_of_2(num_heads), MAX_HEADS)
+    heads = program_heads(dim, num_heads)
     tiles = triton.cdiv(triton.cdiv(tokens, block_l), MAX_SPLITS)
     options = {
         "BLOCK_L": block_l,

@@ -29,7 +29,11 @@ KEY = NoiseKey.create(11, range(100, 105))
 CUDA = torch.device("cuda")
 CASES: dict[type[Case], tuple[Case, ...]] = {
     LatentCase: (LatentCase("odd", 5, (3, 17, 31)), LatentCase("SD3.5-M 512 px", 3, (16, 64, 64))),
-    PoolCase: (PoolCase("odd", 3, 37, 72, 3), PoolCase("SD3.5-M 512 px", 2, 1024, 1536)),
+    PoolCase: (
+        PoolCase("odd", 3, 37, 72, 3),
+        PoolCase("SD3.5-M 512 px", 2, 1024, 1536),
+        PoolCase("Wan 14B", 2, 259, 5120, 3),
+    ),
     AdvantageCase: (AdvantageCase("odd", 33, 7, 3), AdvantageCase("long", 1024, 50, 1)),
     ParticleCase: (ParticleCase("odd", 5, 37), ParticleCase("many", 64, 1024)),
 }

@@ -14,7 +14,7 @@ from lacfast.ops.backend import forced_backend
 from lacfast.ops.checks import FLOATS, arithmetic_dtype, check_first, check_operand
 from lacfast.ops.op import Op, Sized
 
-TRITON_MAX_DIM = 4096
+TRITON_MAX_DIM = 8192
 """Features of a token that the registers of one program hold."""
 
 

@@ -310,7 +310,7 @@ def test_tokens_wider_than_the_gpu_kernel_takes_run_the_reference_and_say_so_onc
     value_pool._too_wide.cache_clear()
     wide = _inputs((1, 3, 2, value_pool.TRITON_MAX_DIM + 1), torch.bfloat16)
     with pytest.warns(
-        RuntimeWarning, match="has 4097 features per token and the Triton kernel .* takes 4096"
+        RuntimeWarning, match="has 8193 features per token and the Triton kernel .* takes 8192"
     ):
         pooled = ops.value_pool(*wide)
     assert torch.equal(pooled, reference.value_pool(*wide))
