@@ -207,12 +207,18 @@ def table(record: dict[str, Any]) -> str:
         f"{machine.copy_terabytes:g} TB/s"
         for each, machine in MACHINES.items()
     )
+    spilling = [
+        row.label
+        for row in ROWS
+        if any(counts["spilled bytes"] for counts in record["rows"][row.spec].values())
+    ]
     note = (
         "Counted in the machine code that Triton "
         f"{record['triton']} compiles, nothing timed: sm_80 / sm_90 / sm_100, sm_90 / sm_100 where a tile "
-        "does not fit into the first's shared memory; no kernel of the table spills. Instructions are those "
-        "of one thread. The ceiling is the share of a copy's bandwidth that the instructions allow at the "
-        f"published clocks and nine tenths of the published bandwidth ({machines}). "
+        f"does not fit into the first's shared memory; {', '.join(spilling) or 'no kernel of the table'} "
+        "spills. Instructions are those of one thread. The ceiling is the share of a copy's bandwidth that "
+        "the instructions allow at the published clocks and nine tenths of the published bandwidth "
+        f"({machines}). "
         f"`value_pool` has Q = {HEADS}; `python -m bench.kernel_counts` counts."
     )
     return "\n".join([*lines, "", note])
