@@ -426,10 +426,10 @@ def _pool_spec(
 
 VALUE_POOL = [
     _pool_spec("float32", 64, 1, weight=None, split=False, saved=False),
-    _pool_spec("float16", 64, 4, weight="float32", split=False, saved=True),
-    _pool_spec("float16", 1536, 1, weight="float32", split=True, saved=True),
+    _pool_spec("float16", 256, 4, weight="float32", split=False, saved=True),
+    _pool_spec("float16", 1024, 1, weight="float32", split=True, saved=True),
     _pool_spec("float32", 1536, 4, weight="float32", split=True, saved=False),
-    _pool_spec("float16", 3072, 4, query="float16", weight="float16", split=True, saved=True),
+    _pool_spec("float16", 512, 4, query="float16", weight="float16", split=True, saved=True),
     _pool_spec("bfloat16", 4096, 16, query="bfloat16", weight="float32", split=True, saved=True),
     _pool_spec("bfloat16", 5120, 16, query="bfloat16", weight="float32", split=True, saved=True),
     AotSpec(
@@ -502,9 +502,10 @@ _POINTERS = ("partial_ptr", "query_ptr", "norm_weight_ptr", "tokens_ptr", "grad_
 
 VALUE_POOL_BACKWARD = [
     _pool_grad_spec("float32", 64, 1, along=True, sums=True),
-    _pool_grad_spec("float16", 64, 4, along=False, sums=True),
+    _pool_grad_spec("float16", 256, 4, along=False, sums=True),
+    _pool_grad_spec("float16", 1024, 4, along=False, sums=True),
     _pool_grad_spec("float32", 1536, 4, along=True, sums=True),
-    _pool_grad_spec("float16", 3072, 4, along=True, sums=False),
+    _pool_grad_spec("float16", 512, 4, along=True, sums=False),
     _pool_grad_spec("bfloat16", 4096, 16, along=True, sums=True),
     _pool_grad_spec("bfloat16", 5120, 16, along=True, sums=True),
     _features_grad_spec("float32"),

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import sass
 from bench.aot_specifications import SHARED_BYTES, SPECIFICATIONS
+from lacfast.kernels import launch
 
 ARCHITECTURES = [80, 90, 100]
 MAX_REGISTERS = 128
@@ -21,6 +22,16 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="kernels under the interpreter are not compiled"
 )
 
+LAUNCHED = {
+    "normal_noise": ("normal_noise_kernel",),
+    "gaussian_step": ("gaussian_step_kernel",),
+    "step_log_prob": ("step_log_prob_kernel",),
+    "step_log_prob_backward": ("step_log_prob_backward_kernel",),
+    "ppo_loss": ("transition_sums_kernel",),
+    "ppo_loss_backward": ("transition_grad_kernel",),
+    "value_pool": ("pool_kernel", "pool_grad_kernel"),
+}
+"""Table of launches -> the kernels that are launched by it."""
 MEASURED = 90
 """The architecture of the GPUs that the device checks run on."""
 
@@ -55,6 +66,18 @@ def test_every_launched_kernel_has_a_spec(name: str) -> None:
     launched = re.findall(r"compiled\.run\(\s*(\w+)", text)
     assert "_kernel[" not in text, "launched beside what is compiled"
     assert set(launched) == {spec.kernel.__name__ for spec in SPECIFICATIONS[name]}
+
+
+@pytest.mark.parametrize("op", launch.names())
+def test_every_launch_of_the_tables_is_compiled(op: str) -> None:
+    specs = [spec for variants in SPECIFICATIONS.values() for spec in variants]
+    for kernel in LAUNCHED[op]:
+        found = [spec for spec in specs if spec.kernel.__name__ == kernel]
+        sizes = [(spec.constants(), spec.num_warps) for spec in found]
+        shapes = {
+            (each.get("BLOCK_N", each.get("BLOCK_L")), each.get("BLOCKS", 1), warps) for each, warps in sizes
+        }
+        assert set(launch.shapes(op)) <= shapes, kernel
 
 
 @pytest.mark.parametrize(("spec", "architecture"), list(cases()))
