@@ -47,6 +47,7 @@ ON_PAPER = (
 """Recipes of the table: what they send differs, by method, critic or kind of weights."""
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 """Columns of the table."""
+ROUNDS = 5
 ITERATIONS = 3
 """Timed ones of a process group, behind those that warm up."""
 WARM_UP = 2
@@ -167,11 +168,11 @@ def strong_text(recorded: dict[str, Any]) -> str:
     """What `strong` found, in a sentence."""
     result = recorded["strong"]
     first, *others = result["speed-up"]
-    faster = " and ".join(f"{count} {result['speed-up'][count]:.2f} times as fast" for count in others)
+    faster = " and ".join(f"{count} are {result['speed-up'][count]:.2f}" for count in others)
     return (
-        f"On a CPU with gloo, processes of one thread beside {first}: {faster} at an iteration of `shapes` "
-        f"({result['processor']}, {result['date']}, medians of {result['rounds']} rounds in turn of "
-        "`python -m bench.scaling`)."
+        "An iteration of `shapes` by processes of one thread on a CPU, with gloo: "
+        f"{faster} times as fast as {first} ({result['processor']}, {result['date']}, medians of "
+        f"{result['rounds']} rounds in turn of `python -m bench.scaling`)."
     )
 
 
@@ -201,12 +202,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--paper", action="store_true", help="count the recipes on many GPUs")
-    parser.add_argument("--apart", action="store_true", help="ranks that sample beside ranks that learn")
-    parser.add_argument("--rank", type=int, help="one process of a round, by the launcher, and rollout ranks")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="the first is the baseline")
+    kinds.add_argument("--paper", action="store_true", help="count the recipes on many GPUs")
+    kinds.add_argument("--apart", action="store_true", help="ranks that sample beside ranks that learn")
+    kinds.add_argument("--rank", type=int, help="one process of a round, by the launcher, and rollout ranks")
+    parser.add_argument("--rounds", type=int, help=f"{ROUNDS} by default")
     options = parser.parse_args(arguments)
+    if len(options.processes) < 2:
+        parser.error("--processes takes the baseline and at least one other number")
+    if options.rounds is not None and (options.paper or options.rank is not None):
+        parser.error("--rounds would be ignored: nothing is timed in rounds")
+    rounds = ROUNDS if options.rounds is None else options.rounds
+    if rounds < 1:
+        parser.error(f"--rounds {rounds} measures nothing; take 1 or more")
     if options.rank is not None:
         found = iteration(options.rank)
         if found is not None:
@@ -215,11 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.paper:
         print(paper_table(record(paper=paper())))
         return
-    how = {"processor": machine.label(torch.device("cpu")), "date": machine.today(), "rounds": options.rounds}
+    how = {"processor": machine.label(torch.device("cpu")), "date": machine.today(), "rounds": rounds}
     if options.apart:
-        print(apart_text(record(apart=how | {"found": apart(options.rounds)})))
+        print(apart_text(record(apart=how | {"found": apart(rounds)})))
     else:
-        print(strong_text(record(strong=how | {"speed-up": strong(options.processes, options.rounds)})))
+        print(strong_text(record(strong=how | {"speed-up": strong(options.processes, rounds)})))
 
 
 if __name__ == "__main__":

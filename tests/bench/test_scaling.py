@@ -21,7 +21,27 @@ def test_a_speed_up_is_the_median_of_the_ratios_within_rounds(
     scaling.main(["--rounds", "3"])
     found = json.loads(scaling.RESULT.read_text(encoding="utf-8"))
     assert found["strong"]["speed-up"] == {"1": 1.0, "2": 1.5}
-    assert capsys.readouterr().out.strip() == scaling.strong_text(found)
+    written = capsys.readouterr().out.strip()
+    assert written == scaling.strong_text(found)
+    assert "2 are 1.50 times as fast as 1 (" in written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--paper", "--apart"], "not allowed with"),
+        (["--apart", "--processes", "1", "4"], "not allowed with"),
+        (["--paper", "--rounds", "3"], "--rounds would be ignored"),
+        (["--processes", "2"], "at least one other number"),
+        (["--rounds", "0"], "measures nothing"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        scaling.main(arguments)
+    assert reason in capsys.readouterr().err
 
 
 def test_one_process_measures_an_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
