@@ -112,8 +112,8 @@ def test_a_part_runs_on_a_pretended_device(
 ) -> None:
     """What a part starts as a process runs in this one, whose device is pretended.
 
-    Not "kernels", which calls Triton's driver, nor "iteration", whose peers run under autocast: that casts
-    beneath what pretends.
+    Not "kernels", which calls Triton's driver, nor "iteration", whose rounds beside the peers' loops take
+    minutes here.
     """
 
     def here(arguments: list[str], seconds: float) -> tuple[int | None, str]:
