@@ -243,6 +243,7 @@ def blocks() -> dict[str, str]:
         "ocr": (ocr.RESULT, ocr.table),
         "kernel-counts": (kernel_counts.RESULT, kernel_counts.table),
         "ranks-on-paper": (scaling.RESULT, scaling.paper_table),
+        "ranks-strong": (scaling.RESULT, scaling.strong_text),
         "ranks-apart": (scaling.RESULT, scaling.apart_text),
     }
     read = {

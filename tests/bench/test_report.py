@@ -17,7 +17,7 @@ def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
     blocks = report.blocks()
     names = {"proof", "demo", "figures", "kernels", "kernel-counts", "iteration", "costs", "host-work"}
     names |= {"kernels-avx2", "kernels-avx512", "memory", "allocations", "ocr"}
-    names |= {"ranks-apart", "ranks-on-paper"}
+    names |= {"ranks-apart", "ranks-on-paper", "ranks-strong"}
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
     assert not json.loads((report.RECORD / "summary.json").read_text(encoding="utf-8"))["quick"]
