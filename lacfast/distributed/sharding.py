@@ -268,7 +268,8 @@ def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tens
     # In float64 a square neither overflows nor vanishes.
     square = nn.utils.get_total_norm(own).double().square()
     mesh: Any = divided[0].device_mesh  # type: ignore[attr-defined]
-    distributed.all_reduce(square, group=mesh.get_group(SHARD))
+    with World.current().waiting("the norm of the sharded gradients", aloud=False):
+        distributed.all_reduce(square, group=mesh.get_group(SHARD))
     if whole:
         square += nn.utils.get_total_norm(whole).double().square()
     norm = square.sqrt().to(own[0].dtype)
