@@ -6,7 +6,7 @@
     python bench/gpu_check.py --only tune              also changes kernels/launches.json
     python bench/gpu_check.py --only learning          a slice of the learning runs; call it again to go on
     python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
-    python bench/gpu_check.py --tiny                   the same on a GPU, in a minute or two
+    python bench/gpu_check.py --tiny --only kernels,profile    the same of some parts on a GPU
 
 Each part is a process of its own with a time limit, so one that crashes costs the others nothing. The result
 is written after every part, to bench/results/GPU-DATE.json by default; the table comes last. Exit code 1 says
@@ -298,6 +298,10 @@ DEFAULT_PARTS = ("tests", "kernels", "profile")
 takes hours in slices, so these run only when they are asked for."""
 
 
+TINY_PARTS = ("kernels", "learning", "profile")
+"""Those that have sizes of a rehearsal on a GPU too."""
+
+
 def check(
     names: list[str], setting: Setting, out: Path, parts: dict[str, Callable[[Setting], Part]]
 ) -> dict[str, Part]:
@@ -363,7 +367,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--seconds", type=float, default=540.0, help="limit of each part")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options.add_argument("--tiny", action="store_true", help="sizes of a rehearsal; always so on a CPU")
+    options.add_argument(
+        "--tiny",
+        action="store_true",
+        help=f"sizes of a rehearsal, of {', '.join(TINY_PARTS)}; always so on a CPU",
+    )
     options.add_argument("--out", type=Path, help="JSON; default bench/results/GPU-DATE.json")
     options.add_argument(
         "--learning",
@@ -377,6 +385,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    full_only = [name for name in options.only if name not in TINY_PARTS]
+    if options.tiny and options.device == "cuda" and full_only:
+        known = ", ".join(TINY_PARTS)
+        print(
+            f"gpu_check: --tiny would be ignored by {', '.join(full_only)} on a GPU; name parts of {known} "
+            "with --only, or use --device cpu",
+            file=sys.stderr,
+        )
+        return 2
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: no CUDA device here; --device cpu rehearses with tiny sizes", file=sys.stderr)
         return 2

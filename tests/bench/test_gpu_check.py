@@ -112,8 +112,7 @@ def test_a_part_runs_on_a_pretended_device(
 ) -> None:
     """What a part starts as a process runs in this one, whose device is pretended.
 
-    Not "kernels", which calls Triton's driver, nor "iteration", whose rounds beside the peers' loops take
-    minutes here.
+    Not "kernels", which calls Triton's driver, nor "iteration", which is of full-size models there.
     """
 
     def here(arguments: list[str], seconds: float) -> tuple[int | None, str]:
@@ -176,6 +175,11 @@ def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         gpu_check.parser().parse_args(["--only", "everything"])
     assert "'kernels'" in capsys.readouterr().err
     assert gpu_check.parser().parse_args([]).only == list(gpu_check.DEFAULT_PARTS)
+
+
+def test_tiny_sizes_are_refused_for_parts_that_have_none_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.main(["--tiny", "--only", "kernels,update"]) == 2
+    assert "--tiny would be ignored by update on a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [["sampling,update,iteration"], ["sampling", "update,", "iteration"]])
