@@ -20,7 +20,8 @@ import torch
 import triton
 
 from bench import roofline, sass
-from bench.aot_specifications import SPECIFICATIONS, AotSpec
+from bench.aot_spec import AotSpec
+from bench.aot_specifications import SPECIFICATIONS
 from lacfast.kernels import value_pool_tiles
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernel-counts.json"

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.aot_specifications import AotSpec
+from bench.aot_spec import AotSpec
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}, 64, 32

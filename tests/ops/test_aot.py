@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from bench import sass
-from bench.aot_specifications import SHARED_BYTES, SPECIFICATIONS
+from bench.aot_spec import SHARED_BYTES
+from bench.aot_specifications import SPECIFICATIONS
 from lacfast.kernels import launch
 
 ARCHITECTURES = [80, 90, 100]
