@@ -2,8 +2,7 @@
 
 python -m bench.costs      counts and writes bench/results/costs.json, which `bench.report` shows
 
-Operations are what torch dispatches, kernels those among them that are no views. FLOPs are per image of one
-iteration.
+Operations are what torch dispatches, kernels those that are no views. FLOPs are per image of an iteration.
 """
 
 from __future__ import annotations
