@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lacfast.report.records import Records, average, phase, read_metrics, recent
 
 METRICS = "metrics.jsonl"
 SETTINGS = "run.json"
+PATIENCE_SECONDS = 600.0
+"""Without a line for less than this no run is thought to have ended."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,25 @@ class Progress:
     """Speed of the last iterations, rewards included; NaN before the first."""
     seconds_left: float
     """At the speed of the last iterations, without evaluations; NaN where it cannot be told."""
+    iteration_seconds: float
+    """Of the last iterations; NaN before the first."""
     pretraining: int
     """Iterations of value pretraining that are done."""
 
     @property
     def is_done(self) -> bool:
         return self.planned is not None and self.iteration >= self.planned
+
+
+def silence(directory: Path, found: Progress) -> float:
+    """Seconds since a run's last line, where they are more than it could need for one; 0 otherwise.
+
+    An evaluation is given the time of ten iterations, what nothing is known of ten minutes.
+    """
+    usual = 10 * found.iteration_seconds if math.isfinite(found.iteration_seconds) else 0.0
+    metrics = directory / METRICS
+    since = time.time() - metrics.stat().st_mtime if metrics.is_file() else 0.0
+    return since if since > max(usual, PATIENCE_SECONDS) and not found.is_done else 0.0
 
 
 def read_run(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -73,6 +89,7 @@ def progress(records: Records, settings: dict[str, Any]) -> Progress:
         images=images,
         images_per_second=_per_iteration(train, settings) / seconds if seconds > 0 else math.nan,
         seconds_left=math.nan if planned is None else max(int(planned) - iteration, 0) * seconds,
+        iteration_seconds=seconds if seconds > 0 else math.nan,
         pretraining=len(phase(records, "value_pretraining")),
     )
 

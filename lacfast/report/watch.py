@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lacfast.report.diagnostics import findings
-from lacfast.report.progress import Progress, duration, progress, read_run
+from lacfast.report.progress import Progress, duration, progress, read_run, silence
 from lacfast.report.records import Record, Records, average, named, phase, recent
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -75,6 +75,8 @@ def _state(directory: Path, found: Progress) -> Text:
         line.append(f", {found.images_per_second:.3g} images/s", style="not bold")
     if found.is_done:
         line.append(", done", style="green")
+    elif silent := silence(directory, found):
+        line.append(f", no line for {duration(silent)}: it has ended, or hangs", style="not bold red")
     elif math.isfinite(found.seconds_left):
         line.append(f", {duration(found.seconds_left)} left", style="not bold")
     return line

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,17 @@ def test_value_pretraining_shows_before_any_iteration(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(screen(tmp_path / "run", records, {}))
     assert "value pretraining, iteration 3" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_ended_early_has_no_time_left(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"train": {"iterations": 606, "batch_size": 128}}')
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for seconds, told in ((300, "30 min"), (7300, "no line for 2 h 1 min: it has ended, or hangs")):
+        os.utime(metrics, (time.time() - seconds, time.time() - seconds))
+        text = " ".join(shown(tmp_path / "run", width=200).split())
+        assert told in text
+        assert (" left" in text) == (seconds == 300)
 
 
 def test_a_watched_run_is_shown_until_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
