@@ -32,7 +32,7 @@ class Progress:
     seconds_left: float
     """At the speed of the last iterations, without evaluations; NaN where it cannot be told."""
     iteration_seconds: float
-    """Of the last iterations; NaN before the first."""
+    """Seconds of an iteration, the mean of the last ones; NaN before the first."""
     pretraining: int
     """Iterations of value pretraining that are done."""
 
