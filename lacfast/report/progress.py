@@ -11,6 +11,7 @@ from typing import Any
 
 from lacfast.config.checks import require
 from lacfast.report.records import Records, average, phase, read_metrics, recent
+from lacfast.runtime.directories import LOCK
 
 METRICS = "metrics.jsonl"
 SETTINGS = "run.json"
@@ -47,21 +48,24 @@ def silence(directory: Path, found: Progress) -> float:
     An evaluation is given the time of ten iterations, what nothing is known of ten minutes.
     """
     usual = 10 * found.iteration_seconds if math.isfinite(found.iteration_seconds) else 0.0
-    metrics = directory / METRICS
-    since = time.time() - metrics.stat().st_mtime if metrics.is_file() else 0.0
+    metrics, lock = directory / METRICS, directory / LOCK
+    last = metrics if metrics.is_file() else lock
+    since = time.time() - last.stat().st_mtime if last.is_file() else 0.0
     return since if since > max(usual, PATIENCE_SECONDS) and not found.is_done else 0.0
 
 
 def read_run(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, and its settings, {} where there are none.
+    """The lines of a run's metrics.jsonl, [] before the first, and its settings, {} where there are none.
 
     Raises:
-        ValueError: when the directory holds no metrics, or other settings than a run's.
+        ValueError: when the directory holds neither metrics nor the lock of a run that has begun, or other
+            settings than a run's.
     """
     metrics, settings = directory / METRICS, directory / SETTINGS
-    if not metrics.is_file():
+    if not metrics.is_file() and not (directory / LOCK).is_file():
         raise ValueError(f"{directory} holds no {METRICS}; give the directory of a training run")
-    return read_metrics(metrics), _settings(settings) if settings.is_file() else {}
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    return lines, _settings(settings) if settings.is_file() else {}
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@
       if (seen !== null && now !== seen) {
         const page = new DOMParser().parseFromString(await (await fetch(".")).text(), "text/html");
         const open = [...document.querySelectorAll("details")].map((each) => each.open);
-        document.querySelector("main").replaceWith(page.querySelector("main"));
+        // The page that waits for a first iteration has fewer rules.
+        for (const part of ["style", "main"]) document.querySelector(part).replaceWith(page.querySelector(part));
         document.querySelectorAll("details").forEach((each, index) => { each.open = open[index] ?? false; });
         document.title = page.title;
       }

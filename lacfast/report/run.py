@@ -21,6 +21,10 @@ SHOWN_PICTURES = 6
 """Grids of images, evenly spaced over the run."""
 
 
+class NothingYetError(ValueError):
+    """A run has no page before its first iteration."""
+
+
 def write_run_report(directory: Path) -> Path:
     """Write report.html into the directory of a run; returns the page's path.
 
@@ -66,11 +70,14 @@ def render(name: str, records: Records, pictures: Sequence[Path], settings: dict
         settings: nested configuration.
 
     Raises:
-        ValueError: for a run that has not finished an iteration.
+        NothingYetError: for a run that has not finished an iteration.
     """
     train, evaluations = phase(records, "train"), phase(records, "evaluate")
     if not train:
-        raise ValueError("the run has not finished an iteration, so there is nothing to report yet")
+        raise NothingYetError(
+            "the run has not finished an iteration, so there is nothing to report yet; lacfast watch shows "
+            "what it does, and --serve the page as soon as there is one"
+        )
     found, prompts = findings(records), _prompts(pictures)
     return fill(
         "run.html",

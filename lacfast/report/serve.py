@@ -5,13 +5,15 @@ from __future__ import annotations
 import secrets
 import sys
 import threading
+from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lacfast.report.page import fill
 from lacfast.report.progress import METRICS, read_run
-from lacfast.report.run import render_run
+from lacfast.report.run import NothingYetError, render_run
 
 HOST = "127.0.0.1"
 """Nobody else on the network reads it; `ssh -L` brings it to another machine."""
@@ -59,15 +61,19 @@ class RunServer(ThreadingHTTPServer):
     def stamp(self) -> str:
         """Differs when the metrics or the pictures do."""
         files = [self.directory / METRICS, *(self.directory / "samples").glob("*.png")]
-        found = [path.stat() for path in files]
-        return f"{max(each.st_mtime_ns for each in found)}-{sum(each.st_size for each in found)}"
+        found = [path.stat() for path in files if path.exists()]
+        return f"{max((each.st_mtime_ns for each in found), default=0)}-{sum(each.st_size for each in found)}"
 
     def page(self) -> str:
-        """The page of now, which is drawn once for every stamp."""
+        """The page of now, which is drawn once for every stamp; before the first iteration one that waits."""
         with self._lock:
             stamp = self.stamp()
             if self._page[0] != stamp:
-                self._page = (stamp, render_run(self.directory))
+                try:
+                    self._page = (stamp, render_run(self.directory))
+                except NothingYetError:
+                    name = escape(self.directory.resolve().name)
+                    self._page = (stamp, fill("waiting.html", name=name))
             return self._page[1]
 
 

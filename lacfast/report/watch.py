@@ -32,7 +32,7 @@ def watch(directory: Path, *, interval: float, console: Console | None = None) -
         console: where it shows. None: the terminal.
 
     Raises:
-        ValueError: when the directory holds no metrics.
+        ValueError: when the directory holds no run.
     """
     console = console or Console()
     records, settings = read_run(directory)
@@ -47,12 +47,10 @@ def watch(directory: Path, *, interval: float, console: Console | None = None) -
 
 
 def screen(directory: Path, records: Records, settings: dict[str, Any]) -> RenderableType:
-    """What `lacfast watch` shows of a run."""
+    """What `lacfast watch` shows of a run; what a low terminal has no room for is cut from the end."""
     train = phase(records, "train")
     found = findings(records)
-    parts: list[RenderableType] = [_state(directory, progress(records, settings)), _curves(records, train)]
-    if train and len(_steps(train[-1], "explained_variance")) > 1:
-        parts.append(_per_step(train))
+    parts: list[RenderableType] = [_state(directory, progress(records, settings), has_lines=bool(records))]
     for finding in found:
         # Names of rewards may hold brackets, which are no markup here.
         told = Text(f"! {finding.title}", style="bold yellow")
@@ -61,12 +59,20 @@ def screen(directory: Path, records: Records, settings: dict[str, Any]) -> Rende
         parts.append(told)
     if train and not found:
         parts.append(Text("none of the known signatures of failure", style="green"))
+    parts.append(_curves(records, train))
+    if train and len(_steps(train[-1], "explained_variance")) > 1:
+        parts.append(_per_step(train))
     return Group(*parts)
 
 
-def _state(directory: Path, found: Progress) -> Text:
+def _state(directory: Path, found: Progress, *, has_lines: bool) -> Text:
     planned = "" if found.planned is None else f" of {found.planned:,}"
     line = Text(directory.resolve().name, style="bold")
+    if not has_lines:
+        line.append("  has begun and written no line yet: it loads or makes its model", style="not bold")
+        if silent := silence(directory, found):
+            line.append(f", for {duration(silent)}: it has ended, or hangs", style="not bold red")
+        return line
     if found.iteration == 0 and found.pretraining:
         line.append(f"  value pretraining, iteration {found.pretraining:,}", style="not bold")
         return line

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lacfast.cli import main
 from lacfast.report.progress import duration, progress
+from lacfast.report.serve import RunServer
 from lacfast.report.watch import WIDTH, screen, sparkline, watch
 from tests.report.test_diagnostics import iteration
 from tests.report.test_run import write_run
@@ -43,6 +44,61 @@ def test_a_finding_stands_with_its_remedy_and_names_are_no_markup(tmp_path: Path
     assert "! The first ratio is not 1 (iteration 1)" in text
     assert "attention backend" in text
     assert "[red]x[/red]" in text
+
+
+def test_a_finding_stands_above_the_curves_where_a_low_terminal_cuts_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", first_max_abs_log_ratio=1e-3)
+    text = shown(tmp_path / "run")
+    assert text.index("The first ratio is not 1") < text.index("over the iterations")
+
+
+def begun(directory: Path) -> Path:
+    """A run that has written its settings and no line."""
+    directory.mkdir()
+    (directory / "run.lock").touch()
+    (directory / "run.json").write_text('{"train": {"iterations": 6, "batch_size": 128}}', encoding="utf-8")
+    return directory
+
+
+def test_a_run_without_a_line_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = begun(tmp_path / "run")
+    assert "run has begun and written no line yet" in " ".join(shown(directory).split())
+    write_run(tmp_path / "other")
+
+    def writes(seconds: float) -> None:
+        (tmp_path / "other" / "metrics.jsonl").rename(directory / "metrics.jsonl")
+
+    monkeypatch.setattr("lacfast.report.watch.time.sleep", writes)
+    out = io.StringIO()
+    watch(directory, interval=1.0, console=Console(file=out, width=80, force_terminal=True))
+    assert "no line yet" in out.getvalue()
+    assert "iteration 6 of 6" in out.getvalue()
+
+
+def test_a_run_that_died_before_its_first_line_is_told_from_one_that_loads(tmp_path: Path) -> None:
+    directory = begun(tmp_path / "run")
+    os.utime(directory / "run.lock", (time.time() - 7300, time.time() - 7300))
+    assert "for 2 h 1 min: it has ended, or hangs" in " ".join(shown(directory).split())
+
+
+def test_a_page_that_is_served_waits_for_the_first_iteration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = begun(tmp_path / "run")
+    assert main(["report", str(directory)]) == 2
+    Refusal(
+        "the run has not finished an iteration",
+        cause="A report of a run that has just begun.",
+        remedy="lacfast watch shows what it does",
+    ).check(capsys.readouterr().err)
+    server = RunServer(directory, 0)
+    try:
+        assert "No iteration is done yet" in server.page()
+        write_run(tmp_path / "other")
+        (tmp_path / "other" / "metrics.jsonl").rename(directory / "metrics.jsonl")
+        assert "6 iterations" in server.page()
+    finally:
+        server.server_close()
 
 
 def test_value_pretraining_shows_before_any_iteration(tmp_path: Path) -> None:
