@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lacfast.report.records import Record, Records, average, named, phase
 
@@ -26,6 +27,8 @@ _INK = "#010203"
 GRID = "#8b949e"
 _LEGEND_CHARACTERS = 45
 """Characters of labels that fit beside each other."""
+_LONGEST_LABEL = 40
+"""Characters of a label that fit; of a longer one both ends are shown."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lacfast",
@@ -173,12 +176,13 @@ def _curves(
             line = running_mean(values) if smooth else values
             # A single point makes no line.
             marker = "o" if len(values) == 1 else None
-            axes.plot(iterations, line, color=colour, linewidth=2, label=title, marker=marker)
+            axes.plot(iterations, line, color=colour, linewidth=2, label=_label(title), marker=marker)
         if level is not None:
             axes.axhline(level, color=GRID, linewidth=0.9, linestyle="--")
         if log:
             axes.set_yscale("log")
         axes.set(xlabel="iteration", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return svg(draw, legend=any(names))
 
@@ -197,7 +201,7 @@ def _reliability(bins: dict[str, Values]) -> str:
                 markersize=4,
                 linewidth=1.2,
                 elinewidth=0.8,
-                label=name,
+                label=_label(name),
             )
         reached = np.concatenate([found[0] for found in bins.values()])
         ends = [float(reached.min()), float(reached.max())]
@@ -248,6 +252,7 @@ def _bounded_variance(evaluation: Record, bounded: Records) -> str:
                 axes.plot(steps, bound, "--", color=colour, linewidth=1.2, label=name)
         axes.axhline(0, color=GRID, linewidth=0.7)
         axes.set(xlabel="denoising step (1: pure noise)", ylabel="explained variance")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return svg(draw)
 
@@ -256,6 +261,14 @@ def running_mean(values: Values) -> Values:
     """Mean over the last tenth of the run, at most what there is."""
     window = max(len(values) // 10, 1)
     return np.array([values[max(end - window, 0) : end].mean() for end in range(1, len(values) + 1)])
+
+
+def _label(name: str) -> str:
+    """A reward's name as a legend shows it; matplotlib leaves out what begins with an underscore."""
+    if len(name) > _LONGEST_LABEL:
+        half = _LONGEST_LABEL // 2
+        name = f"{name[:half]}…{name[-half:]}"
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
@@ -272,9 +285,12 @@ def svg(draw: Callable[[Axes], None], *, legend: bool = True) -> str:
             place = (-0.02, 1.0)
             longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
             columns = min(max(_LEGEND_CHARACTERS // longest, 1), 3)
-            axes.legend(
+            shown = axes.legend(
                 loc="lower left", bbox_to_anchor=place, borderaxespad=0, ncols=columns, columnspacing=1.2
             )
+            for text in shown.get_texts():
+                # A reward's name with two dollar signs is no formula.
+                text.set_parse_math(False)
         buffer = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)

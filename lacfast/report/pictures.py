@@ -142,7 +142,8 @@ def comparison(gallery: Gallery) -> Figure:
                 spine.set(edgecolor=colour, linewidth=2)
         axis_row[0].set_ylabel(title.replace(", ", ",\n"), fontsize=9)
     for axis, index in zip(axes[0], rows, strict=True):
-        axis.set_title("\n".join(textwrap.wrap(gallery.prompts[index], 16)), fontsize=7.5)
+        # A prompt with two dollar signs is no formula.
+        axis.set_title("\n".join(textwrap.wrap(gallery.prompts[index], 16)), fontsize=7.5, parse_math=False)
     return figure
 
 

@@ -33,7 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two runs with other settings, whose names and prompts would be markup if nothing escaped them."""
     root = tmp_path_factory.mktemp("runs")
     for name, rate in (("plain", 3e-4), ("<b>bold", 1e-3)):
-        write_run(root / name, first_max_abs_log_ratio=rate, **{f"reward/{HOSTILE}": 0.5})
+        rewards = {f"reward/{HOSTILE}": 0.5, f"reward/{'a_long_name' * 6}": 0.5}
+        write_run(root / name, first_max_abs_log_ratio=rate, **rewards)
         settings = {"train": {"iterations": 6, "batch_size": 128, "rate": rate}, "prompts": HOSTILE}
         (root / name / "run.json").write_text(json.dumps(settings), encoding="utf-8")
         picture = contact_sheet(torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0)))

@@ -12,6 +12,8 @@ from PIL import Image
 
 from lacfast.report.pictures import (
     GRID_IMAGES,
+    Gallery,
+    comparison,
     contact_sheet,
     prompts_of,
     save_sample,
@@ -65,3 +67,12 @@ def test_an_image_is_a_png_and_a_video_plays(tmp_path: Path) -> None:
             mean = np.asarray(found.convert("RGB")).mean() / 255
             assert abs(mean - number / 3) < 0.02
         assert found.info["duration"] == 62
+
+
+def test_a_prompt_that_names_prices_is_no_formula() -> None:
+    gallery = Gallery(["a $5_x and a $6^2"], {"before": (torch.zeros(1, 3, 4, 4), torch.ones(1))})
+    figure = comparison(gallery)
+    (axis,) = figure.axes
+    assert axis.title.get_text() == "a $5_x and a\n$6^2"
+    # What draws it, instead of a formula.
+    assert axis.title._preprocess_math(axis.title.get_text())[1] is False

@@ -148,6 +148,16 @@ def test_long_names_stand_below_each_other_in_a_legend(tmp_path: Path) -> None:
     assert len({place[2] for place in places if place}) == 2
 
 
+def test_a_reward_s_name_is_no_formula_is_not_left_out_and_fits(tmp_path: Path) -> None:
+    names = {"reward/$a_1$": 0.5, "reward/_own": 0.25, f"reward/{'long' * 20}": 0.1}
+    write_run(tmp_path / "run", evaluations=0, **names)
+    text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    (chart,) = re.findall(r"<h3>Rewards that train</h3>.*?</svg>", text, re.DOTALL)
+    assert "$a_1$" in chart
+    assert ">\u200b_own<" in chart
+    assert f">{'long' * 5}…{'long' * 5}<" in chart
+
+
 def test_the_headline_says_which_way_it_went() -> None:
     train = [iteration(1), iteration(2)]
     assert headline([evaluation(0, quality=0.6), evaluation(2, quality=0.25)], train) == (
