@@ -32,10 +32,11 @@ PromptSource = str | Path | Iterable[PromptEntry] | Callable[[], Iterable[Prompt
 
 _FORMATS = (
     "a .txt file (one prompt per line), a .jsonl file (one {'prompt': ..., ...} per line), a .parquet file, "
-    "a directory that datasets.save_to_disk wrote, or hub:OWNER/NAME"
+    "a directory that datasets.save_to_disk wrote, or hub:OWNER/NAME; FILE,column=NAME says what holds them"
 )
 HUB = "hub:"
 """What the name of a data set of the hub begins with."""
+_COLUMN = ",column="
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,12 @@ def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") ->
     A whole row becomes the prompt's metadata, so that a reward or its server finds every key.
 
     Args:
-        source: where the prompts are.
+        source: where the prompts are; a path may end in ",column=NAME", which wins over `column`.
         column: the key or column that holds the caption.
 
     Raises:
-        ValueError: for a path that does not exist, an unknown format, a data set that cannot be loaded, or a
-            bad line, which is named by file and number.
+        ValueError: for a path that does not exist, an unknown format, a column of lines of text, a data set
+            that cannot be loaded, or a bad line, which is named by file and number.
         ImportError: when the format's optional package is missing, with the command that installs it.
     """
     if isinstance(source, PromptSet):
@@ -161,12 +162,22 @@ def load_prompts(source: PromptSet | PromptSource, *, column: str = "prompt") ->
         found = HubDataset.named(source.removeprefix(HUB), column)
         return _collected(found.rows(), column=found.column, origin=source)
     if isinstance(source, str | Path):
-        return _collected(_read(Path(source), column), column=column, origin=str(source))
+        path, named = path_and_column(str(source))
+        column = named or column
+        if named and path.suffix.lower() == ".txt":
+            raise ValueError(f"column={named} would be ignored: {path} has a prompt per line; leave it out")
+        return _collected(_read(path, column), column=column, origin=str(source))
     entries = source() if callable(source) else source
     origin = getattr(source, "__name__", "") if callable(source) else ""
     return _collected(
         ((f"entry {index}", entry) for index, entry in enumerate(entries)), column=column, origin=origin
     )
+
+
+def path_and_column(source: str) -> tuple[Path, str]:
+    """The two of "FILE,column=NAME"; "" where no column is named."""
+    path, comma, column = source.rpartition(_COLUMN)
+    return (Path(path), column) if comma and path and column else (Path(source), "")
 
 
 def _read(path: Path, column: str) -> Iterator[tuple[str, PromptEntry]]:

@@ -14,6 +14,7 @@ from refusals import Refusal
 
 import lacfast
 from lacfast.prompts import PromptSet, load_prompts
+from lacfast.runs.steer import prompts_to_steer
 
 PROMPTS = PromptSet.create([f"prompt {index}" for index in range(7)])
 GENEVAL = {
@@ -156,7 +157,21 @@ def test_a_bad_line_is_named_with_its_file(
 
 
 def test_another_key_may_hold_the_caption(tmp_path: Path) -> None:
-    assert load_prompts(written(tmp_path / "p.jsonl", '{"text": "a"}'), column="text").texts == ["a"]
+    path = written(tmp_path / "p.jsonl", '{"text": "a", "other": "b"}')
+    assert load_prompts(path, column="text").texts == ["a"]
+    assert load_prompts(f"{path},column=other").texts == ["b"]
+    assert load_prompts(f"{path},column=other", column="text").texts == ["b"]
+    assert prompts_to_steer([f"{path},column=text"], 0).metadata == [{"text": "a", "other": "b"}]
+
+
+def test_lines_of_text_have_no_column(tmp_path: Path) -> None:
+    path = written(tmp_path / "p.txt", "a cat")
+    with Refusal(
+        "column=text would be ignored",
+        cause="A column of a file with a prompt per line.",
+        remedy="leave it out",
+    ).raised():
+        load_prompts(f"{path},column=text")
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
@@ -218,6 +233,7 @@ def test_real_datasets_and_parquet_are_read(tmp_path: Path) -> None:
     rows.to_parquet(tmp_path / "p.parquet")
     expected = [{"prompt": "a", "number": 1}, {"prompt": "b", "number": 2}]
     assert load_prompts(tmp_path / "saved").metadata == expected
+    assert load_prompts(f"{tmp_path / 'p.parquet'},column=prompt").texts == ["a", "b"]
     assert load_prompts(tmp_path / "p.parquet").metadata == expected
 
 

@@ -99,8 +99,8 @@ class RunConfig(Config):
     """Directory or hub id of a diffusers pipeline; "shapes-dit", "glyphs-dit", "words-dit" and the same with
     "-unet" are made on the spot."""
     prompts: str
-    """A .txt, .jsonl or .parquet file, a `datasets` directory, "hub:OWNER/NAME,column=prompt,split=train", or
-    "animals", "shapes", "glyphs", "words"."""
+    """A .txt, .jsonl or .parquet file, a `datasets` directory, "hub:OWNER/NAME,split=train", any of them with
+    ",column=NAME"; or "animals", "shapes", "glyphs", "words"."""
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
     rewards: tuple[tuple[str, Finite], ...]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lacfast.backbones import load_backbone
 from lacfast.config import SamplerConfig, to_json
 from lacfast.distributed import World
-from lacfast.prompts import HUB, PromptSet
+from lacfast.prompts import HUB, PromptSet, path_and_column
 from lacfast.report.pictures import contact_sheet, save_sample
 from lacfast.rewards.frames import JUDGED_FRAMES, judged_frames
 from lacfast.rewards.registry import RewardSet
@@ -41,7 +41,8 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
         ValueError: for no prompt, or a file that does not exist.
     """
     first = prompts[0] if prompts else ""
-    is_file = first.endswith(PROMPT_FILES) or (first and Path(first).exists())
+    path, _ = path_and_column(first)
+    is_file = path.suffix in PROMPT_FILES or (first and path.exists())
     is_source = first in PROMPT_SOURCES or first.startswith(HUB) or is_file
     if is_source and len(prompts) > 1:
         raise ValueError(f"--prompts takes one source or texts, not {first!r} and {len(prompts) - 1} more")
