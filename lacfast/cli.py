@@ -218,7 +218,16 @@ def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Str
         except ValueError as error:
             raise _SettingsError(str(error)) from error
 
-    return replace(whole, instantiate=made)
+    return replace(whole, fields=tuple(map(_told_default, whole.fields)), instantiate=made)
+
+
+def _told_default(field: Any) -> Any:
+    """A field of a structure whose help says "none" of a default that has no words, and would say nothing."""
+    if field.default != ():
+        return field
+    annotated: Any = Annotated
+    hint = tyro.conf.arg(help_behavior_hint="(default: none)")
+    return replace(field, type=annotated[field.type, hint])
 
 
 def _page(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.ConstructorRegistry:
@@ -237,7 +246,7 @@ def _page(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.Constructo
         assert isinstance(whole, tyro.constructors.StructConstructorSpec)
         hidden: Any = tyro.conf.Suppress
         fields = (
-            field if field.name in names else replace(field, type=hidden[field.type])
+            _told_default(field) if field.name in names else replace(field, type=hidden[field.type])
             for field in whole.fields
         )
         return replace(whole, fields=tuple(fields))

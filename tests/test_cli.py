@@ -123,6 +123,17 @@ def test_help_is_80_columns_wide_and_a_topic_one_screen(
     assert "Two to six runs. (required)" in help_of(["compare", "--help"], capsys)
 
 
+def test_help_says_none_of_a_default_that_is_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["train", "sd15-ddpo", "--help", "run"],
+        ["train", "sd15-ddpo", "--help-all"],
+        ["steer", "-h"],
+    ):
+        printed = help_of(words, capsys)
+        assert "(default: none)" in printed
+        assert "(default: )" not in printed
+
+
 def test_help_of_a_topic_has_its_settings_alone(capsys: pytest.CaptureFixture[str]) -> None:
     printed = help_of(["train", "sd15-ddpo", "--help", "optimizer"], capsys)
     flags = set(re.findall(r"^\W --(\w[\w.-]*)", printed, re.MULTILINE))
