@@ -190,10 +190,13 @@ def test_a_recipe_that_is_not_there_is_refused(source: str, refused: Refusal) ->
 
 FAMILIES = {
     "stable-diffusion-v1": "sd15",
+    "stable-diffusion-xl": "sdxl",
     "stable-diffusion-3.5": "sd3",
     "FLUX.1": "flux",
     "FLUX.2-klein": "flux2_klein",
     "Qwen-Image": "qwen_image",
+    "SANA": "sana",
+    "PixArt-Sigma": "pixart",
     "Z-Image": "z_image",
     "Wan2.1": "wan",
 }
