@@ -43,6 +43,19 @@ def test_the_page_s_code_runs_where_the_trainer_s_dependencies_are_not() -> None
     assert "reference" in result.stdout
 
 
+def test_importing_them_brings_no_module_of_another_package_but_torch_s() -> None:
+    """What it takes beyond torch, counted: time would depend on what else the machine does."""
+    script = (
+        "import sys, torch; before = set(sys.modules); import lacfast.ops; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = result.stdout.split()
+    assert [name for name in found if name.partition(".")[0] != "lacfast"] == []
+    assert "lacfast.ops.gaussian_step" in found
+    assert len(found) <= 60
+
+
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     script = runpy.run_path(str(ROOT / "examples" / "kernels_hub.py"))
