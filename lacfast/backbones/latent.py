@@ -32,9 +32,10 @@ from lacfast.backbones.prompt_trunks import PromptTap
 from lacfast.backbones.quantization import QUANTIZERS, QuantizedLinears, quantized_copy
 from lacfast.backbones.scheduler_choice import is_flow
 from lacfast.backbones.schedulers import from_scheduler
-from lacfast.backbones.trunks import CopyTrunk, JointTrunk, LoRATrunk, SharedTrunk
+from lacfast.backbones.trunks import CopyTrunk, LoRATrunk, SharedTrunk
 from lacfast.checkpoint import load_in_place
 from lacfast.config import TAPPED_TRUNKS, CriticConfig, LoRAConfig, SamplerConfig
+from lacfast.config.critic import WEIGHTLESS_TRUNKS
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk, registered_trunk
 from lacfast.distributed.sharding import Divider, Divisible
@@ -208,10 +209,8 @@ class LatentBackbone(ABC):
         return registered_trunk(self, config)
 
     def _tapped_trunk(self, config: CriticConfig, shared: SharedTrunk) -> Trunk:
-        if config.trunk == "shared":
+        if config.trunk in WEIGHTLESS_TRUNKS:
             return shared
-        if config.trunk == "joint":
-            return JointTrunk(shared)
         if config.trunk == "copy":
             return CopyTrunk(self.model, shared, self.predict_with)
         own = LoRAConfig(

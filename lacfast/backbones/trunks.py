@@ -18,7 +18,7 @@ Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
 class SharedTrunk(Trunk):
-    """The actor's own activations: no parameters, no forward."""
+    """The actor's own activations: no parameters, no forward. Of "joint" too, whose gradient enters the actor."""
 
     def __init__(self, taps: dict[str, tuple[Tap, int]]) -> None:
         """`taps`: feature name -> (tap that reads it as (B, L, D) tokens, D)."""
@@ -34,13 +34,6 @@ class SharedTrunk(Trunk):
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> list[Tensor]:
         return [features[name] for name in self.names]
-
-
-class JointTrunk(SharedTrunk):
-    """The actor's own activations; the policy's loss adds the value's, so its gradient enters the actor."""
-
-    def __init__(self, shared: SharedTrunk) -> None:
-        super().__init__(dict(zip(shared.names, zip(shared.taps, shared.tap_dims, strict=True), strict=True)))
 
 
 class OwnForwardTrunk(Trunk):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,13 +19,7 @@ from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.scoring import require_finite
 from lacfast.runtime.memory import BatchSize
-from lacfast.steering.cost import (
-    EvaluationCounter,
-    FunctionEvaluations,
-    ParticleStats,
-    SteeringStats,
-    prune_steps,
-)
+from lacfast.steering.cost import EvaluationCounter, FunctionEvaluations, SteeringStats, prune_steps
 from lacfast.steering.denoising import SignTest, denoise
 from lacfast.steering.forward import SteeredModel
 from lacfast.steering.guidance import guided_steps
@@ -90,10 +85,11 @@ def steer(
     )
     by_reward = scorer if config.selection == "reward" else None
     sign_test = SignTest()
-    batches: list[_Batch] = []
+    images: list[Tensor] = []
+    found: list[SteeringStats] = []
     with model.counter.counting(backbone.model, critics):
         for part in prompts.split(max(config.batch_size // config.width, 1)):
-            first = FirstSampleId.STEERING + config.first_image + sum(len(batch.images) for batch in batches)
+            first = FirstSampleId.STEERING + config.first_image + sum(map(len, images))
             image_ids = torch.arange(first, first + len(part), device=device)
             method = METHODS[config.method](config, table, image_ids)
             particles, is_finite = denoise(
@@ -107,22 +103,15 @@ def steer(
                 sign_test,
             )
             origin = partial(table.origin_of_nan, is_finite)
-            batches.append(_finished(model, method, particles, part, by_reward, scorer, gold_scorer, origin))
-    particle_stats = [batch.particle_stats for batch in batches if batch.particle_stats is not None]
-    stats = SteeringStats(
-        FunctionEvaluations(model.counter.forwards, model.counter.backwards, len(prompts)),
-        torch.cat([batch.values for batch in batches], dim=1),
-        _joined([batch.rewards for batch in batches]),
-        _joined([batch.gold for batch in batches]),
-        sum(batch.reward_calls for batch in batches),
-        sign_test.gain,
-        ParticleStats.concatenate(particle_stats) if particle_stats else None,
+            made, stats = _finished(model, method, particles, part, by_reward, scorer, gold_scorer, origin)
+            images.append(made)
+            found.append(stats)
+    counter = model.counter
+    return torch.cat(images), replace(
+        SteeringStats.concatenate(found),
+        evaluations=FunctionEvaluations(counter.forwards, counter.backwards, len(prompts)),
+        gradient_gain=sign_test.gain,
     )
-    return torch.cat([batch.images for batch in batches]), stats
-
-
-def _joined(scores: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
 
 
 def _reward_set(rewards: RewardSet | RewardSpec | None, judged: int) -> RewardSet | None:
@@ -146,18 +135,6 @@ def _asked_weights(
     return None
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """The chosen images of a batch and their scores; the trajectories themselves are let go."""
-
-    images: Tensor
-    values: Tensor
-    rewards: dict[str, Tensor]
-    gold: dict[str, Tensor]
-    reward_calls: int
-    particle_stats: ParticleStats | None
-
-
 def _finished(
     model: SteeredModel,
     method: Method,
@@ -167,8 +144,10 @@ def _finished(
     scorer: RewardSet | None,
     gold: RewardSet | None,
     origin: Callable[[], str],
-) -> _Batch:
+) -> tuple[Tensor, SteeringStats]:
     """Choose by the rewards `by_reward` of all that reached the end, or else by their last values.
+
+    The statistics are of these images alone, and count no evaluation: the call's counter has them.
 
     Raises:
         NotFiniteError: for images that are NaN, of which `origin` says what made them.
@@ -187,13 +166,14 @@ def _finished(
         images = _decoded(model, particles.sample[chosen])
         require_finite(images, prompts.texts, origin)
         rewards = _scores(scorer, images, prompts)
-    return _Batch(
-        images,
-        particles.values[:, chosen],
-        rewards,
-        _scores(gold, images, prompts),
-        0 if by_reward is None else len(particles),
-        method.stats(),
+    return images, SteeringStats(
+        evaluations=FunctionEvaluations(0, 0, len(prompts)),
+        values=particles.values[:, chosen],
+        rewards=rewards,
+        gold=_scores(gold, images, prompts),
+        reward_calls=0 if by_reward is None else len(particles),
+        gradient_gain=math.nan,
+        particles=method.stats(),
     )
 
 
