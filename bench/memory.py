@@ -12,7 +12,8 @@ from typing import Any
 
 from lacfast.runs.capacity import MemoryPlan
 from lacfast.runs.config import RunConfig
-from lacfast.runs.plan import TINY_MODELS, plan
+from lacfast.runs.embedded import TINY_MODELS
+from lacfast.runs.plan import plan
 from lacfast.runs.recipes import recipes
 
 RESULT = Path(__file__).parent / "results" / "memory.json"

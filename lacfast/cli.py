@@ -88,8 +88,8 @@ class Evaluate(EvaluationRun):
 
     def run(self) -> None:
         from lacfast.distributed import joined
+        from lacfast.runs.evaluate import evaluate_model
         from lacfast.runs.terminal import show_scores
-        from lacfast.runs.train import evaluate_model
 
         with joined() as world:
             evaluation = evaluate_model(self)

@@ -22,6 +22,7 @@ from lacfast.config.checks import Config, field_types
 from lacfast.config.choice import Choice
 from lacfast.runs import phases
 from lacfast.runs.endings import FAILURE, USAGE
+from lacfast.runs.environment import extras
 from lacfast.runs.help import PAGES, asked
 from lacfast.runs.recipes import recipe_names
 from lacfast.tasks.pretraining import pretrain
@@ -324,17 +325,11 @@ def test_info_says_where_encoded_prompts_are_kept(capsys: pytest.CaptureFixture[
     assert files.directory == Path(told) / "encoder"
 
 
-def test_info_lists_the_extras_of_the_project() -> None:
-    """The names and packages that `info` reports are those of pyproject.toml."""
-    tomllib = pytest.importorskip("tomllib")
-    from lacfast.runs.environment import EXTRAS
-
-    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
-    declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert declared.keys() == EXTRAS.keys()
-    for extra, packages in EXTRAS.items():
-        named = {requirement.partition(">")[0] for requirement in declared[extra]}
-        assert set(packages) == {name for name in named if not name.startswith("lacfast")}, extra
+def test_an_extra_has_its_packages_and_no_other_extra() -> None:
+    found = extras()
+    assert found["rewards"] == ["rapidocr", "onnxruntime"]
+    assert "ruff" in found["dev"]
+    assert not any("lacfast" in packages for packages in found.values())
 
 
 def test_info_table_tells_why_a_backend_is_not_usable(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from lacfast.config import (
     TrainConfig,
     variant,
 )
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
 
@@ -38,7 +38,7 @@ MEAN_STD = 0.47
 
 def latent_critic(backbone: str, trunk: str | None = None) -> TrainConfig:
     """The method as the preset has it, one sample per prompt; whether values are pretrained is the Arm's."""
-    return pretrained_for(presets.shapes(backbone, trunk), PRETRAINING_ITERATIONS)
+    return pretrained_for(demo_config(backbone, trunk), PRETRAINING_ITERATIONS)
 
 
 def pretrained_for(config: TrainConfig, iterations: int) -> TrainConfig:

@@ -26,7 +26,7 @@ from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_pretraining import held_out_variance
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
@@ -142,7 +142,7 @@ def run(
 
 def branch_preset(backbone: BackboneName) -> TrainConfig:
     """What variants differ from: the demo's settings with a branch."""
-    return presets.shapes(backbone, "branch")
+    return demo_config(backbone, "branch")
 
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:

@@ -35,7 +35,7 @@ from lacfast.checkpoint import save_backbone
 from lacfast.config import SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.steering import steer
 from lacfast.tasks import scenes
@@ -274,8 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * options.minutes
-    config, study_name = presets.shapes(options.backbone, options.trunk), options.backbone
-    if config != presets.shapes(options.backbone):
+    config, study_name = demo_config(options.backbone, options.trunk), options.backbone
+    if config != demo_config(options.backbone):
         study_name = f"{options.backbone}-{options.trunk}"
     if options.runs:
         models = _kept(_saved(options.runs))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -22,26 +20,19 @@ from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.int8 import quantize_base
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import LatentCodec, PromptEncoder
-from lacfast.backbones.pipelines import (
-    PipelineEncoder,
-    PipelineSettings,
-    VAECodec,
-    prepare_vae,
-)
+from lacfast.backbones.pipelines import PipelineEncoder, VAECodec, prepare_vae
 from lacfast.backbones.sd3 import SD3Backbone
 from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_description, saved_lora
 from lacfast.backbones.trained_lora import LoRASource, read_lora
 from lacfast.backbones.unet import UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
 from lacfast.checkpoint import CRITIC_WEIGHTS, read_critic
-from lacfast.config import CriticConfig, LoRAConfig, from_json
+from lacfast.config import CriticConfig, LoRAConfig, PipelineSettings, from_json
+from lacfast.config.checks import unknown
+from lacfast.config.critic import BASE_PRECISIONS
 from lacfast.runtime.directories import recover, require_whole
-from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
-from lacfast.tasks.text import WordEncoder
-
-BASE_PRECISIONS = ("model", "int8")
-"""What the frozen base of a LoRA is kept in."""
+from lacfast.tasks.storage import load_pretrained, saved_class
 
 MODELS: dict[str, type[LatentBackbone]] = {
     "SD3Transformer2DModel": SD3Backbone,
@@ -159,7 +150,7 @@ def load_backbone(
         merged_loras=(merged_loras, Mapping),
     )
     if base_precision not in (None, *BASE_PRECISIONS):
-        raise ValueError(f"unknown base_precision {base_precision!r}; known: {', '.join(BASE_PRECISIONS)}")
+        raise unknown("base_precision", base_precision, BASE_PRECISIONS)
     request = _Request(device, dtype, lora, settings, merged_loras or {}, base_precision or "")
     path = None if isinstance(source, DiffusionPipeline) else _path(source)
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
@@ -220,9 +211,7 @@ def _from_directory(path: Path, request: _Request, base: Any) -> LatentBackbone:
 
 
 def _from_parts(path: Path, saved: LoRAConfig | None, request: _Request) -> LatentBackbone:
-    name = json.loads((path / "model" / "config.json").read_text(encoding="utf-8")).get(
-        "_class_name", "nothing"
-    )
+    name = saved_class(path)
     if name not in MODELS:
         raise ValueError(f"{path} holds a {name}, which has no backbone; known: {', '.join(MODELS)}")
     if request.settings is not None:
@@ -234,13 +223,8 @@ def _from_parts(path: Path, saved: LoRAConfig | None, request: _Request) -> Late
             f"{path} holds no pipeline, and only a pipeline's LoRA can be read beside its model; leave lora "
             "and merged_loras out: a saved directory has its own LoRA"
         )
-    text, codec = WordEncoder.from_pretrained(path / "text"), PatchCodec.from_pretrained(path / "codec")
-    model = getattr(diffusers, name).from_pretrained(path / "model")
-    backbone = adapt_pretrained(
-        Pretrained(model, text, codec, ()),
-        device=request.device or "cpu",
-        lora=_one_lora(saved, request.lora),
-    )
+    lora = _one_lora(saved, request.lora)
+    backbone = adapt_pretrained(load_pretrained(path), device=request.device or "cpu", lora=lora)
     if saved is not None:
         _load_policy(backbone, path)
     return backbone

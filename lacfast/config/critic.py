@@ -130,6 +130,10 @@ class CriticConfig(Config):
         require(self.taps != (), "taps=() has no depth to read; leave it out for the model's own")
 
 
+BASE_PRECISIONS = ("model", "int8")
+"""What the frozen base of a LoRA is kept in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(Config):
     """A low-rank adapter through peft. It has no dropout: a ratio must be 1 before the first update."""

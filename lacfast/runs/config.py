@@ -16,12 +16,12 @@ from lacfast.config import (
     TrainConfig,
     resumption,
 )
-from lacfast.config.checks import Config, Count, CountOrNone, Finite, Seed, check_fields
+from lacfast.config.checks import Config, Count, CountOrNone, Finite, OneOf, Seed, check_fields
+from lacfast.config.critic import BASE_PRECISIONS
 from lacfast.config.unread import Unread
 from lacfast.rewards.names import require_servers
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-BasePrecision = Literal["model", "int8"]
 
 EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 """How a model is judged of which no run tells how."""
@@ -111,7 +111,7 @@ class RunConfig(Config):
     """Where the model lives. Empty: a GPU if there is one."""
     dtype: Dtype = "float32"
     """Dtype that the model runs in; trained weights are float32 all the same."""
-    base_precision: BasePrecision = "model"
+    base_precision: Annotated[str, OneOf(BASE_PRECISIONS)] = "model"
     """What a LoRA's frozen base is kept in: "int8" is a byte per weight of its blocks, a scale per row."""
     lora: LoRAConfig | None = None
     """Train this adapter. None: all weights."""

@@ -181,7 +181,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operations = 0
         """All that is dispatched but allocations; views too, since the host pays for them."""
         self.kernels = 0
-        """Those among them that are no views."""
+        """Operations that are no views."""
         self.syncs = 0
         self.flops = 0
         """A multiply-add counts as two, element-wise work not at all."""

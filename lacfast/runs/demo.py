@@ -28,7 +28,7 @@ from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 from lacfast.runs.directory import DEMO, require_own
 from lacfast.runs.phases import pretrain_model, show_value_pretraining
 from lacfast.runs.terminal import PhaseLog, done_fraction
@@ -46,6 +46,8 @@ from lacfast.trainer import LatentActorCriticTrainer
 REWARD = "shapes"
 STRICT = "shapes_strict"
 GOLD = "shapes_gold"
+PARTICLES = 4
+"""Trajectories of a steered image, pruned to one: 25 forwards over 8 steps."""
 RELOAD_SAMPLES = 16
 REPORT_SECONDS = 8.0
 """Set aside for saving, pictures and the report."""
@@ -66,9 +68,9 @@ class DemoScale:
     evaluation_samples: int = 1024
     """Images per evaluation, steered ones too; the standard error of an accuracy near 0.5 is 0.016."""
     value_iterations: int | None = None
-    """Most iterations of value pretraining. None: the preset's."""
+    """Most iterations of value pretraining. None: the recipe's."""
     batch_size: int | None = None
-    """Trajectories per rollout. None: the preset's."""
+    """Trajectories per rollout. None: the recipe's."""
     min_iterations: int = 3
     """Iterations of reinforcement learning that run even when the budget is spent."""
 
@@ -123,7 +125,7 @@ def _demo(
     """`run_demo` in a directory that no other process writes to."""
     (out / "metrics.jsonl").unlink(missing_ok=True)
     config = _config(backbone, seed, scale)
-    steering = replace(presets.shapes_steering(), seed=seed)
+    steering = SteeringConfig(particles=PARTICLES, seed=seed)
     # As of a run of lacfast train: later commands find the sampler here.
     write_json(out / "run.json", {"train": to_json(config)})
 
@@ -191,8 +193,10 @@ def _demo(
 
 
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
-    preset = presets.falling(presets.shapes(backbone))
-    config = replace(preset, seed=seed, eval_samples=scale.evaluation_samples)
+    start = demo_config(backbone)
+    # The last policy is the result, so the rate falls to 0.
+    ppo = replace(start.ppo, final_learning_rate=0.0)
+    config = replace(start, ppo=ppo, seed=seed, eval_samples=scale.evaluation_samples)
     if scale.batch_size is not None:
         config = replace(config, batch_size=scale.batch_size)
     if scale.value_iterations is not None:

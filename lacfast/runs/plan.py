@@ -21,30 +21,14 @@ from lacfast.rewards.names import require_known
 from lacfast.rewards.registry import declared_heads
 from lacfast.rollout.shares import require_ranks
 from lacfast.runs.capacity import GPU_BYTES, MemoryPlan
-from lacfast.runs.config import Dtype, RunConfig
+from lacfast.runs.config import RunConfig
 from lacfast.runs.costs import Costs, count
+from lacfast.runs.devices import torch_dtype
+from lacfast.runs.embedded import TINY_MODELS
 from lacfast.runs.memory import memory_plan
 from lacfast.runs.scaling import Scaling, scaling
 from lacfast.runs.shards import Shards
-from lacfast.tasks import glyphs, scenes, words
-from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import pretrain
-from lacfast.tasks.task import Task
-
-TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
-    "glyphs-dit": (glyphs.TASK, "dit"),
-    "glyphs-unet": (glyphs.TASK, "unet"),
-    "shapes-dit": (scenes.TASK, "dit"),
-    "shapes-unet": (scenes.TASK, "unet"),
-    "words-dit": (words.TASK, "dit"),
-    "words-unet": (words.TASK, "unet"),
-}
-"""Models that are pretrained on the spot."""
-
-
-def torch_dtype(name: Dtype) -> torch.dtype | None:
-    """The dtype of that name; None for float32, which loads a model as it is saved."""
-    return None if name == "float32" else getattr(torch, name)
 
 
 def model_arguments(config: RunConfig) -> dict[str, Any]:

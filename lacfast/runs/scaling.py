@@ -23,7 +23,7 @@ class Scaling:
     flops: float
     """Work of the rank that has most."""
     optimizer_steps: int
-    """Those of policy and critic; each sums its gradients over the ranks."""
+    """Optimizer steps of policy and critic; each sums its gradients over the ranks."""
     gradient_bytes: float
     """Sent by each rank in all of these sums."""
     gathers: int

@@ -18,11 +18,11 @@ from lacfast.report.pictures import contact_sheet, save_sample
 from lacfast.rewards.frames import JUDGED_FRAMES, judged_frames
 from lacfast.rewards.registry import RewardSet
 from lacfast.runs.config import SteeringRun
+from lacfast.runs.devices import torch_device, torch_dtype
 from lacfast.runs.directory import STEERED, require_own
-from lacfast.runs.plan import torch_dtype
+from lacfast.runs.embedded import PROMPT_SOURCES, prompts_of
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
-from lacfast.runs.terminal import PhaseLog
-from lacfast.runs.train import PROMPT_SOURCES, phase_log, prompts_of, torch_device
+from lacfast.runs.terminal import PhaseLog, phase_log
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats
 from lacfast.steering.ranks import steer_together

@@ -23,6 +23,7 @@ from rich.table import Column, Table
 
 from lacfast.backbones.prompt_cache import DEFAULT_CAPACITY
 from lacfast.config import to_json
+from lacfast.distributed import World
 from lacfast.records import Evaluation
 from lacfast.report.demo import SCORES, score_rows
 from lacfast.runs.apart import HOST_BYTES, Apart, apart
@@ -108,6 +109,11 @@ class PhaseLog:
             transient=True,
             expand=True,
         )
+
+
+def phase_log(world: World) -> PhaseLog:
+    """The terminal of the first rank; the others show nothing."""
+    return PhaseLog() if world.is_first else PhaseLog(Console(quiet=True))
 
 
 def show_iteration(metrics: dict[str, Any]) -> None:

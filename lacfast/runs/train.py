@@ -9,29 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import GraphConfig, SamplerConfig, from_json, to_json
+from lacfast.config import from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
 from lacfast.distributed import World
 from lacfast.learning.early_stopping import EarlyStopping
 from lacfast.learning.run_state import Counts
 from lacfast.metrics import TensorBoardTracker, Tracker, WandbTracker
-from lacfast.prompts import PromptSet, load_prompts
 from lacfast.records import Evaluation
-from lacfast.report.pictures import contact_sheet
-from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
-from lacfast.rollout.sampler import RolloutSampler
-from lacfast.rollout.scored import evaluate, judged
 from lacfast.rollout.shares import require_ranks
 from lacfast.runs.agreement import agreed
 from lacfast.runs.capacity import require_memory
-from lacfast.runs.config import CHANGEABLE, EVALUATION_SAMPLER, EvaluationRun, RunConfig
-from lacfast.runs.directory import EVALUATION, RUN, RunDirectory, require_own
+from lacfast.runs.config import CHANGEABLE, RunConfig
+from lacfast.runs.devices import torch_device
+from lacfast.runs.directory import RUN, RunDirectory, require_own
+from lacfast.runs.embedded import TINY_MODELS, prompts_of, require_flow
 from lacfast.runs.keeper import Keeper
 from lacfast.runs.phases import (
     EvaluationLines,
@@ -40,58 +36,12 @@ from lacfast.runs.phases import (
     pretrain_model,
     show_value_pretraining,
 )
-from lacfast.runs.plan import TINY_MODELS, model_arguments, planned_memory, torch_dtype
-from lacfast.runs.saved import evaluation_sampler, saved_model
-from lacfast.runs.terminal import PhaseLog
+from lacfast.runs.plan import model_arguments, planned_memory
+from lacfast.runs.terminal import PhaseLog, phase_log
 from lacfast.runtime.directories import locked, require_whole, whole_directory
-from lacfast.runtime.files import require_writable, write_json
-from lacfast.runtime.graph import GraphRunner
-from lacfast.runtime.memory import BatchSize
-from lacfast.schedule import FLOW_KINDS
-from lacfast.tasks import glyphs, scenes, words
-from lacfast.tasks.animals import animal_prompts
+from lacfast.runtime.files import write_json
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
-
-PROMPT_SOURCES: dict[str, Callable[[], Any]] = {
-    "animals": animal_prompts,
-    "glyphs": lambda: glyphs.TASK.split()[0],
-    "glyphs-held-out": lambda: glyphs.TASK.split()[1],
-    "shapes": lambda: scenes.TASK.split()[0],
-    "shapes-held-out": lambda: scenes.TASK.split()[1],
-    "words": lambda: words.TASK.split()[0],
-    "words-held-out": lambda: words.TASK.split()[1],
-}
-"""Prompts that need no file."""
-
-
-def prompts_of(source: str) -> PromptSet:
-    """The prompts of a built-in source, a file or a directory."""
-    return load_prompts(PROMPT_SOURCES.get(source, source))
-
-
-def torch_device(name: str) -> str:
-    """The device of that name; for an empty one a GPU if there is one.
-
-    Raises:
-        ValueError: for one that torch does not know or that is not here, or a numbered one of several ranks.
-    """
-    if World.current().size > 1 and ":" in name:
-        raise ValueError(f"device={name!r} would be that of every rank; leave the number to the launcher")
-    found = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(found)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is no device of torch; write cpu, cuda or cuda:1") from error
-    try:
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise ValueError(
-            f"device={name!r} cannot be used here: {reason}; see `lacfast info`, or leave the option out for "
-            "what there is"
-        ) from error
-    return found
 
 
 def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentBackbone:
@@ -135,7 +85,7 @@ def check(config: RunConfig) -> None:
     require_ranks(config.train, World.current(), pretrains=config.value_pretraining)
     torch_device(config.device)
     if config.model in TINY_MODELS:
-        _require_flow(config)
+        require_flow(config)
     prompts = prompts_of(config.prompts)
     held_out = prompts_of(config.held_out) if config.held_out else prompts
     specs: tuple[RewardSpec, ...] = (dict(config.rewards), config.evaluation_rewards)
@@ -150,21 +100,6 @@ def check(config: RunConfig) -> None:
             f"best={config.best!r} is no score of the evaluation; use one of {', '.join(names)}, or name it "
             "with --evaluation-rewards"
         )
-
-
-def _require_flow(config: RunConfig) -> None:
-    """A pipeline's sampler is tried where its memory is planned, a tiny model's would be after pretraining.
-
-    Raises:
-        ValueError: for a sampler of another kind.
-    """
-    for name in ("sampler", "eval_sampler"):
-        sampler: SamplerConfig | None = getattr(config.train, name)
-        if sampler is not None and sampler.kind not in FLOW_KINDS:
-            raise ValueError(
-                f"{config.model} is a flow, and train.{name}.kind={sampler.kind!r} is for diffusion models; "
-                f"use one of {', '.join(sorted(FLOW_KINDS))}"
-            )
 
 
 def build_trainer(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentActorCriticTrainer:
@@ -232,11 +167,6 @@ def train(
         world.wait("the directory of the run")
         directory = RunDirectory(out, keep_last=config.keep_last)
         return _train(config, directory, on_iteration, tell, log or phase_log(world), world)
-
-
-def phase_log(world: World) -> PhaseLog:
-    """The terminal of the first rank; the others show nothing."""
-    return PhaseLog() if world.is_first else PhaseLog(Console(quiet=True))
 
 
 def _silent(line: str) -> None:
@@ -348,47 +278,3 @@ def _changed(config: RunConfig, directory: RunDirectory, source: Path) -> dict[s
     before = from_json(RunConfig, stored)
     require_resumable(before, config, CHANGEABLE)
     return {name: pair for name, pair in changes(before, config).items() if name not in ("out", "resume")}
-
-
-def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Evaluation:
-    """Scores of a saved model on prompts that nothing trains on here; `log` None shows in the terminal.
-
-    With several ranks each makes its share of the images, and the first one shows and writes.
-
-    Raises:
-        ValueError: for settings that cannot work, before the model is loaded where that can be told.
-    """
-    world, device = World.current().able_to_share(settings.samples), torch_device(settings.device)
-    scorer = RewardSet.create(settings.rewards)
-    prompts = prompts_of(settings.prompts).cycle(settings.samples)
-    model, sampler = saved_model(settings.source), settings.sampler
-    if sampler == EVALUATION_SAMPLER:
-        sampler = evaluation_sampler(model) or sampler
-    scorer.require_prompts(prompts)
-    if settings.out is not None:
-        require_own(settings.out, EVALUATION)
-        require_writable(settings.out, "--out")
-    scorer, log = scorer.prepared(), log or phase_log(world)
-    with log.phase("loading", f"Load {model}"):
-        backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
-    with EvaluationLines(log) as lines:
-        parts = judged(
-            RolloutSampler(backbone, None, GraphRunner(GraphConfig(), backbone.device)),
-            backbone.transition_table(sampler),
-            prompts,
-            seed=settings.seed,
-            guidance_scale=sampler.guidance_scale,
-            part_size=BatchSize(settings.batch_size, unit="image", setting="batch_size"),
-            watcher=lines.images,
-            world=world,
-        )
-        scorer = scorer.judging(backbone.judged_frames)
-        unused = RewardNormalizer.create(len(scorer.names))
-        evaluation = evaluate(parts, backbone, [scorer], unused, world)
-        lines.scores(evaluation)
-    if settings.out is not None and world.is_first:
-        told = {"model": model, "samples": settings.samples, "seed": settings.seed}
-        scores = told | {"sampler": to_json(sampler), "means": evaluation.means()}
-        write_json(settings.out / "scores.json", scores)
-        contact_sheet(evaluation.images).save(settings.out / "samples.png")
-    return evaluation

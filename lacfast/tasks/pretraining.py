@@ -50,8 +50,8 @@ class Pretrained:
     model: nn.Module
     text: WordEncoder
     codec: PatchCodec
-    history: tuple[float, ...]
-    """Loss of every pretraining step."""
+    history: tuple[float, ...] = ()
+    """Loss of every pretraining step; none of a saved one."""
 
 
 def pretrain(

@@ -6,31 +6,31 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from lacfast.tasks.codec import PatchCodec
 from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import WordEncoder
 
-MODEL_CLASSES = {"dit": SD3Transformer2DModel, "unet": UNet2DConditionModel}
-_INDEX = "pretrained.json"
-
 
 def save_pretrained(pretrained: Pretrained, directory: str | Path) -> None:
-    """Writes `model/` (diffusers' own format), `text/`, `codec/` and `pretrained.json`."""
-    root = Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    names = [name for name, kind in MODEL_CLASSES.items() if isinstance(pretrained.model, kind)]
-    if not names:
-        known = ", ".join(MODEL_CLASSES)
-        raise ValueError(f"cannot save a {type(pretrained.model).__name__}; known: {known}")
-    model: Any = pretrained.model
-    model.save_pretrained(root / "model")
-    pretrained.text.save_pretrained(root / "text")
-    pretrained.codec.save_pretrained(root / "codec")
-    index = {"backbone": names[0], "history": list(pretrained.history)}
-    (root / _INDEX).write_text(json.dumps(index))
+    """Writes `model/` (diffusers' own format), `text/` and `codec/`."""
+    parts: dict[str, Any] = {"model": pretrained.model, "text": pretrained.text, "codec": pretrained.codec}
+    for name, part in parts.items():
+        part.save_pretrained(Path(directory) / name)
+
+
+def saved_class(directory: Path) -> str:
+    """Name of the diffusers class of a saved model.
+
+    Raises:
+        ValueError: the directory holds no pretrained backbone.
+    """
+    config = directory / "model" / "config.json"
+    if not config.is_file():
+        raise ValueError(f"no model/config.json in {directory}; give a directory written by save_pretrained")
+    return str(json.loads(config.read_text(encoding="utf-8")).get("_class_name", "nothing"))
 
 
 def load_pretrained(directory: str | Path) -> Pretrained:
@@ -40,11 +40,9 @@ def load_pretrained(directory: str | Path) -> Pretrained:
         ValueError: the directory holds no pretrained backbone.
     """
     root = Path(directory)
-    if not (root / _INDEX).is_file():
-        raise ValueError(f"no {_INDEX} in {root}; give a directory written by save_pretrained")
-    index = json.loads((root / _INDEX).read_text())
+    kind: Any = getattr(diffusers, saved_class(root))
     # diffusers draws weights before it loads them; the caller's random state is none of its business.
     with torch.random.fork_rng(devices=[]):
-        model = MODEL_CLASSES[index["backbone"]].from_pretrained(root / "model")
+        model = kind.from_pretrained(root / "model")
     text, codec = WordEncoder.from_pretrained(root / "text"), PatchCodec.from_pretrained(root / "codec")
-    return Pretrained(model.eval(), text, codec, tuple(index["history"]))
+    return Pretrained(model.eval(), text, codec)

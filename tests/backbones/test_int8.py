@@ -188,7 +188,7 @@ def test_what_an_int8_base_cannot_do_is_refused() -> None:
     with Refusal(
         "unknown base_precision 'int4'",
         cause="A precision that no base is kept in.",
-        remedy="known: model, int8",
+        remedy="did you mean 'int8'? Known: model, int8",
     ).raised():
         backbone_of(tiny_pipeline("flux"), lora=LORA, base_precision="int4")
     backbone = backbone_of(tiny_pipeline("flux"), lora=LORA, base_precision="int8")

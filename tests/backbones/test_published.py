@@ -9,7 +9,7 @@ import torch
 
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.published import published_as, published_models
-from lacfast.runs.plan import TINY_MODELS
+from lacfast.runs.embedded import TINY_MODELS
 from lacfast.runs.recipes import recipes
 
 PARAMETERS = {

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lacfast import load_backbone
 from lacfast.report.records import read_metrics
-from lacfast.runs import presets
 from lacfast.runs.demo import DemoScale, run_demo
+from lacfast.runs.demo_config import demo_config
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
 from lacfast.runtime.directories import locked
@@ -75,7 +75,7 @@ def test_all_files_are_there(run: tuple[Path, dict[str, Any], str]) -> None:
 def test_steering_finds_the_demos_model_and_its_sampler(run: tuple[Path, dict[str, Any], str]) -> None:
     model = saved_model(str(run[0]))
     assert load_backbone(model).critic is not None
-    assert trained_sampler(model) == presets.shapes("dit").sampler
+    assert trained_sampler(model) == demo_config("dit").sampler
 
 
 def test_metrics_start_at_ratio_one(run: tuple[Path, dict[str, Any], str]) -> None:

@@ -22,6 +22,7 @@ from lacfast.config import (
 )
 from lacfast.runs import train as run
 from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
+from lacfast.runs.evaluate import evaluate_model
 from lacfast.runs.steer import steer_model
 
 REWARD = "tiny_backbones:brightness"
@@ -56,7 +57,7 @@ def test_a_run_is_stopped_resumed_evaluated_and_steered(cuda: WaitLog, tmp_path:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines if line["phase"] == "train"] == [1, 2]
     common = {"source": config.out, "rewards": (REWARD,)}
-    evaluation = run.evaluate_model(
+    evaluation = evaluate_model(
         EvaluationRun(prompts=str(prompts), samples=4, batch_size=2, out=tmp_path / "scores", **common)
     )
     assert evaluation.means()["brightness"] > 0

@@ -14,7 +14,7 @@ from lacfast.backbones.blueprint import load_blueprint
 from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Random, Ratio
 from lacfast.records import TransitionTable
 from lacfast.rewards.frames import judged_places
-from lacfast.runs.plan import torch_dtype
+from lacfast.runs.devices import torch_dtype
 from lacfast.runs.recipes import directory, recipe
 
 SCRIPTS = {

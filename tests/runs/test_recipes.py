@@ -15,7 +15,7 @@ from lacfast.cli import main
 from lacfast.config import GRPO, Fixed, KLPenalty, LoRAConfig, Ratio, to_json
 from lacfast.runs import plan, train
 from lacfast.runs.config import RunConfig
-from lacfast.runs.plan import TINY_MODELS
+from lacfast.runs.embedded import TINY_MODELS
 from lacfast.runs.recipes import directory, find_recipe, recipe, recipe_names
 
 MINIMAL = "model: shapes-dit\nprompts: shapes\nout: runs/mine\nrewards:\n  shapes: 1\n"

@@ -17,12 +17,12 @@ from torch import nn
 import lacfast
 from lacfast.checkpoint import CRITIC_WEIGHTS, save_backbone
 from lacfast.cli import main
-from lacfast.config import CriticConfig, SamplerConfig, SteeringConfig
+from lacfast.config import CriticConfig, Fixed, SamplerConfig, SteeringConfig, to_json
 from lacfast.runs.endings import USAGE
 from lacfast.runs.steer import prompts_to_steer
 from lacfast.trainer import LatentActorCriticTrainer
 
-SAMPLER = {"kind": "flow_sde", "num_steps": 4, "noise_level": 0.5, "shift": 1.0, "window": [0, 3]}
+SAMPLER = to_json(SamplerConfig(num_steps=4, noise_level=0.5, window=Fixed((0, 3))))
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from lacfast.prompts import Draws, PromptSet
 from lacfast.runs import train as run
 from lacfast.runs.config import EvaluationRun, RunConfig
 from lacfast.runs.directory import RunDirectory
+from lacfast.runs.evaluate import evaluate_model
 from lacfast.runs.plan import plan
 from lacfast.runs.terminal import PhaseLog
 
@@ -233,7 +234,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(model: Path, tmp_path: Path) 
     run.train(config)
     best = json.loads((out / "checkpoints" / "best" / "score.json").read_text())["score"]
     assert config.train.eval_sampler is not None
-    evaluation = run.evaluate_model(
+    evaluation = evaluate_model(
         EvaluationRun(
             source=str(out),
             prompts=config.prompts,

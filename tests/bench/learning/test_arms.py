@@ -9,7 +9,7 @@ import pytest
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
 from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, KLPenalty, TrainConfig
-from lacfast.runs.presets import shapes
+from lacfast.runs.demo_config import demo_config
 from lacfast.runs.recipes import recipe
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
@@ -59,7 +59,7 @@ def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
 
 
 def test_the_clip_of_ratio_norm_is_in_the_sampler_s_own_std() -> None:
-    sampler = shapes("dit").sampler
+    sampler = demo_config("dit").sampler
     table = flow_sde(uniform_sigmas(sampler.num_steps), sampler.noise_level, window=sampler.stochastic_window)
     mean = table.std[table.trainable_steps].mean()
     assert float(mean) == pytest.approx(arms.MEAN_STD, abs=0.005)

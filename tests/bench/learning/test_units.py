@@ -12,7 +12,7 @@ import pytest
 
 from bench.learning import units
 from lacfast.config import CriticConfig, TrainConfig
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def test_only_what_differs_counts_at_any_depth() -> None:
 
 
 def test_every_setting_of_a_run_changes_its_name() -> None:
-    preset = presets.shapes("dit")
+    preset = demo_config("dit")
     other = replace(preset, critic=replace(preset.critic, hidden_dim=64))
     names = {units.digest(units.changed(config)) for config in (preset, other, TrainConfig())}
     assert len(names) == 3

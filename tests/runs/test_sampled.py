@@ -9,9 +9,10 @@ import torch
 from tiny_pipelines import backbone_of, tiny_pipeline
 from torch import Tensor
 
+from lacfast.config import TrainConfig
 from lacfast.rewards.frames import judged_frames
 from lacfast.runs.costs import LiveBytes
-from lacfast.runs.decoding import Decoding
+from lacfast.runs.sampled import Subject
 
 
 @torch.no_grad()
@@ -27,7 +28,7 @@ def followed(body: Callable[[], Tensor]) -> tuple[int, Tensor]:
 def test_what_is_foretold_of_a_batch_is_what_it_takes(family: str, count: int) -> None:
     backbone = backbone_of(tiny_pipeline(family))
     latents = torch.randn(count, *backbone.latent_shape)
-    found = Decoding(backbone, followed).of(latents)
+    found = Subject(backbone, None, backbone.any_prompt(), TrainConfig()).decoded(latents)
     peak, images = followed(lambda: backbone.decode(latents))
     assert found.images == images.nbytes
     assert found.kept == judged_frames(images, backbone.judged_frames or 1).nbytes

@@ -1,10 +1,10 @@
-"""Settings of the demo and of studies: those of the recipes `shapes` and `shapes-unet`, without an end."""
+"""What the demo and studies start from: the recipes `shapes` and `shapes-unet`, without an end."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lacfast.config import PPOConfig, SteeringConfig, TrainConfig
+from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.critic import WEIGHTLESS_TRUNKS
 from lacfast.runs.recipes import recipe
 
@@ -12,7 +12,7 @@ RECIPES = {"dit": "shapes", "unet": "shapes-unet"}
 """Backbone of the demo's task -> its recipe."""
 
 
-def shapes(backbone: str, trunk: str | None = None) -> TrainConfig:
+def demo_config(backbone: str, trunk: str | None = None) -> TrainConfig:
     """The demo's task on a CPU, for backbone "dit" or "unet", without evaluations and with a rate that stays.
 
     Args:
@@ -33,13 +33,3 @@ def shapes(backbone: str, trunk: str | None = None) -> TrainConfig:
         iterations=TrainConfig.iterations,
         eval_every=TrainConfig.eval_every,
     )
-
-
-def falling(config: TrainConfig) -> TrainConfig:
-    """The configuration with a rate that falls to 0, for a run whose last policy is its result."""
-    return replace(config, ppo=replace(config.ppo, final_learning_rate=0.0))
-
-
-def shapes_steering() -> SteeringConfig:
-    """Four particles pruned to one: 25 forwards per image over 8 steps."""
-    return SteeringConfig(particles=4)
