@@ -41,7 +41,7 @@ def set_attention_backend(model: Any, name: str) -> None:
 
 
 def _processors(model: Any) -> list[Any]:
-    """Those of all attention layers; some models do not list them."""
+    """The processors of all attention layers; some models do not list them."""
     if hasattr(model, "attn_processors"):
         return list(model.attn_processors.values())
     return [module.processor for module in model.modules() if hasattr(module, "processor")]

@@ -17,11 +17,10 @@ from lacfast.backbones.families import PIPELINES
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.loading import load_backbone
 from lacfast.backbones.parts import Embeddings, empty_embeddings
-from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.prompt_cache import PromptCache
 from lacfast.backbones.published import published_as
 from lacfast.backbones.trained_lora import LoRASource
-from lacfast.config import LoRAConfig
+from lacfast.config import LoRAConfig, PipelineSettings
 from lacfast.records import Conditioning
 
 

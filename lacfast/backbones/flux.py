@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.backbones.lora import merged_copy
-from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
+from lacfast.backbones.pipelines import PackedPipelines, linear_schedule
 from lacfast.backbones.transformer import JOINT_ATTENTION, Blocks, PackedBackbone
 from lacfast.config import SamplerConfig
 from lacfast.critic.trunk import Features
@@ -54,8 +54,7 @@ class FluxBackbone(PackedBackbone):
         return super().transition_table(config)
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
-        shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
-        return {"sigmas": linear_sigmas(num_steps)} | shift
+        return linear_schedule(self.scheduler, num_steps, self.image_tokens)
 
 
 def image_ids(grid: tuple[int, int]) -> Tensor:

@@ -47,7 +47,7 @@ class Flux2Backbone(FluxBackbone):
 
 
 class JoinedPositions(Positions):
-    """Those of blocks that get prompt and image as one stream."""
+    """Rotary embeddings for blocks that get prompt and image as one stream."""
 
     def forward(self, features: Features, conditioning: Conditioning) -> dict[str, Any]:
         return super().forward(features, conditioning) | {"encoder_hidden_states": None}

@@ -111,7 +111,7 @@ def _drop_casts(model: nn.Module, args: Any, output: Any) -> None:
 
 
 def _active_casts(model: nn.Module) -> Casts | None:
-    """Those of the adapter that alone is active."""
+    """The casts of the adapter that alone is active."""
     adapted = _adapted(model)
     first = next(iter(adapted.layers.values()), None)
     if first is None or first.disable_adapters or len(first.active_adapters) != 1:

@@ -47,7 +47,11 @@ class LoRALinear(PeftLinear):
         down_cast, up_cast = (getattr(projection, "cast", None) for projection in projections)
         scale = base.weight_scale if isinstance(base, Int8Linear) else None
         return lora_linear(
-            *(x, base.weight, base.bias, down, up, self.scaling[adapter], down_cast, up_cast), scale=scale
+            *(x, base.weight, base.bias, down, up),
+            scaling=self.scaling[adapter],
+            down_cast=down_cast,
+            up_cast=up_cast,
+            scale=scale,
         )
 
     def _covered(self, x: Tensor) -> str | None:
@@ -92,6 +96,7 @@ def lora_linear(
     bias: Tensor | None,
     down: Tensor,
     up: Tensor,
+    *,
     scaling: float,
     down_cast: Tensor | None = None,
     up_cast: Tensor | None = None,
@@ -118,8 +123,8 @@ def lora_linear(
         added = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scaling)
         return linear(x, added, bias)
     rows = x.reshape(-1, x.shape[-1])
-    casts = down_cast, up_cast
-    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, scaling, *casts, scale)  # type: ignore[no-untyped-call]
+    settings = scaling, down_cast, up_cast, scale
+    output: Tensor = _LowRankGradients.apply(rows, weight, bias, down, up, settings)  # type: ignore[no-untyped-call]
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
@@ -137,11 +142,10 @@ class _LowRankGradients(Function):
         bias: Tensor | None,
         master_down: Tensor,
         master_up: Tensor,
-        scaling: float,
-        down_cast: Tensor | None,
-        up_cast: Tensor | None,
-        scale: Tensor | None,
+        settings: tuple[float, Tensor | None, Tensor | None, Tensor | None],
     ) -> Tensor:
+        """`settings` are the last four arguments of `lora_linear`, of which none has a gradient."""
+        scaling, down_cast, up_cast, scale = settings
         stored, weight = weight, dequantized(weight, scale, rows.dtype)
         down, up = _as(weight.dtype, master_down, down_cast), _as(weight.dtype, master_up, up_cast)
         reduced = None
@@ -176,7 +180,7 @@ class _LowRankGradients(Function):
         if needs_up:
             reduced = rows.mm(down.t()) if reduced is None else reduced
             d_up = d_output.t().mm(reduced).mul_(ctx.scaling).to(ctx.dtypes[1])
-        return d_rows, None, None, d_down, d_up, None, None, None, None
+        return d_rows, None, None, d_down, d_up, None
 
 
 def _as(dtype: torch.dtype, master: Tensor, cast: Tensor | None) -> Tensor:

@@ -70,7 +70,7 @@ class Casts:
                 of_shape = self._groups.setdefault(dtype, {})
                 of_shape.setdefault(master.weight.shape, []).append(master)
         self.made: list[Tensor] = []
-        """Those of the forward that runs."""
+        """Casts of the forward that runs."""
 
     @torch.no_grad()
     def make(self) -> None:

@@ -27,7 +27,7 @@ class Saved:
     merged_loras: Mapping[str, float]
     """LoRAs in the base's weights, with theirs."""
     in_peft_layout: Collection[str] = ()
-    """Those among them that peft loads."""
+    """The merged LoRAs that peft loads."""
 
     @property
     def is_on_hub(self) -> bool:

@@ -40,7 +40,7 @@ class PromptEncoder(Protocol):
         """(B, ...) each, of one length L whatever the prompts are."""
 
     def encode_unconditional(self) -> Embeddings:
-        """The same, with B = 1, of what classifier-free guidance puts in a prompt's place."""
+        """Embeddings, B = 1, of what classifier-free guidance puts in a prompt's place."""
 
     def identity(self) -> str | None:
         """Digest of all that embeddings depend on besides the text; None: they are not worth a file."""

@@ -15,7 +15,7 @@ from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import Embeddings
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.backbones.transformer import unpacked
-from lacfast.config import PipelineSettings as PipelineSettings
+from lacfast.config import PipelineSettings
 from lacfast.transfer import to_device
 
 TOKENS = "encoder_hidden_states"
@@ -43,7 +43,7 @@ class PipelineFamily:
     prompt_outputs: Mapping[str, int]
     """What the backbone reads of a prompt -> its place in what encode_prompt returns."""
     negative_outputs: Mapping[str, int] | None = None
-    """The same of the negative prompt that guidance gets beside a prompt. None: it is encoded as a prompt."""
+    """Places of the negative prompt that guidance gets beside one. None: it is encoded as a prompt."""
     prompt_options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of encode_prompt."""
     empty_prompt: str | None = ""
@@ -56,7 +56,7 @@ class PipelineFamily:
     """The backbone's mask of the tokens (B, L), where encode_prompt pads to the longest prompt: each is then
     encoded alone and padded to `sequence_length`, so that its bits depend on no other."""
     scheduler: Callable[[Any], Any] = flow_scheduler
-    """From the pipeline's scheduler to one of its noise levels that a transition table can be made of."""
+    """Makes, of the pipeline's scheduler, one of its noise levels that a transition table can be made of."""
     token_width: str | None = None
     """Entry of the model's config with the width of a prompt's tokens, where a blueprint cannot run the
     encoder because it looks at values. None: it can."""
@@ -362,6 +362,11 @@ def dynamic_shift(scheduler: Any, tokens: int, *, max_shift: float) -> dict[str,
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
     return {"mu": base + (top - base) * (tokens - low) / (high - low)}
+
+
+def linear_schedule(scheduler: Any, num_steps: int, tokens: int) -> dict[str, Any]:
+    """What FLUX.1's pipeline gives its scheduler, and later ones too: linear levels, a dynamic shift."""
+    return {"sigmas": linear_sigmas(num_steps)} | dynamic_shift(scheduler, tokens, max_shift=1.15)
 
 
 def linear_sigmas(num_steps: int) -> Tensor:

@@ -8,7 +8,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor, nn
 
 from lacfast.backbones.lora import merged_copy
-from lacfast.backbones.pipelines import PackedPipelines, dynamic_shift, linear_sigmas
+from lacfast.backbones.pipelines import PackedPipelines, linear_schedule
 from lacfast.backbones.transformer import JOINT_ATTENTION, Blocks, PackedBackbone
 from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning
@@ -35,8 +35,7 @@ class QwenImageBackbone(PackedBackbone):
         return Positions(self.model, self.grid)
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
-        shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
-        return {"sigmas": linear_sigmas(num_steps)} | shift
+        return linear_schedule(self.scheduler, num_steps, self.image_tokens)
 
 
 def _text_length(

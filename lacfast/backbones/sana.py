@@ -10,10 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SanaPipeline
 from torch import nn
 
-from lacfast.backbones.pipelines import UNDER_MASK, PipelineFamily, PipelineSettings
+from lacfast.backbones.pipelines import UNDER_MASK, PipelineFamily
 from lacfast.backbones.scheduler_choice import flow_scheduler
 from lacfast.backbones.transformer import CrossAttentionBackbone
-from lacfast.config import SamplerConfig
+from lacfast.config import PipelineSettings, SamplerConfig
 from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning, TransitionTable
 

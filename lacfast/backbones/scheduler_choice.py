@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 DDIM_ALREADY = ("DDIMScheduler", "DDIMParallelScheduler")
-"""The same steps as the table's."""
+"""Schedulers whose steps are the table's."""
 BECOME_DDIM = (
     "DDPMParallelScheduler",
     "DDPMScheduler",

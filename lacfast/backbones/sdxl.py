@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.backbones.parts import Embeddings
-from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.backbones.pipelines import PipelineFamily
 from lacfast.backbones.scheduler_choice import ddim_scheduler
 from lacfast.backbones.unet import UNetBackbone
+from lacfast.config import PipelineSettings
 from lacfast.records import Conditioning
 from lacfast.transfer import to_device
 

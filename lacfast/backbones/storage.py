@@ -22,10 +22,10 @@ from lacfast.backbones.fingerprint import Fingerprint
 from lacfast.backbones.int8 import is_quantized
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.model_card import Saved, model_card
-from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.backbones.pipelines import PipelineFamily
 from lacfast.backbones.trained_lora import PEFT_PREFIX
 from lacfast.checkpoint import MODEL_CARD
-from lacfast.config import LoRAConfig, from_json, to_json
+from lacfast.config import LoRAConfig, PipelineSettings, from_json, to_json
 from lacfast.distributed.sharding import divided, own_class
 
 DESCRIPTION = "lacfast.json"

@@ -33,9 +33,9 @@ LoRASource = str | os.PathLike[str]
 """A directory, a file, a hub id, or a file of a repository: "owner/name/file.safetensors"."""
 
 _PEFT_CONFIG = "adapter_config.json"
-"""Beside peft's weights."""
+"""File of the settings beside peft's weights."""
 PEFT_PREFIX = "base_model.model."
-"""Before the names in peft's weights."""
+"""What the names in peft's weights begin with."""
 
 
 @dataclass(frozen=True)

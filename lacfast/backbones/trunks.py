@@ -18,7 +18,7 @@ Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
 class SharedTrunk(Trunk):
-    """The actor's own activations: no parameters, no forward. Of "joint" too, whose gradient enters the actor."""
+    """The actor's own activations: no parameters, no forward; of trunk "joint" too."""
 
     def __init__(self, taps: dict[str, tuple[Tap, int]]) -> None:
         """`taps`: feature name -> (tap that reads it as (B, L, D) tokens, D)."""

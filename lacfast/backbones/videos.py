@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lacfast.backbones.pipelines import PipelineFamily, PipelineSettings
+from lacfast.backbones.pipelines import PipelineFamily
+from lacfast.config import PipelineSettings
 from lacfast.rewards.frames import JUDGED_FRAMES
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lacfast.backbones.lora import merged_copy
-from lacfast.backbones.pipelines import PipelineSettings
 from lacfast.backbones.transformer import Blocks, CrossAttentionBackbone
 from lacfast.backbones.videos import VideoPipelines
+from lacfast.config import PipelineSettings
 from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lacfast.backbones.pipelines import PipelineFamily, dynamic_shift, linear_sigmas
+from lacfast.backbones.pipelines import PipelineFamily, linear_schedule
 from lacfast.backbones.transformer import Blocks, TransformerBackbone
 from lacfast.critic.trunk import Features
 from lacfast.records import Conditioning
@@ -164,8 +164,7 @@ class ZImageBackbone(TransformerBackbone):
         return Positions(self.model, self.grid)
 
     def schedule_arguments(self, num_steps: int) -> dict[str, Any]:
-        shift = dynamic_shift(self.scheduler, self.image_tokens, max_shift=1.15)
-        return {"sigmas": linear_sigmas(num_steps)} | shift
+        return linear_schedule(self.scheduler, num_steps, self.image_tokens)
 
 
 class Positions(nn.Module):

@@ -29,9 +29,7 @@ class _StepTables:
     """(train steps + 1, 3) k, sqrt(A'), std of x' = k e + sqrt(A') x0 + std eps."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> _StepTables:
-        return _StepTables(
-            self.transition.to(device, dtype), self.signals.to(device, dtype), self.parts.to(device, dtype)
-        )
+        return _StepTables(*(tensor.to(device, dtype) for tensor in vars(self).values()))
 
 
 _tables: ScheduleCache[_StepTables] = ScheduleCache()

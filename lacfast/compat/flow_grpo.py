@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from lacfast import ops, schedule
+from lacfast.compat.ddim_step import Generators
 from lacfast.compat.prompt_statistics import GroupStatTracker as PerPromptStatTracker
 from lacfast.compat.tables import ScheduleCache, per_sample, require_known, with_unknown_row
 
@@ -27,8 +28,6 @@ __all__ = ["PerPromptStatTracker", "sde_step_with_logprob", "sde_step_with_logpr
 
 KINDS = {"sde": "flow_sde", "cps": "cps"}
 """flow_grpo's sde_type -> lacfast.schedule's kind."""
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,7 @@ class _StepTables:
     """(T + 1, 2) float32: the standard deviation in flow_grpo's unit, sqrt(sigma_k - sigma_{k+1})."""
 
     def to(self, device: torch.device) -> _StepTables:
-        return _StepTables(
-            self.timesteps.to(device),
-            self.transition.to(device),
-            self.drift.to(device),
-            self.scales.to(device),
-        )
+        return _StepTables(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 _tables: ScheduleCache[_StepTables] = ScheduleCache()

@@ -16,10 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 
-from lacfast.backbones import PipelineSettings, load_backbone
+from lacfast.backbones import PipelineSettings, load_backbone, publishing
 from lacfast.checkpoint import TRAINER_STATE, save_backbone
 from lacfast.compat.ddpo import ddim_step_with_logprob, pipeline_with_logprob
 from lacfast.compat.trl_config import DDPOConfig, train_config
@@ -158,13 +157,13 @@ class DDPOTrainer:
             raise ValueError(f"{sorted(push_settings)} would be ignored; set push_to_hub=True")
         save_backbone(self.engine.backbone, directory)
         if push_to_hub:
-            upload(directory, repo_id or directory.name, **push_settings)
+            publishing.push_to_hub(directory, repo_id or directory.name, **{"private": None} | push_settings)
 
     def push_to_hub(self, repo_id: str, **settings: Any) -> str:
-        """Upload what `save_pretrained` writes; `settings` are `upload`'s. Returns the commit's address."""
+        """Upload what `save_pretrained` writes; `settings` are push_to_hub's. Returns the commit's URL."""
         with TemporaryDirectory() as directory:
             self.save_pretrained(Path(directory) / "model")
-            return upload(Path(directory) / "model", repo_id, **settings)
+            return publishing.push_to_hub(Path(directory) / "model", repo_id, **{"private": None} | settings)
 
     @torch.no_grad()
     def _generate_samples(
@@ -301,29 +300,6 @@ def _require_called_overrides(trainer: type) -> None:
             f"{trainer.__name__} has its own {', '.join(ignored)}, which would not be called: "
             "the engine samples and learns; override compute_rewards, step or train"
         )
-
-
-def upload(
-    directory: Path,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload weights",
-    branch: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a directory to a model repository of the hub, made if need be; returns the commit's address."""
-    hub = HfApi(token=token)
-    name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = hub.upload_folder(
-        repo_id=name,
-        folder_path=directory,
-        commit_message=commit_message,
-        revision=branch,
-        create_pr=create_pr,
-    )
-    return str(commit.commit_url)
 
 
 def _trackers(config: DDPOConfig) -> list[Tracker]:

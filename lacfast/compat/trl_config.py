@@ -61,7 +61,7 @@ class DDPOConfig(Config):
     mixed_precision: str | None = "fp16"
     """None or "no", "bf16" or "fp16"; the last is run in bfloat16, where gradients do not underflow."""
     allow_tf32: bool = True
-    """On a GPU."""
+    """Whether matrix products may use TF32 on a GPU."""
     resume_from: str = ""
     """A checkpoint, or a directory whose latest checkpoint is taken."""
     sample_num_steps: Count = 50

@@ -40,7 +40,7 @@ class Ratio(Choice):
 
 @dataclass(frozen=True)
 class Nats(Choice):
-    """The same clip on the joint ratio of all N elements: Ratio(clip_nats / N)."""
+    """PPO's clip on the joint ratio of all N elements: Ratio(clip_nats / N)."""
 
     clip_nats: Positive | tuple[Positive, Positive]
     """Both sides, or (low, high), > 0, in nats."""

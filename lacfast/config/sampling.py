@@ -11,7 +11,7 @@ from lacfast.config.choice import Choice
 from lacfast.seeds import derived_seed
 
 Steps = tuple[CountOrNone, CountOrNone]
-"""From the first to before the second."""
+"""(start, stop): the steps from the first to before the second."""
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,9 @@ class Hub:
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
 
-    def create_repo(self, repository: str, **arguments: Any) -> None:
+    def create_repo(self, repository: str, **arguments: Any) -> SimpleNamespace:
         self.calls.append((repository, arguments))
+        return SimpleNamespace(repo_id=repository)
 
     def upload_folder(self, **arguments: Any) -> SimpleNamespace:
         self.calls.append(("upload", arguments))
@@ -114,7 +115,7 @@ def test_a_saved_model_goes_to_the_hub_without_what_only_training_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr(publishing, "HfApi", lambda: hub)
+    monkeypatch.setattr(publishing, "HfApi", lambda token: hub)
     with Refusal(
         "holds no saved model",
         cause="`push_to_hub` got a directory that no save wrote.",

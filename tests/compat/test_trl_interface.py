@@ -299,7 +299,7 @@ class Hub:
 
 def test_weights_are_uploaded_on_request(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub.told = []
-    monkeypatch.setattr("lacfast.compat.trl.HfApi", Hub)
+    monkeypatch.setattr("lacfast.backbones.publishing.HfApi", Hub)
     trainer = trainer_of(base, tmp_path, use_lora=True)
     assert trainer.push_to_hub("cats", private=True, token="key") == "https://hub/me/cats"
     trainer.save_pretrained(tmp_path / "dogs", push_to_hub=True)
