@@ -8,8 +8,9 @@ States of older rollouts lie on the host, and come to the device by the minibatc
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -59,6 +60,20 @@ class KeptStates:
         kept = [self.latents, *self.features.values(), *self.conditioning.tensors.values()]
         return sum(tensor.nbytes for tensor in kept)
 
+    def _mapped(
+        self, stacked: Callable[[Tensor], Tensor], by_row: Callable[[Tensor], Tensor], share: Share | None
+    ) -> Self:
+        """Other tensors in place of those (T, B, ...) and of those (B, ...)."""
+        prompts = self.conditioning.tensors
+        return replace(
+            self,
+            latents=stacked(self.latents),
+            features={name: stacked(tensor) for name, tensor in self.features.items()},
+            conditioning=Conditioning({name: by_row(tensor) for name, tensor in prompts.items()}),
+            **{name: by_row(getattr(self, name)) for name in self.by_row},
+            share=share,
+        )
+
     def on_host(self) -> Self:
         """The same with its states on the host; what they were worth, a few numbers, stays where it is."""
         features = {name: tensor.cpu() for name, tensor in self.features.items()}
@@ -66,35 +81,17 @@ class KeptStates:
         return replace(self, latents=self.latents.cpu(), features=features, conditioning=conditioning)
 
     def of_all(self, world: World) -> Self:
-        """On the first rank the rows of all; on another its own."""
+        """The rows of all ranks on the first one; on another its own."""
         if self.share is None:
             return self
-
-        def whole(tensors: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
-            what = "the states of older rollouts"
-            return {name: world.rows_on_first(tensor, what, dim=dim) for name, tensor in tensors.items()}
-
-        return replace(
-            self,
-            **whole({"latents": self.latents}, 1),
-            features=whole(self.features, 1),
-            conditioning=Conditioning(whole(self.conditioning.tensors, 0)),
-            **whole({name: getattr(self, name) for name in self.by_row}, 0),
-            share=None,
-        )
+        whole = partial(world.rows_on_first, what="the states of older rollouts")
+        return self._mapped(partial(whole, dim=1), whole, None)
 
     def of_share(self, share: Share) -> Self:
         """Some of the rows of a whole batch, copied: the rest of it need not stay."""
         rows = share.rows
-        return replace(
-            self,
-            latents=self.latents[:, rows].clone(),
-            features={name: tensor[:, rows].clone() for name, tensor in self.features.items()},
-            conditioning=Conditioning(
-                {name: tensor[rows].clone() for name, tensor in self.conditioning.tensors.items()}
-            ),
-            **{name: getattr(self, name)[rows].clone() for name in self.by_row},
-            share=share,
+        return self._mapped(
+            lambda tensor: tensor[:, rows].clone(), lambda tensor: tensor[rows].clone(), share
         )
 
     def state(self) -> dict[str, Any]:

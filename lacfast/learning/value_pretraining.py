@@ -140,6 +140,7 @@ class ValuePretraining:
         config: TrainConfig,
         state: PretrainingState,
         held_out: Rollout | None,
+        *,
         confidence: ValueConfidence,
         log: MetricsLog,
         world: World = ALONE,

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from lacfast.rewards.clip import CLIPReward
 from lacfast.rewards.model import checkpoint_file, load_exactly, read_weights
-from lacfast.rewards.preprocessing import ImagePreprocessing
+from lacfast.rewards.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 
-PREPROCESSING = ImagePreprocessing(
-    size=224,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-    fit="pad",
-    round_resized=False,
-)
+PREPROCESSING = ImagePreprocessing(size=224, mean=CLIP_MEAN, std=CLIP_STD, fit="pad", round_resized=False)
 _WHOLE_NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lacfast.rewards.model import checkpoint_file, load_exactly, read_weights
 from lacfast.rewards.predictor import EncoderAndHead, LinearStack, PredictedScore
-from lacfast.rewards.preprocessing import ImagePreprocessing
+from lacfast.rewards.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 """Mean and deviation of the raw score on the authors' data, who report (raw - mean) / std."""
@@ -87,11 +87,8 @@ class ImageReward(PredictedScore):
         for network, part in ((vision, vision_weights), (text, text_weights), (head, head_weights)):
             load_exactly(network, {name: weight.float() for name, weight in part.items()}, path)
         self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        self._preprocess = ImagePreprocessing(
-            size=vision_config.image_size,
-            mean=(0.48145466, 0.4578275, 0.40821073),
-            std=(0.26862954, 0.26130258, 0.27577711),
-        )
+        size = vision_config.image_size
+        self._preprocess = ImagePreprocessing(size=size, mean=CLIP_MEAN, std=CLIP_STD)
         return EncoderAndHead(_BlipEncoder(vision, text), head)
 
     def score(

@@ -16,6 +16,11 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 """Pillow's number of a resampling filter -> torch's name; both antialias with the same kernels."""
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Mean and deviation of OpenAI's CLIP, by which HPSv2 and BLIP normalise too."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImagePreprocessing:
     """Resize to `size`, cut or pad to a square, then (x - mean) / std."""

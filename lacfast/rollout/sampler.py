@@ -16,6 +16,7 @@ from lacfast.critic.values import rollout_values
 from lacfast.ops.backend import forced_backend
 from lacfast.records import NoiseKey, Rollout, TransitionTable
 from lacfast.rollout.buffers import SamplerBuffers, SamplerInputs
+from lacfast.rollout.memory import STACKED
 from lacfast.rollout.step import begin, denoise_step
 from lacfast.runtime.graph import GraphRunner, StaticStep, weights_of
 from lacfast.runtime.profiling import span
@@ -188,13 +189,7 @@ class RolloutSampler:
 
 def _stored(buffers: SamplerBuffers) -> dict[str, Any]:
     """What a step stored, by the names of a Rollout."""
-    return {
-        "latents": buffers.latents,
-        "model_outputs": buffers.model_outputs,
-        "log_probs": buffers.log_probs,
-        "values": buffers.values,
-        "features": buffers.features,
-    }
+    return {name: getattr(buffers, name) for name in (*STACKED, "features")}
 
 
 def _first(buffers: SamplerBuffers, count: int, num_steps: int) -> dict[str, Any]:
@@ -203,10 +198,6 @@ def _first(buffers: SamplerBuffers, count: int, num_steps: int) -> dict[str, Any
     def copy(tensor: Tensor, steps: int = num_steps) -> Tensor:
         return tensor[:steps, :count].clone(memory_format=torch.contiguous_format)
 
-    return {
-        "latents": copy(buffers.latents, num_steps + 1),
-        "model_outputs": copy(buffers.model_outputs),
-        "log_probs": copy(buffers.log_probs),
-        "values": copy(buffers.values),
-        "features": {name: copy(tensor) for name, tensor in buffers.features.items()},
-    }
+    stacked = {name: copy(getattr(buffers, name)) for name in STACKED if name != "latents"}
+    features = {name: copy(tensor) for name, tensor in buffers.features.items()}
+    return {"latents": copy(buffers.latents, num_steps + 1), **stacked, "features": features}

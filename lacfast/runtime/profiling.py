@@ -44,38 +44,8 @@ Item = TypeVar("Item")
 Spans = dict[str, AbstractContextManager[Any]]
 
 
-class NvtxRange:
-    """A range made once and entered often: 0.2 us a time. It may be nested and shared between threads."""
-
-    def __init__(self, domain: Any, name: str) -> None:
-        self._domain = domain
-        self._attributes = domain.get_event_attributes(message=name)
-
-    def __enter__(self) -> None:
-        self._domain.push_range(self._attributes)
-
-    def __exit__(self, *exception: object) -> None:
-        self._domain.pop_range()
-
-
-class TorchRange:
-    """The same for torch.profiler, whose own object can be entered only once."""
-
-    def __init__(self, name: str) -> None:
-        self._name = f"{DOMAIN}/{name}"
-        self._entered: list[torch.profiler.record_function] = []
-
-    def __enter__(self) -> None:
-        record = torch.profiler.record_function(self._name)
-        record.__enter__()  # type: ignore[no-untyped-call]
-        self._entered.append(record)
-
-    def __exit__(self, *exception: object) -> None:
-        self._entered.pop().__exit__(*exception)
-
-
-_recorders: list[Spans] = []
-"""The innermost `recorded_by_torch`; a plain list, since rewards may be scored in another thread."""
+_recording: list[None] = []
+"""One entry for every `recorded_by_torch` that is entered; rewards may be scored in another thread."""
 
 
 def span(name: str) -> AbstractContextManager[Any]:
@@ -86,7 +56,9 @@ def span(name: str) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    return (_recorders[-1] if _recorders else _default_spans())[name]
+    default = _default_spans()[name]
+    # torch's own can be entered only once, nvtx's as often as one likes.
+    return torch.profiler.record_function(f"{DOMAIN}/{name}") if _recording else default
 
 
 def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
@@ -99,11 +71,11 @@ def each(name: str, items: Iterable[Item]) -> Iterator[Item]:
 @contextmanager
 def recorded_by_torch() -> Iterator[None]:
     """Within the context spans are torch.profiler's ranges, named "lacfast/..."; they work on a CPU too."""
-    _recorders.append({name: TorchRange(name) for name in SPANS})
+    _recording.append(None)
     try:
         yield
     finally:
-        _recorders.pop()
+        _recording.pop()
 
 
 @cache
@@ -114,7 +86,7 @@ def _default_spans() -> Spans:
 def nvtx_spans() -> Spans:
     """A range per name from the nvtx package, or contexts that do nothing where it is not installed."""
     try:
-        domain = importlib.import_module("nvtx").get_domain(DOMAIN)
+        nvtx: Any = importlib.import_module("nvtx")
     except ImportError:
         return dict.fromkeys(SPANS, nullcontext())
-    return {name: NvtxRange(domain, name) for name in SPANS}
+    return {name: nvtx.annotate(name, domain=DOMAIN) for name in SPANS}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from lacfast.tasks.predicates import Detection, score
+from lacfast.tasks.predicates import Detection, scores
 from lacfast.tasks.prompts import COLOURS, SHAPES
 from lacfast.tasks.scenes import CELL_SIZE, PALETTE, coverage
 from lacfast.tasks.task import FloatArray, scale_of
@@ -105,10 +105,4 @@ def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArra
         images: (B, 3, H, W) in [0, 1], H = W a multiple of BASE_SIZE.
         metadata: B dictionaries as in `Prompt.metadata`.
     """
-    if len(images) != len(metadata):
-        raise ValueError(
-            f"images of shape {images.shape} do not fit {len(metadata)} metadata: give one image per prompt"
-        )
-    scores = [score(seen, wanted) for seen, wanted in zip(detect(images), metadata, strict=True)]
-    strict, partial = np.asarray(scores, dtype=np.float32).reshape(-1, 2).T
-    return strict, partial
+    return scores(detect(images), metadata)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lacfast.rewards.ocr import edit_distance
 from lacfast.rewards.reward import needs
-from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task, scale_of
+from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task, pixels_of, scale_of
 
 # Pixels at scale 1.
 CELL_SIZE = 16
@@ -190,14 +190,14 @@ def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
 def glyphs_strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """1 where the image shows exactly the word, else 0; (B,) float32 on the CPU, no gradient."""
     words = [entry["word"] for entry in metadata]
-    return _scores([float(seen == word) for seen, word in zip(read(_pixels(images)), words, strict=True)])
+    return _scores([float(seen == word) for seen, word in zip(read(pixels_of(images)), words, strict=True)])
 
 
 @needs(check_prompt)
 def glyphs_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """1 - edit distance / letters of the word, at least 0 (Flow-GRPO's OCR reward); (B,) float32."""
     words = [entry["word"] for entry in metadata]
-    seen = read(_pixels(images))
+    seen = read(pixels_of(images))
     return _scores(
         [max(0.0, 1 - edit_distance(text, word) / len(word)) for text, word in zip(seen, words, strict=True)]
     )
@@ -207,13 +207,8 @@ def glyphs_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, A
 def glyphs_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Accuracy like `glyphs_strict`, by the second reader, which is never trained on."""
     words = [entry["word"] for entry in metadata]
-    seen = read_gold(_pixels(images))
+    seen = read_gold(pixels_of(images))
     return _scores([float(text == word) for text, word in zip(seen, words, strict=True)])
-
-
-def _pixels(images: Tensor) -> FloatArray:
-    pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
-    return pixels
 
 
 def _scores(values: list[float]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lacfast.tasks.predicates import Detection, score
+from lacfast.tasks.predicates import Detection, scores
 from lacfast.tasks.prompts import COLOURS, SHAPES, Thing
 from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, JITTER, draw_cell
 from lacfast.tasks.task import BASE_SIZE, FloatArray, scale_of
@@ -55,10 +55,4 @@ def detect(images: FloatArray) -> list[list[Detection]]:
 
 def check(images: FloatArray, metadata: list[dict[str, Any]]) -> tuple[FloatArray, FloatArray]:
     """Strict (0 or 1) and partial ([0, 1]) score per image, as `lacfast.tasks.checker.check`."""
-    if len(images) != len(metadata):
-        raise ValueError(
-            f"images of shape {images.shape} do not fit {len(metadata)} metadata: give one image per prompt"
-        )
-    scores = [score(seen, wanted) for seen, wanted in zip(detect(images), metadata, strict=True)]
-    strict, partial = np.asarray(scores, dtype=np.float32).reshape(-1, 2).T
-    return strict, partial
+    return scores(detect(images), metadata)

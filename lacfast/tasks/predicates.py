@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import numpy as np
+
 from lacfast.config.checks import unknown
 from lacfast.tasks.prompts import KINDS, Thing
+from lacfast.tasks.task import FloatArray
 
 RELATION_MARGIN = 6.0
 """Pixels that two centres must lie apart along the axis of a relation: half an object."""
@@ -71,6 +74,21 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     partial = (1 - share) * objects + share * obeyed
     strict = obeyed and len(detections) == len(wanted)
     return float(strict), float(partial)
+
+
+def scores(
+    seen: Sequence[Sequence[Detection]], metadata: Sequence[dict[str, Any]]
+) -> tuple[FloatArray, FloatArray]:
+    """Strict and partial score of every image, (B,) each, of what a checker has `seen` in it.
+
+    Raises:
+        ValueError: for another number of images than of metadata.
+    """
+    if len(seen) != len(metadata):
+        raise ValueError(f"{len(seen)} images do not fit {len(metadata)} metadata: give one image per prompt")
+    found = [score(detections, wanted) for detections, wanted in zip(seen, metadata, strict=True)]
+    strict, partial = np.asarray(found, dtype=np.float32).reshape(-1, 2).T
+    return strict, partial
 
 
 def _best_matching(kind: str, wanted: list[Any], seen: list[Detection]) -> tuple[float, bool]:

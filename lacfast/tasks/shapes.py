@@ -16,7 +16,7 @@ from lacfast.tasks.pretraining import Pretrained, pretrain
 from lacfast.tasks.prompts import all_prompts
 from lacfast.tasks.scenes import TASK, sample_images
 from lacfast.tasks.storage import load_pretrained, save_pretrained
-from lacfast.tasks.task import FloatArray, Prompt
+from lacfast.tasks.task import Prompt, pixels_of
 
 __all__ = [
     "Pretrained",
@@ -54,31 +54,26 @@ def ground_truth(prompts: Sequence[Prompt], *, seed: int = 0) -> Tensor:
 @needs(check_prompt)
 def shapes_strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """1 where the image shows exactly what the prompt says, else 0; (B,) float32 on the CPU, no gradient."""
-    return torch.from_numpy(checker.check(_pixels(images), metadata)[0])
+    return torch.from_numpy(checker.check(pixels_of(images), metadata)[0])
 
 
 @needs(check_prompt)
 def shapes_partial(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Share of the prompt that the image shows, (B,) float32 in [0, 1] on the CPU, no gradient."""
-    return torch.from_numpy(checker.check(_pixels(images), metadata)[1])
+    return torch.from_numpy(checker.check(pixels_of(images), metadata)[1])
 
 
 @needs(check_prompt)
 def shapes_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """0.5 strict + 0.5 partial, (B,) float32 in [0, 1] on the CPU, no gradient."""
-    strict, partial = checker.check(_pixels(images), metadata)
+    strict, partial = checker.check(pixels_of(images), metadata)
     return torch.from_numpy(0.5 * strict + 0.5 * partial)
 
 
 @needs(check_prompt)
 def shapes_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Strict accuracy by the second checker, never trained on: it tells obedience from an exploit."""
-    return torch.from_numpy(gold.check(_pixels(images), metadata)[0])
-
-
-def _pixels(images: Tensor) -> FloatArray:
-    pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
-    return pixels
+    return torch.from_numpy(gold.check(pixels_of(images), metadata)[0])
 
 
 def shapes_height(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 FloatArray = npt.NDArray[np.float32]
 SPLIT_SEED = 20260527
@@ -28,6 +30,12 @@ def scale_of(images: FloatArray) -> int:
             f"(B, 3, {BASE_SIZE}, {BASE_SIZE}), or a multiple of that size"
         )
     return scale
+
+
+def pixels_of(images: Tensor) -> FloatArray:
+    """Images as a checker takes them, on the host without a gradient."""
+    pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
+    return pixels
 
 
 @dataclass(frozen=True)

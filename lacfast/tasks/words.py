@@ -18,7 +18,7 @@ from torch import Tensor
 from lacfast.rewards.ocr import OCRAccuracy, OCREngine, normalized, wanted_text
 from lacfast.rewards.reward import needs
 from lacfast.tasks.glyphs import BACKGROUND, CELL_SIZE, INK, JITTER, UNKNOWN, letter_mask
-from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task
+from lacfast.tasks.task import BASE_SIZE, FloatArray, Prompt, Task, pixels_of
 
 LETTERS = "aehilntx"
 """Letters of glyphs.FONT; the engine takes a C at the end of a line for an O, and an O for a 0."""
@@ -132,6 +132,6 @@ def words_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]
 
     Never trained on: it tells a word from strokes that only the engine takes for one.
     """
-    seen = read_by_templates(images.detach().to("cpu", torch.float32).numpy())
+    seen = read_by_templates(pixels_of(images))
     wanted = [wanted_text(prompt, about) for prompt, about in zip(prompts, metadata, strict=True)]
     return torch.tensor([float(text == word) for text, word in zip(seen, wanted, strict=True)])

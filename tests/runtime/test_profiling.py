@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny_backbones
@@ -27,23 +26,27 @@ from lacfast.runtime.profiling import (
 PACKAGE = Path(__file__).resolve().parents[2] / "lacfast"
 
 
-class Domain:
-    """Stands in for nvtx's, which does nothing unless a profiler is attached."""
+class Package:
+    """Stands in for nvtx, which does nothing unless a profiler is attached."""
 
     def __init__(self) -> None:
         self.open: list[str] = []
         self.closed: list[str] = []
         self.made = 0
 
-    def get_event_attributes(self, message: str) -> str:
+    def annotate(self, message: str, *, domain: str) -> AbstractContextManager[None]:
+        assert domain == DOMAIN
         self.made += 1
-        return message
+        package = self
 
-    def push_range(self, attributes: str) -> None:
-        self.open.append(attributes)
+        class Range(AbstractContextManager[None]):
+            def __enter__(self) -> None:
+                package.open.append(message)
 
-    def pop_range(self) -> None:
-        self.closed.append(self.open.pop())
+            def __exit__(self, *exception: object) -> None:
+                package.closed.append(package.open.pop())
+
+        return Range()
 
 
 def names_in(package: Path) -> set[str]:
@@ -62,29 +65,28 @@ def test_every_span_is_used_and_every_use_is_known() -> None:
     assert names_in(PACKAGE) == set(SPANS)
 
 
-def spans_in(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> Spans:
-    """The ranges of an installed nvtx package whose domain is this one."""
-    package = SimpleNamespace(get_domain=lambda name: domain if name == DOMAIN else None)
+def spans_in(package: Package, monkeypatch: pytest.MonkeyPatch) -> Spans:
+    """The ranges of this package in nvtx's place."""
     monkeypatch.setitem(sys.modules, "nvtx", package)
     return nvtx_spans()
 
 
 def test_nvtx_ranges_are_made_once_and_nest(monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = Domain()
-    spans = spans_in(domain, monkeypatch)
+    package = Package()
+    spans = spans_in(package, monkeypatch)
     for _ in range(3):
         with spans["decode"], spans["reward"], spans["decode"]:
-            assert domain.open == ["decode", "reward", "decode"]
-    assert domain.made == len(SPANS)
-    assert domain.open == []
+            assert package.open == ["decode", "reward", "decode"]
+    assert package.made == len(SPANS)
+    assert package.open == []
 
 
 def test_ranges_close_when_the_work_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = Domain()
-    spans = spans_in(domain, monkeypatch)
+    package = Package()
+    spans = spans_in(package, monkeypatch)
     with pytest.raises(ZeroDivisionError), spans["sync"]:
         _ = 1 // 0
-    assert domain.closed == ["sync"]
+    assert package.closed == ["sync"]
 
 
 def test_without_the_nvtx_package_a_span_does_nothing_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
