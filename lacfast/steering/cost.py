@@ -111,7 +111,7 @@ class ParticleStats:
     """(n,) float64 estimate of log E[exp(R / tau)] (of V without the final correction)."""
 
     def on_host(self) -> ParticleStats:
-        """The same on the CPU."""
+        """The statistics on the CPU."""
         return ParticleStats(**{name: tensor.cpu() for name, tensor in vars(self).items()})
 
     @staticmethod
@@ -144,7 +144,7 @@ class SteeringStats:
     """Statistics of method "smc"; None for the others."""
 
     def on_host(self) -> SteeringStats:
-        """The same on the CPU."""
+        """The statistics on the CPU."""
         particles = None if self.particles is None else self.particles.on_host()
         rewards, gold = (
             {name: score.cpu() for name, score in each.items()} for each in (self.rewards, self.gold)

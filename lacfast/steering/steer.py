@@ -24,9 +24,9 @@ from lacfast.steering.denoising import SignTest, denoise
 from lacfast.steering.forward import SteeredModel
 from lacfast.steering.guidance import guided_steps
 from lacfast.steering.method import Method
+from lacfast.steering.methods import METHODS
 from lacfast.steering.objective import Objective
 from lacfast.steering.particles import Particles
-from lacfast.steering.selection import METHODS
 
 
 def steer(
