@@ -389,6 +389,6 @@ class Advantages:
     """Counts of the estimator, by metric name."""
 
     def of_rows(self, rows: slice) -> Advantages:
-        """Those of some trajectories."""
+        """The advantages of some trajectories."""
         policy, raw = self.policy[:, rows], self.raw[:, rows]
         return replace(self, policy=policy, targets=self.targets[rows], raw=raw)

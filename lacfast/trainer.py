@@ -100,7 +100,7 @@ class LatentActorCriticTrainer:
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
         self.actor = Actor(backbone, self.sampler, self.graphs, self.config)
         self.behaviour, self.rollout_sampler = self.actor.backbone, self.actor.sampler
-        self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="image", setting="eval_batch_size")
+        self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="sample", setting="eval_batch_size")
         # Ranks start alike also where a kernel draws or loads otherwise.
         trained = [*backbone.policy_parameters(), *(() if self.critic is None else self.critic.parameters())]
         self.world.copy_from_first_(trained, "the first weights")
@@ -205,7 +205,9 @@ class LatentActorCriticTrainer:
                 self.confidence.bounds = self.measure_bounds(held_out)
         pretraining = ValuePretraining(
             *(self.critic, self.learner.critic_update.optimizer, self.normalizer, self.config),
-            *(state, held_out, self.confidence, self.log),
+            *(state, held_out),
+            confidence=self.confidence,
+            log=self.log,
             world=self.world,
         )
         result = pretraining.run(rollouts.of, self.indivisible, on_iteration)

@@ -359,7 +359,7 @@ def test_a_damaged_checkpoint_changes_nothing(saved_run: Path, tmp_path: Path) -
     before = weights(trainer)
     with pytest.raises(DamagedError, match=r"critic\.safetensors has"):
         trainer.load(copy)
-    # Earlier versions wrote no checksums.
+    # Without checksums.
     (copy / MANIFEST).unlink()
     with Refusal(
         "is damaged: its weights cannot be read",

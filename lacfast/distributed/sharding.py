@@ -150,7 +150,7 @@ class Sharding:
 _DIVIDED: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
 """Modules whose weights are gathered on their own, and by what."""
 _GATHERED: WeakSet[nn.Module] = WeakSet()
-"""Those that are within `gathered`."""
+"""Modules that are within `gathered`."""
 
 
 class _Collective:

@@ -77,7 +77,7 @@ class PretrainingState:
     iteration: int = 0
     """Iterations that are behind."""
     is_under_way: bool = False
-    """It has begun and not ended."""
+    """Whether it has begun and not ended."""
     held_out: KnownScores | None = None
     """Scores of the rollout that measures it."""
     images: int = 0

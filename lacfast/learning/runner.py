@@ -128,7 +128,7 @@ class GraphedUpdate(UpdateRunner):
         self._size: int | None = None
         self._microbatches: dict[Hashable, tuple[list[Tensor], StaticStep]] = {}
         self._today: dict[bool, tuple[list[Tensor], StaticStep]] = {}
-        """Those of the optimizer step, by whether they are its first: to find them walks over all modules."""
+        """Microbatches of the optimizer step, by whether they are its first: a search walks over modules."""
         self._forward: Hashable = None
         """What `signature` says today."""
         self._optimizer: StaticStep | None = None

@@ -111,7 +111,7 @@ class PolicyRecord:
 
     @staticmethod
     def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """From a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole."""
+        """The record of a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole."""
         loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
         step_sums = numbers[4:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
@@ -138,7 +138,7 @@ class CriticRecord:
 
     @staticmethod
     def read(numbers: Tensor, pairs: int) -> CriticRecord:
-        """From the step's Totals.record (2,) on the host, of a minibatch of `pairs`."""
+        """The record of a step's Totals.record (2,) on the host, of a minibatch of `pairs`."""
         loss, grad_norm = numbers.tolist()
         return CriticRecord(loss, grad_norm, pairs)
 
@@ -150,7 +150,7 @@ class UpdateRecords:
         self.policy: list[PolicyRecord] = []
         """Records of the steps that were read and taken, in their order."""
         self.critic: list[CriticRecord] = []
-        """The same for the critic."""
+        """Records of the critic's steps."""
         self.policy_steps = 0
         """Read or not."""
         self._left_out: Counter[str] = Counter()

@@ -157,7 +157,7 @@ def value_bounds(
     """
     if config.pretrain.completions == 0:
         raise ValueError("pretrain.completions=0 completes no state, so there is no ceiling; use at least 2")
-    size = BatchSize(config.eval_batch_size, unit="image", setting="eval_batch_size")
+    size = BatchSize(config.eval_batch_size, unit="sample", setting="eval_batch_size")
     whole = outcomes(rollout, world)
     floor = prompt_floor(normalizer.head_rewards(stack_rewards(whole)), whole.prompts).cpu()
     states = min(config.pretrain.bound_states, rollout.total)

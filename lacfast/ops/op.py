@@ -153,7 +153,7 @@ class Op(Generic[Inputs, Outputs]):
         return [results[i] for i in self._trained]
 
     def backward(self, ctx: Any, chosen: str | None, grads: Gradients, wanted: Sequence[bool]) -> Gradients:
-        """From the outputs' gradients to the trained inputs'; without a backend by the registered op."""
+        """The trained inputs' gradients, by those of the outputs; without a backend by the registered op."""
         for grad in grads:
             if grad is not None:
                 break

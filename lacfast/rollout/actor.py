@@ -34,7 +34,7 @@ class Actor:
         if config.rollout_precision != "model":
             self.backbone = backbone.quantized(config.rollout_precision)
             self.sampler = RolloutSampler(self.backbone, backbone.critic, graphs)
-        self.part_size = BatchSize(config.rollout_batch_size, unit="image", setting="rollout_batch_size")
+        self.part_size = BatchSize(config.rollout_batch_size, unit="sample", setting="rollout_batch_size")
 
     def parts(
         self,

@@ -47,9 +47,9 @@ class _Slot:
     host: dict[str, Tensor] = field(default_factory=dict)
     device: dict[str, Tensor] = field(default_factory=dict)
     copied: torch.cuda.Event | None = None
-    """Behind it the pinned memory may be written again."""
+    """Event behind which the pinned memory may be written again."""
     used: torch.cuda.Event | None = None
-    """Behind it the device's memory may."""
+    """Event behind which the device's memory may."""
 
     def fit(self, rows: Mapping[str, tuple[Tensor, Tensor]], device: torch.device) -> bool:
         """Make room for rows of tensors, as `Staging.gather` takes them; whether that was anew."""

@@ -273,8 +273,8 @@ def test_a_rollout_goes_on_in_smaller_parts_and_is_the_same(
     with pytest.warns(RuntimeWarning) as caught:
         found = short.collect(prompts, 0)
     assert [str(warning.message) for warning in caught] == [
-        "out of memory with 8 images at a time; going on with 4. Set rollout_batch_size to 4 to start there",
-        "out of memory with 4 images at a time; going on with 2. Set rollout_batch_size to 2 to start there",
+        "out of memory with 8 samples at a time; going on with 4. Set rollout_batch_size to 4 to start there",
+        "out of memory with 4 samples at a time; going on with 2. Set rollout_batch_size to 2 to start there",
     ]
     assert_same_trajectories(found, expected)
     # Nothing of the shapes that did not fit is kept, and they are not tried again.
