@@ -34,9 +34,9 @@ DRAWS_AHEAD = 64
 class PromptCache:
     """Embeddings by prompt, in memory of the CPU; the longest unused go first when `capacity` is full."""
 
-    def __init__(self, encoder: PromptEncoder, *, capacity: int = DEFAULT_CAPACITY) -> None:
+    def __init__(self, encoder: PromptEncoder) -> None:
         self.encoder = encoder
-        self.capacity = capacity
+        self.capacity = DEFAULT_CAPACITY
         self.entries: OrderedDict[str | None, Embeddings] = OrderedDict()
         self.files: PromptFiles | None = None
         self.is_aside = False

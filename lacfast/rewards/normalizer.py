@@ -12,6 +12,8 @@ from lacfast.records import Rollout
 from lacfast.rewards.heads import RewardHeads, stack_rewards
 from lacfast.transfer import to_device, to_like
 
+WINDOW = 5000.0
+"""Older samples are forgotten at this scale, so that the statistics follow the policy."""
 _TINY = 1e-8
 
 
@@ -27,18 +29,14 @@ class RewardNormalizer:
     variance: Tensor
     """(M,) float64, of the population."""
     count: float = 0.0
-    """Samples seen, bounded by `window`."""
-    window: float = 5000.0
-    """Older samples are forgotten at this scale, so that the statistics follow the policy."""
+    """Samples seen, at most `WINDOW`."""
     heads: RewardHeads | None = None
     """What the heads predict; None: each reward as it is."""
 
     @staticmethod
-    def create(
-        num_heads: int, *, window: float = 5000.0, heads: RewardHeads | None = None
-    ) -> RewardNormalizer:
+    def create(num_heads: int, *, heads: RewardHeads | None = None) -> RewardNormalizer:
         zeros = torch.zeros(num_heads).double()
-        return RewardNormalizer(zeros, zeros.clone(), 0.0, window, heads)
+        return RewardNormalizer(zeros, zeros.clone(), 0.0, heads)
 
     @property
     def std(self) -> Tensor:
@@ -62,7 +60,7 @@ class RewardNormalizer:
         within = self.count * self.variance + batch_count * batch.var(dim=0, correction=0).cpu()
         self.variance = (within + shift**2 * self.count * batch_count / total) / total
         self.mean = self.mean + shift * batch_count / total
-        self.count = min(total, self.window)
+        self.count = min(total, WINDOW)
 
     def restore(self, other: RewardNormalizer) -> None:
         """Take over another normalizer's statistics."""

@@ -113,7 +113,6 @@ class SamplerBuffers:
         latent_shape: tuple[int, ...],
         *,
         num_rewards: int = 0,
-        dtype: torch.dtype = torch.float32,
         model_dtype: torch.dtype = torch.float32,
         keep_features: bool = True,
     ) -> SamplerBuffers:
@@ -123,13 +122,12 @@ class SamplerBuffers:
             inputs: of the batch, not copied.
             latent_shape: of one sample, see Backbone.
             num_rewards: M, heads of the critic that values every step; 0 without one.
-            dtype: of the latents.
-            model_dtype: that the model takes them in.
+            model_dtype: that the model takes the float32 latents in.
             keep_features: keep what the critic's trunk reads of every step, and leave its values for later.
         """
         device = inputs.timesteps.device
         batch, steps = inputs.batch_size, len(inputs.timesteps)
-        latents = torch.empty((steps + 1, batch, *latent_shape), dtype=dtype, device=device)
+        latents = torch.empty((steps + 1, batch, *latent_shape), device=device)
         return SamplerBuffers(
             inputs=inputs,
             step=torch.zeros(1, dtype=torch.int64, device=device),

@@ -17,14 +17,14 @@ from lacfast.runs.directory import EVALUATION, require_own
 from lacfast.runs.embedded import prompts_of
 from lacfast.runs.phases import EvaluationLines
 from lacfast.runs.saved import evaluation_sampler, saved_model
-from lacfast.runs.terminal import PhaseLog, phase_log
+from lacfast.runs.terminal import phase_log
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
 from lacfast.runtime.memory import BatchSize
 
 
-def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Evaluation:
-    """Scores of a saved model on prompts that nothing trains on here; `log` None shows in the terminal.
+def evaluate_model(settings: EvaluationRun) -> Evaluation:
+    """Scores of a saved model on prompts that nothing trains on here.
 
     With several ranks each makes its share of the images, and the first one shows and writes.
 
@@ -41,7 +41,7 @@ def evaluate_model(settings: EvaluationRun, log: PhaseLog | None = None) -> Eval
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
         require_writable(settings.out, "--out")
-    scorer, log = scorer.prepared(), log or phase_log(world)
+    scorer, log = scorer.prepared(), phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))
     with EvaluationLines(log) as lines:

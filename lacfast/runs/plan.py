@@ -78,14 +78,11 @@ class Plan:
         )
 
 
-def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: int = 1) -> Plan:
+def plan(config: RunConfig, *, ranks: int = 1) -> Plan:
     """What `config` would cost and hold; of a pipeline only the configs are read.
 
     Args:
         config: of the run.
-        device: that it is planned for. Empty: config.device, or else a GPU, but for models that are made on
-            the spot.
-        pretrains: value pretraining is still to come, where config has one.
         ranks: processes that share a rollout.
 
     Raises:
@@ -95,7 +92,7 @@ def plan(config: RunConfig, *, device: str = "", pretrains: bool = True, ranks: 
     model = _Model.of(config, ranks)
     backbone, _, table, _ = model.parts
     costs = count(*model.parts, config.train)
-    follow = partial(model.memory, config, device, pretrains, ranks)
+    follow = partial(model.memory, config, "", True, ranks)
     return Plan(costs, Shards.of(backbone, config.train.shard), config.train, table.num_steps, follow)
 
 
@@ -135,6 +132,7 @@ class _Model:
         return _Model((backbone, critic, table, conditioning), beside, aside)
 
     def memory(self, config: RunConfig, device: str, pretrains: bool, ranks: int) -> MemoryPlan:
+        """`device` empty: config.device, or else a GPU, but for models that are made on the spot."""
         natural = "cpu" if config.model in TINY_MODELS else "cuda"
         return memory_plan(
             *self.parts,

@@ -22,7 +22,7 @@ from lacfast.runs.devices import torch_device, torch_dtype
 from lacfast.runs.directory import STEERED, require_own
 from lacfast.runs.embedded import PROMPT_SOURCES, prompts_of
 from lacfast.runs.saved import saved_model, trained_heads, trained_sampler
-from lacfast.runs.terminal import PhaseLog, phase_log
+from lacfast.runs.terminal import phase_log
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.steering import SteeringStats
 from lacfast.steering.ranks import steer_together
@@ -50,8 +50,8 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
     return found.cycle(count) if count else found
 
 
-def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringStats:
-    """Make, write and score steered images of a saved model; `log` None shows in the terminal.
+def steer_model(settings: SteeringRun) -> SteeringStats:
+    """Make, write and score steered images of a saved model.
 
     With several ranks each makes its share of the images, and the first one shows and writes.
 
@@ -76,7 +76,7 @@ def steer_model(settings: SteeringRun, log: PhaseLog | None = None) -> SteeringS
         sampler = trained_sampler(settings.critic or model) or sampler
     require_own(settings.out, STEERED)
     require_writable(settings.out / "images", "--out")
-    log = log or phase_log(world)
+    log = phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(
             model,

@@ -130,7 +130,7 @@ def scores_line(evaluation: Evaluation) -> str:
     return f"{', '.join(scores)} of {len(evaluation.prompts):,}"
 
 
-def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
+def show_scores(evaluation: Evaluation) -> None:
     """Mean and standard error of every score."""
     table = Table()
     for column in ("reward", "mean", "standard error", "images"):
@@ -138,10 +138,10 @@ def show_scores(evaluation: Evaluation, console: Console | None = None) -> None:
     errors = evaluation.standard_errors()
     for name, mean in evaluation.means().items():
         table.add_row(name, f"{mean:.4f}", f"{errors[name]:.4f}", str(len(evaluation.prompts)))
-    (console or Console()).print(table)
+    Console().print(table)
 
 
-def show_steering(stats: SteeringStats, out: Path, console: Console | None = None) -> None:
+def show_steering(stats: SteeringStats, out: Path) -> None:
     """What steering cost and reached, and where the images are."""
     evaluations = stats.evaluations
     table = Table(show_header=False)
@@ -154,7 +154,7 @@ def show_steering(stats: SteeringStats, out: Path, console: Console | None = Non
         table.add_row("V of the last noisy state", f"{float(stats.values[-1].mean()):.4f}")
     for name, scores in (stats.rewards | stats.gold).items():
         table.add_row(name, f"{float(scores.mean()):.4f}")
-    console = console or Console()
+    console = Console()
     console.print(table)
     console.print(f"{evaluations.images} images in {out / 'images'}", highlight=False, soft_wrap=True)
 

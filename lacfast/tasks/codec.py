@@ -67,28 +67,22 @@ class PatchCodec(nn.Module):
         return nn.functional.pixel_shuffle(patches.movedim(-1, 1), self.patch_size).clamp(0, 1)
 
 
-def fit_codec(
-    task: Task = scenes.TASK,
-    *,
-    patch_size: int = PATCH_SIZE,
-    channels: int = CHANNELS,
-    whitening: float = WHITENING,
-) -> PatchCodec:
+def fit_codec(task: Task = scenes.TASK) -> PatchCodec:
     """The codec whose basis is fitted on a task's ground truth, in float64 and with fixed signs."""
     prompts = task.prompts() * FIT_IMAGES_PER_PROMPT
     images = torch.from_numpy(task.draw(prompts, np.random.default_rng(FIT_SEED))).double()
-    patches = nn.functional.pixel_unshuffle(images, patch_size).movedim(1, -1).flatten(0, 2)
+    patches = nn.functional.pixel_unshuffle(images, PATCH_SIZE).movedim(1, -1).flatten(0, 2)
     # The empty patch is latent zero: the commonest patch lies at the centre of the prior.
     mean = torch.full_like(patches[0], task.background)
     covariance = (patches - mean).T @ (patches - mean) / len(patches)
     variances, components = torch.linalg.eigh(covariance)
-    variances, components = variances.flip(0)[:channels], components.flip(1)[:, :channels]
+    variances, components = variances.flip(0)[:CHANNELS], components.flip(1)[:, :CHANNELS]
     signs = components.gather(0, components.abs().argmax(0, keepdim=True)).sign()
     std = variances.sqrt()
-    scale = std**whitening
+    scale = std**WHITENING
     # One common factor makes the variance over all channels one.
     scale = scale * ((std / scale) ** 2).mean().sqrt()
-    codec = PatchCodec(patch_size=patch_size, channels=channels)
+    codec = PatchCodec()
     codec.encoder.copy_((components * signs / scale).T)
     codec.decoder.copy_(components * signs * scale)
     codec.mean.copy_(mean)

@@ -100,12 +100,12 @@ class WordEncoder(nn.Module):
         return [self._index[word] for word in words] + [PADDING] * (self.length - len(words))
 
 
-def word_encoder(task: Task = scenes.TASK, *, generator: torch.Generator, width: int = WIDTH) -> WordEncoder:
+def word_encoder(task: Task = scenes.TASK, *, generator: torch.Generator) -> WordEncoder:
     """An untrained encoder of a task's vocabulary, standard normal embeddings drawn from `generator`."""
     prompts = [prompt.text.split() for prompt in task.prompts()]
     words, length = sorted({word for prompt in prompts for word in prompt}), max(map(len, prompts))
     with torch.random.fork_rng(devices=[]):
-        encoder = WordEncoder(words=words, length=length, width=width)
+        encoder = WordEncoder(words=words, length=length)
     with torch.no_grad():
         encoder.word.weight.normal_(generator=generator)
         encoder.position.weight.normal_(generator=generator)
