@@ -69,26 +69,26 @@ def require_read(settings: Any, rules: Sequence[Unread]) -> None:
             raise UnreadError(f"{given} would be ignored{rule.because(settings)}; leave it out, {remedy}")
 
 
-def variant(preset: T, **changes: Any) -> T:
-    """`dataclasses.replace`, but what the preset set and nothing reads beside the changes is at its default.
+def variant(base: T, **changes: Any) -> T:
+    """`dataclasses.replace`, but what `base` set and nothing reads beside the changes is at its default.
 
     Raises:
         ValueError: for changes that do not fit, or that nothing reads.
     """
-    values = {field.name: getattr(preset, field.name) for field in fields(preset)}  # type: ignore[arg-type]
-    return made(type(preset), values | changes, preset)
+    values = {field.name: getattr(base, field.name) for field in fields(base)}  # type: ignore[arg-type]
+    return made(type(base), values | changes, base)
 
 
-def made(kind: type[T], values: Mapping[str, Any], preset: Any) -> T:
-    """The config of `values`, where those that are the preset's and that nothing reads are at their defaults.
+def made(kind: type[T], values: Mapping[str, Any], base: Any) -> T:
+    """The config of `values`, where those that are the base's and that nothing reads are at their defaults.
 
     Args:
         kind: the config's class.
         values: its fields by name; those that are missing are at their defaults.
-        preset: what has the fields that nobody asked for, or None.
+        base: what has the fields that nobody asked for, or None.
 
     Raises:
-        ValueError: for values that do not fit, or that nothing reads and that are not the preset's.
+        ValueError: for values that do not fit, or that nothing reads and that are not the base's.
     """
     try:
         return kind(**values)
@@ -99,7 +99,7 @@ def made(kind: type[T], values: Mapping[str, Any], preset: Any) -> T:
     for rule in rules:
         for option in rule.options if rule.where(settings) else ():
             for name, value, default in _changed(settings, option):
-                if _value(preset, name) == value:
+                if _value(base, name) == value:
                     _insert(forgotten, name, default)
     return kind(**dict(values) | _reset(settings, forgotten))
 
