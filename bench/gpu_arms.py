@@ -2,7 +2,8 @@
 
     python -m bench.gpu_arms sampling                    on a CUDA device, to the screen
     python -m bench.gpu_arms update --out PATH
-    python -m bench.gpu_arms sampling --device cpu       a rehearsal with tiny models
+    python -m bench.gpu_arms sampling --tiny             a rehearsal with tiny models
+    python -m bench.gpu_arms sampling --device cpu       the same in fewer arms
 
 Arms take turns on the same work at batch 1, 4 and 16, and their results are compared; "values" is what the
 values of all steps add. Times are those of a denoising step and of a (sample, step) pair; memory is counted
@@ -340,6 +341,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--prepare", type=float, default=PREPARE_SECONDS, help="limit of a call that compiles"
     )
+    options.add_argument("--tiny", action="store_true", help="tiny models, one batch; always so on a CPU")
     options.add_argument("--out", type=Path, help="JSON")
     return options
 
@@ -352,13 +354,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_arms: no CUDA device here; --device cpu rehearses with tiny models", file=sys.stderr)
         return 2
-    from bench.random_models import subjects
+    from bench.random_models import subjects, tiny_subjects
 
     device = torch.device(options.device)
+    is_rehearsal = options.tiny or device.type == "cpu"
     plan = Plan(device=device, dtype=torch.bfloat16, prepare_seconds=options.prepare)
+    if is_rehearsal:
+        plan = replace(plan, batches=(2,), rounds=1)
     if device.type == "cpu":
         torch.set_num_threads(1)
-        plan = Plan(device=device, dtype=torch.float32, batches=(2,), rounds=1, arms=(EAGER, "graph"))
+        plan = replace(plan, dtype=torch.float32, arms=(EAGER, "graph"))
     result: dict[str, Any] = {"machine": machine.describe(device), "rows": [], "missing": {}}
 
     def keep(rows: list[Row]) -> None:
@@ -367,14 +372,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out is not None:
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    result["missing"] = collect(options.phase, subjects(device), plan, seconds=options.seconds, on_rows=keep)
+    chosen = tiny_subjects(device) if is_rehearsal else subjects(device)
+    result["missing"] = collect(options.phase, chosen, plan, seconds=options.seconds, on_rows=keep)
     for title, reason in result["missing"].items():
         print(f"missing: {title}: {reason}", file=sys.stderr)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     failed = [row for row in result["rows"] if "error" in row]
     # A model may be too large for a GPU; that nothing ran, or an arm of the rehearsal failed, is a fault.
-    return 1 if not result["rows"] or (failed and device.type == "cpu") else 0
+    return 1 if not result["rows"] or (failed and is_rehearsal) else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
     python bench/gpu_check.py --only tune              also changes kernels/launches.json
     python bench/gpu_check.py --only learning          a slice of the learning runs; call it again to go on
     python bench/gpu_check.py --device cpu             a rehearsal with tiny sizes
-    python bench/gpu_check.py --tiny --only kernels,profile    the same of some parts on a GPU
+    python bench/gpu_check.py --tiny --only kernels,iteration  the same of some parts on a GPU
 
 Each part is a process of its own with a time limit, so one that crashes costs the others nothing. The result
 is written after every part, to bench/results/GPU-DATE.json by default; the table comes last. Exit code 1 says
@@ -156,12 +156,12 @@ def engine(setting: Setting, module: str, arguments: list[str]) -> Part:
 
 def sampling(setting: Setting) -> Part:
     """A denoising step of every model in four arms, and what its values cost."""
-    return engine(setting, "bench.gpu_arms", ["sampling"])
+    return engine(setting, "bench.gpu_arms", ["sampling", *["--tiny"] * setting.is_rehearsal])
 
 
 def update(setting: Setting) -> Part:
     """A (sample, step) pair of an update in the same arms."""
-    return engine(setting, "bench.gpu_arms", ["update"])
+    return engine(setting, "bench.gpu_arms", ["update", *["--tiny"] * setting.is_rehearsal])
 
 
 def iteration(setting: Setting) -> Part:
@@ -236,7 +236,7 @@ DEFAULT_PARTS = ("tests", "kernels", "profile")
 takes hours in slices, so these run only when they are asked for."""
 
 
-TINY_PARTS = ("kernels", "learning", "profile")
+TINY_PARTS = tuple(name for name in PARTS if name not in ("tests", "tune"))
 """Those that have sizes of a rehearsal on a GPU too."""
 
 

@@ -31,7 +31,7 @@ from bench.interleaved import Provider, race, speed_ups
 from bench.matched_loops import PEER_BATCH, Match, PeerLoop, engine, peer_loop, plain_score, tiny_match
 from bench.peer_loops import FlowGRPOLoop, Samples, samples_of
 from bench.peer_loops.samples import doubled, embeddings_of
-from bench.random_models import Subject, match_of, subjects
+from bench.random_models import Subject, match_of, subjects, tiny_subjects
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
 from lacfast.trainer import LatentActorCriticTrainer
@@ -255,13 +255,16 @@ def cpu_contest(family: Any, *, rounds: int, is_quick: bool) -> dict[str, Any]:
 
 
 def cuda_contest(subject: Subject, *, rounds: int) -> dict[str, Any]:
-    """A model with random weights in bfloat16; the peer under autocast over a float32 base, as it runs."""
+    """A model with random weights in bfloat16; the peer under autocast over a float32 base, as it runs.
+
+    Of a tiny one all arms take part, and results are compared in float64.
+    """
     device = torch.device("cuda")
     match = match_of(subject, torch.bfloat16)
     size = PEER_BATCH[match.peer]
     while True:
         try:
-            return _cuda_contest(match, size, rounds=rounds, device=device)
+            return _cuda_contest(match, size, rounds=rounds, is_tiny=subject.is_tiny, device=device)
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
@@ -270,8 +273,9 @@ def cuda_contest(subject: Subject, *, rounds: int) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def _cuda_contest(match: Match, size: int, *, rounds: int, device: torch.device) -> dict[str, Any]:
-    is_tiny = match.trajectories > PEER_BATCH[match.peer] * 4
+def _cuda_contest(
+    match: Match, size: int, *, rounds: int, is_tiny: bool, device: torch.device
+) -> dict[str, Any]:
     return contest(
         match,
         arms={
@@ -298,9 +302,13 @@ def plans(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
             family: partial(cpu_contest, family, rounds=rounds, is_quick=options.quick)
             for family in options.models
         }
+    device = torch.device("cuda")
+    if options.quick:
+        tiny = tiny_subjects(device, options.models)
+        return {subject.title: partial(cuda_contest, subject, rounds=1) for subject in tiny}
     return {
         subject.title: partial(cuda_contest, subject, rounds=min(options.rounds, 3))
-        for subject in subjects(torch.device("cuda"))
+        for subject in subjects(device)
         if subject.peer is not None
     }
 
@@ -308,7 +316,7 @@ def plans(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench.iteration", description=__doc__.split("\n")[0])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="on a CPU")
+    options.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="tiny ones")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--quick", action="store_true", help="tiny sizes, one round: a rehearsal")
     options.add_argument("--seconds", type=float, default=7200.0, help="start no contest after this")
@@ -321,6 +329,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("iteration: --device cuda needs a CUDA device; --device cpu runs anywhere", file=sys.stderr)
+        return 2
+    if device.type == "cuda" and options.models != list(FAMILIES) and not options.quick:
+        print(
+            "iteration: --models names tiny models, which are not all that a GPU runs; add --quick, or leave "
+            "it out",
+            file=sys.stderr,
+        )
         return 2
     torch.set_num_threads(1)
     out = options.out

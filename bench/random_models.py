@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bench import matched_loops
-from bench.matched_loops import LEARNING_RATE, Match, Peer
+from bench.matched_loops import LEARNING_RATE, PEER_BATCH, Match, Peer
 from lacfast.backbones import PipelineSettings, load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.backbones.parts import Embeddings, empty_embeddings
@@ -71,6 +71,8 @@ class Subject:
     """The peer whose loop it meets in the iteration; None: none fits the device's memory in float32."""
     trajectories: int = 0
     """Per iteration."""
+    is_tiny: bool = False
+    """So small that launches and the host are what takes time, and that float64 models fit beside it."""
 
 
 def random_pipeline(published: PublishedModel, device: torch.device, dtype: torch.dtype) -> LatentBackbone:
@@ -111,13 +113,18 @@ def tiny_subject(family: Any, device: torch.device, trajectories: int) -> Subjec
         sampler=match.sampler,
         peer=match.peer,
         trajectories=trajectories,
+        is_tiny=True,
     )
+
+
+def tiny_subjects(device: torch.device, families: Sequence[str] = ("dit", "unet")) -> list[Subject]:
+    """A rehearsal's: tiny models with one batch of their peer's."""
+    count = {"dit": PEER_BATCH["flow_grpo"], "unet": PEER_BATCH["ddpo"]}
+    return [tiny_subject(family, device, count[family]) for family in families]
 
 
 def subjects(device: torch.device) -> list[Subject]:
     """The models of the tables, small ones first: what does not fit the time is left out at the end."""
-    if device.type == "cpu":
-        return [tiny_subject("dit", device, 9), tiny_subject("unet", device, 8)]
     from bench.published import PUBLISHED
 
     ddim = SamplerConfig(kind="ddim", num_steps=4, noise_level=1.0, guidance_scale=5.0, window=Fixed((0, 4)))

@@ -11,8 +11,9 @@ What would go wrong on a GPU goes wrong here, at the line that does it:
     the same within a capture, or in torch.cuda.set_sync_debug_mode("error")        -> RuntimeError
 A captured graph replays the operations of its capture on the memory that they had, so what is frozen there is
 frozen here. Kernels are those of the CPU, threads share one stream, and memory is without end: neither times
-nor races nor the compiled kernels are seen. torch.compile cannot trace such tensors: what it is given runs as
-it is, and every variant that it would compile is counted as a graph.
+nor races nor what the compiled kernels compute are seen; that they compile and launch is where there is a
+recorder (tests/recorded_launches.py). torch.compile cannot trace such tensors: what it is given runs as it
+is, and every variant that it would compile is counted as a graph.
 """
 
 from __future__ import annotations
@@ -161,6 +162,7 @@ def _torch_cuda() -> dict[str, Any]:
         total_memory=80 * GIB,
         multi_processor_count=132,
         L2_cache_size=50 << 20,
+        shared_memory_per_multiprocessor=228 << 10,
     )
 
     def held(device: Any = None) -> int:
@@ -216,7 +218,9 @@ def _with_one_row_of_sums(kernel: Callable[..., None]) -> Callable[..., None]:
     return filled
 
 
-def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Callable[..., None]:
+def _launch(
+    launched: Callable[..., None], kernel_of: Callable[..., Any], recorder: Any
+) -> Callable[..., None]:
     """lacfast.ops.backend.launch, with the CPU's kernels in place of the GPU's, on the same memory."""
 
     def launch(chosen: str, name: str, anchor: Tensor, *records: tuple[Any, ...]) -> None:
@@ -228,6 +232,8 @@ def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Cal
                 if isinstance(value, Tensor) and not isinstance(value, CudaTensor):
                     raise DeviceMismatchError(f"the GPU kernel {name} is given {field} on the CPU")
                 assert not isinstance(value, Tensor) or value.is_contiguous(), f"{name}: {field}"
+        if recorder is not None and chosen == "triton":
+            _launch_for_nothing(name, functools.partial(kernel_of("triton", name), *records), recorder)
         host = tree_map_only(CudaTensor, values_of, records)
         arguments = (*host, (torch.get_num_threads(),))
         kernel = kernel_of("cpu", name)
@@ -238,6 +244,20 @@ def _launch(launched: Callable[..., None], kernel_of: Callable[..., Any]) -> Cal
         kernel(*arguments)
 
     return launch
+
+
+def _launch_for_nothing(name: str, launcher: Callable[[], None], recorder: Any) -> None:
+    """What launches an op's Triton kernels, for a driver that runs none; its arguments are looked at."""
+    before = len(recorder.launches)
+    launcher()
+    launches = recorder.launches[before:]
+    assert launches, f"{name} launches nothing"
+    for launch in launches:
+        grid, kernel, arguments = launch[:3], launch[4].name, launch[7:]
+        assert all(0 < size < 2**31 for size in grid), f"{kernel}: {grid}"
+        strangers = [value for value in arguments if isinstance(value, Tensor)]
+        if not all(isinstance(value, CudaTensor) for value in strangers):
+            raise DeviceMismatchError(f"the GPU kernel {kernel} is launched with tensors of the host")
 
 
 def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
@@ -257,8 +277,13 @@ def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def pretended_cuda() -> Iterator[WaitLog]:
-    """Within the context there is a CUDA device; gives the log of the host's waits for it."""
+def pretended_cuda(recorder: Any = None) -> Iterator[WaitLog]:
+    """Within the context there is a CUDA device; gives the log of the host's waits for it.
+
+    Args:
+        recorder: a LaunchRecorder, for which the Triton kernels are launched too. None: they are not, which
+            saves their compilation.
+    """
     log.clear()
     _pools.clear()
     caches = [backend.unusable_reason, backend._natural_backend, profiling._default_spans]
@@ -270,7 +295,7 @@ def pretended_cuda() -> Iterator[WaitLog]:
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             patch.setattr(torch._C, name, lambda *_: None, raising=False)
         _patch_torch(patch)
-        _patch_package(patch)
+        _patch_package(patch, recorder)
         for cached in caches:
             cached.cache_clear()
         try:
@@ -318,14 +343,22 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "save", save_values)
 
 
-def _patch_package(patch: pytest.MonkeyPatch) -> None:
+def _patch_package(patch: pytest.MonkeyPatch, recorder: Any) -> None:
     """Kernels, graphs, and the one place that asks for the exact type of a weight."""
     usable = backend.unusable_reason.__wrapped__
     patch.setattr(backend, "unusable_reason", lambda name: "" if name in ("triton", "cuda") else usable(name))
     launched = backend.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("lacfast.ops") and getattr(module, "launch", None) is launched:
-            patch.setattr(module, "launch", _launch(launched, backend._kernel))
+            patch.setattr(module, "launch", _launch(launched, backend._kernel, recorder))
+    if recorder is not None:
+        # Triton is not installed everywhere, and takes a second to import.
+        from triton.runtime.driver import driver
+
+        from lacfast.kernels import compiled
+
+        patch.setattr(driver, "_active", recorder)
+        patch.setattr(compiled, "_compiled", {})
     patch.setattr(cuda_graph, "CudaGraph", PretendedGraph)
     if "lacfast.backbones.lora_linear" in sys.modules:
         patch.setattr(sys.modules["lacfast.backbones.lora_linear"], "type", _type, raising=False)

@@ -1,6 +1,7 @@
 """A pytest plugin: the tests that need a GPU, on a pretended one.
 
 PYTHONPATH=tests python -m pytest -m gpu -p pretended_gpu tests/test_gpu*.py
+With --launches every Triton kernel is compiled and launched too, for a driver that only keeps the launch.
 """
 
 from __future__ import annotations
@@ -19,8 +20,18 @@ UNSEEN = {
 _device = ExitStack()
 
 
-def pytest_configure() -> None:
-    _device.enter_context(pretended_cuda())
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--launches", action="store_true", help="compile and launch Triton kernels, for nothing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    recorder = None
+    if config.getoption("--launches"):
+        # Triton is not installed everywhere.
+        from recorded_launches import LaunchRecorder
+
+        recorder = LaunchRecorder()
+    _device.enter_context(pretended_cuda(recorder))
 
 
 def pytest_unconfigure() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,12 +46,13 @@ class Bridge:
     The last ranks sample. What is sent goes from host to host in the background, see `messages`.
     """
 
-    def __init__(self, world: World, rollout_ranks: int) -> None:
+    def __init__(self, world: World, rollout_ranks: int, *, staleness: int) -> None:
         """All ranks call it.
 
         Args:
             world: of all ranks.
             rollout_ranks: how many of them, the last ones, sample.
+            staleness: rollouts that may be made before the one that is learned from.
 
         Raises:
             ValueError: see `require_learners`.
@@ -63,6 +65,8 @@ class Bridge:
         """The world of those that do the same as this rank."""
         self._world = world
         self._outbox = Outbox()
+        self._under_way = staleness + 1
+        """Rollouts that are ordered, and of which one that has been made may not have arrived."""
         self.bytes_sent = 0
         # Groups of their own: a sum among learners must not wait for a rollout that is on its way.
         self._orders = distributed.new_group(
@@ -86,19 +90,19 @@ class Bridge:
     def order(self, number: int, weights: Sequence[Tensor] = ()) -> None:
         """Ask for rollout `number`, by these weights or by those of the order before; the first rank does."""
         flat = _flat(weights)
-        self._tell(torch.tensor([number, flat.numel()]))
-        if flat.numel():
-            self._tell(flat)
+        self._tell([torch.tensor([number, flat.numel()]), *[flat] * (flat.numel() > 0)])
 
     def end(self) -> None:
         """Tell all that sample that nothing more is wanted now; the first rank does."""
-        self._tell(torch.tensor([_END, 0]))
+        self._tell([torch.tensor([_END, 0])])
 
-    def _tell(self, message: Tensor) -> None:
+    def _tell(self, messages: list[Tensor]) -> None:
         with self._world.waiting("an order"):
-            work = distributed.broadcast(message, src=0, group=self._orders, async_op=True)
-            self._outbox.keep(work, message)
-        self.bytes_sent += message.nbytes
+            told = partial(distributed.broadcast, src=0, group=self._orders, async_op=True)
+            self._outbox.keep([(told(message), message) for message in messages])
+            # The end may be on its way besides.
+            self._outbox.wait(but=self._under_way + 1)
+        self.bytes_sent += sum(message.nbytes for message in messages)
 
     def next_order(self, weights: Sequence[Tensor]) -> int | None:
         """Wait for the next number that is asked for, None for the end; new values go into `weights`."""
@@ -112,9 +116,19 @@ class Bridge:
                 _spread(flat, weights)
         return None if number == _END else number
 
-    def send(self, value: Any, peer: int) -> None:
-        """Send a record to a rank of the other world, without waiting for it."""
-        self.bytes_sent += send(value, peer, self._rows, self._outbox)
+    def send(self, values: Mapping[int, Any]) -> None:
+        """Send ranks of the other world a record each, of one rollout, without waiting for it.
+
+        Waits for those of earlier rollouts to arrive: a rank that learns orders the next when it has one.
+
+        Raises:
+            LostRankError: when another rank ended or hangs.
+        """
+        parts = [part for peer, value in values.items() for part in send(value, peer, self._rows)]
+        self.bytes_sent += sum(tensor.nbytes for _, tensor in parts)
+        self._outbox.keep(parts)
+        with self._world.waiting("what it sent to arrive"):
+            self._outbox.wait(but=self._under_way)
 
     def receive(self, peer: int) -> Any:
         """The next record of a rank of the other world; see `messages.receive`."""

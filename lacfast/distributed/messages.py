@@ -52,31 +52,38 @@ class Outbox:
     """What was sent and has perhaps not arrived: it stays in memory until then."""
 
     def __init__(self) -> None:
-        self._going: deque[tuple[Any, Tensor]] = deque()
+        self._going: deque[list[tuple[Any, Tensor]]] = deque()
 
-    def keep(self, work: Any, tensor: Tensor) -> None:
-        """Keep a tensor until the work that sends it has ended, and forget those that have arrived."""
-        self._going.append((work, tensor))
-        while self._going and self._going[0][0].is_completed():
+    def __len__(self) -> int:
+        return len(self._going)
+
+    def keep(self, parts: list[tuple[Any, Tensor]]) -> None:
+        """Keep tensors of one message, each with the work that sends it."""
+        self._going.append(parts)
+
+    def wait(self, *, but: int = 0) -> None:
+        """Go on when every message but the last `but` has arrived, and forget those that have.
+
+        Gloo's work that sends does not tell whether it is done, and a failure of it, but to who waits for it.
+
+        Raises:
+            RuntimeError: for one that cannot arrive.
+        """
+        while len(self._going) > but:
+            for work, _ in self._going[0]:
+                work.wait()
             self._going.popleft()
 
-    def wait(self) -> None:
-        """Go on when everything has arrived."""
-        while self._going:
-            self._going.popleft()[0].wait()
 
-
-def send(value: Any, rank: int, group: Any, outbox: Outbox) -> int:
-    """Send a record to a rank, without waiting for it; returns its bytes."""
+def send(value: Any, rank: int, group: Any) -> list[tuple[Any, Tensor]]:
+    """Send a record to a rank, without waiting for it; returns what an outbox keeps."""
     file = io.BytesIO()
     pickler = _Pickler(file)
     pickler.dump(value)
     rest = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
     # One after the other between two ranks, so they arrive in their order.
     parts = [torch.tensor([rest.numel()]), rest, *_worth_sending(pickler.tensors)]
-    for part in parts:
-        outbox.keep(distributed.isend(part, rank, group=group), part)
-    return sum(part.nbytes for part in parts)
+    return [(distributed.isend(part, rank, group=group), part) for part in parts]
 
 
 def receive(rank: int, group: Any) -> Any:

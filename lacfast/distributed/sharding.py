@@ -267,9 +267,11 @@ def clip_gradients_(parameters: Sequence[nn.Parameter], max_norm: float) -> Tens
     whole = [each for each in gradients if not is_sharded(each)]
     # In float64 a square neither overflows nor vanishes.
     square = nn.utils.get_total_norm(own).double().square()
-    mesh: Any = divided[0].device_mesh  # type: ignore[attr-defined]
-    with World.current().waiting("the norm of the sharded gradients", aloud=False):
-        distributed.all_reduce(square, group=mesh.get_group(SHARD))
+    group: Any = divided[0].device_mesh.get_group(SHARD)  # type: ignore[attr-defined]
+    world = World.current()
+    world.traffic.num_bytes += 2 * (group.size() - 1) / group.size() * square.nbytes
+    with world.waiting("the norm of the sharded gradients", aloud=False):
+        distributed.all_reduce(square, group=group)
     if whole:
         square += nn.utils.get_total_norm(whole).double().square()
     norm = square.sqrt().to(own[0].dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +39,7 @@ class ToldElsewhereError(RuntimeError):
 
 @dataclass
 class Traffic:
-    """Tensors that this rank has sent to others, by the algorithms that are optimal for large ones."""
+    """What this rank has sent to others, by the algorithms that are optimal for large tensors."""
 
     num_bytes: float = 0.0
 
@@ -200,6 +201,7 @@ class World:
         if self.size == 1:
             return own
         parts: list[list[Entry]] = [[] for _ in range(self.size)]
+        self.traffic.num_bytes += (self.size - 1) * len(pickle.dumps(own))
         with self.waiting(what):
             distributed.all_gather_object(parts, own, group=self._group)
         return [entry for part in parts for entry in part]

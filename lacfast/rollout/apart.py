@@ -157,6 +157,8 @@ def serve(
 def _send(bridge: Bridge, number: int, scored: Scored, waited: float, batch_size: int) -> None:
     rollout, error = scored
     with span("rollout/send"):
+        sent = {}
         for route in bridge.routes(batch_size):
             rows = replace(rows_of(rollout, route.rows), policy_version=None, share=None)
-            bridge.send(Made(number, rows, error, waited), route.peer)
+            sent[route.peer] = Made(number, rows, error, waited)
+        bridge.send(sent)

@@ -48,7 +48,7 @@ class RolloutSource:
         self.ranks: RolloutRanks | None = None
         self._bridge: Bridge | None = None
         if config.rollout_ranks:
-            self._bridge = Bridge(world, config.rollout_ranks)
+            self._bridge = Bridge(world, config.rollout_ranks, staleness=config.staleness)
             self.world = self._bridge.own
             if self._bridge.is_learner:
                 device = next(actor.trained.model.parameters()).device

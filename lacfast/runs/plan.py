@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lacfast.backbone import build_critic
 from lacfast.backbones import adapt_pretrained
 from lacfast.backbones.blueprint import load_blueprint
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.backbones.storage import read_description
 from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.distributed import World
@@ -32,7 +34,17 @@ from lacfast.tasks.pretraining import pretrain
 
 
 def model_arguments(config: RunConfig) -> dict[str, Any]:
-    """What load_backbone and load_blueprint are told of a run's model."""
+    """What load_backbone and load_blueprint are told of a run's model.
+
+    Raises:
+        ValueError: for a LoRA that was trained on a base in int8, on one that was not rounded.
+    """
+    trained_on = read_description(Path(config.model)).get("base_precision", "model")
+    if (trained_on, config.base_precision) == ("int8", "model"):
+        raise ValueError(
+            f"{config.model} was trained on a base in int8, and base_precision='model' is of other weights; "
+            "pass base_precision='int8'"
+        )
     return {
         "dtype": torch_dtype(config.dtype),
         "lora": config.lora_from or config.lora,

@@ -152,16 +152,24 @@ class BatchSize:
         Raises:
             DoesNotFitError: for a single row.
         """
-        whole, done = torch.empty(0), 0
-        for part in self.parts(work, count):
+        whole: Tensor | None = None
+
+        def write(rows: slice) -> Tensor:
+            nonlocal whole
+            part = work(rows)
             if len(part) == count:
                 return part
-            # Parts that are kept until the last would need as much room again.
-            whole = whole if done else part.new_empty((count, *part.shape[1:]))
-            whole[done : done + len(part)] = part
-            done += len(part)
-            del part
-        return whole
+            if whole is None:
+                # Parts that are kept until the last would need as much room again. Where there is none for
+                # it beside the first part, there is beside a smaller one.
+                whole = part.new_empty((count, *part.shape[1:]))
+            whole[rows] = part
+            return whole
+
+        found = torch.empty(0)
+        for part in self.parts(write, count):
+            found = part
+        return found
 
     def _does_not_fit(self, error: torch.OutOfMemoryError) -> DoesNotFitError:
         return DoesNotFitError(

@@ -29,6 +29,7 @@ from lacfast.backbones.int8 import Int8Linear, is_quantized, quantize_base
 from lacfast.checkpoint import save_backbone
 from lacfast.config import variant
 from lacfast.distributed.sharding import Divider
+from lacfast.runs.plan import model_arguments
 from lacfast.runs.recipes import recipe
 
 LORA = LoRAConfig(rank=4, alpha=8)
@@ -161,6 +162,14 @@ def test_what_is_saved_goes_on_in_int8_and_loads_in_plain_diffusers(tmp_path: Pa
     assert is_quantized(loaded.model)
     assert torch.equal(ode_images(loaded, PROMPTS[:1], 1.0)[1], images)
     assert not is_quantized(load_backbone(tmp_path / "saved", base_precision="model").model)
+    run = variant(recipe("flux-pickscore-24gb"), model=str(tmp_path / "saved"))
+    assert model_arguments(run)["base_precision"] == "int8"
+    with Refusal(
+        "saved was trained on a base in int8, and base_precision='model' is of other weights",
+        cause="A run from a model whose LoRA belongs to a rounded base, without saying so.",
+        remedy="pass base_precision='int8'",
+    ).raised():
+        model_arguments(variant(run, base_precision="model"))
     pipeline = rounded(tiny_pipeline("flux"))
     pipeline.save_pretrained(tmp_path / "rounded")
     pipeline = load_as_card_says(tmp_path / "saved", tmp_path / "rounded")

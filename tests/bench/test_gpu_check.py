@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from host_waits import WaitLog
+from pretended_cuda import pretended_cuda
 
-from bench import gpu_arms, gpu_check
-from bench.arms import ARMS
+from bench import gpu_check, graph_timing
+from bench import kernels as bench_kernels
+from bench.arms import ARMS, EAGER
 from bench.gpu_check import Part, Setting
-from bench.random_models import tiny_subject
+from bench.workloads import WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +87,8 @@ def test_the_gpu_tests_pass_on_a_pretended_device(chosen: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, so none is pretended")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pretended_gpu", "-k", chosen]
+    if not chosen and importlib.util.find_spec("triton"):
+        command.append("--launches")
     paths = f"{ROOT}:{ROOT / 'tests'}"
     code, output = gpu_check.run([*command, *gpu_check.gpu_tests()], 600.0, PYTHONPATH=paths)
     assert code == 0, output
@@ -90,30 +96,9 @@ def test_the_gpu_tests_pass_on_a_pretended_device(chosen: str) -> None:
     assert passed > 100
 
 
-@pytest.mark.slow
-def test_the_arms_run_on_a_pretended_device(cuda: WaitLog) -> None:
-    device = torch.device("cuda")
-    plan = gpu_arms.Plan(device=device, dtype=torch.bfloat16, batches=(2,), rounds=1)
-    for phase in ("sampling", "update"):
-        rows: list[gpu_arms.Row] = []
-        subjects = [tiny_subject("dit", device, 9)]
-        assert gpu_arms.collect(phase, subjects, plan, seconds=400.0, on_rows=rows.extend) == {}
-        assert {row["arm"] for row in rows} == set(ARMS)
-        assert [row["error"] for row in rows if "error" in row] == []
-        if phase == "sampling":
-            # Nothing is compiled here, so nothing may differ; an update moves the weights of all arms.
-            assert [row["difference"] for row in rows if row["arm"] == "compile"] == [0.0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["learning", "profile"])
-def test_a_part_runs_on_a_pretended_device(
-    name: str, cuda: WaitLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a part starts as a process runs in this one, whose device is pretended.
-
-    Not "kernels", which calls Triton's driver, nor "iteration", which is of full-size models there.
-    """
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part starts as a process runs in this one, whose device is pretended."""
 
     def here(arguments: list[str], seconds: float) -> tuple[int | None, str]:
         assert arguments[:2] == [sys.executable, "-m"]
@@ -122,11 +107,63 @@ def test_a_part_runs_on_a_pretended_device(
         return module.main(arguments[3:]) or 0, ""
 
     monkeypatch.setattr(gpu_check, "run", here)
-    setting = Setting("cuda", 400.0, tmp_path, learning=tmp_path / "learning", tiny=True)
-    part = gpu_check.PARTS[name](setting)
+
+
+def passed_on_a_pretended_device(name: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of a part that runs in full."""
+    part = gpu_check.PARTS[name](Setting("cuda", 400.0, folder, learning=folder / "learning", tiny=True))
     assert part.status == "passed", part.output
-    assert [row["error"] for row in part.result.get("rows", []) if "error" in row] == []
     assert part.result.get("missing", {}) in ({}, [])
+    rows = part.result.get("rows", [])
+    assert [row["error"] for row in rows if "error" in row] == []
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process", "cuda")
+@pytest.mark.parametrize("name", ["sampling", "update", "iteration", "learning", "profile"])
+def test_a_part_runs_on_a_pretended_device(name: str, tmp_path: Path) -> None:
+    rows = passed_on_a_pretended_device(name, tmp_path)
+    if name in ("sampling", "update"):
+        assert {row["model"] for row in rows} == {"tiny dit", "tiny unet"}
+        assert {row["arm"] for row in rows} == set(ARMS)
+    if name == "sampling":
+        # Nothing is compiled here, so nothing may differ; an update moves the weights of all arms.
+        assert {row["difference"] for row in rows if row["arm"] == "compile"} == {0.0}
+    if name == "iteration":
+        assert {row["contender"] for row in rows if "lacfast" in row["contender"]} == {
+            "lacfast" if arm == EAGER else f"lacfast, {arm}" for arm in ARMS
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_kernels_are_compiled_launched_and_captured_on_a_pretended_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton compiles every kernel for the arguments of its launch; what computes are the CPU's."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so none is pretended")
+    from recorded_launches import LaunchRecorder
+
+    # The same lines for 200 calls in a graph take minutes.
+    quick = partial(graph_timing.graph_seconds, calls=3, replays=1)
+    monkeypatch.setattr(bench_kernels, "cold_and_hot", partial(graph_timing.cold_and_hot, seconds=quick))
+    empty = partial(graph_timing.empty_node_seconds, calls=3, replays=1)
+    monkeypatch.setattr(bench_kernels, "empty_node_seconds", empty)
+    recorder = LaunchRecorder()
+    with pretended_cuda(recorder):
+        rows = passed_on_a_pretended_device("kernels", tmp_path)
+    assert {row["op"] for row in rows} == set(WORKLOADS)
+    launched = Counter(launch[4].name for launch in recorder.launches)
+    # Warm-up and capture.
+    assert launched["empty_kernel"] == 3 + 3
+    assert {
+        *("normal_noise_kernel", "gaussian_step_kernel", "step_log_prob_kernel"),
+        *("step_log_prob_backward_kernel", "transition_sums_kernel", "totals_kernel"),
+        *("transition_grad_kernel", "pool_kernel", "pool_tiles_kernel"),
+    } <= set(launched)
 
 
 def test_a_process_is_stopped_at_its_limit() -> None:
@@ -178,8 +215,8 @@ def test_unknown_parts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_tiny_sizes_are_refused_for_parts_that_have_none_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main(["--tiny", "--only", "kernels,update"]) == 2
-    assert "--tiny would be ignored by update on a GPU" in capsys.readouterr().err
+    assert gpu_check.main(["--tiny", "--only", "kernels,tune"]) == 2
+    assert "--tiny would be ignored by tune on a GPU" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [["sampling,update,iteration"], ["sampling", "update,", "iteration"]])

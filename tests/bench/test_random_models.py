@@ -12,7 +12,7 @@ import torch
 from bench import gpu_arms
 from bench.arms import ARMS, EAGER, arm_changes
 from bench.gpu_arms import Bench, Plan, Work
-from bench.random_models import PPO, Subject, match_of, random_pipeline, subjects, tiny_subject
+from bench.random_models import PPO, Subject, match_of, random_pipeline, tiny_subject, tiny_subjects
 from lacfast.backbones.compilation import CompiledForward
 from lacfast.backbones.published import PublishedModel
 from lacfast.config import Fixed, SamplerConfig
@@ -202,7 +202,7 @@ def test_every_arm_is_a_setting_of_the_engine() -> None:
 
 
 def test_subjects_of_the_iteration_have_a_peer() -> None:
-    for subject in subjects(CPU):
+    for subject in tiny_subjects(CPU):
         match = match_of(subject, torch.float32)
         assert match.trajectories % 8 in (0, 1)
         assert match.build(torch.float32).latent_shape[-1] > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -25,6 +25,7 @@ from torch import Tensor, distributed
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import CriticConfig, LoRAConfig
 from lacfast.distributed import LostRankError, World, joined
+from lacfast.distributed.messages import Outbox
 from lacfast.records import Rollout
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.memory import trajectory_bytes
@@ -69,6 +70,15 @@ def trained(trainer: LatentActorCriticTrainer, iterations: int | None = None) ->
         return update(rollout, **options)
 
     trainer.update = watched  # type: ignore[method-assign]
+    bridge, unsent = trainer.source._bridge, [0]
+    if bridge is not None:
+        send = bridge.send
+
+        def sending(values: Mapping[int, Any]) -> None:
+            send(values)
+            unsent.append(len(bridge._outbox))
+
+        bridge.send = sending  # type: ignore[method-assign]
     ran = trainer.train(iterations, on_iteration=metrics.append)
     found = state(trainer) | {
         "latents": latents,
@@ -76,6 +86,7 @@ def trained(trainer: LatentActorCriticTrainer, iterations: int | None = None) ->
         "ran": ran,
         "images": trainer.images,
         "iteration": trainer.iteration,
+        "unsent": max(unsent),
     }
     trainer.close()
     return found
@@ -216,6 +227,34 @@ def test_who_waits_and_what_is_sent_is_logged(apart: Runs) -> None:
     assert metrics[0]["rollout_bytes"] == trajectory_bytes(rollout) * 8 - rollout.values.nbytes
     assert all(found["seconds_learners_waited"] >= 0 for found in metrics)
     assert all(found["seconds_rollout_ranks_waited"] >= 0 for found in metrics)
+
+
+def test_a_rollout_that_has_arrived_is_let_go(apart: Runs) -> None:
+    for layout, (learners, _, arms) in LAYOUTS.items():
+        for arm in arms:
+            kept = [rank[arm]["unsent"] for rank in apart[layout]["trained"]]
+            limit = ARMS[arm].get("staleness", 0) + 1
+            assert limit < ITERATIONS
+            assert kept[:learners] == [0] * learners
+            assert all(0 < count <= limit for count in kept[learners:])
+
+
+def test_what_could_not_be_sent_is_no_thing_that_has_arrived() -> None:
+    class Lost:
+        """As gloo's work: done, and what it did is told to who waits."""
+
+        def is_completed(self) -> bool:
+            return True
+
+        def wait(self) -> None:
+            raise RuntimeError("Connection closed by peer")
+
+    outbox = Outbox()
+    outbox.keep([(Lost(), torch.zeros(1))])
+    outbox.wait(but=1)
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        outbox.wait()
+    assert len(outbox) == 1
 
 
 def test_a_run_goes_on_on_other_ranks_while_rollouts_were_under_way(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from ranked_runs import PPO, PRETRAINING, assert_same_run, state, trained, trainer_for
 from ranks import on_ranks, together
 from refusals import Refusal
+from tiny_pipelines import backbone_of, tiny_pipeline
+from tiny_trainers import trainer_of
 from torch import distributed
 
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
-from lacfast.config import GraphConfig
+from lacfast.config import GraphConfig, LoRAConfig
 from lacfast.distributed.sharding import gathered, is_sharded, own_part
 from lacfast.runs.costs import count
 from lacfast.runs.scaling import scaling
@@ -98,6 +101,20 @@ COUNTED = replace(PPO, minibatch_draw="stratified", microbatch_size=2)
 """Of the iterations whose bytes are counted; the arm "scattered" has it too."""
 
 
+def videos(shard: int = 1) -> dict[str, Any]:
+    """An iteration of a model of videos, whose latents have frames."""
+    backbone, rollouts = backbone_of(tiny_pipeline("wan"), lora=LoRAConfig(rank=2)), []
+    changes = {"ppo": replace(PPO, microbatch_size=2), "rollout_batch_size": 2, "shard": shard}
+    trainer = trainer_of(backbone, guidance_scale=3.0, **changes)
+    metrics = trainer.train_iteration(rollouts.append)
+    return state(trainer) | {
+        "latents": rollouts[0].latents,
+        "reward": metrics["reward/brightness"],
+        "shape": trainer.evaluate(samples=4).images.shape,
+        "is_in_parts": all(map(is_sharded, backbone.policy_parameters())),
+    }
+
+
 def sent() -> float:
     found: float = trainer_for(shard=2, ppo=COUNTED).train_iteration()["traffic_bytes"]
     return found
@@ -144,6 +161,7 @@ def runs(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "parts": parts,
         "sent": sent,
         "bad": bad,
+        "videos": partial(videos, 2),
     }
     return {
         size: together(size, works, tmp_path_factory.mktemp(f"ranks{size}"))
@@ -210,6 +228,20 @@ def test_what_is_sent_is_what_the_plan_says(size: int, runs: Runs) -> None:
 
 def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_by_all_shards(runs: Runs) -> None:
     assert runs[2]["bad"] == [{"bad": 2, "same": True}] * 2
+
+
+def test_a_model_of_videos_trains_in_parts(runs: Runs) -> None:
+    expected, ranks = videos(), runs[2]["videos"]
+    assert not expected["is_in_parts"]
+    latents = torch.cat([found["latents"] for found in ranks], dim=1)
+    torch.testing.assert_close(latents, expected["latents"], rtol=0, atol=1e-5)
+    assert latents.dim() == 6, "steps, trajectories, channels, frames, height, width"
+    for found in ranks:
+        assert found["is_in_parts"]
+        assert found["shape"] == expected["shape"]
+        assert found["reward"] == pytest.approx(expected["reward"], abs=1e-6)
+        for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
+            torch.testing.assert_close(found[kind], expected[kind], rtol=0, atol=close)
 
 
 @pytest.mark.slow

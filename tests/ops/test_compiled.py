@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,35 +12,11 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
+from recorded_launches import LaunchRecorder  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from lacfast.kernels import compiled  # noqa: E402
-
-
-class Recorder:
-    """A driver without a GPU: kernels are compiled for one, and their launches are kept."""
-
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (object(), object(), 32, 0, 1024),
-        get_device_properties=lambda _: {"max_shared_mem": 2**17},
-    )
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 7
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: self.launches.append(arguments)
 
 
 @triton.jit
@@ -53,11 +28,11 @@ def scaled(x_ptr, y_ptr, factor, N, BLOCK: tl.constexpr, HAS_Y: tl.constexpr):  
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[LaunchRecorder]:
     monkeypatch.setattr(compiled, "_compiled", {})
     monkeypatch.setattr(compiled, "_unknown", set())
     scaled.device_caches.clear()
-    recorder = Recorder()
+    recorder = LaunchRecorder()
     monkeypatch.setattr(driver, "_active", recorder)
     yield recorder
     scaled.device_caches.clear()
@@ -77,7 +52,9 @@ ARGUMENTS: list[tuple[Any, ...]] = [
 ]
 
 
-def test_every_launch_is_of_the_kernel_and_with_the_arguments_that_triton_takes(recorder: Recorder) -> None:
+def test_every_launch_is_of_the_kernel_and_with_the_arguments_that_triton_takes(
+    recorder: LaunchRecorder,
+) -> None:
     def launched(launch: Any, arguments: tuple[Any, ...]) -> list[Any]:
         launch(*arguments, BLOCK=64, HAS_Y=arguments[1] is not None, num_warps=1, enable_fp_fusion=False)
         made = recorder.launches.pop()
@@ -93,7 +70,7 @@ def test_every_launch_is_of_the_kernel_and_with_the_arguments_that_triton_takes(
 
 
 def test_a_second_launch_does_not_go_through_triton(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    recorder: LaunchRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
     compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
@@ -116,7 +93,7 @@ def _not_callable(self: Any, grid: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("changed", [_other_arguments, _not_callable])
 def test_a_triton_that_launches_otherwise_launches_itself(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, changed: Any
+    recorder: LaunchRecorder, monkeypatch: pytest.MonkeyPatch, changed: Any
 ) -> None:
     options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
     compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
@@ -131,7 +108,7 @@ def test_a_triton_that_launches_otherwise_launches_itself(
 
 
 def test_a_kernel_that_does_not_tell_its_arguments_is_launched_by_triton(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    recorder: LaunchRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"BLOCK": 64, "HAS_Y": True, "num_warps": 1, "enable_fp_fusion": False}
     compiled.run(scaled, (1,), X, Y, 0.5, 32, **options)
@@ -154,7 +131,7 @@ def test_a_kernel_that_does_not_tell_its_arguments_is_launched_by_triton(
 
 
 def test_an_error_of_the_device_is_not_taken_for_another_triton(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    recorder: LaunchRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, grid: tuple[int, ...]) -> Any:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

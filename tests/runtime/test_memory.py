@@ -153,6 +153,28 @@ def test_the_probe_leaves_no_trace() -> None:
         assert first[name] == second[name], name
 
 
+def test_parts_are_smaller_where_the_whole_does_not_fit_beside_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, tried = pairs_at_a_time(4), list[int]()
+    new_empty = Tensor.new_empty
+
+    def allocated(part: Tensor, shape: tuple[int, ...]) -> Tensor:
+        out_of_memory_beyond(2, len(part))
+        return new_empty(part, shape)
+
+    def rows(part: slice) -> Tensor:
+        tried.append(part.stop - part.start)
+        return torch.arange(part.start, part.stop).float()
+
+    monkeypatch.setattr(Tensor, "new_empty", allocated)
+    with pytest.warns(RuntimeWarning, match="out of memory with 4 pairs at a time; going on with 2"):
+        assert size.joined(rows, 5).tolist() == [0, 1, 2, 3, 4]
+    assert tried == [4, 2, 2, 1]
+    assert pairs_at_a_time().joined(rows, 3).tolist() == [0, 1, 2]
+    assert len(pairs_at_a_time().joined(rows, 0)) == 0
+
+
 @pytest.mark.isa
 def test_running_out_of_memory_halves_the_size_and_leaves_the_result(
     monkeypatch: pytest.MonkeyPatch,
