@@ -277,12 +277,13 @@ def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
 
 
 @contextmanager
-def pretended_cuda(recorder: Any = None) -> Iterator[WaitLog]:
+def pretended_cuda(recorder: Any = None, *, has_cuda_kernels: bool = True) -> Iterator[WaitLog]:
     """Within the context there is a CUDA device; gives the log of the host's waits for it.
 
     Args:
         recorder: a LaunchRecorder, for which the Triton kernels are launched too. None: they are not, which
             saves their compilation.
+        has_cuda_kernels: those of CUDA C++ are built.
     """
     log.clear()
     _pools.clear()
@@ -295,7 +296,7 @@ def pretended_cuda(recorder: Any = None) -> Iterator[WaitLog]:
         for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
             patch.setattr(torch._C, name, lambda *_: None, raising=False)
         _patch_torch(patch)
-        _patch_package(patch, recorder)
+        _patch_package(patch, recorder, ("triton", "cuda") if has_cuda_kernels else ("triton",))
         for cached in caches:
             cached.cache_clear()
         try:
@@ -343,10 +344,10 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "save", save_values)
 
 
-def _patch_package(patch: pytest.MonkeyPatch, recorder: Any) -> None:
+def _patch_package(patch: pytest.MonkeyPatch, recorder: Any, usable: Sequence[str]) -> None:
     """Kernels, graphs, and the one place that asks for the exact type of a weight."""
-    usable = backend.unusable_reason.__wrapped__
-    patch.setattr(backend, "unusable_reason", lambda name: "" if name in ("triton", "cuda") else usable(name))
+    reason = backend.unusable_reason.__wrapped__
+    patch.setattr(backend, "unusable_reason", lambda name: "" if name in usable else reason(name))
     launched = backend.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("lacfast.ops") and getattr(module, "launch", None) is launched:

@@ -2,6 +2,7 @@
 
 PYTHONPATH=tests python -m pytest -m gpu -p pretended_gpu tests/test_gpu*.py
 With --launches every Triton kernel is compiled and launched too, for a driver that only keeps the launch.
+With --source-tree there is no CUDA C++, as where nothing is installed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _device = ExitStack()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--launches", action="store_true", help="compile and launch Triton kernels, for nothing")
+    parser.addoption("--source-tree", action="store_true", help="ops of CUDA C++ run their reference")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         from recorded_launches import LaunchRecorder
 
         recorder = LaunchRecorder()
-    _device.enter_context(pretended_cuda(recorder))
+    has_cuda_kernels = not config.getoption("--source-tree")
+    _device.enter_context(pretended_cuda(recorder, has_cuda_kernels=has_cuda_kernels))
 
 
 def pytest_unconfigure() -> None:

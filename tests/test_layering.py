@@ -202,6 +202,20 @@ def test_nothing_that_is_read_can_run_code(path: Path) -> None:
     assert list(_runs_what_it_reads(ast.parse(path.read_text(encoding="utf-8")))) == known
 
 
+def test_a_file_of_tensors_is_read_where_there_is_no_gpu() -> None:
+    """What was saved on a device is held twice, or not read at all, where it comes back to it."""
+    calls = [
+        node
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert calls
+    for call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get("map_location") == "'cpu'", ast.unparse(call)
+
+
 def test_reading_that_runs_code_would_be_seen() -> None:
     text = (
         "torch.load(f)\npickle.loads(b)\nM.from_pretrained(p, trust_remote_code=True)\neval(s)\nmodel.eval()"

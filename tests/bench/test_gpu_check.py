@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -67,33 +67,67 @@ def test_the_gpu_tests_are_all_named_and_import_without_what_a_gpu_machine_lacks
         if "mark.gpu\n" in path.read_text()
     }
     assert set(files) == marked
+    benches = ["bench.kernels", "bench.profile", "bench.tune", "bench.gpu_arms"]
+    modules = ["conftest", *(Path(file).stem for file in files), *benches]
     script = (
         "import importlib, sys\n"
         "sys.modules |= dict.fromkeys(['diffusers', 'transformers', 'peft', 'tyro', 'nvtx'])\n"
-        f"for name in {['conftest', *(Path(file).stem for file in files)]}: importlib.import_module(name)"
+        f"for name in {modules}: importlib.import_module(name)"
     )
     code, output = gpu_check.run([sys.executable, "-c", script], 60.0, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert code == 0, output
 
 
 @pytest.mark.parametrize(
-    "chosen",
+    ("options", "least"),
     [
-        pytest.param("not SD3 and not iterations and not rollouts and not update", id="ops and graphs"),
-        pytest.param("", id="all", marks=pytest.mark.slow),
+        pytest.param(
+            ["-k", "not SD3 and not iterations and not rollouts and not update"], 100, id="ops, graphs"
+        ),
+        pytest.param(
+            ["--source-tree", "-k", "gae or normalized or effective or systematic"],
+            40,
+            id="a source tree",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--launches"], 200, id="all, launched", marks=pytest.mark.slow),
     ],
 )
-def test_the_gpu_tests_pass_on_a_pretended_device(chosen: str) -> None:
+def test_the_gpu_tests_pass_on_a_pretended_device(options: list[str], least: int) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device, so none is pretended")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pretended_gpu", "-k", chosen]
-    if not chosen and importlib.util.find_spec("triton"):
-        command.append("--launches")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "pretended_gpu", *options]
     paths = f"{ROOT}:{ROOT / 'tests'}"
     code, output = gpu_check.run([*command, *gpu_check.gpu_tests()], 600.0, PYTHONPATH=paths)
     assert code == 0, output
     passed = int(gpu_check.test_counts(output).split()[0])
-    assert passed > 100
+    assert passed > least
+
+
+def test_the_sanitizers_see_every_tensor_and_stop_at_the_first_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(arguments: list[str], seconds: float, **variables: str) -> tuple[int, str]:
+        seen.append((arguments, variables))
+        return (86 if "racecheck" in arguments else 0), "71 passed, 1 skipped in 4.00s"
+
+    monkeypatch.setattr(gpu_check, "run", run)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/local/cuda/bin/{name}")
+    part = gpu_check.tests(Setting("cuda", 300.0, tmp_path))
+    (_, plain), *sanitized = seen
+    assert plain == {}
+    tools = [arguments[arguments.index("--tool") + 1] for arguments, _ in sanitized]
+    assert tools == ["memcheck", "racecheck"]
+    for arguments, variables in sanitized:
+        assert arguments[arguments.index("--error-exitcode") + 1] == "86"
+        # Under the caching allocator a tensor's end is not that of its memory.
+        assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert part.status == "failed"
+    assert part.result["memcheck"] == "71 passed, 1 skipped in 4.00s"
+    assert part.summary.endswith("racecheck: exit code 86")
 
 
 @pytest.fixture

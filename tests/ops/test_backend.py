@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lacfast import ops
 
+ROOT = Path(__file__).resolve().parents[2]
 backend = sys.modules["lacfast.ops.backend"]
 
 
@@ -40,3 +44,28 @@ def test_importing_the_ops_does_not_import_the_compiler() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("version", "architectures"),
+    [
+        ("11.8.89", "80-real;90"),
+        ("12.4.131", "80-real;90"),
+        ("12.8.61", "80-real;90-real;100"),
+        ("13.0.48", "80-real;90-real;100"),
+    ],
+)
+def test_a_cuda_compiler_is_asked_for_the_gpus_that_it_knows(
+    version: str, architectures: str, tmp_path: Path
+) -> None:
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if cmake is None:
+        pytest.skip("CMake is not installed")
+    script = tmp_path / "asked.cmake"
+    script.write_text(
+        f"include({ROOT / 'csrc' / 'cuda' / 'architectures.cmake'})\n"
+        f"lacfast_architectures({version} found)\n"
+        'message("${found}")\n'
+    )
+    asked = subprocess.run([cmake, "-P", str(script)], capture_output=True, text=True, check=True)
+    assert asked.stderr.strip() == architectures

@@ -89,6 +89,17 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
     return generator
 
 
+def test_a_device_without_an_index_stays_the_one_that_was_current(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    capture = CudaCapture(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert capture.device == torch.device("cuda", 1)
+    assert capture.stream.device == torch.device("cuda", 1)
+    assert CudaCapture(torch.device("cuda", 0)).device == torch.device("cuda", 0)
+
+
 class Waits:
     """A step that a capture refuses."""
 
