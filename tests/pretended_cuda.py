@@ -249,7 +249,9 @@ def _launch(
 def _launch_for_nothing(name: str, launcher: Callable[[], None], recorder: Any) -> None:
     """What launches an op's Triton kernels, for a driver that runs none; its arguments are looked at."""
     before = len(recorder.launches)
-    launcher()
+    # A backward pass calls it from C++, where no mode is left.
+    with DeviceMode():
+        launcher()
     launches = recorder.launches[before:]
     assert launches, f"{name} launches nothing"
     for launch in launches:
