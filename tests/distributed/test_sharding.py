@@ -238,9 +238,10 @@ def test_a_model_of_videos_trains_in_parts(runs: Runs) -> None:
     latents = torch.cat([found["latents"] for found in ranks], dim=1)
     torch.testing.assert_close(latents, expected["latents"], rtol=0, atol=1e-5)
     assert latents.dim() == 6, "steps, trajectories, channels, frames, height, width"
+    # The first rank has the images of all.
+    assert ranks[0]["shape"] == expected["shape"]
     for found in ranks:
         assert found["is_in_parts"]
-        assert found["shape"] == expected["shape"]
         assert found["reward"] == pytest.approx(expected["reward"], abs=1e-6)
         for kind, close in (("policy", 1e-6), ("critic", 2e-5)):
             torch.testing.assert_close(found[kind], expected[kind], rtol=0, atol=close)
