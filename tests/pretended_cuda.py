@@ -47,7 +47,8 @@ from pretended_tensors import (
     values_of,
 )
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+from trees import leaves
 
 from lacfast.runtime import cuda_graph, profiling
 
@@ -268,7 +269,7 @@ def _compile(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = leaves(Tensor, (args, kwargs))
         variant = (torch.is_grad_enabled(), *((tensor.dtype, tensor.shape[1:]) for tensor in tensors))
         if variant not in variants:
             variants.add(variant)

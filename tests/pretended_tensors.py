@@ -6,9 +6,8 @@ The part of tests/pretended_cuda.py that stands in for torch's dispatcher; there
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partialmethod
+from collections.abc import Callable
+from functools import cache, partialmethod
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from host_waits import WaitLog, callers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
+from trees import leaves, mapped
 
 DEVICE = torch.device("cuda", 0)
 READERS = {
@@ -117,14 +117,14 @@ class CudaTensor(Tensor):
         kwargs = kwargs or {}
         _note_waits(func, args, kwargs)
         _require_one_device(func, args, kwargs)
-        host_args, host_kwargs = tree_map_only(CudaTensor, values_of, (args, kwargs))
+        host_args, host_kwargs = mapped(CudaTensor, values_of, (args, kwargs))
         if _is_cuda(host_kwargs.get("device")):
             host_kwargs["device"] = "cpu"
         if func is torch.ops.aten._conj.default:
             # A lazy one's bit is of the values alone, and nothing below the dispatcher would read it there.
             return CudaTensor(_executed(torch.ops.aten._conj_physical.default, host_args, host_kwargs))
         results = _executed(func, host_args, host_kwargs)
-        return return_and_correct_aliasing(func, args, kwargs, tree_map_only(Tensor, CudaTensor, results))
+        return return_and_correct_aliasing(func, args, kwargs, mapped(Tensor, CudaTensor, results))
 
 
 def values_of(tensor: Tensor) -> Tensor:
@@ -135,6 +135,7 @@ def _is_cuda(device: Any) -> bool:
     return device is not None and (isinstance(device, int) or torch.device(device).type == "cuda")
 
 
+@cache
 def _name(func: Any) -> str:
     return str(func._schema.name)
 
@@ -142,9 +143,7 @@ def _name(func: Any) -> str:
 def _require_one_device(func: Any, args: Any, kwargs: Any) -> None:
     # A number may come as a tensor without dimensions from anywhere; copies and indices are looked at before.
     strangers = [
-        leaf
-        for leaf in tree_leaves((args, kwargs))
-        if isinstance(leaf, Tensor) and not isinstance(leaf, CudaTensor) and leaf.dim() > 0
+        leaf for leaf in leaves(Tensor, (args, kwargs)) if not isinstance(leaf, CudaTensor) and leaf.dim() > 0
     ]
     if not strangers or _name(func) in ("aten::copy_", "aten::_copy_from"):
         return
@@ -163,7 +162,7 @@ def _note_waits(func: Any, args: Any, kwargs: Any) -> None:
         if kwargs.get("output_size") is None:
             log.add(name)
     elif name in INDEXING:
-        indices = [index for index in tree_leaves(args[1]) if isinstance(index, Tensor)]
+        indices = leaves(Tensor, args[1])
         if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
             log.add("index by a mask")
         if any(not isinstance(index, CudaTensor) for index in indices):
@@ -204,12 +203,12 @@ class Tape:
         written = _written(func, args, kwargs)
         for tensor in written:
             self.keep(tensor)
-        frozen_args, frozen_kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        frozen_args, frozen_kwargs = mapped(Tensor, Tensor.detach, (args, kwargs))
         results = func(*args, **kwargs)
-        known = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known = {_memory(leaf) for leaf in leaves(Tensor, (args, kwargs))}
         made = [
             (position, leaf.detach())
-            for position, leaf in enumerate(tree_leaves(results))
+            for position, leaf in enumerate(_results(results))
             if isinstance(leaf, Tensor) and _memory(leaf) not in known
         ]
         self.own |= {_memory(tensor): tensor.untyped_storage() for _, tensor in made}
@@ -219,9 +218,8 @@ class Tape:
 
     def take(self, kernel: Callable[..., None], arguments: Any) -> None:
         """A kernel that writes to some of its arguments."""
-        for leaf in tree_leaves(arguments):
-            if isinstance(leaf, Tensor):
-                self.keep(leaf)
+        for leaf in leaves(Tensor, arguments):
+            self.keep(leaf)
         self.calls.append((kernel, arguments, {}, []))
 
     def keep(self, tensor: Tensor) -> None:
@@ -238,9 +236,13 @@ class Tape:
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, made in self.calls:
-            results = tree_leaves(func(*args, **kwargs))
+            results = _results(func(*args, **kwargs))
             for position, tensor in made:
                 tensor.copy_(results[position])
+
+
+def _results(returned: Any) -> list[Any]:
+    return [returned] if isinstance(returned, Tensor) else tree_leaves(returned)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -255,8 +257,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
         leaf
         for argument in arguments
         if argument.alias_info is not None and argument.alias_info.is_write
-        for leaf in tree_leaves(values.get(argument.name))
-        if isinstance(leaf, Tensor)
+        for leaf in leaves(Tensor, values.get(argument.name))
     ]
 
 
@@ -343,13 +344,17 @@ class _Backward(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _asked(is_asked: bool) -> Iterator[None]:
-    before, thread.is_asked = thread.is_asked, is_asked
-    try:
-        yield
-    finally:
-        thread.is_asked = before
+class _Asked:
+    """Whether Python calls torch within the context."""
+
+    def __init__(self, is_asked: bool) -> None:
+        self.is_asked = is_asked
+
+    def __enter__(self) -> None:
+        self.before, thread.is_asked = thread.is_asked, self.is_asked
+
+    def __exit__(self, *_: object) -> None:
+        thread.is_asked = self.before
 
 
 class DeviceMode(TorchFunctionMode):
@@ -375,15 +380,13 @@ class DeviceMode(TorchFunctionMode):
         if device is not None and name != "autocast":
             if _is_cuda(device):
                 with torch._C.DisableTorchFunction(), _Recorded():
-                    made = func(*tree_map_only(CudaTensor, values_of, args), **(kwargs | {"device": "cpu"}))
-                    return tree_map_only(
-                        Tensor, lambda each: CudaTensor(each.detach(), each.requires_grad), made
-                    )
-            args = tree_map_only(CudaTensor, values_of, args)
-        if name in ("backward", "grad") and any(isinstance(leaf, CudaTensor) for leaf in tree_leaves(args)):
-            with _asked(False), _Backward():
+                    made = func(*mapped(CudaTensor, values_of, args), **(kwargs | {"device": "cpu"}))
+                    return mapped(Tensor, lambda each: CudaTensor(each.detach(), each.requires_grad), made)
+            args = mapped(CudaTensor, values_of, args)
+        if name in ("backward", "grad") and leaves(CudaTensor, args):
+            with _Asked(False), _Backward():
                 return func(*args, **kwargs)
-        with _asked(True):
+        with _Asked(True):
             results = func(*args, **kwargs)
         return _pinned(results) if pin else results
 
