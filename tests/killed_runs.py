@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, SMALLEST, tiny_backbone, tiny_config
 
 from lacfast import checkpoint
 from lacfast.config import PPOConfig, Ratio, ValuePretrainingConfig
@@ -138,7 +138,7 @@ def plain(value: Any) -> Any:
 
 def main(root: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
-    backbone = tiny_backbone("dit")
+    backbone = tiny_backbone("dit", size=SMALLEST)
     run.build_backbone = lambda *_: backbone
     # There is no pipeline of the config's name.
     run._require_memory = lambda *_: None

@@ -27,14 +27,20 @@ from lacfast.tasks.pretraining import Pretrained
 from lacfast.tasks.text import word_encoder
 
 FAMILIES: tuple[models.BackboneName, ...] = ("dit", "unet")
+SMALLEST = models.ModelSize(num_layers=2, num_heads=2, channels=(16, 32))
+"""Two blocks of every kind, for tests that run many iterations and need no skill."""
 PROMPTS = [prompt.text for prompt in scenes.TASK.split()[0][:8]]
 
 
 def tiny_backbone(
-    family: models.BackboneName, *, seed: int = 0, lora: LoRAConfig | None = None
+    family: models.BackboneName,
+    *,
+    seed: int = 0,
+    lora: LoRAConfig | None = None,
+    size: models.ModelSize = models.TINY,
 ) -> LatentBackbone:
     """A backbone whose output depends on all of its inputs."""
-    model = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed))
+    model = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed), size=size)
     generator = torch.Generator().manual_seed(seed)
     # Zero-initialised modulation would hide the timestep and the prompt.
     with torch.no_grad():
