@@ -23,7 +23,7 @@ PUBLISHED = {name: published_models()[name] for name in ORDER}
 def trained_backbone(model: PublishedModel, *, lora_rank: int = 32) -> LatentBackbone:
     """The model as it is trained here: with a LoRA, in bfloat16. On the meta device it takes no memory."""
     return load_backbone(
-        model.build(),
+        model.build(text_encoders=False),
         dtype=torch.bfloat16,
         lora=LoRAConfig(rank=lora_rank),
         settings=model.settings,
