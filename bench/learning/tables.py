@@ -32,8 +32,10 @@ def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
 
     Empty without such a seed, without the claim's first arm, and without another one.
     """
-    arms = list(claim.arms(backbone))
     found = units.load(study)
+    if not found:
+        return {}
+    arms = list(claim.arms(backbone))
     by_seed = {
         arm: {unit["seed"]: runs.curve(unit) for unit in made}
         for arm in arms

@@ -106,7 +106,8 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
 
 
 def small(arm: Arm) -> Arm:
-    config = replace(arm.config, batch_size=16)
+    sampler = replace(arm.config.sampler, num_steps=3, window=None)
+    config = replace(arm.config, batch_size=16, sampler=sampler)
     if config.advantages.uses_critic:
         pretrain = replace(config.pretrain, iterations=1, held_out_samples=16)
         config = replace(config, pretrain=pretrain)
