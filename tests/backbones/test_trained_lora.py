@@ -107,7 +107,7 @@ BY_DIFFUSERS = [family for family in FAMILIES if family != "pixart"]
     ("family", "layout"),
     [("sd3", by_peft), ("pixart", by_peft), *((family, by_diffusers) for family in BY_DIFFUSERS)],
 )
-def test_a_trained_lora_is_trained_on_from_the_weights_that_were_saved(
+def test_a_trained_lora_is_loaded_with_the_weights_that_were_saved(
     family: str, layout: Any, tmp_path: Path
 ) -> None:
     source = layout(family, tmp_path / "lora")
@@ -122,6 +122,14 @@ def test_a_trained_lora_is_trained_on_from_the_weights_that_were_saved(
     latents, images = ode_images(backbone, PROMPTS[:1], guided(family, 2.0))
     torch.testing.assert_close(own_images(pipeline, latents), images, rtol=0, atol=1e-4)
 
+
+@pytest.mark.parametrize(
+    ("family", "layout"), [("sd15", by_diffusers), ("flux", by_diffusers), ("pixart", by_peft)]
+)
+def test_a_trained_lora_is_trained_on_and_the_run_resumed(family: str, layout: Any, tmp_path: Path) -> None:
+    source = layout(family, tmp_path / "lora")
+    _, state = adapted(family)
+    backbone = backbone_of(tiny_pipeline(family), lora=source)
     trainer = trainer_of(backbone)
     assert trainer.train_iteration()["first_max_abs_log_ratio"] == 0
     trainer.save(tmp_path / "run")

@@ -24,6 +24,7 @@ from tiny_pipelines import (
     use_first_order,
 )
 from tiny_trainers import anchor_output, clones, differing, trainer_of
+from torch import Tensor
 
 from lacfast import (
     CriticConfig,
@@ -34,7 +35,17 @@ from lacfast.checkpoint import save_backbone
 from lacfast.runtime.directories import DamagedError
 
 LORA = LoRAConfig(rank=4, alpha=8)
-TRUNKS = ("branch", "shared", "joint", "lora", "copy", "clean_net")
+TRUNKS = ("shared", "joint", "lora", "copy", "clean_net")
+"""Beside the branch, which learns in test_two_iterations_train_the_policy_and_resume_bit_for_bit."""
+
+
+def assert_trunk_learned(trunk: str, before: dict[str, Tensor], critic: torch.nn.Module) -> None:
+    # The head's last layer starts at zero, so what lies below it learns from the second step on.
+    changed = differing(before, dict(critic.named_parameters()))
+    own_trunk = [name for name in before if name.startswith("trunk.")]
+    assert bool(own_trunk) == (trunk not in ("shared", "joint"))
+    assert set(changed) & set(own_trunk) == set(changed) - {name for name in changed if "head." in name}
+    assert not own_trunk or any(name.startswith("trunk.") for name in changed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,8 +57,13 @@ def test_two_iterations_train_the_policy_and_resume_bit_for_bit(
     trainer = trainer_of(backbone_of(tiny_pipeline(family), lora=lora), guidance_scale=guidance_scale)
     before, base = clones(trainer.backbone.policy_state()), anchor_output(trainer)
     frozen = clones(dict(trainer.backbone.model.named_parameters()))
+    assert trainer.critic is not None
+    untaught = clones(dict(trainer.critic.named_parameters()))
     first = trainer.train_iteration()
     assert first["first_max_abs_log_ratio"] == 0
+    assert_trunk_learned("branch", untaught, trainer.critic)
+    others = [each for each in trainer.backbone.model.parameters() if not each.requires_grad]
+    assert all(parameter.grad is None for parameter in others)
     trainer.save(tmp_path / "run")
     second = trainer.train_iteration()
     assert second["first_max_abs_log_ratio"] == 0
@@ -124,12 +140,7 @@ def test_every_trunk_values_and_learns_beside_a_lora_policy(family: str, trunk: 
     frozen = {id(parameter) for parameter in backbone.model.parameters() if not parameter.requires_grad}
     metrics = trainer.train_iteration()
     assert metrics["first_max_abs_log_ratio"] == 0
-    # The head's last layer starts at zero, so what lies below it learns from the second step on.
-    changed = differing(before, dict(trainer.critic.named_parameters()))
-    own_trunk = [name for name in before if name.startswith("trunk.")]
-    assert bool(own_trunk) == (trunk not in ("shared", "joint"))
-    assert set(changed) & set(own_trunk) == set(changed) - {name for name in changed if "head." in name}
-    assert not own_trunk or any(name.startswith("trunk.") for name in changed)
+    assert_trunk_learned(trunk, before, trainer.critic)
     assert differing(policy, backbone.policy_state())
     assert all(parameter.grad is None for parameter in backbone.model.parameters() if id(parameter) in frozen)
 
