@@ -78,23 +78,18 @@ def test_the_gpu_tests_are_all_named_and_import_without_what_a_gpu_machine_lacks
     assert code == 0, output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "least"),
     [
         pytest.param(
-            ["-k", "not SD3 and not iterations and not rollouts and not update"], 100, id="ops, graphs"
-        ),
-        pytest.param(
             ["--source-tree", "-k", "gae or normalized or effective or systematic"],
             40,
             id="a source tree",
-            marks=pytest.mark.slow,
         ),
-        pytest.param([], 200, id="all", marks=pytest.mark.slow),
+        pytest.param([], 200, id="all"),
         # Compilation of every variant takes minutes; these have each op, and an update.
-        pytest.param(
-            ["--launches", "-k", "float64 or size_that_is_found"], 60, id="launched", marks=pytest.mark.slow
-        ),
+        pytest.param(["--launches", "-k", "float64 or size_that_is_found"], 60, id="launched"),
     ],
 )
 def test_the_gpu_tests_pass_on_a_pretended_device(options: list[str], least: int) -> None:

@@ -209,7 +209,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {part: saved_pipeline(family, found / family) for part, family in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("name", recipe_names())
+ALIKE = {
+    "ddpo-compressibility": "sd15-ddpo",
+    "flux-pickscore-24gb": "flux-pickscore",
+    "sd35m-geneval": "sd35m-ocr",
+    "shapes-unet": "shapes",
+}
+"""Recipes of a model and a way of training that another one has too; the gate runs them."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in recipe_names()]
+)
 def test_every_recipe_dry_runs(
     name: str, tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
