@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import assert_same_step
 from refusals import Refusal
-from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
+from tiny_backbones import FAMILIES, PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import (
@@ -32,12 +32,18 @@ from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation
 from lacfast.rewards.reward import RewardError
 from lacfast.runtime.directories import MANIFEST, DamagedError
+from lacfast.tasks.models import TINY, ModelSize
 
 
 def trainer_for(
-    family: Any = "dit", reward: Any = brightness, *, model_seed: int = 0, **changes: Any
+    family: Any = "dit",
+    reward: Any = brightness,
+    *,
+    model_seed: int = 0,
+    size: ModelSize = SMALLEST,
+    **changes: Any,
 ) -> LatentActorCriticTrainer:
-    backbone = tiny_backbone(family, seed=model_seed)
+    backbone = tiny_backbone(family, seed=model_seed, size=size)
     return LatentActorCriticTrainer(backbone, reward, PROMPTS, tiny_config(**changes))
 
 
@@ -163,7 +169,7 @@ def test_microbatches_do_not_change_the_update() -> None:
     results = []
     for size in (3, 100):
         ppo = PPOConfig(clip=Ratio(1e-3), microbatch_size=size, num_minibatches=1, adam_eps=1e-4)
-        trainer = trainer_for(ppo=ppo)
+        trainer = trainer_for(ppo=ppo, size=TINY)
         before = weights(trainer)
         trainer.train_iteration()
         results.append(weights(trainer))

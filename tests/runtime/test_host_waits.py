@@ -15,7 +15,7 @@ import pytest
 import tiny_backbones
 import torch
 from host_waits import WaitLog
-from tiny_backbones import PROMPTS, on_cuda, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, SMALLEST, on_cuda, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, steer
@@ -52,7 +52,7 @@ KEPT_ON_HOST = {
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
-    backbone = on_cuda(tiny_backbone("dit"))
+    backbone = on_cuda(tiny_backbone("dit", size=SMALLEST))
     path = changes.pop("metrics_path", None)
     settings = {"ppo": PPO, "batch_size": 4, "sampler": SamplerConfig(num_steps=3, guidance_scale=2.5)}
     config = tiny_config(**(settings | changes))
@@ -65,7 +65,7 @@ def test_a_guided_iteration_on_graphs_reads_its_records_and_its_metrics(
 ) -> None:
     ppo = replace(PPO, minibatch_draw=draw)
     trainer = trainer_for(graph=GRAPHS, ppo=ppo, metrics_path=tmp_path / "metrics.jsonl")
-    for _ in range(3):
+    for _ in range(2):
         trainer.train_iteration()
         trainer.evaluate()
     captures = trainer.graphs.statistics.captures
