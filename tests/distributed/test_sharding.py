@@ -27,8 +27,7 @@ from lacfast.runs.shards import Shards
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is without torch.distributed")
 CASES = {
-    "branch": (2, 4),
-    "scattered": (4,),
+    **dict.fromkeys(("branch", "scattered"), (4,)),
     **dict.fromkeys(
         ("lora", "shared", "clean_net", "uneven, kl, replay", "copy", "on the policy's features"), (2,)
     ),

@@ -75,11 +75,12 @@ def write_metrics(directory: Path) -> None:
     (directory / "metrics.jsonl").write_text(lines, encoding="utf-8")
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> str:
-    write_metrics(tmp_path)
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("demo")
+    write_metrics(directory)
     settings = {"training": {"seed": 7, "ppo": {"clip_range": 1e-4}}}
-    return write_report(tmp_path, summary(), gallery(), settings).read_text(encoding="utf-8")
+    return write_report(directory, summary(), gallery(), settings).read_text(encoding="utf-8")
 
 
 class _References(HTMLParser):

@@ -17,6 +17,9 @@ from lacfast.report.pictures import grid, save_with_prompts
 from lacfast.report.run import headline, write_run_report
 from tests.report.test_diagnostics import evaluation, iteration
 
+SAME = "The same prompts and the same noise every time."
+"""What is said of the pictures of evaluations whose files hold the same prompts."""
+
 
 def write_run(directory: Path, *, evaluations: int = 3, **changes: Any) -> None:
     (directory / "samples").mkdir(parents=True)
@@ -45,6 +48,12 @@ def write_run(directory: Path, *, evaluations: int = 3, **changes: Any) -> None:
     (directory / "run.json").write_text(json.dumps({"train": {"seed": 3}}))
 
 
+@pytest.fixture
+def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a page's time, for tests that look at what stands beside them."""
+    monkeypatch.setattr("lacfast.report.run.charts", lambda records: "")
+
+
 def test_the_page_shows_curves_pictures_and_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "my-run")
     text = write_run_report(tmp_path / "my-run").read_text(encoding="utf-8")
@@ -57,8 +66,9 @@ def test_the_page_shows_curves_pictures_and_settings(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="https?:', text)
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_sign_of_failure_comes_with_its_remedy(tmp_path: Path) -> None:
-    write_run(tmp_path / "run", first_max_abs_log_ratio=1e-3)
+    write_run(tmp_path / "run", evaluations=0, first_max_abs_log_ratio=1e-3)
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "The first ratio is not 1" in text
     assert "attention backend" in text
@@ -70,6 +80,9 @@ def test_a_run_without_critic_and_evaluations_has_a_page_too(tmp_path: Path) -> 
     assert "Calibration" not in text
     assert "no evaluation compared them" in text
     assert "also chose" not in text
+    # A map of nothing but zeros is not drawn.
+    assert "KL to the anchor" not in text
+    assert "KL, per step" in text
 
 
 def test_the_last_evaluation_s_calibration_is_a_diagram_with_a_line_per_head(tmp_path: Path) -> None:
@@ -87,33 +100,23 @@ def test_the_last_evaluation_s_calibration_is_a_diagram_with_a_line_per_head(tmp
     assert all(label in chart for label in ("quality", "size", "mean return"))
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_a_picture_is_called_by_its_number_or_by_its_own_name(tmp_path: Path) -> None:
     write_run(tmp_path / "run", evaluations=1)
     samples = tmp_path / "run" / "samples"
     (samples / "iteration 5.png").write_bytes((samples / "00000000.png").read_bytes())
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert re.findall(r"<figcaption>(.*?)</figcaption>", text) == ["iteration 0", "iteration 5"]
+    assert SAME not in text, "without their prompts nobody knows"
 
 
-def test_only_pictures_that_hold_their_prompts_are_said_to_be_of_the_same(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_charts")
+def test_pictures_that_hold_their_prompts_are_said_to_be_of_the_same(tmp_path: Path) -> None:
     write_run(tmp_path / "run", evaluations=1)
-    said = "The same prompts and the same noise every time."
-    assert said not in write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     save_with_prompts(grid(torch.zeros(1, 3, 8, 8)), tmp_path / "run" / "samples" / "00000002.png", ["a cat"])
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert said in text
+    assert SAME in text
     assert "<li>a cat</li>" in text
-
-
-def test_a_map_of_nothing_but_zeros_is_not_drawn(tmp_path: Path) -> None:
-    write_run(tmp_path / "without", evaluations=0)
-    write_run(tmp_path / "with", evaluations=0, kl_ref=[0.0, 1e-6, 0.0, 0.0])
-    without, drawn = (
-        write_run_report(tmp_path / name).read_text(encoding="utf-8") for name in ("without", "with")
-    )
-    assert "KL to the anchor" not in without
-    assert "KL to the anchor" in drawn
-    assert "KL, per step" in without
 
 
 def test_cells_without_an_image_show_the_page() -> None:
@@ -134,10 +137,11 @@ def test_no_column_is_wider_than_the_narrowest_phone() -> None:
     assert "min-width: 0; overflow-wrap: anywhere" in cards[1]
 
 
-def test_long_names_stand_below_each_other_in_a_legend(tmp_path: Path) -> None:
+def test_long_names_stand_below_each_other_and_a_map_with_an_entry_is_drawn(tmp_path: Path) -> None:
     names = {"reward/jpeg_compressibility_of_all_pictures": 1.0, "reward/another_long_name": 2.0}
-    write_run(tmp_path / "run", evaluations=0, **names)
+    write_run(tmp_path / "run", evaluations=0, kl_ref=[0.0, 1e-6, 0.0, 0.0], **names)
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "KL to the anchor" in text
     chart = text[text.index("Rewards that train") :].partition("</svg>")[0]
     places = [
         re.search(rf'<text[^>]*transform="translate\(([\d.]+) ([\d.]+)\)"[^>]*>{name}<', chart)

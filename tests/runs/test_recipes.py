@@ -210,6 +210,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 ALIKE = {
+    "dance-grpo-hpsv2-lora": "flux-pickscore",
     "ddpo-compressibility": "sd15-ddpo",
     "flux-pickscore-24gb": "flux-pickscore",
     "sd35m-geneval": "sd35m-ocr",
