@@ -235,7 +235,7 @@ def test_a_graph_that_does_not_fit_is_captured_anew_for_fewer(
         return predict(sample, *args, **kwargs)
 
     monkeypatch.setattr(short.backbone, "predict", within)
-    unit = {"rollout": "images", "update": "pairs"}[phase]
+    unit = {"rollout": "samples", "update": "pairs"}[phase]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         short.train_iteration()
