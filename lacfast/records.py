@@ -322,10 +322,16 @@ class Rollout:
     """Learner.version of the weights that made it. None: unknown."""
     share: Share | None = None
     """Rows of the whole batch that these are, where several ranks have it; None: all."""
+    forward_steps: tuple[int, ...] | None = None
+    """Steps that a loss on the forward process trains, whose latents are noised anew; None: it is a chain."""
 
     @property
     def num_steps(self) -> int:
         return self.table.num_steps
+
+    @property
+    def trained_steps(self) -> Sequence[int]:
+        return self.table.trainable_steps if self.forward_steps is None else self.forward_steps
 
     @property
     def batch_size(self) -> int:

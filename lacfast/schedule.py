@@ -269,6 +269,37 @@ def uniform_sigmas(num_steps: int, *, shift: float = 1.0) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
+def forward_rows(table: TransitionTable) -> Tensor:
+    """The forward process at the noise level before each step, and what the model predicts of it.
+
+        x = signal x0 + noise eps,   target = c eps + d x0,   gain = |d x0 / d output| at x
+
+    Returns:
+        (T, 5) float64 on the host, columns signal, noise, c, d, gain.
+
+    Raises:
+        ValueError: an unknown prediction type, or a level without signal that "epsilon" says nothing of.
+    """
+    noise, kind = table.sigmas[:-1], table.prediction_type
+    signal = 1 - noise if kind == "flow" else (1 - noise**2).clamp(min=0).sqrt()
+    one, zero = torch.ones_like(noise), torch.zeros_like(noise)
+    targets = {
+        "flow": (one, -one, noise),
+        "epsilon": (one, zero, noise / signal),
+        "v_prediction": (signal, -noise, noise),
+        "sample": (zero, one, one),
+    }
+    if kind not in targets:
+        raise unknown("prediction_type", kind, targets)
+    rows = torch.stack([signal, noise, *targets[kind]], dim=1)
+    if not bool(rows.isfinite().all()):
+        raise ValueError(
+            f"the first noise level of {table.kind!r} has no signal, and prediction_type={kind!r} says "
+            "nothing of the clean latent there; use a scheduler whose first timestep has some"
+        )
+    return rows
+
+
 def kl_gains(
     table: TransitionTable,
     kind: str = "exact",

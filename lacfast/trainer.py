@@ -15,7 +15,7 @@ from torch import Tensor
 from lacfast.advantages import AdvantageEstimator
 from lacfast.backbone import Backbone, attach_critic, require_gradients
 from lacfast.checkpoint import Notes
-from lacfast.config import TrainConfig
+from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
 from lacfast.distributed import World
@@ -36,6 +36,7 @@ from lacfast.rewards.reward import RewardError
 from lacfast.rollout.actor import Actor
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
+from lacfast.rollout.renoising import RenoisingSampler
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, unwatched
 from lacfast.rollout.shares import require_ranks
@@ -89,7 +90,10 @@ class LatentActorCriticTrainer:
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
-        self.tables = TrainingTables(backbone, self.config.sampler, seed=self.config.seed)
+        trains_chains = not isinstance(self.config.objective, ForwardProcess)
+        self.tables = TrainingTables(
+            *(backbone, self.config.sampler), seed=self.config.seed, trains_chains=trains_chains
+        )
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         scores = RewardSet.union(self.scorers).names
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, scores)
@@ -98,7 +102,7 @@ class LatentActorCriticTrainer:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph if self.config.shard == 1 else EAGER, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
-        self.actor = Actor(backbone, self.sampler, self.graphs, self.config)
+        self.actor = Actor(backbone, self._acting_sampler(), self.graphs, self.config)
         self.behaviour, self.rollout_sampler = self.actor.backbone, self.actor.sampler
         self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="sample", setting="eval_batch_size")
         # Ranks start alike also where a kernel draws or loads otherwise.
@@ -115,6 +119,15 @@ class LatentActorCriticTrainer:
         self.indivisible = Indivisible()
         self.last_rollout: Rollout | None = None
         self._failures = RewardFailures(self.config.on_reward_error)
+
+    def _acting_sampler(self) -> RolloutSampler:
+        """What makes the rollouts that are learned from."""
+        objective = self.config.objective
+        if not isinstance(objective, ForwardProcess):
+            return self.sampler
+        # The learner comes later: it is of the ranks that the source knows.
+        old = lambda: self.learner.old_weights()  # noqa: E731
+        return RenoisingSampler(self.backbone, self.critic, self.graphs, objective, old)
 
     @property
     def table(self) -> TransitionTable:

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 from bench.learning.controls import ShuffledCritic
 from lacfast.config import (
+    AWM,
     DDPO,
     GRPO,
+    NFT,
     AdvantageConfig,
     BatchMean,
     CriticConfig,
+    ForwardProcess,
     GroupBaseline,
     KLMask,
     LeaveOneOut,
@@ -32,6 +35,10 @@ REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet."""
+FORWARD_CLIP = 5.0
+"""Bound of the advantages that DiffusionNFT and AWM weigh by: their authors'."""
+AWM_STEPS = (1, 7)
+"""Steps of the sampler's 8 that AWM trains."""
 MEAN_STD = 0.47
 """Mean deviation of the trained steps of the tiny models' sampler."""
 
@@ -145,6 +152,33 @@ def ratio_norm(backbone: str) -> TrainConfig:
     config = group_relative(backbone, GRPO())
     clip = MEAN_STD * _clip(config)
     return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip=Ratio(clip), balance_steps=False))
+
+
+def forward_process(config: TrainConfig, objective: ForwardProcess) -> TrainConfig:
+    """The configuration with a loss on the forward process, on as many pairs as PPO trains.
+
+    It samples and is judged with the sampler of the other arms.
+    """
+    start, stop = config.sampler.stochastic_window
+    trained = len(objective.trained(config.sampler.num_steps))
+    fraction = config.ppo.timestep_fraction * (stop - start) / trained
+    ppo = replace(config.ppo, timestep_fraction=fraction, advantage_clip=FORWARD_CLIP)
+    return variant(config, objective=objective, ppo=ppo)
+
+
+def diffusion_nft(backbone: str) -> TrainConfig:
+    """DiffusionNFT on GRPO's advantages, as its authors have it."""
+    return forward_process(group_relative(backbone, GRPO()), NFT())
+
+
+def advantage_weighted_matching(backbone: str) -> TrainConfig:
+    """AWM on GRPO's advantages; like its authors it leaves out the first step and the last tenth."""
+    return forward_process(group_relative(backbone, GRPO()), AWM(steps=AWM_STEPS))
+
+
+def critic_weighted(backbone: str) -> TrainConfig:
+    """DiffusionNFT whose weights are the critic's advantages at the noised states, one image per prompt."""
+    return forward_process(latent_critic(backbone), NFT())
 
 
 def _clip(config: TrainConfig) -> float:

@@ -10,10 +10,13 @@ from bench.learning.arms import (
     REPLAYED_ROLLOUTS,
     TAUGHT_ITERATIONS,
     UNET_RATE,
+    advantage_weighted_matching,
     at_rate,
     batch_mean,
     conditional,
     constrained,
+    critic_weighted,
+    diffusion_nft,
     distributional,
     group_relative,
     group_std,
@@ -62,6 +65,8 @@ class Claim:
     prompts; one tunes nothing."""
     seeds: int = 5
     """Paired runs per arm."""
+    lender: str = ""
+    """Claim on the same problem and budgets whose runs of its own arms count here too. Empty: none."""
     note: str = ""
     """What a reader of the results must know besides."""
 
@@ -79,6 +84,14 @@ def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
         "latent critic": _unpretrained(latent_critic(backbone)),
         "GRPO": Arm(config=group_relative(backbone, GRPO())),
         "DDPO": Arm(config=running_prompt_statistics(backbone)),
+    }
+
+
+def _objective_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return _baseline_arms(backbone) | {
+        "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
+        "AWM": Arm(config=advantage_weighted_matching(backbone)),
+        "critic-weighted NFT": _unpretrained(critic_weighted(backbone)),
     }
 
 
@@ -163,15 +176,16 @@ def _staleness_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+_BASELINE_BUDGETS: dict[BackboneName, Budget] = {
+    "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
+    "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
+}
 CLAIMS = {
     "baselines": Claim(
         question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
         problem="shapes",
         arms=_baseline_arms,
-        budgets={
-            "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
-            "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
-        },
+        budgets=_BASELINE_BUDGETS,
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
         note="The latent critic had more choices than the others. On the DiT: a small net on the estimate "
@@ -181,6 +195,19 @@ CLAIMS = {
         "of the base model's rewards on prompts that train. On the UNet: a head alone on the actor's "
         "features, as good on tuning prompts as a branch, which takes twice the time. Curves behind "
         "the choices on tuning prompts are in bench/results/learning/baselines/BACKBONE.json.",
+    ),
+    "objectives": Claim(
+        question="Does the latent critic learn more per image than losses on the forward process?",
+        problem="shapes",
+        arms=_objective_arms,
+        budgets={"dit": _BASELINE_BUDGETS["dit"]},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        seeds=3,
+        lender="baselines",
+        note="DiffusionNFT and AWM have GRPO's groups and advantages, critic-weighted NFT has the critic's "
+        "at each noised state and one image per prompt. All three train as many (sample, step) pairs as PPO "
+        "and sample as it does; beyond that they have their authors' settings for GenEval, but for the KL to "
+        "the first model, which no arm has. The other arms' runs are those of section baselines.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",

@@ -89,7 +89,8 @@ def counted(cells: Sequence[str]) -> str:
 def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     for name, claim in claims.items():
         for backbone in claim.budgets:
-            wanted = claim.seeds * len(claim.arms(backbone))
+            lent = claims[claim.lender].arms(backbone) if claim.lender else {}
+            wanted = claim.seeds * len(claim.arms(backbone).keys() - lent.keys())
             found = _count(results / name / backbone)
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"
@@ -138,7 +139,7 @@ def _tuning(study: Path, claim: Claim, backbone: BackboneName, curves: Curves) -
     rates = " or ".join(", ".join(f"{rate:g}" for rate in grid) for grid in sorted(grids))
     if len(claim.grid) == 1:
         return f"Policy learning rate fixed at {rates}."
-    found = units.load(study)
+    found = tables.units_for(study, claim)
     chosen = {arm: tables.units_of(found, arm)[0]["policy_learning_rate"] for arm in curves}
     found = ", ".join(f"{rate:g} ({arm})" for arm, rate in chosen.items())
     return f"Policy learning rate tuned over {rates}; chosen: {found}."

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from bench.learning.problems import Materials, Problem, Prompts, gauges
-from lacfast.config import TrainConfig
+from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.records import Evaluation
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks.models import BackboneName
@@ -185,9 +185,13 @@ def _explained(evaluation: Evaluation) -> dict[str, float]:
 def _forwards(trainer: LatentActorCriticTrainer) -> int:
     config, table = trainer.config, trainer.tables.at(0)
     halves = 2 if config.sampler.guidance_scale > 1 else 1
-    pairs = config.ppo.timestep_fraction * len(table.trainable_steps) * config.batch_size
+    trained, sampling = table.trainable_steps, table.num_steps
+    if isinstance(config.objective, ForwardProcess):
+        # The old policy runs on every state that is noised anew.
+        trained, sampling = config.objective.trained(table.num_steps), 2 * table.num_steps
+    pairs = config.ppo.timestep_fraction * len(trained) * config.batch_size
     updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl is not None))
-    return round(halves * (trainer.images * table.num_steps + updates))
+    return round(halves * (trainer.images * sampling + updates))
 
 
 def described(points: Sequence[Point], **description: Any) -> dict[str, Any]:

@@ -27,12 +27,18 @@ def units_of(found: Mapping[str, units.Unit], arm: str) -> list[units.Unit]:
     return [unit for key, unit in found.items() if key.startswith(f"{key_start(arm)}seed")]
 
 
+def units_for(study: Path, claim: Claim) -> dict[str, units.Unit]:
+    """All runs that count for a claim: of its own study, and of the one that lends it arms."""
+    lent = units.load(study.parents[1] / claim.lender / study.name) if claim.lender else {}
+    return lent | units.load(study)
+
+
 def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
     Empty without such a seed, without the claim's first arm, and without another one.
     """
-    found = units.load(study)
+    found = units_for(study, claim)
     if not found:
         return {}
     arms = list(claim.arms(backbone))

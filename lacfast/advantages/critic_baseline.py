@@ -38,7 +38,7 @@ def critic_advantages(
         combination: "sum_normalized" or "sum".
     """
     rewards = to_device(normalizer.head_rewards(stack_rewards(rollout)), rollout.latents.device)
-    steps = to_device(torch.tensor(rollout.table.trainable_steps), rewards.device)
+    steps = to_device(torch.tensor(rollout.trained_steps), rewards.device)
     values = rollout.values[steps].transpose(0, 1).to(rewards).contiguous()
     result = ops.normalized_advantages(
         rewards,

@@ -90,7 +90,7 @@ class AdvantageEstimator:
         rewards = self.normalizer.head_rewards(stack_rewards(rollout))
         raw = self._relative_rewards(rewards, rollout.prompts)
         bound = self.ppo.advantage_clip
-        steps, device = torch.tensor(rollout.table.trainable_steps), rollout.latents.device
+        steps, device = torch.tensor(rollout.trained_steps), rollout.latents.device
         policy = combined(raw, self.weights).clamp(-bound, bound)
         return Advantages(
             to_device(steps, device),

@@ -20,6 +20,7 @@ from lacfast.config.critic import (
     LoRAConfig,
 )
 from lacfast.config.graph import GraphConfig, GraphMode
+from lacfast.config.objective import AWM, NFT, PPO, ForwardProcess
 from lacfast.config.pipeline import PipelineSettings
 from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, KLPenalty, Nats, PPOConfig, Ratio
 from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
@@ -29,12 +30,15 @@ from lacfast.config.training import EarlyStoppingConfig, TrainConfig, ValuePretr
 from lacfast.config.unread import variant
 
 __all__ = [
+    "AWM",
     "COMBINATIONS",
     "DDPO",
     "ESTIMATORS",
     "GRPO",
     "GUIDANCE_FORMS",
     "KL_KINDS",
+    "NFT",
+    "PPO",
     "RATIOS",
     "STEERING_METHODS",
     "TAPPED_TRUNKS",
@@ -47,6 +51,7 @@ __all__ = [
     "CriticValues",
     "EarlyStoppingConfig",
     "Fixed",
+    "ForwardProcess",
     "GraphConfig",
     "GraphMode",
     "GroupBaseline",

@@ -19,6 +19,7 @@ from lacfast.config.checks import (
 )
 from lacfast.config.critic import WEIGHTLESS_TRUNKS, CriticConfig
 from lacfast.config.graph import GraphConfig
+from lacfast.config.objective import PPO, ForwardProcess, Objective
 from lacfast.config.ppo import PPOConfig
 from lacfast.config.sampling import Random, SamplerConfig, Sliding
 from lacfast.config.unread import Unread
@@ -90,6 +91,11 @@ _CRITIC_OPTIONS = (
     *("ppo.critic_rollouts", "ppo.value_learning_rate", "ppo.trunk_learning_rate", "pretrain"),
 )
 """What only a critic reads."""
+_RATIO_OPTIONS = (
+    *("ppo.clip", "ppo.dual_clip", "ppo.ratio", "ppo.kl_limit", "ppo.balance_steps"),
+    *("ppo.gae_lambda", "ppo.lambda_gate"),
+)
+"""What only a likelihood ratio along a chain reads."""
 ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
 """What a rollout's policy computes in; see TrainConfig.rollout_precision."""
 
@@ -103,6 +109,12 @@ class TrainConfig(Config):
             options=_CRITIC_OPTIONS,
             where=lambda train: train.critic.trunk == "none" and not train.advantages.uses_critic,
             because=lambda train: f": advantages.estimator={train.advantages.estimator} has no critic",
+        ),
+        Unread(
+            options=_RATIO_OPTIONS,
+            where=lambda train: isinstance(train.objective, ForwardProcess),
+            because=lambda train: f": objective={train.objective} has no ratio and no chain",
+            remedy="use objective=PPO()",
         ),
         Unread(
             options=("ppo.trunk_learning_rate",),
@@ -144,6 +156,9 @@ class TrainConfig(Config):
     iterations: Count = 300
     """Rollout and update cycles. [paper] 300."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    objective: Objective = field(default_factory=PPO)
+    """What the policy learns by. "ppo": the ratio of the rollout's stochastic transitions; "nft" and "awm": a
+    loss on its clean latents noised anew, from any sampler, see docs/objectives.md."""
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Trunk "none" where the advantages need no critic."""
@@ -208,6 +223,7 @@ class TrainConfig(Config):
         )
         if self.rollout_precision != "model":
             self._require_exact_correction()
+        self._require_fitting_objective()
         self._require_fitting_rollouts()
         self._require_fitting_shards()
         self._require_fitting_advantages()
@@ -269,6 +285,41 @@ class TrainConfig(Config):
             f"samples_per_prompt={self.samples_per_prompt} makes one; set 2 or more, or estimator=DDPO()",
         )
 
+    def _require_fitting_objective(self) -> None:
+        objective, ppo = self.objective, self.ppo
+        if not isinstance(objective, ForwardProcess):
+            return
+        last = self.sampler.num_steps
+        require(
+            objective.steps is None or objective.steps[1] <= last,
+            f"objective={objective} trains steps that a sampler of {last} does not have; use steps within "
+            f"(0, {last}) or raise sampler.num_steps",
+        )
+        require(
+            math.isfinite(ppo.advantage_clip),
+            f"objective={objective} weighs by advantage / advantage_clip, and ppo.advantage_clip is inf; set "
+            "it, DiffusionNFT and AWM have 5",
+        )
+        require(
+            ppo.kl is None or ppo.kl.kind == "velocity",
+            f"ppo.kl={ppo.kl} measures transitions, and objective={objective} has none; use "
+            "kind='velocity', the squared distance of the outputs",
+        )
+        unchanged = {"staleness": 0, "rollout_ranks": 0, "rollout_precision": "model", "shard": 1}
+        for name, value in unchanged.items():
+            found = getattr(self, name)
+            require(
+                found == value,
+                f"{name}={found!r} is for rollouts by other weights or ranks than those that learn, and "
+                f"objective={objective} has an old policy with whole weights here; use {name}={value!r} or "
+                "objective=PPO()",
+            )
+        require(
+            self.pretrain.completions == 0,
+            f"pretrain.completions={self.pretrain.completions} go on along a chain, and objective="
+            f"{objective} values latents that are noised anew; use completions=0",
+        )
+
     def _require_fitting_rollouts(self) -> None:
         require(
             self.staleness == 0 or self.ppo.ratio == "innovation",
@@ -294,6 +345,8 @@ class TrainConfig(Config):
         start, stop = self.sampler.stochastic_window
         window = self.sampler.window
         steps = window.size if isinstance(window, Random | Sliding) else stop - start
+        if isinstance(self.objective, ForwardProcess):
+            steps = len(self.objective.trained(self.sampler.num_steps))
         pairs = math.ceil(self.ppo.timestep_fraction * self.batch_size * steps)
         states = self.batch_size * self.sampler.num_steps
         for name, available in (("num_minibatches", pairs), ("critic_minibatches", states)):

@@ -118,16 +118,21 @@ def _default(kind: type, name: str) -> Any:
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
-def _changed(settings: Any, option: str, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, value, default) of all within an option that is not at its default."""
+def _changed(
+    settings: Any, option: str, prefix: str = "", defaults: Any = None
+) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, default) of all within an option that is not at its default.
+
+    `defaults` is the part that its owner has by default. None: the class's own.
+    """
     name, _, rest = option.partition(".")
     value = getattr(settings, name)
-    default = _default(type(settings), name)
+    default = _default(type(settings), name) if defaults is None else getattr(defaults, name)
     if rest:
-        yield from _changed(value, rest, f"{prefix}{name}.")
+        yield from _changed(value, rest, f"{prefix}{name}.", default)
     elif is_dataclass(default) and type(value) is type(default):
         for field in fields(value):
-            yield from _changed(value, field.name, f"{prefix}{name}.")
+            yield from _changed(value, field.name, f"{prefix}{name}.", default)
     elif value != default:
         yield prefix + name, value, default
 

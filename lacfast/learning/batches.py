@@ -42,6 +42,8 @@ class PolicyBatch(Static):
     many do: what the others would give is known from the rollout."""
     anchor_output: Tensor | None
     """(P, ...) of the anchor, after guidance. None: there is none, or it has yet to run."""
+    clean: Tensor | None
+    """(P, ...) latents whose noised states these are. None: the states of a chain."""
     share: Tensor
     """() of the minibatch that these pairs are, 1 if they are all."""
     mask: Tensor | None
@@ -84,6 +86,7 @@ class PolicySource:
             uncond_conditioning=None if uncond is None else uncond.select(pairs.rows),
             uncond_rows=(MEASURED if is_first else 0) if self.is_known else None,
             anchor_output=None if anchored is None else anchored[pairs.position, pairs.rows],
+            clean=None if rollout.forward_steps is None else rollout.clean_latents[pairs.rows],
             share=share,
             mask=mask,
         )

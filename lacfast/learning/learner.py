@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lacfast.backbone import Backbone
 from lacfast.checkpoint import require_same_shapes
-from lacfast.config import TrainConfig
+from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.critic.states import state_bytes
 from lacfast.distributed import ALONE, Sharding, World
 from lacfast.distributed.sharding import gathered
@@ -23,6 +23,7 @@ from lacfast.learning.batches import CriticSource, PolicySource, critic_minibatc
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
+from lacfast.learning.old_policy import OldPolicy
 from lacfast.learning.optimizers import (
     critic_optimizer,
     load_moments,
@@ -39,7 +40,7 @@ from lacfast.learning.readers import reader_for
 from lacfast.learning.replay import Experience, ValueReplay
 from lacfast.learning.runner import EAGER, GradientMemory, GraphedUpdate, UpdateRunner
 from lacfast.learning.step_tables import StepTables, step_tables
-from lacfast.learning.totals import UpdateRecords
+from lacfast.learning.totals import UpdateRecords, forward_metrics, ppo_metrics
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
 from lacfast.runtime.host_memory import SLOTS, Staging
@@ -48,7 +49,7 @@ from lacfast.seeds import epoch_seed
 
 
 class Learner:
-    """PPO on the actor and regression on the critic, over one rollout at a time."""
+    """The objective on the actor and regression on the critic, over one rollout at a time."""
 
     def __init__(
         self,
@@ -105,6 +106,10 @@ class Learner:
         )
         self.replay = ValueReplay(ppo.critic_rollouts, world)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
+        self.old: OldPolicy | None = None
+        """Of a loss on the forward process."""
+        if isinstance(config.objective, ForwardProcess):
+            self.old = OldPolicy(backbone.policy_state(), config.objective)
         self._table: TransitionTable | None = None
         self._tables: StepTables | None = None
         if config.gradient_checkpointing:
@@ -144,7 +149,9 @@ class Learner:
             FloatingPointError: for a gradient that is not finite, where config.on_bad_gradient does not leave
                 its step out. Neither that step nor, under "raise", a later one has changed anything.
         """
-        tables, records, ppo = self._prepare(rollout), UpdateRecords(), self.config.ppo
+        self._require_made_for(rollout)
+        tables, ppo = self._prepare(rollout), self.config.ppo
+        records = UpdateRecords(ppo_metrics if self.old is None else forward_metrics)
         source = PolicySource(rollout, advantages, tables.timesteps)
         experience = self._experience(rollout, advantages)
         if experience is not None:
@@ -170,6 +177,8 @@ class Learner:
             self.replay.add(experience)
         if self.average is not None:
             self.average.update()
+        if self.old is not None:
+            self.old.follow(len(records.policy))
         metrics = records.metrics()
         if is_stopped:
             metrics["stopped_by_kl_limit"] = True
@@ -222,6 +231,11 @@ class Learner:
             return None
         return Experience.of(rollout, advantages.targets, self.critic_update.critic)
 
+    def old_weights(self) -> AbstractContextManager[None]:
+        """Within the context the model has the old policy's weights."""
+        assert self.old is not None, "an objective on the forward process has an old policy"
+        return self.old.applied()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the context the model has its averaged weights, whole ones: ranks may steer as they like."""
@@ -238,13 +252,28 @@ class Learner:
         finally:
             self.policy_update.version += 1
 
+    def _require_made_for(self, rollout: Rollout) -> None:
+        """
+        Raises:
+            ValueError: for a chain where states noised anew are learned from, or the other way round.
+        """
+        if (rollout.forward_steps is None) != (self.old is None):
+            made = "a chain" if rollout.forward_steps is None else "noised anew"
+            raise ValueError(
+                f"the rollout is {made}, which objective={self.config.objective} does not learn from; take "
+                "what trainer.rollout, trainer.collect or trainer.next_rollout of the same objective returns"
+            )
+
     def _prepare(self, rollout: Rollout) -> StepTables:
         """The rollout's tables, where the last ones were if they fit, as those of a window that moves.
 
         Nothing is copied for the same table again: a copy of host numbers waits for the device.
         """
         if self._tables is None or self._table is not rollout.table:
-            self._table, tables = rollout.table, step_tables(rollout.table, self.config.ppo, rollout.latents)
+            self._table = rollout.table
+            tables = step_tables(
+                *(rollout.table, self.config.ppo, rollout.latents), forward=self.old is not None
+            )
             if self._tables is not None and self._tables.layout == tables.layout:
                 self._tables.copy_(tables)
             else:
@@ -302,6 +331,7 @@ class Learner:
             "kl_weight": policy.kl_weight,
             "first_kl_weight": self._first_kl_weight,
             "average": None if self.average is None else self.average.weights,
+            "old_policy": None if self.old is None else self.old.state_dict(),
             "policy_optimizer": policy.optimizer.state_dict(),
             "policy_schedule": {"last_epoch": self.policy_schedule.last_epoch},
             "critic_optimizer": None if critic is None else critic.optimizer.state_dict(),
@@ -328,6 +358,8 @@ class Learner:
             require_same_parameters(self.critic_update.optimizer, state["critic_optimizer"], "critic")
         if self.average is not None and state["average"] is not None:
             require_same_shapes(self.average.weights, state["average"], "average of the weights")
+        if self.old is not None:
+            require_same_shapes(self.old.weights, state["old_policy"]["weights"], "old policy")
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict` that fits, with this run's rates; the weights are loaded before."""
@@ -357,3 +389,5 @@ class Learner:
                 update.microbatch.size = size
         if self.average is not None:
             self.average.load(state["average"] or self.backbone.policy_state())
+        if self.old is not None:
+            self.old.load_state_dict(state["old_policy"])

@@ -1,4 +1,4 @@
-"""The policy's update: PPO on (sample, step) pairs of a rollout, with the KL to the anchor."""
+"""The policy's update: its objective on (sample, step) pairs of a rollout, with the KL to the anchor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from lacfast import ops
 from lacfast.backbone import Backbone
-from lacfast.config import TrainConfig
+from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.distributed import ALONE, World
 from lacfast.learning.batches import MEASURED, PolicyBatch, PolicySource
+from lacfast.learning.forward_loss import forward_loss
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.pairs import Pairs
@@ -25,7 +26,7 @@ from lacfast.learning.runner import EAGER, UpdateRunner
 from lacfast.learning.totals import PolicyTotals, UpdateRecords
 from lacfast.learning.update import Update
 from lacfast.policy import apply_guidance, guided_output, policy_output
-from lacfast.records import Rollout
+from lacfast.records import PPOStats, Rollout
 
 
 class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
@@ -61,6 +62,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         modules = (backbone.model, reader.critic)
         super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner, world, modules=modules)
         self.backbone = backbone
+        self.objective = config.objective
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
         self.reader = reader
@@ -91,7 +93,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         """Whether the unconditional half of `rollout` is known: the weights are those that made it, and the
         guided output tells it."""
         is_detached = rollout.uncond_conditioning is not None and self.config.cfg_grad == "cond"
-        tells = not self.backbone.rescales_guidance
+        tells = not self.backbone.rescales_guidance and rollout.forward_steps is None
         return is_detached and tells and rollout.policy_version == self.version
 
     def begin(self) -> None:
@@ -99,12 +101,28 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.reader.begin()
 
     def gradient(self, batch: PolicyBatch) -> None:
-        config, tables = self.config, self.tables
         output, features = self._output(batch)
         anchor_output = batch.anchor_output
         if self.anchor is not None and anchor_output is None:
             anchor_output = self.anchor.output(batch.states, batch.uncond_conditioning)
-        loss, stats = ops.ppo_loss(
+        loss, stats = self._loss(output, batch, anchor_output)
+        loss = self.reader.joined(loss, batch, features) * batch.share
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.totals.add(loss.detach(), stats)
+        self.reader.learn(batch, features)
+
+    def _loss(
+        self, output: Tensor, batch: PolicyBatch, anchor_output: Tensor | None
+    ) -> tuple[Tensor, PPOStats]:
+        config, tables, objective = self.config, self.tables, self.objective
+        if isinstance(objective, ForwardProcess):
+            return forward_loss(
+                *(objective, output, batch, tables),
+                advantage_clip=config.advantage_clip,
+                anchor_output=anchor_output,
+                kl_weight=self.kl_weight,
+            )
+        return ops.ppo_loss(
             output,
             batch.old_model_output,
             batch.advantages,
@@ -120,10 +138,6 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             kl_weight=self.kl_weight,
             kl_gains=None if anchor_output is None else tables.kl_gains,
         )
-        loss = self.reader.joined(loss, batch, features) * batch.share
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.totals.add(loss.detach(), stats)
-        self.reader.learn(batch, features)
 
     def _output(self, batch: PolicyBatch) -> tuple[Tensor, Features]:
         """The policy's output (P, ...) after guidance, and what the critic reads of its forward."""

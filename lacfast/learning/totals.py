@@ -146,7 +146,11 @@ class CriticRecord:
 class UpdateRecords:
     """Records of the optimizer steps on one rollout: on the device until they are read, all at once."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, policy_metrics: Callable[[Sequence[PolicyRecord]], dict[str, Any]] | None = None
+    ) -> None:
+        """`policy_metrics`: what the steps of the policy say together. None: what those of PPO do."""
+        self._policy_metrics = policy_metrics or ppo_metrics
         self.policy: list[PolicyRecord] = []
         """Records of the steps that were read and taken, in their order."""
         self.critic: list[CriticRecord] = []
@@ -191,7 +195,7 @@ class UpdateRecords:
 
     def metrics(self) -> dict[str, Any]:
         """Means over all optimizer steps that were taken, some per denoising step; see `left_out`."""
-        metrics = policy_metrics(self.policy) if self.policy else {}
+        metrics = self._policy_metrics(self.policy) if self.policy else {}
         if self.critic:
             pairs = sum(record.pairs for record in self.critic)
             metrics["value_loss"] = sum(record.loss * record.pairs for record in self.critic) / pairs
@@ -203,7 +207,7 @@ class UpdateRecords:
         return {f"bad_gradients/{what}": count for what, count in self._left_out.items()}
 
 
-def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
+def ppo_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
     """Ratio, clip fractions, KL over all optimizer steps, some per denoising step (T,); NaN where untrained.
 
     The loss is the mean over pairs, the gradient norm that over optimizer steps. The first optimizer step's
@@ -228,4 +232,18 @@ def policy_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
         # RMS of b dv / std before any step: how far the update's forward is from the rollout's.
         "forward_mismatch": records[0].forward_mismatch,
         "max_abs_log_ratio": max(record.max_abs_log_ratio for record in records),
+    }
+
+
+def forward_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
+    """The same of a loss on the forward process: squared distances per element from the old policy's and the
+    anchor's output, per denoising step (T,); NaN where untrained."""
+    sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
+    _, from_old, from_anchor, _, _ = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
+    pairs = sum(record.pairs for record in records)
+    return {
+        "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,
+        "policy_grad_norm": sum(record.grad_norm for record in records) / len(records),
+        "distance_old": from_old,
+        "kl_ref": from_anchor,
     }

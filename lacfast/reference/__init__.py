@@ -12,6 +12,7 @@ Read `iteration` first, which is all of training on one page; then what it is ma
     policy       4. ratio, KL and loss, on `surrogate`, which has PPO's bounds
     critic       5. what a value head reads, and what it explains
     particles    6. resampling, for steering at inference; training does without
+    forward_process   7. losses on clean latents noised anew, in the place of 2 and 4
 
 Every op is one of these functions, with the same arguments. Half-precision inputs are computed in float32,
 float64 stays float64.
@@ -19,6 +20,7 @@ float64 stays float64.
 
 from lacfast.reference.advantages import gae, normalized_advantages
 from lacfast.reference.critic import explained_variance, value_pool
+from lacfast.reference.forward_process import awm_losses, nft_losses, noised
 from lacfast.reference.iteration import train_iteration
 from lacfast.reference.noise import normal_noise, philox
 from lacfast.reference.particles import effective_sample_size, systematic_resample
@@ -26,12 +28,15 @@ from lacfast.reference.policy import log_ratio, ppo_loss
 from lacfast.reference.transition import gaussian_step, gaussian_step_, step_log_prob
 
 __all__ = [
+    "awm_losses",
     "effective_sample_size",
     "explained_variance",
     "gae",
     "gaussian_step",
     "gaussian_step_",
     "log_ratio",
+    "nft_losses",
+    "noised",
     "normal_noise",
     "normalized_advantages",
     "philox",

@@ -90,11 +90,12 @@ def drawings(records: Records) -> Iterator[Drawing]:
         "Before clipping, mean over an iteration's optimizer steps.",
         _curves(train, {label: name for label, name in norms.items() if _has(train, name)}, "norm", log=True),
     )
-    yield Drawing(
-        "First ratio",
-        "Largest |log ratio| before any update; 0 says that rollout and update compute one policy.",
-        _curves(train, {"": "first_max_abs_log_ratio"}, "|log ratio|", smooth=False),
-    )
+    if _has(train, "first_max_abs_log_ratio"):
+        yield Drawing(
+            "First ratio",
+            "Largest |log ratio| before any update; 0 says that rollout and update compute one policy.",
+            _curves(train, {"": "first_max_abs_log_ratio"}, "|log ratio|", smooth=False),
+        )
     phases = {"rollout": "seconds_rollout", "update": "seconds_update"}
     yield Drawing("Time", "Of an iteration, rewards within the rollout.", _curves(train, phases, "seconds"))
 

@@ -163,7 +163,8 @@ def _cards(train: Records, evaluations: Records) -> Iterable[str]:
         yield card(
             "Critic's explained variance", f"{variance:.2f}", "on each rollout before it learns from it"
         )
-    yield card("KL per iteration", f"{average(last, 'mean_kl_old'):.2g}", "per latent element, new from old")
+    if not math.isnan(distance := average(last, "mean_kl_old")):
+        yield card("KL per iteration", f"{distance:.2g}", "per latent element, new from old")
     seconds = average(last, "seconds_rollout"), average(last, "seconds_update")
     yield card(
         "Seconds per iteration", f"{sum(seconds):.3g}", f"{seconds[0]:.3g} rollout, {seconds[1]:.3g} update"

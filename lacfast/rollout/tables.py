@@ -13,8 +13,16 @@ class TrainingTables:
     The tables are made once, so that a place that comes back has the same record as before.
     """
 
-    def __init__(self, backbone: Backbone, sampler: SamplerConfig, *, seed: int) -> None:
+    def __init__(
+        self, backbone: Backbone, sampler: SamplerConfig, *, seed: int, trains_chains: bool = True
+    ) -> None:
         """
+        Args:
+            backbone: whose scheduler they are of.
+            sampler: of the run.
+            seed: of the run.
+            trains_chains: False where no step needs a log-prob.
+
         Raises:
             ValueError: for a place of the window without a stochastic step, which has nothing to train.
         """
@@ -27,7 +35,7 @@ class TrainingTables:
             for place in sampler.places
         }
         for place, table in self._places.items():
-            if not table.trainable_steps:
+            if trains_chains and not table.trainable_steps:
                 raise ValueError(
                     f"kind={place.kind!r} with noise_level={place.noise_level} and window={place.window} "
                     "makes every step deterministic, so no step has a log-prob to train; use noise_level > 0 "

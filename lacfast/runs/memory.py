@@ -171,7 +171,7 @@ def _evaluation(subject: Subject, table: TransitionTable, fixed: int, host: int)
 def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, host: int) -> list[Phase]:
     """The policy's update, and the critic's where it is one of its own."""
     config, ppo, device = subject.config, subject.config.ppo, subject.device
-    steps = len(rollout.table.trainable_steps)
+    steps = len(rollout.trained_steps)
     guard = GradientGuard("plan", "skip", torch.zeros((), device=device))
     critic_update = None
     if subject.critic is not None:
@@ -184,7 +184,7 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
     tables = step_tables(rollout.table, ppo, rollout.latents)
     heads = 0 if subject.critic is None else subject.critic.num_rewards
     advantages = Advantages(
-        steps=torch.tensor(rollout.table.trainable_steps, device=device),
+        steps=torch.tensor(rollout.trained_steps, device=device),
         policy=rollout.latents.new_empty(steps, rollout.batch_size),
         targets=rollout.latents.new_empty(rollout.batch_size, heads),
         raw=rollout.latents.new_empty(steps, rollout.batch_size, heads),

@@ -22,6 +22,7 @@ DOMAIN = "lacfast"
 SPANS = (
     "rollout/step",
     "rollout/values",
+    "rollout/renoising",
     "rollout/order",
     "rollout/wait",
     "rollout/send",

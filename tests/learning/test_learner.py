@@ -19,7 +19,7 @@ from lacfast.config import CriticConfig, KLPenalty, PPOConfig, Ratio, SamplerCon
 from lacfast.learning import totals
 from lacfast.learning.batches import PolicySource
 from lacfast.learning.pairs import all_pairs, all_states, minibatches
-from lacfast.learning.totals import PolicyRecord, policy_metrics
+from lacfast.learning.totals import PolicyRecord, ppo_metrics
 from lacfast.records import Advantages, Rollout
 
 GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
@@ -264,7 +264,7 @@ def test_metrics_are_over_all_optimizer_steps() -> None:
         scalars = torch.tensor([loss, norm, largest, 3.0]).double()
         return PolicyRecord.read(torch.cat([scalars, sums.flatten()]))
 
-    result = policy_metrics([record(1.0, 2.0, 0.0, 6, 0.1), record(4.0, 4.0, 0.5, 3, 0.4)])
+    result = ppo_metrics([record(1.0, 2.0, 0.0, 6, 0.1), record(4.0, 4.0, 0.5, 3, 0.4)])
     assert result["policy_loss"] == pytest.approx(2.0)
     assert result["policy_grad_norm"] == pytest.approx(3.0)
     assert result["mean_kl_old"] == pytest.approx(0.2)
