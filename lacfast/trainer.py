@@ -258,6 +258,7 @@ class LatentActorCriticTrainer:
 
     def _learn(self, rollout: Rollout) -> dict[str, Any]:
         """Statistics of the rewards, advantages, and all passes over the rollout."""
+        self.learner.require_made_for(rollout)
         whole, variance = outcomes(rollout, self.source.world), None
         if self.critic is None:
             self.normalizer.update(stack_rewards(whole))

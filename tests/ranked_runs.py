@@ -14,6 +14,7 @@ from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_co
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import (
     GRPO,
+    NFT,
     AdvantageConfig,
     CriticConfig,
     GraphConfig,
@@ -74,6 +75,10 @@ ARMS: dict[str, dict[str, Any]] = {
     },
     "value pretraining": {"pretrain": PRETRAINING},
     "graphs": {"graph": GraphConfig(mode="fake")},
+    "forward process": {
+        "objective": NFT(0.5, old_decay=0.5, old_decay_rate=0.2),
+        "ppo": replace(PPO, clip=PPOConfig().clip),
+    },
     "copy": {"critic": CriticConfig(trunk="copy", **SMALL), "pretrain": PRETRAINING},
     "on the policy's features": {"critic": CriticConfig(trunk="branch", keep_features=False, **SMALL)},
     "scattered": SMALL_PARTS

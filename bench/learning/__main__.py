@@ -73,7 +73,7 @@ class Job:
 
 def jobs(claim: Claim, study: Path, backbone: BackboneName) -> Iterator[Job]:
     """Every run of a claim: first those that tune, then seed by seed those whose arm is tuned."""
-    budget, lent = claim.budgets[backbone], CLAIMS[claim.lender].arms(backbone) if claim.lender else {}
+    budget, lent = claim.budgets[backbone], claim.lent(backbone)
     arms = {name: arm for name, arm in claim.arms(backbone).items() if name not in lent}
     if len(claim.grid) > 1:
         short = replace(budget, images=round(TUNING_SHARE * budget.images), seconds=0.0)

@@ -39,6 +39,8 @@ FORWARD_CLIP = 5.0
 """Bound of the advantages that DiffusionNFT and AWM weigh by: their authors'."""
 AWM_STEPS = (1, 7)
 """Steps of the sampler's 8 that AWM trains."""
+AWM_OLD_WEIGHT = 0.01
+"""Weight of its distance from the old policy: at 1, its authors', steps behind a rollout's first undo it."""
 MEAN_STD = 0.47
 """Mean deviation of the trained steps of the tiny models' sampler."""
 
@@ -160,7 +162,7 @@ def forward_process(config: TrainConfig, objective: ForwardProcess) -> TrainConf
     It samples and is judged with the sampler of the other arms.
     """
     start, stop = config.sampler.stochastic_window
-    trained = len(objective.trained(config.sampler.num_steps))
+    trained = len(objective.forward_steps(config.sampler.num_steps))
     fraction = config.ppo.timestep_fraction * (stop - start) / trained
     ppo = replace(config.ppo, timestep_fraction=fraction, advantage_clip=FORWARD_CLIP)
     return variant(config, objective=objective, ppo=ppo)
@@ -172,8 +174,12 @@ def diffusion_nft(backbone: str) -> TrainConfig:
 
 
 def advantage_weighted_matching(backbone: str) -> TrainConfig:
-    """AWM on GRPO's advantages; like its authors it leaves out the first step and the last tenth."""
-    return forward_process(group_relative(backbone, GRPO()), AWM(steps=AWM_STEPS))
+    """AWM on GRPO's advantages; like its authors it leaves out the first step and the last tenth.
+
+    They take one optimizer step per rollout, at which the distance from the old policy is 0.
+    """
+    objective = AWM(steps=AWM_STEPS, old_weight=AWM_OLD_WEIGHT)
+    return forward_process(group_relative(backbone, GRPO()), objective)
 
 
 def critic_weighted(backbone: str) -> TrainConfig:

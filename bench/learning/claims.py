@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.learning.arms import (
+    AWM_OLD_WEIGHT,
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
     TAUGHT_ITERATIONS,
@@ -69,6 +70,10 @@ class Claim:
     """Claim on the same problem and budgets whose runs of its own arms count here too. Empty: none."""
     note: str = ""
     """What a reader of the results must know besides."""
+
+    def lent(self, backbone: BackboneName) -> dict[str, Arm]:
+        """Arms whose runs are the lender's."""
+        return CLAIMS[self.lender].arms(backbone) if self.lender else {}
 
     def rates(self, arm: Arm) -> tuple[float, ...]:
         """The policy learning rates of the grid."""
@@ -206,8 +211,11 @@ CLAIMS = {
         lender="baselines",
         note="DiffusionNFT and AWM have GRPO's groups and advantages, critic-weighted NFT has the critic's "
         "at each noised state and one image per prompt. All three train as many (sample, step) pairs as PPO "
-        "and sample as it does; beyond that they have their authors' settings for GenEval, but for the KL to "
-        "the first model, which no arm has. The other arms' runs are those of section baselines.",
+        "and sample as it does, and take as many optimizer steps. Beyond that they have their authors' "
+        "settings for GenEval, but for the KL to the first model, which no arm has, and AWM's distance from "
+        f"the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one optimizer step per "
+        "rollout, at which that distance is 0. The other arms' runs are those of section baselines, made "
+        "on another day, so seconds are not compared.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",

@@ -66,6 +66,8 @@ def _conclusion(results: Path, claims: Mapping[str, Claim]) -> str:
         lead
         for name, claim in claims.items()
         for backbone in claim.budgets
+        # What is lent counts where it was run.
+        if not claim.lender
         if (curves := tables.paired_curves(results / name / backbone, claim, backbone))
         for lead in tables.leads(curves, claim)
         if lead[1] in wanted
@@ -89,8 +91,7 @@ def counted(cells: Sequence[str]) -> str:
 def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     for name, claim in claims.items():
         for backbone in claim.budgets:
-            lent = claims[claim.lender].arms(backbone) if claim.lender else {}
-            wanted = claim.seeds * len(claim.arms(backbone).keys() - lent.keys())
+            wanted = claim.seeds * len(claim.arms(backbone).keys() - claim.lent(backbone).keys())
             found = _count(results / name / backbone)
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"

@@ -188,7 +188,7 @@ def _forwards(trainer: LatentActorCriticTrainer) -> int:
     trained, sampling = table.trainable_steps, table.num_steps
     if isinstance(config.objective, ForwardProcess):
         # The old policy runs on every state that is noised anew.
-        trained, sampling = config.objective.trained(table.num_steps), 2 * table.num_steps
+        trained, sampling = config.objective.forward_steps(table.num_steps), 2 * table.num_steps
     pairs = config.ppo.timestep_fraction * len(trained) * config.batch_size
     updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl is not None))
     return round(halves * (trainer.images * sampling + updates))

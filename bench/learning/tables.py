@@ -36,18 +36,18 @@ def units_for(study: Path, claim: Claim) -> dict[str, units.Unit]:
 def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
-    Empty without such a seed, without the claim's first arm, and without another one.
+    Empty without such a seed, without the claim's first arm, and without another one of its own.
     """
     found = units_for(study, claim)
     if not found:
         return {}
-    arms = list(claim.arms(backbone))
+    arms, lent = list(claim.arms(backbone)), claim.lent(backbone)
     by_seed = {
         arm: {unit["seed"]: runs.curve(unit) for unit in made}
         for arm in arms
         if (made := units_of(found, arm))
     }
-    if len(by_seed) < 2 or arms[0] not in by_seed:
+    if len(by_seed) < 2 or arms[0] not in by_seed or not by_seed.keys() - lent.keys():
         return {}
     seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
     return {arm: [found[seed] for seed in seeds] for arm, found in by_seed.items()} if seeds else {}
@@ -60,7 +60,9 @@ def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
         for backbone in claim.budgets:
             curves = paired_curves(results / name / backbone, claim, backbone)
             if curves and len(next(iter(curves.values()))) > 1:
-                rows += [[f"{name}, {backbone}", *row] for row in leads(curves, claim)]
+                lent = {f"{next(iter(curves))} minus {arm}" for arm in claim.lent(backbone)}
+                found = [row for row in leads(curves, claim) if row[1] not in lent]
+                rows += [[f"{name}, {backbone}", *row] for row in found]
     if rows:
         columns = ["metric", "lead", "at the end, equal images", "area, equal images"]
         columns.append("area, equal time, free reward")

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 from lacfast.config.checks import CountOrNone, NonNegative, Positive, Range, require
 from lacfast.config.choice import Choice
 from lacfast.config.sampling import Steps
+from lacfast.config.unread import Unread
 
 _Decay = Annotated[float, Range(least=0, below=1)]
 
@@ -15,6 +16,9 @@ _Decay = Annotated[float, Range(least=0, below=1)]
 @dataclass(frozen=True)
 class PPO(Choice):
     """The clipped likelihood ratio of stochastic transitions (arXiv 1707.06347)."""
+
+    def forward_steps(self, num_steps: int) -> None:
+        """None: it learns from chains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,14 @@ class ForwardProcess(Choice):
     steps so far.
     """
 
+    UNREAD = (
+        Unread(
+            options=("old_decay_rate", "old_hold"),
+            where=lambda objective: objective.old_decay == 0,
+            because=lambda objective: ": old_decay=0 never rises",
+            remedy="set old_decay",
+        ),
+    )
     samples_old: ClassVar[bool] = False
     """Whether the old policy makes the rollouts, or the policy does."""
     steps: Steps | None = None
@@ -45,8 +57,8 @@ class ForwardProcess(Choice):
             f"steps={self.steps} must be (start, stop) with 0 <= start < stop, or there is none to train",
         )
 
-    def trained(self, num_steps: int) -> tuple[int, ...]:
-        """The steps that are trained of a sampler's."""
+    def forward_steps(self, num_steps: int) -> tuple[int, ...]:
+        """Those of a sampler's steps whose states are trained."""
         return tuple(range(*(self.steps or (0, num_steps))))
 
     def decay(self, optimizer_steps: int) -> float:

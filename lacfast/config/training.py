@@ -346,7 +346,7 @@ class TrainConfig(Config):
         window = self.sampler.window
         steps = window.size if isinstance(window, Random | Sliding) else stop - start
         if isinstance(self.objective, ForwardProcess):
-            steps = len(self.objective.trained(self.sampler.num_steps))
+            steps = len(self.objective.forward_steps(self.sampler.num_steps))
         pairs = math.ceil(self.ppo.timestep_fraction * self.batch_size * steps)
         states = self.batch_size * self.sampler.num_steps
         for name, available in (("num_minibatches", pairs), ("critic_minibatches", states)):

@@ -149,7 +149,6 @@ class Learner:
             FloatingPointError: for a gradient that is not finite, where config.on_bad_gradient does not leave
                 its step out. Neither that step nor, under "raise", a later one has changed anything.
         """
-        self._require_made_for(rollout)
         tables, ppo = self._prepare(rollout), self.config.ppo
         records = UpdateRecords(ppo_metrics if self.old is None else forward_metrics)
         source = PolicySource(rollout, advantages, tables.timesteps)
@@ -252,7 +251,7 @@ class Learner:
         finally:
             self.policy_update.version += 1
 
-    def _require_made_for(self, rollout: Rollout) -> None:
+    def require_made_for(self, rollout: Rollout) -> None:
         """
         Raises:
             ValueError: for a chain where states noised anew are learned from, or the other way round.

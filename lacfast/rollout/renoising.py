@@ -119,7 +119,7 @@ class RenoisingSampler(RolloutSampler):
             log_probs=torch.zeros_like(chain.log_probs),
             values=torch.stack(values) if values else chain.values,
             features=features,
-            forward_steps=self.objective.trained(chain.num_steps),
+            forward_steps=self.objective.forward_steps(chain.num_steps),
         )
 
 

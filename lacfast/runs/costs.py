@@ -35,7 +35,7 @@ class Costs:
     images: int
     """Generated and scored."""
     sampling_forwards: int
-    """Samples through the model while sampling, both halves of guidance."""
+    """Samples through the model while sampling, both halves of guidance, and noised anew."""
     update_pairs: int
     """(sample, step) pairs that the policy is trained on."""
     sampling_flops: int
@@ -117,9 +117,13 @@ def count(
     state_flops = 0
     if critic is not None:
         state_flops = counted(lambda: _differentiated(critic(features, sample, timestep, conditioning))).flops
-    pairs = math.ceil(ppo.timestep_fraction * len(table.trainable_steps) * batch) * ppo.num_inner_epochs
+    forward_steps = config.objective.forward_steps(steps)
+    chosen = table.trainable_steps if forward_steps is None else forward_steps
+    pairs = math.ceil(ppo.timestep_fraction * len(chosen) * batch) * ppo.num_inner_epochs
     # The first optimizer step knows its unconditional half, but for a handful of pairs that measure it.
-    known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs)
+    known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs) if forward_steps is None else 0
+    # The old policy runs on every state that is noised anew.
+    renoised = 0 if forward_steps is None else batch * steps
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
     return Costs(
@@ -127,9 +131,9 @@ def count(
         trained_parameters=trained,
         critic_parameters=learned,
         images=batch,
-        sampling_forwards=batch * steps * (2 if is_guided else 1),
+        sampling_forwards=(batch * steps + renoised) * (2 if is_guided else 1),
         update_pairs=pairs,
-        sampling_flops=batch * steps * step_flops,
+        sampling_flops=(batch * steps + renoised) * step_flops,
         value_flops=batch * steps * value_flops,
         decode_flops=batch * decode_flops,
         anchor_flops=pairs * step_flops if ppo.kl is not None else 0,

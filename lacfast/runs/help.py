@@ -91,9 +91,12 @@ PAGES = {
             ),
             "ppo": Topic(
                 "The policy's loss.",
-                _of(
-                    "train.ppo",
-                    "clip dual_clip ratio kl kl_limit gae_lambda lambda_gate advantage_clip target_clip",
+                (
+                    "train.objective",
+                    *_of(
+                        "train.ppo",
+                        "clip dual_clip ratio kl kl_limit gae_lambda lambda_gate advantage_clip target_clip",
+                    ),
                 ),
             ),
             "minibatches": Topic(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lacfast.backbone import Backbone
-from lacfast.config import TrainConfig
+from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.states import state_bytes
 from lacfast.critic.values import STATES_AT_ONCE
@@ -81,7 +81,8 @@ def memory_plan(
     held += config.staleness * standing.state
     held += (config.staleness + 1) * rollout * (config.rollout_ranks > 0)
     # Today's make room for those that act.
-    aside = standing.state * (config.staleness > 0 and config.rollout_ranks == 0)
+    swaps = isinstance(config.objective, ForwardProcess) or config.staleness > 0
+    aside = standing.state * (swaps and config.rollout_ranks == 0)
     phases = [
         *([Phase("loading", standing.loaded, 0, 1, "", 0)] if shards.modules else []),
         *([Phase("encoding prompts", learning + encoder_bytes, 0, 1, "", 0)] * (encoder_bytes > 0)),
@@ -118,7 +119,7 @@ class _Standing:
     critic: int
     """Gradients and moments of the critic."""
     average: int
-    """The average of the policy's weights."""
+    """The average of the policy's weights, and the old policy's."""
     state: int
     """The policy's weights themselves."""
 
@@ -152,6 +153,7 @@ class _Standing:
         )
         state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
         average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
+        average += state * isinstance(config.objective, ForwardProcess)
         return _Standing(loaded, weights, policy, head, average, state)
 
 
@@ -181,7 +183,7 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
         anchor=None if ppo.kl is None else KLAnchor(anchor, GraphRunner(), config.sampler.guidance_scale),
         reader=reader_for(critic_update),
     )
-    tables = step_tables(rollout.table, ppo, rollout.latents)
+    tables = step_tables(rollout.table, ppo, rollout.latents, forward=rollout.forward_steps is not None)
     heads = 0 if subject.critic is None else subject.critic.num_rewards
     advantages = Advantages(
         steps=torch.tensor(rollout.trained_steps, device=device),

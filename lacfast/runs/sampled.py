@@ -95,6 +95,7 @@ class Subject:
             noise=noise,
             prompts=[""] * count,
             metadata=[{}] * count,
+            forward_steps=self.config.objective.forward_steps(table.num_steps),
         )
         if self.critic is None or not features:
             return rollout

@@ -12,13 +12,17 @@ from refusals import Refusal
 
 from lacfast.compat.trl_config import DDPOConfig
 from lacfast.config import (
+    AWM,
     GRPO,
+    NFT,
     AdvantageConfig,
     BatchMean,
     CriticConfig,
     Fixed,
+    ForwardProcess,
     GraphConfig,
     LoRAConfig,
+    Nats,
     PPOConfig,
     SamplerConfig,
     SteeringConfig,
@@ -119,6 +123,19 @@ IGNORED = [
         {"ppo.critic_minibatches": 2, "ppo.critic_rollouts": 2},
     ),
     *rows(TrainConfig, {}, {"ppo.cfg_grad": "both"}, {"sampler.guidance_scale": 2.0}),
+    *(
+        row
+        for kind in (ForwardProcess, NFT, AWM)
+        for row in rows(kind, {"old_decay": 0.0}, {"old_decay_rate": 0.1, "old_hold": 2})
+    ),
+    *rows(
+        TrainConfig,
+        {"objective": NFT()},
+        {
+            "ppo.clip": Nats(5), "ppo.dual_clip": 3.0, "ppo.ratio": "ratio_norm", "ppo.kl_limit": 1.0,
+            "ppo.balance_steps": True, "ppo.gae_lambda": 0.9,
+        },
+    ),
     *rows(TrainConfig, {}, {"shard_gradients": True}, {"shard": 2}),
     *rows(TrainConfig, {"shard": 2}, {"graph.warmup_steps": 1, "graph.strict": True}),
     *rows(TrainConfig, {}, {"early_stopping.patience": 2}, {"eval_every": 1}),
@@ -214,8 +231,8 @@ READ = {
     "GraphConfig": "mode",
     "LoRAConfig": "rank alpha target_modules seed",
     "PPOConfig": (
-        "clip dual_clip ratio kl kl_limit advantage_clip balance_steps num_minibatches minibatch_draw "
-        "num_inner_epochs timestep_fraction microbatch_size policy_learning_rate warmup_steps "
+        "kl advantage_clip num_minibatches minibatch_draw num_inner_epochs timestep_fraction "
+        "microbatch_size policy_learning_rate warmup_steps "
         "final_learning_rate betas "
         "weight_decay adam_eps moments max_grad_norm"
     ),
@@ -232,12 +249,14 @@ READ = {
         "source prompts out critic rewards gold head_weights samples sampler settings device dtype"
     ),
     "TrainConfig": (
-        "seed batch_size rollout_batch_size samples_per_prompt iterations sampler advantages critic ppo "
-        "pretrain ema_decay graph gradient_checkpointing compile rollout_precision staleness rollout_ranks "
-        "shard eval_every early_stopping eval_sampler on_reward_error on_bad_gradient"
+        "seed batch_size rollout_batch_size samples_per_prompt iterations sampler objective advantages "
+        "critic ppo pretrain ema_decay graph gradient_checkpointing compile rollout_precision staleness "
+        "rollout_ranks shard eval_every early_stopping eval_sampler on_reward_error on_bad_gradient"
     ),
     # A choice is there with all that it reads, or not at all.
     "Fixed": "steps", "Random": "size within", "Sliding": "size every stride within",
+    "PPO": "", "ForwardProcess": "steps old_decay", "NFT": "steps old_decay beta",
+    "AWM": "steps old_decay power old_weight",
     "Ratio": "clip_range", "Nats": "clip_nats", "KLMask": "kl_threshold",
     "KLPenalty": "weight kind target anchor",
     "CriticValues": "", "GroupBaseline": "std", "GRPO": "std", "LeaveOneOut": "std",

@@ -21,6 +21,7 @@ CASES = {
     "branch": (3, 4),
     **dict.fromkeys(("two rewards", "value pretraining"), (3,)),
     **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups", "uneven, kl, replay", "graphs"), (2,)),
+    "forward process": (2,),
 }
 """Arm -> the numbers of ranks that it is tried on."""
 SAVED = ("uneven, kl, replay", "groups")

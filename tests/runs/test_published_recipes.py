@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from lacfast.backbones.blueprint import load_blueprint
-from lacfast.config import DDPO, GRPO, Fixed, LoRAConfig, Random, Ratio
+from lacfast.config import AWM, DDPO, GRPO, NFT, Fixed, KLPenalty, LoRAConfig, Random, Ratio
 from lacfast.records import TransitionTable
 from lacfast.rewards.frames import judged_places
 from lacfast.runs.devices import torch_dtype
@@ -25,6 +26,8 @@ SCRIPTS = {
     "flow-factory-z-image": "X-GenGroup/Flow-Factory",
     "flow-factory-klein": "X-GenGroup/Flow-Factory",
     "flow-grpo-wan-ocr": "yifan123/flow_grpo",
+    "diffusion-nft-geneval": "NVlabs/DiffusionNFT",
+    "awm-geneval": "scxue/advantage_weighted_matching",
 }
 """Recipes that do what somebody's script does."""
 
@@ -41,10 +44,10 @@ def table_of(name: str) -> TransitionTable:
     return blueprint.backbone.transition_table(config.train.sampler)
 
 
-def flow_grpo_levels() -> np.ndarray:
-    """SD3.5's scheduler shifts 1000 uniform levels by 3, takes ten between the ends, shifts again."""
+def flow_grpo_levels(count: int = 10) -> np.ndarray:
+    """SD3.5's scheduler shifts 1000 uniform levels by 3, takes `count` between the ends, shifts again."""
     ends = 3 * np.array([1.0, 0.001]) / (1 + 2 * np.array([1.0, 0.001]))
-    levels = np.linspace(*ends, 10)
+    levels = np.linspace(*ends, count)
     return np.append(3 * levels / (1 + 2 * levels), 0.0)
 
 
@@ -96,6 +99,8 @@ LEVELS = {
     "flow-factory-z-image": z_image_levels,
     "flow-factory-klein": klein_levels,
     "flow-grpo-wan-ocr": wan_levels,
+    "diffusion-nft-geneval": flow_grpo_levels,
+    "awm-geneval": partial(flow_grpo_levels, 14),
 }
 
 
@@ -180,3 +185,26 @@ def test_flow_grpo_s_wan_has_the_settings_of_its_script() -> None:
     assert config.train.advantages.estimator == GRPO(std="group")
     # int(0.99 20) steps are trained.
     assert len(table_of("flow-grpo-wan-ocr").trainable_steps) == 19
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "objective", "share", "kl"),
+    [
+        ("diffusion-nft-geneval", 48 * 24, NFT(1.0, old_decay=0.5, old_decay_rate=1e-3), 9 / 10, 1e-4),
+        ("awm-geneval", 8 * 6 * 36, AWM(steps=(1, 12), power=0.25, old_decay=0.3), 6 / 11, 1e-3),
+    ],
+)
+def test_losses_on_the_forward_process_have_the_settings_of_their_scripts(
+    name: str, images: int, objective: NFT | AWM, share: float, kl: float
+) -> None:
+    train = recipe(name).train
+    ppo = train.ppo
+    assert (train.objective, train.batch_size, train.samples_per_prompt) == (objective, images, 24)
+    assert train.advantages.estimator == GRPO(std="global")
+    assert (ppo.advantage_clip, ppo.kl, ppo.max_grad_norm) == (5.0, KLPenalty(kl, "velocity"), 1.0)
+    assert (ppo.policy_learning_rate, ppo.betas, ppo.weight_decay) == (3e-4, (0.9, 0.999), 1e-4)
+    # One optimizer step per rollout, on as many noise levels of every image.
+    assert (ppo.num_minibatches, ppo.minibatch_draw) == (1, "stratified")
+    assert ppo.timestep_fraction == pytest.approx(share)
+    assert train.sampler.guidance_scale == 1
+    assert recipe(name).lora == LoRAConfig(rank=32, alpha=64)

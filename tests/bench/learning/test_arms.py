@@ -8,7 +8,16 @@ import pytest
 
 from bench.learning import arms
 from lacfast.backbones import adapt_pretrained
-from lacfast.config import DDPO, GRPO, AdvantageConfig, CriticConfig, KLMask, KLPenalty, TrainConfig
+from lacfast.config import (
+    DDPO,
+    GRPO,
+    AdvantageConfig,
+    CriticConfig,
+    KLMask,
+    KLPenalty,
+    TrainConfig,
+    variant,
+)
 from lacfast.runs.demo_config import demo_config
 from lacfast.runs.recipes import recipe
 from lacfast.schedule import flow_sde, uniform_sigmas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +184,31 @@ def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
         "-0.1 [-0.2, -0.1] behind",
     ]
     assert page.counted([*cells, cells[0]]) == "ahead in 2, undecided in 1, behind in 1 of 4"
+
+
+def test_a_claim_shows_the_runs_that_another_lends_once_it_has_one_of_its_own(tmp_path: Path) -> None:
+    point = Point(0, 0, 0.0, dict.fromkeys(CLAIMS["objectives"].metrics, 0.5))
+    points = [point, replace(point, images=14_000, seconds=60.0)]
+    docs = tmp_path / "docs" / "results.md"
+
+    def run(claim: str, arm: str, seed: int) -> None:
+        unit = runs.described(points, seed=seed, policy_learning_rate=3e-4)
+        units.write(tmp_path / "learning" / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
+
+    for arm, seed in product(CLAIMS["baselines"].arms("dit"), (0, 1, 2)):
+        run("baselines", arm, seed)
+    page.write(tmp_path / "learning", docs)
+    assert "## objectives" not in docs.read_text(), "lent runs alone are another section's"
+    for seed in (0, 1):
+        run("objectives", "DiffusionNFT", seed)
+    page.write(tmp_path / "learning", docs)
+    short, _, section = docs.read_text().partition("## objectives, dit")
+    assert "paired seeds: 2" in section
+    assert "Not run yet: AWM, critic-weighted NFT." in section
+    assert section.count("| latent critic minus GRPO |") == 1
+    assert "| objectives, dit | shapes_strict | latent critic minus DiffusionNFT |" in short
+    assert "| objectives, dit | shapes_strict | latent critic minus GRPO |" not in short
+    assert "- objectives, dit: 2 of 9 runs" in section
 
 
 def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
