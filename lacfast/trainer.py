@@ -90,10 +90,7 @@ class LatentActorCriticTrainer:
         self.prompts = PromptSet.create(prompts)
         self.held_out = self.prompts if held_out is None else PromptSet.create(held_out)
         RewardSet.require_judges(self.scorers, self.prompts, self.held_out)
-        trains_chains = not isinstance(self.config.objective, ForwardProcess)
-        self.tables = TrainingTables(
-            *(backbone, self.config.sampler), seed=self.config.seed, trains_chains=trains_chains
-        )
+        self.tables = TrainingTables.of(backbone, self.config)
         self.estimator = AdvantageEstimator(self.config, self.rewards.names, self.rewards.weights)
         scores = RewardSet.union(self.scorers).names
         self.early_stopping = EarlyStopping.create(self.config.early_stopping, scores)
@@ -126,8 +123,9 @@ class LatentActorCriticTrainer:
         if not isinstance(objective, ForwardProcess):
             return self.sampler
         # The learner comes later: it is of the ranks that the source knows.
-        old = lambda: self.learner.old_weights()  # noqa: E731
-        return RenoisingSampler(self.backbone, self.critic, self.graphs, objective, old)
+        return RenoisingSampler(
+            *(self.backbone, self.critic, self.graphs, objective), lambda: self.learner.old_weights()
+        )
 
     @property
     def table(self) -> TransitionTable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lacfast.backbone import Backbone
-from lacfast.config import SamplerConfig
+from lacfast.config import ForwardProcess, SamplerConfig, TrainConfig
 from lacfast.records import TransitionTable
 
 
@@ -41,6 +41,12 @@ class TrainingTables:
                     "makes every step deterministic, so no step has a log-prob to train; use noise_level > 0 "
                     "(0.7 for 'flow_sde') and a window that ends before a last step without noise"
                 )
+
+    @staticmethod
+    def of(backbone: Backbone, config: TrainConfig) -> TrainingTables:
+        """The tables of a run; a loss on the forward process asks for no stochastic step."""
+        trains_chains = not isinstance(config.objective, ForwardProcess)
+        return TrainingTables(backbone, config.sampler, seed=config.seed, trains_chains=trains_chains)
 
     def at(self, iteration: int) -> TransitionTable:
         """The table of an iteration's rollout."""
