@@ -17,8 +17,9 @@ _Decay = Annotated[float, Range(least=0, below=1)]
 class PPO(Choice):
     """The clipped likelihood ratio of stochastic transitions (arXiv 1707.06347)."""
 
-    def forward_steps(self, num_steps: int) -> None:
+    def forward_steps(self, num_steps: int) -> tuple[int, ...] | None:
         """None: it learns from chains."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
