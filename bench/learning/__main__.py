@@ -32,8 +32,6 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
 """Folder of the scale "cpu"; the others append their name."""
 TUNING_SEED = 1_000
 """Seed of the runs that choose settings; no reported run has it."""
-TUNING_SHARE = 0.5
-"""Share of the budget in images that a tuning run gets."""
 
 
 def _tuned(arm: Arm, rate: float) -> Arm:
@@ -76,7 +74,7 @@ def jobs(claim: Claim, study: Path, backbone: BackboneName) -> Iterator[Job]:
     budget, lent = claim.budgets[backbone], claim.lent(backbone)
     arms = {name: arm for name, arm in claim.arms(backbone).items() if name not in lent}
     if len(claim.grid) > 1:
-        short = replace(budget, images=round(TUNING_SHARE * budget.images), seconds=0.0)
+        short = replace(budget, images=round(claim.tuning_share * budget.images), seconds=0.0)
         for name, arm in arms.items():
             for rate in claim.rates(arm):
                 yield Job(_tuning_key(name, rate), _tuned(arm, rate), short, TUNING_SEED, True)

@@ -64,10 +64,13 @@ class Claim:
     grid: tuple[float, ...] = LEARNING_RATES
     """Policy learning rates, in units of the arm's own, that every arm is tried with, once, on the tuning
     prompts; one tunes nothing."""
+    tuning_share: float = 0.5
+    """Share of the budget in images that a run of the grid gets."""
     seeds: int = 5
     """Paired runs per arm."""
     lender: str = ""
-    """Claim on the same problem and budgets whose runs of its own arms count here too. Empty: none."""
+    """Claim on the same problem, with no smaller a budget, whose runs of its own arms count here too. Empty:
+    none."""
     note: str = ""
     """What a reader of the results must know besides."""
 
@@ -181,16 +184,15 @@ def _staleness_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
-_BASELINE_BUDGETS: dict[BackboneName, Budget] = {
-    "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
-    "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
-}
 CLAIMS = {
     "baselines": Claim(
         question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
         problem="shapes",
         arms=_baseline_arms,
-        budgets=_BASELINE_BUDGETS,
+        budgets={
+            "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
+        },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05, 0.1),
         note="The latent critic had more choices than the others. On the DiT: a small net on the estimate "
@@ -205,8 +207,10 @@ CLAIMS = {
         question="Does the latent critic learn more per image than losses on the forward process?",
         problem="shapes",
         arms=_objective_arms,
-        budgets={"dit": _BASELINE_BUDGETS["dit"]},
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
+        # As many images as the lender's.
+        tuning_share=7 / 8,
         seeds=3,
         lender="baselines",
         note="DiffusionNFT and AWM have GRPO's groups and advantages, critic-weighted NFT has the critic's "
