@@ -80,15 +80,16 @@ class RenoisingSampler(RolloutSampler):
         Features are of its forward, values today's critic's. Steps that are not trained have both too, for a
         critic learns at every step.
         """
-        with self._old() if self.objective.samples_old else nullcontext():
+        samples_old = self.objective.samples_old
+        with self._old() if samples_old else nullcontext():
             chain = super().sample(
                 *(table, prompts, metadata, noise),
                 guidance_scale=guidance_scale,
                 keep_features=False,
                 batch_size=batch_size,
             )
-        with span("rollout/renoising"), self._old():
-            return self._renoised(chain, guidance_scale, keep_features=keep_features)
+            with span("rollout/renoising"), nullcontext() if samples_old else self._old():
+                return self._renoised(chain, guidance_scale, keep_features=keep_features)
 
     @torch.no_grad()
     def _renoised(self, chain: Rollout, guidance_scale: float, *, keep_features: bool) -> Rollout:
