@@ -91,5 +91,5 @@ def awm_losses(
     """
     dtype = arithmetic_dtype(model_output)
     square = reduce((model_output.to(dtype) - target.to(dtype)) ** 2, "mean")
-    error = ((square + SMALLEST_SQUARE) ** power - SMALLEST_SQUARE**power) / power
+    error: Tensor = ((square + SMALLEST_SQUARE) ** power - SMALLEST_SQUARE**power) / power
     return weights.to(dtype) * levels.to(dtype) * error

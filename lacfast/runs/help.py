@@ -91,14 +91,12 @@ PAGES = {
             ),
             "ppo": Topic(
                 "The policy's loss.",
-                (
-                    "train.objective",
-                    *_of(
-                        "train.ppo",
-                        "clip dual_clip ratio kl kl_limit gae_lambda lambda_gate advantage_clip target_clip",
-                    ),
+                _of(
+                    "train.ppo",
+                    "clip dual_clip ratio kl kl_limit gae_lambda lambda_gate advantage_clip target_clip",
                 ),
             ),
+            "objective": Topic("PPO, or a loss on the forward process.", ("train.objective",)),
             "minibatches": Topic(
                 "What an optimizer step learns from.",
                 _of(
