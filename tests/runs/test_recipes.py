@@ -178,7 +178,7 @@ def test_a_file_of_an_earlier_version_may_hold_what_nothing_reads(tmp_path: Path
             Refusal(
                 "cannot read the recipe 'nowhere.yaml'",
                 cause="A recipe whose file is not there.",
-                remedy="known by name: dance-grpo-hpsv2",
+                remedy="known by name: awm-geneval, dance-grpo-hpsv2",
             ),
         ),
     ],
