@@ -81,8 +81,7 @@ def memory_plan(
     held += config.staleness * standing.state
     held += (config.staleness + 1) * rollout * (config.rollout_ranks > 0)
     # Today's make room for those that act.
-    swaps = isinstance(config.objective, ForwardProcess) or config.staleness > 0
-    aside = standing.state * (swaps and config.rollout_ranks == 0)
+    aside = standing.state * (standing.old > 0 or (config.staleness > 0 and config.rollout_ranks == 0))
     phases = [
         *([Phase("loading", standing.loaded, 0, 1, "", 0)] if shards.modules else []),
         *([Phase("encoding prompts", learning + encoder_bytes, 0, 1, "", 0)] * (encoder_bytes > 0)),
@@ -96,7 +95,7 @@ def memory_plan(
     if critic is not None and pretrains:
         seen = part if keep else Sampled.of(subject, table, config.sampler, size, features=True)
         kept = _kept_bytes(seen.rollout)
-        phases += _pretraining(subject, seen, standing.weights + standing.average + standing.critic)
+        phases += _pretraining(subject, seen, learning - standing.policy)
     phases.append(_evaluation(subject, table, learning + rollout + standing.average + shards.gathered, held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
@@ -119,14 +118,16 @@ class _Standing:
     critic: int
     """Gradients and moments of the critic."""
     average: int
-    """The average of the policy's weights, and the old policy's."""
+    """The average of the policy's weights."""
     state: int
     """The policy's weights themselves."""
+    old: int
+    """The old policy's weights, of a loss on the forward process."""
 
     @property
     def training(self) -> int:
         """Bytes of all that training adds to the weights."""
-        return self.policy + self.critic + self.average
+        return self.policy + self.critic + self.average + self.old
 
     @staticmethod
     def of(subject: Subject, anchor: Backbone, beside_bytes: int) -> _Standing:
@@ -153,8 +154,8 @@ class _Standing:
         )
         state = sum(tensor.nbytes for tensor in backbone.policy_state().values())
         average = state - shards.saved(shards.model.gradient) if config.ema_decay else 0
-        average += state * isinstance(config.objective, ForwardProcess)
-        return _Standing(loaded, weights, policy, head, average, state)
+        old = state * isinstance(config.objective, ForwardProcess)
+        return _Standing(loaded, weights, policy, head, average, state, old)
 
 
 def _evaluation(subject: Subject, table: TransitionTable, fixed: int, host: int) -> Phase:

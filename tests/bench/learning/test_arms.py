@@ -57,6 +57,24 @@ def test_arms_without_a_critic_differ_from_the_critic_s_in_the_advantages_alone(
         assert same == critic, name
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_losses_on_the_forward_process_have_the_others_advantages_and_as_many_pairs(
+    backbone: BackboneName,
+) -> None:
+    grpo, critic = arms.group_relative(backbone, GRPO()), arms.latent_critic(backbone)
+    made = {
+        "nft": (arms.diffusion_nft(backbone), grpo),
+        "awm": (arms.advantage_weighted_matching(backbone), grpo),
+        "critic": (arms.critic_weighted(backbone), critic),
+    }
+    for name, (arm, origin) in made.items():
+        assert arm == variant(origin, objective=arm.objective, ppo=arm.ppo), name
+        pairs = arm.ppo.timestep_fraction * len(arm.objective.forward_steps(8) or ())
+        assert pairs == pytest.approx(origin.ppo.timestep_fraction * 5), name
+        assert arm.ppo.num_minibatches == origin.ppo.num_minibatches, name
+        assert arm.ppo.advantage_clip == 5, name
+
+
 def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
     grpo, mask, norm = arms.group_relative("dit", GRPO()), arms.kl_mask("dit"), arms.ratio_norm("dit")
     # 16 channels of 8 x 8, clip 1e-3.
