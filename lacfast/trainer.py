@@ -15,7 +15,7 @@ from torch import Tensor
 from lacfast.advantages import AdvantageEstimator
 from lacfast.backbone import Backbone, attach_critic, require_gradients
 from lacfast.checkpoint import Notes
-from lacfast.config import ForwardProcess, TrainConfig
+from lacfast.config import TrainConfig
 from lacfast.critic.critic import Critic
 from lacfast.critic.values import rollout_variance, update_statistics
 from lacfast.distributed import World
@@ -36,7 +36,7 @@ from lacfast.rewards.reward import RewardError
 from lacfast.rollout.actor import Actor
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
-from lacfast.rollout.renoising import RenoisingSampler
+from lacfast.rollout.renoising import acting_sampler
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import RewardFailures, Watcher, collect, evaluate, judged, unwatched
 from lacfast.rollout.shares import require_ranks
@@ -99,7 +99,9 @@ class LatentActorCriticTrainer:
             backbone.compile_blocks()
         self.graphs = GraphRunner(self.config.graph if self.config.shard == 1 else EAGER, self.device)
         self.sampler = RolloutSampler(backbone, self.critic, self.graphs)
-        self.actor = Actor(backbone, self._acting_sampler(), self.graphs, self.config)
+        # The learner comes later: it is of the ranks that the source knows.
+        acting = acting_sampler(self.sampler, self.config.objective, lambda: self.learner.old_weights())
+        self.actor = Actor(backbone, acting, self.graphs, self.config)
         self.behaviour, self.rollout_sampler = self.actor.backbone, self.actor.sampler
         self.eval_part_size = BatchSize(self.config.eval_batch_size, unit="sample", setting="eval_batch_size")
         # Ranks start alike also where a kernel draws or loads otherwise.
@@ -116,16 +118,6 @@ class LatentActorCriticTrainer:
         self.indivisible = Indivisible()
         self.last_rollout: Rollout | None = None
         self._failures = RewardFailures(self.config.on_reward_error)
-
-    def _acting_sampler(self) -> RolloutSampler:
-        """What makes the rollouts that are learned from."""
-        objective = self.config.objective
-        if not isinstance(objective, ForwardProcess):
-            return self.sampler
-        # The learner comes later: it is of the ranks that the source knows.
-        return RenoisingSampler(
-            *(self.backbone, self.critic, self.graphs, objective), lambda: self.learner.old_weights()
-        )
 
     @property
     def table(self) -> TransitionTable:

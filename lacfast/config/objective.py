@@ -85,7 +85,7 @@ class AWM(ForwardProcess):
 
     old_decay: _Decay = 0.3
     power: Annotated[float, Range(above=0, most=1)] = 0.25
-    """Of the mean squared error in the loss; 1: the loss is linear in it."""
+    """Exponent of the mean squared error in the loss; 1: the loss is linear in it."""
     old_weight: NonNegative = 1.0
     """Weight of the mean squared distance from the old policy's output."""
 

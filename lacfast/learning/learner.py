@@ -107,7 +107,7 @@ class Learner:
         self.replay = ValueReplay(ppo.critic_rollouts, world)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
         self.old: OldPolicy | None = None
-        """Of a loss on the forward process."""
+        """The average that a loss on the forward process compares with."""
         if isinstance(config.objective, ForwardProcess):
             self.old = OldPolicy(backbone.policy_state(), config.objective)
         self._table: TransitionTable | None = None

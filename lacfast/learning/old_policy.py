@@ -23,7 +23,7 @@ class OldPolicy(WeightAverage):
         super().__init__(live, objective.decay(0))
         self.objective = objective
         self.optimizer_steps = 0
-        """Of the policy, since the run began."""
+        """Steps of the policy since the run began."""
 
     def follow(self, optimizer_steps: int) -> None:
         """Take in the weights after so many more optimizer steps, those of an iteration."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from lacfast import ops
 from lacfast.backbone import Backbone
 from lacfast.config import ForwardProcess
+from lacfast.config.objective import Objective
 from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.policy import States, guided_output
@@ -36,6 +37,13 @@ OldWeights = Callable[[], AbstractContextManager[None]]
 def forward_noise(shape: tuple[int, ...], steps: Tensor, noise: NoiseKey) -> Tensor:
     """eps (B, ...) float32 that clean latents of this shape get at `steps` (B,), by their sampler's key."""
     return ops.normal_noise(shape, steps + FIRST_STEP, noise)
+
+
+def acting_sampler(sampler: RolloutSampler, objective: Objective, old: OldWeights) -> RolloutSampler:
+    """What makes rollouts to learn from by an objective: the sampler itself, or one that noises them anew."""
+    if not isinstance(objective, ForwardProcess):
+        return sampler
+    return RenoisingSampler(sampler.backbone, sampler.critic, sampler.runner, objective, old)
 
 
 class RenoisingSampler(RolloutSampler):
@@ -74,11 +82,10 @@ class RenoisingSampler(RolloutSampler):
         valued: bool = True,
         batch_size: int = 0,
     ) -> Rollout:
-        """As a RolloutSampler, but latents before the last are noised anew, and `model_outputs` are the old
-        policy's on them.
+        """Trajectories whose latents before the last are noised anew, arguments as RolloutSampler's.
 
-        Features are of its forward, values today's critic's. Steps that are not trained have both too, for a
-        critic learns at every step.
+        Their model outputs are the old policy's, features are of its forward, values today's critic's. Steps
+        that are not trained have all of it too, for a critic learns at every step.
         """
         samples_old = self.objective.samples_old
         with self._old() if samples_old else nullcontext():
