@@ -79,9 +79,10 @@ def measure_cuda(workload: Workload, *, empty_node: float) -> dict[str, Row]:
 
 
 def rows_of(workload: Workload, measured: dict[str, Row], copy_bandwidth: float) -> list[Row]:
-    """The rows of a workload: times in microseconds, bandwidth, its share of a copy's."""
+    """The rows of a workload: microseconds, bandwidth, its share of a copy's; or why there are none."""
     rows = []
-    for provider, values in measured.items():
+    absent = {name: {"error": reason} for name, reason in workload.absent.items()}
+    for provider, values in (measured | absent).items():
         row: Row = {
             "op": workload.op,
             "case": str(workload.case),
@@ -152,8 +153,7 @@ def collect(
         # Compiled code of earlier shapes counts towards torch's limit of recompilations.
         torch.compiler.reset()
         try:
-            workload = build()
-            workload.verify()
+            workload = build().checked()
             on_rows(rows_of(workload, measure(workload), copy_bandwidth))
         except Exception as error:
             missing[title] = f"{type(error).__name__}: {error}"

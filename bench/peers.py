@@ -8,6 +8,7 @@ two mean log-probs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -126,8 +127,18 @@ def normalized_advantages(
     return whitened.clamp(-bounds[0], bounds[0]), advantages, targets.clamp(-bounds[1], bounds[1])
 
 
-def attention_pool(features: Tensor, query: Tensor, norm_weight: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm(features: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.nn.functional.rms_norm(features, features.shape[-1:], weight, eps)
+
+
+def attention_pool(
+    features: Tensor,
+    query: Tensor,
+    norm_weight: Tensor,
+    eps: float = 1e-6,
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+) -> Tensor:
     """Single-query pooling as heads write it, in the features' dtype: RMSNorm, scores, softmax, sum."""
-    tokens = torch.nn.functional.rms_norm(features, features.shape[-1:], norm_weight.to(features.dtype), eps)
+    tokens = norm(features, norm_weight.to(features.dtype), eps)
     weights = torch.softmax((query.to(features.dtype) @ tokens.mT).float(), dim=-1)
     return (weights.to(features.dtype) @ tokens).float()

@@ -1,10 +1,12 @@
 """Times every launch candidate of the Triton kernels on this GPU and writes kernels/launches.json.
 
     python -m bench.tune                          all ops
-    python -m bench.tune --ops gaussian_step --seconds 300 --out tuned.json
+    python -m bench.tune --ops gaussian_step --seconds 480 --out tuned.json
+    python -m bench.tune --seconds 480 --out tuned.json --resume      the next part: what the file lacks
 
 A launch may depend on one latent's size only, never on the batch or the dtype (the order of its sums must
-not), so a candidate's score is the geometric mean over both. An op that runs out of time keeps its table.
+not), so a candidate's score is the geometric mean over both. An op that runs out of time keeps its table, and
+the sizes that were timed stay in the file.
 """
 
 from __future__ import annotations
@@ -57,11 +59,28 @@ def choose(scores: dict[Candidate, float], current: Candidate) -> Candidate:
 
 
 def tune(
-    op: str, score: Score, *, buckets: tuple[int, ...] = BUCKETS, expired: Callable[[], bool] = lambda: False
+    op: str,
+    score: Score,
+    *,
+    buckets: tuple[int, ...] = BUCKETS,
+    known: dict[int, Candidate] | None = None,
+    expired: Callable[[], bool] = lambda: False,
+    on_chosen: Callable[[], None] = lambda: None,
 ) -> list[launch.Launch] | None:
-    """Measured rows for one op, neighbours of one launch merged; None when the time ran out first."""
-    rows: list[launch.Launch] = []
+    """Measured rows for one op, neighbours of one launch merged; None when the time ran out first.
+
+    Args:
+        op: a table of launches.
+        score: the timer.
+        buckets: largest size of each row.
+        known: bucket -> what an earlier part chose; what this one chooses is added.
+        expired: whether to stop.
+        on_chosen: called when `known` has one more.
+    """
+    known = {} if known is None else known
     for limit in buckets:
+        if limit in known:
+            continue
         elements = min(limit, LARGEST_TIMED)
         current = current_launch(op, elements)
         scores = {}
@@ -69,10 +88,13 @@ def tune(
             if expired():
                 return None
             scores[candidate] = score(op, elements, candidate)
-        chosen = launch.Launch(limit, *choose(scores, current), measured=True)
-        if rows and rows[-1].shape == chosen.shape:
+        known[limit] = choose(scores, current)
+        on_chosen()
+    rows: list[launch.Launch] = []
+    for limit in buckets:
+        if rows and rows[-1].shape == known[limit]:
             rows.pop()
-        rows.append(chosen)
+        rows.append(launch.Launch(limit, *known[limit], measured=True))
     return rows
 
 
@@ -165,20 +187,55 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--table", type=Path, default=launch.LAUNCHES, help="the launch table to change")
     options.add_argument("--out", type=Path, help="JSON of what was found")
+    options.add_argument("--resume", action="store_true", help="go on with what --out has")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.resume and (options.out is None or not options.out.exists()):
+        print(
+            f"tune: --resume goes on with a file: pass an existing --out, not {options.out}", file=sys.stderr
+        )
+        return 2
     if not torch.cuda.is_available():
         print("tune: launches are measured on a CUDA device; there is none here", file=sys.stderr)
         return 2
     device = torch.device("cuda")
     architecture, start = launch.architecture_of(device), time.monotonic()
-    found: dict[str, Any] = {"architecture": architecture, "machine": machine.label(device), "rows": {}}
+    found: dict[str, Any] = {
+        "architecture": architecture,
+        "machine": machine.label(device),
+        "rows": {},
+        "chosen": {},
+    }
+    if options.resume:
+        earlier = json.loads(options.out.read_text(encoding="utf-8"))
+        for name in ("architecture", "machine"):
+            if earlier[name] != found[name]:
+                print(f"tune: {options.out} has another {name}; tune anew without --resume", file=sys.stderr)
+                return 2
+        found |= earlier
+
+    def keep() -> None:
+        if options.out is not None:
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
     unfinished = []
     for op in options.ops:
-        rows = tune(op, gpu_score(device), expired=lambda: time.monotonic() - start > options.seconds)
+        known = {int(limit): tuple(shape) for limit, shape in found["chosen"].get(op, {}).items()}
+
+        def on_chosen(op: str = op, known: dict[int, Candidate] = known) -> None:
+            found["chosen"][op] = known
+            keep()
+
+        rows = tune(
+            op,
+            gpu_score(device),
+            known=known,
+            expired=lambda: time.monotonic() - start > options.seconds,
+            on_chosen=on_chosen,
+        )
         if rows is None:
             unfinished.append(op)
             continue
@@ -186,10 +243,12 @@ def main(arguments: list[str] | None = None) -> int:
         found["rows"][op] = [row._asdict() for row in rows]
         for row in rows:
             print(f"{op:<26} up to {row.elements:>10}: {row.blocks} x {row.block}, {row.num_warps} warps")
-        if options.out is not None:
-            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep()
     if unfinished:
-        print(f"tune: not finished within {options.seconds:g} s: {', '.join(unfinished)}", file=sys.stderr)
+        print(
+            f"tune: not finished within {options.seconds:g} s: {', '.join(unfinished)}; --resume goes on",
+            file=sys.stderr,
+        )
     return 1 if unfinished else 0
 
 

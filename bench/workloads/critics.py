@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench import peers, roofline
 from bench.shapes import AdvantageCase, PoolCase
+from bench.workloads import libraries
 from bench.workloads.workload import (
     COMPILED_PEER,
     OURS,
@@ -41,6 +42,8 @@ def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, comp
         | variants(REFERENCES, reference.value_pool, pooled, compiled)
         | {OURS: pooled(ops.value_pool)}
     )
+    borrowed = libraries.value_pool(device)
+    providers |= borrowed.calls
     return Workload(
         op="value_pool",
         case=case,
@@ -57,11 +60,13 @@ def value_pool(case: PoolCase, dtype: torch.dtype, device: torch.device, *, comp
         tolerance=5e-5,
         # Its weights and products are rounded to the features' dtype.
         peer_tolerance=5e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps,
+        borrowed=frozenset(borrowed.calls),
+        absent=borrowed.absent,
     )
 
 
 def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compiled: bool) -> Workload:
-    """GAE, beside the loop over time that trainers write, and its vectorised form."""
+    """GAE, beside the loop over time that trainers write, its vectorised form, and both of torchrl's."""
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(case.shape, generator=generator).to(device, dtype) for _ in range(2))
     settings = {"gamma": GAMMA, "gae_lambda": GAE_LAMBDA, "value_lambda": GAE_LAMBDA}
@@ -72,9 +77,11 @@ def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compil
     def peer(function: Callable[..., tuple[Tensor, ...]]) -> Call:
         return lambda given: function(given["rewards"], given["values"], GAMMA, GAE_LAMBDA)
 
+    borrowed = libraries.gae(GAMMA, GAE_LAMBDA)
     providers = {
         LOOP: peer(peers.gae_loop),
         VECTORIZED: peer(peers.gae_vectorized),
+        **borrowed.calls,
         **variants(REFERENCES, reference.gae, ours, compiled),
         OURS: ours(ops.gae),
     }
@@ -82,10 +89,13 @@ def gae(case: AdvantageCase, dtype: torch.dtype, device: torch.device, *, compil
         op="gae",
         case=case,
         dtype=dtype,
-        inputs={"rewards": rewards, "values": values},
+        inputs={"rewards": rewards, "values": values}
+        | (libraries.gae_inputs(values) if borrowed.calls else {}),
         providers=providers,
         costs=dict.fromkeys(providers, roofline.elementwise("gae", rewards.numel(), dtype)),
         baseline=LOOP,
         tolerance=2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps,
         peer_tolerance=2e-5,
+        borrowed=frozenset(borrowed.calls),
+        absent=borrowed.absent,
     )

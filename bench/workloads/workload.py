@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Workload:
     """Largest error of ours, relative to the largest entry of the result."""
     peer_tolerance: float
     """The same of the peers' formulas, which lose digits where ours do not."""
+    borrowed: frozenset[str] = frozenset()
+    """Which providers are other projects' functions (libraries.py)."""
+    absent: Mapping[str, str] = field(default_factory=dict)
+    """Another project's function that cannot be timed here -> why, which is its row."""
 
     @property
     def num_bytes(self) -> int:
@@ -72,20 +76,43 @@ class Workload:
         Raises:
             WrongResultError: naming the provider, the result and its error.
         """
-        exact = self.providers[REFERENCE](_in_float64(self.inputs))
-        for name, call in self.providers.items():
-            allowed = self.peer_tolerance if name in (*PEERS, PEER_DRAWN) else self.tolerance
-            wanted = self._on_drawn_noise() if name == PEER_DRAWN else exact
-            with _seeded():
-                results = call(self.inputs)
-            for index, expected in enumerate(wanted):
-                error = _relative_error(results[index], expected)
-                # Not `error > allowed`, which NaN would pass.
-                if not error <= allowed:
-                    raise WrongResultError(
-                        f"{self.title()}: result {index} of {name!r} is off by {error:.1e} of its largest "
-                        f"entry, more than {allowed:.1e}"
-                    )
+        exact = self._exact()
+        for name in self.providers:
+            self._compare(name, exact)
+
+    def checked(self) -> Workload:
+        """Verified, without other projects' functions that fail here or differ: those are absent then.
+
+        Raises:
+            WrongResultError: as `verify`, for the other providers.
+        """
+        exact, absent = self._exact(), dict(self.absent)
+        for name in self.providers:
+            try:
+                self._compare(name, exact)
+            except Exception as error:
+                if name not in self.borrowed:
+                    raise
+                absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        providers = {name: call for name, call in self.providers.items() if name not in absent}
+        return replace(self, providers=providers, absent=absent)
+
+    def _exact(self) -> tuple[Tensor, ...]:
+        return self.providers[REFERENCE](_in_float64(self.inputs))
+
+    def _compare(self, name: str, exact: tuple[Tensor, ...]) -> None:
+        allowed = self.peer_tolerance if name in {*PEERS, PEER_DRAWN, *self.borrowed} else self.tolerance
+        wanted = self._on_drawn_noise() if name == PEER_DRAWN else exact
+        with _seeded():
+            results = self.providers[name](self.inputs)
+        for index, expected in enumerate(wanted):
+            error = _relative_error(results[index], expected)
+            # Not `error > allowed`, which NaN would pass.
+            if not error <= allowed:
+                raise WrongResultError(
+                    f"{self.title()}: result {index} of {name!r} is off by {error:.1e} of its largest "
+                    f"entry, more than {allowed:.1e}"
+                )
 
     def _on_drawn_noise(self) -> tuple[Tensor, ...]:
         """The reference in float64 on the noise that a peer draws within `_seeded`."""

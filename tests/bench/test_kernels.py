@@ -15,6 +15,7 @@ from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.shapes import BEYOND_CACHE, TINY_LATENT, LatentCase
 from bench.workloads import latents, verified
 from bench.workloads.critics import LOOP, VECTORIZED
+from bench.workloads.libraries import TORCHRL_LOOP, TORCHRL_VECTORIZED
 from bench.workloads.workload import OURS, OURS_DRAWN, PEER, PEER_DRAWN, REFERENCE, Workload, WrongResultError
 from lacfast import _C
 
@@ -190,7 +191,10 @@ def test_command_writes_rows_with_their_machine(tmp_path: Path, capsys: pytest.C
     assert kernels.main(arguments) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["missing"] == {}
-    assert {row["provider"] for row in result["rows"]} == {LOOP, VECTORIZED, REFERENCE, OURS}
+    assert {row["provider"] for row in result["rows"]} == {
+        *(LOOP, VECTORIZED, TORCHRL_LOOP, TORCHRL_VECTORIZED),
+        *(REFERENCE, OURS),
+    }
     assert result["copy_gigabytes_per_second"] > 0
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert "gae, tiny" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,64 @@ def test_open_bucket_is_timed_at_a_size_that_fits() -> None:
 
 def test_an_unfinished_op_keeps_its_table() -> None:
     assert tune.tune("gaussian_step", lambda *_: 1.0, expired=lambda: True) is None
+
+
+def test_a_part_goes_on_with_the_sizes_that_were_timed() -> None:
+    known: dict[int, tune.Candidate] = {}
+    timed: list[int] = []
+    kept: list[int] = []
+
+    def score(op: str, elements: int, candidate: tune.Candidate) -> float:
+        timed.append(elements)
+        return float(candidate != FAST)
+
+    stop_at = tune.BUCKETS[2]
+    settings = {"known": known, "on_chosen": lambda: kept.append(len(known))}
+    assert tune.tune("gaussian_step", score, expired=lambda: stop_at in timed, **settings) is None
+    assert list(known) == list(tune.BUCKETS[:2])
+    assert kept == [1, 2]
+    timed.clear()
+    rows = tune.tune("gaussian_step", score, **settings)
+    assert rows == [launch.Launch(2**31, *FAST, measured=True)]
+    assert not set(timed) & set(tune.BUCKETS[:2])
+
+
+class Timer:
+    """A clock that every candidate moves by a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def score(self, op: str, elements: int, candidate: tune.Candidate) -> float:
+        self.now += 1
+        return float(candidate != FAST)
+
+
+def test_command_is_resumed_until_all_is_timed(
+    cuda: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timer, out, table = Timer(), tmp_path / "tuned.json", tmp_path / "launches.json"
+    monkeypatch.setattr(tune, "gpu_score", lambda device: timer.score)
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: timer.now))
+    part = ["--ops", "normal_noise", "--out", str(out), "--table", str(table), "--seconds", "100"]
+    assert tune.main(part) == 1
+    assert "--resume goes on" in capsys.readouterr().err
+    assert not table.exists()
+    parts = 1
+    while tune.main([*part, "--resume"]) == 1:
+        parts += 1
+        assert parts < 10
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert list(map(int, found["chosen"]["normal_noise"])) == list(tune.BUCKETS)
+    assert found["rows"]["normal_noise"] == json.loads(table.read_text())["normal_noise"]["sm_90"]
+    # Nothing was timed twice but what a part's end cut off.
+    candidates = len(launch.candidates("normal_noise"))
+    assert timer.now <= (len(tune.BUCKETS) + parts) * (candidates + 1)
+    monkeypatch.setattr(tune.machine, "label", lambda device: "another")
+    assert tune.main([*part, "--resume"]) == 2
+    assert "has another machine" in capsys.readouterr().err
+    assert tune.main(["--resume"]) == 2
+    assert "pass an existing --out, not None" in capsys.readouterr().err
 
 
 def test_forced_launch_is_what_kernels_pick_and_goes_away() -> None:
