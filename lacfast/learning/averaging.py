@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -23,12 +24,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights of today."""
+        """Take in the model's weights of today: one operation for all of a kind, whose kernel takes lists."""
+        kinds: defaultdict[object, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, tensor in self.live.items():
             if tensor.is_floating_point():
-                self.weights[name].lerp_(tensor, 1 - self.decay)
+                averages, weights = kinds[type(tensor), tensor.dtype, tensor.device]
+                averages.append(self.weights[name])
+                weights.append(tensor)
             else:
                 self.weights[name].copy_(tensor)
+        for averages, weights in kinds.values():
+            torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
     def load(self, weights: Mapping[str, Tensor | SavedShard]) -> None:
         """Continue from saved averages of the same model, whole or sharded."""
