@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.config import CriticConfig
-from lacfast.critic.head import ValueHead
+from lacfast.critic.head import ValueHead, of_states
 from lacfast.critic.trunk import Features, Trunk
 from lacfast.critic.value_loss import SquaredError, build_value_loss
 from lacfast.records import Conditioning
@@ -53,7 +53,10 @@ class Critic(nn.Module):
     def forward(
         self, features: Features, sample: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...))."""
+        """Values (B, M) of the states (sample (B, ...), timestep (B,), conditioning (B, ...)).
+
+        Where neighbours share their timestep, `timestep` may be (S,) of S runs of B / S states.
+        """
         return self.value_loss.values(self.outputs(features, sample, timestep, conditioning))
 
     def outputs(
@@ -61,7 +64,7 @@ class Critic(nn.Module):
     ) -> Tensor:
         """The head's outputs (B, M, K), for `loss`; arguments as `forward`."""
         with running_in(self.trunk.compute_dtype, sample):
-            taps = self.trunk(features, sample, timestep, conditioning)
+            taps = self.trunk(features, sample, of_states(timestep, len(sample)), conditioning)
         return self.head(taps, timestep)  # type: ignore[no-any-return]
 
     def loss(

@@ -2,7 +2,8 @@
 
 Single queries cost one read of the features: key and value projections fold away,
     u = W_k^T q(t);   p = sum_l softmax_l(u . n_l / sqrt(D)) n_l,  n_l = RMSNorm(h_l);   out = W_v p
-with q(t) modulated by the timestep. Source: arXiv 2605.27736; the folding is ours.
+with q(t) modulated by the timestep. Source: arXiv 2605.27736; the folding is ours. What depends on the
+timestep alone, its embedding, the modulation and u, is computed once for all states that share it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TIME_CHANNELS = 64
 class TapPool(nn.Module):
     """Attention of timestep-modulated queries over one tap: (B, L, D) -> (B, heads * head_dim).
 
-    `time_dim` 0: the queries do not depend on the timestep.
+    Embeddings (S, time_dim) are of S runs of B / S states each. `time_dim` 0: the queries do not depend on
+    the timestep.
     """
 
     def __init__(self, dim: int, *, num_heads: int, head_dim: int, time_dim: int) -> None:
@@ -33,11 +35,12 @@ class TapPool(nn.Module):
 
     def forward(self, tokens: Tensor, time_embedding: Tensor | None) -> Tensor:
         batch, dim = tokens.shape[0], tokens.shape[-1]
-        normed = nn.functional.rms_norm(self.query, self.query.shape[-1:]).expand(batch, -1, -1)
+        runs = 1 if time_embedding is None else len(time_embedding)
+        normed = nn.functional.rms_norm(self.query, self.query.shape[-1:]).expand(runs, -1, -1)
         if self.modulation is not None:
-            scale, shift = self.modulation(time_embedding).view(batch, 2, *self.query.shape).unbind(dim=1)
+            scale, shift = self.modulation(time_embedding).view(runs, 2, *self.query.shape).unbind(dim=1)
             normed = normed * (1 + scale) + shift
-        query = torch.einsum("bhk,hkd->bhd", normed, self.key) / dim**0.5
+        query = of_states(torch.einsum("bhk,hkd->bhd", normed, self.key) / dim**0.5, batch)
         # Feature maps come as views with the channels outermost.
         pooled = ops.value_pool(tokens.contiguous(), query.contiguous(), self.norm_weight)
         return torch.einsum("bhd,hdk->bhk", pooled, self.value).flatten(1)
@@ -69,14 +72,16 @@ class ValueHead(nn.Module):
         self.output = _zero_linear(config.hidden_dim, num_rewards * num_outputs)
 
     def forward(self, taps: list[Tensor], timestep: Tensor) -> Tensor:
-        """Outputs (B, M, K) of taps (B, L, D), in whatever dtype the model left them, at timesteps (B,)."""
+        """Outputs (B, M, K) of taps (B, L, D), in whatever dtype the model left them.
+
+        `timestep`: (B,), or (S,) of S runs of B / S states that share theirs.
+        """
         time_embedding = self._embed(timestep)
         pooled = self.norm(
             torch.cat([pool(tap, time_embedding) for pool, tap in zip(self.pools, taps, strict=True)], dim=-1)
         )
         if self.modulation is not None:
-            scale, shift = self.modulation(time_embedding).chunk(2, dim=-1)
-            pooled = pooled * (1 + scale) + shift
+            pooled = _modulated(pooled, *self.modulation(time_embedding).chunk(2, dim=-1))
         outputs: Tensor = self.output(nn.functional.gelu(self.hidden(pooled)))
         return outputs.view(len(outputs), self.num_rewards, -1)
 
@@ -84,6 +89,22 @@ class ValueHead(nn.Module):
         if self.time_embedding is None:
             return None
         return nn.functional.silu(self.time_embedding(self.time_proj(timestep)))
+
+
+def of_states(rows: Tensor, batch: int) -> Tensor:
+    """(batch, ...) of (S, ...): each row for as many neighbours."""
+    if len(rows) == batch:
+        return rows
+    return rows[:, None].expand(-1, batch // len(rows), *rows.shape[1:]).flatten(0, 1)
+
+
+def _modulated(states: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(B, W) of states (B, W) and of what runs of them share, (S, W)."""
+    if len(scale) == len(states):
+        return states * (1 + scale) + shift
+    runs = states.view(len(scale), -1, states.shape[-1])
+    modulated = runs * (1 + scale[:, None]) + shift[:, None]
+    return modulated.flatten(0, 1)
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -44,7 +44,7 @@ def _values(critic: Critic, rollout: Rollout) -> Tensor:
             critic(
                 {name: tensor[steps].flatten(0, 1) for name, tensor in rollout.features.items()},
                 rollout.latents[steps].flatten(0, 1),
-                part.repeat_interleave(batch),
+                part,
                 rollout.conditioning.select(rows),
             ).float()
         )

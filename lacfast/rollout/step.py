@@ -47,7 +47,7 @@ def denoise_step(backbone: Backbone, critic: Critic | None, buffers: SamplerBuff
         _store_features(buffers, forward.features)
     elif critic is not None:
         prompts = inputs.conditioning.select(slice(batch))
-        values = critic(forward.features, buffers.sample, timestep[:batch], prompts)
+        values = critic(forward.features, buffers.sample, timestep[:1], prompts)
         buffers.values.index_copy_(0, buffers.step, values.float()[None])
     # A float64 model may move float32 latents; the maths is theirs.
     dtype = arithmetic_dtype(buffers.sample)

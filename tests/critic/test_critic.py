@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_backbones import PROMPTS, tiny_backbone
 from torch import nn
@@ -51,6 +52,33 @@ def test_the_value_depends_on_the_timestep_and_not_on_the_order_of_tokens() -> N
     values = head(taps(), TIMESTEPS)
     assert not torch.allclose(values, head(taps(), TIMESTEPS.flip(0)))
     torch.testing.assert_close(values, head([tap.flip(1) for tap in taps()], TIMESTEPS))
+
+
+def test_states_that_share_a_timestep_share_what_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, runs = trained_head(), torch.tensor([900.0, 100.0])
+    nn.init.normal_(head.output.weight)
+    tokens = [torch.cat([tap, tap.flip(0)]) for tap in taps()]
+    expected = head(tokens, runs.repeat_interleave(3))
+    rows: list[int] = []
+    embed = head._embed
+    monkeypatch.setattr(head, "_embed", lambda timestep: rows.append(len(timestep)) or embed(timestep))
+    torch.testing.assert_close(head(tokens, runs), expected)
+    assert rows == [2]
+
+
+@pytest.mark.parametrize("trunk", ["shared", "branch"])
+def test_a_critic_takes_a_timestep_for_neighbours(trunk: str) -> None:
+    backbone = tiny_backbone("dit")
+    critic = build_critic(backbone, 1, CriticConfig(trunk=trunk))
+    assert critic is not None
+    nn.init.normal_(critic.head.output.weight)
+    sample, conditioning = torch.randn(4, *backbone.latent_shape), backbone.encode_prompts(PROMPTS[:4])
+    timesteps = torch.tensor([700.0, 300.0])
+    with torch.no_grad(), critic.record(backbone.model) as features:
+        backbone.predict(sample, timesteps.repeat_interleave(2), conditioning)
+    each = critic(features, sample, timesteps.repeat_interleave(2), conditioning)
+    torch.testing.assert_close(critic(features, sample, timesteps, conditioning), each)
+    assert not torch.equal(each[:2], each[2:])
 
 
 def test_a_head_without_time_conditioning_does_not_know_the_timestep() -> None:
