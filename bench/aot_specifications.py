@@ -24,6 +24,16 @@ def _key_arguments(noise: str | None) -> dict[str, str | None]:
     return {"noise_ptr": None if noise is None else POINTER[noise], "seed_ptr": key, "sample_ids_ptr": key}
 
 
+def _split_arguments(split: bool) -> dict[str, str | int | bool | None]:
+    """AOT arguments of a sum that several programs of a sample share, a packed FLUX latent's."""
+    return {
+        "partial_ptr": "*fp32" if split else None,
+        "tickets_ptr": "*i32" if split else None,
+        "IS_SPLIT": split,
+        "BLOCK_S": 128 if split else 1,
+    }
+
+
 PHILOX = [
     AotSpec(
         f"normal_noise-{block_n}x{blocks}x{num_warps}",
@@ -56,7 +66,6 @@ def _step_spec(
         "steps_ptr": "*i64",
         "prev_sample_ptr": POINTER[sample],
         "log_prob_ptr": None if slab else "*fp32",
-        "partial_ptr": "*fp32" if split else None,
         "guided_output_ptr": POINTER[output] if guided and not slab else None,
         "latents_ptr": POINTER[slab] if slab else None,
         "model_outputs_ptr": POINTER[slab] if slab else None,
@@ -70,9 +79,9 @@ def _step_spec(
         "BLOCK_N": block_n,
         "BLOCKS": blocks,
     }
-    flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None, "IS_SPLIT": split}
+    flags = {"HAS_GUIDANCE": guided, "HAS_NOISE": noise is not None}
     flags |= {"HAS_GUIDED_OUTPUT": guided and not slab, "HAS_SLAB": slab is not None}
-    flags |= {"IS_SHARED_STEP": slab is not None}
+    flags |= {"IS_SHARED_STEP": slab is not None} | _split_arguments(split)
     name = f"gaussian_step-{sample}-{output}-{block_n}x{blocks}x{num_warps}-noise_{noise}" + (
         "-guided" if guided else ""
     )
@@ -108,18 +117,6 @@ GAUSSIAN_STEP = [
     _step_spec("float32", "bfloat16", _LARGE_STEP, guided=True, noise=None, split=True, slab="float32"),
     _step_spec("float32", "bfloat16", _LARGE_STEP, guided=False, noise=None, split=True, slab="bfloat16"),
     _step_spec("bfloat16", "bfloat16", _MEDIUM_STEP, guided=True, noise=None, split=False, slab="bfloat16"),
-    *(
-        AotSpec(
-            f"finish_log_prob{'-slab' if slab else ''}",
-            gaussian_step.finish_log_prob_kernel,
-            {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
-            | {"log_prob_ptr": None if slab else "*fp32", "log_probs_ptr": "*fp32" if slab else None}
-            | {"N": "i32", "T": "i32", "num_splits": "i32", "scale": "fp32", "BLOCK_S": 128}
-            | {"HAS_SLAB": slab, "IS_SHARED_STEP": slab},
-            num_warps=1,
-        )
-        for slab in (False, True)
-    ),
 ]
 
 
@@ -140,8 +137,7 @@ def _log_prob_arguments(sample: str, output: str, shared: bool) -> dict[str, str
 def _log_prob_spec(sample: str, output: str, elements: int, *, shared: bool) -> AotSpec:
     block_n, blocks, num_warps, splits = launch.pick_launch("step_log_prob", elements, launch.DEFAULT)
     arguments = _log_prob_arguments(sample, output, shared) | {"log_prob_ptr": "*fp32"}
-    arguments |= {"partial_ptr": "*fp32" if splits > 1 else None, "IS_SPLIT": splits > 1}
-    arguments |= {"BLOCK_N": block_n, "BLOCKS": blocks}
+    arguments |= _split_arguments(splits > 1) | {"BLOCK_N": block_n, "BLOCKS": blocks}
     name = f"step_log_prob-{sample}-{output}-{block_n}x{blocks}x{num_warps}"
     return AotSpec(
         name,
@@ -201,16 +197,6 @@ def _row_arguments(*, mask: bool, weights: bool, kl_gains: bool) -> dict[str, st
 
 PPO_ROWS = [
     AotSpec(
-        f"finish_rows-{'everything' if everything else 'plain'}",
-        ppo_rows.finish_rows_kernel,
-        _row_arguments(mask=everything, weights=everything, kl_gains=everything)
-        | {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64"}
-        | {"num_splits": "i32", "BLOCK_S": 128, "IS_NORMALIZED": everything},
-        num_warps=ppo_rows.ROW_WARPS,
-    )
-    for everything in (False, True)
-] + [
-    AotSpec(
         f"ppo_totals-{'masked' if mask else 'all'}",
         ppo_rows.totals_kernel,
         {"rows_ptr": "*fp32", "shares_ptr": "*fp32", "steps_ptr": "*i64", "mask_ptr": mask}
@@ -254,7 +240,7 @@ def _ratio_spec(
     if not is_ppo:
         arguments |= {"advantages_ptr": None, "shares_ptr": None}
     arguments |= _transition_arguments(output, shape, reference=reference, noise=noise)
-    arguments |= {"partial_ptr": "*fp32" if split else None, "IS_SPLIT": split, "IS_NORMALIZED": everything}
+    arguments |= _split_arguments(split) | {"IS_NORMALIZED": everything}
     name += "-everything" if everything else ""
     return AotSpec(
         name, ppo_loss.transition_sums_kernel, arguments, shape[2], 64 if "float16" in output else 128
@@ -282,13 +268,6 @@ PPO_LOSS = [
     ),
     _ratio_spec("bfloat16", _LARGE_LOSS, reference=True, noise=None, split=True, is_ppo=True),
     _ratio_spec("float16", _LARGE_LOSS, reference=True, noise="float16", split=True, is_ppo=False),
-    AotSpec(
-        "finish_terms",
-        ppo_loss.finish_terms_kernel,
-        {"partial_ptr": "*fp32", "coefficients_ptr": "*fp32", "steps_ptr": "*i64", "terms_ptr": "*fp32"}
-        | {"num_splits": "i32", "scale": "fp32", "BLOCK_S": 128},
-        num_warps=1,
-    ),
 ]
 
 

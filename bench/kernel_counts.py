@@ -37,10 +37,18 @@ class Machine(NamedTuple):
     gigahertz: float
     copy_terabytes: float
 
-    def ceiling(self, instructions: float, num_bytes: float) -> float:
-        """Share of the copy bandwidth for instructions of threads and bytes, both per element."""
+    def allowed(self, instructions: float, num_bytes: float) -> float:
+        """Bandwidth in units of the copy's for instructions of threads and bytes, both per element."""
         issued = self.multiprocessors * 4 * self.gigahertz * 1e9 * 32
-        return min(1.0, issued / instructions * num_bytes / (self.copy_terabytes * 1e12))
+        return issued / instructions * num_bytes / (self.copy_terabytes * 1e12)
+
+    def ceiling(self, instructions: float, num_bytes: float) -> float:
+        """Share of the copy bandwidth."""
+        return min(1.0, self.allowed(instructions, num_bytes))
+
+    def covered(self, num_bytes: float) -> float:
+        """Nanoseconds that a multiprocessor's share of the copy bandwidth takes for so many bytes."""
+        return num_bytes * self.multiprocessors / self.copy_terabytes / 1e3
 
 
 MACHINES = {
@@ -135,14 +143,20 @@ def count(row: Row, architecture: int) -> dict[str, Any]:
     if not is_loop and found.loop.instructions:
         raise ValueError(f"{spec.name} has a loop on sm_{architecture}, which is not counted; unroll it")
     instructions = block.instructions * found.warps * 32 / elements(spec)
+    occupancy, machine = found.occupancy(architecture), MACHINES[architecture]
+    in_flight = block.bytes_ahead * 32 * occupancy * sass.WARPS
     return {
         "bytes": row.num_bytes,
         "instructions": round(instructions, 2),
         "barriers per 1024": round(block.barriers / elements(spec) * 1024, 3),
         "registers": found.registers,
         "spilled bytes": found.spilled_bytes,
-        "occupancy": found.occupancy(architecture),
-        "ceiling": round(MACHINES[architecture].ceiling(instructions, row.num_bytes), 3),
+        "occupancy": occupancy,
+        "ceiling": round(machine.ceiling(instructions, row.num_bytes), 3),
+        "allowed": round(machine.allowed(instructions, row.num_bytes), 2),
+        "copies": round(block.copies * found.warps * 32 / elements(spec), 2),
+        "kilobytes in flight": round(in_flight / 1e3, 1),
+        "nanoseconds covered": round(machine.covered(in_flight)),
     }
 
 
@@ -222,7 +236,27 @@ def table(record: dict[str, Any]) -> str:
         f"({machines}). "
         f"`value_pool` has Q = {HEADS}; `python -m bench.kernel_counts` counts."
     )
-    return "\n".join([*lines, "", note])
+    return "\n".join([*lines, "", note, "", bulk_copies(record)])
+
+
+def bulk_copies(record: dict[str, Any]) -> str:
+    """What bulk copies (TMA) could save of the bfloat16 pool on their first architecture, as a sentence."""
+    cells = []
+    for row in ROWS:
+        if not row.spec.startswith("value_pool_tiles"):
+            continue
+        counts = record["rows"][row.spec]["sm_90"]
+        cells.append(
+            f"{row.label}: {counts['copies']:.2f} of {counts['instructions']:.1f}; "
+            f"{counts['allowed']:.1f} times; {counts['kilobytes in flight']:.0f} KB, "
+            f"{counts['nanoseconds covered'] / 1e3:.1f} us"
+        )
+    return (
+        "Bulk copies (TMA) would take over the loads from memory and the stores to shared memory. On sm_90, "
+        "how many of the instructions per element these are; how much of a copy's bandwidth all instructions "
+        "allow, the memory aside; what the programs of a multiprocessor ask the memory for before they need "
+        f"any of it, and how long it takes at that bandwidth. {'. '.join(cells)}."
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,8 @@
 """What a compiled kernel issues, counted in its machine code: no GPU is needed to compile, nor to count.
 
 A loop whose trips a launch decides counts once per trip, what is outside of every loop once per program.
-Branches are not followed: both sides count, so a count is an upper bound.
+Branches are not followed: both sides count, so a count is an upper bound. What only the last program of a
+sample runs, behind the exit of those whose ticket is not the last (kernels/tickets.py), is not of a program.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ REGISTERS, SHARED_BYTES, WARPS, PROGRAMS = 65_536, {80: 164 << 10, 90: 228 << 10
 SYSTEM_BYTES = 1024
 """Shared memory that every program leaves to the system."""
 BARRIERS = ("BAR", "WARPSYNC")
+COPIES = ("LDG", "STS", "LDGSTS")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _LABEL = re.compile(r"^(\.L\S+):")
 _BRANCH = re.compile(r"\bBRA\b.*`\((\.L\S+)\)")
 
@@ -38,6 +41,10 @@ class Block(NamedTuple):
     barriers: int
     products: int
     """Of tensor cores."""
+    copies: int
+    """Loads from memory and stores to shared memory, which a bulk copy would take over."""
+    bytes_ahead: int
+    """What a thread has asked the memory for when it first needs some of it."""
 
 
 class Counts(NamedTuple):
@@ -79,8 +86,7 @@ def counts(compiled: Any) -> Counts:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = resource_usage(cubin)
-        text = _printed("nvdisasm", "-c", cubin)
-    outside, loop = blocks(text)
+    outside, loop = blocks(disassembly(compiled))
     return Counts(
         outside,
         loop,
@@ -89,6 +95,20 @@ def counts(compiled: Any) -> Counts:
         compiled.metadata.shared,
         compiled.metadata.num_warps,
     )
+
+
+def disassembly(compiled: Any) -> str:
+    """Its machine code, as nvdisasm prints it."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return _printed("nvdisasm", "-c", cubin)
+
+
+def instructions_of(text: str) -> list[str]:
+    """Without predicates, in the order of a disassembly."""
+    found = (_INSTRUCTION.match(line) for line in text.splitlines())
+    return [_PREDICATE.sub("", each[1]) for each in found if each]
 
 
 def resource_usage(cubin: Path) -> dict[str, int]:
@@ -100,7 +120,8 @@ def resource_usage(cubin: Path) -> dict[str, int]:
 def blocks(text: str) -> tuple[Block, Block]:
     """What is outside of all loops and the longest innermost loop, of a disassembly.
 
-    What follows the last EXIT is padding, a jump to itself.
+    What follows the last EXIT is padding, a jump to itself; what follows the first one behind a ticket is the
+    last program's.
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
@@ -108,8 +129,10 @@ def blocks(text: str) -> tuple[Block, Block]:
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif found := _INSTRUCTION.match(line):
-            instructions.append(re.sub(r"^@!?U?P\w+\s+", "", found[1]))
-    end = max(i for i, each in enumerate(instructions) if each.startswith("EXIT")) + 1
+            instructions.append(_PREDICATE.sub("", found[1]))
+    exits = [i for i, each in enumerate(instructions) if each.startswith("EXIT")]
+    tickets = [i for i, each in enumerate(instructions) if each.startswith("ATOMG")]
+    end = 1 + (exits[-1] if not tickets else next(i for i in exits if i > tickets[0]))
     loops = []
     for i, instruction in enumerate(instructions[:end]):
         target = _BRANCH.search(instruction)
@@ -130,7 +153,23 @@ def blocks(text: str) -> tuple[Block, Block]:
 def _block(instructions: list[str]) -> Block:
     kinds = Counter(re.split(r"[.\s]", each)[0] for each in instructions if not each.startswith("NOP"))
     products = sum(number for kind, number in kinds.items() if kind.endswith("MMA"))
-    return Block(sum(kinds.values()), sum(kinds[each] for each in BARRIERS), products)
+    barriers, copies = (sum(kinds[each] for each in group) for group in (BARRIERS, COPIES))
+    return Block(sum(kinds.values()), barriers, products, copies, bytes_ahead(instructions))
+
+
+def bytes_ahead(instructions: list[str]) -> int:
+    """Bytes of the loads before the first instruction that reads a register which one of them fills."""
+    filled: set[int] = set()
+    total = 0
+    for each in instructions:
+        registers = [int(number) for number in re.findall(r"\bR(\d+)", each)]
+        if each.startswith("LDG"):
+            size = int(found[1]) // 8 if (found := re.match(r"LDG\S*\.(64|128)", each)) else 4
+            filled.update(range(registers[0], registers[0] + size // 4))
+            total += size
+        elif filled.intersection(registers):
+            break
+    return total
 
 
 @cache

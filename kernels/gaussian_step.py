@@ -10,10 +10,11 @@ The log-prob of the stored value needs no second look: the rounded x' is still i
 trajectory slab x' overwrites x, and slices of the slab get x', v and the log-prob: the step is read on the
 device, so a captured graph moves on from slice to slice.
 
-The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob
-does not depend on the batch. std = 0 marks a deterministic step: x' = mu, log_prob 0. There is no backward
-kernel: log_prob treats x' as a constant, and the gradient of x' is a product with a or b. A step that the
-table does not have, which only the device can see, makes x' NaN and leaves the slab as it is.
+The sum over a latent is split by its size alone, and its parts are added in the order of their index by
+whichever program ends last (tickets.py): the log-prob does not depend on the batch. std = 0 marks a
+deterministic step: x' = mu, log_prob 0. There is no backward kernel: log_prob treats x' as a constant, and
+the gradient of x' is a product with a or b. A step that the table does not have, which only the device can
+see, makes x' NaN and leaves the slab as it is.
 """
 
 # Constants of a kernel are upper case.
@@ -27,6 +28,7 @@ import triton.language as tl
 
 from . import compiled, launch
 from .philox import block_offsets, innovation_block, load_key
+from .tickets import give_back, is_last, tickets_for
 
 
 @triton.jit
@@ -58,11 +60,19 @@ def mean_log_prob(sum_squares, std, N, scale):
 
 
 @triton.jit
+def add_parts(partial_ptr, row, num_splits, BLOCK_S: tl.constexpr):
+    """The sum of one row of partial sums (rows, num_splits)."""
+    offs_s = tl.arange(0, BLOCK_S)
+    row_ptr = partial_ptr + row.to(tl.int64) * num_splits
+    return tl.sum(tl.load(row_ptr + offs_s, mask=offs_s < num_splits, other=0.0), axis=0)
+
+
+@triton.jit
 def gaussian_step_kernel(
     sample_ptr, model_output_ptr, uncond_output_ptr, guidance_scale_ptr, coefficients_ptr, steps_ptr,
     noise_ptr, seed_ptr, sample_ids_ptr, scale, prev_sample_ptr, log_prob_ptr, guided_output_ptr,
-    latents_ptr, model_outputs_ptr, log_probs_ptr, partial_ptr, N, T, num_splits,
-    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+    latents_ptr, model_outputs_ptr, log_probs_ptr, partial_ptr, tickets_ptr, N, T, num_splits,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
     HAS_GUIDANCE: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GUIDED_OUTPUT: tl.constexpr,
     HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -112,31 +122,19 @@ def gaussian_step_kernel(
         b_z = (b_stored.to(tl.float32) - b_mean) * inverse_std
         b_squares += tl.where(mask_n, b_z * b_z, 0.0)
     sum_squares = tl.sum(b_squares, axis=0)
+    is_owner = True
     if IS_SPLIT:
         tl.store(partial_ptr + tl.program_id(0), sum_squares)
-    elif HAS_SLAB:
+        is_owner = is_last(tickets_ptr, i_b, num_splits)
+    if is_owner:
+        if IS_SPLIT:
+            sum_squares = add_parts(partial_ptr, i_b, num_splits, BLOCK_S)
+            give_back(tickets_ptr, i_b)
         log_prob = mean_log_prob(sum_squares, std, N, scale)
-        tl.store(log_probs_ptr + step * batch + i_b, log_prob, mask=is_step)
-    else:
-        tl.store(log_prob_ptr + i_b, mean_log_prob(sum_squares, std, N, scale))
-
-
-@triton.jit
-def finish_log_prob_kernel(
-    coefficients_ptr, steps_ptr, scale, log_prob_ptr, log_probs_ptr, partial_ptr, N, T, num_splits,
-    BLOCK_S: tl.constexpr, HAS_SLAB: tl.constexpr, IS_SHARED_STEP: tl.constexpr,
-):  # fmt: skip
-    i_b = tl.program_id(0)
-    offs_s = tl.arange(0, BLOCK_S)
-    row = i_b.to(tl.int64) * num_splits
-    b_partial = tl.load(partial_ptr + row + offs_s, mask=offs_s < num_splits, other=0.0)
-    step = tl.load(steps_ptr + (0 if IS_SHARED_STEP else i_b))
-    is_step, _, _, std, _ = checked_row(coefficients_ptr, step, T)
-    log_prob = mean_log_prob(tl.sum(b_partial, axis=0), std, N, scale)
-    if HAS_SLAB:
-        tl.store(log_probs_ptr + step * tl.num_programs(0) + i_b, log_prob, mask=is_step)
-    else:
-        tl.store(log_prob_ptr + i_b, log_prob)
+        if HAS_SLAB:
+            tl.store(log_probs_ptr + step * batch + i_b, log_prob, mask=is_step)
+        else:
+            tl.store(log_prob_ptr + i_b, log_prob)
 
 
 def gaussian_step(inputs: Any, outputs: Any) -> None:
@@ -152,44 +150,28 @@ def gaussian_step_in_place(inputs: Any, slab: Any) -> None:
 def _step(inputs: Any, filled: tuple[Any, ...]) -> None:
     """Either noise is None or seed and sample_ids are; steps is (B,) or (1,); scale is 1 / N or 1."""
     sample, coefficients = inputs.sample, inputs.coefficients
-    _, log_prob, guided_output, _, _, log_probs = filled
+    _, _, guided_output, _, _, log_probs = filled
     batch = sample.shape[0]
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("gaussian_step", num_elements, architecture)
-    partial = partial_sums(batch, num_splits, sample.device)
+    partial, tickets = parts(batch, num_splits, sample.device)
     compiled.run(
         gaussian_step_kernel, (batch * num_splits,),
-        *inputs, *filled, partial, num_elements, coefficients.shape[0], num_splits,
-        BLOCK_N=block_n, BLOCKS=blocks,
+        *inputs, *filled, partial, tickets, num_elements, coefficients.shape[0], num_splits,
+        BLOCK_N=block_n, BLOCKS=blocks, BLOCK_S=triton.next_power_of_2(num_splits),
         HAS_GUIDANCE=inputs.uncond_output is not None, HAS_NOISE=inputs.noise is not None,
         HAS_GUIDED_OUTPUT=guided_output is not None, HAS_SLAB=log_probs is not None,
         IS_SHARED_STEP=inputs.steps.numel() == 1, IS_SPLIT=partial is not None,
         num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    if partial is not None:
-        finish_log_prob(inputs, log_prob, log_probs, partial, num_splits)
 
 
-def partial_sums(batch: int, num_splits: int, device: torch.device) -> torch.Tensor | None:
-    """Room for a sum of every part of every latent; None where a latent is one part."""
-    return torch.empty(batch * num_splits, dtype=torch.float32, device=device) if num_splits > 1 else None
-
-
-def finish_log_prob(
-    inputs: Any,
-    log_prob: torch.Tensor | None,
-    log_probs: torch.Tensor | None,
-    partial: torch.Tensor,
-    num_splits: int,
-) -> None:
-    """Add the partial sums of every sample into log_prob (B,) or the slices of log_probs (T, B)."""
-    sample, coefficients, steps = inputs.sample, inputs.coefficients, inputs.steps
-    batch = sample.shape[0]
-    compiled.run(
-        finish_log_prob_kernel, (batch,),
-        coefficients, steps, inputs.scale, log_prob, log_probs, partial, sample.numel() // batch,
-        coefficients.shape[0], num_splits,
-        BLOCK_S=triton.next_power_of_2(num_splits), HAS_SLAB=log_probs is not None,
-        IS_SHARED_STEP=steps.numel() == 1, num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+def parts(
+    batch: int, num_splits: int, device: torch.device, sums: int = 1
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Room for the `sums` of every part of every latent, and tickets; None where a latent is one part."""
+    if num_splits == 1:
+        return None, None
+    partial = torch.empty(batch * sums * num_splits, dtype=torch.float32, device=device)
+    return partial, tickets_for(batch, device)

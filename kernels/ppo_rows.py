@@ -9,7 +9,7 @@
 with cross = sum eps (v - v_old), squares = sum (v - v_old)^2, squares_ref = sum (v - v_ref)^2, and
 g = kl_gains[step], or gain^2 / 2 without that table. Clip: PPO (arXiv 1707.06347, eq. 7); dual clip: arXiv
 1912.09729; KL mask: Flow-DPPO (arXiv 2606.11025). A few numbers per pair: what counts here is the number of
-launches, so all of the statistics share one with the loss. Every sum has one order and no atomics.
+launches, so all of the statistics share one with the loss. Every sum has one order.
 """
 
 # Constants of a kernel are upper case.
@@ -17,16 +17,14 @@ launches, so all of the statistics share one with the loss. Every sum has one or
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
 from . import compiled
-from .gaussian_step import transition_row
 
 # One row per thread: a row's columns lie too far apart for wider loads.
 BLOCK_R = 128
-ROW_WARPS, TOTAL_WARPS = 1, 4
+TOTAL_WARPS = 4
 
 
 @triton.jit
@@ -99,36 +97,6 @@ def store_row(
 
 
 @triton.jit
-def finish_rows_kernel(
-    coefficients_ptr, steps_ptr, scale,
-    advantages_ptr, weights_ptr, step_weights_ptr, mask_ptr, kl_gains_ptr, IS_NORMALIZED: tl.constexpr,
-    clip_low, clip_high, dual_clip, kl_threshold, kl_weight, rows_ptr, shares_ptr, partial_ptr, num_splits,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    i_b = tl.program_id(0)
-    cross, squares, squares_ref = add_splits(partial_ptr, i_b, num_splits, BLOCK_S)
-    step = tl.load(steps_ptr + i_b)
-    _, b, std, inverse_std = transition_row(coefficients_ptr, step)
-    store_row(
-        cross, squares, squares_ref, i_b, step, b, std, inverse_std, scale,
-        advantages_ptr, weights_ptr, step_weights_ptr, mask_ptr, kl_gains_ptr,
-        clip_low, clip_high, dual_clip, kl_threshold, kl_weight, rows_ptr, shares_ptr, IS_NORMALIZED,
-    )  # fmt: skip
-
-
-@triton.jit
-def add_splits(partial_ptr, i_b, num_splits, BLOCK_S: tl.constexpr):
-    """The three sums of one latent from those of its parts, (B, 3, num_splits)."""
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_s = offs_s < num_splits
-    cell_ptr = partial_ptr + i_b.to(tl.int64) * 3 * num_splits + offs_s
-    cross = tl.sum(tl.load(cell_ptr, mask=mask_s, other=0.0), axis=0)
-    squares = tl.sum(tl.load(cell_ptr + num_splits, mask=mask_s, other=0.0), axis=0)
-    squares_ref = tl.sum(tl.load(cell_ptr + 2 * num_splits, mask=mask_s, other=0.0), axis=0)
-    return cross, squares, squares_ref
-
-
-@triton.jit
 def load_counts(mask_ptr, offs_r, mask_r):
     """1 for each row that counts, else 0."""
     if mask_ptr is None:
@@ -188,17 +156,6 @@ def totals_kernel(
         tl.store(bin_ptr + 3, tl.sum(b_kl_ref, axis=0))
         tl.store(bin_ptr + 4, tl.sum(b_high, axis=0))
         tl.store(bin_ptr + 5, tl.sum(b_low, axis=0))
-
-
-def finish_rows(inputs: Any, outputs: Any, partial: torch.Tensor, num_splits: int) -> None:
-    """Fill rows and shares from the sums (B, 3, num_splits)."""
-    of_pairs = inputs[inputs._fields.index("advantages") :]
-    compiled.run(
-        finish_rows_kernel, (inputs.steps.numel(),),
-        inputs.coefficients, inputs.steps, inputs.scale, *of_pairs, outputs.rows, outputs.shares,
-        partial, num_splits,
-        BLOCK_S=triton.next_power_of_2(num_splits), num_warps=ROW_WARPS, enable_fp_fusion=False,
-    )  # fmt: skip
 
 
 def add_up(inputs: Any, outputs: Any) -> None:

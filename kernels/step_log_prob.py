@@ -6,8 +6,9 @@
 Bytes per element: forward reads x, v and x'; backward reads them again and writes the gradients that are
 asked for. Nothing is kept between the two. Eagerly the formula is a dozen launches each way.
 
-The sum over a latent is split by its size alone and added in a fixed order without atomics, so the log-prob
-does not depend on the batch. std = 0 marks a deterministic step: log_prob and gradients are 0.
+The sum over a latent is split by its size alone, and its parts are added in the order of their index by
+whichever program ends last (tickets.py): the log-prob does not depend on the batch. std = 0 marks a
+deterministic step: log_prob and gradients are 0.
 """
 
 # Constants of a kernel are upper case.
@@ -19,8 +20,9 @@ import triton
 import triton.language as tl
 
 from . import compiled, launch
-from .gaussian_step import finish_log_prob, mean_log_prob, partial_sums, transition_row
+from .gaussian_step import add_parts, mean_log_prob, parts, transition_row
 from .philox import block_offsets
+from .tickets import give_back, is_last
 
 
 @triton.jit
@@ -31,8 +33,9 @@ def load_block(ptr, offs, mask):
 @triton.jit
 def step_log_prob_kernel(
     sample_ptr, model_output_ptr, prev_sample_ptr, coefficients_ptr, steps_ptr, scale, log_prob_ptr,
-    partial_ptr, N, num_splits,
-    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
+    partial_ptr, tickets_ptr, N, num_splits,
+    BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_S: tl.constexpr,
+    IS_SHARED_STEP: tl.constexpr, IS_SPLIT: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0) // num_splits
     i_split = tl.program_id(0) % num_splits
@@ -49,9 +52,14 @@ def step_log_prob_kernel(
         b_z = (load_block(prev_sample_ptr + row, offs_n, mask_n) - b_mean) * inverse_std
         b_squares += b_z * b_z
     sum_squares = tl.sum(b_squares, axis=0)
+    is_owner = True
     if IS_SPLIT:
         tl.store(partial_ptr + tl.program_id(0), sum_squares)
-    else:
+        is_owner = is_last(tickets_ptr, i_b, num_splits)
+    if is_owner:
+        if IS_SPLIT:
+            sum_squares = add_parts(partial_ptr, i_b, num_splits, BLOCK_S)
+            give_back(tickets_ptr, i_b)
         tl.store(log_prob_ptr + i_b, mean_log_prob(sum_squares, std, N, scale))
 
 
@@ -95,15 +103,14 @@ def step_log_prob(inputs: Any, outputs: Any) -> None:
     num_elements = sample.numel() // batch
     architecture = launch.architecture_of(sample.device)
     block_n, blocks, num_warps, num_splits = launch.pick_launch("step_log_prob", num_elements, architecture)
-    partial = partial_sums(batch, num_splits, sample.device)
+    partial, tickets = parts(batch, num_splits, sample.device)
     compiled.run(
         step_log_prob_kernel, (batch * num_splits,),
-        *inputs, *outputs, partial, num_elements, num_splits,
-        BLOCK_N=block_n, BLOCKS=blocks, IS_SHARED_STEP=inputs.steps.numel() == 1,
-        IS_SPLIT=partial is not None, num_warps=num_warps, enable_fp_fusion=False,
+        *inputs, *outputs, partial, tickets, num_elements, num_splits,
+        BLOCK_N=block_n, BLOCKS=blocks, BLOCK_S=triton.next_power_of_2(num_splits),
+        IS_SHARED_STEP=inputs.steps.numel() == 1, IS_SPLIT=partial is not None,
+        num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
-    if partial is not None:
-        finish_log_prob(inputs, outputs.log_prob, None, partial, num_splits)
 
 
 def step_log_prob_backward(inputs: Any, _: Any, grads: Any, gradients: Any) -> None:

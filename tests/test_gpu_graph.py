@@ -276,3 +276,30 @@ def test_a_step_beyond_the_table_writes_nothing_into_the_slab() -> None:
     )
     assert all(bool((buffer == 7).all()) for buffer in buffers)
     assert sample.isnan().all()
+
+
+def test_launches_and_graphs_side_by_side_share_no_tickets() -> None:
+    """Latents of several parts: a ticket in two hands would leave a part out of a sum, or the whole sum."""
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(3, 16, 64, 64, generator=generator).cuda() for _ in range(3)]
+    coefficients = torch.tensor([[0.9, -0.1, 0.2]]).cuda()
+    steps = torch.zeros(3, dtype=torch.int64).cuda()
+
+    def log_prob() -> Tensor:
+        return ops.step_log_prob(*latents, coefficients, steps)
+
+    expected, streams = log_prob(), [torch.cuda.Stream() for _ in range(3)]
+    graphs = []
+    for stream in streams:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            graphs.append((graph, log_prob()))
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream, (graph, captured) in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                found += [captured.clone(), log_prob()]
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in found)

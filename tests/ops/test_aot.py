@@ -33,6 +33,8 @@ LAUNCHED = {
     "value_pool": ("pool_kernel", "pool_grad_kernel"),
 }
 """Table of launches -> the kernels that are launched by it."""
+TICKET = ["store", "fence", "ticket", "invalidate", "barrier", "exit", "load"]
+"""How a part goes to whoever adds it, however the threads of a program and its caches are ordered."""
 MEASURED = 90
 """The architecture of the GPUs that the device checks run on."""
 
@@ -49,9 +51,9 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(spec, architecture, marks=marks, id=f"{spec.name}-sm_{architecture}")
 
 
-def test_every_kernel_file_is_compiled() -> None:
+def test_every_file_that_launches_is_compiled() -> None:
     folder = Path(__file__).parents[2] / "kernels"
-    with_kernels = {path.stem for path in folder.glob("*.py") if "\n@triton.jit\n" in path.read_text()}
+    with_kernels = {path.stem for path in folder.glob("*.py") if "compiled.run(" in path.read_text()}
     assert with_kernels == set(SPECIFICATIONS)
 
 
@@ -92,14 +94,36 @@ def test_kernel_compiles_without_spills(spec, architecture: int, tmp_path: Path)
     assert usage["REG"] <= (spec.max_registers or MAX_REGISTERS)
     if spec.shared_bytes:
         assert compiled.metadata.shared <= spec.shared_bytes
+    if spec.arguments.get("tickets_ptr"):
+        assert around_the_ticket(sass.instructions_of(sass.disassembly(compiled))) == TICKET
 
     # Moving a block from one layout to another goes through shared memory and a barrier.
     if not spec.converts_layouts:
         assert "convert_layout" not in compiled.asm["ttgir"]
     if spec.vector_bits:
-        loads = global_load_bits(compiled.asm["ptx"])
+        # Behind a ticket are the sums of parts, one number each.
+        loads = global_load_bits(compiled.asm["ptx"].partition("atom.")[0])
         assert loads.count(128) + loads.count(64) > 0
         assert min(loads) >= spec.vector_bits, f"a load of a block moves {min(loads)} bits"
+
+
+def around_the_ticket(instructions: list[str]) -> list[str]:
+    """From the last part's store to the first load of all parts, what orders the two."""
+    kinds = {
+        "STG": "store",
+        "MEMBAR.ALL.GPU": "fence",
+        "ATOMG": "ticket",
+        "CCTL.IVALL": "invalidate",
+        "BAR.SYNC": "barrier",
+        "EXIT": "exit",
+        "LDG": "load",
+    }
+    found = [kind for each in instructions for name, kind in kinds.items() if each.startswith(name)]
+    (ticket,) = (i for i, kind in enumerate(found) if kind == "ticket")
+    first = max(i for i in range(ticket) if found[i] == "store")
+    last = next(i for i in range(ticket, len(found)) if found[i] == "load")
+    # A barrier between the store and the fence is Triton's, of shared memory.
+    return [kind for i, kind in enumerate(found[first : last + 1]) if kind != "barrier" or i > ticket - first]
 
 
 def global_load_bits(ptx: str) -> list[int]:

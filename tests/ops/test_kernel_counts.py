@@ -38,12 +38,31 @@ DISASSEMBLY = """
 
 def test_loops_and_what_is_outside_of_them_are_counted_apart() -> None:
     outside, loop = sass.blocks(DISASSEMBLY)
-    assert outside == sass.Block(instructions=3, barriers=0, products=0)
-    assert loop == sass.Block(instructions=2, barriers=0, products=1)
+    assert outside == sass.Block(instructions=3, barriers=0, products=0, copies=0, bytes_ahead=0)
+    assert loop == sass.Block(instructions=2, barriers=0, products=1, copies=0, bytes_ahead=0)
+
+
+def test_what_is_asked_ahead_ends_where_some_of_it_is_needed() -> None:
+    loads = ["LDG.E.128 R4, desc[UR4][R2.64]", "IADD3 R2, R2, 0x10, RZ", "LDG.E.64 R8, desc[UR4][R2.64]"]
+    later = ["LDG.E R10, desc[UR4][R2.64]"]
+    assert sass.bytes_ahead([*loads, "STS.128 [R20], R4", *later]) == 24
+    assert sass.bytes_ahead([*loads, "FADD R1, R1, R9", *later]) == 24
+    assert sass.bytes_ahead([*loads, *later]) == 28
+
+
+def test_what_only_a_last_program_runs_is_not_counted() -> None:
+    ticket = """
+        /*0061*/                   ATOMG.E.ADD.STRONG.GPU PT, R9, desc[UR6][R6.64], R9 ;
+        /*0062*/               @P1 EXIT ;
+        /*0063*/                   FADD R8, R8, R9 ;"""
+    store = "\n        /*0070*/"
+    counted = sass.blocks(DISASSEMBLY.replace(store, ticket + store))
+    # The exit of the other programs is in place of the store and the end.
+    assert counted == sass.blocks(DISASSEMBLY.replace("STG.E desc[UR4][R2.64], R8", "ATOMG.E R9"))
 
 
 def test_occupancy_is_what_the_scarcest_resource_allows() -> None:
-    nothing = sass.Block(0, 0, 0)
+    nothing = sass.Block(0, 0, 0, 0, 0)
     by_registers = sass.Counts(nothing, nothing, 128, 0, 0, 4)
     assert by_registers.occupancy(90) == 16 / 64
     assert by_registers._replace(shared_bytes=100 << 10).occupancy(90) == 8 / 64
@@ -73,6 +92,17 @@ def test_a_count_that_rises_is_named() -> None:
 @pytest.mark.parametrize("spec", [row.spec for row in kernel_counts.ROWS if "tiles" in row.spec])
 def test_instructions_leave_value_pool_four_fifths_of_the_bandwidth(spec: str) -> None:
     assert min(kernel_counts.pool_ceilings(spec, range(1, 9)).values()) >= 0.8
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("spec", [row.spec for row in kernel_counts.ROWS if "tiles" in row.spec])
+def test_bulk_copies_could_not_raise_what_the_pool_may_reach(spec: str, architecture: str) -> None:
+    counts = RECORDED["rows"][spec][architecture]
+    # All that they could save is issue slots, of which there are enough, and time without requests.
+    assert counts["ceiling"] == 1.0
+    assert counts["allowed"] > 1.5
+    assert counts["copies"] < 0.2 * counts["instructions"]
+    assert counts["nanoseconds covered"] > 1000
 
 
 def test_a_drawn_normal_takes_at_most_38_instructions() -> None:
