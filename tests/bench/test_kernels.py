@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import kernels
-from bench.graph_timing import cold_and_hot, num_copies
+from bench.graph_timing import cold_and_hot, graph_seconds, num_copies
 from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.shapes import BEYOND_CACHE, TINY_LATENT, LatentCase
 from bench.workloads import latents, verified
 from bench.workloads.critics import LOOP, VECTORIZED
-from bench.workloads.libraries import TORCHRL_LOOP, TORCHRL_VECTORIZED
+from bench.workloads.libraries import LIGER, QUACK, TORCHRL_LOOP, TORCHRL_VECTORIZED
 from bench.workloads.workload import OURS, OURS_DRAWN, PEER, PEER_DRAWN, REFERENCE, Workload, WrongResultError
 from lacfast import _C
 
@@ -258,6 +259,27 @@ def test_times_on_a_gpu_stand_beside_an_empty_node(
     assert rows[OURS]["empty_nodes"] == pytest.approx(2.0)
     assert rows[OURS]["speed_up"] == 1.0
     assert "2.0 empty nodes" in kernels.table(kernels.rows_of(workload, {OURS: rows[OURS]}, 1e9))
+
+
+def test_command_runs_on_a_gpu_in_parts(
+    cuda: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timer = partial(graph_seconds, calls=2, replays=1)
+    monkeypatch.setattr(kernels, "cold_and_hot", partial(cold_and_hot, seconds=timer))
+    # These two need what is not pretended: a compiled kernel, and memory beyond a cache.
+    monkeypatch.setattr(kernels, "empty_node_seconds", lambda: 1e-3)
+    monkeypatch.setattr(kernels.roofline, "copy_bandwidth", lambda device: 1e12)
+    out, ops = tmp_path / "kernels.json", ("step_log_prob", "value_pool")
+    part = ["--device", "cuda", "--cases", "tiny", "--no-compile", "--out", str(out), "--ops", *ops]
+    assert kernels.main([*part, "--seconds", "-1"]) == 1
+    first = json.loads(out.read_text(encoding="utf-8"))
+    assert first["rows"] == []
+    assert len(first["missing"]) == 4
+    assert kernels.main([*part, "--resume"]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert {row["op"] for row in rows if row["provider"] == OURS and row["empty_nodes"] > 0} == set(ops)
+    assert {row["provider"] for row in rows if "error" in row} <= {LIGER, QUACK}
+    assert {LIGER, QUACK} <= {row["provider"] for row in rows}
 
 
 def test_what_is_beyond_the_cache_exceeds_it_in_16_bits() -> None:
