@@ -162,6 +162,11 @@ struct PPOLossOutputs {
   Tensor shares;     // (rows, 3): share of the loss, its derivatives by log_ratio and by kl_ref
 };
 
+// The loss's gradient, for a gradient that is made together with the loss.
+struct Outer {
+  double gradient;
+};
+
 struct Gae {
   SizedTensor rewards;  // (rows, steps, heads)
   Tensor values;

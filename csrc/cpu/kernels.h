@@ -39,8 +39,10 @@ struct Kernels {
   double (*step_log_prob)(const StepLogProb& op, Run run);
   // `weight` times the gradient of -(x' - mu)^2 / 2; 0 where the step is deterministic.
   void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProb& gradients);
-  RatioSums (*log_ratio)(const LogRatio& op, Run run);
-  void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, Result grad_model_output);
+  // Noise that is drawn stays in `kept_noise`, unless null, for the gradient: that of its latent, room for whole blocks.
+  RatioSums (*log_ratio)(const LogRatio& op, Run run, float* kept_noise);
+  void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, const float* kept_noise,
+                             Result grad_model_output);
   // Of chains [first, last); chain row * heads + head is one head of one row.
   void (*gae)(const Gae& op, std::int64_t first, std::int64_t last, const GaeOutputs& outputs);
   void (*gae_backward)(const Gae& op, std::int64_t first, std::int64_t last, const GaeOutputs& grads,

@@ -1,5 +1,7 @@
 // log_ratio and ppo_loss: from the sums of runs to ratios, KLs and losses.
 
+#include <memory>
+
 #include "../common/ppo.h"
 #include "runs.h"
 
@@ -7,6 +9,18 @@ namespace lacfast::cpu {
 namespace {
 
 bool is_wide(const LogRatio& op) { return op.model_output.dtype == DType::float64; }
+
+// The sums of a row's runs, added in their order.
+RatioSums sums_of_row(const std::vector<RatioSums>& partial, std::int64_t row, std::int64_t per_row) {
+  RatioSums sums{0.0, 0.0, 0.0};
+  for (std::int64_t i = row * per_row; i < (row + 1) * per_row; ++i) {
+    const RatioSums& part = partial[static_cast<std::size_t>(i)];
+    sums.noise_dot += part.noise_dot;
+    sums.old_squared += part.old_squared;
+    sums.anchor_squared += part.anchor_squared;
+  }
+  return sums;
+}
 
 // finish(row, sums) for every row, in order. Rows that a mask leaves out are not read; their sums are 0.
 template <typename Finish>
@@ -17,18 +31,9 @@ void for_each_row(const LogRatio& op, const bool* mask, Threads threads, const F
   std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
   const Kernels& chosen = kernels();
   for_each_run(shape, threads, [&](Run run, std::size_t index) {
-    if (mask == nullptr || mask[run.row]) partial[index] = chosen.log_ratio(op, run);
+    if (mask == nullptr || mask[run.row]) partial[index] = chosen.log_ratio(op, run, nullptr);
   });
-  for (std::int64_t row = 0; row < shape.rows; ++row) {
-    RatioSums sums{0.0, 0.0, 0.0};
-    for (std::int64_t i = row * per_row; i < (row + 1) * per_row; ++i) {
-      const RatioSums& part = partial[static_cast<std::size_t>(i)];
-      sums.noise_dot += part.noise_dot;
-      sums.old_squared += part.old_squared;
-      sums.anchor_squared += part.anchor_squared;
-    }
-    finish(row, sums);
-  }
+  for (std::int64_t row = 0; row < shape.rows; ++row) finish(row, sums_of_row(partial, row, per_row));
 }
 
 // gradient(row) of every row's terms, applied to its latent.
@@ -38,7 +43,7 @@ void write_gradient(const LogRatio& op, Result grad_model_output, Threads thread
   check_steps(op.transition, shape.rows);
   const Kernels& chosen = kernels();
   for_each_run(shape, threads, [&](Run run, std::size_t) {
-    chosen.log_ratio_backward(op, run, gradient(run.row), grad_model_output);
+    chosen.log_ratio_backward(op, run, gradient(run.row), nullptr, grad_model_output);
   });
 }
 
@@ -93,65 +98,143 @@ void log_ratio_backward(const PPOLoss& op, const LogRatioOutputs&, const LogRati
   });
 }
 
-void ppo_loss(const PPOLoss& op, const PPOLossOutputs& outputs, const Threads& threads) {
-  const LogRatio& ratio = op.ratio;
-  const bool wide = is_wide(ratio);
+// What a row adds to the loss and to the statistics. `counts`: not masked.
+struct RowLoss {
+  bool counts;
+  RatioTerms terms;
+  double side, share;
+};
+
+// Of a row's sums: the row's entries of `outputs`, and what remains to be added over the rows.
+RowLoss put_row(const PPOLoss& op, std::int64_t row, const RatioSums& sums, double count,
+                const PPOLossOutputs& outputs) {
+  const bool wide = is_wide(op.ratio);
   const bool* mask = op.mask.as<const bool>();
-  const double count = rows_that_count(mask, ratio.model_output.sizes[0]);
-  std::vector<double> step_sums(static_cast<std::size_t>(6 * ratio.transition.coefficients.sizes[0]), 0.0);
+  const RowCoefficients coefficients = coefficients_of(op.ratio.transition, row, wide);
+  RowLoss loss{mask == nullptr || mask[row], {0.0, 0.0, 0.0}, 0.0, 0.0};
+  double grad_log_ratio = 0.0, grad_kl_ref = 0.0;
+  if (loss.counts && coefficients.std > 0.0) {
+    loss.terms = terms_of(op, row, sums, coefficients);
+    const SurrogateGain gain = surrogate_gain(loss.terms.log_ratio, loss.terms.kl_old,
+                                              scalar_at(op.advantages.data, row, wide), op.bounds);
+    const double weight = row_weight(op, row, step_of(op.ratio.transition, row), wide) / count;
+    loss.side = gain.side;
+    loss.share = weight * (op.kl_weight * loss.terms.kl_ref - gain.gain);
+    grad_log_ratio = -weight * gain.grad_log_ratio;
+    grad_kl_ref = weight * op.kl_weight;
+  }
+  const double numbers[4] = {loss.terms.log_ratio, loss.terms.kl_old, loss.terms.kl_ref, loss.side};
+  for (int i = 0; i < 4; ++i) put(outputs.rows.data, 4 * row + i, numbers[i], wide);
+  const double shares[3] = {loss.share, grad_log_ratio, grad_kl_ref};
+  for (int i = 0; i < 3; ++i) put(outputs.shares.data, 3 * row + i, shares[i], wide);
+  return loss;
+}
+
+// The rows in their order.
+void put_sums(const PPOLoss& op, const std::vector<RowLoss>& rows, const PPOLossOutputs& outputs) {
+  const bool wide = is_wide(op.ratio);
+  const Transition& transition = op.ratio.transition;
+  std::vector<double> step_sums(static_cast<std::size_t>(6 * transition.coefficients.sizes[0]), 0.0);
   double loss = 0.0;
-  for_each_row(ratio, mask, threads, [&](std::int64_t row, const RatioSums& sums) {
-    const std::int64_t step = step_of(ratio.transition, row);
-    const RowCoefficients coefficients = coefficients_of(ratio.transition, row, wide);
-    const bool counts = mask == nullptr || mask[row];
-    RatioTerms terms{0.0, 0.0, 0.0};
-    SurrogateGain gain{0.0, 0.0, 0.0};
-    double share = 0.0, grad_log_ratio = 0.0, grad_kl_ref = 0.0;
-    if (counts && coefficients.std > 0.0) {
-      terms = terms_of(op, row, sums, coefficients);
-      gain = surrogate_gain(terms.log_ratio, terms.kl_old, scalar_at(op.advantages.data, row, wide), op.bounds);
-      const double weight = row_weight(op, row, step, wide) / count;
-      share = weight * (op.kl_weight * terms.kl_ref - gain.gain);
-      grad_log_ratio = -weight * gain.grad_log_ratio;
-      grad_kl_ref = weight * op.kl_weight;
-    }
-    loss += share;
-    const double numbers[4] = {terms.log_ratio, terms.kl_old, terms.kl_ref, gain.side};
-    for (int i = 0; i < 4; ++i) put(outputs.rows.data, 4 * row + i, numbers[i], wide);
-    const double shares[3] = {share, grad_log_ratio, grad_kl_ref};
-    for (int i = 0; i < 3; ++i) put(outputs.shares.data, 3 * row + i, shares[i], wide);
-    if (!counts) return;
-    const double summed[6] = {1.0,          terms.log_ratio,           terms.kl_old,
-                              terms.kl_ref, gain.side > 0 ? 1.0 : 0.0, gain.side < 0 ? 1.0 : 0.0};
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const RowLoss& own = rows[row];
+    loss += own.share;
+    if (!own.counts) continue;
+    const double summed[6] = {1.0,          own.terms.log_ratio,      own.terms.kl_old,
+                              own.terms.kl_ref, own.side > 0 ? 1.0 : 0.0, own.side < 0 ? 1.0 : 0.0};
+    const std::int64_t step = step_of(transition, static_cast<std::int64_t>(row));
     for (int i = 0; i < 6; ++i) step_sums[static_cast<std::size_t>(6 * step + i)] += summed[i];
-  });
+  }
   put(outputs.loss.data, 0, loss, wide);
   for (std::size_t i = 0; i < step_sums.size(); ++i)
     put(outputs.step_sums.data, static_cast<std::int64_t>(i), step_sums[i], wide);
 }
 
-void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLossOutputs& grads,
-                       const PPOLoss& gradients, const Threads& threads) {
+void ppo_loss(const PPOLoss& op, const PPOLossOutputs& outputs, const Threads& threads) {
+  const std::int64_t num_rows = op.ratio.model_output.sizes[0];
+  const bool* mask = op.mask.as<const bool>();
+  const double count = rows_that_count(mask, num_rows);
+  std::vector<RowLoss> rows(static_cast<std::size_t>(num_rows));
+  for_each_row(op.ratio, mask, threads, [&](std::int64_t row, const RatioSums& sums) {
+    rows[static_cast<std::size_t>(row)] = put_row(op, row, sums, count, outputs);
+  });
+  put_sums(op, rows, outputs);
+}
+
+// Of a row whose shares are known, where the loss has the gradient `outer`.
+RatioGradient row_gradient(const PPOLoss& op, std::int64_t row, const PPOLossOutputs& outputs, double outer) {
   const LogRatio& ratio = op.ratio;
   const bool wide = is_wide(ratio);
-  const void* shares = outputs.shares.data;
-  const double outer = scalar_at(grads.loss.data, 0, wide);
-  write_gradient(ratio, gradients.ratio.model_output, threads, [&](std::int64_t row) {
-    const double grad_log_ratio = outer * scalar_at(shares, 3 * row + 1, wide);
-    const double grad_kl_ref = outer * scalar_at(shares, 3 * row + 2, wide);
-    const RowCoefficients coefficients = coefficients_of(ratio.transition, row, wide);
-    RatioGradient gradient = ratio_gradient(grad_log_ratio, 0.0, 0.0, coefficients.gain, ratio.scale);
-    if (op.is_normalized != 0) gradient = {gradient.noise * coefficients.std, 0.0, 0.0};
-    gradient.anchor_difference =
-        ratio.scale * 2.0 * grad_kl_ref * kl_gain(op, row, coefficients.gain);
-    return gradient;
-  });
+  const double grad_log_ratio = outer * scalar_at(outputs.shares.data, 3 * row + 1, wide);
+  const double grad_kl_ref = outer * scalar_at(outputs.shares.data, 3 * row + 2, wide);
+  const RowCoefficients coefficients = coefficients_of(ratio.transition, row, wide);
+  RatioGradient gradient = ratio_gradient(grad_log_ratio, 0.0, 0.0, coefficients.gain, ratio.scale);
+  if (op.is_normalized != 0) gradient = {gradient.noise * coefficients.std, 0.0, 0.0};
+  gradient.anchor_difference = ratio.scale * 2.0 * grad_kl_ref * kl_gain(op, row, coefficients.gain);
+  return gradient;
+}
+
+void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLossOutputs& grads,
+                       const PPOLoss& gradients, const Threads& threads) {
+  const double outer = scalar_at(grads.loss.data, 0, is_wide(op.ratio));
+  write_gradient(op.ratio, gradients.ratio.model_output, threads,
+                 [&](std::int64_t row) { return row_gradient(op, row, outputs, outer); });
+}
+
+// Loss and gradient in one, the bits of both as above. A row that has just been read is still in the cache for its gradient,
+// the last run more likely than the first, and noise is drawn once.
+void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLoss& gradients,
+                           const Outer& outer, const Threads& threads) {
+  const LogRatio& ratio = op.ratio;
+  const Shape shape = shape_of(ratio.model_output);
+  check_steps(ratio.transition, shape.rows);
+  const std::int64_t per_row = runs_per_row(shape), helpers = worthwhile_threads(shape, threads);
+  const bool* mask = op.mask.as<const bool>();
+  const double count = rows_that_count(mask, shape.rows);
+  const Kernels& chosen = kernels();
+  std::vector<RowLoss> rows(static_cast<std::size_t>(shape.rows));
+  std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
+  const bool draws = ratio.noise.noise.data == nullptr;
+  const std::int64_t kept = (shape.elements + kBlock - 1) / kBlock * kBlock;
+  const auto noise_of = [&](std::int64_t num_rows) {
+    return std::unique_ptr<float[]>(draws ? new float[static_cast<std::size_t>(num_rows * kept)] : nullptr);
+  };
+  const auto add = [&](Run run, std::int64_t index, float* noise) {
+    if (mask == nullptr || mask[run.row]) partial[static_cast<std::size_t>(index)] = chosen.log_ratio(ratio, run, noise);
+  };
+  const auto finish = [&](std::int64_t row) {
+    rows[static_cast<std::size_t>(row)] = put_row(op, row, sums_of_row(partial, row, per_row), count, outputs);
+  };
+  const auto write = [&](Run run, const float* noise) {
+    chosen.log_ratio_backward(ratio, run, row_gradient(op, run.row, outputs, outer.gradient), noise,
+                              gradients.ratio.model_output);
+  };
+  if (shape.rows % helpers == 0 || shape.rows >= 4 * helpers) {
+    share_tasks(shape.rows, helpers, [&](const auto& next_task) {
+      const std::unique_ptr<float[]> noise = noise_of(1);
+      for (std::int64_t row; next_task(row);) {
+        for (std::int64_t i = 0; i < per_row; ++i) add(run_of(shape, row, i), row * per_row + i, noise.get());
+        finish(row);
+        for (std::int64_t i = per_row - 1; i >= 0; --i) write(run_of(shape, row, i), noise.get());
+      }
+    });
+  } else {
+    // Too few rows for every thread to have as many as the others: threads share the runs of all.
+    const std::unique_ptr<float[]> noise = noise_of(shape.rows);
+    const auto row_noise = [&](std::int64_t row) { return draws ? noise.get() + row * kept : nullptr; };
+    for_each_run(shape, threads,
+                 [&](Run run, std::size_t index) { add(run, static_cast<std::int64_t>(index), row_noise(run.row)); });
+    for (std::int64_t row = 0; row < shape.rows; ++row) finish(row);
+    for_each_run(shape, threads, [&](Run run, std::size_t) { write(run, row_noise(run.row)); });
+  }
+  put_sums(op, rows, outputs);
 }
 
 const Registered<&log_ratio> registered_ratio("cpu.log_ratio");
 const Registered<&log_ratio_backward> registered_ratio_backward("cpu.log_ratio_backward");
 const Registered<&ppo_loss> registered_loss("cpu.ppo_loss");
 const Registered<&ppo_loss_backward> registered_loss_backward("cpu.ppo_loss_backward");
+const Registered<&ppo_loss_and_gradient> registered_loss_and_gradient("cpu.ppo_loss_and_gradient");
 
 }  // namespace
 }  // namespace lacfast::cpu

@@ -33,17 +33,23 @@ void share_tasks(std::int64_t total, std::int64_t threads, const Work& work) {
   for (std::thread& helper : helpers) helper.join();
 }
 
+inline std::int64_t worthwhile_threads(Shape shape, Threads threads) {
+  return shape.rows * shape.elements >= kElementsWorthThreads ? threads.count : 1;
+}
+
+// Run `index` of a row.
+inline Run run_of(Shape shape, std::int64_t row, std::int64_t index) {
+  const std::int64_t begin = index * kRun;
+  return {row, begin, begin + kRun < shape.elements ? begin + kRun : shape.elements};
+}
+
 // body(run, index) for every run of every row; results are kept by index.
 template <typename Body>
 void for_each_run(Shape shape, Threads threads, const Body& body) {
   const std::int64_t per_row = runs_per_row(shape);
-  const bool worth_threads = shape.rows * shape.elements >= kElementsWorthThreads;
-  share_tasks(shape.rows * per_row, worth_threads ? threads.count : 1, [&](const auto& next_task) {
-    for (std::int64_t index; next_task(index);) {
-      const std::int64_t begin = index % per_row * kRun;
-      const std::int64_t end = begin + kRun < shape.elements ? begin + kRun : shape.elements;
-      body(Run{index / per_row, begin, end}, static_cast<std::size_t>(index));
-    }
+  share_tasks(shape.rows * per_row, worthwhile_threads(shape, threads), [&](const auto& next_task) {
+    for (std::int64_t index; next_task(index);)
+      body(run_of(shape, index / per_row, index % per_row), static_cast<std::size_t>(index));
   });
 }
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Annotated, Any, Generic, TypeVar, get_type_hints
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lacfast.ops.backend import add_kernel, choose, launch, through_dispatcher
+from lacfast.ops.backend import add_kernel, choose, extension, launch, through_dispatcher
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
@@ -46,6 +46,19 @@ def schema_of(*records: type[tuple[Any, ...]], mutates: Sequence[str] = ()) -> l
     return [f"{marks.get(name, _KINDS[kind][0])} {name}" for name, kind in fields]
 
 
+class Outer(NamedTuple):
+    """What C++ multiplies a gradient by that it makes together with the loss."""
+
+    gradient: float
+
+
+class _Ahead(NamedTuple):
+    """A gradient made in the forward pass, where the loss's own is `outer`."""
+
+    gradient: Tensor
+    outer: float
+
+
 class Op(Generic[Inputs, Outputs]):
     """The function of a kernel: Inputs -> Outputs, with its gradient.
 
@@ -61,6 +74,7 @@ class Op(Generic[Inputs, Outputs]):
         statistics: the outputs that have no gradient.
         all_gradients: its kernel fills all gradients, wanted or not.
         formula: in place of a kernel: gradients from kept inputs and outputs, and the outputs' gradients.
+        with_gradient: C++ has NAME_and_gradient, which makes outputs and the one gradient in a single pass.
     """
 
     def __init__(
@@ -77,8 +91,12 @@ class Op(Generic[Inputs, Outputs]):
         statistics: tuple[str, ...] = (),
         all_gradients: bool = False,
         formula: Callable[[Inputs, Outputs, Gradients], Gradients] | None = None,
+        with_gradient: bool = False,
     ) -> None:
         self.name, self._gradient = name, f"{name}_backward"
+        self._both = f"{name}_and_gradient" if with_gradient else ""
+        # A loss has the same gradient again and again: 1, or a microbatch's share.
+        self._expected = 1.0
         # Records from sequences of fields.
         self.inputs: Callable[[Iterable[Any]], Inputs] = inputs._make  # type: ignore[attr-defined]
         self.outputs: Callable[[Iterable[Any]], Outputs] = outputs._make  # type: ignore[attr-defined]
@@ -87,6 +105,8 @@ class Op(Generic[Inputs, Outputs]):
         add_kernel(name, formats, triton=triton[:1], cuda=cuda)
         if gradients and formula is None:
             add_kernel(self._gradient, formats + formats[::-1], triton=triton[1:], cuda=cuda)
+        if with_gradient:
+            add_kernel(self._both, [*formats, formats[0], words_format(Outer)])
         fields, results = _names(inputs), _names(outputs)
         numbers = [name for name, kind in _typed(inputs) if _KINDS[kind][1] not in "ts"]
         self._trained = [fields.index(name) for name in gradients]
@@ -124,6 +144,20 @@ class Op(Generic[Inputs, Outputs]):
         outputs = self._allocate(inputs)
         launch(chosen, self.name, inputs[0], inputs, outputs)
         return outputs
+
+    def run_ahead(self, chosen: str, inputs: Inputs) -> tuple[Outputs, _Ahead | None]:
+        """`run`, and where a kernel makes both the gradient too, for the last backward pass' own of the loss.
+
+        Another one than that is rare, and then the gradient is made anew: the results are the same bits.
+        """
+        if not self._both or chosen != "cpu":
+            return self.run(chosen, inputs), None
+        outputs, results = self._allocate(inputs), self._no_gradients.copy()
+        (trained,) = self._trained
+        gradient, expected = torch.empty_like(inputs[trained]), self._expected
+        results[trained] = gradient
+        launch(chosen, self._both, inputs[0], inputs, outputs, self.inputs(results), (expected,))
+        return outputs, _Ahead(gradient, expected)
 
     def keep(self, ctx: Any, inputs: Inputs, outputs: Sequence[Tensor | None]) -> None:
         """Leave to the backward pass what it needs."""
@@ -163,10 +197,20 @@ class Op(Generic[Inputs, Outputs]):
         if self._formula is not None:
             return self._formula(*self._restored(kept), grads)
         if chosen is not None:
-            return self.gradients(chosen, kept, grads, wanted)
+            gradient = self._made_ahead(ctx, grads[0])
+            return self.gradients(chosen, kept, grads, wanted) if gradient is None else [gradient]
         statistics = [None if i in self._statistics else grad for i, grad in enumerate(grads)]
         results = _decoded(self._registered_backward(*kept, *statistics, list(wanted)))
         return [result if is_wanted else None for result, is_wanted in zip(results, wanted, strict=True)]
+
+    def _made_ahead(self, ctx: Any, outer: Tensor | None) -> Tensor | None:
+        """The forward pass' gradient, handed over once: a second backward pass must not share its memory."""
+        ahead: _Ahead | None = ctx.ahead
+        ctx.ahead = None
+        if ahead is None or outer is None:
+            return None
+        self._expected = extension().number(outer)
+        return ahead.gradient if self._expected == ahead.outer else None
 
     def chosen(self, tensor: Tensor) -> str:
         """The backend for inputs of this device and dtype."""
@@ -233,7 +277,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op[Any, Any], chosen: str, inputs: Any, *_: Tensor | None) -> Any:
-        outputs = op.run(chosen, inputs)
+        outputs, ctx.ahead = op.run_ahead(chosen, inputs)
         op.keep(ctx, inputs, outputs)
         ctx.op, ctx.chosen = op, chosen
         return tuple(outputs)
