@@ -30,6 +30,18 @@ def test_forward_equals_the_reference(shape, dtype, assert_near, poisoned_memory
     assert_near(returns, expected[1])
 
 
+@pytest.mark.parametrize("value_lambda", [SETTINGS["gae_lambda"], 0.8])
+@pytest.mark.parametrize("steps", [7, 16, 33, 50])
+def test_a_chain_of_any_length_equals_the_reference(steps, value_lambda, assert_near, poisoned_memory):
+    settings = SETTINGS | {"value_lambda": value_lambda}
+    for dtype in (torch.float32, torch.float64):
+        rewards, values = _pair((5, steps, 1), dtype)
+        results = ops.gae(rewards, values, **settings)
+        expected = reference.gae(rewards.double(), values.double(), **settings)
+        for one, other in zip(results, expected, strict=True):
+            assert_near(one, other)
+
+
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward_equals_the_reference(shape, dtype, assert_near, poisoned_memory):
