@@ -3,7 +3,7 @@
 A kernel at the roofline takes bytes / copy bandwidth. The bytes are those of a fused op: every operand read
 once, every result written once. A provider that moves more only looks slower.
 
-    python -m bench.roofline    how fast this machine copies
+    python -m bench.roofline    how fast this machine copies, and what that allows one thread of its CPU
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from bench.shapes import AdvantageCase, PoolCase
+from bench.shapes import CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL, AdvantageCase, PoolCase
 
 OPERATIONS_PER_NORMAL = 35
 """Philox4x32-10: 10 rounds of 8 operations for 4 normals; Box-Muller: log, root, sine, cosine for 2."""
@@ -147,6 +147,36 @@ def copy_bandwidth(device: torch.device, *, repeats: int = 9, num_bytes: int | N
     return 2 * source.nbytes / statistics.median(seconds)
 
 
+def multiply_adds_per_second(*, size: int = 1024, repeats: int = 5) -> float:
+    """Of a product of float32 matrices by one CPU thread: the most that any kernel reaches; the median."""
+    one, other = (torch.ones(size, size) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 1):
+        begin = time.thread_time()
+        torch.mm(one, other)
+        seconds.append(time.thread_time() - begin)
+    return size**3 / statistics.median(seconds[1:])
+
+
+def least_seconds(bandwidth: float, multiply_adds: float) -> dict[tuple[str, str], tuple[float, float]]:
+    """(op, dtype) at the claim's size -> the least time from memory beyond the caches, and of the arithmetic.
+
+    Every operand is read once and every result written once; ppo_loss is forward and backward of given
+    noise, which a second pass would have to find in a cache.
+    """
+    bounds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        pool = value_pool(CLAIM_POOL, dtype)
+        products = CLAIM_POOL.batch * CLAIM_POOL.tokens * CLAIM_POOL.features * (2 * CLAIM_POOL.heads + 1)
+        loss = elementwise("ppo_loss, backward", CLAIM_LATENT.elements, dtype, noise="given")
+        bounds["value_pool", name] = pool.bytes / bandwidth, products / multiply_adds
+        bounds["ppo_loss", name] = loss.bytes / bandwidth, loss.operations / 2 / multiply_adds
+    chains = elementwise("gae", math.prod(CLAIM_ADVANTAGE.shape), torch.float32)
+    bounds["gae", "float32"] = chains.bytes / bandwidth, chains.operations / 2 / multiply_adds
+    return bounds
+
+
 def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     if source.is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -164,7 +194,14 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
 def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    print(f"a copy on {device.type} moves {copy_bandwidth(device) / 1e9:.1f} GB/s")
+    bandwidth = copy_bandwidth(device)
+    print(f"a copy on {device.type} moves {bandwidth / 1e9:.1f} GB/s")
+    if device.type == "cuda":
+        return
+    rate = multiply_adds_per_second()
+    print(f"a product of matrices, {rate / 1e9:.1f} G multiply-adds/s; one thread takes at least")
+    for (op, dtype), (memory, arithmetic) in least_seconds(bandwidth, rate).items():
+        print(f"  {op}, {dtype}: {1e3 * memory:.2f} ms from memory, {1e3 * arithmetic:.2f} ms of arithmetic")
 
 
 if __name__ == "__main__":

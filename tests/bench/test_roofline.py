@@ -93,3 +93,13 @@ def test_kernel_page_states_the_same_reads_and_writes() -> None:
     rows = re.findall(r"^\| `([^`]+)`([^|]*)\| (\d+) \| (\d+) \|", KERNELS_PAGE.read_text(), re.MULTILINE)
     stated = {name + suffix.rstrip(): (int(reads), int(writes)) for name, suffix, reads, writes in rows}
     assert stated == {op: (traffic.reads, traffic.writes) for op, traffic in roofline.TRAFFIC.items()}
+
+
+def test_the_least_time_is_that_of_each_operand_once() -> None:
+    bounds = roofline.least_seconds(1e9, 1e9)
+    features = 8 * 1024 * 1536
+    memory, arithmetic = bounds["value_pool", "bfloat16"]
+    assert memory == pytest.approx((2 * features + 2 * 4 * 8 * 4 * 1536) / 1e9)
+    assert arithmetic == pytest.approx(9 * features / 1e9)
+    assert bounds["ppo_loss", "float32"][0] == pytest.approx(16 * 8 * 16 * 64 * 64 / 1e9)
+    assert bounds["gae", "float32"][0] == pytest.approx(16 * 4096 * 50 / 1e9)
