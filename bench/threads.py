@@ -1,18 +1,16 @@
 """Two threads beside one on the largest shapes of each op that shares its work, after equal bits.
 
-python -m bench.threads      writes bench/results/threads.json, which `bench.report` shows
+python -m bench.threads      prints the table
 
-Wall time, so it wants two idle cores. Inputs below a million elements stay on one thread.
+Wall time, so it means something on two idle cores only. Inputs below a million elements stay on one thread.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from bench.shapes import LATENTS, POOLS, Case, LatentCase, PoolCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS, OURS_DRAWN, Call, Inputs, WrongResultError
 
-RESULT = Path(__file__).parent / "results" / "threads.json"
 CPU = torch.device("cpu")
 OPS = ("normal_noise", "gaussian_step", "step_log_prob", "ppo_loss", "value_pool")
 LARGEST: dict[type[Case], Case] = {LatentCase: LATENTS[-1], PoolCase: POOLS[-1]}
@@ -97,7 +94,6 @@ def main() -> None:
         "torch": torch.__version__,
         "date": machine.today(),
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
 
 
