@@ -152,7 +152,8 @@ class Op(Generic[Inputs, Outputs]):
         """
         if self._makes_gradient is None or chosen != "cpu" or not self._makes_gradient(inputs):
             return self.run(chosen, inputs), None
-        outputs, results = self._allocate(inputs), self._no_gradients.copy()
+        outputs = self._allocate(inputs)
+        results: list[Any] = self._no_gradients.copy()
         (trained,) = self._trained
         gradient, expected = torch.empty_like(inputs[trained]), self._expected
         results[trained] = gradient
