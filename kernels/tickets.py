@@ -45,6 +45,8 @@ class _Room(NamedTuple):
     used: int
 
 
+_made: list[torch.Tensor] = []
+"""Every room, for good: a graph knows the addresses of its tickets and holds no tensor."""
 _rooms: dict[int, _Room] = {}
 _of_streams: dict[tuple[int, int, int], torch.Tensor] = {}
 """(device, stream, thread) -> tickets; every thread has a default stream of its own under one handle."""
@@ -87,4 +89,5 @@ def _make_room(batch: int, device: torch.device) -> None:
     # Other streams use them without waiting for this one.
     torch.cuda.current_stream(device).synchronize()
     with _lock:
+        _made.append(tickets)
         _rooms[device.index] = _Room(tickets, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +36,7 @@ def stream(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current.is_capturing)
     monkeypatch.setattr(tickets, "_rooms", {})
     monkeypatch.setattr(tickets, "_of_streams", {})
+    monkeypatch.setattr(tickets, "_made", [])
     monkeypatch.setattr(tickets, "TICKETS_AT_ONCE", 64)
     return current
 
@@ -88,6 +91,19 @@ def test_every_captured_launch_keeps_its_tickets(stream: Stream) -> None:
     assert taken() == eager
     assert are_apart([eager, *captured])
     assert stream.waited == 1
+
+
+def test_a_room_outlives_its_last_ticket_for_the_graphs_that_know_it(stream: Stream) -> None:
+    taken()
+    stream.is_capturing = True
+    taken()
+    stream.is_capturing = False
+    room = weakref.ref(tickets._rooms[0].tickets)
+    taken(100)
+    tickets._of_streams.clear()
+    gc.collect()
+    assert room() is not None
+    assert tickets._rooms[0].tickets is not room()
 
 
 def test_a_capture_without_room_zeroes_tickets_itself(stream: Stream) -> None:
