@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,12 +12,30 @@ from lacfast.runs.config import RunConfig
 from lacfast.runs.plan import planned_memory
 
 _PLANS: dict[str, MemoryPlan] = {}
+ASIDE = {
+    "out",
+    "prompts",
+    "held_out",
+    "save_every",
+    "keep_last",
+    "best",
+    "resume",
+    "tensorboard",
+    "wandb_project",
+}
+"""Settings that no plan reads."""
+
+
+def key_of(config: RunConfig, situation: dict[str, Any]) -> str:
+    train = {name: value for name, value in vars(config.train).items() if name != "iterations"}
+    others = {name: value for name, value in vars(config).items() if name not in {"train", *ASIDE}}
+    return repr((train, others, situation))
 
 
 @pytest.fixture(autouse=True)
 def planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def planned(config: RunConfig, **situation: Any) -> MemoryPlan:
-        key = repr((replace(config, out="anywhere"), situation))
+        key = key_of(config, situation)
         if key not in _PLANS:
             _PLANS[key] = planned_memory(config, **situation)
         return _PLANS[key]

@@ -53,6 +53,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do not ask for the memory that they take, which is most of their time."""
+    monkeypatch.setattr(run, "_require_memory", lambda *_: None)
+
+
 def run_config(model: Path, out: Path, **changes: Any) -> RunConfig:
     config = RunConfig(
         out=str(out),
@@ -107,14 +113,17 @@ def test_a_run_that_was_killed_ends_bit_for_bit_like_one_that_was_not(model: Pat
     assert lines(tmp_path / "killed") == lines(tmp_path / "through")
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_a_run_goes_on_from_a_trained_lora_beside_merged_ones(model: Path, tmp_path: Path) -> None:
-    first = run.train(run_config(model, tmp_path / "first"))
+    short = {"train": replace(run_config(model, tmp_path).train, iterations=2)}
+    first = run.train(run_config(model, tmp_path / "first", **short))
+    merged = ((str(first), 0.5),)
     second = run_config(
-        model, tmp_path / "second", lora=None, lora_from=str(first), merged_loras=((str(first), 0.5),)
+        model, tmp_path / "second", lora=None, lora_from=str(first), merged_loras=merged, **short
     )
-    assert plan(second).costs == plan(run_config(model, tmp_path / "first")).costs
+    assert plan(second).costs == plan(run_config(model, tmp_path / "first", **short)).costs
     with pytest.raises(StoppedError):
-        run.train(second, stop_after(2))
+        run.train(second, stop_after(1))
     last = run.train(second)
     backbone = load_backbone(last)
     assert backbone.lora == LoRAConfig(rank=2, target_modules=backbone.lora.target_modules)
@@ -126,6 +135,7 @@ def test_a_run_goes_on_from_a_trained_lora_beside_merged_ones(model: Path, tmp_p
     assert any(".lora_B." in name for name in changed)
 
 
+@pytest.mark.usefixtures("unplanned")
 def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
