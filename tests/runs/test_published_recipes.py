@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -32,15 +32,11 @@ SCRIPTS = {
 """Recipes that do what somebody's script does."""
 
 
+@cache
 def table_of(name: str) -> TransitionTable:
-    """Through the published model's own scheduler."""
+    """Through the published model's own scheduler; an adapter has no say in it."""
     config = recipe(name)
-    blueprint = load_blueprint(
-        config.model,
-        dtype=torch_dtype(config.dtype),
-        lora=config.lora,
-        settings=config.pipeline,
-    )
+    blueprint = load_blueprint(config.model, dtype=torch_dtype(config.dtype), settings=config.pipeline)
     return blueprint.backbone.transition_table(config.train.sampler)
 
 
