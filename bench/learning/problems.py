@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lacfast.records import Evaluation
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.rewards.reward import Reward
 from lacfast.runtime.directories import whole_directory
-from lacfast.tasks import glyphs, scenes
+from lacfast.tasks import crowds, glyphs, scenes
 from lacfast.tasks.models import TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
@@ -50,6 +50,7 @@ class Problem:
 PROBLEMS = {
     "shapes": Problem(task=scenes.TASK, rewards={"shapes": 1.0}, judges=("shapes_strict", "shapes_gold")),
     "glyphs": Problem(task=glyphs.TASK, rewards={"glyphs": 1.0}, judges=("glyphs_strict", "glyphs_gold")),
+    "crowds": Problem(task=crowds.TASK, rewards={"crowds": 1.0}, judges=("crowds_strict", "crowds_gold")),
     "similarity": Problem(
         task=scenes.TASK,
         rewards={"similarity": 1.0},
@@ -95,7 +96,7 @@ class Materials:
 
     folder: Path
     size: ModelSize = TINY
-    """Size of the base models."""
+    """Size of the base models, but for that of their pictures, which is the task's."""
     recipes: Mapping[BackboneName, PretrainConfig] = field(default_factory=dict)
     """Recipes of their pretraining; a backbone that is not here has its own."""
     device: str = "cpu"
@@ -112,7 +113,7 @@ class Materials:
                     name,
                     task,
                     seed=BASE_SEED,
-                    size=self.size,
+                    size=replace(self.size, image_size=task.image_size),
                     config=self.recipes.get(name),
                     device=self.device,
                 )

@@ -12,15 +12,19 @@ from pathlib import Path
 
 from bench.learning.claims import Claim
 from bench.learning.dual_encoder import STEPS
-from bench.learning.problems import Materials, Problem
+from bench.learning.problems import PROBLEMS, Materials, Problem
 from bench.learning.runs import Arm
 from lacfast.config import Ratio, TrainConfig
-from lacfast.tasks import glyphs, scenes
+from lacfast.tasks import crowds, glyphs, scenes
 from lacfast.tasks.models import SMALL, TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig
 from lacfast.tasks.task import BASE_SIZE, Task
 
-SIZED: dict[str, Callable[[int], Task]] = {"shapes": scenes.task, "glyphs": glyphs.task}
+SIZED: dict[str, Callable[[int], Task]] = {
+    "shapes": scenes.task,
+    "glyphs": glyphs.task,
+    "crowds": crowds.task,
+}
 """Tasks by their name at scale 1."""
 
 
@@ -62,8 +66,8 @@ class Scale:
         """The claim with this scale's arms, budgets, seeds and grid."""
 
         def arms(backbone: BackboneName) -> dict[str, Arm]:
-            made = claim.arms(backbone)
-            return {name: replace(arm, config=self.config(arm.config)) for name, arm in made.items()}
+            made, side = claim.arms(backbone), self.task(PROBLEMS[claim.problem].task).image_size
+            return {name: replace(arm, config=self.config(arm.config, side)) for name, arm in made.items()}
 
         budgets = {
             backbone: replace(
@@ -81,7 +85,7 @@ class Scale:
             claim, arms=arms, budgets=budgets, seeds=max(round(self.seeds * claim.seeds), 1), grid=grid
         )
 
-    def config(self, config: TrainConfig) -> TrainConfig:
+    def config(self, config: TrainConfig, image_size: int) -> TrainConfig:
         """Rollouts of this scale, whole groups, and a clip at as many deviations of the log ratio."""
         group = config.samples_per_prompt
         batch = max(round(self.batch * config.batch_size / group), 1) * group
@@ -90,7 +94,7 @@ class Scale:
             count = self.pretraining_iterations
             pretrain = replace(pretrain, iterations=count, patience=count, held_out_samples=2 * batch)
         # A log ratio is a mean over N elements, so it deviates by 1 / sqrt(N): by that of the picture's side.
-        narrower = BASE_SIZE / self.model.image_size
+        narrower = BASE_SIZE / image_size
         ppo = config.ppo
         if isinstance(ppo.clip, Ratio) and isinstance(ppo.clip.clip_range, float):
             ppo = replace(ppo, clip=Ratio(ppo.clip.clip_range * narrower))

@@ -26,7 +26,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 """How a model is judged of which no run tells how."""
 EMBEDDED_MODELS = tuple(
-    f"{task}-{name}" for task in ("shapes", "glyphs", "words") for name in ("dit", "unet")
+    f"{task}-{name}" for task in ("shapes", "glyphs", "words", "crowds") for name in ("dit", "unet")
 )
 """Models that are pretrained on the spot; lacfast.runs.train makes them."""
 
@@ -96,11 +96,11 @@ class RunConfig(Config):
     out: str
     """Directory of the run: settings, metrics.jsonl, samples/, checkpoints/."""
     model: str
-    """Directory or hub id of a diffusers pipeline; "shapes-dit", "glyphs-dit", "words-dit" and the same with
-    "-unet" are made on the spot."""
+    """Directory or hub id of a diffusers pipeline; "shapes-dit", "glyphs-dit", "words-dit", "crowds-dit" and
+    the same with "-unet" are made on the spot."""
     prompts: str
     """A .txt, .jsonl or .parquet file, a `datasets` directory, "hub:OWNER/NAME,split=train", any of them with
-    ",column=NAME"; or "animals", "shapes", "glyphs", "words"."""
+    ",column=NAME"; or "animals", "shapes", "glyphs", "words", "crowds"."""
     held_out: str = ""
     """Prompts of evaluation, like `prompts`; "shapes-held-out". Empty: the training prompts."""
     rewards: tuple[tuple[str, Finite], ...]

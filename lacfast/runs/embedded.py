@@ -6,13 +6,13 @@ from lacfast.config import SamplerConfig
 from lacfast.prompts import PromptSet, load_prompts
 from lacfast.runs.config import RunConfig
 from lacfast.schedule import FLOW_KINDS
-from lacfast.tasks import glyphs, scenes, words
+from lacfast.tasks import crowds, glyphs, scenes, words
 from lacfast.tasks.animals import animal_prompts
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import CONFIGS
 from lacfast.tasks.task import Task
 
-TASKS = {"glyphs": glyphs.TASK, "shapes": scenes.TASK, "words": words.TASK}
+TASKS = {"crowds": crowds.TASK, "glyphs": glyphs.TASK, "shapes": scenes.TASK, "words": words.TASK}
 TINY_MODELS: dict[str, tuple[Task, BackboneName]] = {
     f"{name}-{backbone}": (task, backbone) for name, task in TASKS.items() for backbone in CONFIGS
 }

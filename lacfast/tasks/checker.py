@@ -12,7 +12,7 @@ from scipy import ndimage
 from lacfast.tasks.predicates import Detection, scores
 from lacfast.tasks.prompts import COLOURS, SHAPES
 from lacfast.tasks.scenes import CELL_SIZE, PALETTE, coverage
-from lacfast.tasks.task import FloatArray, scale_of
+from lacfast.tasks.task import BASE_SIZE, FloatArray, scale_of
 
 SATURATION_THRESHOLD = 0.3
 """max - min of the channels above which a pixel belongs to an object: about half of the palette's own."""
@@ -78,9 +78,12 @@ def _component_colours(images: FloatArray, labels: IntArray, number: int) -> npt
     return np.where(known, np.asarray(COLOURS)[votes.argmax(axis=1)], "")
 
 
-def detect(images: FloatArray) -> list[list[Detection]]:
-    """The objects of every image (B, 3, H, W), as connected components of saturated pixels."""
-    scale = scale_of(images)
+def detect(images: FloatArray, base_size: int = BASE_SIZE) -> list[list[Detection]]:
+    """The objects of every image (B, 3, H, W), as connected components of saturated pixels.
+
+    H = W = base_size at scale 1.
+    """
+    scale = scale_of(images, base_size)
     saturation = images.max(axis=1) - images.min(axis=1)
     labels, number = ndimage.label(saturation > SATURATION_THRESHOLD, structure=_IN_PLANE)
     found: list[list[Detection]] = [[] for _ in images]

@@ -32,11 +32,14 @@ def _prototypes(scale: int) -> tuple[list[Thing | None], FloatArray]:
     return names, np.stack(pictures).reshape(len(pictures), -1)
 
 
-def detect(images: FloatArray) -> list[list[Detection]]:
-    """The objects of every image (B, 3, H, W): the nearest prototype of each cell."""
-    scale = scale_of(images)
+def detect(images: FloatArray, base_size: int = BASE_SIZE) -> list[list[Detection]]:
+    """The objects of every image (B, 3, H, W): the nearest prototype of each cell.
+
+    H = W = base_size at scale 1, a whole number of cells.
+    """
+    scale = scale_of(images, base_size)
     names, prototypes = _prototypes(scale)
-    grid, size = BASE_SIZE // CELL_SIZE, scale * CELL_SIZE
+    grid, size = base_size // CELL_SIZE, scale * CELL_SIZE
     cells = images.reshape(-1, 3, grid, size, grid, size).transpose(0, 2, 4, 1, 3, 5)
     cells = cells.reshape(-1, prototypes.shape[1])
     squared = (cells**2).sum(1)[:, None] + (prototypes**2).sum(1) - 2 * cells @ prototypes.T

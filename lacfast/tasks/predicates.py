@@ -38,7 +38,8 @@ def relation_holds(kind: str, first: Detection, second: Detection) -> bool:
     return True
 
 
-def _likeness(wanted: Thing, seen: Detection) -> float:
+def likeness_to(wanted: Thing, seen: Detection) -> float:
+    """Half a point for the colour, half for the shape."""
     return 0.5 * (seen.colour == wanted[0]) + 0.5 * (seen.shape == wanted[1])
 
 
@@ -95,15 +96,15 @@ def _best_matching(kind: str, wanted: list[Any], seen: list[Detection]) -> tuple
     """Largest sum of likenesses over matchings, and whether some matching is exact and obeys the relation."""
     if kind == "count":
         # All wanted objects are alike, so the best matching takes the most similar ones.
-        likenesses = sorted((_likeness(wanted[0], detection) for detection in seen), reverse=True)
+        likenesses = sorted((likeness_to(wanted[0], detection) for detection in seen), reverse=True)
         total = sum(likenesses[: len(wanted)])
         return total, total == len(wanted)
     if len(seen) < len(wanted):
-        likenesses = [_likeness(thing, detection) for thing in wanted for detection in seen]
+        likenesses = [likeness_to(thing, detection) for thing in wanted for detection in seen]
         return max(likenesses, default=0.0), False
     best, obeyed = 0.0, False
     for first, second in permutations(seen, 2):
-        likeness = _likeness(wanted[0], first) + _likeness(wanted[1], second)
+        likeness = likeness_to(wanted[0], first) + likeness_to(wanted[1], second)
         best = max(best, likeness)
         obeyed = obeyed or (likeness == len(wanted) and relation_holds(kind, first, second))
     return best, obeyed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ def pretrain(
     seed: int = 0,
     steps: int | None = None,
     progress: Progress | None = None,
-    size: ModelSize = TINY,
+    size: ModelSize | None = None,
     config: PretrainConfig | None = None,
     device: str | torch.device = "cpu",
 ) -> Pretrained:
@@ -76,7 +76,7 @@ def pretrain(
         seed: of weights, pictures and noise.
         steps: optimizer steps; the recipe's own number where None.
         progress: called after every step.
-        size: of the backbone, for the task's pictures.
+        size: of the backbone, for the task's pictures. None: the tiny one.
         config: the recipe. None: the tiny backbone's own.
         device: where it is trained. What is random is drawn on the CPU, where the result is too.
 
@@ -85,6 +85,8 @@ def pretrain(
     """
     if backbone not in CONFIGS:
         raise unknown("backbone", backbone, CONFIGS)
+    if size is None:
+        size = replace(TINY, image_size=task.image_size)
     if size.image_size != task.image_size:
         raise ValueError(
             f"a model of {size.image_size} pixels cannot learn the task {task.name!r} of {task.image_size}; "

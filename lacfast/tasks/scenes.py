@@ -29,7 +29,7 @@ _SUPERSAMPLING = 8
 
 @dataclass(frozen=True)
 class PlacedObject:
-    """One object of a scene: what it is, its cell of the 2x2 grid and its offset in pixels at scale 1."""
+    """One object of a scene: what it is, its cell of the grid and its offset in pixels at scale 1."""
 
     colour: str
     shape: str
@@ -71,9 +71,9 @@ def draw_cell(colour: str, shape: str, shift_y: int, shift_x: int, scale: int = 
     return cell
 
 
-def render(scene: Sequence[PlacedObject], scale: int = 1) -> FloatArray:
-    """The picture of a scene, (3, H, W) float32 in [0, 1]; H = W = scale BASE_SIZE."""
-    size, cell = scale * BASE_SIZE, scale * CELL_SIZE
+def render(scene: Sequence[PlacedObject], scale: int = 1, base_size: int = BASE_SIZE) -> FloatArray:
+    """The picture of a scene, (3, H, W) float32 in [0, 1]; H = W = scale base_size."""
+    size, cell = scale * base_size, scale * CELL_SIZE
     image = np.full((3, size, size), BACKGROUND, dtype=np.float32)
     for placed in scene:
         top, left = placed.row * cell, placed.column * cell

@@ -14,20 +14,20 @@ from torch import Tensor
 FloatArray = npt.NDArray[np.float32]
 SPLIT_SEED = 20260527
 BASE_SIZE = 32
-"""H = W of a picture at scale 1; every length in pixels is a multiple of the scale."""
+"""H = W of most tasks' pictures at scale 1; every length in pixels is a multiple of the scale."""
 
 
-def scale_of(images: FloatArray) -> int:
-    """How many times larger than BASE_SIZE images (B, 3, H, W) are.
+def scale_of(images: FloatArray, base_size: int = BASE_SIZE) -> int:
+    """How many times larger than `base_size` images (B, 3, H, W) are.
 
     Raises:
         ValueError: for images that are not square, or no multiple of it.
     """
-    scale = int(images.shape[-1]) // BASE_SIZE
-    if scale < 1 or images.shape[1:] != (3, scale * BASE_SIZE, scale * BASE_SIZE):
+    scale = int(images.shape[-1]) // base_size
+    if scale < 1 or images.shape[1:] != (3, scale * base_size, scale * base_size):
         raise ValueError(
-            f"images of shape {images.shape} are no pictures of an embedded task: give "
-            f"(B, 3, {BASE_SIZE}, {BASE_SIZE}), or a multiple of that size"
+            f"images of shape {images.shape} are no pictures of this embedded task: give "
+            f"(B, 3, {base_size}, {base_size}), or a multiple of that size"
         )
     return scale
 

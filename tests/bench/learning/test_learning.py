@@ -261,7 +261,7 @@ def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
     task = scale.problem(PROBLEMS["shapes"]).task
     assert (task.name, task.image_size) == ("shapes-64", 64)
     assert {prompt.text for prompt in task.prompts()} == {prompt.text for prompt in scenes.TASK.prompts()}
-    assert SCALES["cpu"].config(claim.arms("dit")["GRPO"].config) == claim.arms("dit")["GRPO"].config
+    assert SCALES["cpu"].config(claim.arms("dit")["GRPO"].config, 32) == claim.arms("dit")["GRPO"].config
 
 
 def test_a_budget_for_the_file_asks_for_no_smaller_one() -> None:

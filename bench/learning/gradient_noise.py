@@ -1,0 +1,244 @@
+"""Noise of the policy's gradient under every baseline: how much there is, and what a baseline takes away.
+
+At fixed weights each trajectory i and trained step k have a score s_ik, the gradient of the run's own loss
+with advantage 1; the update's gradient is the mean of A_ik s_ik. From the scores of some thousand
+trajectories, kept as sketches that preserve inner products, follow for any advantages
+
+    signal = |E g|^2,   noise = tr Cov g of one trajectory,   noise scale = noise / signal
+
+without another pass: the noise scale is the number of trajectories at which a rollout's gradient is as much
+signal as noise ("An Empirical Model of Large-Batch Training", arXiv 1812.06162).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.learning import units
+from bench.learning.problems import PROBLEMS, Materials, Prompts
+from lacfast import ops
+from lacfast.learning.pairs import Pairs, states_of
+from lacfast.learning.step_tables import step_tables
+from lacfast.policy import guided_output
+from lacfast.records import Rollout
+from lacfast.rewards.heads import stack_rewards
+from lacfast.runs import presets
+from lacfast.tasks.models import BackboneName
+from lacfast.trainer import LatentActorCriticTrainer
+
+MEASURED_IDS = 1 << 45
+"""First sample id of the trajectories that are measured; never the trainer's."""
+SKETCH = 4096
+"""Numbers that a gradient is kept as: an inner product deviates by 1 / sqrt(SKETCH) of the norms."""
+REFERENCE = "critic"
+"""Advantages whose expected gradient is the policy's, with little noise."""
+LAMBDAS = (0.95, 0.5, 0.0)
+"""Of GAE on the critic's values, beside 1, which is R - V."""
+STAGES = {"base": 0, "trained": 4_800}
+"""Name -> images of PPO before the measurement."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is sampled; a study holds measurements of one scale."""
+
+    prompts: int
+    images_per_prompt: int
+    group: int
+    """Images of a prompt that a group baseline has, itself included."""
+    batch_size: int
+    """Trajectories per rollout of value pretraining and of PPO."""
+    pretraining: int
+    """Iterations of value pretraining."""
+    stages: dict[str, int]
+    """Name -> images of PPO before the measurement."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Signal and noise of a gradient, in units of one trajectory's."""
+
+    signal: float
+    """|E g|^2, without bias; its error is of the order of noise / trajectories."""
+    noise: float
+    """tr Cov g of one trajectory."""
+    alignment: float
+    """Cosine between E g and that under R - V, which is the policy's gradient; without bias in its parts."""
+
+
+def run(
+    materials: Materials,
+    problem: str,
+    backbone: BackboneName,
+    seeds: Sequence[int],
+    scale: Scale,
+    study: Path,
+    *,
+    deadline: float = math.inf,
+) -> None:
+    """Measure what the study does not hold yet; begin nothing after the deadline."""
+    units.require_settings(study, {"problem": problem, "backbone": backbone, "scale": asdict(scale)})
+    for seed in seeds:
+        for stage, images in scale.stages.items():
+            if time.monotonic() > deadline:
+                return
+
+            def work(seed: int = seed, images: int = images) -> dict[str, Any]:
+                return measure(_trainer(materials, problem, backbone, scale, seed), scale, images) | {
+                    "seed": seed
+                }
+
+            unit = units.done(study, f"{stage}-seed{seed}", work)
+            if unit is not None:
+                noise = {name: f"{steps[-1]['noise']:.3g}" for name, steps in unit["noise"].items()}
+                print(f"{study.name}/{stage}-seed{seed}: noise {noise}", flush=True)
+
+
+def _trainer(
+    materials: Materials, problem: str, backbone: BackboneName, scale: Scale, seed: int
+) -> LatentActorCriticTrainer:
+    found = PROBLEMS[problem]
+    prompts = Prompts.of(found.task)
+    preset = presets.shapes(backbone)
+    pretrain = replace(
+        preset.pretrain, iterations=scale.pretraining, patience=scale.pretraining, held_out_samples=0
+    )
+    return LatentActorCriticTrainer(
+        materials.backbone(found.task, backbone),
+        {materials.reward(name, found.task): weight for name, weight in found.rewards.items()},
+        prompts.train,
+        replace(preset, seed=seed, batch_size=scale.batch_size, pretrain=pretrain),
+        held_out=prompts.tuning,
+    )
+
+
+def measure(trainer: LatentActorCriticTrainer, scale: Scale, images: int) -> dict[str, Any]:
+    """Noise of every baseline after value pretraining and so many images of PPO.
+
+    Returns:
+        "noise": baseline -> the trained steps one by one, and at last all together; "variance": of the
+        reward, over all trajectories and within a prompt.
+    """
+    trainer.pretrain_critic()
+    start = trainer.images
+    while trainer.images < start + images:
+        trainer.train_iteration()
+    chosen = trainer.prompts.take(range(min(scale.prompts, len(trainer.prompts))))
+    prompts = chosen.take([row for row in range(len(chosen)) for _ in range(scale.images_per_prompt)])
+    rollout = trainer.collect(prompts, MEASURED_IDS)
+    assert rollout is not None
+    scores = sketched_scores(trainer, rollout)
+    found = advantages(trainer, rollout, scale)
+    rewards = _rewards(trainer, rollout).view(-1, scale.images_per_prompt)
+    return {
+        "noise": {
+            name: [asdict(noise) for noise in _noises(scores, given, found[REFERENCE])]
+            for name, given in found.items()
+        },
+        "variance": {"all": float(rewards.var()), "within prompt": float(rewards.var(dim=1).mean())},
+        "trajectories": rollout.batch_size,
+        "images": trainer.images,
+    }
+
+
+def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tensor:
+    """(K, B, SKETCH): of the trained steps and trajectories, gradients of the loss at advantage 1."""
+    backbone, tables = trainer.backbone, step_tables(rollout.table, trainer.config.ppo, rollout.latents)
+    parameters = backbone.policy_parameters()
+    size = sum(parameter.numel() for parameter in parameters)
+    padded = math.ceil(size / SKETCH) * SKETCH
+    signs = torch.randint(2, (padded,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    flat = torch.zeros(padded)
+    steps = rollout.table.trainable_steps
+    found = torch.empty(len(steps), rollout.batch_size, SKETCH)
+    one = torch.ones(1)
+    for position, step in enumerate(steps):
+        for row in range(rollout.batch_size):
+            at = torch.tensor([step]), torch.tensor([row])
+            pairs = Pairs(*at, torch.tensor([position]))
+            output, _ = guided_output(
+                *(backbone, states_of(rollout, tables.timesteps, pairs), None),
+                *(trainer.config.sampler.guidance_scale, trainer.config.ppo.cfg_grad),
+            )
+            loss, _ = ops.ppo_loss(
+                *(output, rollout.model_outputs[at], one, tables.coefficients, at[0]),
+                noise=rollout.noise.select(at[1]),
+                clip_range=1.0,
+                step_weights=tables.weights,
+            )
+            gradients = torch.autograd.grad(loss, parameters)
+            torch.cat([gradient.flatten() for gradient in gradients], out=flat[:size])
+            found[position, row] = (flat * signs).view(-1, SKETCH).sum(dim=0)
+    return found
+
+
+def advantages(trainer: LatentActorCriticTrainer, rollout: Rollout, scale: Scale) -> dict[str, Tensor]:
+    """Baseline -> advantages (K, B) of the standardised reward; all but those of GAE leave E g as it is."""
+    rewards = _rewards(trainer, rollout)
+    steps = torch.tensor(rollout.table.trainable_steps)
+    values = rollout.values[steps, :, 0].to(rewards)
+    count = len(steps)
+
+    def left_out(groups: int) -> Tensor:
+        parts = rewards.view(-1, groups)
+        others = (parts.sum(dim=1, keepdim=True) - parts) / (groups - 1)
+        return (parts - others).flatten().expand(count, -1)
+
+    found = {
+        "nothing": rewards.expand(count, -1),
+        "rollout": left_out(len(rewards)),
+        f"{scale.group} of the prompt": left_out(scale.group),
+        f"{scale.images_per_prompt} of the prompt": left_out(scale.images_per_prompt),
+        "critic": rewards - values,
+        "critic at the first step": (rewards - values[0]).expand(count, -1),
+    }
+    following = torch.cat([values[1:], rewards[None]])
+    for decay in LAMBDAS:
+        advantage, made = torch.zeros_like(rewards), []
+        for step in reversed(range(count)):
+            advantage = following[step] - values[step] + decay * advantage
+            made.append(advantage)
+        found[f"critic, lambda {decay:g}"] = torch.stack(made[::-1])
+    return found
+
+
+def _rewards(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tensor:
+    """(B,) in the units of the critic's values."""
+    normalizer = trainer.normalizer
+    rewards = normalizer.head_rewards(stack_rewards(rollout))[:, 0]
+    return (rewards - normalizer.mean[0].to(rewards)) / normalizer.std[0].to(rewards)
+
+
+def _noises(scores: Tensor, given: Tensor, unbiased: Tensor) -> Iterator[Noise]:
+    """Of each trained step, then of all together."""
+    weighted, reference = (scores * each.unsqueeze(-1) for each in (given, unbiased))
+    yield from (noise_of(*pair) for pair in zip(weighted, reference, strict=True))
+    yield noise_of(weighted.sum(dim=0), reference.sum(dim=0))
+
+
+def noise_of(gradients: Tensor, reference: Tensor) -> Noise:
+    """Signal and noise of B trajectories' gradients (B, S), aligned with others' (B, S).
+
+    signal = ( |sum_i g_i|^2 - sum_i |g_i|^2 ) / (B (B - 1)),   noise = mean_i |g_i|^2 - signal
+    """
+    gradients, reference = gradients.double(), reference.double()
+    count = len(gradients)
+
+    def inner(first: Tensor, second: Tensor) -> float:
+        # Products of one trajectory with itself are noise.
+        whole = first.sum(dim=0) @ second.sum(dim=0) - (first * second).sum()
+        return float(whole) / (count * (count - 1))
+
+    signal = inner(gradients, gradients)
+    noise = float(gradients.square().sum()) / count - signal
+    squares = signal * inner(reference, reference)
+    alignment = inner(gradients, reference) / math.sqrt(squares) if squares > 0 else math.nan
+    return Noise(signal, noise, alignment)

@@ -1,0 +1,173 @@
+"""The crowds task: five to eight objects in three groups, their numbers and places; much to get wrong.
+
+A prompt names three groups of like objects, as in "three red circles left of two blue squares and one green
+triangle"; pictures are 3x3 cells of the shapes task.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from lacfast.rewards.reward import needs
+from lacfast.tasks import checker, gold
+from lacfast.tasks.predicates import RELATION_SHARE, Detection, likeness_to, relation_holds
+from lacfast.tasks.prompts import COLOURS, NUMBERS, RELATION_WORDS, SHAPES, Thing
+from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, JITTER, PlacedObject, render
+from lacfast.tasks.task import FloatArray, Prompt, Task
+
+GRID = 3
+"""Rows and columns of cells."""
+SIZE = GRID * CELL_SIZE
+"""H = W of a picture at scale 1."""
+GROUPS = 3
+TOTALS = range(5, 9)
+"""Objects of a picture."""
+KINDS = ("both", "left_of", "above")
+PER_KIND = 120
+PROMPT_SEED = 11
+
+Group = tuple[int, str, str]
+"""(number, colour, shape) of like objects."""
+
+
+def all_prompts() -> list[Prompt]:
+    """360 random prompts, 120 of every kind: for `left_of` and `above` the first group against the second."""
+    random = np.random.default_rng(PROMPT_SEED)
+    return [prompt for kind in KINDS for prompt in _prompts(kind, random)]
+
+
+def _prompts(kind: str, random: np.random.Generator) -> list[Prompt]:
+    things: list[Thing] = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    found: dict[str, Prompt] = {}
+    while len(found) < PER_KIND:
+        numbers = random.integers(1, len(NUMBERS) + 1, size=GROUPS).tolist()
+        chosen = [things[row] for row in random.permutation(len(things))[:GROUPS]]
+        if sum(numbers) in TOTALS:
+            groups = [(number, *thing) for number, thing in zip(numbers, chosen, strict=True)]
+            first, second, third = (_words(*group) for group in groups)
+            text = f"{first} {RELATION_WORDS[kind]} {second} and {third}"
+            found[text] = Prompt(text, {"kind": kind, "groups": groups})
+    return list(found.values())
+
+
+def _words(number: int, colour: str, shape: str) -> str:
+    return f"{NUMBERS[number - 1]} {colour} {shape}" + "s" * (number > 1)
+
+
+def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObject]:
+    """A random scene that obeys the prompt: uniform over the cells that its relation leaves, with jitter."""
+    kind, groups = prompt.metadata["kind"], prompt.metadata["groups"]
+    cells = random.permutation(GRID**2)
+    if kind in ("left_of", "above"):
+        first, second = groups[0][0], groups[1][0]
+        # Cells before a border of columns, or of rows, are the first group's, those behind it the second's.
+        borders = [line for line in range(1, GRID) if first <= GRID * line and second <= GRID * (GRID - line)]
+        border = random.choice(borders)
+        place = cells % GRID if kind == "left_of" else cells // GRID
+        mine, others = cells[place < border][:first], cells[place >= border][:second]
+        rest = cells[~np.isin(cells, [*mine, *others])]
+        cells = np.concatenate([mine, others, rest])
+    things = [(colour, shape) for number, colour, shape in groups for _ in range(number)]
+    scene = []
+    for (colour, shape), cell in zip(things, cells.tolist(), strict=False):
+        shift_y, shift_x = random.integers(-JITTER, JITTER + 1, size=2).tolist()
+        scene.append(PlacedObject(colour, shape, *divmod(cell, GRID), shift_y, shift_x))
+    return scene
+
+
+def sample_images(prompts: Sequence[Prompt], random: np.random.Generator, scale: int = 1) -> FloatArray:
+    """One ground-truth picture per prompt, (B, 3, H, W) float32 in [0, 1]; H = W = scale SIZE."""
+    return np.stack([render(sample_scene(prompt, random), scale, SIZE) for prompt in prompts])
+
+
+def task(scale: int = 1) -> Task:
+    """The crowds task with pictures of H = W = scale SIZE; prompts and scenes are the same."""
+    return Task(
+        name="crowds" if scale == 1 else f"crowds-{scale * SIZE}",
+        prompts=all_prompts,
+        draw=partial(sample_images, scale=scale),
+        background=BACKGROUND,
+        image_size=scale * SIZE,
+        held_out_per_kind=20,
+        pretraining_share=PRETRAINING_SHARE,
+    )
+
+
+PRETRAINING_SHARE = 1.0
+TASK = task()
+
+
+def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: for metadata that say not what a picture must show.
+    """
+    if metadata.get("kind") not in KINDS or len(metadata.get("groups", ())) != GROUPS:
+        raise ValueError(
+            f"its metadata {metadata} name no kind of {', '.join(KINDS)} with three groups; take the prompts "
+            "of the task, 'crowds' or 'crowds-held-out', or a .jsonl file that gives both"
+        )
+
+
+def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[float, float]:
+    """Strict and partial score of one image.
+
+    strict  = 1 where exactly the wanted objects are seen and the relation holds between all of them, else 0
+    partial = sum of likenesses over the best matching / max(wanted, seen): half a point for the colour, half
+              for the shape; for a relation that counts 3/4, and the share of its pairs that obey it adds 1/4
+    """
+    check_prompt("", metadata)
+    kind, groups = metadata["kind"], [tuple(group) for group in metadata["groups"]]
+    wanted = [(colour, shape) for number, colour, shape in groups for _ in range(number)]
+    alike = np.array([[likeness_to(thing, seen) for seen in detections] for thing in wanted])
+    matched = alike[linear_sum_assignment(alike, maximize=True)].sum() if detections else 0.0
+    objects = matched / max(len(wanted), len(detections))
+    share = RELATION_SHARE if kind in ("left_of", "above") else 0.0
+    obeyed = _obeyed(kind, groups, detections)
+    strict = obeyed == 1 and Counter(wanted) == Counter((seen.colour, seen.shape) for seen in detections)
+    return float(strict), float((1 - share) * objects + share * obeyed)
+
+
+def _obeyed(kind: str, groups: Sequence[Any], detections: Sequence[Detection]) -> float:
+    """Share of the pairs of first and second group that obey the relation; 0 without a pair."""
+    first, second = (
+        [seen for seen in detections if (seen.colour, seen.shape) == group[1:]] for group in groups[:2]
+    )
+    pairs = [relation_holds(kind, one, other) for one in first for other in second]
+    return float(np.mean(pairs)) if pairs else 0.0
+
+
+Detect = Callable[[FloatArray, int], list[list[Detection]]]
+
+
+def _scores(images: Tensor, metadata: Sequence[dict[str, Any]], detect: Detect) -> Tensor:
+    """Strict and partial scores (2, B) of images (B, 3, H, W)."""
+    pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
+    rows = [score(seen, wanted) for seen, wanted in zip(detect(pixels, SIZE), metadata, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32).view(-1, 2).T
+
+
+@needs(check_prompt)
+def crowds_strict(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """1 where the image shows exactly what the prompt says, else 0; (B,) float32 on the CPU, no gradient."""
+    return _scores(images, metadata, checker.detect)[0]
+
+
+@needs(check_prompt)
+def crowds_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """0.5 strict + 0.5 partial, (B,) float32 in [0, 1] on the CPU, no gradient."""
+    return _scores(images, metadata, checker.detect).mean(dim=0)
+
+
+@needs(check_prompt)
+def crowds_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Strict accuracy by the second checker, never trained on: it tells obedience from an exploit."""
+    return _scores(images, metadata, gold.detect)[0]
