@@ -8,10 +8,17 @@ trajectories, kept as sketches that preserve inner products, follow for any adva
 
 without another pass: the noise scale is the number of trajectories at which a rollout's gradient is as much
 signal as noise ("An Empirical Model of Large-Batch Training", arXiv 1812.06162).
+
+    python -m bench.learning.gradient_noise                     both stages, DiT, a quarter of an hour a seed
+    python -m bench.learning.gradient_noise --smoke --out FILE  does it run
+
+Each measurement is kept in bench/results/learning/gradients, so the next call goes on; docs/results.md has
+the table.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.learning import units
+from bench.learning import page, units
 from bench.learning.problems import PROBLEMS, Materials, Prompts
 from lacfast import ops
 from lacfast.learning.pairs import Pairs, states_of
@@ -42,8 +49,9 @@ REFERENCE = "critic"
 """Advantages whose expected gradient is the policy's, with little noise."""
 LAMBDAS = (0.95, 0.5, 0.0)
 """Of GAE on the critic's values, beside 1, which is R - V."""
-STAGES = {"base": 0, "trained": 4_800}
-"""Name -> images of PPO before the measurement."""
+BLOCKS = 16
+"""Parts of the trajectories, of which one after the other is left out for the error of a signal."""
+LEARNING = Path(__file__).resolve().parents[1] / "results" / "learning"
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,27 @@ class Scale:
     """Name -> images of PPO before the measurement."""
 
 
+FULL = Scale(
+    prompts=198,
+    images_per_prompt=24,
+    group=8,
+    batch_size=192,
+    pretraining=16,
+    stages={"base": 0, "trained": 4_800},
+)
+SMOKE = Scale(
+    prompts=2, images_per_prompt=4, group=2, batch_size=8, pretraining=1, stages={"base": 0, "trained": 8}
+)
+
+
 @dataclass(frozen=True)
 class Noise:
     """Signal and noise of a gradient, in units of one trajectory's."""
 
     signal: float
-    """|E g|^2, without bias; its error is of the order of noise / trajectories."""
+    """|E g|^2, without bias: below 0 where nothing is seen of it."""
+    error: float
+    """Of the signal, by the jackknife over BLOCKS."""
     noise: float
     """tr Cov g of one trajectory."""
     alignment: float
@@ -229,16 +252,55 @@ def noise_of(gradients: Tensor, reference: Tensor) -> Noise:
 
     signal = ( |sum_i g_i|^2 - sum_i |g_i|^2 ) / (B (B - 1)),   noise = mean_i |g_i|^2 - signal
     """
-    gradients, reference = gradients.double(), reference.double()
-    count = len(gradients)
+    signals = _inner(gradients, gradients)
+    signal, without = float(signals[0]), signals[1:]
+    squares = signal * float(_inner(reference, reference)[0])
+    alignment = float(_inner(gradients, reference)[0]) / math.sqrt(squares) if squares > 0 else math.nan
+    return Noise(
+        signal=signal,
+        error=float(((len(without) - 1) * without.var(correction=0)).sqrt()),
+        noise=float(gradients.double().square().sum()) / len(gradients) - signal,
+        alignment=alignment,
+    )
 
-    def inner(first: Tensor, second: Tensor) -> float:
-        # Products of one trajectory with itself are noise.
-        whole = first.sum(dim=0) @ second.sum(dim=0) - (first * second).sum()
-        return float(whole) / (count * (count - 1))
 
-    signal = inner(gradients, gradients)
-    noise = float(gradients.square().sum()) / count - signal
-    squares = signal * inner(reference, reference)
-    alignment = inner(gradients, reference) / math.sqrt(squares) if squares > 0 else math.nan
-    return Noise(signal, noise, alignment)
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """E f . E s without bias, of all trajectories and then without each block, (1 + BLOCKS,) float64."""
+    count = torch.full((BLOCKS + 1,), float(len(first)), dtype=torch.float64)
+    parts = [each.double().tensor_split(BLOCKS) for each in (first, second)]
+    sums = [torch.stack([part.sum(dim=0) for part in each]) for each in parts]
+    alone = torch.stack([(one * other).sum() for one, other in zip(*parts, strict=True)])
+    count[1:] -= torch.tensor([len(part) for part in parts[0]])
+    left = [torch.cat([each.sum(dim=0, keepdim=True), each.sum(dim=0) - each]) for each in sums]
+    # Products of one trajectory with itself are noise.
+    own = torch.cat([alone.sum()[None], alone.sum() - alone])
+    return ((left[0] * left[1]).sum(dim=1) - own) / (count * (count - 1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problem", choices=tuple(PROBLEMS), default="shapes")
+    parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
+    parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after these")
+    parser.add_argument("--out", type=Path, help="file without .json; default: gradients/PROBLEM-BACKBONE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    run(
+        Materials(options.materials),
+        options.problem,
+        options.backbone,
+        options.seeds,
+        SMOKE if options.smoke else FULL,
+        options.out or LEARNING / "gradients" / f"{options.problem}-{options.backbone}",
+        deadline=time.monotonic() + 60 * options.minutes,
+    )
+    page.write(LEARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.learning import critics_section, figures, steering_section, tables, units
+from bench.learning import critics_section, figures, gradients_section, steering_section, tables, units
 from bench.learning.analysis import images, seconds
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
@@ -22,7 +22,8 @@ HEAD = """# What learning shows
 
 To see which method learns more, per image and per second, and where this one loses.
 
-Written by `python -m bench.learning`, `bench.learning.steering` and `.critics`; every study is a file.
+Written by `python -m bench.learning`, `bench.learning.steering`, `.critics` and `.gradient_noise`; every
+study is a file.
 Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
@@ -45,6 +46,7 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     ]
     sections += steering_section.sections(results, pictures)
     sections += critics_section.sections(results, pictures)
+    sections += gradients_section.sections(results)
     summary = list(tables.summary(results, claims))
     short = (
         ["## In short\n\n" + "\n\n".join([_conclusion(results, claims), "\n".join(summary)])]

@@ -1,0 +1,104 @@
+"""The part of docs/results.md about the noise of the policy's gradient under every baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench.learning import units
+from bench.learning.units import Unit
+
+FIRST = "nothing"
+REFERENCE = "critic"
+HEAD = """How much of the policy's gradient is noise, and what does each baseline take away? Problem
+`{problem}`, seeds: {seeds}. At fixed weights, {trajectories:,} trajectories: the gradient's variance per
+trajectory, as a share of that under the plain reward, of each trained step and of all together. The critic
+has had {pretraining} rollouts of value pretraining. Baselines leave the expected gradient as it is; GAE below
+1 does not: alignment is the cosine to the gradient of R - V, left out where a signal is below twice its
+error."""
+
+
+def sections(results: Path) -> list[str]:
+    """One section per study that has a measurement."""
+    found = (_section(study) for study in units.studies(results / "gradients"))
+    return [section for section in found if section]
+
+
+def _section(study: Path) -> str:
+    found = units.load(study)
+    settings = found.pop(units.SETTINGS, None)
+    if settings is None or not found:
+        return ""
+    scale = settings["scale"]
+    stages = {
+        stage: [unit for key, unit in found.items() if key.startswith(f"{stage}-seed")]
+        for stage in scale["stages"]
+    }
+    head = HEAD.format(
+        problem=settings["problem"],
+        seeds=max(map(len, stages.values())),
+        trajectories=next(iter(found.values()))["trajectories"],
+        pretraining=scale["pretraining"],
+    )
+    lines = [f"## gradients, {study.name}", "", head]
+    for stage, measured in stages.items():
+        if measured:
+            lines += ["", f"{_title(scale['stages'][stage])} {_signal(measured)}", "", *_table(measured)]
+    return "\n".join(lines)
+
+
+def _title(images: int) -> str:
+    return f"**After {images:,} images of PPO.**" if images else "**The base model.**"
+
+
+def _signal(measured: Sequence[Unit]) -> str:
+    """The noise scale, or the least that it can be."""
+    signal, error, noise = (mean(_whole(unit, REFERENCE)[name] for unit in measured) for name in _NUMBERS)
+    within = mean(unit["variance"]["within prompt"] / unit["variance"]["all"] for unit in measured)
+    error /= len(measured) ** 0.5
+    share = f"{within:.0%} of the reward's variance lies between images of one prompt."
+    if signal < 2 * error:
+        least = noise / (max(signal, 0.0) + 2 * error)
+        return (
+            "The critic's gradient has a signal below twice its error: a rollout is as much signal as noise "
+            f"with more than {least:,.0f} trajectories. {share}"
+        )
+    return (
+        f"A rollout of the critic's is as much signal as noise with {noise / signal:,.0f} trajectories "
+        f"({noise / (signal + 2 * error):,.0f} at two errors more). {share}"
+    )
+
+
+_NUMBERS = ("signal", "error", "noise")
+
+
+def _whole(unit: Unit, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = unit["noise"][name][-1]
+    return found
+
+
+def _table(measured: Sequence[Unit]) -> Iterator[str]:
+    names, steps = list(measured[0]["noise"]), len(measured[0]["noise"][FIRST])
+    columns = ["baseline", *(f"trained step {step}" for step in range(steps - 1)), "all", "alignment"]
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + "---|" * len(columns)
+    for name in names:
+        shares = [
+            mean(_noise(unit, name, step) / _noise(unit, FIRST, step) for unit in measured)
+            for step in range(steps)
+        ]
+        cells = [name, *(f"{share:.2f}" for share in shares), _aligned(measured, name)]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _noise(unit: Unit, name: str, step: int) -> float:
+    return float(unit["noise"][name][step]["noise"])
+
+
+def _aligned(measured: Sequence[Unit], name: str) -> str:
+    """Only GAE's moves the expected gradient."""
+    whole = [_whole(unit, name) for unit in measured]
+    is_seen = all(each["signal"] > 2 * each["error"] for each in whole)
+    return f"{mean(each['alignment'] for each in whole):.2f}" if "lambda" in name and is_seen else ""

@@ -1,0 +1,91 @@
+"""Noise of gradients: without bias, of the very gradient that an update takes, and told on the page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.learning import gradient_noise, gradients_section, units
+from bench.learning.gradient_noise import REFERENCE, SMOKE, noise_of
+from bench.learning.problems import Materials
+from lacfast import ops
+from lacfast.learning.pairs import all_pairs, states_of
+from lacfast.learning.step_tables import step_tables
+from lacfast.runtime.directories import whole_directory
+from lacfast.tasks.pretraining import pretrain
+from lacfast.tasks.storage import save_pretrained
+
+
+def test_signal_and_noise_of_gaussians_are_found_within_the_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.full((50,), 0.1)
+    gradients = mean + 2 * torch.randn(4_000, 50, generator=generator)
+    found = noise_of(gradients, mean.expand_as(gradients) + 0.5 * torch.randn(4_000, 50, generator=generator))
+    assert found.noise == pytest.approx(50 * 4, rel=0.02)
+    assert abs(found.signal - 0.5) < 3 * found.error
+    # U-statistic: 4 |mean|^2 sigma^2 / n + 2 d sigma^4 / n^2.
+    assert found.error == pytest.approx(math.sqrt(4 * 0.5 * 4 / 4_000 + 2 * 50 * 16 / 4_000**2), rel=0.5)
+    assert found.alignment == pytest.approx(1, abs=0.1)
+    plain = float(gradients.mean(dim=0).square().sum())
+    assert plain > found.signal + 2 * 50 * 4 / 4_000 / 3
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gradients")
+    with whole_directory(folder / "shapes-dit") as target:
+        save_pretrained(pretrain("dit", steps=2), target)
+    found = folder / "results" / "gradients" / "shapes-dit"
+    gradient_noise.run(Materials(folder), "shapes", "dit", [0], SMOKE, found)
+    return found
+
+
+def test_a_study_has_every_baseline_at_every_trained_step_and_stage(study: Path) -> None:
+    found = units.load(study)
+    for stage in SMOKE.stages:
+        noise = found[f"{stage}-seed0"]["noise"]
+        assert all(len(steps) == 6 for steps in noise.values())
+        # The last step's value is not used again, so GAE leaves its advantage as it is.
+        last: dict[str, Any] = {name: steps[-2] for name, steps in noise.items()}
+        assert last["critic, lambda 0"]["noise"] == pytest.approx(last[REFERENCE]["noise"])
+        assert noise["critic, lambda 0"][0]["noise"] != pytest.approx(noise[REFERENCE][0]["noise"])
+
+
+def test_the_page_tells_what_each_baseline_takes_away(study: Path) -> None:
+    (section,) = gradients_section.sections(study.parents[1])
+    assert "## gradients, shapes-dit" in section
+    assert "| nothing | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 | 1.00 |  |" in section
+    assert "**After 8 images of PPO.**" in section
+
+
+def test_sketched_scores_are_the_update_s_own_gradient(study: Path) -> None:
+    trainer = gradient_noise._trainer(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0)
+    rollout = trainer.collect(trainer.prompts.take(range(6)), gradient_noise.MEASURED_IDS)
+    assert rollout is not None
+    scores = gradient_noise.sketched_scores(trainer, rollout)
+    tables = step_tables(rollout.table, trainer.config.ppo, rollout.latents)
+    pairs = all_pairs(torch.tensor(rollout.table.trainable_steps), rollout.batch_size)
+    advantages = torch.randn(len(pairs), generator=torch.Generator().manual_seed(0))
+    states = states_of(rollout, tables.timesteps, pairs)
+    output = trainer.backbone.predict(states.sample, states.timestep, states.conditioning)
+    loss, _ = ops.ppo_loss(
+        *(
+            output,
+            rollout.model_outputs[pairs.steps, pairs.rows],
+            advantages,
+            tables.coefficients,
+            pairs.steps,
+        ),
+        noise=rollout.noise.select(pairs.rows),
+        clip_range=1.0,
+        step_weights=tables.weights,
+    )
+    gradients = torch.autograd.grad(loss, trainer.backbone.policy_parameters())
+    whole = sum(float(gradient.square().sum()) for gradient in gradients)
+    mine = (scores[pairs.position, pairs.rows] * advantages[:, None]).mean(dim=0)
+    # A sketch of 4,096 numbers keeps a squared norm within some per cent.
+    assert float(mine.square().sum()) == pytest.approx(whole, rel=0.15)
