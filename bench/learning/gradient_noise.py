@@ -37,7 +37,7 @@ from lacfast.learning.step_tables import step_tables
 from lacfast.policy import guided_output
 from lacfast.records import Rollout
 from lacfast.rewards.heads import stack_rewards
-from lacfast.runs import presets
+from lacfast.runs.demo_config import demo_config
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -130,7 +130,7 @@ def _trainer(
 ) -> LatentActorCriticTrainer:
     found = PROBLEMS[problem]
     prompts = Prompts.of(found.task)
-    preset = presets.shapes(backbone)
+    preset = demo_config(backbone)
     pretrain = replace(
         preset.pretrain, iterations=scale.pretraining, patience=scale.pretraining, held_out_samples=0
     )

@@ -1,7 +1,7 @@
-"""The crowds task: five to eight objects in three groups, their numbers and places; much to get wrong.
+"""The crowds task: five to eight objects in two groups, their numbers and places; much to get wrong.
 
-A prompt names three groups of like objects, as in "three red circles left of two blue squares and one green
-triangle"; pictures are 3x3 cells of the shapes task.
+A prompt names two groups of like objects, as in "five red circles left of two blue squares"; pictures are 3x3
+cells of the shapes task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GRID = 3
 """Rows and columns of cells."""
 SIZE = GRID * CELL_SIZE
 """H = W of a picture at scale 1."""
-GROUPS = 3
+WORDS = (*NUMBERS, "five")
 TOTALS = range(5, 9)
 """Objects of a picture."""
 KINDS = ("both", "left_of", "above")
@@ -39,7 +39,7 @@ Group = tuple[int, str, str]
 
 
 def all_prompts() -> list[Prompt]:
-    """360 random prompts, 120 of every kind: for `left_of` and `above` the first group against the second."""
+    """360 random prompts, 120 of every kind, whose groups can be placed."""
     random = np.random.default_rng(PROMPT_SEED)
     return [prompt for kind in KINDS for prompt in _prompts(kind, random)]
 
@@ -48,18 +48,23 @@ def _prompts(kind: str, random: np.random.Generator) -> list[Prompt]:
     things: list[Thing] = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     found: dict[str, Prompt] = {}
     while len(found) < PER_KIND:
-        numbers = random.integers(1, len(NUMBERS) + 1, size=GROUPS).tolist()
-        chosen = [things[row] for row in random.permutation(len(things))[:GROUPS]]
-        if sum(numbers) in TOTALS:
+        numbers = random.integers(1, len(WORDS) + 1, size=2).tolist()
+        chosen = [things[row] for row in random.permutation(len(things))[:2]]
+        if sum(numbers) in TOTALS and (kind == "both" or _borders(*numbers)):
             groups = [(number, *thing) for number, thing in zip(numbers, chosen, strict=True)]
-            first, second, third = (_words(*group) for group in groups)
-            text = f"{first} {RELATION_WORDS[kind]} {second} and {third}"
+            first, second = (_words(*group) for group in groups)
+            text = f"{first} {RELATION_WORDS[kind]} {second}"
             found[text] = Prompt(text, {"kind": kind, "groups": groups})
     return list(found.values())
 
 
+def _borders(first: int, second: int) -> list[int]:
+    """Lines of the grid before which `first` cells are, and behind which `second` are."""
+    return [line for line in range(1, GRID) if first <= GRID * line and second <= GRID * (GRID - line)]
+
+
 def _words(number: int, colour: str, shape: str) -> str:
-    return f"{NUMBERS[number - 1]} {colour} {shape}" + "s" * (number > 1)
+    return f"{WORDS[number - 1]} {colour} {shape}" + "s" * (number > 1)
 
 
 def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObject]:
@@ -67,14 +72,11 @@ def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObje
     kind, groups = prompt.metadata["kind"], prompt.metadata["groups"]
     cells = random.permutation(GRID**2)
     if kind in ("left_of", "above"):
-        first, second = groups[0][0], groups[1][0]
         # Cells before a border of columns, or of rows, are the first group's, those behind it the second's.
-        borders = [line for line in range(1, GRID) if first <= GRID * line and second <= GRID * (GRID - line)]
-        border = random.choice(borders)
+        first, second = groups[0][0], groups[1][0]
+        border = random.choice(_borders(first, second))
         place = cells % GRID if kind == "left_of" else cells // GRID
-        mine, others = cells[place < border][:first], cells[place >= border][:second]
-        rest = cells[~np.isin(cells, [*mine, *others])]
-        cells = np.concatenate([mine, others, rest])
+        cells = np.concatenate([cells[place < border][:first], cells[place >= border][:second]])
     things = [(colour, shape) for number, colour, shape in groups for _ in range(number)]
     scene = []
     for (colour, shape), cell in zip(things, cells.tolist(), strict=False):
@@ -110,9 +112,9 @@ def check_prompt(prompt: str, metadata: dict[str, Any]) -> None:
     Raises:
         ValueError: for metadata that say not what a picture must show.
     """
-    if metadata.get("kind") not in KINDS or len(metadata.get("groups", ())) != GROUPS:
+    if metadata.get("kind") not in KINDS or len(metadata.get("groups", ())) != 2:
         raise ValueError(
-            f"its metadata {metadata} name no kind of {', '.join(KINDS)} with three groups; take the prompts "
+            f"its metadata {metadata} name no kind of {', '.join(KINDS)} with two groups; take the prompts "
             "of the task, 'crowds' or 'crowds-held-out', or a .jsonl file that gives both"
         )
 
@@ -139,7 +141,7 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
 def _obeyed(kind: str, groups: Sequence[Any], detections: Sequence[Detection]) -> float:
     """Share of the pairs of first and second group that obey the relation; 0 without a pair."""
     first, second = (
-        [seen for seen in detections if (seen.colour, seen.shape) == group[1:]] for group in groups[:2]
+        [seen for seen in detections if (seen.colour, seen.shape) == group[1:]] for group in groups
     )
     pairs = [relation_holds(kind, one, other) for one in first for other in second]
     return float(np.mean(pairs)) if pairs else 0.0
