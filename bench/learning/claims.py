@@ -265,6 +265,18 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         seeds=3,
     ),
+    "crowds": Claim(
+        question="Does it hold where much is to be right at once, and the base model obeys a tenth?",
+        problem="crowds",
+        arms=_objective_arms,
+        budgets={
+            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
+        },
+        metrics=("crowds_strict", "crowds_gold", "diversity"),
+        reward_costs=(0.0, 0.05),
+        seeds=3,
+    ),
     "proxy": Claim(
         question="With a learnt reward that can be fooled, what happens to what it stands for?",
         problem="similarity",
