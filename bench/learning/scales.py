@@ -14,7 +14,7 @@ from bench.learning.claims import Claim
 from bench.learning.dual_encoder import STEPS
 from bench.learning.problems import PROBLEMS, Materials, Problem
 from bench.learning.runs import Arm
-from lacfast.config import Ratio, TrainConfig
+from lacfast.config import PPO, Ratio, TrainConfig
 from lacfast.tasks import crowds, glyphs, scenes
 from lacfast.tasks.models import SMALL, TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig
@@ -95,8 +95,8 @@ class Scale:
             pretrain = replace(pretrain, iterations=count, patience=count, held_out_samples=2 * batch)
         # A log ratio is a mean over N elements, so it deviates by 1 / sqrt(N): by that of the picture's side.
         narrower = BASE_SIZE / image_size
-        ppo = config.ppo
-        if isinstance(ppo.clip, Ratio) and isinstance(ppo.clip.clip_range, float):
+        ppo, has_ratio = config.ppo, isinstance(config.objective, PPO)
+        if has_ratio and isinstance(ppo.clip, Ratio) and isinstance(ppo.clip.clip_range, float):
             ppo = replace(ppo, clip=Ratio(ppo.clip.clip_range * narrower))
         return replace(config, batch_size=batch, pretrain=pretrain, ppo=ppo)
 

@@ -83,7 +83,8 @@ def sample_scene(prompt: Prompt, random: np.random.Generator) -> list[PlacedObje
     scene = []
     for (colour, shape), cell in zip(things, cells.tolist(), strict=False):
         shift_y, shift_x = random.integers(-JITTER, JITTER + 1, size=2).tolist()
-        scene.append(PlacedObject(colour, shape, *divmod(cell, GRID), shift_y, shift_x))
+        row, column = divmod(cell, GRID)
+        scene.append(PlacedObject(colour, shape, row, column, shift_y, shift_x))
     return scene
 
 

@@ -264,6 +264,14 @@ def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
     assert SCALES["cpu"].config(claim.arms("dit")["GRPO"].config, 32) == claim.arms("dit")["GRPO"].config
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_claim_has_its_arms_at_every_scale(scale: str) -> None:
+    for claim in CLAIMS.values():
+        larger = SCALES[scale].claim(claim)
+        for backbone in claim.budgets:
+            assert larger.arms(backbone).keys() == claim.arms(backbone).keys()
+
+
 def test_a_budget_for_the_file_asks_for_no_smaller_one() -> None:
     reward = JpegBudget.of(scenes.TASK)
     flat, noise = torch.full((1, 3, 32, 32), 0.5), torch.rand(1, 3, 32, 32, generator=torch.Generator())
