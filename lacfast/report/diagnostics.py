@@ -93,7 +93,7 @@ def _critic_explains(train: Records) -> Iterator[Finding]:
     if variance < floor + SMALL_VARIANCE:
         yield Finding(
             "The critic is at its floor",
-            f"it explains {variance:.2f} of the rewards' variance over the last {len(last)} iterations; the "
+            f"it explains {variance:.2f} of the rewards' variance over {_last(last)}; the "
             f"prompt alone explains {floor:.2f}",
             "Pretrain its values longer, give its branch more blocks, or lower its learning rate if it was "
             "better before. Until it explains more, a group-relative estimator costs less",
@@ -107,7 +107,7 @@ def _clip_works(train: Records) -> Iterator[Finding]:
     if clipped == 0 and len(train) > 3:
         yield Finding(
             "The clip is inert",
-            f"no pair was clipped in the last {len(last)} iterations",
+            f"no pair was clipped in {_last(last)}",
             "If the reward rises too slowly, raise policy_learning_rate; if it should be held back, lower "
             "the clip",
             int(last[-1]["iteration"]),
@@ -115,7 +115,7 @@ def _clip_works(train: Records) -> Iterator[Finding]:
     if clipped > MANY_CLIPPED:
         yield Finding(
             "Most pairs are clipped",
-            f"{clipped:.0%} of the pairs had no gradient in the last {len(last)} iterations",
+            f"{clipped:.0%} of the pairs had no gradient in {_last(last)}",
             "Lower policy_learning_rate or num_inner_epochs, or widen the clip",
             int(last[-1]["iteration"]),
         )
@@ -229,6 +229,10 @@ def calibration_slope(bins: Sequence[Sequence[float | None]]) -> tuple[float, fl
     slope = sum(distance * found for distance, found in zip(distances, returns, strict=True)) / spread
     squares = sum((distance * error) ** 2 for distance, error in zip(distances, errors, strict=True))
     return slope, math.sqrt(squares) / spread
+
+
+def _last(records: Records) -> str:
+    return "the last iteration" if len(records) == 1 else f"the last {len(records)} iterations"
 
 
 def _margin(record: Record, name: str) -> float:

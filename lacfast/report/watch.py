@@ -59,7 +59,8 @@ def screen(directory: Path, records: Records, settings: dict[str, Any]) -> Rende
         parts.append(told)
     if train and not found:
         parts.append(Text("none of the known signatures of failure", style="green"))
-    parts.append(_curves(records, train))
+    if records:
+        parts.append(_curves(records, train))
     if train and len(_steps(train[-1], "explained_variance")) > 1:
         parts.append(_per_step(train))
     return Group(*parts)

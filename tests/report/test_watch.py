@@ -62,7 +62,8 @@ def begun(directory: Path) -> Path:
 
 def test_a_run_without_a_line_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = begun(tmp_path / "run")
-    assert "run has begun and written no line yet" in " ".join(shown(directory).split())
+    text = " ".join(shown(directory).split())
+    assert text == "run has begun and written no line yet: it loads or makes its model"
     write_run(tmp_path / "other")
 
     def writes(seconds: float) -> None:
