@@ -28,6 +28,7 @@ from lacfast.runs.config import EvaluationRun, RunConfig, SteeringRun
 from lacfast.runs.help import PAGES, asked, fitted, footer, settings_of
 from lacfast.runs.recipes import Recipe, find_recipe, is_file, recipe_names, recipes
 from lacfast.runs.usage import refusal
+from lacfast.runs.warned import plain_warnings
 from lacfast.runtime.signals import raised
 
 FIRST_TELLS_SECONDS = 10.0
@@ -259,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
-            with raised():
+            with raised(), plain_warnings():
                 try:
                     command = _parsed(arguments)
                     if not isinstance(command, Train | Evaluate | Steer):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -25,6 +27,7 @@ from lacfast.runs.endings import FAILURE, USAGE
 from lacfast.runs.environment import extras
 from lacfast.runs.help import PAGES, asked
 from lacfast.runs.recipes import recipe_names
+from lacfast.runs.warned import plain_warnings
 from lacfast.tasks.pretraining import pretrain
 
 HEAVY = ("torch", "diffusers", "matplotlib", "scipy", "numpy")
@@ -306,6 +309,20 @@ def test_a_dead_reward_server_ends_a_run_before_any_work(
     assert main(["train", "shapes", "--rewards", f"taste={url}", "1"]) == FAILURE
     printed = capsys.readouterr().err
     assert f"lacfast: remote reward 'taste' has no server that answers: {url}: ConnectionRefused" in printed
+
+
+def test_a_warning_of_a_command_is_a_line_as_an_error_is() -> None:
+    news, known = (
+        logging.makeLogRecord({"msg": f"`CLIPImageProcessor` {what}"})
+        for what in ("is broken", "requires torchvision (not installed); falling back to another")
+    )
+    processors = logging.getLogger("transformers.utils.import_utils")
+    with plain_warnings():
+        assert warnings.formatwarning("so", UserWarning, "loading.py", 3) == "lacfast: warning: so\n"
+        assert processors.filter(news)
+        assert not processors.filter(known)
+    assert "loading.py:3" in warnings.formatwarning("so", UserWarning, "loading.py", 3)
+    assert processors.filter(known)
 
 
 def test_info_json_says_which_kernels_are_usable(capsys: pytest.CaptureFixture[str]) -> None:
