@@ -318,7 +318,7 @@ def test_a_warning_of_a_command_is_a_line_as_an_error_is() -> None:
     )
     processors = logging.getLogger("transformers.utils.import_utils")
     with plain_warnings():
-        assert warnings.formatwarning("so", UserWarning, "loading.py", 3) == "lacfast: warning: so\n"
+        assert warnings.formatwarning("so", UserWarning, "loading.py", 3) == "warning: so\n"
         assert processors.filter(news)
         assert not processors.filter(known)
     assert "loading.py:3" in warnings.formatwarning("so", UserWarning, "loading.py", 3)

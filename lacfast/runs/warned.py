@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings within the block are lines as errors are; transformers' news of image processors is left out.
+    """Warnings within the block are a line each; transformers' news of image processors is left out.
 
     It comes with every import of a pipeline where torchvision is not installed, and no command needs that.
     """
@@ -26,7 +26,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def _line(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"lacfast: warning: {message}\n"
+    return f"warning: {message}\n"
 
 
 def _is_news(record: logging.LogRecord) -> bool:
