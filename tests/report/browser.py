@@ -32,7 +32,13 @@ def quiet_page(opened: Any, *, width: int = 1280, scheme: str = "light") -> tupl
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("requestfailed", lambda request: said.append(request.url))
+
+    def failed(request: Any) -> None:
+        # A page that is left for the next gives up what it still waits for.
+        if request.failure != "net::ERR_ABORTED":
+            said.append(f"{request.url}: {request.failure}")
+
+    page.on("requestfailed", failed)
 
     def alerted(dialog: Any) -> None:
         said.append(dialog.message)
