@@ -19,9 +19,10 @@ from bench import gpu_check, graph_timing, random_models
 from bench import kernels as bench_kernels
 from bench.arms import ARMS, EAGER
 from bench.gpu_check import Part, Setting
-from bench.workloads import WORKLOADS
+from bench.workloads import WORKLOADS, libraries
 
 ROOT = Path(__file__).resolve().parents[2]
+BORROWED = {libraries.LIGER, libraries.QUACK, libraries.TORCHRL_LOOP, libraries.TORCHRL_VECTORIZED}
 
 
 @pytest.fixture
@@ -148,7 +149,9 @@ def passed_on_a_pretended_device(name: str, folder: Path) -> list[dict[str, Any]
     assert part.status == "passed", part.output
     assert part.result.get("missing", {}) in ({}, [])
     rows = part.result.get("rows", [])
-    assert [row["error"] for row in rows if "error" in row] == []
+    # Other projects' functions need not be installed.
+    failed = [row for row in rows if "error" in row and row.get("provider") not in BORROWED]
+    assert [row["error"] for row in failed] == []
     return rows
 
 
