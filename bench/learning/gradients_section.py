@@ -61,14 +61,11 @@ def _signal(measured: Sequence[Unit]) -> str:
     share = f"{within:.0%} of the reward's variance lies between images of one prompt."
     if signal < 2 * error:
         least = noise / (max(signal, 0.0) + 2 * error)
-        return (
-            "The critic's gradient has a signal below twice its error: a rollout is as much signal as noise "
-            f"with more than {least:,.0f} trajectories. {share}"
-        )
-    return (
-        f"A rollout of the critic's is as much signal as noise with {noise / signal:,.0f} trajectories "
-        f"({noise / (signal + 2 * error):,.0f} at two errors more). {share}"
-    )
+        found = f"With the critic's advantages signal equals noise at more than {least:,.0f} trajectories"
+        return f"{found}, since the signal is below twice its error. {share}"
+    least = noise / (signal + 2 * error)
+    found = f"With the critic's advantages signal equals noise at {noise / signal:,.0f} trajectories"
+    return f"{found}, {least:,.0f} were the signal two errors larger. {share}"
 
 
 _NUMBERS = ("signal", "error", "noise")
