@@ -103,6 +103,10 @@ def forked(directory: Path, die_at: int = 0, seconds: float | None = None) -> tu
     return not os.WIFSIGNALED(status), int(calls or 0)
 
 
+_OF_ITS_PROCESSES = ("seconds", "weight_bytes", "traffic_bytes")
+"""Metrics that tell of a start too: a run that goes on agrees with the other ranks once more."""
+
+
 def contents(directory: Path) -> dict[str, Any]:
     """What a run has left, without the time that it took, what it sent and the numbers of its processes."""
     found: dict[str, Any] = {}
@@ -113,7 +117,7 @@ def contents(directory: Path) -> dict[str, Any]:
             entries = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = str(
                 [
-                    {key: entry[key] for key in entry if not key.startswith(("seconds", "weight_bytes"))}
+                    {key: entry[key] for key in entry if not key.startswith(_OF_ITS_PROCESSES)}
                     for entry in entries
                 ]
             )

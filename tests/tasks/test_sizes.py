@@ -72,4 +72,4 @@ def test_a_model_of_another_size_is_pretrained_and_sampled() -> None:
     assert backbone.transition_table(SamplerConfig(num_steps=2)).num_steps == 2
     assert backbone.decode(torch.zeros(1, 16, 16, 16)).shape == (1, 3, 64, 64)
     with pytest.raises(ValueError, match="a model of 32 pixels cannot learn the task 'shapes-64' of 64"):
-        pretrain("dit", scenes.task(2))
+        pretrain("dit", scenes.task(2), size=TINY)
