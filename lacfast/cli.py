@@ -41,7 +41,7 @@ class Demo(Config):
 
     out: Path
     """Directory for summary.json, metrics.jsonl, images/, report.html and the models."""
-    budget: Positive = 450.0
+    budget: Positive = 465.0
     """Seconds in all; reinforcement learning gets what the other phases leave."""
     seed: Seed = 0
     """Seed of weights, prompts and noise."""

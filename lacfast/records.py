@@ -367,6 +367,8 @@ class Evaluation:
     """(n, 3, H, W) float in [0, 1], or of videos the frames (n, F, 3, H, W) that rewards of images judge, on
     the CPU; on other ranks than the first their own alone."""
     prompts: list[str]
+    typical_latents: Tensor
+    """(n, K) of the clean latents, on the CPU; see rollout.drift."""
     calibration: dict[str, Tensor] = field(default_factory=dict)
     """Head -> (3, K) mean value, mean return, its standard error in bins of the value; see rollout.scored."""
 

@@ -34,6 +34,7 @@ from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.registry import RewardSet, RewardSpec
 from lacfast.rewards.reward import RewardError
 from lacfast.rollout.actor import Actor
+from lacfast.rollout.drift import LatentDrift
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.outcomes import outcomes, own_rows
 from lacfast.rollout.renoising import acting_sampler
@@ -110,6 +111,7 @@ class LatentActorCriticTrainer:
         self.source = RolloutSource(self.actor, self.rewards, self.tables, self.draws, self.world)
         self.learner = Learner(backbone, self.config, self.graphs, self.source.world)
         self.confidence, self.pretraining = ValueConfidence(), PretrainingState()
+        self.drift = LatentDrift()
         self.log = MetricsLog(metrics_path, trackers)
         self.watch_evaluation: Watcher = unwatched
         self.iteration, self.images, self.evaluated = 0, 0, -1
@@ -361,8 +363,9 @@ class LatentActorCriticTrainer:
                 world=self.source.world,
             )
             evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.source.world)
+        metrics = evaluation_metrics(evaluation) | {"latent_drift": self.drift.update(evaluation)}
         if self.world.is_first:
-            self.log.write("evaluate", iteration=self.iteration, **evaluation_metrics(evaluation))
+            self.log.write("evaluate", iteration=self.iteration, **metrics)
         return evaluation
 
     def close(self) -> None:
@@ -390,5 +393,5 @@ class LatentActorCriticTrainer:
 
     def _state(self) -> RunState:
         parts: dict[str, Part] = {"early_stopping": self.early_stopping, "confidence": self.confidence}
-        parts |= {"value_pretraining": self.pretraining, "acting": self.source.acting}
+        parts |= {"value_pretraining": self.pretraining, "acting": self.source.acting, "drift": self.drift}
         return RunState(self.backbone, self.config, self.rewards, self.estimator, self.learner, parts)

@@ -22,7 +22,7 @@ from lacfast.config.critic import (
 from lacfast.config.graph import GraphConfig, GraphMode
 from lacfast.config.objective import AWM, NFT, PPO, ForwardProcess
 from lacfast.config.pipeline import PipelineSettings
-from lacfast.config.ppo import KL_KINDS, RATIOS, KLMask, KLPenalty, Nats, PPOConfig, Ratio
+from lacfast.config.ppo import KL_KINDS, RATIOS, Hold, KLMask, KLPenalty, Nats, PPOConfig, Ratio
 from lacfast.config.sampling import Fixed, Random, SamplerConfig, Sliding
 from lacfast.config.steering import GUIDANCE_FORMS, STEERING_METHODS, SteeringConfig
 from lacfast.config.stored import from_json, to_json
@@ -55,6 +55,7 @@ __all__ = [
     "GraphConfig",
     "GraphMode",
     "GroupBaseline",
+    "Hold",
     "KLMask",
     "KLPenalty",
     "LeaveOneOut",

@@ -71,6 +71,23 @@ class KLPenalty(Choice, name="penalty"):
     model without its LoRA."""
 
 
+@dataclass(frozen=True)
+class Hold(Choice):
+    """Keeps the steps that no ratio reaches, the deterministic ones, where the anchor has them:
+
+        loss += weight mean( (v - v_anchor)^2 )    over elements and pairs of such steps
+
+    Weights are shared between steps. What early steps learn moves late ones too, where neither ratio nor KL
+    sees it, and a faint pattern comes up in every image.
+    """
+
+    weight: Positive
+    """Of the squared distance in the policy's loss; the demo: 1e-2."""
+    share: Annotated[float, Range(above=0, most=1)] = 0.2
+    """Share of a rollout's (sample, step) pairs at such steps that a pass holds, drawn at random. Each costs
+    a forward and backward of the policy and a forward of the anchor."""
+
+
 MINIBATCH_DRAWS = ("free", "stratified")
 
 
@@ -96,6 +113,8 @@ class PPOConfig(Config):
     so its clip is another one too."""
     kl: KLPenalty | None = None
     """Penalty on the distance from the policy as it was before training. [paper] None."""
+    hold: Hold | None = None
+    """Keeps the steps outside the window where they were before training, or where KLPenalty.anchor is."""
     kl_limit: Bound = math.inf
     """Mean KL(old, new) per element that ends the updates on a rollout."""
     gae_lambda: Share = 1.0
@@ -156,6 +175,13 @@ class PPOConfig(Config):
     cfg_grad: Annotated[str, OneOf(("cond", "both"))] = "cond"
     """"cond": the unconditional half runs without gradient (flow_grpo), and in the first optimizer step on a
     rollout, whose weights made it, for 8 pairs alone; "both": DDPO, TRL."""
+
+    @property
+    def anchor(self) -> str | None:
+        """Which frozen policy the loss needs, see KLPenalty.anchor; None: none."""
+        if self.kl is not None:
+            return self.kl.anchor
+        return None if self.hold is None else "start"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ CHANGEABLE = {
     *("eval_every", "eval_samples", "eval_batch_size", "eval_sampler"),
     *("critic.value_clip", "critic.joint_weight"),
     *("ppo.clip", "ppo.dual_clip", "ppo.ratio", "ppo.balance_steps", "ppo.cfg_grad"),
-    *("ppo.kl", "ppo.kl_limit"),
+    *("ppo.kl", "ppo.hold", "ppo.kl_limit"),
     *("ppo.gae_lambda", "ppo.lambda_gate", "ppo.advantage_clip", "ppo.target_clip"),
     *("ppo.num_minibatches", "ppo.critic_minibatches", "ppo.critic_rollouts", "ppo.num_inner_epochs"),
     "ppo.minibatch_draw",

@@ -229,6 +229,8 @@ class TrainConfig(Config):
         self._require_fitting_advantages()
         self._require_fitting_replay()
         self._require_enough_pairs()
+        if self.ppo.hold is not None:
+            self._require_steps_to_hold()
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
             f"eval_sampler.window={self.eval_sampler and self.eval_sampler.window} would be ignored: an "
@@ -356,6 +358,27 @@ class TrainConfig(Config):
                 f"{name}={asked} cannot be made of the {available} (sample, step) pairs of a pass; lower it, "
                 "or raise batch_size or timestep_fraction",
             )
+
+    def _require_steps_to_hold(self) -> None:
+        start, stop = self.sampler.stochastic_window
+        window, hold = self.sampler.window, self.ppo.hold
+        trained = window.size if isinstance(window, Random | Sliding) else stop - start
+        require(
+            trained < self.sampler.num_steps,
+            f"ppo.hold={hold} keeps the steps outside the window, and all {trained} steps are trained; "
+            "narrow sampler.window, for example fixed:0..5, or use ppo.kl, which reaches every trained step",
+        )
+        held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size) if hold else 0
+        require(
+            held >= self.ppo.num_minibatches,
+            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise "
+            "its share",
+        )
+        require(
+            self.shard == 1,
+            f"ppo.hold={hold} runs forwards of its own, which shard={self.shard} does not divide; use "
+            "shard=1",
+        )
 
     def _require_exact_correction(self) -> None:
         """Refuse what a quantised rollout would make wrong without a word."""

@@ -22,6 +22,7 @@ from lacfast.learning.averaging import WeightAverage
 from lacfast.learning.batches import CriticSource, PolicySource, critic_minibatch
 from lacfast.learning.critic_update import CriticUpdate
 from lacfast.learning.gradient_guard import GradientGuard
+from lacfast.learning.hold import HeldSteps, held_minibatches
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.old_policy import OldPolicy
 from lacfast.learning.optimizers import (
@@ -66,7 +67,7 @@ class Learner:
             world: the ranks that learn the same weights, each from its own trajectories.
         """
         ppo = config.ppo
-        anchor = None if ppo.kl is None else backbone.frozen_anchor(ppo.kl.anchor)
+        anchor = None if ppo.anchor is None else backbone.frozen_anchor(ppo.anchor)
         if config.shard > 1:
             self._shard(backbone, anchor, config, world)
         parameters = backbone.policy_parameters()
@@ -81,6 +82,9 @@ class Learner:
         self.anchor = None
         if anchor is not None:
             self.anchor = KLAnchor(anchor, self._graphs, config.sampler.guidance_scale)
+        self.hold = None
+        if self.anchor is not None and ppo.hold is not None:
+            self.hold = HeldSteps(backbone, self.anchor, config)
         self.critic_update = None
         if backbone.critic is not None:
             optimizer = critic_optimizer(backbone.critic, ppo)
@@ -95,7 +99,8 @@ class Learner:
                 self._guard("policy"),
                 self._runner("policy"),
             ),
-            anchor=self.anchor,
+            anchor=None if ppo.kl is None else self.anchor,
+            hold=self.hold,
             reader=reader_for(self.critic_update),
             world=world,
         )
@@ -183,6 +188,8 @@ class Learner:
             metrics["stopped_by_kl_limit"] = True
         for update in self.updates:
             metrics |= update.guard.metrics()
+        if self.hold is not None:
+            metrics |= self.hold.metrics(records.policy_steps)
         if ppo.kl is not None and ppo.kl.target is not None and records.policy:
             weight, kl = self.policy_update.kl_weight, float(metrics["kl_ref"].nanmean())
             metrics["kl_weight"] = weight
@@ -192,16 +199,17 @@ class Learner:
     def _policy_pass(self, source: PolicySource, generator: torch.Generator, records: UpdateRecords) -> bool:
         """One pass of the policy; returns whether the KL limit ended it."""
         ppo = self.config.ppo
-        for minibatch in minibatches(
+        trained = minibatches(
             *(source.pairs, ppo.num_minibatches, generator),
             fraction=ppo.timestep_fraction,
             share=source.rollout.share,
             draw=ppo.minibatch_draw,
             even=self.config.shard > 1,
-        ):
+        )
+        for minibatch, held in zip(trained, held_minibatches(source.rollout, ppo, generator), strict=True):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True
-            self.policy_update.learn(source, minibatch, records)
+            self.policy_update.learn(source, minibatch, records, held)
             self.policy_schedule.step()
             if ppo.kl_limit < math.inf:
                 records.read()

@@ -19,6 +19,7 @@ from lacfast.distributed import ALONE, World
 from lacfast.learning.batches import MEASURED, PolicyBatch, PolicySource
 from lacfast.learning.forward_loss import forward_loss
 from lacfast.learning.gradient_guard import GradientGuard
+from lacfast.learning.hold import HeldSteps
 from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.pairs import Pairs
 from lacfast.learning.readers import Reader
@@ -41,6 +42,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         runner: UpdateRunner = EAGER,
         *,
         anchor: KLAnchor | None = None,
+        hold: HeldSteps | None = None,
         reader: Reader,
         world: World = ALONE,
     ) -> None:
@@ -52,12 +54,14 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             guard: of its steps.
             runner: of a step's parts.
             anchor: that the KL is measured from. None: no KL.
+            hold: of the steps that are not trained. None: they move freely.
             reader: the critic's part in the forward.
             world: see Update.
         """
         penalty = config.ppo.kl
-        # A graph would freeze a weight that adapts.
-        runner = runner if penalty is None or penalty.target is None else EAGER
+        # A graph would freeze a weight that adapts, and has no room for the pairs of a hold.
+        is_graphed = hold is None and (penalty is None or penalty.target is None)
+        runner = runner if is_graphed else EAGER
         # A critic may learn on the features of the policy's own forwards.
         modules = (backbone.model, reader.critic)
         super().__init__(PolicyTotals, optimizer, config.ppo, guard, runner, world, modules=modules)
@@ -65,6 +69,8 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.objective = config.objective
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
+        self.hold = hold
+        self._held: tuple[PolicySource, Pairs] | None = None
         self.reader = reader
         self.kl_weight = 0.0 if penalty is None else penalty.weight
         self.version = 0
@@ -79,8 +85,11 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             lambda size: outputs(batch_size=size), source.rollout.batch_size, release=self.anchor.release
         )
 
-    def learn(self, source: PolicySource, minibatch: Pairs, records: UpdateRecords) -> None:
-        """One optimizer step on `minibatch`, pairs of `source`."""
+    def learn(
+        self, source: PolicySource, minibatch: Pairs, records: UpdateRecords, held: Pairs | None = None
+    ) -> None:
+        """One optimizer step on `minibatch`, pairs of `source`, with those that are `held` besides."""
+        self._held = None if held is None else (source, held)
         is_known = self._knows(source.rollout)
         numbers = self.step(replace(source, is_known=is_known), minibatch)
         self.version += 1
@@ -99,6 +108,9 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
     def begin(self) -> None:
         super().begin()
         self.reader.begin()
+        if self.hold is not None and self._held is not None:
+            source, pairs = self._held
+            self.hold.gradient(source, pairs, self.microbatch.size)
 
     def gradient(self, batch: PolicyBatch) -> None:
         output, features = self._output(batch)

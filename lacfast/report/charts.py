@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ COLOURS = (BLUE, ORANGE, GREEN, RED, "#8250df", "#0598bc")
 _INK = "#010203"
 """Stands for the page's text colour; replaced by currentColor."""
 GRID = "#8b949e"
+SAME_SIZE = 10
+"""Curves whose largest values are further apart than by this factor get charts of their own."""
 _LEGEND_CHARACTERS = 45
 """Characters of labels that fit beside each other."""
 _LONGEST_LABEL = 40
@@ -66,12 +68,19 @@ def drawings(records: Records) -> Iterator[Drawing]:
         _curves(train, {name: f"reward/{name}" for name in named(train[-1], "reward")}, "mean reward"),
     )
     if len(evaluations) > 1:
-        judged = named(evaluations[-1], "standard_error")
-        yield Drawing(
-            "Scores of evaluations",
-            "Same prompts and noise every time. A score that nothing trains on and that falls: hacking.",
-            _curves(evaluations, {name: name for name in judged}, "mean score", smooth=False),
-        )
+        for judged in alike(evaluations, named(evaluations[-1], "standard_error")):
+            yield Drawing(
+                "Scores of evaluations",
+                "Same prompts and noise every time. A score that nothing trains on and that falls: hacking.",
+                _curves(evaluations, {name: name for name in judged}, "mean score", smooth=False),
+            )
+        if _has(evaluations, "latent_drift"):
+            yield Drawing(
+                "Drift of what is typical",
+                "Distance of the median latent from the first evaluation's. No prompt asks for what all "
+                "images share: a tint, a grid, a pattern in the ground.",
+                _curves(evaluations, {"": "latent_drift"}, "RMS distance", smooth=False),
+            )
         if _has(evaluations, "diversity"):
             yield Drawing(
                 "Diversity",
@@ -146,6 +155,19 @@ def _critic(train: Records, evaluations: Records, pretraining: Records) -> Itera
         head: f"value_loss/{head}" for head in named(train[-1], "value_loss")
     }
     yield Drawing("Value loss", "In standardised units.", _curves(train, losses, "loss"))
+
+
+def alike(records: Records, names: Sequence[str]) -> list[list[str]]:
+    """Metrics that fit into one chart together, so that no curve is flat beside a larger one."""
+    sizes = {
+        name: float(np.nanmax(np.abs([average([record], name) for record in records]))) for name in names
+    }
+    groups: list[list[str]] = []
+    for name in sorted(names, key=lambda name: -sizes[name]):
+        if not groups or sizes[name] * SAME_SIZE < sizes[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(name)
+    return [[name for name in names if name in group] for group in groups]
 
 
 def _array(value: Any) -> Values:

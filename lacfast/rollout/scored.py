@@ -26,6 +26,7 @@ from lacfast.rewards.normalizer import RewardNormalizer
 from lacfast.rewards.queue import RewardQueue
 from lacfast.rewards.registry import RewardSet
 from lacfast.rewards.reward import RewardError
+from lacfast.rollout.drift import typical_latents
 from lacfast.rollout.memory import HostRoom, RolloutMemory
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.runtime.memory import BatchSize
@@ -291,7 +292,7 @@ def evaluate(
 
     Args:
         parts: sampled with the weights that are to be judged; their values give the explained variance. Of
-            each only images, prompts and values are kept.
+            each only images, prompts, values and typical latents are kept.
         backbone: whose codec decodes.
         scorers: the rewards that train, then those that are only reported.
         normalizer: units of the critic's values.
@@ -303,10 +304,11 @@ def evaluate(
     rewards = RewardSet.union(scorers)
     images: list[Tensor] = []
     prompts: list[str] = []
-    values, pending = [], []
+    values, typical, pending = [], [], []
     for part, scores_of_part in decoded_and_scored(parts, backbone, rewards, images=images):
         prompts += part.prompts
         values.append(part.values.transpose(0, 1))
+        typical.append(typical_latents(part.clean_latents))
         pending.append(scores_of_part)
         del part
     scored = finished(pending, world, "the rewards of the evaluation")
@@ -316,6 +318,7 @@ def evaluate(
     }
     # Read once: a read of every part would hold up the sampling of the next.
     predicted = world.rows(torch.cat(values), "the evaluation's values").cpu()
+    found = world.rows(torch.cat(typical), "the evaluation's typical latents").cpu()
     prompts = world.entries(prompts, "the evaluation's prompts")
     variance, calibration = torch.zeros(predicted.shape[1], 0), {}
     if predicted.shape[-1] > 0:
@@ -327,7 +330,7 @@ def evaluate(
             name: reliability(predicted[..., head], returns[:, head]) for head, name in enumerate(heads)
         }
     shown = world.rows_on_first(torch.cat(images), "the evaluation's images")
-    return Evaluation(scores, variance, shown, prompts, calibration)
+    return Evaluation(scores, variance, shown, prompts, found, calibration)
 
 
 def reliability(values: Tensor, returns: Tensor, bins: int = RELIABILITY_BINS) -> Tensor:

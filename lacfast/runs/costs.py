@@ -120,6 +120,10 @@ def count(
     forward_steps = config.objective.forward_steps(steps)
     chosen = table.trainable_steps if forward_steps is None else forward_steps
     pairs = math.ceil(ppo.timestep_fraction * len(chosen) * batch) * ppo.num_inner_epochs
+    held = 0
+    if ppo.hold is not None:
+        free = steps - len(table.trainable_steps)
+        held = math.ceil(ppo.hold.share * free * batch) * ppo.num_inner_epochs
     # The first optimizer step knows its unconditional half, but for a handful of pairs that measure it.
     known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs) if forward_steps is None else 0
     # The old policy runs on every state that is noised anew.
@@ -136,10 +140,10 @@ def count(
         sampling_flops=(batch * steps + renoised) * step_flops,
         value_flops=batch * steps * value_flops,
         decode_flops=batch * decode_flops,
-        anchor_flops=pairs * step_flops if ppo.kl is not None else 0,
-        update_forward_flops=pairs * step_flops - known * uncond_flops,
+        anchor_flops=(pairs * (ppo.kl is not None) + held) * step_flops,
+        update_forward_flops=(pairs + held) * step_flops - known * uncond_flops,
         # What checkpointing recomputes is counted with the backward pass, where it runs.
-        update_backward_flops=pairs * (pair_flops - step_flops),
+        update_backward_flops=(pairs + held) * (pair_flops - step_flops),
         critic_flops=batch * steps * ppo.num_inner_epochs * state_flops,
     )
 

@@ -28,9 +28,11 @@ from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
-from lacfast.runs.demo_config import demo_config
+from lacfast.rollout.scored import unwatched
+from lacfast.runs.demo_config import RECIPES, demo_config
 from lacfast.runs.directory import DEMO, require_own
 from lacfast.runs.phases import pretrain_model, show_value_pretraining
+from lacfast.runs.recipes import recipe
 from lacfast.runs.terminal import PhaseLog, done_fraction
 from lacfast.runtime.directories import locked, whole_directory
 from lacfast.runtime.files import require_writable, write_json
@@ -39,7 +41,13 @@ from lacfast.steering import SteeringStats, steer
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import CONFIGS, Pretrained
-from lacfast.tasks.shapes import held_out_prompts, train_prompts
+from lacfast.tasks.shapes import (
+    held_out_prompts,
+    shapes_background,
+    shapes_gold,
+    shapes_strict,
+    train_prompts,
+)
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -48,6 +56,13 @@ STRICT = "shapes_strict"
 GOLD = "shapes_gold"
 PARTICLES = 4
 """Trajectories of a steered image, pruned to one: 25 forwards over 8 steps."""
+BACKGROUND = "shapes_background"
+JUDGES = (shapes_strict, shapes_gold, shapes_background)
+"""What is never trained on."""
+GAUGINGS = 5
+"""Small evaluations within reinforcement learning, for the curves."""
+GAUGED_SAMPLES = 240
+"""Images of each of them."""
 RELOAD_SAMPLES = 16
 REPORT_SECONDS = 8.0
 """Set aside for saving, pictures and the report."""
@@ -85,7 +100,7 @@ QUICK_BUDGET = 60.0
 def run_demo(
     out: Path,
     *,
-    budget: float = 450.0,
+    budget: float = 465.0,
     seed: int = 0,
     backbone: BackboneName = "dit",
     threads: int = 1,
@@ -110,7 +125,7 @@ def run_demo(
         ValueError: for an `out` that cannot be written, one that another demo writes to, or settings out of
             range, before any work.
     """
-    require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 450")
+    require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 465")
     require(threads >= 1, f"--threads {threads} must be at least 1")
     require_own(out, DEMO)
     require_writable(out, "--out")
@@ -136,7 +151,7 @@ def _demo(
         train_prompts(),
         config,
         held_out=held_out_prompts(),
-        evaluation_rewards=[STRICT, GOLD],
+        evaluation_rewards=list(JUDGES),
         metrics_path=out / "metrics.jsonl",
     )
     before = _evaluate(trainer, "Base model, held-out prompts", log)
@@ -152,15 +167,16 @@ def _demo(
             phase.note = "the loaded model samples bit for bit the same"
     trainer.log.close()
 
-    scores = {"reward": REWARD, "strict": STRICT, "gold": GOLD}
+    scores = {"reward": REWARD, "strict": STRICT, "gold": GOLD, "background": BACKGROUND}
     steered: dict[str, float] = {}
     for end, (_, stats) in (("", steered_before), ("_after", steered_after)):
-        steered |= {f"{name}{end}": _mean(stats, scores[name]) for name in ("strict", "gold")}
+        steered |= {f"{name}{end}": _mean(stats, scores[name]) for name in ("strict", "gold", "background")}
         steered[f"forwards_per_image{end}"] = stats.evaluations.per_image
     summary: dict[str, Any] = {
         **{f"{name}_before": before.means()[score] for name, score in scores.items()},
         **{f"{name}_after": after.means()[score] for name, score in scores.items()},
         "steered": steered,
+        "latent_drift": trainer.drift.update(after),
         "explained_variance": after.explained_variance.mean(dim=-1).tolist(),
         "images": trainer.images,
         "iterations": trainer.iteration,
@@ -195,7 +211,7 @@ def _demo(
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
     start = demo_config(backbone)
     # The last policy is the result, so the rate falls to 0.
-    ppo = replace(start.ppo, final_learning_rate=0.0)
+    ppo = replace(start.ppo, final_learning_rate=0.0, hold=recipe(RECIPES[backbone]).train.ppo.hold)
     config = replace(start, ppo=ppo, seed=seed, eval_samples=scale.evaluation_samples)
     if scale.batch_size is not None:
         config = replace(config, batch_size=scale.batch_size)
@@ -238,9 +254,16 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
     """PPO for `seconds`, and for the floor of iterations whatever the clock says."""
     start = time.perf_counter()
     rewards: list[float] = []
+    gauged = 0
+    trainer.watch_evaluation = unwatched
     with log.phase("training", "Latent actor-critic PPO") as phase:
 
         def report(metrics: dict[str, Any]) -> None:
+            nonlocal gauged
+            passed = (GAUGINGS + 1) * (time.perf_counter() - start) / max(seconds, 1e-9)
+            if seconds > 0 and gauged + 1 <= min(passed, GAUGINGS):
+                trainer.evaluate(samples=min(GAUGED_SAMPLES, trainer.config.eval_samples))
+                gauged += 1
             rewards.append(metrics.get(f"reward/{REWARD}", math.nan))
             variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).nanmean())
             fraction = done_fraction(len(rewards), time.perf_counter() - start, seconds, scale.min_iterations)
@@ -256,7 +279,7 @@ def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: s
     prompts = trainer.held_out.cycle(trainer.config.eval_samples)
     with log.phase("steering", title) as phase:
         images, stats = steer(
-            trainer.backbone, prompts, steering, sampler=trainer.config.sampler, gold=[STRICT, GOLD]
+            trainer.backbone, prompts, steering, sampler=trainer.config.sampler, gold=list(JUDGES)
         )
         verdict = f"obeys {_mean(stats, STRICT):.1%} (gold {_mean(stats, GOLD):.1%})"
         phase.note = f"{verdict} at {stats.evaluations.per_image:.1f} forwards per image"

@@ -13,7 +13,8 @@ RECIPES = {"dit": "shapes", "unet": "shapes-unet"}
 
 
 def demo_config(backbone: str, trunk: str | None = None) -> TrainConfig:
-    """The demo's task on a CPU, for backbone "dit" or "unet", without evaluations and with a rate that stays.
+    """The demo's task on a CPU, for backbone "dit" or "unet", as studies compare methods on it: without
+    evaluations, with a rate that stays, and without a hold of the untrained steps.
 
     Args:
         backbone: "dit" or "unet".
@@ -29,7 +30,9 @@ def demo_config(backbone: str, trunk: str | None = None) -> TrainConfig:
     return replace(
         train,
         critic=replace(train.critic, trunk=trunk),
-        ppo=replace(train.ppo, trunk_learning_rate=rates.trunk_learning_rate, final_learning_rate=None),
+        ppo=replace(
+            train.ppo, trunk_learning_rate=rates.trunk_learning_rate, final_learning_rate=None, hold=None
+        ),
         iterations=TrainConfig.iterations,
         eval_every=TrainConfig.eval_every,
     )

@@ -68,7 +68,7 @@ def memory_plan(
     subject = Subject(backbone, critic, conditioning, config, ranks, shards, overlaps and not on_cpu)
     if config.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    anchor = backbone if config.ppo.kl is None else backbone.frozen_anchor(config.ppo.kl.anchor)
+    anchor = backbone if config.ppo.anchor is None else backbone.frozen_anchor(config.ppo.anchor)
     standing = _Standing.of(subject, anchor, beside_bytes)
     learning = standing.weights + standing.training
     size = min(config.rollout_batch_size or subject.batch_size, subject.batch_size)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lacfast.rewards.reward import needs
 from lacfast.tasks import checker, gold
+from lacfast.tasks.background import background_distance
 from lacfast.tasks.predicates import check_prompt
 from lacfast.tasks.pretraining import Pretrained, pretrain
 from lacfast.tasks.prompts import all_prompts
-from lacfast.tasks.scenes import TASK, sample_images
+from lacfast.tasks.scenes import BACKGROUND, TASK, sample_images
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.tasks.task import Prompt, pixels_of
 
@@ -27,6 +28,7 @@ __all__ = [
     "load_pretrained",
     "pretrain",
     "save_pretrained",
+    "shapes_background",
     "shapes_gold",
     "shapes_height",
     "shapes_partial",
@@ -74,6 +76,14 @@ def shapes_reward(images: Tensor, prompts: list[str], metadata: list[dict[str, A
 def shapes_gold(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
     """Strict accuracy by the second checker, never trained on: it tells obedience from an exploit."""
     return torch.from_numpy(gold.check(pixels_of(images), metadata)[0])
+
+
+def shapes_background(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
+    """Minus the RMS distance of the ground from the scenes' grey, (B,) float32 on the CPU, no gradient.
+
+    No checker looks there: a gauge of drift, to be reported and not to be trained on.
+    """
+    return -background_distance(images, BACKGROUND)
 
 
 def shapes_height(images: Tensor, prompts: list[str], metadata: list[dict[str, Any]]) -> Tensor:
