@@ -1,10 +1,10 @@
 """The demo for several seeds, by the processor's clock: which results it is known for.
 
-python -m bench.demo runs/demos --seed 0 --seed 1 --seed 2    runs what is not there yet, an hour at most
-python -m bench.report runs/demos                             records them under docs/demo, with the picture of the first
+python -m bench.demo runs/demos      runs those seeds that are not there yet
+python -m bench.report runs/demos    records them under docs/demo, with the picture of the first
 
-A demo ends when its budget of seconds is spent, so a busy machine would make it learn less. Here a second is one of
-this process's processor, on one thread, so that other work changes no figure; a demo on an idle core has that clock.
+A demo ends when its budget of seconds is spent, so that a busy machine makes it learn less. Here a second is
+one of this process's processor, on one thread: what else runs changes no figure.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from pathlib import Path
 
 from lacfast.runs.demo import run_demo
 
+SEEDS = (0, 1, 2)
+
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m bench.demo")
     parser.add_argument("out", type=Path, help="folder of the runs, one for each seed")
-    parser.add_argument("--seed", type=int, action="append", help="0, 1 and 2 where none is given")
+    parser.add_argument("--seed", type=int, action="append", help="one of SEEDS, or another; may be repeated")
     options = parser.parse_args(arguments)
     # All that measures seconds in this process: phases, the budget and the trainer's end.
     time.perf_counter = time.process_time
-    for seed in options.seed or (0, 1, 2):
+    for seed in options.seed or SEEDS:
         out = options.out / f"seed-{seed}"
         if not (out / "summary.json").exists():
             run_demo(out, seed=seed)

@@ -2,7 +2,7 @@
 
 A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`, in one of PAGES.
 
-The proof and the demo's table come from docs/demo/summary.json, the kernels from the newest
+The proof and the demo's tables come from docs/demo/summaries.json, the kernels from the newest
 bench/results/kernels-{cpu,avx512,avx2}-*.json (`python -m bench.kernels`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
@@ -14,8 +14,8 @@ bench/results/costs.json (`python -m bench.costs`), the host's work from bench/r
 (`python -m bench.scaling`), the README's figures from iterations, costs and bench/results/learning. Methods
 are in docs/results.md, which `python -m bench.learning` writes.
 
-python -m bench.report              from what is recorded
-python -m bench.report runs/demo    record that run under docs/demo first
+python -m bench.report               from what is recorded
+python -m bench.report runs/demos    record the runs of `python -m bench.demo` under docs/demo first
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from bench import allocations, headline, host_work, kernel_counts, memory, ocr, 
 from bench import costs as published_costs
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.workload import OURS, OURS_DRAWN
+from lacfast.report.demo import levels, score_rows
+from lacfast.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "demo"
@@ -42,46 +44,45 @@ PAGES = (
     ROOT / "docs" / "distributed.md",
 )
 """Where markers may stand, each table's in exactly one of them."""
+DEMOS = RECORD / "summaries.json"
+"""What runs of the demo came to, the pictured one first."""
 PICTURE = "comparison.png"
 RESULTS = ROOT / "bench" / "results"
 COSTS = RESULTS / "costs.json"
 LEARNING = RESULTS / "learning"
 
 
-def record(run: Path) -> None:
-    """Copy the summary and the picture of a demo run to docs/demo.
+def record(runs: Path) -> None:
+    """Keep the summaries of demo runs, and the picture of the first, in docs/demo.
 
     Raises:
-        ValueError: for a directory without a run, or with a shortened one.
+        ValueError: for a directory without runs, or with a shortened one.
     """
-    if not (run / "summary.json").exists():
-        raise ValueError(f"{run} holds no summary.json; pass the --out of a finished `lacfast demo`")
-    if json.loads((run / "summary.json").read_text(encoding="utf-8"))["quick"]:
-        raise ValueError(f"{run} is a --quick run, which proves nothing; run `lacfast demo` without --quick")
+    paths = sorted(runs.glob("seed-*/summary.json"))
+    if not paths:
+        raise ValueError(f"{runs} holds no seed-*/summary.json; pass the folder of `python -m bench.demo`")
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path, summary in zip(paths, summaries, strict=True):
+        if summary["quick"]:
+            raise ValueError(
+                f"{path.parent} is a --quick run, which proves nothing; use `python -m bench.demo`, which "
+                "shortens none"
+            )
     RECORD.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(run / "summary.json", RECORD / "summary.json")
-    shutil.copyfile(run / "images" / PICTURE, RECORD / PICTURE)
+    write_json(DEMOS, summaries)
+    shutil.copyfile(paths[0].parent / "images" / PICTURE, RECORD / PICTURE)
 
 
-def demo(summary: dict[str, Any]) -> str:
-    """What both checkers say of the recorded demo, as Markdown."""
-    steered, steps = summary["steered"], len(summary["explained_variance"])
-    rows = [
-        ("base model", summary["strict_before"], summary["gold_before"], steps),
-        ("after PPO", summary["strict_after"], summary["gold_after"], steps),
-        ("base model, steered", steered["strict"], steered["gold"], steered["forwards_per_image"]),
-        (
-            "after PPO, steered",
-            steered["strict_after"],
-            steered["gold_after"],
-            steered["forwards_per_image_after"],
-        ),
+def demo(summaries: list[dict[str, Any]]) -> str:
+    """What both checkers say of the demo whose picture is recorded, as Markdown."""
+    summary = summaries[0]
+    lines = [
+        "| | obeys the prompt | second checker | ground off by, of 255 | forwards per image |",
+        "|---|---|---|---|---|",
     ]
-    lines = ["| | obeys the prompt | second checker | forwards per image |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {100 * strict:.1f} % | {100 * gold:.1f} % | {forwards:g} |"
-        for name, strict, gold, forwards in rows
-    ]
+    for model, strict, gold, _, ground, forwards in score_rows(summary):
+        name = model.replace("before", "base model").replace("after", "after PPO")
+        lines.append(f"| {name} | {strict} | {gold} | {ground} | {forwards} |")
     variance = summary["explained_variance"]
     later = variance[len(variance) // 2 :]
     seconds, versions = summary["seconds"], summary["versions"]
@@ -94,8 +95,26 @@ def demo(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
-def proof(summary: dict[str, Any]) -> str:
+def demo_seeds(summaries: list[dict[str, Any]]) -> str:
+    """What the demo comes to with every recorded seed, as Markdown."""
+    columns = ("seed", "base model", "after PPO", "after PPO, steered", "second checker, after PPO")
+    columns += ("ground off by, of 255", "typical latent moved by", "PPO", "seconds in all")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for summary in summaries:
+        shares = (summary["strict_before"], summary["strict_after"], summary["steered"]["strict_after"])
+        shares += (summary["gold_after"],)
+        ground = (levels(summary[f"background_{when}"]) for when in ("before", "after"))
+        lines.append(
+            f"| {summary['seed']} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} "
+            f"| {' before, '.join(ground)} after | {summary['latent_drift']:.3f} "
+            f"| {summary['iterations']} iterations | {summary['seconds']['total']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def proof(summaries: list[dict[str, Any]]) -> str:
     """The recorded demo's picture, and what it shows in a sentence, as Markdown."""
+    summary = summaries[0]
     before, after = 100 * summary["strict_before"], 100 * summary["strict_after"]
     note = (
         f"Held-out prompts are obeyed by {before:.1f} % of {summary['evaluation_samples']:,} images before, "
@@ -230,8 +249,9 @@ def pages(tables: dict[str, str], homes: dict[Path, str]) -> dict[Path, str]:
 def blocks() -> dict[str, str]:
     """Marker -> Markdown, of everything that is recorded."""
     sources = {
-        "proof": (RECORD / "summary.json", proof),
-        "demo": (RECORD / "summary.json", demo),
+        "proof": (DEMOS, proof),
+        "demo": (DEMOS, demo),
+        "demo-seeds": (DEMOS, demo_seeds),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
         "kernels-avx512": (newest("kernels-avx512-*.json"), kernels),
         "kernels-avx2": (newest("kernels-avx2-*.json"), kernels),

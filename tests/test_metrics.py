@@ -52,7 +52,7 @@ def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
 
 def test_an_evaluation_logs_means_with_the_standard_errors_of_means() -> None:
     scores = {"score": torch.tensor([0.0, 1.0, 1.0, 0.0])}
-    logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 0), IMAGES, ["a"] * 4))
+    logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 0), IMAGES, ["a"] * 4, torch.zeros(4, 1)))
     assert logged["score"] == 0.5
     assert logged["standard_error/score"] == pytest.approx(math.sqrt(1 / 3) / math.sqrt(4))
 
@@ -72,5 +72,6 @@ def test_reliability_bins_hold_as_many_states_each_and_errors_count_trajectories
 def test_an_evaluation_logs_the_calibration_of_every_head() -> None:
     calibration = {"score": torch.tensor([[0.0, 1.0], [0.1, 0.8], [0.01, 0.01]])}
     scores = {"score": torch.tensor([0.0, 1.0, 1.0, 0.0])}
-    logged = evaluation_metrics(Evaluation(scores, torch.zeros(2, 1), IMAGES, ["a"] * 4, calibration))
+    evaluation = Evaluation(scores, torch.zeros(2, 1), IMAGES, ["a"] * 4, torch.zeros(4, 1), calibration)
+    logged = evaluation_metrics(evaluation)
     assert torch.equal(logged["calibration/score"], calibration["score"])

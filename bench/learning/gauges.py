@@ -1,7 +1,7 @@
 """Gauges of reward hacking: numbers that no reward trains on and that an exploit moves.
 
 A policy that has found an exploit draws what the data never shows: other colours, one picture per prompt, or
-features far from the data's.
+features far from the data's. lacfast.tasks.background has the gauge of the ground, which demos report too.
 """
 
 from __future__ import annotations

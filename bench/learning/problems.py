@@ -21,6 +21,7 @@ from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.rewards.reward import Reward
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import crowds, glyphs, scenes
+from lacfast.tasks.background import background_distance
 from lacfast.tasks.models import TINY, BackboneName, ModelSize
 from lacfast.tasks.pretraining import PretrainConfig, pretrain
 from lacfast.tasks.storage import load_pretrained, save_pretrained
@@ -161,7 +162,8 @@ def _pictures(task: Task) -> Tensor:
 
 
 def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str, float]]:
-    """Evaluation -> gauges of hacking: diversity, features' distance to the data, pixels off the palette."""
+    """Evaluation -> gauges of hacking: diversity, features' distance to the data, the ground's distance from
+    its colour, pixels off the palette."""
     encoder = materials.encoder(task, GOLD_SEED)
     data = encoder.embed_images(_pictures(task))
 
@@ -170,6 +172,7 @@ def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str,
         found = {
             "diversity": diversity(images, evaluation.prompts),
             "feature_distance": frechet_distance(encoder.embed_images(images), data),
+            "background": float(background_distance(images, task.background).mean()),
         }
         if task.prompts is scenes.TASK.prompts:
             found["off_palette"] = float(off_palette(images).mean())

@@ -125,6 +125,13 @@ def _cards(summary: dict[str, Any]) -> Iterable[str]:
     )
     forwards = f"{steered['forwards_per_image']:.1f} forwards per image"
     yield card(
+        "Ground off by",
+        f"{levels(summary['background_after'])} / 255",
+        "distance of empty pixels from the data's grey, where no checker looks; the typical latent moved by "
+        f"{summary['latent_drift']:.3f}",
+        levels(summary["background_before"]),
+    )
+    yield card(
         "Base model, steered",
         percent(steered["strict"]),
         f"{_points(steered['strict'] - summary['strict_before'])} without training it, at {forwards}",
@@ -164,7 +171,12 @@ def _gallery(gallery: Gallery) -> Iterable[str]:
         yield f'<article class="prompt"><h3>{prompt}</h3><div class="strip">{strip}</div></article>'
 
 
-SCORES = ("strict", "gold", "reward", "forwards per image")
+def levels(background: float) -> str:
+    """The score shapes_background as a distance in levels of 255."""
+    return f"{-255 * background:.1f}"
+
+
+SCORES = ("strict", "gold", "reward", "ground off by, of 255", "forwards per image")
 
 
 def score_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -173,9 +185,11 @@ def score_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for when, end in (("before", ""), ("after", "_after")):
         scores = (percent(summary[f"{score}_{when}"]) for score in ("strict", "gold"))
-        rows.append((when, *scores, f"{summary[f'reward_{when}']:.3f}", f"{plain:.1f}"))
+        ground = levels(summary[f"background_{when}"])
+        rows.append((when, *scores, f"{summary[f'reward_{when}']:.3f}", ground, f"{plain:.1f}"))
         scores = (percent(steered[f"{score}{end}"]) for score in ("strict", "gold"))
-        rows.append((f"{when}, steered", *scores, "", f"{steered[f'forwards_per_image{end}']:.1f}"))
+        ground, forwards = levels(steered[f"background{end}"]), f"{steered[f'forwards_per_image{end}']:.1f}"
+        rows.append((f"{when}, steered", *scores, "", ground, forwards))
     return rows
 
 

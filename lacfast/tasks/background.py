@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lacfast.tasks.codec import PATCH_SIZE
 from lacfast.tasks.task import BASE_SIZE
 
 INK = 0.2
 """Distance from the ground in one channel, in [0, 1], beyond which a pixel is of an object: a codec's ripple
 lies below it, half of any object's colour above."""
-MARGIN = PATCH_SIZE
-"""Pixels at scale 1 around an object that are not counted: the codec ripples in a patch that an edge
-crosses."""
+MARGIN = 2
+"""Pixels at scale 1 around an object that are not counted, for the codec ripples at an edge. With more of
+them pictures of four objects would have no ground."""
 
 
 def background_distance(images: Tensor, ground: float) -> Tensor:

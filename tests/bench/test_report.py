@@ -15,12 +15,24 @@ HOMES = {path: path.read_text(encoding="utf-8") for path in report.PAGES}
 
 def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
     blocks = report.blocks()
-    names = {"proof", "demo", "figures", "kernels", "kernel-counts", "iteration", "costs", "host-work"}
+    names = {
+        "proof",
+        "demo",
+        "demo-seeds",
+        "figures",
+        "kernels",
+        "kernel-counts",
+        "iteration",
+        "costs",
+        "host-work",
+    }
     names |= {"kernels-avx2", "kernels-avx512", "memory", "allocations", "ocr"}
     names |= {"ranks-apart", "ranks-on-paper", "ranks-strong"}
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
-    assert not json.loads((report.RECORD / "summary.json").read_text(encoding="utf-8"))["quick"]
+    demos = json.loads(report.DEMOS.read_text(encoding="utf-8"))
+    assert len({demo["seed"] for demo in demos}) >= 3
+    assert not any(demo["quick"] for demo in demos)
     assert (report.RECORD / report.PICTURE).exists()
 
 
@@ -48,10 +60,11 @@ def test_a_marker_without_its_end_is_refused() -> None:
 
 
 def test_a_quick_run_is_not_taken_for_proof(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text('{"quick": true}', encoding="utf-8")
-    with pytest.raises(ValueError, match="without --quick"):
+    (tmp_path / "seed-0").mkdir()
+    (tmp_path / "seed-0" / "summary.json").write_text('{"quick": true}', encoding="utf-8")
+    with pytest.raises(ValueError, match="shortens none"):
         report.record(tmp_path)
-    with pytest.raises(ValueError, match="finished `lacfast demo`"):
+    with pytest.raises(ValueError, match="pass the folder of"):
         report.record(tmp_path / "nothing")
 
 
