@@ -159,9 +159,8 @@ def _critic(train: Records, evaluations: Records, pretraining: Records) -> Itera
 
 def alike(records: Records, names: Sequence[str]) -> list[list[str]]:
     """Metrics that fit into one chart together, so that no curve is flat beside a larger one."""
-    sizes = {
-        name: float(np.nanmax(np.abs([average([record], name) for record in records]))) for name in names
-    }
+    curves = {name: np.nan_to_num([average([record], name) for record in records]) for name in names}
+    sizes = {name: float(np.abs(curve).max()) for name, curve in curves.items()}
     groups: list[list[str]] = []
     for name in sorted(names, key=lambda name: -sizes[name]):
         if not groups or sizes[name] * SAME_SIZE < sizes[groups[-1][0]]:

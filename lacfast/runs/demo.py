@@ -260,8 +260,7 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
 
         def report(metrics: dict[str, Any]) -> None:
             nonlocal gauged
-            passed = (GAUGINGS + 1) * (time.perf_counter() - start) / max(seconds, 1e-9)
-            if seconds > 0 and gauged + 1 <= min(passed, GAUGINGS):
+            if gauged < gaugings_due(time.perf_counter() - start, seconds):
                 trainer.evaluate(samples=min(GAUGED_SAMPLES, trainer.config.eval_samples))
                 gauged += 1
             rewards.append(metrics.get(f"reward/{REWARD}", math.nan))
@@ -273,6 +272,11 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
         done = trainer.train(sys.maxsize, seconds=seconds, on_iteration=report)
         trainer.train(max(scale.min_iterations - done, 0), on_iteration=report)
         phase.note = f"{trainer.iteration} iterations, training reward {rewards[0]:.3f} -> {rewards[-1]:.3f}"
+
+
+def gaugings_due(elapsed: float, seconds: float) -> int:
+    """Small evaluations that lie behind `elapsed` of the `seconds` of a phase, evenly spaced within it."""
+    return min(int((GAUGINGS + 1) * elapsed / seconds), GAUGINGS) if seconds > 0 else 0
 
 
 def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: str, log: PhaseLog) -> Steered:

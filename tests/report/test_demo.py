@@ -119,7 +119,8 @@ def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
 
 
 def test_page_states_the_numbers_of_the_run(page: str) -> None:
-    for number in ("45.1 %", "60.3 %", "73.2 %", "87.7 %", "12,345", "n = 1024", "clip_range", "100.0 s"):
+    shares = ("45.1 %", "60.3 %", "73.2 %", "87.7 %")
+    for number in (*shares, "12,345", "n = 1024", "clip_range", "100.0 s", "7.0 / 255", "moved by 0.123"):
         assert number in page
 
 

@@ -38,6 +38,7 @@ def evaluation(number: int, **changes: Any) -> dict[str, Any]:
         "gold": 0.4 + 0.01 * number,
         "standard_error/gold": 0.01,
         "diversity": 0.2,
+        "latent_drift": 0.01,
     }
     return record | changes
 

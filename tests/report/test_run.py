@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lacfast.cli import main
+from lacfast.report.charts import alike
 from lacfast.report.pictures import grid, save_with_prompts
 from lacfast.report.run import headline, write_run_report
 from tests.report.test_diagnostics import evaluation, iteration
@@ -57,7 +58,8 @@ def without_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_shows_curves_pictures_and_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "my-run")
     text = write_run_report(tmp_path / "my-run").read_text(encoding="utf-8")
-    for title in ("Scores of evaluations", "What the critic explains, per step", "Calibration", "Diversity"):
+    titles = ("Scores of evaluations", "What the critic explains, per step", "Calibration", "Diversity")
+    for title in (*titles, "Drift of what is typical"):
         assert title in text
     assert text.count("data:image/png;base64,") >= 3
     assert "train.seed" in text
@@ -117,6 +119,12 @@ def test_pictures_that_hold_their_prompts_are_said_to_be_of_the_same(tmp_path: P
     text = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert SAME in text
     assert "<li>a cat</li>" in text
+
+
+def test_scores_of_another_size_have_a_chart_of_their_own() -> None:
+    records = [{"strict": 0.4, "ground": -0.01, "gold": 0.3, "kilobytes": -80}, {"strict": 0.7}]
+    groups = alike(records, ["strict", "ground", "gold", "kilobytes"])
+    assert groups == [["kilobytes"], ["strict", "gold"], ["ground"]]
 
 
 def test_cells_without_an_image_show_the_page() -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lacfast import load_backbone
 from lacfast.report.records import read_metrics
-from lacfast.runs.demo import DemoScale, run_demo
+from lacfast.runs.demo import GAUGINGS, DemoScale, gaugings_due, run_demo
 from lacfast.runs.demo_config import demo_config
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
@@ -22,7 +22,8 @@ from lacfast.runtime.directories import locked
 TINY = DemoScale(pretrain_steps=2, evaluation_samples=20, value_iterations=1, batch_size=8, min_iterations=2)
 PROMISED_KEYS = {
     "reward_before", "reward_after", "strict_before", "strict_after", "gold_before", "gold_after", "steered",
-    "explained_variance", "images", "seconds", "seed", "backbone", "versions", "budget",
+    "explained_variance", "images", "seconds", "seed", "backbone", "versions", "budget", "background_before",
+    "background_after", "latent_drift",
 }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def test_summary_holds_what_the_readme_promises(run: tuple[Path, dict[str, Any],
     assert summary.keys() >= PROMISED_KEYS
     assert len(summary["explained_variance"]) == 8
     assert summary["steered"].keys() >= {"strict", "gold", "forwards_per_image", "strict_after", "gold_after"}
+    assert summary["steered"].keys() >= {"background", "background_after"}
     assert {"pretraining", "evaluation", "value_pretraining", "training", "steering", "total"} <= summary[
         "seconds"
     ].keys()
@@ -129,6 +131,12 @@ def test_progress_never_claims_to_be_done_before_the_floor() -> None:
     assert done_fraction(1, seconds=10.0, budget=5.0, minimum=4) == 0.25
     assert done_fraction(1, seconds=1.0, budget=10.0, minimum=1) == 0.1
     assert done_fraction(9, seconds=10.0, budget=0.0, minimum=4) == 1.0
+
+
+def test_drift_is_gauged_at_even_distances_within_the_training() -> None:
+    due = [gaugings_due(float(second), 120.0) for second in range(0, 121, 10)]
+    assert due == [min(second // 2, GAUGINGS) for second in range(13)]
+    assert gaugings_due(3.0, -1.0) == 0
 
 
 def test_closing_table_shows_all_four_models(run: tuple[Path, dict[str, Any], str]) -> None:
