@@ -20,7 +20,7 @@ from lacfast.config.checks import (
 from lacfast.config.critic import WEIGHTLESS_TRUNKS, CriticConfig
 from lacfast.config.graph import GraphConfig
 from lacfast.config.objective import PPO, ForwardProcess, Objective
-from lacfast.config.ppo import PPOConfig
+from lacfast.config.ppo import Hold, PPOConfig
 from lacfast.config.sampling import Random, SamplerConfig, Sliding
 from lacfast.config.unread import Unread
 
@@ -93,7 +93,7 @@ _CRITIC_OPTIONS = (
 """What only a critic reads."""
 _RATIO_OPTIONS = (
     *("ppo.clip", "ppo.dual_clip", "ppo.ratio", "ppo.kl_limit", "ppo.balance_steps"),
-    *("ppo.gae_lambda", "ppo.lambda_gate"),
+    *("ppo.hold", "ppo.gae_lambda", "ppo.lambda_gate"),
 )
 """What only a likelihood ratio along a chain reads."""
 ROLLOUT_PRECISIONS = ("model", "fp8", "fp8_weights")
@@ -230,7 +230,7 @@ class TrainConfig(Config):
         self._require_fitting_replay()
         self._require_enough_pairs()
         if self.ppo.hold is not None:
-            self._require_steps_to_hold()
+            self._require_steps_to_hold(self.ppo.hold)
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
             f"eval_sampler.window={self.eval_sampler and self.eval_sampler.window} would be ignored: an "
@@ -359,16 +359,16 @@ class TrainConfig(Config):
                 "or raise batch_size or timestep_fraction",
             )
 
-    def _require_steps_to_hold(self) -> None:
+    def _require_steps_to_hold(self, hold: Hold) -> None:
         start, stop = self.sampler.stochastic_window
-        window, hold = self.sampler.window, self.ppo.hold
+        window = self.sampler.window
         trained = window.size if isinstance(window, Random | Sliding) else stop - start
         require(
             trained < self.sampler.num_steps,
             f"ppo.hold={hold} keeps the steps outside the window, and all {trained} steps are trained; "
             "narrow sampler.window, for example fixed:0..5, or use ppo.kl, which reaches every trained step",
         )
-        held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size) if hold else 0
+        held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size)
         require(
             held >= self.ppo.num_minibatches,
             f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise "

@@ -31,13 +31,18 @@ def typical_latents(latents: Tensor) -> Tensor:
             whose tokens hold a patch each, K = D.
     """
     if latents.ndim == 3:
-        return latents.median(dim=1).values
+        return _median(latents.mT)
     phases = [
-        latents[..., row::PHASES, column::PHASES].flatten(2).median(dim=2).values
+        _median(latents[..., row::PHASES, column::PHASES].flatten(2))
         for row in range(PHASES)
         for column in range(PHASES)
     ]
     return torch.stack(phases, dim=2).flatten(1)
+
+
+def _median(values: Tensor) -> Tensor:
+    """The lower median over the last dimension. torch.median has no deterministic form on CUDA."""
+    return values.sort(dim=-1).values[..., (values.shape[-1] - 1) // 2]
 
 
 @dataclass
