@@ -364,8 +364,7 @@ class Evaluation:
     explained_variance: Tensor
     """(T, M); M = 0 without a critic."""
     images: Tensor
-    """(n, 3, H, W) float in [0, 1], or of videos the frames (n, F, 3, H, W) that rewards of images judge, on
-    the CPU; on other ranks than the first their own alone."""
+    """(n, 3, H, W) in [0, 1] on the CPU, of videos the judged frames (n, F, 3, H, W); later ranks: their own."""
     prompts: list[str]
     typical_latents: Tensor
     """(n, K) of the clean latents, on the CPU; see rollout.drift."""
@@ -389,8 +388,7 @@ class Advantages:
     policy: Tensor
     """(K, B) combined and clipped."""
     targets: Tensor
-    """(B, M) standardised value targets, clipped: the Monte-Carlo return, the same all along a trajectory;
-    M = 0 without a critic."""
+    """(B, M) standardised and clipped returns, the same all along a trajectory; M = 0 without a critic."""
     raw: Tensor
     """(K, B, M) per head, before combination."""
     metrics: dict[str, float] = field(default_factory=dict)

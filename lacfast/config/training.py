@@ -371,8 +371,7 @@ class TrainConfig(Config):
         held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size)
         require(
             held >= self.ppo.num_minibatches,
-            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise "
-            "its share",
+            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share",
         )
         require(
             self.shard == 1,

@@ -14,6 +14,7 @@ from refusals import Refusal
 
 from lacfast.config import (
     Fixed,
+    Hold,
     KLMask,
     KLPenalty,
     LoRAConfig,
@@ -33,6 +34,7 @@ WRONG = (-1, 0, 0.5, math.nan, math.inf, -math.inf, "x", None, True, [1], 2**80)
 
 MADE: dict[type[Config], Any] = {
     Ratio: Ratio(1e-4), Nats: Nats(1.0), KLMask: KLMask(1e-5), KLPenalty: KLPenalty(0.1),
+    Hold: Hold(0.1),
     Fixed: Fixed((0, 2)), Random: Random(2), Sliding: Sliding(2, 25),
     RunConfig: RunConfig(**REQUIRED[RunConfig]), EvaluationRun: EvaluationRun(**REQUIRED[EvaluationRun]),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from lacfast.config import (
     Fixed,
     ForwardProcess,
     GraphConfig,
+    Hold,
     LoRAConfig,
     Nats,
     PPOConfig,
@@ -133,7 +134,7 @@ IGNORED = [
         {"objective": NFT()},
         {
             "ppo.clip": Nats(5), "ppo.dual_clip": 3.0, "ppo.ratio": "ratio_norm", "ppo.kl_limit": 1.0,
-            "ppo.balance_steps": True, "ppo.gae_lambda": 0.9,
+            "ppo.balance_steps": True, "ppo.gae_lambda": 0.9, "ppo.hold": Hold(1e-2),
         },
     ),
     *rows(TrainConfig, {}, {"shard_gradients": True}, {"shard": 2}),
@@ -258,7 +259,7 @@ READ = {
     "PPO": "", "ForwardProcess": "steps old_decay", "NFT": "steps old_decay beta",
     "AWM": "steps old_decay power old_weight",
     "Ratio": "clip_range", "Nats": "clip_nats", "KLMask": "kl_threshold",
-    "KLPenalty": "weight kind target anchor",
+    "KLPenalty": "weight kind target anchor", "Hold": "weight share",
     "CriticValues": "", "GroupBaseline": "std", "GRPO": "std", "LeaveOneOut": "std",
     "DDPO": "buffer_size min_count", "BatchMean": "",
 }  # fmt: skip

@@ -113,7 +113,7 @@ def test_a_hold_of_nothing_is_refused() -> None:
     with Refusal(
         "has 2 pairs for num_minibatches=4",
         cause="A hold of fewer pairs than there are optimizer steps.",
-        remedy="raise its share",
+        remedy="raise share",
     ).raised():
         TrainConfig(ppo=hold, sampler=WINDOW, batch_size=4)
     with Refusal(
