@@ -364,7 +364,7 @@ class Evaluation:
     explained_variance: Tensor
     """(T, M); M = 0 without a critic."""
     images: Tensor
-    """(n, 3, H, W) in [0, 1] on the CPU, of videos the judged frames (n, F, 3, H, W); later ranks: their own."""
+    """(n, 3, H, W) in [0, 1] on the CPU, of videos judged frames (n, F, 3, H, W); later ranks: own ones."""
     prompts: list[str]
     typical_latents: Tensor
     """(n, K) of the clean latents, on the CPU; see rollout.drift."""
