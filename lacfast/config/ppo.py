@@ -82,7 +82,7 @@ class Hold(Choice):
     """
 
     weight: Positive
-    """Of the squared distance in the policy's loss; the demo: 1e-2."""
+    """Weight of the squared distance in the policy's loss. The demo: 1e-2."""
     share: Annotated[float, Range(above=0, most=1)] = 0.2
     """Share of a rollout's (sample, step) pairs at such steps that a pass holds, drawn at random. Each costs
     a forward and backward of the policy and a forward of the anchor."""
