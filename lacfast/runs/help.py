@@ -93,7 +93,7 @@ PAGES = {
                 "The policy's loss.",
                 _of(
                     "train.ppo",
-                    "clip dual_clip ratio kl kl_limit gae_lambda lambda_gate advantage_clip target_clip",
+                    "clip dual_clip ratio kl hold kl_limit gae_lambda lambda_gate advantage_clip target_clip",
                 ),
             ),
             "objective": Topic("PPO, or a loss on the forward process.", ("train.objective",)),
