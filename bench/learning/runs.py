@@ -143,7 +143,10 @@ def run(
             if not arm.counts_pretraining:
                 trainer.images, watch.seconds = 0, 0.0
             points.append(judge())
-    while trainer.images < budget.images or watch.seconds < budget.seconds:
+    # A run that was stopped on its way to a judgement is judged, though it has had its budget.
+    while (
+        trainer.images < budget.images or watch.seconds < budget.seconds or trainer.images > points[-1].images
+    ):
         due = _next_judgement(points, budget)
         while trainer.images < due:
             if unfinished is not None and time.monotonic() > deadline:

@@ -226,11 +226,19 @@ def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
     assert f"Not run yet: {', '.join(arms[2:])}." in docs.read_text()
 
 
+# With the second budget the run has had its images before its last judgement is due.
+@pytest.mark.parametrize(("images", "judged_every", "iterations"), [(80, 16, 3), (60, 72, 3)])
 def test_a_run_that_its_deadline_stops_goes_on_where_it_was(
-    tmp_path: Path, materials: Materials, monkeypatch: pytest.MonkeyPatch
+    images: int,
+    judged_every: int,
+    iterations: int,
+    tmp_path: Path,
+    materials: Materials,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arm, problem = small(Arm(config=latent_critic("dit"))), PROBLEMS["shapes"]
-    budget, kept = replace(SMALL, images=80, judged_every=16, seconds=0.0), tmp_path / "kept"
+    budget = replace(SMALL, images=images, judged_every=judged_every, seconds=0.0)
+    kept = tmp_path / "kept"
     whole = runs.run(problem, "dit", arm, budget, materials, seed=0)
     assert whole is not None
     # Every call does one iteration: the clock stands at the deadline from the second look on.
@@ -243,7 +251,7 @@ def test_a_run_that_its_deadline_stops_goes_on_where_it_was(
         assert (calls == 0) or kept.exists()
         calls, looks = calls + 1, iter((0.0,))
         points = runs.run(problem, "dit", arm, budget, materials, seed=0, deadline=1.0, unfinished=kept)
-    assert calls == 3
+    assert calls == iterations
     assert not kept.exists()
     assert [(point.images, point.scores) for point in points] == [
         (point.images, point.scores) for point in whole
