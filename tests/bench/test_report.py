@@ -31,7 +31,7 @@ def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
     demos = json.loads(report.DEMOS.read_text(encoding="utf-8"))
-    assert len({demo["seed"] for demo in demos}) == len(demos)
+    assert len({demo["seed"] for demo in demos}) == len(demos) >= 3
     assert not any(demo["quick"] for demo in demos)
     assert (report.RECORD / report.PICTURE).exists()
 
