@@ -304,7 +304,7 @@ def plans(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
         }
     device = torch.device("cuda")
     if options.quick:
-        tiny = tiny_subjects(device, options.models)
+        tiny = tiny_subjects(device, families=options.models)
         return {subject.title: partial(cuda_contest, subject, rounds=1) for subject in tiny}
     return {
         subject.title: partial(cuda_contest, subject, rounds=min(options.rounds, 3))
