@@ -1,4 +1,4 @@
-"""The demo for several seeds, by the processor's clock: which results it is known for.
+"""The demo for several seeds, by the processor's clock.
 
 python -m bench.demo runs/demos      runs those seeds that are not there yet
 python -m bench.report runs/demos    records them under docs/demo, with the picture of the first

@@ -182,13 +182,15 @@ def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tens
     flat = torch.zeros(padded)
     steps = rollout.table.trainable_steps
     found = torch.empty(len(steps), rollout.batch_size, SKETCH)
+    uncond = rollout.uncond_conditioning
     one = torch.ones(1)
     for position, step in enumerate(steps):
         for row in range(rollout.batch_size):
             at = torch.tensor([step]), torch.tensor([row])
             pairs = Pairs(*at, torch.tensor([position]))
             output, _ = guided_output(
-                *(backbone, states_of(rollout, tables.timesteps, pairs), None),
+                *(backbone, states_of(rollout, tables.timesteps, pairs)),
+                None if uncond is None else uncond.select(at[1]),
                 *(trainer.config.sampler.guidance_scale, trainer.config.ppo.cfg_grad),
             )
             loss, _ = ops.ppo_loss(

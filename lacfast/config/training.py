@@ -371,12 +371,13 @@ class TrainConfig(Config):
         held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size)
         require(
             held >= self.ppo.num_minibatches,
-            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share",
+            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share or "
+            "batch_size",
         )
         require(
             self.shard == 1,
             f"ppo.hold={hold} runs forwards of its own, which shard={self.shard} does not divide; use "
-            "shard=1",
+            "shard=1, or no hold (--train.ppo.hold none)",
         )
 
     def _require_exact_correction(self) -> None:

@@ -81,7 +81,7 @@ class RunState:
         self.require_fit(state)
         load_weights(self.backbone, directory)
         for name, part in self.parts.items():
-            # Runs from before there were bounds have no confidence.
+            # Earlier versions had fewer parts: no confidence, no drift.
             if name in state:
                 part.load_state_dict(state[name])
         if self.backbone.critic is not None:

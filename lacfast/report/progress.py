@@ -43,14 +43,15 @@ class Progress:
 
 
 def silence(directory: Path, found: Progress) -> float:
-    """Seconds since a run's last line, where they are more than it could need for one; 0 otherwise.
+    """Seconds since a run's last line or start, where they are more than a line could need; 0 otherwise.
 
     An evaluation is given the time of ten iterations, what nothing is known of ten minutes.
     """
     usual = 10 * found.iteration_seconds if math.isfinite(found.iteration_seconds) else 0.0
-    metrics, lock = directory / METRICS, directory / LOCK
-    last = metrics if metrics.is_file() else lock
-    since = time.time() - last.stat().st_mtime if last.is_file() else 0.0
+    now = time.time()
+    # Every start writes its lock anew, that of a run that goes on too.
+    files = (path for path in (directory / METRICS, directory / LOCK) if path.is_file())
+    since = now - max((path.stat().st_mtime for path in files), default=now)
     return since if since > max(usual, PATIENCE_SECONDS) and not found.is_done else 0.0
 
 

@@ -76,6 +76,8 @@ def _state(directory: Path, found: Progress, *, has_lines: bool) -> Text:
         return line
     if found.iteration == 0 and found.pretraining:
         line.append(f"  value pretraining, iteration {found.pretraining:,}", style="not bold")
+        if silent := silence(directory, found):
+            line.append(f", no line for {duration(silent)}: it has ended, or hangs", style="not bold red")
         return line
     line.append(f"  iteration {found.iteration:,}{planned}, {found.images:,} images", style="not bold")
     if math.isfinite(found.images_per_second):

@@ -28,7 +28,7 @@ EVALUATION_SAMPLER = SamplerConfig(kind="ode", num_steps=40, noise_level=0.0)
 EMBEDDED_MODELS = tuple(
     f"{task}-{name}" for task in ("shapes", "glyphs", "words", "crowds") for name in ("dit", "unet")
 )
-"""Models that are pretrained on the spot; lacfast.runs.train makes them."""
+"""Models that are pretrained on the spot; lacfast.runs.embedded.TINY_MODELS says what of."""
 
 
 @dataclass(frozen=True, kw_only=True)

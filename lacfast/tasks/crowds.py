@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lacfast.rewards.reward import needs
 from lacfast.tasks import checker, gold
-from lacfast.tasks.predicates import RELATION_SHARE, Detection, likeness_to, relation_holds
+from lacfast.tasks.predicates import RELATION_SHARE, Detection, likeness_to, relation_holds, scores
 from lacfast.tasks.prompts import COLOURS, NUMBERS, RELATION_WORDS, SHAPES, Thing
 from lacfast.tasks.scenes import BACKGROUND, CELL_SIZE, JITTER, PlacedObject, render
-from lacfast.tasks.task import FloatArray, Prompt, Task
+from lacfast.tasks.task import FloatArray, Prompt, Task, pixels_of
 
 GRID = 3
 """Rows and columns of cells."""
@@ -33,15 +33,16 @@ TOTALS = range(5, 9)
 KINDS = ("both", "left_of", "above")
 PER_KIND = 120
 PRETRAINING_SHARE = 1.4
-"""More than the other tasks: with their steps a base model gets next to nothing right, with these a tenth."""
+"""More than the other tasks: there is more to learn before some of it comes out right."""
 PROMPT_SEED = 11
-
-Group = tuple[int, str, str]
-"""(number, colour, shape) of like objects."""
 
 
 def all_prompts() -> list[Prompt]:
-    """360 random prompts, 120 of every kind, whose groups can be placed."""
+    """360 random prompts, 120 of every kind, whose groups can be placed.
+
+    `kind` is one of KINDS, `groups` are (number, colour, shape) of both; for `left_of` and `above` all of the first
+    one lie on the left of all of the second, or above them.
+    """
     random = np.random.default_rng(PROMPT_SEED)
     return [prompt for kind in KINDS for prompt in _prompts(kind, random)]
 
@@ -154,9 +155,7 @@ Detect = Callable[[FloatArray, int], list[list[Detection]]]
 
 def _scores(images: Tensor, metadata: Sequence[dict[str, Any]], detect: Detect) -> Tensor:
     """Strict and partial scores (2, B) of images (B, 3, H, W)."""
-    pixels: FloatArray = images.detach().to("cpu", torch.float32).numpy()
-    rows = [score(seen, wanted) for seen, wanted in zip(detect(pixels, SIZE), metadata, strict=True)]
-    return torch.tensor(rows, dtype=torch.float32).view(-1, 2).T
+    return torch.from_numpy(np.stack(scores(detect(pixels_of(images), SIZE), metadata, score)))
 
 
 @needs(check_prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -77,17 +77,20 @@ def score(detections: Sequence[Detection], metadata: dict[str, Any]) -> tuple[fl
     return float(strict), float(partial)
 
 
+Judge = Callable[[Sequence[Detection], dict[str, Any]], tuple[float, float]]
+
+
 def scores(
-    seen: Sequence[Sequence[Detection]], metadata: Sequence[dict[str, Any]]
+    seen: Sequence[Sequence[Detection]], metadata: Sequence[dict[str, Any]], judge: Judge = score
 ) -> tuple[FloatArray, FloatArray]:
-    """Strict and partial score of every image, (B,) each, of what a checker has `seen` in it.
+    """Strict and partial score by `judge` of every image, (B,) each, of what a checker has `seen` in it.
 
     Raises:
         ValueError: for another number of images than of metadata.
     """
     if len(seen) != len(metadata):
         raise ValueError(f"{len(seen)} images do not fit {len(metadata)} metadata: give one image per prompt")
-    found = [score(detections, wanted) for detections, wanted in zip(seen, metadata, strict=True)]
+    found = [judge(detections, wanted) for detections, wanted in zip(seen, metadata, strict=True)]
     strict, partial = np.asarray(found, dtype=np.float32).reshape(-1, 2).T
     return strict, partial
 

@@ -113,6 +113,26 @@ def test_value_pretraining_shows_before_any_iteration(tmp_path: Path) -> None:
     assert "value pretraining, iteration 3" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_run_that_ended_in_value_pretraining_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    old = time.time() - 7300
+    os.utime(tmp_path / "run" / "metrics.jsonl", (old, old))
+    record = {"phase": "value_pretraining", "iteration": 0, "explained_variance": [0.1] * 4}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen(tmp_path / "run", [record], {}))
+    assert "no line for 2 h 1 min: it has ended, or hangs" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_goes_on_does_not_hang_while_it_loads(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text('{"train": {"iterations": 606, "batch_size": 128}}')
+    old = time.time() - 7300
+    os.utime(tmp_path / "run" / "metrics.jsonl", (old, old))
+    assert "hangs" in shown(tmp_path / "run", width=200)
+    (tmp_path / "run" / "run.lock").touch()
+    assert "hangs" not in shown(tmp_path / "run", width=200)
+
+
 def test_a_run_that_ended_early_has_no_time_left(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text('{"train": {"iterations": 606, "batch_size": 128}}')

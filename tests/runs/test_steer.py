@@ -85,6 +85,8 @@ def test_what_cannot_work_is_one_line_before_the_model_is_loaded(
 
 def test_prompts_are_a_source_or_the_texts_themselves() -> None:
     assert prompts_to_steer(["a cat", "a dog"], 0).texts == ["a cat", "a dog"]
+    # Longer than a file's name may be.
+    assert len(prompts_to_steer(["a cat " * 60], 0)) == 1
     assert prompts_to_steer(["a cat"], 2).texts == ["a cat", "a cat"]
     assert len(prompts_to_steer(["shapes-held-out"], 0)) == 60
 
