@@ -266,7 +266,7 @@ CLAIMS = {
         seeds=3,
     ),
     "crowds": Claim(
-        question="Does it hold where much is to be right at once, and the base model obeys a tenth?",
+        question="Does it hold where much is to be right at once?",
         problem="crowds",
         arms=_objective_arms,
         budgets={
@@ -276,6 +276,8 @@ CLAIMS = {
         metrics=("crowds_strict", "crowds_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         seeds=3,
+        note="The losses on the forward process are those of section objectives, with its changes. Pictures "
+        "have 48x48 pixels, so the clip of the ratio is 2/3 of the other tasks'.",
     ),
     "proxy": Claim(
         question="With a learnt reward that can be fooled, what happens to what it stands for?",

@@ -23,11 +23,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bench.learning import page, units
 from bench.learning.problems import PROBLEMS, Materials, Prompts
@@ -176,10 +178,6 @@ def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tens
     """(K, B, SKETCH): of the trained steps and trajectories, gradients of the loss at advantage 1."""
     backbone, tables = trainer.backbone, step_tables(rollout.table, trainer.config.ppo, rollout.latents)
     parameters = backbone.policy_parameters()
-    size = sum(parameter.numel() for parameter in parameters)
-    padded = math.ceil(size / SKETCH) * SKETCH
-    signs = torch.randint(2, (padded,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
-    flat = torch.zeros(padded)
     steps = rollout.table.trainable_steps
     found = torch.empty(len(steps), rollout.batch_size, SKETCH)
     uncond = rollout.uncond_conditioning
@@ -199,10 +197,20 @@ def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tens
                 clip_range=1.0,
                 step_weights=tables.weights,
             )
-            gradients = torch.autograd.grad(loss, parameters)
-            torch.cat([gradient.flatten() for gradient in gradients], out=flat[:size])
-            found[position, row] = (flat * signs).view(-1, SKETCH).sum(dim=0)
+            found[position, row] = sketch(torch.autograd.grad(loss, parameters))
     return found
+
+
+def sketch(gradients: Sequence[Tensor]) -> Tensor:
+    """(SKETCH,): sums of the gradients' numbers under random signs, the same in every call."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = functional.pad(flat, (0, -len(flat) % SKETCH))
+    return (flat * _signs(len(flat))).view(-1, SKETCH).sum(dim=0)
+
+
+@cache
+def _signs(count: int) -> Tensor:
+    return torch.randint(2, (count,), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
 
 
 def advantages(trainer: LatentActorCriticTrainer, rollout: Rollout, scale: Scale) -> dict[str, Tensor]:
@@ -283,7 +291,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--problem", choices=tuple(PROBLEMS), default="shapes")
+    of_one_reward = [name for name, problem in PROBLEMS.items() if len(problem.rewards) == 1]
+    parser.add_argument("--problem", choices=of_one_reward, default="shapes")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
     parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])

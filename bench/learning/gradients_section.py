@@ -13,11 +13,12 @@ from bench.learning.units import Unit
 FIRST = "nothing"
 REFERENCE = "critic"
 HEAD = """How much of the policy's gradient is noise, and what does each baseline take away? Problem
-`{problem}`, seeds: {seeds}. At fixed weights, {trajectories:,} trajectories: the gradient's variance per
-trajectory, as a share of that under the plain reward, of each trained step and of all together. The critic
-has had {pretraining} rollouts of value pretraining. Baselines leave the expected gradient as it is; GAE below
-1 does not: alignment is the cosine to the gradient of R - V, left out where a signal is below twice its
-error."""
+`{problem}`, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of the prompts that train:
+the gradient's variance per trajectory, as a share of that under the plain reward, of each trained step and of
+all together. The critic has had {pretraining} rollouts of value pretraining, and those of PPO where there is
+PPO; "rollout" compares with all other trajectories that are measured. Baselines leave the expected gradient
+as it is; GAE below 1 does not: alignment is the cosine to the gradient of R - V, left out where either signal
+is below twice its error."""
 
 
 def sections(results: Path) -> list[str]:
@@ -97,5 +98,6 @@ def _noise(unit: Unit, name: str, step: int) -> float:
 def _aligned(measured: Sequence[Unit], name: str) -> str:
     """Only GAE's moves the expected gradient."""
     whole = [_whole(unit, name) for unit in measured]
-    is_seen = all(each["signal"] > 2 * each["error"] for each in whole)
+    both = [*whole, *(_whole(unit, REFERENCE) for unit in measured)]
+    is_seen = all(each["signal"] > 2 * each["error"] for each in both)
     return f"{mean(each['alignment'] for each in whole):.2f}" if "lambda" in name and is_seen else ""

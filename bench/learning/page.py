@@ -24,7 +24,8 @@ To see which method learns more, per image and per second, and where this one lo
 
 Written by `python -m bench.learning`, `bench.learning.steering`, `.critics` and `.gradient_noise`; every
 study is a file.
-Pictures have {size}x{size} pixels. All arms run in the same trainer and start from the same base model. Where
+Pictures have {size}x{size} pixels, those of crowds half as many again on a side. All arms run in the same
+trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
 prompts that are neither trained on nor reported. Arms are judged on held-out prompts, with noise that the
 arms of a seed share ({samples:,} images, standard error of one judgement near {error:.3f}). Intervals are 95

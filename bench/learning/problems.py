@@ -174,7 +174,7 @@ def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str,
             "feature_distance": frechet_distance(encoder.embed_images(images), data),
             "background": float(background_distance(images, task.background).mean()),
         }
-        if task.prompts is scenes.TASK.prompts:
+        if task.prompts in (scenes.TASK.prompts, crowds.TASK.prompts):
             found["off_palette"] = float(off_palette(images).mean())
         return found
 

@@ -56,7 +56,7 @@ class Scale:
         return Materials(folder, self.model, self.recipes, device, self.encoder_steps)
 
     def task(self, task: Task) -> Task:
-        """The task with pictures of the model's size."""
+        """The task with pictures larger by as much as the model's are than BASE_SIZE."""
         return SIZED[task.name](self.model.image_size // BASE_SIZE)
 
     def problem(self, problem: Problem) -> Problem:

@@ -366,18 +366,19 @@ class TrainConfig(Config):
         require(
             trained < self.sampler.num_steps,
             f"ppo.hold={hold} keeps the steps outside the window, and all {trained} steps are trained; "
-            "narrow sampler.window, for example fixed:0..5, or use ppo.kl, which reaches every trained step",
+            "narrow sampler.window, for example fixed:0..5, or leave the hold out (--train.ppo.hold none): "
+            "ppo.kl reaches every trained step",
         )
         held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size)
         require(
             held >= self.ppo.num_minibatches,
-            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share or "
-            "batch_size",
+            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share "
+            "or batch_size, or lower num_minibatches",
         )
         require(
             self.shard == 1,
             f"ppo.hold={hold} runs forwards of its own, which shard={self.shard} does not divide; use "
-            "shard=1, or no hold (--train.ppo.hold none)",
+            "shard=1, or leave the hold out (--train.ppo.hold none)",
         )
 
     def _require_exact_correction(self) -> None:

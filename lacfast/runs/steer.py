@@ -44,7 +44,7 @@ def prompts_to_steer(prompts: Sequence[str], count: int) -> PromptSet:
     first = prompts[0] if prompts else ""
     path, _ = path_and_column(first)
     # Path.exists raises for a text that is longer than a name may be.
-    is_file = path.suffix in PROMPT_FILES or (first and os.path.exists(path))  # noqa: PTH110
+    is_file = path.suffix in PROMPT_FILES or (first and os.path.exists(path))
     is_source = first in PROMPT_SOURCES or first.startswith(HUB) or is_file
     if is_source and len(prompts) > 1:
         raise ValueError(f"--prompts takes one source or texts, not {first!r} and {len(prompts) - 1} more")

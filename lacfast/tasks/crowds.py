@@ -40,8 +40,8 @@ PROMPT_SEED = 11
 def all_prompts() -> list[Prompt]:
     """360 random prompts, 120 of every kind, whose groups can be placed.
 
-    `kind` is one of KINDS, `groups` are (number, colour, shape) of both; for `left_of` and `above` all of the first
-    one lie on the left of all of the second, or above them.
+    `kind` is one of KINDS, `groups` are (number, colour, shape) of both; for `left_of` and `above` all of the
+    first one lie on the left of all of the second, or above them.
     """
     random = np.random.default_rng(PROMPT_SEED)
     return [prompt for kind in KINDS for prompt in _prompts(kind, random)]

@@ -85,7 +85,20 @@ def test_sketched_scores_are_the_update_s_own_gradient(study: Path) -> None:
         step_weights=tables.weights,
     )
     gradients = torch.autograd.grad(loss, trainer.backbone.policy_parameters())
-    whole = sum(float(gradient.square().sum()) for gradient in gradients)
     mine = (scores[pairs.position, pairs.rows] * advantages[:, None]).mean(dim=0)
-    # A sketch of 4,096 numbers keeps a squared norm within some per cent.
-    assert float(mine.square().sum()) == pytest.approx(whole, rel=0.15)
+    whole = gradient_noise.sketch(gradients)
+    torch.testing.assert_close(mine, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
+    # Sketches of 4,096 numbers keep a squared norm within some per cent.
+    norm = sum(float(gradient.square().sum()) for gradient in gradients)
+    assert float(whole.square().sum()) == pytest.approx(norm, rel=0.15)
+
+
+def test_an_alignment_is_left_out_where_a_signal_is_not_seen() -> None:
+    def unit(error: float) -> dict[str, Any]:
+        whole = {"signal": 1.0, "error": error, "noise": 5.0, "alignment": 0.7}
+        return {"noise": {REFERENCE: [whole], "critic, lambda 0": [whole | {"error": 0.1}]}}
+
+    aligned = gradients_section._aligned
+    assert aligned([unit(0.1)], "critic, lambda 0") == "0.70"
+    assert aligned([unit(1.0)], "critic, lambda 0") == ""
+    assert aligned([unit(0.1)], REFERENCE) == ""

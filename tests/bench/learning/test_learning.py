@@ -146,7 +146,7 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     critic, grpo = (runs.curve(found[f"{arm}-seed0"]) for arm in ("latent-critic", "grpo"))
     assert critic[0].scores["shapes_strict"] == grpo[0].scores["shapes_strict"], "one base, common noise"
     assert critic[1].images == 32, "value pretraining's images count: one rollout and the held-out one"
-    assert {"diversity", "off_palette", "feature_distance"} <= critic[0].scores.keys()
+    assert {"diversity", "off_palette", "feature_distance", "background"} <= critic[0].scores.keys()
     assert all(after.seconds > before.seconds for before, after in pairwise(critic))
 
     ran = []
