@@ -343,13 +343,16 @@ class TrainConfig(Config):
             f"critic_rollouts={rollouts} draws from older ones; use value_clip=math.inf",
         )
 
-    def _require_enough_pairs(self) -> None:
-        start, stop = self.sampler.stochastic_window
-        window = self.sampler.window
-        steps = window.size if isinstance(window, Random | Sliding) else stop - start
+    @property
+    def _steps_per_rollout(self) -> int:
+        """Steps of a rollout that the policy learns from."""
         if isinstance(self.objective, ForwardProcess):
-            steps = len(self.objective.forward_steps(self.sampler.num_steps))
-        pairs = math.ceil(self.ppo.timestep_fraction * self.batch_size * steps)
+            return len(self.objective.forward_steps(self.sampler.num_steps))
+        (start, stop), window = self.sampler.stochastic_window, self.sampler.window
+        return window.size if isinstance(window, Random | Sliding) else stop - start
+
+    def _require_enough_pairs(self) -> None:
+        pairs = math.ceil(self.ppo.timestep_fraction * self.batch_size * self._steps_per_rollout)
         states = self.batch_size * self.sampler.num_steps
         for name, available in (("num_minibatches", pairs), ("critic_minibatches", states)):
             asked = getattr(self.ppo, name)
@@ -360,9 +363,7 @@ class TrainConfig(Config):
             )
 
     def _require_steps_to_hold(self, hold: Hold) -> None:
-        start, stop = self.sampler.stochastic_window
-        window = self.sampler.window
-        trained = window.size if isinstance(window, Random | Sliding) else stop - start
+        trained = self._steps_per_rollout
         require(
             trained < self.sampler.num_steps,
             f"ppo.hold={hold} keeps the steps outside the window, and all {trained} steps are trained; "
