@@ -191,3 +191,27 @@ class PPOConfig(Config):
             f"final_learning_rate={final} must be less than policy_learning_rate="
             f"{self.policy_learning_rate}, or None: the rate stays",
         )
+
+    def require_pairs_to_hold(self, num_steps: int, trained: int, *, batch_size: int, shard: int) -> None:
+        """
+        Raises:
+            ValueError: where the hold has no steps beside the `trained` ones, too few pairs, or shards.
+        """
+        assert self.hold is not None
+        require(
+            trained < num_steps,
+            f"ppo.hold={self.hold} keeps the steps outside the window, and all {trained} steps are trained; "
+            "narrow sampler.window, for example fixed:0..5, or leave the hold out (--train.ppo.hold none): "
+            "ppo.kl reaches every trained step",
+        )
+        held = math.ceil(self.hold.share * (num_steps - trained) * batch_size)
+        require(
+            held >= self.num_minibatches,
+            f"ppo.hold={self.hold} has {held} pairs for num_minibatches={self.num_minibatches}; raise share "
+            "or batch_size, or lower num_minibatches",
+        )
+        require(
+            shard == 1,
+            f"ppo.hold={self.hold} runs forwards of its own, which shard={shard} does not divide; use "
+            "shard=1, or leave the hold out (--train.ppo.hold none)",
+        )

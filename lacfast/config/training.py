@@ -20,7 +20,7 @@ from lacfast.config.checks import (
 from lacfast.config.critic import WEIGHTLESS_TRUNKS, CriticConfig
 from lacfast.config.graph import GraphConfig
 from lacfast.config.objective import PPO, ForwardProcess, Objective
-from lacfast.config.ppo import Hold, PPOConfig
+from lacfast.config.ppo import PPOConfig
 from lacfast.config.sampling import Random, SamplerConfig, Sliding
 from lacfast.config.unread import Unread
 
@@ -230,7 +230,8 @@ class TrainConfig(Config):
         self._require_fitting_replay()
         self._require_enough_pairs()
         if self.ppo.hold is not None:
-            self._require_steps_to_hold(self.ppo.hold)
+            steps, trained = self.sampler.num_steps, self._steps_per_rollout
+            self.ppo.require_pairs_to_hold(steps, trained, batch_size=self.batch_size, shard=self.shard)
         require(
             self.eval_sampler is None or not self.eval_sampler.moves,
             f"eval_sampler.window={self.eval_sampler and self.eval_sampler.window} would be ignored: an "
@@ -361,26 +362,6 @@ class TrainConfig(Config):
                 f"{name}={asked} cannot be made of the {available} (sample, step) pairs of a pass; lower it, "
                 "or raise batch_size or timestep_fraction",
             )
-
-    def _require_steps_to_hold(self, hold: Hold) -> None:
-        trained = self._steps_per_rollout
-        require(
-            trained < self.sampler.num_steps,
-            f"ppo.hold={hold} keeps the steps outside the window, and all {trained} steps are trained; "
-            "narrow sampler.window, for example fixed:0..5, or leave the hold out (--train.ppo.hold none): "
-            "ppo.kl reaches every trained step",
-        )
-        held = math.ceil(hold.share * (self.sampler.num_steps - trained) * self.batch_size)
-        require(
-            held >= self.ppo.num_minibatches,
-            f"ppo.hold={hold} has {held} pairs for num_minibatches={self.ppo.num_minibatches}; raise share "
-            "or batch_size, or lower num_minibatches",
-        )
-        require(
-            self.shard == 1,
-            f"ppo.hold={hold} runs forwards of its own, which shard={self.shard} does not divide; use "
-            "shard=1, or leave the hold out (--train.ppo.hold none)",
-        )
 
     def _require_exact_correction(self) -> None:
         """Refuse what a quantised rollout would make wrong without a word."""
