@@ -17,7 +17,9 @@ from lacfast.config import (
     NFT,
     AdvantageConfig,
     CriticConfig,
+    Fixed,
     GraphConfig,
+    Hold,
     KLPenalty,
     LoRAConfig,
     PPOConfig,
@@ -59,7 +61,12 @@ ARMS: dict[str, dict[str, Any]] = {
         "ppo": replace(PPO, minibatch_draw="stratified"),
     },
     "clean_net": {"critic": CriticConfig(trunk="clean_net", **SMALL)},
-    "groups": {"advantages": GROUPS, "samples_per_prompt": 4},
+    "groups, hold": {
+        "advantages": GROUPS,
+        "samples_per_prompt": 4,
+        "sampler": SamplerConfig(num_steps=3, window=Fixed((0, 2))),
+        "ppo": replace(PPO, hold=Hold(0.5, share=0.5)),
+    },
     "two rewards": {"rewards": [brightness, redness], "guidance": 2.0},
     "uneven, kl, replay": {
         "batch_size": 7,
@@ -139,6 +146,7 @@ def trained(arms: Iterable[str], **changes: Any) -> dict[str, Any]:
             "ids": first.noise.sample_ids,
             "rewards": [metric["reward/brightness"] for metric in metrics],
             "evaluation": evaluation.means(),
+            "held": [float(metric.get("hold_distance", 0)) for metric in metrics],
             "history": history,
             "traffic": metrics[-1].get("traffic_bytes", 0),
             "gradient_bytes": 0 if trainer.critic is None else gradient_bytes(trainer, trainer.world.size),
@@ -172,6 +180,7 @@ def assert_same_run(arm: str, ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(rank["std"], expected["std"], rtol=1e-5, atol=0)
         assert rank["rewards"] == pytest.approx(expected["rewards"], abs=1e-6)
         assert rank["history"] == pytest.approx(expected["history"], abs=1e-5)
+        assert rank["held"] == pytest.approx(expected["held"], rel=1e-3)
         assert rank["images_made"] == expected["images_made"]
         assert rank["evaluation"] == pytest.approx(expected["evaluation"], abs=1e-6)
     torch.testing.assert_close(found[0]["images"], expected["images"], rtol=0, atol=1e-4)

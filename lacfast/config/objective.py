@@ -81,7 +81,7 @@ class NFT(ForwardProcess):
 @dataclass(frozen=True, kw_only=True)
 class AWM(ForwardProcess):
     """Advantage weighted matching (arXiv 2509.25050): the model's own pretraining loss times the advantage.
-    Defaults: its authors' for GenEval, which leave out steps 0, 12 and 13 of 14."""
+    Defaults: its authors' for GenEval, but all steps; theirs are 1..12 of 14."""
 
     old_decay: _Decay = 0.3
     power: Annotated[float, Range(above=0, most=1)] = 0.25

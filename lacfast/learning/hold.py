@@ -39,7 +39,7 @@ def held_minibatches(
 
 
 class HeldSteps:
-    """Adds the gradient of the hold to an optimizer step's, and knows the distance that it found."""
+    """Adds the gradient of the hold to an optimizer step's."""
 
     def __init__(self, backbone: Backbone, anchor: KLAnchor, config: TrainConfig) -> None:
         """
@@ -53,10 +53,11 @@ class HeldSteps:
         self.anchor = anchor
         self.weight = config.ppo.hold.weight
         self.guidance = config.sampler.guidance_scale, config.ppo.cfg_grad
-        self._squares: list[Tensor] = []
 
-    def gradient(self, source: PolicySource, pairs: Pairs, limit: int) -> None:
-        """Add that of weight mean( (v - v_anchor)^2 ) over `pairs`, at most `limit` at a time."""
+    def gradient(self, source: PolicySource, pairs: Pairs, limit: int, distance: Tensor) -> None:
+        """Add that of weight mean( (v - v_anchor)^2 ) over `pairs`, at most `limit` at a time, and this
+        rank's part of the mean itself to `distance` ().
+        """
         for part in pairs.split(limit):
             states = states_of(source.rollout, source.timesteps, part)
             uncond = source.rollout.uncond_conditioning
@@ -65,9 +66,4 @@ class HeldSteps:
             output, _ = guided_output(self.backbone, states, uncond, *self.guidance)
             square = (output - kept).square().mean() * (len(part) / pairs.total)
             (self.weight * square).backward()  # type: ignore[no-untyped-call]
-            self._squares.append(square.detach())
-
-    def metrics(self, steps: int) -> dict[str, Tensor]:
-        """The mean squared distance over the optimizer steps since the last call, those of this rank."""
-        found, self._squares = self._squares, []
-        return {"hold_distance": torch.stack(found).sum() / steps} if found else {}
+            distance.add_(square.detach())

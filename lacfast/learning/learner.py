@@ -41,7 +41,7 @@ from lacfast.learning.readers import reader_for
 from lacfast.learning.replay import Experience, ValueReplay
 from lacfast.learning.runner import EAGER, GradientMemory, GraphedUpdate, UpdateRunner
 from lacfast.learning.step_tables import StepTables, step_tables
-from lacfast.learning.totals import UpdateRecords, forward_metrics, ppo_metrics
+from lacfast.learning.totals import UpdateRecords
 from lacfast.records import Advantages, Rollout, TransitionTable
 from lacfast.runtime.graph import GraphRunner, weights_of
 from lacfast.runtime.host_memory import SLOTS, Staging
@@ -155,7 +155,7 @@ class Learner:
                 its step out. Neither that step nor, under "raise", a later one has changed anything.
         """
         tables, ppo = self._prepare(rollout), self.config.ppo
-        records = UpdateRecords(ppo_metrics if self.old is None else forward_metrics)
+        records = UpdateRecords(forward=self.old is not None)
         source = PolicySource(rollout, advantages, tables.timesteps)
         experience = self._experience(rollout, advantages)
         if experience is not None:
@@ -188,8 +188,9 @@ class Learner:
             metrics["stopped_by_kl_limit"] = True
         for update in self.updates:
             metrics |= update.guard.metrics()
-        if self.hold is not None:
-            metrics |= self.hold.metrics(records.policy_steps)
+        if self.hold is not None and records.policy:
+            distances = [record.hold_distance for record in records.policy]
+            metrics["hold_distance"] = sum(distances) / len(distances)
         if ppo.kl is not None and ppo.kl.target is not None and records.policy:
             weight, kl = self.policy_update.kl_weight, float(metrics["kl_ref"].nanmean())
             metrics["kl_weight"] = weight

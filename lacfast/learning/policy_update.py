@@ -54,7 +54,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             guard: of its steps.
             runner: of a step's parts.
             anchor: that the KL is measured from. None: no KL.
-            hold: of the steps that are not trained. None: they move freely.
+            hold: of the deterministic steps. None: they move freely.
             reader: the critic's part in the forward.
             world: see Update.
         """
@@ -110,7 +110,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.reader.begin()
         if self.hold is not None and self._held is not None:
             source, pairs = self._held
-            self.hold.gradient(source, pairs, self.microbatch.size)
+            self.hold.gradient(source, pairs, self.microbatch.size, self.totals.hold_distance)
 
     def gradient(self, batch: PolicyBatch) -> None:
         output, features = self._output(batch)

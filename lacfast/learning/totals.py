@@ -53,7 +53,7 @@ class Totals:
             tensor.zero_()
 
     def record(self) -> Tensor:
-        """All sums in the order of the fields, float64: (2,) of the critic, (4 + 6 T,) of the policy."""
+        """All sums in the order of the fields, float64: (2,) of the critic, (5 + 6 T,) of the policy."""
         return torch.cat([tensor.double().flatten() for tensor in self.tensors])
 
 
@@ -65,18 +65,20 @@ class PolicyTotals(Totals):
     """()"""
     abs_log_ratio: Tensor
     """() sum over the pairs."""
+    hold_distance: Tensor
+    """() mean squared distance of the hold's pairs; 0 without one."""
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
 
     @classmethod
     def create(cls, tables: StepTables) -> Self:
         like = tables.coefficients
-        loss, norm, largest, total = like.new_zeros(4).unbind()
-        return cls(loss, norm, largest, total, like.new_zeros((len(like), 6)))
+        loss, norm, largest, total, held = like.new_zeros(5).unbind()
+        return cls(loss, norm, largest, total, held, like.new_zeros((len(like), 6)))
 
     @property
     def sums(self) -> list[Tensor]:
-        return [self.loss, self.abs_log_ratio, self.step_sums]
+        return [self.loss, self.abs_log_ratio, self.hold_distance, self.step_sums]
 
     @property
     def maxima(self) -> list[Tensor]:
@@ -100,6 +102,8 @@ class PolicyRecord:
     max_abs_log_ratio: float
     mean_abs_log_ratio: float
     """Mean over the pairs that counted."""
+    hold_distance: float
+    """Mean squared distance of the hold's pairs; 0 without one."""
     step_sums: Tensor
     """(T, 6) as PPOStats.step_sums."""
     pairs: float
@@ -111,9 +115,9 @@ class PolicyRecord:
 
     @staticmethod
     def read(numbers: Tensor, measured: float = math.inf) -> PolicyRecord:
-        """The record of a step's PolicyTotals.record (4 + 6 T,) on the host; `measured` pairs ran whole."""
-        loss, grad_norm, max_abs_log_ratio, abs_log_ratio = numbers[:4].tolist()
-        step_sums = numbers[4:].view(-1, 6)
+        """The record of a step's PolicyTotals.record (5 + 6 T,) on the host; `measured` pairs ran whole."""
+        loss, grad_norm, max_abs_log_ratio, abs_log_ratio, hold_distance = numbers[:5].tolist()
+        step_sums = numbers[5:].view(-1, 6)
         pairs = max(float(step_sums[:, 0].sum()), 1.0)
         mean_kl_old = float(step_sums[:, 2].sum()) / pairs
         return PolicyRecord(
@@ -121,6 +125,7 @@ class PolicyRecord:
             grad_norm=grad_norm,
             max_abs_log_ratio=max_abs_log_ratio,
             mean_abs_log_ratio=abs_log_ratio / pairs,
+            hold_distance=hold_distance,
             step_sums=step_sums,
             pairs=pairs,
             mean_kl_old=mean_kl_old,
@@ -146,11 +151,9 @@ class CriticRecord:
 class UpdateRecords:
     """Records of the optimizer steps on one rollout: on the device until they are read, all at once."""
 
-    def __init__(
-        self, policy_metrics: Callable[[Sequence[PolicyRecord]], dict[str, Any]] | None = None
-    ) -> None:
-        """`policy_metrics`: what the steps of the policy say together. None: what those of PPO do."""
-        self._policy_metrics = policy_metrics or ppo_metrics
+    def __init__(self, *, forward: bool = False) -> None:
+        """`forward`: the policy learns by a loss on the forward process, which has metrics of its own."""
+        self._policy_metrics = forward_metrics if forward else ppo_metrics
         self.policy: list[PolicyRecord] = []
         """Records of the steps that were read and taken, in their order."""
         self.critic: list[CriticRecord] = []
@@ -215,16 +218,14 @@ def ppo_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
     """
     sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
     log_ratio, kl_old, kl_ref, high, low = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
-    pairs = sum(record.pairs for record in records)
     return {
-        "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,
-        "policy_grad_norm": sum(record.grad_norm for record in records) / len(records),
+        **_shared_metrics(records),
         "log_ratio": log_ratio,
         "clip_fraction_high": high,
         "clip_fraction_low": low,
         "kl_old": kl_old,
         "kl_ref": kl_ref,
-        "mean_kl_old": float(sums[:, 2].sum()) / pairs,
+        "mean_kl_old": float(sums[:, 2].sum()) / sum(record.pairs for record in records),
         "last_kl_old": records[-1].mean_kl_old,
         "first_max_abs_log_ratio": records[0].max_abs_log_ratio,
         "first_mean_abs_log_ratio": records[0].mean_abs_log_ratio,
@@ -236,14 +237,17 @@ def ppo_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
 
 
 def forward_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
-    """The same of a loss on the forward process: squared distances per element from the old policy's and the
-    anchor's output, per denoising step (T,); NaN where untrained."""
+    """Of a loss on the forward process, squared distances per element from the old policy's and the anchor's
+    output, per denoising step (T,); NaN where untrained."""
     sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
-    _, from_old, from_anchor, _, _ = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)
+    from_old, from_anchor = (sums[:, 2:4] / sums[:, :1]).unbind(dim=1)
+    return {**_shared_metrics(records), "distance_old": from_old, "kl_ref": from_anchor}
+
+
+def _shared_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
+    """Loss, the mean over pairs, and gradient norm, the mean over optimizer steps."""
     pairs = sum(record.pairs for record in records)
     return {
         "policy_loss": sum(record.loss * record.pairs for record in records) / pairs,
         "policy_grad_norm": sum(record.grad_norm for record in records) / len(records),
-        "distance_old": from_old,
-        "kl_ref": from_anchor,
     }

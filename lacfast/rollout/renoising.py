@@ -82,7 +82,8 @@ class RenoisingSampler(RolloutSampler):
         valued: bool = True,
         batch_size: int = 0,
     ) -> Rollout:
-        """Trajectories whose latents before the last are noised anew, arguments as RolloutSampler's.
+        """Trajectories whose latents before the last are noised anew, arguments as RolloutSampler's, but that
+        states are valued whatever `valued` says.
 
         Their model outputs are the old policy's, features are of its forward, values today's critic's. Steps
         that are not trained have all of it too, for a critic learns at every step.

@@ -95,7 +95,8 @@ def memory_plan(
     if critic is not None and pretrains:
         seen = part if keep else Sampled.of(subject, table, config.sampler, size, features=True)
         kept = _kept_bytes(seen.rollout)
-        phases += _pretraining(subject, seen, learning - standing.policy)
+        acting = standing.state * (standing.old > 0)
+        phases += _pretraining(subject, seen, learning - standing.policy, acting)
     phases.append(_evaluation(subject, table, learning + rollout + standing.average + shards.gathered, held))
     for module in (backbone.model, *([] if critic is None else [critic])):
         module.zero_grad(set_to_none=True)
@@ -214,8 +215,11 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
     return phases
 
 
-def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
-    """Rollouts of value pretraining, which lie on the host, and the critic's steps on them."""
+def _pretraining(subject: Subject, part: Sampled, fixed: int, aside: int) -> list[Phase]:
+    """Rollouts of value pretraining, which lie on the host, and the critic's steps on them.
+
+    `aside` are the policy's weights while an old policy acts.
+    """
     config, settings, critic = subject.config, subject.config.pretrain, subject.critic
     assert critic is not None
     shards = subject.shards
@@ -240,7 +244,7 @@ def _pretraining(subject: Subject, part: Sampled, fixed: int) -> list[Phase]:
     name = "value pretraining"
     return [
         Phase(
-            *(f"{name}, rollout", fixed + shards.gathered, part.peak_bytes),
+            *(f"{name}, rollout", fixed + aside + shards.gathered, part.peak_bytes),
             *(rollout.batch_size, "rollout_batch_size", made),
         ),
         _microbatch(

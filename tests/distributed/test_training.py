@@ -20,11 +20,11 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch is
 CASES = {
     "branch": (3, 4),
     **dict.fromkeys(("two rewards", "value pretraining"), (3,)),
-    **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups", "uneven, kl, replay", "graphs"), (2,)),
-    "forward process": (2,),
+    **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups, hold", "uneven, kl, replay"), (2,)),
+    **dict.fromkeys(("graphs", "forward process"), (2,)),
 }
 """Arm -> the numbers of ranks that it is tried on."""
-SAVED = ("uneven, kl, replay", "groups")
+SAVED = ("uneven, kl, replay", "groups, hold")
 """Arms that are saved by four ranks and go on with fewer."""
 Runs = dict[int, dict[str, list[Any]]]
 

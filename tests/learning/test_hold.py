@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +52,15 @@ def test_the_gradient_is_that_of_the_squared_distance_however_it_is_divided(
     source = PolicySource(rollout, trainer.advantages(rollout), trainer.table.timesteps)
     pairs = all_pairs(held_steps(rollout), rollout.batch_size)
     assert pairs.steps.unique().tolist() == [2, 3]
-    found = []
+    found, distances = [], []
     for limit in (len(pairs), 5):
         backbone.model.zero_grad()
-        hold.gradient(source, pairs, limit)
+        distance = torch.zeros(())
+        hold.gradient(source, pairs, limit, distance)
         found.append(gradients(trainer))
-    assert float(hold.metrics(2)["hold_distance"]) > 0
+        distances.append(float(distance))
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+    assert distances[0] > 0
 
     backbone.model.zero_grad()
     total = torch.zeros(())
@@ -85,6 +90,29 @@ def test_held_steps_stay_nearer_to_where_they_were() -> None:
         metrics = trainer.update(rollout)
         distances.append(metrics["hold_distance"])
     assert 0 < distances[1] < 0.5 * distances[0]
+
+
+def test_a_step_that_is_tried_again_holds_its_pairs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fails in (False, True):
+        trainer = trainer_with(Hold(0.5, share=1.0))
+        hold = trainer.learner.hold
+        assert hold is not None
+        output, calls = hold.anchor.output, count()
+
+        def out_of_memory_once(
+            *states: Any, fails: bool = fails, output: Any = output, calls: Any = calls
+        ) -> Any:
+            # The second part of a step, when the first has left its gradient.
+            if next(calls) == 1 and fails:
+                raise torch.OutOfMemoryError
+            return output(*states)
+
+        monkeypatch.setattr(hold.anchor, "output", out_of_memory_once)
+        distance = trainer.train_iteration()["hold_distance"]
+        found.append((distance, [each.detach().clone() for each in trainer.backbone.policy_parameters()]))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-3)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=1e-5)
 
 
 def test_without_a_hold_nothing_is_held_and_no_anchor_is_kept() -> None:

@@ -261,7 +261,7 @@ def test_metrics_are_over_all_optimizer_steps() -> None:
     def record(loss: float, norm: float, largest: float, count: float, kl: float) -> PolicyRecord:
         sums = torch.zeros(3, 6, dtype=torch.float64)
         sums[1] = torch.tensor([count, 0.0, kl * count, 0.0, count / 2, 0.0])
-        scalars = torch.tensor([loss, norm, largest, 3.0]).double()
+        scalars = torch.tensor([loss, norm, largest, 3.0, 0.0]).double()
         return PolicyRecord.read(torch.cat([scalars, sums.flatten()]))
 
     result = ppo_metrics([record(1.0, 2.0, 0.0, 6, 0.1), record(4.0, 4.0, 0.5, 3, 0.4)])
