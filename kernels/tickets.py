@@ -16,6 +16,7 @@ stream made outside of torch must not be destroyed while launches on it go on: i
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ _made: list[torch.Tensor] = []
 """Every room, for good: a graph knows the addresses of its tickets and holds no tensor."""
 _rooms: dict[int, _Room] = {}
 _of_streams: dict[tuple[int, int, int], torch.Tensor] = {}
-"""(device, stream, thread) -> tickets; every thread has a default stream of its own under one handle."""
+"""(device, stream, thread) -> tickets; cudaStreamPerThread is one handle for a stream of every thread."""
 _lock = threading.Lock()
 
 
@@ -85,9 +86,16 @@ def _unowned(batch: int, index: int) -> torch.Tensor | None:
 
 
 def _make_room(batch: int, device: torch.device) -> None:
-    tickets = torch.zeros(max(TICKETS_AT_ONCE, batch + 3), dtype=torch.int32, device=device)
-    # Other streams use them without waiting for this one.
-    torch.cuda.current_stream(device).synchronize()
+    # A pool, as of torch.compile's graphs, takes a thread's allocations and must hold none that outlives it.
+    with ThreadPoolExecutor(1) as helper:
+        tickets = helper.submit(_zeros, max(TICKETS_AT_ONCE, batch + 3), device).result()
     with _lock:
         _made.append(tickets)
         _rooms[device.index] = _Room(tickets, 0)
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    tickets = torch.zeros(count, dtype=torch.int32, device=device)
+    # Other streams use them without waiting for this one.
+    torch.cuda.current_stream(device).synchronize()
+    return tickets
