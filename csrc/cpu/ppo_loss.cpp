@@ -1,6 +1,7 @@
 // log_ratio and ppo_loss: from the sums of runs to ratios, KLs and losses.
 
 #include <memory>
+#include <stdexcept>
 
 #include "../common/ppo.h"
 #include "runs.h"
@@ -181,7 +182,7 @@ void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const P
                  [&](std::int64_t row) { return row_gradient(op, row, outputs, outer); });
 }
 
-// Loss and gradient in one, the bits of both as above. A row that has just been read is still in the cache for its gradient,
+// Loss and gradient of drawn noise in one, the bits of both as above. A row that has just been read is still in the cache for its gradient,
 // the last run more likely than the first, and noise is drawn once.
 void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLoss& gradients,
                            const Outer& outer, const Threads& threads) {
@@ -192,12 +193,12 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
   const bool* mask = op.mask.as<const bool>();
   const double count = rows_that_count(mask, shape.rows);
   const Kernels& chosen = kernels();
+  if (ratio.noise.noise.data != nullptr) throw std::invalid_argument("ppo_loss_and_gradient draws its noise; give a key");
   std::vector<RowLoss> rows(static_cast<std::size_t>(shape.rows));
   std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
-  const bool draws = ratio.noise.noise.data == nullptr;
   const std::int64_t kept = (shape.elements + kBlock - 1) / kBlock * kBlock;
-  const auto noise_of = [&](std::int64_t num_rows) {
-    return std::unique_ptr<float[]>(draws ? new float[static_cast<std::size_t>(num_rows * kept)] : nullptr);
+  const auto room_for = [&](std::int64_t num_rows) {
+    return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(num_rows * kept)]);
   };
   const auto add = [&](Run run, std::int64_t index, float* noise) {
     if (mask == nullptr || mask[run.row]) partial[static_cast<std::size_t>(index)] = chosen.log_ratio(ratio, run, noise);
@@ -211,7 +212,7 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
   };
   if (shape.rows % helpers == 0 || shape.rows >= 4 * helpers) {
     share_tasks(shape.rows, helpers, [&](const auto& next_task) {
-      const std::unique_ptr<float[]> noise = noise_of(1);
+      const std::unique_ptr<float[]> noise = room_for(1);
       for (std::int64_t row; next_task(row);) {
         for (std::int64_t i = 0; i < per_row; ++i) add(run_of(shape, row, i), row * per_row + i, noise.get());
         finish(row);
@@ -220,8 +221,8 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
     });
   } else {
     // Too few rows for every thread to have as many as the others: threads share the runs of all.
-    const std::unique_ptr<float[]> noise = noise_of(shape.rows);
-    const auto row_noise = [&](std::int64_t row) { return draws ? noise.get() + row * kept : nullptr; };
+    const std::unique_ptr<float[]> noise = room_for(shape.rows);
+    const auto row_noise = [&](std::int64_t row) { return noise.get() + row * kept; };
     for_each_run(shape, threads,
                  [&](Run run, std::size_t index) { add(run, static_cast<std::int64_t>(index), row_noise(run.row)); });
     for (std::int64_t row = 0; row < shape.rows; ++row) finish(row);

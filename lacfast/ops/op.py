@@ -206,8 +206,7 @@ class Op(Generic[Inputs, Outputs]):
 
     def _made_ahead(self, ctx: Any, outer: Tensor | None) -> Tensor | None:
         """The forward pass' gradient, handed over once: a second backward pass must not share its memory."""
-        ahead: _Ahead | None = ctx.ahead
-        ctx.ahead = None
+        ahead: _Ahead | None = vars(ctx).pop("ahead", None)
         if ahead is None or outer is None:
             return None
         self._expected = extension().number(outer)

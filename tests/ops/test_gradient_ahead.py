@@ -55,7 +55,9 @@ def _loss_and_gradients(arguments: dict[str, object], outer: Tensor) -> tuple[Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_is_the_gradient_of_a_backward_pass(dtype, kernels_called, poisoned_memory):
+def test_it_is_the_gradient_of_a_backward_pass(dtype, kernels_called, poisoned_memory, monkeypatch):
+    # What the last backward pass of this process was given is another test's.
+    monkeypatch.setattr(importlib.import_module("lacfast.ops.ppo_loss").PPO_LOSS, "_expected", 1.0)
     arguments = _arguments(5, 17_001, dtype, drawn=True)
     for outer in (torch.tensor(0.3), torch.tensor(0.3), torch.tensor(1.0), torch.tensor(1.0)):
         _, first, second = _loss_and_gradients(arguments, outer)
@@ -63,7 +65,7 @@ def test_it_is_the_gradient_of_a_backward_pass(dtype, kernels_called, poisoned_m
         assert first.data_ptr() != second.data_ptr()
     both, after = "ppo_loss_and_gradient", "ppo_loss_backward"
     # Made anew where the loss's gradient is not the last one's, and for a second backward pass always.
-    assert kernels_called[3:] == [both, after, both, after, after, both, after]
+    assert kernels_called == [both, after, after, both, after, both, after, after, both, after]
 
 
 def test_given_noise_is_read_in_both_passes(kernels_called):
@@ -71,10 +73,11 @@ def test_given_noise_is_read_in_both_passes(kernels_called):
     assert kernels_called == ["ppo_loss", "ppo_loss_backward", "ppo_loss_backward"]
 
 
-def test_a_latent_shared_by_threads_gives_the_same_bits():
+@pytest.mark.parametrize("threads", [2, 3], ids=["rows", "runs"])
+def test_a_latent_shared_by_threads_gives_the_same_bits(threads):
     arguments = _arguments(4, 300_000, torch.float32, drawn=True)
     alone = _loss_and_gradients(arguments, torch.ones(()))
-    torch.set_num_threads(3)
+    torch.set_num_threads(threads)
     try:
         together = _loss_and_gradients(arguments, torch.ones(()))
     finally:
