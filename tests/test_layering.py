@@ -147,7 +147,7 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
 def test_kernels_import_only_torch_triton_and_each_other(path: Path) -> None:
     standard = {
-        *("__future__", "collections.abc", "functools", "json", "math", "pathlib"),
+        *("__future__", "collections.abc", "concurrent.futures", "functools", "json", "math", "pathlib"),
         *("threading", "typing", "warnings"),
     }
     for name in _imports(path):
