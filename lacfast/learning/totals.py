@@ -237,8 +237,8 @@ def ppo_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
 
 
 def forward_metrics(records: Sequence[PolicyRecord]) -> dict[str, Any]:
-    """Squared distances per element from the old policy's and the anchor's output per denoising step (T,), of a
-    loss on the forward process; NaN where untrained."""
+    """Squared distances per element from the old policy's and the anchor's output per denoising step (T,), of
+    a loss on the forward process; NaN where untrained."""
     sums = torch.stack([record.step_sums for record in records]).sum(dim=0)
     from_old, from_anchor = (sums[:, 2:4] / sums[:, :1]).unbind(dim=1)
     return {**_shared_metrics(records), "distance_old": from_old, "kl_ref": from_anchor}
