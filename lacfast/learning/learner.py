@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -190,7 +189,7 @@ class Learner:
         for update in self.updates:
             metrics |= update.guard.metrics()
         if self.hold is not None and records.policy:
-            metrics["hold_distance"] = fmean(record.hold_distance for record in records.policy)
+            metrics["hold_distance"] = records.hold_distance
         if ppo.kl is not None and ppo.kl.target is not None and records.policy:
             weight, kl = self.policy_update.kl_weight, float(metrics["kl_ref"].nanmean())
             metrics["kl_weight"] = weight

@@ -205,6 +205,11 @@ class UpdateRecords:
             metrics["critic_grad_norm"] = sum(record.grad_norm for record in self.critic) / len(self.critic)
         return metrics | self.left_out()
 
+    @property
+    def hold_distance(self) -> float:
+        """Mean squared distance of the hold over the policy's optimizer steps that were taken."""
+        return sum(record.hold_distance for record in self.policy) / len(self.policy)
+
     def left_out(self) -> dict[str, int]:
         """How many steps of what were left out, {} where none was."""
         return {f"bad_gradients/{what}": count for what, count in self._left_out.items()}
