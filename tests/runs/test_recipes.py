@@ -14,7 +14,7 @@ from lacfast.backbones.blueprint import Blueprint, load_blueprint
 from lacfast.cli import main
 from lacfast.config import GRPO, Fixed, KLPenalty, LoRAConfig, Ratio, to_json
 from lacfast.runs import plan, train
-from lacfast.runs.config import RunConfig
+from lacfast.runs.config import EMBEDDED_MODELS, RunConfig
 from lacfast.runs.embedded import TINY_MODELS
 from lacfast.runs.recipes import directory, find_recipe, recipe, recipe_names
 
@@ -245,3 +245,7 @@ def test_every_recipe_dry_runs(
     printed = capsys.readouterr().out
     assert "Memory at its peak" in printed
     assert json.loads(printed[printed.index("{\n") :])["train"]["batch_size"] == settings.train.batch_size
+
+
+def test_settings_and_models_that_are_made_on_the_spot_agree() -> None:
+    assert sorted(EMBEDDED_MODELS) == sorted(TINY_MODELS)
