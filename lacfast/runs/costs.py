@@ -20,6 +20,7 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Features
 from lacfast.policy import policy_output
 from lacfast.records import Conditioning, TransitionTable
+from lacfast.runs.meta_kernels import on_meta
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.syncs += 1
             if args[0].is_meta:
                 return _stand_in(func, args[0], named)
-        output = func(*args, **named)
+        output = on_meta(func, args, named)
         packet = func._overloadpacket
         if packet in _LACFAST_FLOPS:
             self.flops += _LACFAST_FLOPS[packet](*args)
@@ -282,7 +283,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named = kwargs or {}
         for tensor in _tensors_in((*args, *named.values())):
             self._meet(tensor, is_new=False)
-        output = func(*args, **named)
+        output = on_meta(func, args, named)
         for tensor in _tensors_in((output,)):
             self._meet(tensor, is_new=True)
         return output
