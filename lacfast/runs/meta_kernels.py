@@ -12,8 +12,11 @@ from torch import Tensor, nn
 Answer: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Arguments and named ones -> what an operation gives."""
 
+Layout: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype."""
+
 _ANSWERS: dict[Any, Answer] = {}
-"""Of an operation and the layouts of its arguments."""
+"""Answers of torch, by the operation and what it was given."""
 
 
 class _NotKnownError(Exception):
@@ -87,24 +90,22 @@ def _returning(
 def _making(output: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Answer | None:
     """The answer that is new tensors, unless their layouts do not tell all of them."""
     theirs = {id(each.untyped_storage()) for each in (*args, *named.values()) if isinstance(each, Tensor)}
-    layouts: list[Any] = []
+    layouts: list[Layout | None] = []
     for tensor in output if isinstance(output, tuple) else (output,):
         # A gradient that is not asked for.
         if tensor is None:
             layouts.append(None)
             continue
-        layouts.append((tensor.shape, tensor.stride(), tensor.dtype))
+        layout = tensor.shape, tensor.stride(), tensor.dtype
+        layouts.append(layout)
         is_own = tensor.is_meta and id(tensor.untyped_storage()) not in theirs and not tensor.is_complex()
-        if not is_own or tensor.untyped_storage().nbytes() != _made(layouts[-1]).untyped_storage().nbytes():
+        if not is_own or tensor.untyped_storage().nbytes() != _made(layout).untyped_storage().nbytes():
             return None
     if isinstance(output, tuple):
-        return lambda args, named: tuple(map(_made, layouts))
-    (layout,) = layouts
+        return lambda args, named: tuple(each and _made(each) for each in layouts)
     return lambda args, named: _made(layout)
 
 
-def _made(layout: Any) -> Tensor | None:
-    if layout is None:
-        return None
+def _made(layout: Layout) -> Tensor:
     shape, strides, dtype = layout
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
