@@ -21,40 +21,17 @@ from pathlib import Path
 
 from bench.learning import page, runs, tables, units
 from bench.learning.analysis import area, images
-from bench.learning.arms import at_rate
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.problems import PROBLEMS, Materials
 from bench.learning.runs import Arm, Budget
 from bench.learning.scales import SCALES, Scale
+from bench.learning.tuning import Setting
 from lacfast.tasks.models import BackboneName
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
 """Folder of the scale "cpu"; the others append their name."""
 TUNING_SEED = 1_000
 """Seed of the runs that choose settings; no reported run has it."""
-
-
-def _tuned(arm: Arm, rate: float) -> Arm:
-    return replace(arm, config=at_rate(arm.config, rate))
-
-
-def _tuning_key(arm: str, rate: float) -> str:
-    return f"tuning/{tables.key_start(arm)}{rate:g}"
-
-
-def chosen(claim: Claim, study: Path, name: str, arm: Arm) -> float | None:
-    """The rate of the grid with the largest area under the headline's curve; None: not tuned yet."""
-    rates = claim.rates(arm)
-    if len(rates) == 1:
-        return rates[0]
-    areas, found = {}, units.load(study)
-    for rate in rates:
-        unit = found.get(_tuning_key(name, rate))
-        if unit is None:
-            return None
-        points = runs.curve(unit)
-        areas[rate] = area(points, images, claim.metrics[0], images(points[-1]))
-    return max(areas, key=lambda rate: areas[rate])
 
 
 @dataclass(frozen=True)
@@ -69,21 +46,36 @@ class Job:
     tuning: bool
 
 
+def tried(claim: Claim, study: Path, name: str, arm: Arm, number: int) -> list[Setting]:
+    """The settings of an arm that a round of the tuning tries, and the chosen one alone after the last; empty
+    while a round before has curves to come."""
+    if number == 0:
+        return claim.tuning.settings(arm)
+    keys = claim.tuning.keys(tables.key_start(name), tried(claim, study, name, arm, number - 1), number - 1)
+    found = units.load(study)
+    if not keys.keys() <= found.keys():
+        return []
+    curves = {key: runs.curve(found[key]) for key in keys}
+    headline = claim.metrics[0]
+    areas = {key: area(points, images, headline, images(points[-1])) for key, points in curves.items()}
+    best = sorted(keys, key=lambda key: -areas[key])
+    return [keys[key] for key in best[: claim.tuning.survivors(len(best), number)]]
+
+
 def jobs(claim: Claim, study: Path, backbone: BackboneName) -> Iterator[Job]:
     """Every run of a claim: first those that tune, then seed by seed those whose arm is tuned."""
-    budget, lent = claim.budgets[backbone], claim.lent(backbone)
-    arms = {name: arm for name, arm in claim.arms(backbone).items() if name not in lent}
-    if len(claim.grid) > 1:
-        short = replace(budget, images=round(claim.tuning_share * budget.images), seconds=0.0)
+    budget, arms, tuning = claim.budgets[backbone], claim.arms(backbone), claim.tuning
+    for number, share in enumerate(tuning.rounds):
+        short = replace(budget, images=round(share * budget.images), seconds=0.0)
         for name, arm in arms.items():
-            for rate in claim.rates(arm):
-                yield Job(_tuning_key(name, rate), _tuned(arm, rate), short, TUNING_SEED, True)
+            settings = tried(claim, study, name, arm, number)
+            for key, setting in tuning.keys(tables.key_start(name), settings, number).items():
+                yield Job(key, tuning.applied(arm, setting, short.images), short, TUNING_SEED, True)
     for seed in range(claim.seeds):
         for name, arm in arms.items():
-            rate = chosen(claim, study, name, arm)
-            if rate is not None:
+            for setting in tried(claim, study, name, arm, len(tuning.rounds)):
                 key = f"{tables.key_start(name)}seed{seed}"
-                yield Job(key, _tuned(arm, rate), budget, seed, False)
+                yield Job(key, tuning.applied(arm, setting, budget.images), budget, seed, False)
 
 
 def perform(
@@ -131,6 +123,7 @@ def perform(
                 backbone=backbone,
                 seed=job.seed,
                 policy_learning_rate=job.arm.config.ppo.policy_learning_rate,
+                batch_size=job.arm.config.batch_size,
                 rewards=job.arm.rewards or PROBLEMS[claim.problem].rewards,
                 settings=units.changed(job.arm.config),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,14 @@ def area(points: Sequence[Point], cost: Cost, metric: str, budget: float) -> flo
     costs, scores = along(points, cost, metric)
     grid = np.linspace(0, budget, 513)
     return float(np.trapezoid(np.interp(grid, costs, scores), grid) / budget)
+
+
+def reached(runs: Sequence[Sequence[Point]], cost: Cost, metric: str, level: float, budget: float) -> float:
+    """Cost at which the mean score of the runs first is `level`; infinite where it never is in the budget."""
+    grid = np.linspace(0, budget, 513)
+    scores = np.mean([np.interp(grid, *along(points, cost, metric)) for points in runs], axis=0)
+    there = np.flatnonzero(scores >= level)
+    return float(grid[there[0]]) if len(there) else math.inf
 
 
 def common_budget(curves: Sequence[Sequence[Point]], cost: Cost) -> float:

@@ -33,11 +33,12 @@ from bench.learning.arms import (
     with_trunk,
 )
 from bench.learning.runs import Arm, Budget
+from bench.learning.tuning import FIXED, RATES, Tuning
 from lacfast.config import GRPO, TrainConfig
 from lacfast.tasks.models import BackboneName
 
-LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
-"""Learning rates of the policy, in units of the preset's: the grid on which every arm is tuned alike."""
+HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25), rounds=(1 / 4, 1 / 2))
+"""Less noise in the gradient pays as smaller rollouts, so they are tuned too."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 CHECKER_PASSED = 0.99
@@ -61,26 +62,12 @@ class Claim:
     """Scores that are compared, higher is better; the headline first."""
     reward_costs: tuple[float, ...] = ()
     """Seconds per image at which arms are compared at equal time; none: at equal images alone."""
-    grid: tuple[float, ...] = LEARNING_RATES
-    """Policy learning rates, in units of the arm's own, that every arm is tried with, once, on the tuning
-    prompts; one tunes nothing."""
-    tuning_share: float = 0.5
-    """Share of the budget in images that a run of the grid gets."""
+    tuning: Tuning = RATES
+    """How each arm gets its settings."""
     seeds: int = 5
     """Paired runs per arm."""
-    lender: str = ""
-    """Claim on the same problem, with no smaller a budget, whose runs of its own arms count here too. Empty:
-    none."""
     note: str = ""
     """What a reader of the results must know besides."""
-
-    def lent(self, backbone: BackboneName) -> dict[str, Arm]:
-        """Arms whose runs are the lender's."""
-        return CLAIMS[self.lender].arms(backbone) if self.lender else {}
-
-    def rates(self, arm: Arm) -> tuple[float, ...]:
-        """The policy learning rates of the grid."""
-        return tuple(factor * arm.config.ppo.policy_learning_rate for factor in self.grid)
 
 
 def _unpretrained(config: TrainConfig) -> Arm:
@@ -96,10 +83,11 @@ def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
 
 
 def _objective_arms(backbone: BackboneName) -> dict[str, Arm]:
-    return _baseline_arms(backbone) | {
-        "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
-        "AWM": Arm(config=advantage_weighted_matching(backbone)),
+    return {
         "critic-weighted NFT": _unpretrained(critic_weighted(backbone)),
+        "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
+        **_baseline_arms(backbone),
+        "AWM": Arm(config=advantage_weighted_matching(backbone)),
     }
 
 
@@ -204,22 +192,22 @@ CLAIMS = {
         "the choices on tuning prompts are in bench/results/learning/baselines/BACKBONE.json.",
     ),
     "objectives": Claim(
-        question="Does the latent critic learn more per image than losses on the forward process?",
+        question="Every method at its best rollout and rate: which learns most per image and per second?",
         problem="shapes",
         arms=_objective_arms,
-        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        budgets={
+            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
+        },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
-        # As many images as the lender's.
-        tuning_share=7 / 8,
-        seeds=3,
-        lender="baselines",
+        reward_costs=(0.0, 0.05),
+        tuning=HALVING,
         note="DiffusionNFT and AWM have GRPO's groups and advantages, critic-weighted NFT has the critic's "
         "at each noised state and one image per prompt. All three train as many (sample, step) pairs as PPO "
-        "and sample as it does, and take as many optimizer steps. Beyond that they have their authors' "
-        "settings for GenEval, but for the KL to the first model, which no arm has, and AWM's distance from "
-        f"the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one optimizer step per "
-        "rollout, at which that distance is 0. The other arms' runs are those of section baselines, made "
-        "on another day, so seconds are not compared.",
+        "and sample as it does, and all arms take as many optimizer steps per rollout. Beyond that they have "
+        "their authors' settings for GenEval, but for the KL to the first model, which no arm has, and AWM's "
+        f"distance from the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one "
+        "optimizer step per rollout, at which that distance is 0.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
@@ -231,7 +219,7 @@ CLAIMS = {
         },
         metrics=("shapes_strict", "shapes_gold"),
         reward_costs=(0.0, 0.05),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="On the DiT the latent critic reads the estimate of the clean latent, on the UNet it is a head "
         "alone; branch, copied trunk, clean estimate, head alone and joint head, whose error trains the "
@@ -247,7 +235,7 @@ CLAIMS = {
         arms=_estimator_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="GRPO divides by the rollout's deviation as Flow-GRPO does, group std by the group's as "
         "DanceGRPO; KL mask is Flow-DPPO's, ratio norm GRPO-Guard's; batch mean compares with the "
@@ -276,7 +264,8 @@ CLAIMS = {
         metrics=("crowds_strict", "crowds_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         seeds=3,
-        note="The losses on the forward process are those of section objectives, with its changes. Pictures "
+        tuning=HALVING,
+        note="The arms are those of section objectives. Pictures "
         "have 48x48 pixels, so the clip of the ratio is 2/3 of the other tasks'.",
     ),
     "proxy": Claim(
@@ -292,7 +281,7 @@ CLAIMS = {
         arms=_multi_reward_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the "
         "one with the larger deviation counts more. Two heads normalise each: with the weight "
@@ -305,7 +294,7 @@ CLAIMS = {
         arms=_hacking_arms,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="The critic is a branch. The smallest file is a flat picture: this second reward fights the "
         "first one. The constrained arm raises the checker's weight while its reward is below "
@@ -318,7 +307,7 @@ CLAIMS = {
         arms=_budget_arms,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="The critic is a branch. The second reward is minus the kB beyond the budget, so a flat "
         "picture gains nothing more than a plain one of the data; both rewards weigh alike after "
@@ -331,7 +320,7 @@ CLAIMS = {
         arms=_staleness_arms,
         budgets={"dit": Budget(images=4_800, seconds=0, judged_every=2_400)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
-        grid=(1.0,),
+        tuning=FIXED,
         seeds=3,
         note="All arms run in one process, so their seconds say nothing of what rollout ranks save; "
         "trajectories and weights are those of ranks apart.",

@@ -37,6 +37,28 @@ def draw(curves: Curves, metrics: Sequence[str], path: Path) -> None:
     save(figure, path)
 
 
+def overview(studies: Mapping[str, tuple[str, Curves]], path: Path) -> None:
+    """Studies by title with their metric: along images, and along seconds with a free and a dear reward."""
+    axes_of: list[tuple[Cost, str]] = [
+        (images, "images"),
+        (seconds(0.0), "CPU seconds, free reward"),
+        (seconds(0.05), "CPU seconds, reward of 50 ms"),
+    ]
+    figure, grid = plt.subplots(
+        len(studies), len(axes_of), figsize=(13, 3.6 * len(studies)), squeeze=False, sharey="row"
+    )
+    for row, (title, (metric, curves)) in zip(grid, studies.items(), strict=True):
+        for axes, (cost, label) in zip(row, axes_of, strict=True):
+            for name, runs in curves.items():
+                _band(axes, name, runs, cost, metric)
+            axes.set_xlabel(label)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{title}: {metric}")
+    grid[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write the picture and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,15 @@ from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
 from bench.learning.runs import Budget
 from bench.learning.scales import SCALES, Scale
+from bench.learning.tuning import Tuning
 from lacfast.tasks.models import BackboneName
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
-RIVALS = ("GRPO", "DDPO")
-"""The published methods that the conclusion counts."""
+RIVALS = {"latent critic": ("GRPO", "DDPO"), "critic-weighted NFT": ("GRPO", "DDPO", "AWM", "DiffusionNFT")}
+"""Forms of the critic, and the published methods that a conclusion counts against each."""
+OVERVIEW = ("objectives", "crowds")
+"""Claims that the page opens with: all methods, each with its best rollout and rate."""
 HEAD = """# What learning shows
 
 To see which method learns more, per image and per second, and where this one loses.
@@ -49,11 +52,10 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     sections += critics_section.sections(results, pictures)
     sections += gradients_section.sections(results)
     summary = list(tables.summary(results, claims))
-    short = (
-        ["## In short\n\n" + "\n\n".join([_conclusion(results, claims), "\n".join(summary)])]
-        if summary
-        else []
-    )
+    opening = list(_overview(results, claims, pictures))
+    short = ["\n".join(opening)] if opening else []
+    if summary:
+        short.append("\n\n".join(["## In short", *_conclusions(results, claims), "\n".join(summary)]))
     missing = list(_missing(results, claims))
     rest = ["## Not run to the end\n\n" + "\n".join(missing)] if missing else []
     samples = round(scale.samples * Budget.samples)
@@ -62,24 +64,41 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     page.write_text("\n\n".join([head.strip(), *short, *sections, *rest]) + "\n", encoding="utf-8")
 
 
-def _conclusion(results: Path, claims: Mapping[str, Claim]) -> str:
-    """How often the latent critic is ahead of the published methods, undecided and behind, in a sentence."""
-    wanted = {f"latent critic minus {rival}" for rival in RIVALS}
-    leads = [
+def _conclusions(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    """How often each form of the critic is ahead of the published methods, undecided and behind."""
+    found = [
         lead
         for name, claim in claims.items()
         for backbone in claim.budgets
-        # What is lent counts where it was run.
-        if not claim.lender
         if (curves := tables.paired_curves(results / name / backbone, claim, backbone))
         for lead in tables.leads(curves, claim)
-        if lead[1] in wanted
     ]
-    at_end, equal_time = (counted([lead[column] for lead in leads]) for column in (2, 4))
-    return (
-        f"Against {' and '.join(RIVALS)} the latent critic ends {at_end} comparisons at equal images; over a "
-        f"run in equal time with a free reward it is {equal_time}."
-    )
+    for form, rivals in RIVALS.items():
+        leads = [lead for lead in found if lead[1] in {f"{form} minus {rival}" for rival in rivals}]
+        if leads:
+            at_end, over_run, equal_time = (counted([lead[column] for lead in leads]) for column in (2, 3, 4))
+            yield (
+                f"Against {', '.join(rivals[:-1])} and {rivals[-1]} the {form} ends {at_end} comparisons at "
+                f"equal images; over the run it is {over_run} at equal images, and in equal time with a free "
+                f"reward {equal_time}."
+            )
+
+
+def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Iterator[str]:
+    """Lines on the claims that all published methods are in: one figure, and how soon each is overtaken."""
+    found = {
+        f"{name}, {backbone}": (claims[name].metrics[0], curves)
+        for name in OVERVIEW
+        for backbone in claims[name].budgets
+        if (curves := tables.paired_curves(results / name / backbone, claims[name], backbone))
+    }
+    if not found:
+        return
+    picture = pictures / "overview.png"
+    figures.overview(found, picture)
+    yield from ("## All methods, each at its best", "", f"![curves]({pictures.name}/{picture.name})")
+    for title, (metric, curves) in found.items():
+        yield from ("", f"{title}, {metric} at equal images:", "", *tables.speed(images, curves, metric))
 
 
 def counted(cells: Sequence[str]) -> str:
@@ -94,7 +113,7 @@ def counted(cells: Sequence[str]) -> str:
 def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     for name, claim in claims.items():
         for backbone in claim.budgets:
-            wanted = claim.seeds * len(claim.arms(backbone).keys() - claim.lent(backbone).keys())
+            wanted = claim.seeds * len(claim.arms(backbone))
             found = _count(results / name / backbone)
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"
@@ -139,11 +158,17 @@ def _not_run(arms: Iterable[str], curves: Curves) -> str:
 
 
 def _tuning(study: Path, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
-    grids = {claim.rates(arm) for arm in claim.arms(backbone).values()}
-    rates = " or ".join(", ".join(f"{rate:g}" for rate in grid) for grid in sorted(grids))
-    if len(claim.grid) == 1:
-        return f"Policy learning rate fixed at {rates}."
-    found = tables.units_for(study, claim)
-    chosen = {arm: tables.units_of(found, arm)[0]["policy_learning_rate"] for arm in curves}
-    found = ", ".join(f"{rate:g} ({arm})" for arm, rate in chosen.items())
-    return f"Policy learning rate tuned over {rates}; chosen: {found}."
+    tuning, arms = claim.tuning, claim.arms(backbone)
+    tried = tuning.described(list(arms.values()))
+    if not tuning.rounds:
+        return f"Policy learning rate fixed at {tried}."
+    found = units.load(study)
+    chosen = ", ".join(f"{_chosen(tables.units_of(found, arm)[0], tuning)} ({arm})" for arm in curves)
+    how = " by successive halving" if len(tuning.rounds) > 1 else ""
+    falls = ", from where it falls to 0 over a run" if tuning.falls else ""
+    return f"Policy learning rate tuned{how} over {tried}{falls}; chosen: {chosen}."
+
+
+def _chosen(unit: units.Unit, tuning: Tuning) -> str:
+    rate = f"{unit['policy_learning_rate']:g}"
+    return f"{rate} at {unit['batch_size']}" if len(tuning.batches) > 1 else rate

@@ -48,7 +48,7 @@ class Scale:
     seeds: float = 1.0
     """Paired seeds, a multiple of the claim's."""
     tunes: bool = True
-    """Whether learning rates are tuned over the claim's grid; False takes the middle one."""
+    """Whether learning rates are tuned as the claim has it; False takes the middle one."""
     pretraining_iterations: int = 0
     """Iterations of value pretraining; 0: the preset's."""
 
@@ -63,7 +63,7 @@ class Scale:
         return replace(problem, task=self.task(problem.task))
 
     def claim(self, claim: Claim) -> Claim:
-        """The claim with this scale's arms, budgets, seeds and grid."""
+        """The claim with this scale's arms, budgets, seeds and tuning."""
 
         def arms(backbone: BackboneName) -> dict[str, Arm]:
             made, side = claim.arms(backbone), self.task(PROBLEMS[claim.problem].task).image_size
@@ -79,10 +79,9 @@ class Scale:
             )
             for backbone, budget in claim.budgets.items()
         }
-        middle = len(claim.grid) // 2
-        grid = claim.grid if self.tunes else claim.grid[middle : middle + 1]
+        tuning = claim.tuning if self.tunes else claim.tuning.untuned()
         return replace(
-            claim, arms=arms, budgets=budgets, seeds=max(round(self.seeds * claim.seeds), 1), grid=grid
+            claim, arms=arms, budgets=budgets, seeds=max(round(self.seeds * claim.seeds), 1), tuning=tuning
         )
 
     def config(self, config: TrainConfig, image_size: int) -> TrainConfig:

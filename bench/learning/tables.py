@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from bench.learning import runs, units
-from bench.learning.analysis import Cost, area, common_budget, final, images, paired, seconds
+from bench.learning.analysis import Cost, area, common_budget, final, images, paired, reached, seconds
 from bench.learning.claims import Claim
 from bench.learning.figures import Curves
 from bench.learning.runs import Point
@@ -27,27 +28,21 @@ def units_of(found: Mapping[str, units.Unit], arm: str) -> list[units.Unit]:
     return [unit for key, unit in found.items() if key.startswith(f"{key_start(arm)}seed")]
 
 
-def units_for(study: Path, claim: Claim) -> dict[str, units.Unit]:
-    """All runs that count for a claim: of its own study, and of the one that lends it arms."""
-    lent = units.load(study.parents[1] / claim.lender / study.name) if claim.lender else {}
-    return lent | units.load(study)
-
-
 def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
-    Empty without such a seed, without the claim's first arm, and without another one of its own.
+    Empty without such a seed, without the claim's first arm, and without another one.
     """
-    found = units_for(study, claim)
+    found = units.load(study)
     if not found:
         return {}
-    arms, lent = list(claim.arms(backbone)), claim.lent(backbone)
+    arms = list(claim.arms(backbone))
     by_seed = {
         arm: {unit["seed"]: runs.curve(unit) for unit in made}
         for arm in arms
         if (made := units_of(found, arm))
     }
-    if len(by_seed) < 2 or arms[0] not in by_seed or not by_seed.keys() - lent.keys():
+    if len(by_seed) < 2 or arms[0] not in by_seed:
         return {}
     seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
     return {arm: [found[seed] for seed in seeds] for arm, found in by_seed.items()} if seeds else {}
@@ -60,9 +55,7 @@ def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
         for backbone in claim.budgets:
             curves = paired_curves(results / name / backbone, claim, backbone)
             if curves and len(next(iter(curves.values()))) > 1:
-                lent = {f"{next(iter(curves))} minus {arm}" for arm in claim.lent(backbone)}
-                found = [row for row in leads(curves, claim) if row[1] not in lent]
-                rows += [[f"{name}, {backbone}", *row] for row in found]
+                rows += [[f"{name}, {backbone}", *row] for row in leads(curves, claim)]
     if rows:
         columns = ["metric", "lead", "at the end, equal images", "area, equal images"]
         columns.append("area, equal time, free reward")
@@ -90,6 +83,19 @@ def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -
     for arm in others:
         leads = [_lead(curves, first, arm, measure, cost) for measure in measures.values()]
         yield _row(f"{first} minus {arm}", leads)
+
+
+def speed(cost: Cost, curves: Curves, metric: str) -> Iterator[str]:
+    """Lines that say after how many images the first arm has what each other one ends with, if it has."""
+    first, *others = curves
+    budget = _common(curves, cost)
+    yield _row("arm", ["ends with", f"{first} has it after", "times fewer images"])
+    yield "|" + "---|" * 4
+    for arm in others:
+        level = mean(_scores(curves, arm, (final, metric), cost))
+        needed = reached(curves[first], cost, metric, level, budget)
+        cells = [f"{needed:,.0f} images", f"{budget / needed:.1f}"] if needed < math.inf else ["never", ""]
+        yield _row(arm, [f"{level:.3f}", *cells])
 
 
 def _row(head: str, cells: Iterable[str]) -> str:

@@ -15,13 +15,14 @@ import torch
 
 from bench.learning import __main__ as command
 from bench.learning import page, runs, tables, units
-from bench.learning.analysis import area, common_budget, final, images, paired, seconds
+from bench.learning.analysis import area, common_budget, final, images, paired, reached, seconds
 from bench.learning.arms import group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.dual_encoder import train_dual_encoder
 from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Materials, Prompts
 from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
+from bench.learning.tuning import Tuning
 from lacfast.config import GRPO
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.runtime.directories import whole_directory
@@ -50,6 +51,19 @@ def test_scores_are_interpolated_at_equal_cost() -> None:
 
 def test_arms_are_compared_where_all_of_them_have_been() -> None:
     assert common_budget([line(0.0, rate=1.0), line(0.0, rate=3.0)], seconds(0.0)) == 10
+
+
+def test_a_level_is_reached_where_the_mean_of_the_seeds_first_has_it() -> None:
+    curves = [line(1e-4), line(3e-4)]
+    assert reached(curves, images, "shapes_strict", 0.5, 1000) == pytest.approx(500, abs=2)
+    assert reached(curves, images, "shapes_strict", 0.7, 1000) == float("inf")
+
+
+def test_an_arm_is_told_when_it_has_what_another_ends_with() -> None:
+    rows = list(
+        tables.speed(images, {"a": [line(3e-4)], "b": [line(1e-4)], "c": [line(1e-3)]}, "shapes_strict")
+    )
+    assert rows[2:] == ["| b | 0.500 | 334 images | 3.0 |", "| c | 1.400 | never |  |"]
 
 
 def test_the_bootstrap_interval_covers_the_mean_of_its_pairs_95_times_in_100() -> None:
@@ -125,7 +139,7 @@ def small_claim() -> Claim:
             "GRPO": small(Arm(config=group_relative(backbone, GRPO()))),
         },
         budgets={"dit": SMALL},
-        grid=(0.5, 1.0),
+        tuning=Tuning(rates=(0.5, 1.0)),
         seeds=2,
     )
 
@@ -186,29 +200,48 @@ def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
     assert page.counted([*cells, cells[0]]) == "ahead in 2, undecided in 1, behind in 1 of 4"
 
 
-def test_a_claim_shows_the_runs_that_another_lends_once_it_has_one_of_its_own(tmp_path: Path) -> None:
-    point = Point(0, 0, 0.0, dict.fromkeys(CLAIMS["objectives"].metrics, 0.5))
-    points = [point, replace(point, images=14_000, seconds=60.0)]
-    docs = tmp_path / "docs" / "results.md"
+def tournament() -> Claim:
+    """Two arms, four settings of each, of which two are tried for twice as long."""
+    tuning = Tuning(rates=(0.5, 1.0), batches=(1.0, 0.5), rounds=(1 / 4, 1 / 2), falls=True)
+    return replace(small_claim(), budgets={"dit": replace(SMALL, images=64)}, tuning=tuning)
 
-    def run(claim: str, arm: str, seed: int) -> None:
-        unit = runs.described(points, seed=seed, policy_learning_rate=3e-4)
-        units.write(tmp_path / "learning" / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
 
-    for arm, seed in product(CLAIMS["baselines"].arms("dit"), (0, 1, 2)):
-        run("baselines", arm, seed)
-    page.write(tmp_path / "learning", docs)
-    assert "## objectives" not in docs.read_text(), "lent runs alone are another section's"
-    for seed in (0, 1):
-        run("objectives", "DiffusionNFT", seed)
-    page.write(tmp_path / "learning", docs)
-    short, _, section = docs.read_text().partition("## objectives, dit")
-    assert "paired seeds: 2" in section
-    assert "Not run yet: AWM, critic-weighted NFT." in section
-    assert section.count("| latent critic minus GRPO |") == 1
-    assert "| objectives, dit | shapes_strict | latent critic minus DiffusionNFT |" in short
-    assert "| objectives, dit | shapes_strict | latent critic minus GRPO |" not in short
-    assert "- objectives, dit: 2 of 9 runs" in section
+def test_every_arm_is_tuned_by_halving_with_as_many_images(tmp_path: Path) -> None:
+    claim, study = tournament(), tmp_path / "baselines" / "dit"
+    worth = {(16, 1.5e-4): 0.3, (16, 3e-4): 0.6, (8, 1.5e-4): 0.7, (8, 3e-4): 0.2}
+
+    def perform(job: command.Job) -> None:
+        """A setting's score is what it is worth, the other way round in the second round."""
+        config = job.arm.config
+        score = worth[config.batch_size, config.ppo.policy_learning_rate]
+        score = 1 - score if "round2" in job.key else score
+        points = [Point(count, 0, 0.0, {"shapes_strict": score}) for count in (0, job.budget.images)]
+        units.write(study, job.key, runs.described(points, seed=job.seed))
+
+    wanted = list(command.jobs(claim, study, "dit"))
+    assert {job.key.partition("/")[2] for job in wanted} == {
+        f"round1/{arm}-{size}-{rate}"
+        for arm, size, rate in product(("latent-critic", "grpo"), (16, 8), ("0.00015", "0.0003"))
+    }, "what follows from curves waits for them"
+    made = []
+    for job in command.jobs(claim, study, "dit"):
+        perform(job)
+        made.append(job)
+    assert [job.budget.images for job in made] == [16] * 8 + [32] * 4 + [64] * 4
+    assert {job.key for job in made[8:12]} == {
+        f"tuning/round2/{arm}-{setting}"
+        for arm, setting in product(("latent-critic", "grpo"), ("16-0.0003", "8-0.00015"))
+    }
+    finals = made[12:]
+    assert [job.key for job in finals] == [
+        *("latent-critic-seed0", "grpo-seed0", "latent-critic-seed1", "grpo-seed1")
+    ]
+    for job in finals:
+        config = job.arm.config
+        assert (config.batch_size, config.ppo.policy_learning_rate) == (16, 3e-4), (
+            "the best of the last round"
+        )
+        assert (config.iterations, config.ppo.final_learning_rate) == (4, 0.0), "it falls over the whole run"
 
 
 def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
@@ -261,7 +294,7 @@ def test_a_run_that_its_deadline_stops_goes_on_where_it_was(
 def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
     scale, claim = SCALES["gpu"], CLAIMS["baselines"]
     larger = scale.claim(claim)
-    assert (larger.grid, larger.metrics, larger.problem) == (claim.grid, claim.metrics, claim.problem)
+    assert (larger.tuning, larger.metrics, larger.problem) == (claim.tuning, claim.metrics, claim.problem)
     assert larger.seeds == 2 * claim.seeds
     arms = larger.arms("dit")
     assert arms.keys() == claim.arms("dit").keys()
