@@ -1,8 +1,8 @@
 """Noise of the policy's gradient under every baseline: how much there is, and what a baseline takes away.
 
 At fixed weights each trajectory i and trained step k have a score s_ik, the gradient of the run's own loss
-with advantage 1; the update's gradient is the mean of A_ik s_ik. From the scores of some thousand
-trajectories, kept as sketches that preserve inner products, follow for any advantages
+with advantage 1; the update's gradient is the mean of A_ik s_ik, by PPO or by DiffusionNFT. From the scores
+of some thousand trajectories, kept as sketches that preserve inner products, follow for any advantages
 
     signal = |E g|^2,   noise = tr Cov g of one trajectory,   noise scale = noise / signal
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,14 +32,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.learning import page, units
+from bench.learning.arms import critic_weighted, latent_critic, pretrained_for
 from bench.learning.problems import PROBLEMS, Materials, Prompts
-from lacfast import ops
-from lacfast.learning.pairs import Pairs, states_of
+from lacfast.config import TrainConfig
+from lacfast.learning.batches import PolicySource
 from lacfast.learning.step_tables import step_tables
-from lacfast.policy import guided_output
-from lacfast.records import Rollout
+from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
-from lacfast.runs.demo_config import demo_config
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -71,6 +70,10 @@ class Scale:
     stages: dict[str, int]
     """Name -> images of PPO before the measurement."""
 
+
+PPO = "ppo"
+OBJECTIVES: dict[str, Callable[[str], TrainConfig]] = {PPO: latent_critic, "nft": critic_weighted}
+"""What the policy learns by -> its configuration with a critic."""
 
 FULL = Scale(
     prompts=198,
@@ -107,19 +110,26 @@ def run(
     scale: Scale,
     study: Path,
     *,
+    objective: str = PPO,
     deadline: float = math.inf,
 ) -> None:
     """Measure what the study does not hold yet; begin nothing after the deadline."""
-    units.require_settings(study, {"problem": problem, "backbone": backbone, "scale": asdict(scale)})
+    stages = scale.stages
+    settings = {"problem": problem, "backbone": backbone, "scale": asdict(scale)}
+    if objective != PPO:
+        # A loss on the forward process is linear in the advantage where the old policy is the policy.
+        stages = {stage: images for stage, images in stages.items() if not images}
+        settings |= {"objective": objective, "scale": asdict(replace(scale, stages=stages))}
+    units.require_settings(study, settings)
     for seed in seeds:
-        for stage, images in scale.stages.items():
+        for stage, images in stages.items():
             if time.monotonic() > deadline:
                 return
 
             def work(seed: int = seed, images: int = images) -> dict[str, Any]:
-                return measure(_trainer(materials, problem, backbone, scale, seed), scale, images) | {
-                    "seed": seed
-                }
+                return measure(
+                    _trainer(materials, problem, backbone, scale, seed, objective), scale, images
+                ) | {"seed": seed}
 
             unit = units.done(study, f"{stage}-seed{seed}", work)
             if unit is not None:
@@ -128,19 +138,16 @@ def run(
 
 
 def _trainer(
-    materials: Materials, problem: str, backbone: BackboneName, scale: Scale, seed: int
+    materials: Materials, problem: str, backbone: BackboneName, scale: Scale, seed: int, objective: str = PPO
 ) -> LatentActorCriticTrainer:
     found = PROBLEMS[problem]
     prompts = Prompts.of(found.task)
-    preset = demo_config(backbone)
-    pretrain = replace(
-        preset.pretrain, iterations=scale.pretraining, patience=scale.pretraining, held_out_samples=0
-    )
+    preset = pretrained_for(OBJECTIVES[objective](backbone), scale.pretraining)
     return LatentActorCriticTrainer(
         materials.backbone(found.task, backbone),
         {materials.reward(name, found.task): weight for name, weight in found.rewards.items()},
         prompts.train,
-        replace(preset, seed=seed, batch_size=scale.batch_size, pretrain=pretrain),
+        replace(preset, seed=seed, batch_size=scale.batch_size),
         held_out=prompts.tuning,
     )
 
@@ -175,29 +182,21 @@ def measure(trainer: LatentActorCriticTrainer, scale: Scale, images: int) -> dic
 
 
 def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tensor:
-    """(K, B, SKETCH): of the trained steps and trajectories, gradients of the loss at advantage 1."""
-    backbone, tables = trainer.backbone, step_tables(rollout.table, trainer.config.ppo, rollout.latents)
-    parameters = backbone.policy_parameters()
-    steps = rollout.table.trainable_steps
+    """(K, B, SKETCH): of trained steps and trajectories, gradients of the update's loss at advantage 1."""
+    update, one = trainer.learner.policy_update, torch.ones(())
+    is_forward = rollout.forward_steps is not None
+    tables = step_tables(rollout.table, trainer.config.ppo, rollout.latents, forward=is_forward)
+    update.prepare(tables)
+    steps = torch.tensor(rollout.trained_steps)
+    ones, none = torch.ones(len(steps), rollout.batch_size), torch.zeros(rollout.batch_size, 1)
+    source = PolicySource(rollout, Advantages(steps, ones, none, ones.unsqueeze(-1)), tables.timesteps)
     found = torch.empty(len(steps), rollout.batch_size, SKETCH)
-    uncond = rollout.uncond_conditioning
-    one = torch.ones(1)
-    for position, step in enumerate(steps):
-        for row in range(rollout.batch_size):
-            at = torch.tensor([step]), torch.tensor([row])
-            pairs = Pairs(*at, torch.tensor([position]))
-            output, _ = guided_output(
-                *(backbone, states_of(rollout, tables.timesteps, pairs)),
-                None if uncond is None else uncond.select(at[1]),
-                *(trainer.config.sampler.guidance_scale, trainer.config.ppo.cfg_grad),
-            )
-            loss, _ = ops.ppo_loss(
-                *(output, rollout.model_outputs[at], one, tables.coefficients, at[0]),
-                noise=rollout.noise.select(at[1]),
-                clip_range=1.0,
-                step_weights=tables.weights,
-            )
-            found[position, row] = sketch(torch.autograd.grad(loss, parameters))
+    for pair in source.pairs.split(1):
+        update.begin()
+        update.gradient(source.batch(pair, one))
+        gradients = [weight.grad for weight in trainer.backbone.policy_parameters()]
+        found[pair.position, pair.rows] = sketch([grad for grad in gradients if grad is not None])
+    update.begin()
     return found
 
 
@@ -216,7 +215,7 @@ def _signs(count: int) -> Tensor:
 def advantages(trainer: LatentActorCriticTrainer, rollout: Rollout, scale: Scale) -> dict[str, Tensor]:
     """Baseline -> advantages (K, B) of the standardised reward; all but those of GAE leave E g as it is."""
     rewards = _rewards(trainer, rollout)
-    steps = torch.tensor(rollout.table.trainable_steps)
+    steps = torch.tensor(rollout.trained_steps)
     values = rollout.values[steps, :, 0].to(rewards)
     count = len(steps)
 
@@ -234,6 +233,9 @@ def advantages(trainer: LatentActorCriticTrainer, rollout: Rollout, scale: Scale
         "critic at the first step": (rewards - values[0]).expand(count, -1),
     }
     following = torch.cat([values[1:], rewards[None]])
+    if rollout.forward_steps is not None:
+        # States that are noised anew do not follow one another.
+        return found
     for decay in LAMBDAS:
         advantage, made = torch.zeros_like(rewards), []
         for step in reversed(range(count)):
@@ -287,6 +289,11 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
     return ((left[0] * left[1]).sum(dim=1) - own) / (count * (count - 1))
 
 
+def _name(options: argparse.Namespace) -> str:
+    objective = "" if options.objective == PPO else f"-{options.objective}"
+    return f"{options.problem}-{options.backbone}{objective}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,11 +301,14 @@ def main() -> None:
     of_one_reward = [name for name, problem in PROBLEMS.items() if len(problem.rewards) == 1]
     parser.add_argument("--problem", choices=of_one_reward, default="shapes")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
+    parser.add_argument("--objective", choices=tuple(OBJECTIVES), default=PPO, help="of the policy")
     parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--smoke", action="store_true", help="tiny rollouts: does it run")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after these")
-    parser.add_argument("--out", type=Path, help="file without .json; default: gradients/PROBLEM-BACKBONE")
+    parser.add_argument(
+        "--out", type=Path, help="file without .json; default: gradients/PROBLEM-BACKBONE[-OBJECTIVE]"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     run(
@@ -307,7 +317,8 @@ def main() -> None:
         options.backbone,
         options.seeds,
         SMOKE if options.smoke else FULL,
-        options.out or LEARNING / "gradients" / f"{options.problem}-{options.backbone}",
+        options.out or LEARNING / "gradients" / _name(options),
+        objective=options.objective,
         deadline=time.monotonic() + 60 * options.minutes,
     )
     page.write(LEARNING)

@@ -13,12 +13,14 @@ from bench.learning.units import Unit
 FIRST = "nothing"
 REFERENCE = "critic"
 HEAD = """How much of the policy's gradient is noise, and what does each baseline take away? Problem
-`{problem}`, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of the prompts that train:
-the gradient's variance per trajectory, as a share of that under the plain reward, of each trained step and of
-all together. The critic has had {pretraining} rollouts of value pretraining, and those of PPO where there is
-PPO; "rollout" compares with all other trajectories that are measured. Baselines leave the expected gradient
-as it is; GAE below 1 does not: alignment is the cosine to the gradient of R - V, left out where either signal
-is below twice its error."""
+`{problem}`, {objective}, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of the prompts
+that train: the gradient's variance per trajectory, as a share of that under the plain reward, of each trained
+step and of all together. The critic has had {pretraining} rollouts of value pretraining, and those of PPO
+where there is PPO; "rollout" compares with all other trajectories that are measured. Baselines leave the
+expected gradient as it is{gae}."""
+GAE = """; GAE below 1 does not: alignment is the cosine to the gradient of R - V, left out where either
+signal is below twice its error"""
+OBJECTIVES = {"ppo": "by PPO", "nft": "by DiffusionNFT"}
 
 
 def sections(results: Path) -> list[str]:
@@ -32,13 +34,15 @@ def _section(study: Path) -> str:
     settings = found.pop(units.SETTINGS, None)
     if settings is None or not found:
         return ""
-    scale = settings["scale"]
+    scale, objective = settings["scale"], settings.get("objective", "ppo")
     stages = {
         stage: [unit for key, unit in found.items() if key.startswith(f"{stage}-seed")]
         for stage in scale["stages"]
     }
     head = HEAD.format(
         problem=settings["problem"],
+        objective=OBJECTIVES[objective],
+        gae=GAE if objective == "ppo" else "",
         seeds=max(map(len, stages.values())),
         trajectories=next(iter(found.values()))["trajectories"],
         pretraining=scale["pretraining"],

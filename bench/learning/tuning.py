@@ -10,7 +10,7 @@ from bench.learning.runs import Arm
 
 LEARNING_RATES = (0.25, 0.5, 1.0, 2.0)
 """Policy learning rates in units of the arm's own: the grid on which every arm is tuned alike."""
-SURVIVORS = 1 / 3
+SURVIVORS = 1 / 4
 """Share of a round's settings that the next one tries (successive halving, arXiv 1502.07943)."""
 
 

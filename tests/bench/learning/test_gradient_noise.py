@@ -12,9 +12,7 @@ import torch
 from bench.learning import gradient_noise, gradients_section, units
 from bench.learning.gradient_noise import REFERENCE, SMOKE, noise_of
 from bench.learning.problems import Materials
-from lacfast import ops
-from lacfast.learning.pairs import all_pairs, states_of
-from lacfast.learning.step_tables import step_tables
+from lacfast.learning.batches import PolicySource
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
@@ -62,35 +60,36 @@ def test_the_page_tells_what_each_baseline_takes_away(study: Path) -> None:
     assert "**After 8 images of PPO.**" in section
 
 
-def test_sketched_scores_are_the_update_s_own_gradient(study: Path) -> None:
-    trainer = gradient_noise._trainer(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0)
+@pytest.mark.parametrize("objective", gradient_noise.OBJECTIVES)
+def test_sketched_scores_are_the_update_s_own_gradient(study: Path, objective: str) -> None:
+    trainer = gradient_noise._trainer(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0, objective)
     rollout = trainer.collect(trainer.prompts.take(range(6)), gradient_noise.MEASURED_IDS)
     assert rollout is not None
     scores = gradient_noise.sketched_scores(trainer, rollout)
-    tables = step_tables(rollout.table, trainer.config.ppo, rollout.latents)
-    pairs = all_pairs(torch.tensor(rollout.table.trainable_steps), rollout.batch_size)
-    advantages = torch.randn(len(pairs), generator=torch.Generator().manual_seed(0))
-    states = states_of(rollout, tables.timesteps, pairs)
-    output = trainer.backbone.predict(states.sample, states.timestep, states.conditioning)
-    loss, _ = ops.ppo_loss(
-        *(
-            output,
-            rollout.model_outputs[pairs.steps, pairs.rows],
-            advantages,
-            tables.coefficients,
-            pairs.steps,
-        ),
-        noise=rollout.noise.select(pairs.rows),
-        clip_range=1.0,
-        step_weights=tables.weights,
-    )
-    gradients = torch.autograd.grad(loss, trainer.backbone.policy_parameters())
-    mine = (scores[pairs.position, pairs.rows] * advantages[:, None]).mean(dim=0)
+    given = trainer.advantages(rollout)
+    update = trainer.learner.policy_update
+    source = PolicySource(rollout, given, update.tables.timesteps)
+    update.gradient(source.batch(source.pairs, torch.ones(())))
+    gradients = [weight.grad for weight in trainer.backbone.policy_parameters()]
     whole = gradient_noise.sketch(gradients)
+    mine = (scores * given.policy.unsqueeze(-1)).mean(dim=(0, 1))
     torch.testing.assert_close(mine, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
     # Sketches of 4,096 numbers keep a squared norm within some per cent.
     norm = sum(float(gradient.square().sum()) for gradient in gradients)
     assert float(whole.square().sum()) == pytest.approx(norm, rel=0.15)
+
+
+def test_a_forward_process_is_measured_where_it_is_linear_and_without_gae(
+    tmp_path: Path, study: Path
+) -> None:
+    found = tmp_path / "learning" / "gradients" / "shapes-dit-nft"
+    gradient_noise.run(Materials(study.parents[2]), "shapes", "dit", [0], SMOKE, found, objective="nft")
+    noise = units.load(found)["base-seed0"]["noise"]
+    assert units.load(found).keys() == {units.SETTINGS, "base-seed0"}
+    assert all(len(steps) == 8 + 1 for steps in noise.values())
+    assert not any("lambda" in name for name in noise)
+    (section,) = gradients_section.sections(tmp_path / "learning")
+    assert "by DiffusionNFT" in section
 
 
 def test_an_alignment_is_left_out_where_a_signal_is_not_seen() -> None:

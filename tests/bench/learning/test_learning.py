@@ -201,14 +201,14 @@ def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
 
 
 def tournament() -> Claim:
-    """Two arms, four settings of each, of which two are tried for twice as long."""
-    tuning = Tuning(rates=(0.5, 1.0), batches=(1.0, 0.5), rounds=(1 / 4, 1 / 2), falls=True)
+    """Two arms, six settings of each, of which two are tried for twice as long."""
+    tuning = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5), rounds=(1 / 4, 1 / 2), falls=True)
     return replace(small_claim(), budgets={"dit": replace(SMALL, images=64)}, tuning=tuning)
 
 
 def test_every_arm_is_tuned_by_halving_with_as_many_images(tmp_path: Path) -> None:
     claim, study = tournament(), tmp_path / "baselines" / "dit"
-    worth = {(16, 1.5e-4): 0.3, (16, 3e-4): 0.6, (8, 1.5e-4): 0.7, (8, 3e-4): 0.2}
+    worth = dict(zip(product((16, 8), (1.5e-4, 3e-4, 6e-4)), (0.3, 0.6, 0.1, 0.7, 0.2, 0.1), strict=True))
 
     def perform(job: command.Job) -> None:
         """A setting's score is what it is worth, the other way round in the second round."""
@@ -221,18 +221,18 @@ def test_every_arm_is_tuned_by_halving_with_as_many_images(tmp_path: Path) -> No
     wanted = list(command.jobs(claim, study, "dit"))
     assert {job.key.partition("/")[2] for job in wanted} == {
         f"round1/{arm}-{size}-{rate}"
-        for arm, size, rate in product(("latent-critic", "grpo"), (16, 8), ("0.00015", "0.0003"))
+        for arm, size, rate in product(("latent-critic", "grpo"), (16, 8), ("0.00015", "0.0003", "0.0006"))
     }, "what follows from curves waits for them"
     made = []
     for job in command.jobs(claim, study, "dit"):
         perform(job)
         made.append(job)
-    assert [job.budget.images for job in made] == [16] * 8 + [32] * 4 + [64] * 4
-    assert {job.key for job in made[8:12]} == {
+    assert [job.budget.images for job in made] == [16] * 12 + [32] * 4 + [64] * 4
+    assert {job.key for job in made[12:16]} == {
         f"tuning/round2/{arm}-{setting}"
         for arm, setting in product(("latent-critic", "grpo"), ("16-0.0003", "8-0.00015"))
     }
-    finals = made[12:]
+    finals = made[16:]
     assert [job.key for job in finals] == [
         *("latent-critic-seed0", "grpo-seed0", "latent-critic-seed1", "grpo-seed1")
     ]
