@@ -28,16 +28,16 @@ TRACE = "trace.json"
 
 def training(device: torch.device, backbone: str) -> Callable[[], object]:
     """One training iteration of a tiny untrained model at the demo's settings."""
+    from bench.learning.study_config import study_config
     from lacfast import LatentActorCriticTrainer
     from lacfast.backbones import adapt_pretrained
-    from lacfast.runs.demo_config import demo_config
     from lacfast.tasks.pretraining import pretrain
     from lacfast.tasks.shapes import train_prompts
 
     adapted = adapt_pretrained(pretrain(backbone, steps=1))
     for module in (adapted.model, adapted.prompt_encoder, adapted.codec):
         module.to(device)
-    trainer = LatentActorCriticTrainer(adapted, "shapes", train_prompts(), demo_config(backbone))
+    trainer = LatentActorCriticTrainer(adapted, "shapes", train_prompts(), study_config(backbone))
     return trainer.train_iteration
 
 

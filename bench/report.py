@@ -81,15 +81,15 @@ def demo(summaries: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for model, strict, gold, _, ground, forwards in score_rows(summary):
-        name = model.replace("before", "base model").replace("after", "after PPO")
+        name = model.replace("before", "base model").replace("after", "after training")
         lines.append(f"| {name} | {strict} | {gold} | {ground} | {forwards} |")
     variance = summary["explained_variance"]
     later = variance[len(variance) // 2 :]
     seconds, versions = summary["seconds"], summary["versions"]
     note = (
         f"{summary['evaluation_samples']:,} images of held-out prompts per row; {seconds['training']:.0f} s "
-        f"of PPO in a demo of {seconds['total']:.0f} s on the CPU, {summary['images']:,} images in all; the "
-        f"critic explains {100 * sum(later) / len(later):.0f} % of the reward's variance in the second "
+        f"of training in a demo of {seconds['total']:.0f} s on the CPU, {summary['images']:,} images in all; "
+        f"the critic explains {100 * sum(later) / len(later):.0f} % of the reward's variance in the second "
         f"half of the steps ({summary['backbone']}, seed {summary['seed']}, torch {versions['torch']})."
     )
     return "\n".join([*lines, "", note])
@@ -97,8 +97,8 @@ def demo(summaries: list[dict[str, Any]]) -> str:
 
 def demo_seeds(summaries: list[dict[str, Any]]) -> str:
     """What the demo comes to with every recorded seed, as Markdown."""
-    columns = ("seed", "base model", "after PPO", "after PPO, steered", "second checker, after PPO")
-    columns += ("ground off by, of 255", "typical latent moved by", "PPO", "seconds in all")
+    columns = ("seed", "base model", "after training", "and steered", "second checker, after training")
+    columns += ("ground off by, of 255", "typical latent moved by", "training", "seconds in all")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for summary in summaries:
         shares = (summary["strict_before"], summary["strict_after"], summary["steered"]["strict_after"])
@@ -118,7 +118,7 @@ def proof(summaries: list[dict[str, Any]]) -> str:
     before, after = 100 * summary["strict_before"], 100 * summary["strict_after"]
     note = (
         f"Held-out prompts are obeyed by {before:.1f} % of {summary['evaluation_samples']:,} images before, "
-        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of PPO on a CPU, and by "
+        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of training on a CPU, and by "
         f"{100 * summary['steered']['strict_after']:.1f} % when the critic then steers."
     )
     return f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})\n\n{note}"

@@ -75,7 +75,7 @@ def iteration(rollout_ranks: int = 0) -> Iteration | None:
     torch.set_num_threads(1)
     with joined() as world:
         match = tiny_match("dit", batches=8, num_steps=8)
-        preset = recipe("shapes").train
+        preset = recipe("shapes-ppo").train
         config = replace(
             preset,
             batch_size=BATCH,

@@ -37,7 +37,7 @@ FIRST_TELLS_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Config):
-    """Pretrain a tiny diffusion model, teach it by actor-critic PPO to obey its prompts, and show it."""
+    """Pretrain a tiny diffusion model, teach it with its own critic to obey its prompts, and show it."""
 
     out: Path
     """Directory for summary.json, metrics.jsonl, images/, report.html and the models."""

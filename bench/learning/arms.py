@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.learning.controls import ShuffledCritic
+from bench.learning.study_config import study_config
 from lacfast.config import (
     AWM,
     DDPO,
@@ -21,7 +22,6 @@ from lacfast.config import (
     TrainConfig,
     variant,
 )
-from lacfast.runs.demo_config import demo_config
 from lacfast.tasks.codec import CHANNELS
 from lacfast.tasks.models import LATENT_SIZE
 
@@ -47,7 +47,7 @@ MEAN_STD = 0.47
 
 def latent_critic(backbone: str, trunk: str | None = None) -> TrainConfig:
     """The method as the preset has it, one sample per prompt; whether values are pretrained is the Arm's."""
-    return pretrained_for(demo_config(backbone, trunk), PRETRAINING_ITERATIONS)
+    return pretrained_for(study_config(backbone, trunk), PRETRAINING_ITERATIONS)
 
 
 def pretrained_for(config: TrainConfig, iterations: int) -> TrainConfig:

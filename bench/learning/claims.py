@@ -37,7 +37,7 @@ from bench.learning.tuning import FIXED, RATES, Tuning
 from lacfast.config import GRPO, TrainConfig
 from lacfast.tasks.models import BackboneName
 
-HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=(1 / 4, 1 / 2))
+HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=(1 / 4, 1 / 2), falls=True)
 """Less noise in the gradient pays as smaller rollouts, so they are tuned too."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""

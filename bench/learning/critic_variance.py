@@ -20,13 +20,13 @@ from torch import Tensor
 from bench.learning import units
 from bench.learning.controls import CONTROL_TRUNKS
 from bench.learning.problems import Materials, Prompts
+from bench.learning.study_config import study_config
 from lacfast import CriticConfig
 from lacfast.config import TrainConfig
 from lacfast.learning.value_bounds import ValueBounds
 from lacfast.learning.value_pretraining import held_out_variance
 from lacfast.prompts import PromptSet
 from lacfast.records import Rollout
-from lacfast.runs.demo_config import demo_config
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.trainer import LatentActorCriticTrainer
@@ -142,7 +142,7 @@ def run(
 
 def branch_preset(backbone: BackboneName) -> TrainConfig:
     """What variants differ from: the demo's settings with a branch."""
-    return demo_config(backbone, "branch")
+    return study_config(backbone, "branch")
 
 
 def value_bounds(unit: dict[str, Any]) -> ValueBounds:

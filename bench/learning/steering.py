@@ -29,13 +29,13 @@ from bench.learning import page, units
 from bench.learning.critic_variance import TRUNKS
 from bench.learning.problems import Materials, Prompts
 from bench.learning.steering_arms import arms
+from bench.learning.study_config import study_config
 from lacfast.backbones import load_backbone
 from lacfast.backbones.latent import LatentBackbone
 from lacfast.checkpoint import save_backbone
 from lacfast.config import SamplerConfig, SteeringConfig, TrainConfig
 from lacfast.metrics import diversity
 from lacfast.prompts import PromptSet
-from lacfast.runs.demo_config import demo_config
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.steering import steer
 from lacfast.tasks import scenes
@@ -274,8 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     deadline = time.monotonic() + 60 * options.minutes
-    config, study_name = demo_config(options.backbone, options.trunk), options.backbone
-    if config != demo_config(options.backbone):
+    config, study_name = study_config(options.backbone, options.trunk), options.backbone
+    if config != study_config(options.backbone):
         study_name = f"{options.backbone}-{options.trunk}"
     if options.runs:
         models = _kept(_saved(options.runs))

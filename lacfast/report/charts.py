@@ -114,6 +114,7 @@ _MAPS = (
     ("Clipped from above, per step", "Share of pairs.", "clip_fraction_high", "share"),
     ("Clipped from below, per step", "Share of pairs.", "clip_fraction_low", "share"),
     ("KL, per step", "Per latent element, new from old policy.", "kl_old", "KL"),
+    ("Distance from the old policy, per step", "Square per element of the output.", "distance_old", "square"),
     ("KL to the anchor, per step", "Per latent element.", "kl_ref", "KL"),
 )
 """Title, meaning, metric per denoising step, unit."""

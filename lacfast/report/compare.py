@@ -129,6 +129,7 @@ def curves(runs: Sequence[Run]) -> list[Curve]:
         Curve("Clipped from above", "Share of pairs.", "clip_fraction_high", "share"),
         Curve("Clipped from below", "Share of pairs.", "clip_fraction_low", "share"),
         Curve("KL per iteration", "Per latent element, new from old.", "mean_kl_old", "KL"),
+        Curve("Distance from the old policy", "Square per element of the output.", "distance_old", "square"),
         Curve("Diversity", "Mean distance of two images of one prompt.", "diversity", "RMS", "evaluate"),
     ]
     return [curve for curve in known if any(curve.of(run, "iterations")[0] for run in runs)]

@@ -16,7 +16,7 @@ PHASES = {
     "pretraining": "Pretraining the base model",
     "evaluation": "Evaluation, before and after",
     "value_pretraining": "Value pretraining",
-    "training": "Latent actor-critic PPO",
+    "training": "Reinforcement learning",
     "steering": "Steering, before and after",
     "saving": "Saving and loading again",
     "report": "Pictures and report",

@@ -106,6 +106,7 @@ def _curves(records: Records, train: Sequence[Record]) -> Table:
             ("clipped from above", "clip_fraction_high"),
             ("clipped from below", "clip_fraction_low"),
             ("KL, new from old", "mean_kl_old"),
+            ("distance from the old policy", "distance_old"),
         )
     ]
     pretraining = phase(records, "value_pretraining")

@@ -1,6 +1,6 @@
-"""The demo: a tiny diffusion model learns by latent actor-critic PPO to obey its prompts, and shows it.
+"""The demo: a tiny diffusion model learns with its critic to obey its prompts, and shows it.
 
-Pretrain (or load) -> evaluate -> value pretraining -> steer -> PPO for the rest of the budget -> evaluate ->
+Pretrain (or load) -> evaluate -> value pretraining -> steer -> train for the rest of the time -> evaluate ->
 steer -> save and load again -> report. Trainer, adapters, ops and files are those of large models.
 """
 
@@ -29,7 +29,6 @@ from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import unwatched
-from lacfast.runs.demo_config import RECIPES, demo_config
 from lacfast.runs.directory import DEMO, require_own
 from lacfast.runs.phases import pretrain_model, show_value_pretraining
 from lacfast.runs.recipes import recipe
@@ -51,6 +50,8 @@ from lacfast.tasks.shapes import (
 from lacfast.tasks.storage import load_pretrained, save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
 
+RECIPES = {"dit": "shapes", "unet": "shapes-unet"}
+"""Backbone -> the recipe that the demo follows."""
 REWARD = "shapes"
 STRICT = "shapes_strict"
 GOLD = "shapes_gold"
@@ -209,10 +210,14 @@ def _demo(
 
 
 def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
-    start = demo_config(backbone)
-    # The last policy is the result, so the rate falls to 0.
-    ppo = replace(start.ppo, final_learning_rate=0.0, hold=recipe(RECIPES[backbone]).train.ppo.hold)
-    config = replace(start, ppo=ppo, seed=seed, eval_samples=scale.evaluation_samples)
+    """The recipe's settings, for as long as the budget lasts and without evaluations of its own."""
+    config = replace(
+        recipe(RECIPES[backbone]).train,
+        seed=seed,
+        iterations=TrainConfig.iterations,
+        eval_every=TrainConfig.eval_every,
+        eval_samples=scale.evaluation_samples,
+    )
     if scale.batch_size is not None:
         config = replace(config, batch_size=scale.batch_size)
     if scale.value_iterations is not None:
@@ -251,12 +256,12 @@ def _evaluate(trainer: LatentActorCriticTrainer, title: str, log: PhaseLog) -> E
 
 
 def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, log: PhaseLog) -> None:
-    """PPO for `seconds`, and for the floor of iterations whatever the clock says."""
+    """Train for `seconds`, and for the floor of iterations whatever the clock says."""
     start = time.perf_counter()
     rewards: list[float] = []
     gauged = 0
     trainer.watch_evaluation = unwatched
-    with log.phase("training", "Latent actor-critic PPO") as phase:
+    with log.phase("training", "Reinforcement learning") as phase:
 
         def report(metrics: dict[str, Any]) -> None:
             nonlocal gauged

@@ -69,7 +69,7 @@ def test_a_window_of_one_number_is_refused() -> None:
 
 
 def dry_run(*flags: str) -> list[str]:
-    return ["train", "shapes", "--dry-run", *flags]
+    return ["train", "shapes-ppo", "--dry-run", *flags]
 
 
 def test_the_command_line_takes_the_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +88,7 @@ def test_the_command_line_takes_the_word(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_help_shows_how_to_write_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["train", "shapes", "--help-all"])
+        main(["train", "shapes-ppo", "--help-all"])
     printed = capsys.readouterr().out
     assert "--train.ppo.clip ratio:CLIP_RANGE|nats:CLIP_NATS|kl_mask" in printed
     assert "(default: ratio:0.001)" in printed

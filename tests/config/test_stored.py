@@ -34,7 +34,7 @@ from lacfast.runs.config import RunConfig
 from lacfast.runs.recipes import recipe, recipe_names
 
 EARLIER_RUN = Path(__file__).with_name("earlier_run.json")
-"""run.json of `lacfast train shapes` before choices were records."""
+"""run.json of `lacfast train shapes` by PPO, before choices were records."""
 
 
 def through_json(settings: Any) -> Any:
@@ -68,9 +68,10 @@ def test_settings_with_choices_and_tuples_are_the_same_after_json(settings: Any)
 
 
 def test_a_run_json_of_an_earlier_version_is_that_recipe() -> None:
-    today = recipe("shapes")
-    # It has a hold today.
-    then = replace(today, train=replace(today.train, ppo=replace(today.train.ppo, hold=None)))
+    today = recipe("shapes-ppo")
+    # It has a hold today, and another name.
+    train = replace(today.train, ppo=replace(today.train.ppo, hold=None))
+    then = replace(today, out="runs/shapes", train=train)
     assert from_json(RunConfig, json.loads(EARLIER_RUN.read_text(encoding="utf-8"))) == then
 
 
@@ -117,7 +118,7 @@ def test_three_options_of_the_kl_are_its_penalty(earlier: dict[str, Any], today:
 
 
 def test_what_no_version_knows_is_refused_with_what_to_do() -> None:
-    stored = to_json(replace(recipe("shapes"), out="x"))
+    stored = to_json(replace(recipe("shapes-ppo"), out="x"))
     stored["train"]["ppo"]["clip_ratio"] = 1.0
     with pytest.raises(ValueError, match=r"PPOConfig 'clip_ratio'; did you mean 'ratio'\? .*Take it out"):
         from_json(RunConfig, stored)

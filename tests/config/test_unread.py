@@ -406,7 +406,7 @@ def test_a_run_refuses_what_it_would_ignore(changes: dict[str, Any], refusal: Re
 
 
 def test_a_variant_forgets_what_its_preset_set_and_nothing_reads() -> None:
-    preset = recipe("shapes").train
+    preset = recipe("shapes-ppo").train
     changes: dict[str, Any] = {
         "critic": CriticConfig(trunk="none"), "advantages": AdvantageConfig(estimator=BatchMean())
     }  # fmt: skip
@@ -420,7 +420,7 @@ def test_a_variant_forgets_what_its_preset_set_and_nothing_reads() -> None:
 
 
 def test_a_variant_refuses_what_is_asked_for_and_nothing_reads() -> None:
-    preset = recipe("shapes").train
+    preset = recipe("shapes-ppo").train
     with pytest.raises(ValueError, match=r"^ppo.gae_lambda=0.5 would be ignored"):
         variant(
             preset,
@@ -430,7 +430,7 @@ def test_a_variant_refuses_what_is_asked_for_and_nothing_reads() -> None:
         )
     with pytest.raises(ValueError, match=r"^train.pretrain.patience=3 would be ignored"):
         variant(
-            recipe("shapes"),
+            recipe("shapes-ppo"),
             value_pretraining=False,
             train=replace(preset, pretrain=replace(preset.pretrain, patience=3)),
         )

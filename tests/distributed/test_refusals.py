@@ -80,12 +80,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
             )
             with redirect_stderr(io.StringIO()) as written:
                 # The recipe's hold refuses shards and small batches itself.
-                run = ["train", "shapes", "--out", str(root / name), "--train.ppo.hold", "none"]
+                run = ["train", "shapes-ppo", "--out", str(root / name), "--train.ppo.hold", "none"]
                 code = main([*run, *options])
             found[name] = code, written.getvalue(), sorted(path.name for path in root.glob(f"{name}/*"))
         return found
 
-    other = to_json(replace(recipe("shapes"), model="words-dit"))
+    other = to_json(replace(recipe("shapes-ppo"), model="words-dit"))
     trainer_for().save(root / "another", notes={SETTINGS: other})
     with locked(root / "directory"):
         ranks, _store = started(2, refused, root)

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from lacfast import load_backbone
+from lacfast.config import NFT
 from lacfast.report.records import read_metrics
 from lacfast.runs.demo import GAUGINGS, DemoScale, gaugings_due, run_demo
-from lacfast.runs.demo_config import demo_config
+from lacfast.runs.recipes import recipe
 from lacfast.runs.saved import saved_model, trained_sampler
 from lacfast.runs.terminal import PhaseLog, done_fraction, show_summary
 from lacfast.runtime.directories import locked
@@ -77,13 +78,17 @@ def test_all_files_are_there(run: tuple[Path, dict[str, Any], str]) -> None:
 def test_steering_finds_the_demos_model_and_its_sampler(run: tuple[Path, dict[str, Any], str]) -> None:
     model = saved_model(str(run[0]))
     assert load_backbone(model).critic is not None
-    assert trained_sampler(model) == demo_config("dit").sampler
+    assert trained_sampler(model) == recipe("shapes").train.sampler
 
 
-def test_metrics_start_at_ratio_one(run: tuple[Path, dict[str, Any], str]) -> None:
+def test_metrics_have_every_iteration_of_the_recipe_s_objective(
+    run: tuple[Path, dict[str, Any], str],
+) -> None:
     rows = [row for row in read_metrics(run[0] / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["iteration"] for row in rows] == [1, 2]
-    assert all(row["first_max_abs_log_ratio"] == 0 for row in rows)
+    assert recipe("shapes").train.objective == NFT()
+    for row in rows:
+        assert max(row["distance_old"]) > 0, "several optimizer steps of a rollout leave the old policy"
 
 
 def test_trained_model_loads_with_its_critic(run: tuple[Path, dict[str, Any], str]) -> None:

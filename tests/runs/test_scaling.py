@@ -19,10 +19,10 @@ from lacfast.runs.recipes import recipe
 from lacfast.runs.scaling import LINK_BYTES, RANK_FLOPS, scaling
 from lacfast.runs.terminal import show_plan
 
-RECIPE = recipe("shapes").train
+RECIPE = recipe("shapes-ppo").train
 # A hold takes no shards.
 UNHELD = replace(RECIPE, ppo=replace(RECIPE.ppo, hold=None))
-SHAPES = replace(recipe("shapes"), train=UNHELD, dry_run=True)
+SHAPES = replace(recipe("shapes-ppo"), train=UNHELD, dry_run=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         remedy="start it with torchrun --nproc-per-node, or add --dry-run",
     )
     with refused.raised():
-        replace(recipe("shapes"), gpus=4)
+        replace(recipe("shapes-ppo"), gpus=4)
     with pytest.raises(ValueError, match="shard=2 does not divide the 3 ranks"):
         plan(SHARDED, ranks=3)
     with pytest.raises(ValueError, match="is fewer than the 1000 ranks"):

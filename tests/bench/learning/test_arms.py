@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bench.learning import arms
+from bench.learning.study_config import study_config
 from lacfast.backbones import adapt_pretrained
 from lacfast.config import (
     DDPO,
@@ -18,7 +19,6 @@ from lacfast.config import (
     TrainConfig,
     variant,
 )
-from lacfast.runs.demo_config import demo_config
 from lacfast.runs.recipes import recipe
 from lacfast.schedule import flow_sde, uniform_sigmas
 from lacfast.tasks.models import BackboneName
@@ -86,7 +86,7 @@ def test_the_trust_regions_are_grpo_s_but_for_the_bound() -> None:
 
 
 def test_the_clip_of_ratio_norm_is_in_the_sampler_s_own_std() -> None:
-    sampler = demo_config("dit").sampler
+    sampler = study_config("dit").sampler
     table = flow_sde(uniform_sigmas(sampler.num_steps), sampler.noise_level, window=sampler.stochastic_window)
     mean = table.std[table.trainable_steps].mean()
     assert float(mean) == pytest.approx(arms.MEAN_STD, abs=0.005)

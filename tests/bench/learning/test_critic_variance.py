@@ -14,10 +14,10 @@ from bench.learning.controls import CONTROL_TRUNKS
 from bench.learning.critic_variance import ITERATIONS, MEASURES, Cell, cells
 from bench.learning.critics import SMOKE
 from bench.learning.problems import Materials, Prompts
+from bench.learning.study_config import study_config
 from lacfast import CriticConfig
 from lacfast.config import TRUNKS
 from lacfast.records import FirstSampleId
-from lacfast.runs.demo_config import demo_config
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
 from lacfast.tasks.pretraining import pretrain
@@ -83,7 +83,7 @@ def test_the_page_has_a_table_for_every_measure_that_a_seed_has_whole(
     assert (tmp_path / "docs" / "results" / "critics-dit.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("preset", [CriticConfig(), demo_config("dit").critic])
+@pytest.mark.parametrize("preset", [CriticConfig(), study_config("dit").critic])
 def test_every_measure_has_cells_of_its_own_and_every_trunk_with_a_critic_is_compared(
     preset: CriticConfig,
 ) -> None:

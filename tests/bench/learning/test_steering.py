@@ -12,11 +12,11 @@ from tiny_backbones import tiny_backbone, tiny_config
 from bench.learning import steering, steering_section, units
 from bench.learning.problems import Materials, Prompts
 from bench.learning.steering_arms import BASELINE, UNSTEERED, arms
+from bench.learning.study_config import study_config
 from lacfast import schedule
 from lacfast.checkpoint import save_backbone
 from lacfast.config import SamplerConfig, SteeringConfig
 from lacfast.prompts import PromptSet
-from lacfast.runs.demo_config import demo_config
 from lacfast.runtime.directories import whole_directory
 from lacfast.steering import planned_evaluations, steer
 from lacfast.steering.cost import BACKWARD_COST
@@ -56,10 +56,10 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Tiny critics and four methods; the page is not written. Returns the prompts of every call of steer."""
-    preset = demo_config("dit")
+    preset = study_config("dit")
     pretraining = replace(preset.pretrain, iterations=1, held_out_samples=8)
     monkeypatch.setattr(
-        "bench.learning.steering.demo_config", lambda *_: replace(preset, batch_size=8, pretrain=pretraining)
+        "bench.learning.steering.study_config", lambda *_: replace(preset, batch_size=8, pretrain=pretraining)
     )
     seen: list[list[str]] = []
 

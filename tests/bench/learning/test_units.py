@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench.learning import units
+from bench.learning.study_config import study_config
 from lacfast.config import CriticConfig, TrainConfig
-from lacfast.runs.demo_config import demo_config
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def test_only_what_differs_counts_at_any_depth() -> None:
 
 
 def test_every_setting_of_a_run_changes_its_name() -> None:
-    preset = demo_config("dit")
+    preset = study_config("dit")
     other = replace(preset, critic=replace(preset.critic, hidden_dim=64))
     names = {units.digest(units.changed(config)) for config in (preset, other, TrainConfig())}
     assert len(names) == 3

@@ -1,4 +1,4 @@
-"""What the demo and studies start from: the recipes `shapes` and `shapes-unet`, without an end."""
+"""What studies start from: the recipes of PPO on the embedded task, without an end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.critic import WEIGHTLESS_TRUNKS
 from lacfast.runs.recipes import recipe
 
-RECIPES = {"dit": "shapes", "unet": "shapes-unet"}
-"""Backbone of the demo's task -> its recipe."""
+RECIPES = {"dit": "shapes-ppo", "unet": "shapes-unet"}
+"""Backbone -> its recipe."""
 
 
-def demo_config(backbone: str, trunk: str | None = None) -> TrainConfig:
-    """The demo's task on a CPU, for backbone "dit" or "unet", as studies compare methods on it: without
-    evaluations, with a rate that stays, and without a hold of the untrained steps.
+def study_config(backbone: str, trunk: str | None = None) -> TrainConfig:
+    """Latent actor-critic PPO on a CPU as studies compare methods with it: without evaluations, with a rate
+    that stays, and without a hold of the untrained steps.
 
     Args:
         backbone: "dit" or "unet".
@@ -26,7 +26,7 @@ def demo_config(backbone: str, trunk: str | None = None) -> TrainConfig:
     trunk = trunk or train.critic.trunk
     is_weightless = trunk in WEIGHTLESS_TRUNKS
     # The rate of a trunk with weights stands in the recipe that has one.
-    rates = PPOConfig() if is_weightless else recipe("shapes").train.ppo
+    rates = PPOConfig() if is_weightless else recipe("shapes-ppo").train.ppo
     return replace(
         train,
         critic=replace(train.critic, trunk=trunk),
