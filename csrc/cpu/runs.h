@@ -3,6 +3,8 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -21,16 +23,33 @@ constexpr std::int64_t kElementsWorthThreads = 1'000'000;
 inline std::int64_t runs_per_row(Shape shape) { return (shape.elements + kRun - 1) / kRun; }
 
 // work(next_task) on up to `threads` threads, which take tasks as they come: next_task(index) is false after the last.
+// What the first of them throws, an allocation that fails, is thrown to the caller when all have ended.
 template <typename Work>
 void share_tasks(std::int64_t total, std::int64_t threads, const Work& work) {
   std::atomic<std::int64_t> next{0};
   const auto next_task = [&](std::int64_t& index) {
     return (index = next.fetch_add(1, std::memory_order_relaxed)) < total;
   };
+  std::mutex of_failure;
+  std::exception_ptr failure;
+  const auto try_to = [&](const auto& action) {
+    try {
+      action();
+    } catch (...) {
+      // No further tasks for the others.
+      next.store(total, std::memory_order_relaxed);
+      const std::lock_guard<std::mutex> lock(of_failure);
+      if (failure == nullptr) failure = std::current_exception();
+    }
+  };
+  const auto take_part = [&] { try_to([&] { work(next_task); }); };
   std::vector<std::thread> helpers;
-  for (std::int64_t i = 1; i < threads && i < total; ++i) helpers.emplace_back([&] { work(next_task); });
-  work(next_task);
+  try_to([&] {
+    for (std::int64_t i = 1; i < threads && i < total; ++i) helpers.emplace_back(take_part);
+  });
+  take_part();
   for (std::thread& helper : helpers) helper.join();
+  if (failure != nullptr) std::rethrow_exception(failure);
 }
 
 inline std::int64_t worthwhile_threads(Shape shape, Threads threads) {

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +95,26 @@ def test_an_input_changed_in_between_is_noticed():
     arguments["old_model_output"].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, arguments["model_output"])
+
+
+def _lacks_memory() -> None:
+    """Of a process: room for the gradient and a thread's stack, none for the noise that two threads keep."""
+    rows, elements = 2, 9_000_000
+    zeros = [torch.zeros(rows, elements, dtype=torch.bfloat16) for _ in range(2)]
+    arguments = _arguments(rows, 1, torch.bfloat16, drawn=True) | {"anchor_output": None, "kl_weight": 0.0}
+    arguments |= {"model_output": zeros[0].requires_grad_(), "old_model_output": zeros[1]}
+    torch.set_num_threads(2)
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    room = zeros[0].nbytes + 24 * 2**20
+    assert room < zeros[0].nbytes + 4 * elements
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
+    with pytest.raises(MemoryError):
+        ops.ppo_loss(**arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lets a process have no more memory, as Linux counts it")
+def test_memory_that_a_thread_lacks_is_the_callers_error():
+    process = multiprocessing.get_context("fork").Process(target=_lacks_memory)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
