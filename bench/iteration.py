@@ -42,6 +42,7 @@ PHASES = ("sampling", "reference", "update", "iteration")
 """The update contains the reference; the iteration contains all, decoding and advantages too."""
 PUBLISHED, TUNED = "peer, published batch", "peer, tuned batch"
 OURS = "lacfast"
+ROUNDS = 5
 Phases = dict[str, Provider]
 
 
@@ -294,10 +295,17 @@ def _cuda_contest(
     )
 
 
+def rounds_of(options: argparse.Namespace) -> int:
+    """How often a phase is timed: once in a rehearsal, at most three times of a large model."""
+    if options.quick:
+        return 1
+    return min(options.rounds, 3) if options.device == "cuda" else int(options.rounds)
+
+
 def plans(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
     """Title -> a contest that has not begun."""
+    rounds = rounds_of(options)
     if options.device == "cpu":
-        rounds = 1 if options.quick else options.rounds
         return {
             family: partial(cpu_contest, family, rounds=rounds, is_quick=options.quick)
             for family in options.models
@@ -305,9 +313,9 @@ def plans(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]
     device = torch.device("cuda")
     if options.quick:
         tiny = tiny_subjects(device, families=options.models)
-        return {subject.title: partial(cuda_contest, subject, rounds=1) for subject in tiny}
+        return {subject.title: partial(cuda_contest, subject, rounds=rounds) for subject in tiny}
     return {
-        subject.title: partial(cuda_contest, subject, rounds=min(options.rounds, 3))
+        subject.title: partial(cuda_contest, subject, rounds=rounds)
         for subject in subjects(device)
         if subject.peer is not None
     }
@@ -317,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m bench.iteration", description=__doc__.split("\n")[0])
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="tiny ones")
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=ROUNDS, help="at most 3 of a large model")
     options.add_argument("--quick", action="store_true", help="tiny sizes, one round: a rehearsal")
     options.add_argument("--seconds", type=float, default=7200.0, help="start no contest after this")
     options.add_argument("--out", type=Path, help="JSON; by default only a full run on a CPU is kept")
@@ -337,15 +345,21 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if options.quick and options.rounds != ROUNDS:
+        print(
+            f"iteration: --rounds {options.rounds} with --quick, which times one; leave one of them out",
+            file=sys.stderr,
+        )
+        return 2
     torch.set_num_threads(1)
     out = options.out
-    is_full = options.models == list(FAMILIES) and options.rounds >= 5 and not options.quick
+    is_full = options.models == list(FAMILIES) and options.rounds >= ROUNDS and not options.quick
     if out is None and is_full and device.type == "cpu":
         out = RESULTS / f"iteration-cpu-{machine.today()}.json"
     record: dict[str, Any] = {
         "date": machine.today(),
         "machine": machine.describe(device),
-        "rounds": options.rounds,
+        "rounds": rounds_of(options),
         "contests": [],
         "rows": [],
         "missing": {},

@@ -5,10 +5,14 @@ python -m pytest bench/test_bench_iteration.py --sizes claim      pytest-benchma
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import iteration
 from bench.equal_results import scored_rollout
 from bench.iteration import OURS, PHASES, PUBLISHED, TUNED, cpu_contest, engine_phases, peer_phases, table
 from bench.matched_loops import PEER_BATCH, engine, peer_loop, tiny_match
@@ -46,6 +50,27 @@ def test_contest_times_every_phase_of_equal_results(family: str) -> None:
     assert all(row["milliseconds"] > 0 for row in result["rows"])
     assert max(result["differences"].values()) < 1e-6
     assert table(result).count("\n") == len(result["rows"])
+
+
+@pytest.mark.parametrize(("options", "rounds"), [(["--quick"], 1), (["--rounds", "3"], 3)])
+def test_a_record_tells_its_rounds(
+    options: list[str], rounds: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = []
+
+    def contest(family: str, *, rounds: int, is_quick: bool) -> dict[str, Any]:
+        given.append(rounds)
+        return {"model": family, "peer": "", "differences": {}, "missing": {}, "rows": []}
+
+    monkeypatch.setattr(iteration, "cpu_contest", contest)
+    out = tmp_path / "record.json"
+    assert iteration.main([*options, "--models", "dit", "--out", str(out)]) == 0
+    assert json.loads(out.read_text(encoding="utf-8"))["rounds"] == rounds == given[0]
+
+
+def test_rounds_of_a_rehearsal_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert iteration.main(["--quick", "--rounds", "3"]) == 2
+    assert "--rounds 3" in capsys.readouterr().err
 
 
 @pytest.mark.claim
