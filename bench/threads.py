@@ -1,15 +1,20 @@
 """Two threads beside one on the largest shapes of each op that shares its work, after equal bits.
 
-python -m bench.threads      prints the table
+python -m bench.threads                      prints the table
+python -m bench.threads --ops value_pool     some of it
 
-Wall time, so it means something on two idle cores only. Inputs below a million elements stay on one thread.
+Beside an op stands what a second thread brings torch's copy of as many bytes: an op that only moves memory
+can gain no more, one that computes up to 2x. It is wall time, in which a thread waits milliseconds for a core
+that another program has: where a product of matrices does not gain from a second thread, nothing is measured.
+Inputs below a million elements stay on one thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,6 +28,10 @@ from bench.workloads.workload import OURS, OURS_DRAWN, Call, Inputs, WrongResult
 
 CPU = torch.device("cpu")
 OPS = ("normal_noise", "gaussian_step", "step_log_prob", "ppo_loss", "value_pool")
+IDLE = 1.7
+"""What a product of matrices gains at least from a second thread where both cores are idle."""
+REST = 0.05
+"""Seconds after which torch's own threads, which wait for work in a loop, have left their core."""
 LARGEST: dict[type[Case], Case] = {LatentCase: LATENTS[-1], PoolCase: POOLS[-1]}
 
 
@@ -30,6 +39,30 @@ def with_threads(count: int, call: Call, inputs: Inputs) -> tuple[torch.Tensor, 
     """The results of a call that may use `count` threads."""
     torch.set_num_threads(count)
     return call(inputs)
+
+
+def gain(call: Call, inputs: Inputs, *, rounds: int) -> tuple[dict[str, list[float]], float]:
+    """Seconds of every round with one thread and with two, and the speed-up."""
+    calls = {str(count): partial(with_threads, count, call, inputs) for count in (1, 2)}
+    time.sleep(REST)
+    try:
+        seconds = race(dict(calls), rounds=rounds, warmup=2, clock=time.perf_counter)
+    finally:
+        torch.set_num_threads(1)
+    return seconds, speed_ups(seconds, "1")["2"]
+
+
+def copy_gain(num_bytes: int, *, rounds: int) -> float:
+    """Speed-up of torch's copy that reads and writes so many bytes together."""
+    source = torch.ones(num_bytes // 8)
+    inputs = {"source": source, "target": torch.zeros_like(source)}
+    return gain(lambda given: (given["target"].copy_(given["source"]),), inputs, rounds=rounds)[1]
+
+
+def product_gain(*, rounds: int) -> float:
+    """Speed-up of a product of matrices, which only computes."""
+    inputs = {"one": torch.ones(768, 768), "other": torch.ones(768, 768)}
+    return gain(lambda given: (torch.mm(given["one"], given["other"]),), inputs, rounds=rounds)[1]
 
 
 def measure(
@@ -48,17 +81,14 @@ def measure(
             for provider in (OURS, OURS_DRAWN):
                 if provider not in workload.providers:
                     continue
-                calls: dict[str, Callable[[], tuple[torch.Tensor, ...]]] = {
-                    str(count): partial(with_threads, count, workload.providers[provider], workload.inputs)
-                    for count in (1, 2)
-                }
+                call = workload.providers[provider]
                 try:
-                    one, two = (call() for call in calls.values())
-                    if not all(torch.equal(*pair) for pair in zip(one, two, strict=True)):
-                        raise WrongResultError(f"{workload.title()}: two threads give other bits than one")
-                    seconds = race(dict(calls), rounds=rounds, warmup=2, clock=time.perf_counter)
+                    one, two = (with_threads(count, call, workload.inputs) for count in (1, 2))
                 finally:
                     torch.set_num_threads(1)
+                if not all(torch.equal(*pair) for pair in zip(one, two, strict=True)):
+                    raise WrongResultError(f"{workload.title()}: two threads give other bits than one")
+                seconds, speed_up = gain(call, workload.inputs, rounds=rounds)
                 rows.append(
                     {
                         "op": op,
@@ -66,7 +96,8 @@ def measure(
                         "case": str(case),
                         "dtype": str(dtype).removeprefix("torch."),
                         "milliseconds": {n: 1e3 * statistics.median(times) for n, times in seconds.items()},
-                        "speed_up": speed_ups(seconds, "1")["2"],
+                        "speed_up": speed_up,
+                        "copy_speed_up": copy_gain(workload.costs[provider].bytes, rounds=rounds),
                     }
                 )
     return rows
@@ -74,28 +105,46 @@ def measure(
 
 def table(result: dict[str, Any]) -> str:
     """The times, as Markdown."""
-    lines = ["| op | dtype | one thread, ms | two | |", "|---|---|---|---|---|"]
+    lines = ["| op | dtype | one thread, ms | two | | a copy |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         one, two = (row["milliseconds"][count] for count in ("1", "2"))
         name = f"`{row['op']}`" + row["provider"].removeprefix(OURS)
-        lines.append(f"| {name} | {row['dtype']} | {one:.2f} | {two:.2f} | {row['speed_up']:.2f}x |")
+        gains = f"{row['speed_up']:.2f}x | {row['copy_speed_up']:.2f}x"
+        lines.append(f"| {name} | {row['dtype']} | {one:.2f} | {two:.2f} | {gains} |")
+    processor = result["machine"]["processor"]
     note = (
-        f"Wall time of {result['label']}, two cores, torch {result['torch']}, {result['date']}: medians of "
-        f"interleaved rounds after equal bits. Latents are {LARGEST[LatentCase]}; features "
+        f"Wall time of {result['machine']['label']}, two cores, torch "
+        f"{result['machine']['versions']['torch']}, lacfast with {processor['instruction set (lacfast)']}, "
+        f"{result['date']}: medians of interleaved rounds after equal bits. Beside it what a second thread "
+        "brings torch's copy of as many bytes; it brings a product of matrices "
+        f"{result['product_speed_up']:.2f}x. Latents are {LARGEST[LatentCase]}; features "
         f"{LARGEST[PoolCase]}. `python -m bench.threads` measures it."
     )
     return "\n".join([*lines, "", note])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.threads", description=__doc__.split("\n")[0])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(arguments)
+    idle = product_gain(rounds=options.rounds)
+    if idle < IDLE:
+        print(
+            f"threads: a product of matrices gains {idle:.2f}x from a second thread, on two idle cores at "
+            f"least {IDLE:g}x; wait until nothing else runs",
+            file=sys.stderr,
+        )
+        return 1
     result = {
-        "rows": measure(LARGEST, rounds=15),
-        "label": machine.label(CPU),
-        "torch": torch.__version__,
         "date": machine.today(),
+        "machine": machine.describe(CPU),
+        "product_speed_up": idle,
+        "rows": measure(LARGEST, rounds=options.rounds, ops=tuple(options.ops)),
     }
     print(table(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -99,14 +99,15 @@ def test_an_input_changed_in_between_is_noticed():
 
 def _lacks_memory() -> None:
     """Of a process: room for the gradient and a thread's stack, none for the noise that two threads keep."""
-    rows, elements = 2, 9_000_000
-    zeros = [torch.zeros(rows, elements, dtype=torch.bfloat16) for _ in range(2)]
+    # More than a process has free in its heap; no page of it is touched.
+    rows, elements = 2, 64_000_000
+    latents = [torch.empty(rows, elements, dtype=torch.bfloat16) for _ in range(2)]
     arguments = _arguments(rows, 1, torch.bfloat16, drawn=True) | {"anchor_output": None, "kl_weight": 0.0}
-    arguments |= {"model_output": zeros[0].requires_grad_(), "old_model_output": zeros[1]}
+    arguments |= {"model_output": latents[0].requires_grad_(), "old_model_output": latents[1]}
     torch.set_num_threads(2)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    room = zeros[0].nbytes + 24 * 2**20
-    assert room < zeros[0].nbytes + 4 * elements
+    room = latents[0].nbytes + 24 * 2**20
+    assert room < latents[0].nbytes + 4 * elements
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room,) * 2)
     with pytest.raises(MemoryError):
         ops.ppo_loss(**arguments)
