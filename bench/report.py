@@ -29,6 +29,7 @@ from typing import Any
 from bench import allocations, headline, host_work, kernel_counts, memory, ocr, scaling
 from bench import costs as published_costs
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
+from bench.workloads.libraries import TORCHRL_LOOP, TORCHRL_VECTORIZED
 from bench.workloads.workload import OURS, OURS_DRAWN
 from lacfast.report.demo import levels, score_rows
 from lacfast.runtime.files import write_json
@@ -154,9 +155,22 @@ def kernels(result: dict[str, Any]) -> str:
         "for `ppo_loss`, whose peers read stored latents instead; for `gae` their Python loop, for "
         "`systematic_resample` the eager reference, for `normal_noise` torch.compile of the reference. A "
         f"copy beyond the cache moves {result['copy_gigabytes_per_second']:.1f} GB/s; smaller data may pass "
-        "it. `python -m bench.kernels` measures it."
+        f"it.{_beside_torchrl(cells)} `python -m bench.kernels` measures it."
     )
     return "\n".join([*lines, "", note])
+
+
+def _beside_torchrl(cells: dict[tuple[str, str, str], dict[str, Any]]) -> str:
+    """How many times as fast as torchrl's two forms `gae` is; empty where they were not installed."""
+    own, loop, vectorized = (
+        cells.get(("gae", "float32", name)) for name in (OURS, TORCHRL_LOOP, TORCHRL_VECTORIZED)
+    )
+    if own is None or loop is None or vectorized is None:
+        return ""
+    ratios = [row["microseconds"] / own["microseconds"] for row in (loop, vectorized)]
+    return (
+        f" torchrl's loop takes {ratios[0]:.1f} times as long as `gae`, its vectorised form {ratios[1]:.0f}."
+    )
 
 
 def _beside_baseline(row: dict[str, Any] | None, cells: dict[tuple[str, str, str], dict[str, Any]]) -> str:
