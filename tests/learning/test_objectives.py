@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_same_step, assert_same_sum
 from refusals import Refusal
-from tiny_backbones import FAMILIES, PROMPTS, brightness, tiny_backbone, tiny_config
+from tiny_backbones import FAMILIES, PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
 from tiny_pipelines import backbone_of, tiny_pipeline
 from torch import Tensor
 
@@ -36,6 +36,7 @@ from lacfast.rewards.heads import stack_rewards
 from lacfast.rollout.renoising import FIRST_STEP
 from lacfast.runtime.graph import GraphRunner
 from lacfast.schedule import forward_rows
+from lacfast.tasks.models import TINY
 
 ODE = SamplerConfig(kind="ode", noise_level=0.0, num_steps=4)
 # Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
@@ -48,7 +49,8 @@ by_name = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda objective:
 
 
 def trainer_for(objective: Any = OBJECTIVES[0], **changes: Any) -> LatentActorCriticTrainer:
-    backbone = tiny_backbone(changes.pop("family", "dit"), lora=changes.pop("lora", None))
+    size = changes.pop("size", SMALLEST)
+    backbone = tiny_backbone(changes.pop("family", "dit"), lora=changes.pop("lora", None), size=size)
     config = tiny_config(**{"sampler": ODE, "ppo": PPO, "objective": objective} | changes)
     return LatentActorCriticTrainer(backbone, brightness, PROMPTS, config)
 
@@ -247,7 +249,7 @@ def test_a_rollout_on_graphs_is_noised_anew_like_an_eager_one() -> None:
 )
 def test_an_easy_reward_rises(objective: Any, least: float) -> None:
     ppo = replace(PPO, adam_eps=1e-15, advantage_clip=5.0, microbatch_size=64)
-    trainer = trainer_for(objective, batch_size=32, ppo=ppo, **GROUPS)
+    trainer = trainer_for(objective, size=TINY, batch_size=32, ppo=ppo, **GROUPS)
     before = trainer.evaluate(samples=32).means()["brightness"]
     for _ in range(3):
         trainer.train_iteration()
@@ -272,7 +274,7 @@ def _first(trainer: LatentActorCriticTrainer) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return tuple(  # type: ignore[return-value]
             guided_output(backbone, given, None, 1.0, "cond")[0]
-            for backbone in (trainer.backbone, tiny_backbone("dit"))
+            for backbone in (trainer.backbone, tiny_backbone("dit", size=SMALLEST))
         )
 
 
