@@ -88,6 +88,13 @@ def test_an_int_and_a_float_that_are_equal_give_their_own_dtypes() -> None:
     assert found == [torch.long, torch.float32, torch.long, torch.float32, torch.long]
 
 
+def test_tensors_of_one_shape_and_other_strides_keep_theirs() -> None:
+    for _ in range(2):
+        with Answered():
+            assert meta(2, 2).exp().stride() == (2, 1)
+            assert meta(2, 2).t().exp().stride() == (1, 2)
+
+
 def test_what_is_written_to_is_given_back_itself() -> None:
     for _ in range(2):
         written, into = meta(2, 3), meta(2, 4)
