@@ -364,7 +364,8 @@ def test_a_dry_run_shows_settings_and_costs_and_trains_nothing(
     assert main(["train", "shapes", "--dry-run", "--train.batch-size", "24"]) == 0
     printed = capsys.readouterr().out
     assert '"batch_size": 24' in printed
-    assert "192 forwards" in printed
+    # Eight steps to sample, and the same states once more, noised anew.
+    assert "384 forwards" in printed
     assert printed.index("Memory at its peak") < printed.index('"batch_size": 24')
     assert list(tmp_path.iterdir()) == []
 
