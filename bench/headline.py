@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.learning import tables
 from bench.learning.claims import CLAIMS
+from bench.learning.page import RIVALS
 
 
 def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> str:
@@ -17,14 +18,16 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         iterations: the record of `python -m bench.iteration`.
         costs: the record of `python -m bench.costs`.
     """
-    claim = CLAIMS["baselines"]
-    curves = tables.paired_curves(learning / "baselines" / "dit", claim, "dit")
+    claim = CLAIMS["objectives"]
+    found = tables.at_best(learning, CLAIMS, "objectives", "dit")
+    first = next(iter(found))
+    curves = {arm: runs for arm, runs in found.items() if arm in (first, *RIVALS[first])}
     peers, *leads = zip(*(lead[1:] for lead in tables.leads(curves, claim)), strict=True)
-    beaten = " and ".join(peer.rpartition(" minus ")[2] for peer in peers)
+    beaten = ", ".join(peer.rpartition(" minus ")[2] for peer in peers)
     at_end, _, equal_time = ("; ".join(cells) for cells in leads)
-    seeds = f"tiny DiT, {len(next(iter(curves.values())))} paired seeds"
+    seeds = f"tiny DiT, {len(curves[first])} paired seeds"
     rows = [
-        (f"Does it learn more? Accuracy over {beaten} after as many images, {seeds}", at_end),
+        (f"Does it learn more? Accuracy of {first} over {beaten} after as many images, {seeds}", at_end),
         ("In as much time too, where the reward is free? Mean of the run", equal_time),
         (
             "Is it faster? An iteration of equal maths over a peer's loop at its fastest batch",

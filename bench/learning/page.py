@@ -19,6 +19,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "results.md"
 RIVALS = {"latent critic": ("GRPO", "DDPO"), "critic-weighted NFT": ("GRPO", "DDPO", "AWM", "DiffusionNFT")}
 """Forms of the critic, and the published methods that a conclusion counts against each."""
+BEST = """The arms of section objectives, which tunes rollout and rate in short runs. Where an arm of section
+baselines, tuned over the rate alone in longer runs, learned more, it stands here instead."""
 OVERVIEW = ("objectives", "crowds")
 """Claims that the page opens with: all methods, each with its best rollout and rate."""
 HEAD = """# What learning shows
@@ -39,6 +41,23 @@ is added per image.
 """
 
 
+ADVICE = """## What to take
+
+- **A loss on the forward process**, whatever the baseline: it needs no SDE and no ratio, and is far ahead
+  of PPO's arms. DiffusionNFT on GRPO's groups is the simplest and takes the least time.
+- **Weighted by the critic**, the recipe `shapes` (`TrainConfig.objective=NFT()`, estimator `critic`), where
+  the trained critic shall steer afterwards, or prompts are many and an image of each is all there is. Each
+  noised state has an advantage of its own, R - V(x, t, prompt). That it learns more is not shown.
+- **PPO with the critic**, the recipe `shapes-ppo`, where the likelihood ratio itself is needed: a bound on
+  the sampler's own transitions, weights in shards, ranks that sample apart. The losses on the forward
+  process refuse those.
+- **Small rollouts** with these losses, as long as images and calls of the reward are what counts. They take
+  more time per image, and PPO does not bear them.
+
+All of it is measured on tiny models that train all of their weights. [Objectives](objectives.md) tells
+how to switch, and [performance](performance.md) what a critic costs on published models."""
+
+
 def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> None:
     """Write the page, and its figures in a folder of its name, from the folder of runs."""
     pictures, claims = page.with_suffix(""), {name: scale.claim(claim) for name, claim in CLAIMS.items()}
@@ -54,6 +73,8 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     summary = list(tables.summary(results, claims))
     opening = list(_overview(results, claims, pictures))
     short = ["\n".join(opening)] if opening else []
+    if opening and scale == SCALES["cpu"]:
+        short.append(ADVICE)
     if summary:
         short.append("\n\n".join(["## In short", *_conclusions(results, claims), "\n".join(summary)]))
     missing = list(_missing(results, claims))
@@ -90,13 +111,19 @@ def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Ite
         f"{name}, {backbone}": (claims[name].metrics[0], curves)
         for name in OVERVIEW
         for backbone in claims[name].budgets
-        if (curves := tables.paired_curves(results / name / backbone, claims[name], backbone))
+        if (curves := tables.at_best(results, claims, name, backbone))
     }
     if not found:
         return
     picture = pictures / "overview.png"
     figures.overview(found, picture)
-    yield from ("## All methods, each at its best", "", f"![curves]({pictures.name}/{picture.name})")
+    yield from (
+        "## All methods, each at its best",
+        "",
+        BEST,
+        "",
+        f"![curves]({pictures.name}/{picture.name})",
+    )
     for title, (metric, curves) in found.items():
         yield from ("", f"{title}, {metric} at equal images:", "", *tables.speed(images, curves, metric))
 

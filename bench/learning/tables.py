@@ -28,24 +28,52 @@ def units_of(found: Mapping[str, units.Unit], arm: str) -> list[units.Unit]:
     return [unit for key, unit in found.items() if key.startswith(f"{key_start(arm)}seed")]
 
 
+def _curves(study: Path, arms: Iterable[str]) -> dict[str, dict[int, list[Point]]]:
+    """Arm -> seed -> curve, of those that have one."""
+    found = units.load(study)
+    return {
+        arm: {unit["seed"]: runs.curve(unit) for unit in made}
+        for arm in arms
+        if (made := units_of(found, arm))
+    }
+
+
+def _common_seeds(curves: Mapping[str, Mapping[int, object]]) -> list[int]:
+    return sorted(set.intersection(*(set(of_arm) for of_arm in curves.values())))
+
+
 def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
     Empty without such a seed, without the claim's first arm, and without another one.
     """
-    found = units.load(study)
-    if not found:
-        return {}
     arms = list(claim.arms(backbone))
-    by_seed = {
-        arm: {unit["seed"]: runs.curve(unit) for unit in made}
-        for arm in arms
-        if (made := units_of(found, arm))
-    }
-    if len(by_seed) < 2 or arms[0] not in by_seed:
+    found = _curves(study, arms)
+    if len(found) < 2 or arms[0] not in found:
         return {}
-    seeds = sorted(set.intersection(*(set(curves) for curves in by_seed.values())))
-    return {arm: [found[seed] for seed in seeds] for arm, found in by_seed.items()} if seeds else {}
+    seeds = _common_seeds(found)
+    return {arm: [curves[seed] for seed in seeds] for arm, curves in found.items()} if seeds else {}
+
+
+def at_best(results: Path, claims: Mapping[str, Claim], name: str, backbone: BackboneName) -> Curves:
+    """A claim's paired curves, an arm with the runs of another tuned claim on its problem where those learned
+    more. Base model and noise of a seed are the same in all claims."""
+    claim = claims[name]
+    best = dict(paired_curves(results / name / backbone, claim, backbone))
+    if not best:
+        return {}
+    seeds = _common_seeds(_curves(results / name / backbone, best))
+    for other, rival in claims.items():
+        if other == name or rival.problem != claim.problem or not rival.tuning.rounds:
+            continue
+        for arm, found in _curves(results / other / backbone, best).items():
+            if found.keys() >= set(seeds):
+                both = {"here": best[arm], "there": [found[seed] for seed in seeds]}
+                areas = {
+                    place: mean(_scores(both, place, (area, claim.metrics[0]), images)) for place in both
+                }
+                best[arm] = both[max(areas, key=lambda place: areas[place])]
+    return best
 
 
 def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:

@@ -189,6 +189,26 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 
 
+def test_an_arm_that_learned_more_in_another_tuned_claim_is_shown_by_that(tmp_path: Path) -> None:
+    def run(claim: str, arm: str, last: float) -> None:
+        for seed in range(CLAIMS[claim].seeds - (claim == "objectives")):
+            points = [
+                Point(count, 0, 0.01 * count, dict.fromkeys(CLAIMS[claim].metrics, score))
+                for count, score in ((0, 0.4), (8_000, last))
+            ]
+            unit = runs.described(points, seed=seed, policy_learning_rate=3e-4, batch_size=48)
+            units.write(tmp_path / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
+
+    for arm, last in {"critic-weighted NFT": 0.7, "GRPO": 0.5, "DDPO": 0.6}.items():
+        run("objectives", arm, last)
+    for arm, last in {"latent critic": 0.6, "GRPO": 0.55, "DDPO": 0.55}.items():
+        run("baselines", arm, last)
+    found = tables.at_best(tmp_path, CLAIMS, "objectives", "dit")
+    ends = {arm: {points[-1].scores["shapes_strict"] for points in curves} for arm, curves in found.items()}
+    assert ends == {"critic-weighted NFT": {0.7}, "GRPO": {0.55}, "DDPO": {0.6}}
+    assert {len(curves) for curves in found.values()} == {4}
+
+
 def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
     cells = [
         "+0.1 [+0.0, +0.2] ahead",
