@@ -207,8 +207,8 @@ CLAIMS = {
         "and sample as it does, and all arms take as many optimizer steps per rollout. Beyond that they have "
         "their authors' settings for GenEval, but for the KL to the first model, which no arm has, and AWM's "
         f"distance from the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one "
-        "optimizer step per rollout, at which that distance is 0. Halving chose small rollouts for PPO's arms "
-        "by their first images, and they do not last: section baselines has PPO's arms at their best.",
+        "optimizer step per rollout, at which that distance is 0. By their first images halving chose small "
+        "rollouts for PPO's arms, and they do not last: section baselines has those arms at their best.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
