@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from lacfast.runtime import directories
 # Before Hugging Face is imported: nothing that a test keeps lies among the user's own files.
 ASSETS = tempfile.TemporaryDirectory(prefix="lacfast-assets-")
 os.environ["HF_ASSETS_CACHE"] = ASSETS.name
+
+# A shell lets what it runs in the background ignore Ctrl-C: tests that send it would fail or wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A second thread on busy cores makes every small test slower.
 torch.set_num_threads(1)

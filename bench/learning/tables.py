@@ -113,15 +113,15 @@ def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -
         yield _row(f"{first} minus {arm}", leads)
 
 
-def speed(cost: Cost, curves: Curves, metric: str) -> Iterator[str]:
+def speed(curves: Curves, metric: str) -> Iterator[str]:
     """Lines that say after how many images the first arm has what each other one ends with, if it has."""
     first, *others = curves
-    budget = _common(curves, cost)
+    budget = _common(curves, images)
     yield _row("arm", ["ends with", f"{first} has it after", "times fewer images"])
     yield "|" + "---|" * 4
     for arm in others:
-        level = mean(_scores(curves, arm, (final, metric), cost))
-        needed = reached(curves[first], cost, metric, level, budget)
+        level = mean(_scores(curves, arm, (final, metric), images))
+        needed = reached(curves[first], images, metric, level, budget)
         cells = [f"{needed:,.0f} images", f"{budget / needed:.1f}"] if needed < math.inf else ["never", ""]
         yield _row(arm, [f"{level:.3f}", *cells])
 

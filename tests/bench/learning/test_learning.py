@@ -60,9 +60,7 @@ def test_a_level_is_reached_where_the_mean_of_the_seeds_first_has_it() -> None:
 
 
 def test_an_arm_is_told_when_it_has_what_another_ends_with() -> None:
-    rows = list(
-        tables.speed(images, {"a": [line(3e-4)], "b": [line(1e-4)], "c": [line(1e-3)]}, "shapes_strict")
-    )
+    rows = list(tables.speed({"a": [line(3e-4)], "b": [line(1e-4)], "c": [line(1e-3)]}, "shapes_strict"))
     assert rows[2:] == ["| b | 0.500 | 334 images | 3.0 |", "| c | 1.400 | never |  |"]
 
 
