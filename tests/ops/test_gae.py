@@ -31,7 +31,7 @@ def test_forward_equals_the_reference(shape, dtype, assert_near, poisoned_memory
 
 
 @pytest.mark.parametrize("value_lambda", [SETTINGS["gae_lambda"], 0.8])
-@pytest.mark.parametrize("steps", [7, 16, 33, 50])
+@pytest.mark.parametrize("steps", [7, 10, 15, 16, 28, 33, 50])
 def test_a_chain_of_any_length_equals_the_reference(steps, value_lambda, assert_near, poisoned_memory):
     settings = SETTINGS | {"value_lambda": value_lambda}
     for dtype in (torch.float32, torch.float64):
