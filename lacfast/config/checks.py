@@ -159,21 +159,19 @@ def _check(name: str, value: Any, annotation: Any) -> None:
         _check(name, value, arguments[0])
         for rule in arguments[1:]:
             _check_rule(name, value, rule)
+    elif not _fits(value, annotation):
+        raise ValueError(f"{name}={value!r} must be {_described(annotation)}")
     elif origin in (Union, UnionType):
-        members = [member for member in arguments if _fits(value, member)]
-        require(bool(members), f"{name}={value!r} must be {_described(annotation)}")
-        _check(name, value, members[0])
+        _check(name, value, next(member for member in arguments if _fits(value, member)))
     elif origin is tuple:
-        require(_fits(value, annotation), f"{name}={value!r} must be {_described(annotation)}")
         for index, (entry, member) in enumerate(zip(value, _members(arguments, len(value)), strict=True)):
             _check(f"{name}[{index}]", entry, member)
-    else:
-        require(_fits(value, annotation), f"{name}={value!r} must be {_described(annotation)}")
 
 
 def _check_rule(name: str, value: Any, rule: Any) -> None:
     if isinstance(rule, Range):
-        require(value in rule, f"{name}={value!r} must {rule}")
+        if value not in rule:
+            raise ValueError(f"{name}={value!r} must {rule}")
     elif isinstance(rule, OneOf) and value not in tuple(rule.names):
         raise unknown(rule.what or name, value, rule.names)
 

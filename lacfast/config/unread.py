@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -113,7 +114,9 @@ def _unchecked(kind: type[T], values: Mapping[str, Any]) -> T:
     return settings
 
 
+@functools.cache
 def _default(kind: type, name: str) -> Any:
+    """One object for every config, which is frozen."""
     (field,) = (field for field in fields(kind) if field.name == name)
     return field.default if field.default_factory is MISSING else field.default_factory()
 
