@@ -305,6 +305,7 @@ def test_learning_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     assert "64x64" in (folder / "results-rehearsal.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_rehearsal_on_a_cpu_runs_as_a_script(tmp_path: Path) -> None:
     out = tmp_path / "cpu.json"
     script = str(ROOT / "bench" / "gpu_check.py")

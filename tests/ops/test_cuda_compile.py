@@ -25,15 +25,12 @@ def test_there_are_sources() -> None:
     assert SOURCES
 
 
+# The module was built of them too, and its kernels are looked at below.
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-@pytest.mark.parametrize(
-    "architectures", [[90], pytest.param([80, 100], marks=pytest.mark.slow)], ids=["sm_90", "the rest"]
-)
-def test_source_compiles_without_warnings_and_spills(
-    architectures: list[int], source: Path, tmp_path: Path
-) -> None:
-    targets = [f"--generate-code=arch=compute_{number},code=sm_{number}" for number in architectures]
+def test_source_compiles_without_warnings_and_spills(source: Path, tmp_path: Path) -> None:
+    targets = [f"--generate-code=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
     command = [
         NVCC, "-c", source, "-o", tmp_path / "object.o", *targets,
         "-std=c++17", "-O3", "--expt-relaxed-constexpr", '-DLACFAST_ARCHITECTURES="80"',

@@ -177,6 +177,7 @@ def test_the_headline_says_which_way_it_went() -> None:
     )
 
 
+@pytest.mark.usefixtures("without_charts")
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run")
     assert main(["report", str(tmp_path / "run")]) == 0

@@ -37,7 +37,7 @@ def test_a_run_is_stopped_resumed_evaluated_and_steered(cuda: WaitLog, tmp_path:
         model=str(tmp_path / "model"),
         prompts=str(prompts),
         rewards=((REWARD, 1.0),),
-        pipeline=PipelineSettings(resolution=(16, 16)),
+        pipeline=PipelineSettings(resolution=(16, 16), max_sequence_length=16),
         lora=LoRAConfig(rank=2),
         save_every=1,
         train=tiny_config(

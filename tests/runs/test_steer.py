@@ -92,7 +92,7 @@ def test_prompts_are_a_source_or_the_texts_themselves() -> None:
 
 
 def test_a_plain_pipeline_takes_a_critic_file(tmp_path: Path) -> None:
-    settings = lacfast.PipelineSettings(resolution=(16, 16))
+    settings = lacfast.PipelineSettings(resolution=(16, 16), max_sequence_length=16)
     backbone = lacfast.load_backbone(
         tiny_pipeline("sd3"), critic=CriticConfig(hidden_dim=16), num_rewards=2, settings=settings
     )
@@ -120,7 +120,7 @@ def test_a_plain_pipeline_takes_a_critic_file(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_critic_are_refused(tmp_path: Path) -> None:
-    settings = lacfast.PipelineSettings(resolution=(16, 16))
+    settings = lacfast.PipelineSettings(resolution=(16, 16), max_sequence_length=16)
     backbone = lacfast.load_backbone(tiny_pipeline("sd3"), settings=settings)
     save_backbone(backbone, tmp_path / "saved")
     with Refusal(

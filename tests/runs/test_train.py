@@ -66,7 +66,7 @@ def run_config(model: Path, out: Path, **changes: Any) -> RunConfig:
         prompts=str(model / "prompts.txt"),
         rewards=(("jpeg_incompressibility", 1.0),),
         lora=LoRAConfig(rank=2),
-        pipeline=PipelineSettings(resolution=(16, 16)),
+        pipeline=PipelineSettings(resolution=(16, 16), max_sequence_length=16),
         save_every=1,
         train=TrainConfig(
             batch_size=4,

@@ -66,8 +66,9 @@ def test_the_gradient_of_a_critic_on_pixels_reaches_the_latent(family: str) -> N
     assert_its_gradient_reaches_the_latent(backbone, critic)
 
 
+# A UNet, a transformer and videos: of the families' code they read what every critic does.
 @pytest.mark.parametrize("trunk", CONTROL_TRUNKS)
-@pytest.mark.parametrize("family", PIPELINE_FAMILIES)
+@pytest.mark.parametrize("family", ["sd15", "sd3", "wan"])
 def test_every_control_values_and_learns_beside_a_lora_policy(family: str, trunk: str) -> None:
     backbone = backbone_of(tiny_pipeline(family), lora=LoRAConfig(rank=2))
     sampler = SamplerConfig(
