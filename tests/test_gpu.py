@@ -304,7 +304,7 @@ def test_two_iterations_train_on_the_device() -> None:
     # A lent GPU machine may lack diffusers; the kernels are tested there all the same.
     tiny = pytest.importorskip("tiny_backbones")
     trainer_type = pytest.importorskip("lacfast.trainer").LatentActorCriticTrainer
-    backbone = tiny.tiny_backbone("dit")
+    backbone = tiny.tiny_backbone("dit", size=tiny.models.TINY)
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()
     trainer = trainer_type(backbone, tiny.brightness, tiny.PROMPTS, tiny.tiny_config())

@@ -238,7 +238,7 @@ def test_captured_rollouts_are_the_eager_ones(
     tiny = pytest.importorskip("tiny_backbones")
     build_critic = pytest.importorskip("lacfast.backbone").build_critic
     sampler_of = pytest.importorskip("lacfast.rollout.sampler").RolloutSampler
-    backbone = tiny.tiny_backbone(family)
+    backbone = tiny.tiny_backbone(family, size=tiny.models.TINY)
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()
     critic = build_critic(backbone, 2, tiny.tiny_config().critic)

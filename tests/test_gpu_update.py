@@ -27,7 +27,7 @@ def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
     # A lent GPU machine may lack diffusers.
     tiny = pytest.importorskip("tiny_backbones")
     trainer_type = pytest.importorskip("lacfast.trainer").LatentActorCriticTrainer
-    backbone = tiny.tiny_backbone("dit")
+    backbone = tiny.tiny_backbone("dit", size=tiny.models.TINY)
     for module in (backbone.model, backbone.prompt_encoder, backbone.codec):
         module.cuda()
     settings = {"ppo": PPO, "sampler": SamplerConfig(num_steps=4, guidance_scale=2.5)}

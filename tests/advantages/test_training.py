@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import AdvantageConfig, EarlyStoppingConfig, LatentActorCriticTrainer
 from lacfast.config import DDPO, ESTIMATORS, GRPO, BatchMean, KLPenalty, PPOConfig, Ratio
@@ -23,9 +23,7 @@ REWARDS: Any = {brightness: 1.0, redness: 0.5}
 
 def trainer_for(rewards: Any = brightness, *, seed: int = 0, **changes: Any) -> LatentActorCriticTrainer:
     # One model for all: advantages do not know what made the trajectories.
-    return LatentActorCriticTrainer(
-        tiny_backbone("dit", seed=seed, size=SMALLEST), rewards, PROMPTS, tiny_config(**changes)
-    )
+    return LatentActorCriticTrainer(tiny_backbone("dit", seed=seed), rewards, PROMPTS, tiny_config(**changes))
 
 
 def weights(trainer: LatentActorCriticTrainer) -> dict[str, torch.Tensor]:
@@ -99,7 +97,7 @@ def test_a_saved_run_goes_on_with_its_statistics(changes: dict[str, Any], tmp_pa
 
     def made(seed: int) -> LatentActorCriticTrainer:
         return LatentActorCriticTrainer(
-            tiny_backbone("dit", seed=seed, size=SMALLEST), REWARDS, prompts, tiny_config(**changes)
+            tiny_backbone("dit", seed=seed), REWARDS, prompts, tiny_config(**changes)
         )
 
     trainer, resumed = made(0), made(0)

@@ -62,7 +62,7 @@ def test_an_untrained_branch_continues_the_actor_exactly(backbone) -> None:
     """Its blocks are copies of the actor's, so its last tap is the actor's own activation there."""
     sample, timestep, conditioning = states(backbone)
     trunk = backbone.branch_trunk(1)
-    block = "transformer_blocks.2" if hasattr(backbone.model, "transformer_blocks") else "up_blocks.0"
+    block = "transformer_blocks.1" if hasattr(backbone.model, "transformer_blocks") else "up_blocks.0"
 
     def read(arguments, output):
         tokens = output[1] if isinstance(output, tuple) else output.flatten(2).mT
@@ -127,7 +127,7 @@ def test_bad_input_gets_one_error_with_value_and_remedy(tmp_path: Path) -> None:
     message = r"no module 'blocks\.9' to tap; known at that depth: .*transformer_blocks\.0"
     with pytest.raises(ValueError, match=message), record_taps(backbone.model, [missing]):
         pass
-    with pytest.raises(ValueError, match=r"num_blocks=9 .* exceeds the model's 3 blocks"):
+    with pytest.raises(ValueError, match=r"num_blocks=9 .* exceeds the model's 2 blocks"):
         build_critic(backbone, 1, CriticConfig(num_blocks=9))
     with pytest.raises(ValueError, match="no backbone for Linear; known: SD3Transformer2DModel"):
         adapt(nn.Linear(1, 1), backbone.prompt_encoder, backbone.codec, latent_shape=(1, 1, 1))

@@ -105,6 +105,6 @@ def test_the_same_seed_builds_the_same_critic_and_leaves_the_global_state_alone(
 def test_bf16_features_are_valued_in_float32() -> None:
     critic = build_critic(tiny_backbone("dit"), 1, CriticConfig(trunk="shared"))
     assert critic is not None
-    features = {name: torch.randn(2, 16, 96).bfloat16() for name in critic.trunk.names}
+    features = {name: torch.randn(2, 16, 48).bfloat16() for name in critic.trunk.names}
     conditioning = tiny_backbone("dit").encode_prompts(PROMPTS[:2])
     assert critic(features, torch.zeros(2, 16, 8, 8), TIMESTEPS[:2], conditioning).dtype == torch.float32

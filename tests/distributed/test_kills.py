@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from killed_runs import CONFIG, contents
 from ranks import started
-from tiny_backbones import PROMPTS, SMALLEST, tiny_backbone
+from tiny_backbones import PROMPTS, tiny_backbone
 from torch import distributed
 
 from lacfast.distributed import joined
@@ -76,7 +76,7 @@ def test_a_run_whose_ranks_are_killed_ends_with_the_bits_of_one_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    backbone = tiny_backbone("dit", size=SMALLEST)
+    backbone = tiny_backbone("dit")
     monkeypatch.setattr(run, "build_backbone", lambda *_: backbone)
     monkeypatch.setattr(run, "_require_memory", lambda *_: None)
     through = begun(tmp_path / "through")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import assert_same_step
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
@@ -34,7 +34,7 @@ NAN_ENDS = Refusal(
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
     config = tiny_config(**({"ppo": PPO} | changes))
-    return LatentActorCriticTrainer(tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, config)
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
 
 
 def poisoned(rollout: Rollout, *parts: int) -> Rollout:

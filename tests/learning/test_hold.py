@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import Fixed, Hold, PPOConfig, Ratio, SamplerConfig, TrainConfig
@@ -25,7 +25,7 @@ def trainer_with(hold: Hold | None) -> LatentActorCriticTrainer:
     ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, hold=hold)
     ppo = replace(ppo, policy_learning_rate=1e-3)
     return LatentActorCriticTrainer(
-        tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, tiny_config(sampler=WINDOW, ppo=ppo)
+        tiny_backbone("dit"), brightness, PROMPTS, tiny_config(sampler=WINDOW, ppo=ppo)
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_same_step
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,9 +26,7 @@ GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
-    return LatentActorCriticTrainer(
-        tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, tiny_config(**changes)
-    )
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, tiny_config(**changes))
 
 
 def rollout_of(trainer: LatentActorCriticTrainer) -> tuple[Rollout, Advantages]:

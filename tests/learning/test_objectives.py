@@ -274,7 +274,7 @@ def _first(trainer: LatentActorCriticTrainer) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return tuple(  # type: ignore[return-value]
             guided_output(backbone, given, None, 1.0, "cond")[0]
-            for backbone in (trainer.backbone, tiny_backbone("dit", size=SMALLEST))
+            for backbone in (trainer.backbone, tiny_backbone("dit"))
         )
 
 

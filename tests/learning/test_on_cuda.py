@@ -14,7 +14,7 @@ import pytest
 import tiny_backbones
 import torch
 from host_waits import WaitLog
-from tiny_backbones import PROMPTS, SMALLEST, on_cuda, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, on_cuda, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, steer
@@ -58,7 +58,7 @@ def config_of(**changes: Any) -> TrainConfig:
 def trainer_for(
     lora: LoRAConfig | None = None, rewards: Any = tiny_backbones.brightness, **changes: Any
 ) -> LatentActorCriticTrainer:
-    backbone = on_cuda(tiny_backbone("dit", lora=lora, size=SMALLEST))
+    backbone = on_cuda(tiny_backbone("dit", lora=lora))
     return LatentActorCriticTrainer(backbone, rewards, PROMPTS, config_of(**changes))
 
 

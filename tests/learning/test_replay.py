@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import CriticConfig, LatentActorCriticTrainer, PPOConfig
@@ -26,9 +26,7 @@ from lacfast.rollout import memory
 def trainer_for(rollouts: int, minibatches: int = 0) -> LatentActorCriticTrainer:
     config = tiny_config()
     ppo = replace(config.ppo, critic_rollouts=rollouts, critic_minibatches=minibatches)
-    return LatentActorCriticTrainer(
-        tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, replace(config, ppo=ppo)
-    )
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, replace(config, ppo=ppo))
 
 
 def experiences(count: int) -> list[Experience]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer
@@ -23,7 +23,7 @@ PPO = PPOConfig(clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, adam_eps
 
 def trainer_for(ppo: PPOConfig = PPO, **changes: Any) -> LatentActorCriticTrainer:
     config = tiny_config(**({"ppo": ppo, "sampler": GUIDED} | changes))
-    return LatentActorCriticTrainer(tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, config)
+    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
 
 
 def rollout_of(trainer: LatentActorCriticTrainer, **options: Any) -> tuple[Rollout, Advantages]:

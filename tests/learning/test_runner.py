@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import assert_same_step, assert_same_sum
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor, nn
 
 from lacfast import LatentActorCriticTrainer
@@ -33,7 +33,7 @@ GUIDED = SamplerConfig(num_steps=4, guidance_scale=2.5)
 def trainer_for(graphs: GraphRunner, ppo: PPOConfig = PPO, **changes: Any) -> LatentActorCriticTrainer:
     """A trainer whose update, and nothing else, runs on `graphs`."""
     config = tiny_config(ppo=ppo, sampler=GUIDED, **changes)
-    trainer = LatentActorCriticTrainer(tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, config)
+    trainer = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
     trainer.learner = Learner(trainer.backbone, config, graphs)
     return trainer
 

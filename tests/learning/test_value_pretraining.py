@@ -12,7 +12,7 @@ import torch
 from linear_chain import PROMPTS as CHAIN_PROMPTS
 from linear_chain import LinearChain, linear_reward
 from refusals import Refusal
-from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
 
 from lacfast import (
     CriticConfig,
@@ -28,16 +28,19 @@ from lacfast.learning.pretraining_state import PretrainingState
 from lacfast.learning.value_confidence import ValueConfidence
 from lacfast.prompts import PromptSet
 from lacfast.records import FirstSampleId
+from lacfast.tasks.models import TINY, ModelSize
 
 
-def trainer(batch_size: int = 16, **settings: object) -> LatentActorCriticTrainer:
+def trainer(
+    batch_size: int = 16, *, size: ModelSize = SMALLEST, **settings: object
+) -> LatentActorCriticTrainer:
     pretrain = replace(ValuePretrainingConfig(iterations=4, held_out_samples=16), **settings)  # type: ignore[arg-type]
     config = tiny_config(
         batch_size=batch_size,
         pretrain=pretrain,
         ppo=PPOConfig(clip=Ratio(1e-3), value_learning_rate=3e-3, trunk_learning_rate=1e-3),
     )
-    return LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
+    return LatentActorCriticTrainer(tiny_backbone("dit", size=size), brightness, PROMPTS, config)
 
 
 def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None:
@@ -53,7 +56,7 @@ def test_the_kept_critic_is_the_best_one_and_explains_what_is_reported() -> None
 
 def test_a_critic_learns_an_easy_reward() -> None:
     """The brightness of an image is one linear functional of its latents, so late states tell it."""
-    result = trainer(32, iterations=4, passes=4.0, held_out_samples=32).pretrain_critic()
+    result = trainer(32, size=TINY, iterations=4, passes=4.0, held_out_samples=32).pretrain_critic()
     assert float(result.explained_variance[-1]) > 0.15
 
 
@@ -66,7 +69,7 @@ def test_it_stops_when_the_critic_gets_no_better() -> None:
 
 
 def test_without_held_out_states_each_rollout_measures_the_critic_that_has_not_seen_it() -> None:
-    made = trainer(64, iterations=3, passes=4.0, held_out_samples=0)
+    made = trainer(64, size=TINY, iterations=3, passes=4.0, held_out_samples=0)
     values = []
     result = made.pretrain_critic(lambda iteration, variance: values.append(float(variance.mean())))
     assert (result.images, made.images) == (3 * 64, 3 * 64)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, ops
@@ -25,7 +25,7 @@ def trainer_for(staleness: int, **changes: Any) -> LatentActorCriticTrainer:
     lora = changes.pop("lora", None)
     settings = {"ppo": PPO, "sampler": SamplerConfig(num_steps=3), "staleness": staleness} | changes
     return LatentActorCriticTrainer(
-        tiny_backbone("dit", lora=lora, size=SMALLEST), brightness, PROMPTS, tiny_config(**settings)
+        tiny_backbone("dit", lora=lora), brightness, PROMPTS, tiny_config(**settings)
     )
 
 

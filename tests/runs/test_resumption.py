@@ -19,7 +19,7 @@ import torch
 from refusals import Refusal
 from reward_server import Server
 from safetensors.torch import load_file
-from tiny_backbones import PROMPTS, SMALLEST, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, tiny_backbone, tiny_config
 
 from lacfast.cli import main
 from lacfast.config import (
@@ -52,7 +52,7 @@ def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def build_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the pipeline that the config names, whose memory nobody can plan."""
-    monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit", size=SMALLEST))
+    monkeypatch.setattr(run, "build_backbone", lambda *_: tiny_backbone("dit"))
     monkeypatch.setattr(run, "_require_memory", lambda *_: None)
 
 

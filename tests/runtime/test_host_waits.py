@@ -15,7 +15,7 @@ import pytest
 import tiny_backbones
 import torch
 from host_waits import WaitLog
-from tiny_backbones import PROMPTS, SMALLEST, on_cuda, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, on_cuda, tiny_backbone, tiny_config
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, steer
@@ -52,7 +52,7 @@ KEPT_ON_HOST = {
 
 
 def trainer_for(**changes: Any) -> LatentActorCriticTrainer:
-    backbone = on_cuda(tiny_backbone("dit", size=SMALLEST))
+    backbone = on_cuda(tiny_backbone("dit"))
     path = changes.pop("metrics_path", None)
     settings = {"ppo": PPO, "batch_size": 4, "sampler": SamplerConfig(num_steps=3, guidance_scale=2.5)}
     config = tiny_config(**(settings | changes))

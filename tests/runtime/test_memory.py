@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import assert_same_step
 from refusals import Refusal
-from tiny_backbones import PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 def trainer_for(ppo: PPOConfig, **changes: Any) -> LatentActorCriticTrainer:
     return LatentActorCriticTrainer(
-        tiny_backbone("dit", size=SMALLEST), brightness, PROMPTS, tiny_config(ppo=ppo, **changes)
+        tiny_backbone("dit"), brightness, PROMPTS, tiny_config(ppo=ppo, **changes)
     )
 
 
@@ -316,7 +316,7 @@ def test_an_evaluation_goes_on_in_smaller_parts_and_is_the_same(monkeypatch: pyt
 
 
 def test_decoding_goes_on_in_smaller_parts_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = tiny_backbone("dit", size=SMALLEST)
+    backbone = tiny_backbone("dit")
     decode, latents = backbone.codec.decode, torch.randn(7, *backbone.latent_shape)
     expected = torch.cat([decode(part) for part in torch.split(latents, 3)])
 

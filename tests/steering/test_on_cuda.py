@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from host_waits import WaitLog
-from tiny_backbones import PROMPTS, SMALLEST, brightness, on_cuda, tiny_backbone, tiny_config
+from tiny_backbones import PROMPTS, brightness, on_cuda, tiny_backbone, tiny_config
 
 from lacfast import steer
 from lacfast.backbone import attach_critic
@@ -26,7 +26,7 @@ from lacfast.rewards.heads import RewardHeads
     ids=["best_of_n", "pruning", "beam", "smc"],
 )
 def test_steered_images_are_on_the_device(cuda: WaitLog, settings: dict[str, Any], judged: bool) -> None:
-    backbone = on_cuda(tiny_backbone("dit", size=SMALLEST))
+    backbone = on_cuda(tiny_backbone("dit"))
     heads = RewardHeads.create(["brightness"], torch.ones(1), AdvantageConfig())
     attach_critic(backbone, heads, tiny_config().critic)
     assert backbone.critic is not None
