@@ -114,11 +114,17 @@ def _unchecked(kind: type[T], values: Mapping[str, Any]) -> T:
     return settings
 
 
-@functools.cache
 def _default(kind: type, name: str) -> Any:
-    """One object for every config, which is frozen."""
-    (field,) = (field for field in fields(kind) if field.name == name)
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    return _defaults(kind)[name]
+
+
+@functools.cache
+def _defaults(kind: type) -> dict[str, Any]:
+    """Field -> its default, one object for all configs, which are frozen."""
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(kind)
+    }
 
 
 def _changed(
