@@ -19,7 +19,7 @@ def told(directory: Path, kills: int) -> None:
         killed_runs.main(directory, kills, 0)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, kills: int) -> None:
     """Half of the kills fall into saves, the others at any moment."""
     process = multiprocessing.get_context("fork").Process(target=told, args=(tmp_path, kills))
