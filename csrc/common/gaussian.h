@@ -35,13 +35,24 @@ LACFAST_INLINE RatioTerms ratio_terms(const RatioSums& sums, double gain, double
   return {scale * gain * sums.noise_dot - kl_old, kl_old, 0.5 * scale * gain * gain * sums.anchor_squared};
 }
 
-struct RatioGradient {
-  double noise, old_difference, anchor_difference;
+struct RatioDirection {
+  double noise, old_difference;
 };
 
-// d (g0 log_ratio + g1 kl_old + g2 kl_ref) / dv = noise eps + old_difference dv + anchor_difference (v - v_ref)
+// d (g0 log_ratio + g1 kl_old) / dv = noise eps + old_difference dv
+LACFAST_INLINE RatioDirection ratio_direction(double g0, double g1, double gain, double scale) {
+  return {scale * g0 * gain, scale * (g1 - g0) * gain * gain};
+}
+
+// along (noise eps + old_difference dv) + anchor_difference (v - v_ref)
+struct RatioGradient {
+  RatioDirection direction;
+  double along, anchor_difference;
+};
+
+// d (g0 log_ratio + g1 kl_old + g2 kl_ref) / dv
 LACFAST_INLINE RatioGradient ratio_gradient(double g0, double g1, double g2, double gain, double scale) {
-  return {scale * g0 * gain, scale * (g1 - g0) * gain * gain, scale * g2 * gain * gain};
+  return {ratio_direction(g0, g1, gain, scale), 1.0, scale * g2 * gain * gain};
 }
 
 }  // namespace lacfast

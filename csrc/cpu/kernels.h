@@ -39,9 +39,10 @@ struct Kernels {
   double (*step_log_prob)(const StepLogProb& op, Run run);
   // `weight` times the gradient of -(x' - mu)^2 / 2; 0 where the step is deterministic.
   void (*step_log_prob_backward)(const StepLogProb& op, Run run, double weight, const StepLogProb& gradients);
-  // Noise that is drawn stays in `kept_noise`, unless null, for the gradient: that of its latent, room for whole blocks.
-  RatioSums (*log_ratio)(const LogRatio& op, Run run, float* kept_noise);
-  void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, const float* kept_noise,
+  // `kept`, unless null, receives in the arithmetic type what `direction` is at every number of the latent.
+  RatioSums (*log_ratio)(const LogRatio& op, Run run, const RatioDirection& direction, void* kept);
+  // `kept`, unless null, is that of the gradient's direction; it may be the gradient itself.
+  void (*log_ratio_backward)(const LogRatio& op, Run run, const RatioGradient& gradient, const void* kept,
                              Result grad_model_output);
   // Of chains [first, last); chain row * heads + head is one head of one row.
   void (*gae)(const Gae& op, std::int64_t first, std::int64_t last, const GaeOutputs& outputs);

@@ -32,7 +32,7 @@ void for_each_row(const LogRatio& op, const bool* mask, Threads threads, const F
   std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
   const Kernels& chosen = kernels();
   for_each_run(shape, threads, [&](Run run, std::size_t index) {
-    if (mask == nullptr || mask[run.row]) partial[index] = chosen.log_ratio(op, run, nullptr);
+    if (mask == nullptr || mask[run.row]) partial[index] = chosen.log_ratio(op, run, {0.0, 0.0}, nullptr);
   });
   for (std::int64_t row = 0; row < shape.rows; ++row) finish(row, sums_of_row(partial, row, per_row));
 }
@@ -162,17 +162,20 @@ void ppo_loss(const PPOLoss& op, const PPOLossOutputs& outputs, const Threads& t
   put_sums(op, rows, outputs);
 }
 
+// Of a row's log-ratio, in whatever way it is defined.
+RatioDirection row_direction(const PPOLoss& op, std::int64_t row) {
+  const RowCoefficients coefficients = coefficients_of(op.ratio.transition, row, is_wide(op.ratio));
+  const RatioDirection direction = ratio_direction(1.0, 0.0, coefficients.gain, op.ratio.scale);
+  return op.is_normalized == 0 ? direction : RatioDirection{direction.noise * coefficients.std, 0.0};
+}
+
 // Of a row whose shares are known, where the loss has the gradient `outer`.
 RatioGradient row_gradient(const PPOLoss& op, std::int64_t row, const PPOLossOutputs& outputs, double outer) {
-  const LogRatio& ratio = op.ratio;
-  const bool wide = is_wide(ratio);
+  const bool wide = is_wide(op.ratio);
   const double grad_log_ratio = outer * scalar_at(outputs.shares.data, 3 * row + 1, wide);
   const double grad_kl_ref = outer * scalar_at(outputs.shares.data, 3 * row + 2, wide);
-  const RowCoefficients coefficients = coefficients_of(ratio.transition, row, wide);
-  RatioGradient gradient = ratio_gradient(grad_log_ratio, 0.0, 0.0, coefficients.gain, ratio.scale);
-  if (op.is_normalized != 0) gradient = {gradient.noise * coefficients.std, 0.0, 0.0};
-  gradient.anchor_difference = ratio.scale * 2.0 * grad_kl_ref * kl_gain(op, row, coefficients.gain);
-  return gradient;
+  const double gain = coefficients_of(op.ratio.transition, row, wide).gain;
+  return {row_direction(op, row), grad_log_ratio, op.ratio.scale * 2.0 * grad_kl_ref * kl_gain(op, row, gain)};
 }
 
 void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLossOutputs& grads,
@@ -182,8 +185,8 @@ void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const P
                  [&](std::int64_t row) { return row_gradient(op, row, outputs, outer); });
 }
 
-// Loss and gradient of drawn noise in one, the bits of both as above. A row that has just been read is still in the cache for its gradient,
-// the last run more likely than the first, and noise is drawn once.
+// Loss and gradient in one, the bits of both as above. Up to a number for each row the gradient is known before its sums, so
+// it is written beside them, and scaled while it is in the cache: the last run is there more likely than the first.
 void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLoss& gradients,
                            const Outer& outer, const Threads& threads) {
   const LogRatio& ratio = op.ratio;
@@ -193,40 +196,47 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
   const bool* mask = op.mask.as<const bool>();
   const double count = rows_that_count(mask, shape.rows);
   const Kernels& chosen = kernels();
-  if (ratio.noise.noise.data != nullptr) throw std::invalid_argument("ppo_loss_and_gradient draws its noise; give a key");
   std::vector<RowLoss> rows(static_cast<std::size_t>(shape.rows));
   std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
-  const std::int64_t kept = (shape.elements + kBlock - 1) / kBlock * kBlock;
+  // Where a row's gradient is kept: in its tensor if that has the arithmetic type, else in `room`.
+  const Result grad = gradients.ratio.model_output;
+  const bool is_narrow = grad.dtype != DType::float32 && grad.dtype != DType::float64;
   const auto room_for = [&](std::int64_t num_rows) {
-    return std::unique_ptr<float[]>(new float[static_cast<std::size_t>(num_rows * kept)]);
+    return std::unique_ptr<float[]>(is_narrow ? new float[static_cast<std::size_t>(num_rows * shape.elements)] : nullptr);
   };
-  const auto add = [&](Run run, std::int64_t index, float* noise) {
-    if (mask == nullptr || mask[run.row]) partial[static_cast<std::size_t>(index)] = chosen.log_ratio(ratio, run, noise);
+  const auto place_of = [&](std::int64_t row, float* room, std::int64_t row_of_room) -> void* {
+    if (is_narrow) return room + row_of_room * shape.elements;
+    if (grad.dtype == DType::float32) return static_cast<float*>(grad.data) + row * shape.elements;
+    return static_cast<double*>(grad.data) + row * shape.elements;
+  };
+  const auto add = [&](Run run, std::int64_t index, void* place) {
+    if (mask != nullptr && !mask[run.row]) return;
+    partial[static_cast<std::size_t>(index)] = chosen.log_ratio(ratio, run, row_direction(op, run.row), place);
   };
   const auto finish = [&](std::int64_t row) {
     rows[static_cast<std::size_t>(row)] = put_row(op, row, sums_of_row(partial, row, per_row), count, outputs);
   };
-  const auto write = [&](Run run, const float* noise) {
-    chosen.log_ratio_backward(ratio, run, row_gradient(op, run.row, outputs, outer.gradient), noise,
-                              gradients.ratio.model_output);
+  const auto scale = [&](Run run, const void* place) {
+    chosen.log_ratio_backward(ratio, run, row_gradient(op, run.row, outputs, outer.gradient), place, grad);
   };
   if (shape.rows % helpers == 0 || shape.rows >= 4 * helpers) {
     share_tasks(shape.rows, helpers, [&](const auto& next_task) {
-      const std::unique_ptr<float[]> noise = room_for(1);
+      const std::unique_ptr<float[]> room = room_for(1);
       for (std::int64_t row; next_task(row);) {
-        for (std::int64_t i = 0; i < per_row; ++i) add(run_of(shape, row, i), row * per_row + i, noise.get());
+        void* place = place_of(row, room.get(), 0);
+        for (std::int64_t i = 0; i < per_row; ++i) add(run_of(shape, row, i), row * per_row + i, place);
         finish(row);
-        for (std::int64_t i = per_row - 1; i >= 0; --i) write(run_of(shape, row, i), noise.get());
+        for (std::int64_t i = per_row - 1; i >= 0; --i) scale(run_of(shape, row, i), place);
       }
     });
   } else {
     // Too few rows for every thread to have as many as the others: threads share the runs of all.
-    const std::unique_ptr<float[]> noise = room_for(shape.rows);
-    const auto row_noise = [&](std::int64_t row) { return noise.get() + row * kept; };
+    const std::unique_ptr<float[]> room = room_for(shape.rows);
+    const auto row_place = [&](std::int64_t row) { return place_of(row, room.get(), row); };
     for_each_run(shape, threads,
-                 [&](Run run, std::size_t index) { add(run, static_cast<std::int64_t>(index), row_noise(run.row)); });
+                 [&](Run run, std::size_t index) { add(run, static_cast<std::int64_t>(index), row_place(run.row)); });
     for (std::int64_t row = 0; row < shape.rows; ++row) finish(row);
-    for_each_run(shape, threads, [&](Run run, std::size_t) { write(run, row_noise(run.row)); });
+    for_each_run(shape, threads, [&](Run run, std::size_t) { scale(run, row_place(run.row)); });
   }
   put_sums(op, rows, outputs);
 }

@@ -74,7 +74,7 @@ class Op(Generic[Inputs, Outputs]):
         statistics: the outputs that have no gradient.
         all_gradients: its kernel fills all gradients, wanted or not.
         formula: in place of a kernel: gradients from kept inputs and outputs, and the outputs' gradients.
-        makes_gradient: of which inputs NAME_and_gradient in C++ makes outputs and the one gradient together.
+        makes_gradient: whether NAME_and_gradient in C++ makes outputs and the one gradient together.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Op(Generic[Inputs, Outputs]):
         statistics: tuple[str, ...] = (),
         all_gradients: bool = False,
         formula: Callable[[Inputs, Outputs, Gradients], Gradients] | None = None,
-        makes_gradient: Callable[[Inputs], bool] | None = None,
+        makes_gradient: bool = False,
     ) -> None:
         self.name, self._gradient = name, f"{name}_backward"
         self._both, self._makes_gradient = f"{name}_and_gradient", makes_gradient
@@ -105,7 +105,7 @@ class Op(Generic[Inputs, Outputs]):
         add_kernel(name, formats, triton=triton[:1], cuda=cuda)
         if gradients and formula is None:
             add_kernel(self._gradient, formats + formats[::-1], triton=triton[1:], cuda=cuda)
-        if makes_gradient is not None:
+        if makes_gradient:
             add_kernel(self._both, [*formats, formats[0], words_format(Outer)])
         fields, results = _names(inputs), _names(outputs)
         numbers = [name for name, kind in _typed(inputs) if _KINDS[kind][1] not in "ts"]
@@ -150,7 +150,7 @@ class Op(Generic[Inputs, Outputs]):
 
         Another one than that is rare, and then the gradient is made anew: the results are the same bits.
         """
-        if self._makes_gradient is None or chosen != "cpu" or not self._makes_gradient(inputs):
+        if not self._makes_gradient or chosen != "cpu":
             return self.run(chosen, inputs), None
         outputs = self._allocate(inputs)
         results: list[Any] = self._no_gradients.copy()

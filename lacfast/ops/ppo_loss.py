@@ -102,8 +102,7 @@ PPO_LOSS = Op(
     gradients=("model_output",),
     keeps=(*_TRANSITION, "kl_gains", "shares"),
     statistics=("rows", "step_sums", "shares"),
-    # Given noise is read again sooner than it is kept: two passes are the faster ones then.
-    makes_gradient=lambda inputs: inputs.noise is None,
+    makes_gradient=True,
 )
 
 
@@ -191,9 +190,9 @@ def ppo_loss(
     `mask`. Where std = 0 there is no ratio: the row's loss, statistics and gradient are 0.
     Inputs are taken as they are, under autocast too; maths in float32, or float64 for float64. On a GPU one
     call forward and one backward, which draws a key's noise again: nothing of latent size is kept but the
-    inputs. On a CPU the forward pass of an eager call makes the gradient of drawn noise too, for the loss's
-    gradient of the last backward pass (1 at first), and holds it until its own, so that noise is drawn once;
-    where that differs the gradient is made anew.
+    inputs. On a CPU the forward pass of an eager call makes the gradient too, for the loss's gradient of the
+    last backward pass (1 at first), and holds it until its own, so that latents are read and noise is drawn
+    once; where that differs the gradient is made anew.
 
     Args:
         model_output: (B, ...) of the policy that is trained.
