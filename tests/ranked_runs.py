@@ -86,7 +86,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": NFT(0.5, old_decay=0.5, old_decay_rate=0.2),
         "ppo": replace(PPO, clip=PPOConfig().clip),
     },
-    "copy": {"critic": CriticConfig(trunk="copy", **SMALL), "pretrain": PRETRAINING},
+    "copy": {"critic": CriticConfig(trunk="copy", **SMALL)},
     "on the policy's features": {"critic": CriticConfig(trunk="branch", keep_features=False, **SMALL)},
     "scattered": SMALL_PARTS
     | {

@@ -89,6 +89,7 @@ def test_a_count_that_rises_is_named() -> None:
     assert kernel_counts.risen(RECORDED, fewer) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [row.spec for row in kernel_counts.ROWS if "tiles" in row.spec])
 def test_instructions_leave_value_pool_four_fifths_of_the_bandwidth(spec: str) -> None:
     assert min(kernel_counts.pool_ceilings(spec, range(1, 9)).values()) >= 0.8
