@@ -1,9 +1,11 @@
-"""Host work of an update on graphs besides its replays, timed on a CPU: what is left where launches bind.
+"""Host work of an update on graphs besides its replays, and of eager ops, timed on a CPU: what is left where
+launches bind.
 
 python -m bench.host_work      times it and writes bench/results/host-work.json, which `bench.report` shows
 
 A microbatch is the tiny transformer's, whose replay does nothing here: gathering and copying a single pair
-remain, at what they cost the host. The rest walks over the modules of a full-size model on the meta device.
+remain, at what they cost the host. Walks are over the modules of a full-size model on the meta device. Eager
+ops have so small inputs that their own time is the host's.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from bench.equal_results import scored_rollout
 from bench.interleaved import race
 from bench.matched_loops import engine, tiny_match
 from bench.published import PUBLISHED, trained_backbone
+from bench.shapes import CASES, LatentCase
+from bench.workloads import WORKLOADS
+from bench.workloads.workload import OURS
+from lacfast import ops
 from lacfast.backbone import build_critic
 from lacfast.backbones import lora as adapters
 from lacfast.backbones.latent import LatentBackbone
@@ -41,6 +47,9 @@ WALKS = (
     "the adapter off and on, eager forward of the anchor",
     "the critic's taps, eager forward of the policy",
 )
+SMALL_LATENT = LatentCase("small", 2, (4, 4, 4))
+CALLS = 200
+"""Of an eager op, timed together."""
 FEW, MANY = 4, 32
 """Microbatches of two optimizer steps; what a step costs once falls out of their difference."""
 
@@ -86,13 +95,63 @@ def walks(backbone: LatentBackbone) -> dict[str, Callable[[], object]]:
     return dict(zip(WALKS, works, strict=True))
 
 
+class _Nothing(torch.autograd.Function):
+    """What autograd and Python take by themselves."""
+
+    @staticmethod
+    def forward(ctx: Any, sample: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sample)
+        return sample.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (sample,) = ctx.saved_tensors
+        return torch.empty_like(sample)
+
+
+def eager_calls() -> dict[str, Callable[[], object]]:
+    """Ops on inputs so small that the host is what they take, and a gradient of nothing."""
+
+    def inputs_and_call(op: str) -> tuple[dict[str, torch.Tensor], Callable[[], object]]:
+        entry = WORKLOADS[op]
+        case = SMALL_LATENT if entry.kind is LatentCase else CASES[entry.kind][0]
+        workload = entry.build(case, torch.float32, torch.device("cpu"), compiled=False)
+        return workload.inputs, partial(workload.providers[OURS], workload.inputs)
+
+    calls = {f"`{op}`": inputs_and_call(op)[1] for op in ("gae", "value_pool", "gaussian_step")}
+    inputs, with_gradient = inputs_and_call("step_log_prob")
+    names = ("sample", "model_output", "prev_sample", "coefficients", "steps")
+    calls["`step_log_prob`"] = partial(ops.step_log_prob, *(inputs[name].detach() for name in names))
+    output = inputs["model_output"]
+    calls["`step_log_prob`, its sum and the gradient of that"] = with_gradient
+    calls["`ppo_loss` and its gradient"] = inputs_and_call("ppo_loss")[1]
+    calls["a torch.autograd.Function of nothing and its gradient"] = lambda: torch.autograd.grad(
+        _Nothing.apply(output), output
+    )
+    return calls
+
+
+def eager_microseconds(*, rounds: int) -> dict[str, float]:
+    """Median host time of a call."""
+
+    def repeated(call: Callable[[], object]) -> None:
+        for _ in range(CALLS):
+            call()
+
+    seconds = race({name: partial(repeated, call) for name, call in eager_calls().items()}, rounds=rounds)
+    return {name: round(1e6 * statistics.median(times) / CALLS, 2) for name, times in seconds.items()}
+
+
 def measure(*, rounds: int) -> dict[str, Any]:
-    """Milliseconds by what is done."""
+    """Milliseconds by what is done, and microseconds of eager ops."""
+    # First, while the process is small: a collection of garbage walks over all that lives.
+    eager = eager_microseconds(rounds=rounds)
     found = {"a captured microbatch, tiny transformer": microbatch_seconds(rounds=rounds)}
     seconds = race(walks(trained_backbone(PUBLISHED[FULL_SIZE])), rounds=rounds)
     found |= {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "milliseconds": {name: round(1e3 * value, 4) for name, value in found.items()},
+        "eager_microseconds": eager,
         "model": PUBLISHED[FULL_SIZE].title,
         "label": machine.label(torch.device("cpu")),
         "torch": torch.__version__,
@@ -104,10 +163,12 @@ def table(result: dict[str, Any]) -> str:
     """The times, as Markdown."""
     lines = ["| host work besides replays | ms |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in result["milliseconds"].items()]
+    lines += ["", "| host work of an eager op | us |", "|---|---|"]
+    lines += [f"| {name} | {value:.1f} |" for name, value in result["eager_microseconds"].items()]
     note = (
         f"One thread of {result['label']}, torch {result['torch']}, {result['date']}: medians of CPU time. A "
-        f"microbatch is timed by its difference to a step with fewer of them; the other rows are of "
-        f"{result['model']} with a LoRA of rank 32. `python -m bench.host_work` measures it."
+        f"microbatch is timed by its difference to a step with fewer of them; the other rows of the first "
+        f"table are of {result['model']} with a LoRA of rank 32. `python -m bench.host_work` measures it."
     )
     return "\n".join([*lines, "", note])
 

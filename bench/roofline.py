@@ -3,21 +3,26 @@
 A kernel at the roofline takes bytes / copy bandwidth. The bytes are those of a fused op: every operand read
 once, every result written once. A provider that moves more only looks slower.
 
-    python -m bench.roofline    how fast this machine copies, and what that allows one thread of its CPU
+    python -m bench.roofline    how fast this machine copies, and what that allows one thread of its CPU:
+                                writes bench/results/roofline.json, which `bench.report` shows
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import machine
 from bench.shapes import CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL, AdvantageCase, PoolCase
 
+RESULT = Path(__file__).parent / "results" / "roofline.json"
 OPERATIONS_PER_NORMAL = 35
 """Philox4x32-10: 10 rounds of 8 operations for 4 normals; Box-Muller: log, root, sine, cosine for 2."""
 
@@ -191,17 +196,63 @@ def _copy_seconds(source: torch.Tensor, target: torch.Tensor) -> float:
     return time.thread_time() - begin
 
 
-def main() -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)
-    bandwidth = copy_bandwidth(device)
-    print(f"a copy on {device.type} moves {bandwidth / 1e9:.1f} GB/s")
-    if device.type == "cuda":
-        return
+def measure() -> dict[str, Any]:
+    """Rates of one CPU thread, and milliseconds that they allow each op at the claim's size."""
+    device = torch.device("cpu")
+    latents = CLAIM_LATENT.elements * torch.float32.itemsize
+    bandwidths = {"memory": copy_bandwidth(device), "cache": copy_bandwidth(device, num_bytes=latents)}
     rate = multiply_adds_per_second()
-    print(f"a product of matrices, {rate / 1e9:.1f} G multiply-adds/s; at these rates one thread takes")
-    for (op, dtype), (memory, arithmetic) in least_seconds(bandwidth, rate).items():
-        print(f"  {op}, {dtype}: {1e3 * memory:.2f} ms from memory, {1e3 * arithmetic:.2f} ms of arithmetic")
+    least = {place: least_seconds(bandwidth, rate) for place, bandwidth in bandwidths.items()}
+    return {
+        "date": machine.today(),
+        "label": machine.label(device),
+        "torch": torch.__version__,
+        "gigabytes_per_second": {place: value / 1e9 for place, value in bandwidths.items()},
+        "latents_mebibytes": latents / 2**20,
+        "giga_multiply_adds_per_second": rate / 1e9,
+        "least_milliseconds": [
+            {
+                "op": op,
+                "dtype": dtype,
+                **{place: 1e3 * bounds[op, dtype][0] for place, bounds in least.items()},
+                "arithmetic": 1e3 * arithmetic,
+            }
+            for (op, dtype), (_, arithmetic) in least["memory"].items()
+        ],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The least times, as Markdown."""
+    lines = ["| at least, ms | from memory | from the cache | arithmetic |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row['op']}`, {row['dtype']} | "
+        + " | ".join(f"{row[bound]:.2f}" for bound in ("memory", "cache", "arithmetic"))
+        + " |"
+        for row in result["least_milliseconds"]
+    ]
+    speeds = result["gigabytes_per_second"]
+    note = (
+        f"One thread of {result['label']}, torch {result['torch']}, {result['date']}: a copy moves "
+        f"{speeds['memory']:.1f} GB/s beyond the caches and {speeds['cache']:.0f} GB/s from "
+        f"{result['latents_mebibytes']:g} MiB, the latents of the tables above; a library's product of "
+        f"float32 matrices does {result['giga_multiply_adds_per_second']:.1f} G multiply-adds/s. Every "
+        "operand is read and every result written once; `ppo_loss` is forward and backward of given noise. "
+        "The products of `value_pool` are those of float32 for bfloat16 features too: queries and weights "
+        "keep their digits. `python -m bench.roofline` measures it."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        bandwidth = copy_bandwidth(torch.device("cuda"))
+        print(f"a copy on cuda moves {bandwidth / 1e9:.1f} GB/s")
+        return
+    result = measure()
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,13 @@ def test_a_microbatch_is_timed_by_what_one_more_takes() -> None:
     assert host_work.microbatch_seconds(rounds=1) > 0
 
 
+def test_eager_ops_are_timed_beside_a_function_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_work, "CALLS", 1)
+    microseconds = host_work.eager_microseconds(rounds=1)
+    assert len(microseconds) == len(host_work.eager_calls()) == 7
+    assert min(microseconds.values()) > 0
+
+
 @pytest.mark.claim
 def test_a_microbatch_takes_a_tenth_of_a_millisecond_of_the_host() -> None:
     seconds = host_work.microbatch_seconds(rounds=20)

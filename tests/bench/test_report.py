@@ -26,7 +26,7 @@ def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
         "costs",
         "host-work",
     }
-    names |= {"kernels-avx2", "kernels-avx512", "memory", "allocations", "ocr"}
+    names |= {"kernels-avx2", "kernels-avx512", "roofline", "memory", "allocations", "ocr"}
     names |= {"ranks-apart", "ranks-on-paper", "ranks-strong"}
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"

@@ -103,3 +103,12 @@ def test_the_least_time_is_that_of_each_operand_once() -> None:
     assert arithmetic == pytest.approx(9 * features / 1e9)
     assert bounds["ppo_loss", "float32"][0] == pytest.approx(16 * 8 * 16 * 64 * 64 / 1e9)
     assert bounds["gae", "float32"][0] == pytest.approx(16 * 4096 * 50 / 1e9)
+
+
+def test_the_table_has_a_row_for_each_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "copy_bandwidth", lambda device, num_bytes=0: 1e11 if num_bytes else 1e10)
+    monkeypatch.setattr(roofline, "multiply_adds_per_second", lambda: 5e10)
+    shown = roofline.table(roofline.measure())
+    assert "| `ppo_loss`, float32 | 0.84 | 0.08 | " in shown
+    assert "10.0 GB/s beyond the caches and 100 GB/s from 2 MiB" in shown
+    assert shown.count("\n| `") == len(roofline.least_seconds(1.0, 1.0))
