@@ -33,6 +33,8 @@ TAUGHT_ITERATIONS = 80
 """The same of a critic whose value pretraining costs nothing."""
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
+SMALL_ROLLOUT = 48
+"""Images of a rollout that tuning chose for DiffusionNFT, weighted by the critic or by groups, on the DiT."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet."""
 FORWARD_CLIP = 5.0
@@ -185,6 +187,20 @@ def advantage_weighted_matching(backbone: str) -> TrainConfig:
 def critic_weighted(backbone: str) -> TrainConfig:
     """DiffusionNFT whose weights are the critic's advantages at the noised states, one image per prompt."""
     return forward_process(latent_critic(backbone), NFT())
+
+
+def batch_mean_weighted(backbone: str) -> TrainConfig:
+    """A control: DiffusionNFT on one image per prompt, each reward against the rollout's mean."""
+    return forward_process(batch_mean(backbone), NFT())
+
+
+def at_levels(config: TrainConfig, steps: tuple[int, int]) -> TrainConfig:
+    """The configuration whose loss on the forward process trains these steps alone, on no more pairs."""
+    objective = config.objective
+    assert isinstance(objective, ForwardProcess)
+    pairs = config.ppo.timestep_fraction * len(objective.forward_steps(config.sampler.num_steps))
+    ppo = replace(config.ppo, timestep_fraction=min(pairs / (steps[1] - steps[0]), 1.0))
+    return variant(config, objective=replace(objective, steps=steps), ppo=ppo)
 
 
 def _clip(config: TrainConfig) -> float:

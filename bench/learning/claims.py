@@ -9,11 +9,14 @@ from bench.learning.arms import (
     AWM_OLD_WEIGHT,
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
+    SMALL_ROLLOUT,
     TAUGHT_ITERATIONS,
     UNET_RATE,
     advantage_weighted_matching,
+    at_levels,
     at_rate,
     batch_mean,
+    batch_mean_weighted,
     conditional,
     constrained,
     critic_weighted,
@@ -39,6 +42,10 @@ from lacfast.tasks.models import BackboneName
 
 HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=(1 / 4, 1 / 2), falls=True)
 """Less noise in the gradient pays as smaller rollouts, so they are tuned too."""
+AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
+"""Rollout and rate as section objectives chose them."""
+NOT_THE_NOISIEST, MIDDLE = (1, 8), (1, 4)
+"""Steps of the sampler's 8 that a loss on the forward process trains."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 CHECKER_PASSED = 0.99
@@ -88,6 +95,35 @@ def _objective_arms(backbone: BackboneName) -> dict[str, Arm]:
         "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
         **_baseline_arms(backbone),
         "AWM": Arm(config=advantage_weighted_matching(backbone)),
+    }
+
+
+def _small_rollouts(backbone: BackboneName) -> dict[str, Arm]:
+    return {
+        "critic-weighted NFT": _unpretrained(small(critic_weighted(backbone))),
+        "DiffusionNFT": Arm(config=small(diffusion_nft(backbone))),
+    }
+
+
+def small(config: TrainConfig) -> TrainConfig:
+    """The configuration with small rollouts."""
+    return replace(config, batch_size=SMALL_ROLLOUT)
+
+
+def _task_arms(backbone: BackboneName) -> dict[str, Arm]:
+    return _small_rollouts(backbone) | _baseline_arms(backbone)
+
+
+def _level_arms(backbone: BackboneName) -> dict[str, Arm]:
+    arms = _small_rollouts(backbone)
+    critic, groups = (arm.config for arm in arms.values())
+    return arms | {
+        "batch mean": Arm(config=small(batch_mean_weighted(backbone))),
+        "critic with replay": _unpretrained(replayed(critic)),
+        "critic, not the noisiest": _unpretrained(at_levels(critic, NOT_THE_NOISIEST)),
+        "groups, not the noisiest": Arm(config=at_levels(groups, NOT_THE_NOISIEST)),
+        "critic, middle levels": _unpretrained(at_levels(critic, MIDDLE)),
+        "groups, middle levels": Arm(config=at_levels(groups, MIDDLE)),
     }
 
 
@@ -197,7 +233,7 @@ CLAIMS = {
         arms=_objective_arms,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
-            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
+            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
         },
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05),
@@ -209,6 +245,21 @@ CLAIMS = {
         f"distance from the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one "
         "optimizer step per rollout, at which that distance is 0. By their first images halving chose small "
         "rollouts for PPO's arms, and they do not last: section baselines has those arms at their best.",
+    ),
+    "levels": Claim(
+        question="With DiffusionNFT's loss, is it the baseline, and which noise levels are worth training?",
+        problem="shapes",
+        arms=_level_arms,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        reward_costs=(0.0, 0.05),
+        tuning=AS_CHOSEN,
+        seeds=3,
+        note=f"Rollouts of {SMALL_ROLLOUT} images and the rate as section objectives chose them for both of "
+        "its arms with this loss. Batch mean is the control without critic or groups: one image per prompt, "
+        f"each reward against the rollout's mean. Replay: {REPLAYED_MINIBATCHES} critic steps per pass, on "
+        f"the last {REPLAYED_ROLLOUTS} rollouts, as in the recipe `shapes`. Middle levels are steps 1 to 3 "
+        "of the sampler's 8, along whose gradient the reward rises most (section climb).",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
@@ -245,7 +296,7 @@ CLAIMS = {
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
         problem="glyphs",
-        arms=_baseline_arms,
+        arms=_task_arms,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -253,6 +304,8 @@ CLAIMS = {
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         seeds=3,
+        note="Every arm's rate stays over a run. Rollouts have the preset's images, those of DiffusionNFT's "
+        f"loss {SMALL_ROLLOUT}, as section objectives chose them on the other task.",
     ),
     "crowds": Claim(
         question="Does it hold where much is to be right at once?",

@@ -37,6 +37,7 @@ from bench.learning.problems import PROBLEMS, Materials, Prompts
 from lacfast.config import TrainConfig
 from lacfast.learning.batches import PolicySource
 from lacfast.learning.step_tables import step_tables
+from lacfast.prompts import PromptSet
 from lacfast.records import Advantages, Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.tasks.models import BackboneName
@@ -52,6 +53,8 @@ LAMBDAS = (0.95, 0.5, 0.0)
 """Of GAE on the critic's values, beside 1, which is R - V."""
 BLOCKS = 16
 """Parts of the trajectories, of which one after the other is left out for the error of a signal."""
+OF_ONE_REWARD = [name for name, problem in PROBLEMS.items() if len(problem.rewards) == 1]
+"""Problems that a gradient's noise is measured on."""
 LEARNING = Path(__file__).resolve().parents[1] / "results" / "learning"
 
 
@@ -128,7 +131,7 @@ def run(
 
             def work(seed: int = seed, images: int = images) -> dict[str, Any]:
                 return measure(
-                    _trainer(materials, problem, backbone, scale, seed, objective), scale, images
+                    trainer_of(materials, problem, backbone, scale, seed, objective), scale, images
                 ) | {"seed": seed}
 
             unit = units.done(study, f"{stage}-seed{seed}", work)
@@ -137,9 +140,16 @@ def run(
                 print(f"{study.name}/{stage}-seed{seed}: noise {noise}", flush=True)
 
 
-def _trainer(
-    materials: Materials, problem: str, backbone: BackboneName, scale: Scale, seed: int, objective: str = PPO
+def trainer_of(
+    materials: Materials,
+    problem: str,
+    backbone: BackboneName,
+    scale: Scale,
+    seed: int,
+    objective: str = PPO,
+    **changes: Any,
 ) -> LatentActorCriticTrainer:
+    """A trainer of the base model, judged on the tuning prompts; `changes` are of its configuration."""
     found = PROBLEMS[problem]
     prompts = Prompts.of(found.task)
     preset = pretrained_for(OBJECTIVES[objective](backbone), scale.pretraining)
@@ -147,7 +157,7 @@ def _trainer(
         materials.backbone(found.task, backbone),
         {materials.reward(name, found.task): weight for name, weight in found.rewards.items()},
         prompts.train,
-        replace(preset, seed=seed, batch_size=scale.batch_size),
+        replace(preset, seed=seed, batch_size=scale.batch_size, **changes),
         held_out=prompts.tuning,
     )
 
@@ -163,9 +173,7 @@ def measure(trainer: LatentActorCriticTrainer, scale: Scale, images: int) -> dic
     start = trainer.images
     while trainer.images < start + images:
         trainer.train_iteration()
-    chosen = trainer.prompts.take(range(min(scale.prompts, len(trainer.prompts))))
-    prompts = chosen.take([row for row in range(len(chosen)) for _ in range(scale.images_per_prompt)])
-    rollout = trainer.collect(prompts, MEASURED_IDS)
+    rollout = trainer.collect(measured_prompts(trainer, scale), MEASURED_IDS)
     assert rollout is not None
     scores = sketched_scores(trainer, rollout)
     found = advantages(trainer, rollout, scale)
@@ -179,6 +187,12 @@ def measure(trainer: LatentActorCriticTrainer, scale: Scale, images: int) -> dic
         "trajectories": rollout.batch_size,
         "images": trainer.images,
     }
+
+
+def measured_prompts(trainer: LatentActorCriticTrainer, scale: Scale) -> PromptSet:
+    """The first prompts that train, each as often as the scale says, group by group."""
+    chosen = trainer.prompts.take(range(min(scale.prompts, len(trainer.prompts))))
+    return chosen.take([row for row in range(len(chosen)) for _ in range(scale.images_per_prompt)])
 
 
 def sketched_scores(trainer: LatentActorCriticTrainer, rollout: Rollout) -> Tensor:
@@ -298,8 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    of_one_reward = [name for name, problem in PROBLEMS.items() if len(problem.rewards) == 1]
-    parser.add_argument("--problem", choices=of_one_reward, default="shapes")
+    parser.add_argument("--problem", choices=OF_ONE_REWARD, default="shapes")
     parser.add_argument("--backbone", choices=("dit", "unet"), default="dit")
     parser.add_argument("--objective", choices=tuple(OBJECTIVES), default=PPO, help="of the policy")
     parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")

@@ -6,7 +6,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from bench.learning import critics_section, figures, gradients_section, steering_section, tables, units
+from bench.learning import (
+    climb_section,
+    critics_section,
+    figures,
+    gradients_section,
+    steering_section,
+    tables,
+    units,
+)
 from bench.learning.analysis import images, seconds
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.figures import Curves
@@ -28,8 +36,8 @@ HEAD = """# What learning shows
 
 To see which method learns more, per image and per second, and where this one loses.
 
-Written by `python -m bench.learning`, `bench.learning.steering`, `.critics` and `.gradient_noise`; every
-study is a file.
+Written by `python -m bench.learning`, `bench.learning.steering`, `.critics`, `.gradient_noise` and
+`.gradient_climb`; every study is a file.
 Pictures have {size}x{size} pixels, those of crowds half as many again on a side. All arms run in the same
 trainer and start from the same base model. Where
 a section says that the learning rate was tuned, every arm had the same grid and number of tuning runs, on
@@ -71,6 +79,7 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     sections += steering_section.sections(results, pictures)
     sections += critics_section.sections(results, pictures)
     sections += gradients_section.sections(results)
+    sections += climb_section.sections(results)
     summary = list(tables.summary(results, claims))
     opening = list(_overview(results, claims, pictures))
     short = ["\n".join(opening)] if opening else []

@@ -57,23 +57,25 @@ def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
 
 def at_best(results: Path, claims: Mapping[str, Claim], name: str, backbone: BackboneName) -> Curves:
     """A claim's paired curves, an arm with the runs of another tuned claim on its problem where those learned
-    more. Base model and noise of a seed are the same in all claims."""
+    more, or where it has none here. Base model and noise of a seed are the same in all claims."""
     claim = claims[name]
     best = dict(paired_curves(results / name / backbone, claim, backbone))
     if not best:
         return {}
+    arms = list(claim.arms(backbone))
     seeds = _common_seeds(_curves(results / name / backbone, best))
     for other, rival in claims.items():
         if other == name or rival.problem != claim.problem or not rival.tuning.rounds:
             continue
-        for arm, found in _curves(results / other / backbone, best).items():
+        for arm, found in _curves(results / other / backbone, arms).items():
             if found.keys() >= set(seeds):
-                both = {"here": best[arm], "there": [found[seed] for seed in seeds]}
+                both = {"there": [found[seed] for seed in seeds]}
+                both |= {"here": best[arm]} if arm in best else {}
                 areas = {
                     place: mean(_scores(both, place, (area, claim.metrics[0]), images)) for place in both
                 }
                 best[arm] = both[max(areas, key=lambda place: areas[place])]
-    return best
+    return {arm: best[arm] for arm in arms if arm in best}
 
 
 def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:

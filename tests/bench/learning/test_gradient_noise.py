@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.learning import gradient_noise, gradients_section, units
+from bench.learning import climb_section, gradient_climb, gradient_noise, gradients_section, units
 from bench.learning.gradient_noise import REFERENCE, SMOKE, noise_of
 from bench.learning.problems import Materials
 from lacfast.learning.batches import PolicySource
@@ -62,7 +62,7 @@ def test_the_page_tells_what_each_baseline_takes_away(study: Path) -> None:
 
 @pytest.mark.parametrize("objective", gradient_noise.OBJECTIVES)
 def test_sketched_scores_are_the_update_s_own_gradient(study: Path, objective: str) -> None:
-    trainer = gradient_noise._trainer(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0, objective)
+    trainer = gradient_noise.trainer_of(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0, objective)
     rollout = trainer.collect(trainer.prompts.take(range(6)), gradient_noise.MEASURED_IDS)
     assert rollout is not None
     scores = gradient_noise.sketched_scores(trainer, rollout)
@@ -101,3 +101,26 @@ def test_an_alignment_is_left_out_where_a_signal_is_not_seen() -> None:
     assert aligned([unit(0.1)], "critic, lambda 0") == "0.70"
     assert aligned([unit(1.0)], "critic, lambda 0") == ""
     assert aligned([unit(0.1)], REFERENCE) == ""
+
+
+def test_a_climb_moves_along_the_gradient_and_comes_back(tmp_path: Path, study: Path) -> None:
+    found = tmp_path / "learning" / "climb" / "shapes-dit"
+    gradient_climb.run(Materials(study.parents[2]), "shapes", "dit", [0], SMOKE, 8, found)
+    unit = units.load(found)["seed0"]
+    assert unit["rise"].keys() == {"2 of the prompt", REFERENCE, "value"}
+    assert all(len(rises) == 8 + 1 for rises in unit["rise"].values())
+    assert any(rise["mean"] != 0 for rise in unit["rise"][REFERENCE])
+    (section,) = climb_section.sections(tmp_path / "learning")
+    assert "| critic |" in section
+
+
+def test_a_move_has_its_length_and_lowers_the_loss() -> None:
+    weights = [torch.full((3,), 2.0), torch.ones(4)]
+    before = [weight.clone() for weight in weights]
+    gradient = [torch.tensor([1.0, 0.0, -1.0]), torch.zeros(4)]
+    with gradient_climb.moved(weights, gradient):
+        change = torch.cat([now - then for now, then in zip(weights, before, strict=True)])
+        assert float(change.norm()) == pytest.approx(gradient_climb.LENGTH * 4, rel=1e-4)
+        assert float(change @ torch.cat(gradient)) < 0
+    for now, then in zip(weights, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
