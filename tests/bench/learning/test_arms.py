@@ -121,3 +121,17 @@ def test_published_baselines_are_recipes() -> None:
     assert (ddpo.batch_size, ddpo.advantages.estimator) == (256, DDPO())
     assert ddpo.sampler.stochastic_window == (0, 50)
     assert {flow.critic.trunk, dance.critic.trunk, ddpo.critic.trunk} == {"none"}
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_noise_levels_are_chosen_without_more_pairs(backbone: BackboneName) -> None:
+    whole = arms.critic_weighted(backbone)
+    steps = whole.sampler.num_steps
+    pairs = whole.ppo.timestep_fraction * steps
+    for chosen, expected in (((1, steps), pairs), ((1, 4), 3)):
+        arm = arms.at_levels(whole, chosen)
+        trained = arm.objective.forward_steps(steps)
+        assert trained == tuple(range(*chosen))
+        assert arm.ppo.timestep_fraction * len(trained) == pytest.approx(expected)
+        objective, ppo = replace(arm.objective, steps=None), replace(arm.ppo, timestep_fraction=0.5)
+        assert variant(arm, objective=objective, ppo=ppo) == whole
