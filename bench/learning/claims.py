@@ -45,7 +45,7 @@ HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=
 AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
 """Rollout and rate as section objectives chose them."""
 NOT_THE_NOISIEST = (1, 8)
-"""Steps of the sampler's 8 that a loss on the forward process trains; AWM's authors leave out the first too."""
+"""Steps of the sampler's 8 that are trained; AWM's authors leave out the first too."""
 CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 CHECKER_PASSED = 0.99

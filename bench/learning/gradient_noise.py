@@ -227,7 +227,7 @@ def _signs(count: int) -> Tensor:
 
 
 def advantages(trainer: LatentActorCriticTrainer, rollout: Rollout, scale: Scale) -> dict[str, Tensor]:
-    """Baseline -> advantages (K, B) of the standardised reward; all but those of GAE leave E g as it is."""
+    """Baseline -> advantages (K, B) of the standardised reward. PPO's E g is the same under all but GAE's."""
     rewards = _rewards(trainer, rollout)
     steps = torch.tensor(rollout.trained_steps)
     values = rollout.values[steps, :, 0].to(rewards)

@@ -13,14 +13,16 @@ from bench.learning.units import Unit
 FIRST = "nothing"
 REFERENCE = "critic"
 HEAD = """How much of the policy's gradient is noise, and what does each baseline take away? Problem
-`{problem}`, {objective}, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of the prompts
+`{problem}`, by {objective}, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of prompts
 that train: the gradient's variance per trajectory, as a share of that under the plain reward, of each trained
 step and of all together. The critic has had {pretraining} rollouts of value pretraining, and those of PPO
-where there is PPO; "rollout" compares with all other trajectories that are measured. Baselines leave the
-expected gradient as it is{gae}."""
-GAE = """; GAE below 1 does not: alignment is the cosine to the gradient of R - V, left out where either
-signal is below twice its error"""
-OBJECTIVES = {"ppo": "by PPO", "nft": "by DiffusionNFT"}
+where there is PPO; "rollout" compares with all other trajectories that are measured. {expected}: alignment is
+the cosine to the gradient of R - V, left out where either signal is below twice its error."""
+OBJECTIVES = {
+    "ppo": ("PPO", "Baselines leave the expected gradient as it is, GAE below 1 does not"),
+    "nft": ("DiffusionNFT", "Baselines change the expected gradient of this loss (section climb)"),
+}
+"""Objective -> its name, and what baselines do to its expected gradient."""
 
 
 def sections(results: Path) -> list[str]:
@@ -39,10 +41,11 @@ def _section(study: Path) -> str:
         stage: [unit for key, unit in found.items() if key.startswith(f"{stage}-seed")]
         for stage in scale["stages"]
     }
+    name, expected = OBJECTIVES[objective]
     head = HEAD.format(
         problem=settings["problem"],
-        objective=OBJECTIVES[objective],
-        gae=GAE if objective == "ppo" else "",
+        objective=name,
+        expected=expected,
         seeds=max(map(len, stages.values())),
         trajectories=next(iter(found.values()))["trajectories"],
         pretraining=scale["pretraining"],
@@ -50,7 +53,12 @@ def _section(study: Path) -> str:
     lines = [f"## gradients, {study.name}", "", head]
     for stage, measured in stages.items():
         if measured:
-            lines += ["", f"{_title(scale['stages'][stage])} {_signal(measured)}", "", *_table(measured)]
+            lines += [
+                "",
+                f"{_title(scale['stages'][stage])} {_signal(measured)}",
+                "",
+                *_table(measured, objective),
+            ]
     return "\n".join(lines)
 
 
@@ -81,7 +89,7 @@ def _whole(unit: Unit, name: str) -> dict[str, Any]:
     return found
 
 
-def _table(measured: Sequence[Unit]) -> Iterator[str]:
+def _table(measured: Sequence[Unit], objective: str) -> Iterator[str]:
     names, steps = list(measured[0]["noise"]), len(measured[0]["noise"][FIRST])
     columns = ["baseline", *(f"trained step {step}" for step in range(steps - 1)), "all", "alignment"]
     yield "| " + " | ".join(columns) + " |"
@@ -91,7 +99,8 @@ def _table(measured: Sequence[Unit]) -> Iterator[str]:
             mean(_noise(unit, name, step) / _noise(unit, FIRST, step) for unit in measured)
             for step in range(steps)
         ]
-        cells = [name, *(f"{share:.2f}" for share in shares), _aligned(measured, name)]
+        moves = "lambda" in name if objective == "ppo" else name != REFERENCE
+        cells = [name, *(f"{share:.2f}" for share in shares), _aligned(measured, name) if moves else ""]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -100,8 +109,7 @@ def _noise(unit: Unit, name: str, step: int) -> float:
 
 
 def _aligned(measured: Sequence[Unit], name: str) -> str:
-    """Only GAE's moves the expected gradient."""
     whole = [_whole(unit, name) for unit in measured]
     both = [*whole, *(_whole(unit, REFERENCE) for unit in measured)]
     is_seen = all(each["signal"] > 2 * each["error"] for each in both)
-    return f"{mean(each['alignment'] for each in whole):.2f}" if "lambda" in name and is_seen else ""
+    return f"{mean(each['alignment'] for each in whole):.2f}" if is_seen else ""

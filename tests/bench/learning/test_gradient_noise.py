@@ -90,6 +90,9 @@ def test_a_forward_process_is_measured_where_it_is_linear_and_without_gae(
     assert not any("lambda" in name for name in noise)
     (section,) = gradients_section.sections(tmp_path / "learning")
     assert "by DiffusionNFT" in section
+    assert "change the expected gradient" in section
+    (line,) = [line for line in section.splitlines() if line.startswith(f"| {REFERENCE} |")]
+    assert line.endswith("|  |"), "the reference is aligned with itself"
 
 
 def test_an_alignment_is_left_out_where_a_signal_is_not_seen() -> None:
@@ -100,7 +103,6 @@ def test_an_alignment_is_left_out_where_a_signal_is_not_seen() -> None:
     aligned = gradients_section._aligned
     assert aligned([unit(0.1)], "critic, lambda 0") == "0.70"
     assert aligned([unit(1.0)], "critic, lambda 0") == ""
-    assert aligned([unit(0.1)], REFERENCE) == ""
 
 
 def test_a_climb_moves_along_the_gradient_and_comes_back(tmp_path: Path, study: Path) -> None:

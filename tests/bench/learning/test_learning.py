@@ -188,7 +188,9 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 
 
-def test_an_arm_that_learned_more_in_another_tuned_claim_or_only_there_is_shown_by_that(tmp_path: Path) -> None:
+def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_that(
+    tmp_path: Path,
+) -> None:
     def run(claim: str, arm: str, last: float) -> None:
         for seed in range(CLAIMS[claim].seeds - (claim == "objectives")):
             points = [
