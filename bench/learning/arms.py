@@ -37,6 +37,8 @@ SMALL_ROLLOUT = 48
 """Images of a rollout that tuning chose for DiffusionNFT, weighted by the critic or by groups, on the DiT."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet."""
+FORWARD_UNET_RATE = 1.5e-4
+"""Middle of the rates that losses on the forward process try there: of PPO's the largest was their best."""
 FORWARD_CLIP = 5.0
 """Bound of the advantages that DiffusionNFT and AWM weigh by: their authors'."""
 AWM_STEPS = (1, 7)
@@ -158,7 +160,7 @@ def ratio_norm(backbone: str) -> TrainConfig:
     return replace(config, ppo=replace(config.ppo, ratio="ratio_norm", clip=Ratio(clip), balance_steps=False))
 
 
-def forward_process(config: TrainConfig, objective: ForwardProcess) -> TrainConfig:
+def forward_process(backbone: str, config: TrainConfig, objective: ForwardProcess) -> TrainConfig:
     """The configuration with a loss on the forward process, on as many pairs as PPO trains.
 
     It samples and is judged with the sampler of the other arms.
@@ -167,12 +169,14 @@ def forward_process(config: TrainConfig, objective: ForwardProcess) -> TrainConf
     trained = len(objective.forward_steps(config.sampler.num_steps))
     fraction = config.ppo.timestep_fraction * (stop - start) / trained
     ppo = replace(config.ppo, timestep_fraction=fraction, advantage_clip=FORWARD_CLIP)
+    if backbone == "unet":
+        ppo = replace(ppo, policy_learning_rate=FORWARD_UNET_RATE)
     return variant(config, objective=objective, ppo=ppo)
 
 
 def diffusion_nft(backbone: str) -> TrainConfig:
     """DiffusionNFT on GRPO's advantages, as its authors have it."""
-    return forward_process(group_relative(backbone, GRPO()), NFT())
+    return forward_process(backbone, group_relative(backbone, GRPO()), NFT())
 
 
 def advantage_weighted_matching(backbone: str) -> TrainConfig:
@@ -181,17 +185,17 @@ def advantage_weighted_matching(backbone: str) -> TrainConfig:
     They take one optimizer step per rollout, at which the distance from the old policy is 0.
     """
     objective = AWM(steps=AWM_STEPS, old_weight=AWM_OLD_WEIGHT)
-    return forward_process(group_relative(backbone, GRPO()), objective)
+    return forward_process(backbone, group_relative(backbone, GRPO()), objective)
 
 
 def critic_weighted(backbone: str) -> TrainConfig:
     """DiffusionNFT whose weights are the critic's advantages at the noised states, one image per prompt."""
-    return forward_process(latent_critic(backbone), NFT())
+    return forward_process(backbone, latent_critic(backbone), NFT())
 
 
 def batch_mean_weighted(backbone: str) -> TrainConfig:
     """A control: DiffusionNFT on one image per prompt, each reward against the rollout's mean."""
-    return forward_process(batch_mean(backbone), NFT())
+    return forward_process(backbone, batch_mean(backbone), NFT())
 
 
 def at_levels(config: TrainConfig, steps: tuple[int, int]) -> TrainConfig:
