@@ -36,9 +36,8 @@ REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 SMALL_ROLLOUT = 48
 """Images of a rollout that tuning chose for DiffusionNFT, weighted by the critic or by groups, on the DiT."""
 UNET_RATE = 7.5e-5
-"""Policy learning rate that tuning chose for the latent critic on the UNet."""
-FORWARD_UNET_RATE = 1.5e-4
-"""Middle of the rates that losses on the forward process try there: of PPO's the largest was their best."""
+"""Policy learning rate that tuning chose for the latent critic on the UNet; losses on the forward process are
+tuned around it, for they bear more than PPO's."""
 FORWARD_CLIP = 5.0
 """Bound of the advantages that DiffusionNFT and AWM weigh by: their authors'."""
 AWM_STEPS = (1, 7)
@@ -170,7 +169,7 @@ def forward_process(backbone: str, config: TrainConfig, objective: ForwardProces
     fraction = config.ppo.timestep_fraction * (stop - start) / trained
     ppo = replace(config.ppo, timestep_fraction=fraction, advantage_clip=FORWARD_CLIP)
     if backbone == "unet":
-        ppo = replace(ppo, policy_learning_rate=FORWARD_UNET_RATE)
+        ppo = replace(ppo, policy_learning_rate=UNET_RATE)
     return variant(config, objective=objective, ppo=ppo)
 
 
