@@ -197,6 +197,11 @@ def batch_mean_weighted(backbone: str) -> TrainConfig:
     return forward_process(backbone, batch_mean(backbone), NFT())
 
 
+def history_weighted(backbone: str) -> TrainConfig:
+    """A control: the same, each reward against the last ones of its prompt, as DDPO has it."""
+    return forward_process(backbone, running_prompt_statistics(backbone), NFT())
+
+
 def at_levels(config: TrainConfig, steps: tuple[int, int]) -> TrainConfig:
     """The configuration whose loss on the forward process trains these steps alone, on no more pairs."""
     objective = config.objective
