@@ -120,7 +120,7 @@ def _level_arms(backbone: BackboneName) -> dict[str, Arm]:
     critic, groups = (arm.config for arm in arms.values())
     return arms | {
         "batch mean": Arm(config=small(batch_mean_weighted(backbone))),
-        "prompt's history": Arm(config=small(history_weighted(backbone))),
+        "prompt history": Arm(config=small(history_weighted(backbone))),
         "critic with replay": _unpretrained(replayed(critic)),
         "critic, not the noisiest": _unpretrained(at_levels(critic, NOT_THE_NOISIEST)),
         "groups, not the noisiest": Arm(config=at_levels(groups, NOT_THE_NOISIEST)),
@@ -256,9 +256,9 @@ CLAIMS = {
         tuning=AS_CHOSEN,
         seeds=3,
         note=f"Rollouts of {SMALL_ROLLOUT} images and the rate as section objectives chose them for both of "
-        "its arms with this loss, whose runs these are. Batch mean and prompt's history are "
+        "its arms with this loss, whose runs these are. Batch mean and prompt history are "
         "controls without critic or groups: one image per prompt, each reward against the rollout's mean, or "
-        "against the last ones of its prompt, as DDPO has it, which asks for prompts that come again. Replay: "
+        "against the last ones of its prompt, as DDPO has it, for prompts that come again. Replay: "
         f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
         "recipe `shapes`. Not the noisiest: the sampler's first step is not trained, along whose gradient "
         "the reward falls (section climb).",
