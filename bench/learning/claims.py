@@ -99,24 +99,14 @@ def _objective_arms(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
-def _small_rollouts(backbone: BackboneName) -> dict[str, Arm]:
-    return {
-        "critic-weighted NFT": _unpretrained(_small(critic_weighted(backbone))),
-        "DiffusionNFT": Arm(config=_small(diffusion_nft(backbone))),
-    }
-
-
-def _small(config: TrainConfig) -> TrainConfig:
-    """The configuration with small rollouts."""
-    return replace(config, batch_size=SMALL_ROLLOUT)
-
-
 def _level_arms(backbone: BackboneName) -> dict[str, Arm]:
-    arms = _small_rollouts(backbone)
-    critic, groups = (arm.config for arm in arms.values())
-    return arms | {
-        "batch mean": Arm(config=_small(batch_mean_weighted(backbone))),
-        "prompt history": Arm(config=_small(history_weighted(backbone))),
+    made = critic_weighted, diffusion_nft, batch_mean_weighted, history_weighted
+    critic, groups, batch, history = (replace(config(backbone), batch_size=SMALL_ROLLOUT) for config in made)
+    return {
+        "critic-weighted NFT": _unpretrained(critic),
+        "DiffusionNFT": Arm(config=groups),
+        "batch mean": Arm(config=batch),
+        "prompt history": Arm(config=history),
         "critic with replay": _unpretrained(replayed(critic)),
         "critic, not the noisiest": _unpretrained(at_levels(critic, NOT_THE_NOISIEST)),
         "groups, not the noisiest": Arm(config=at_levels(groups, NOT_THE_NOISIEST)),
