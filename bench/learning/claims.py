@@ -247,7 +247,7 @@ CLAIMS = {
         "against the last ones of its prompt, as DDPO has it, for prompts that come again. Replay: "
         f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
         "recipe `shapes`. Not the noisiest: the sampler's first step is not trained, along whose gradient "
-        "the reward falls (section climb).",
+        "the reward does not rise (section climb).",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",

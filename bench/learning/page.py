@@ -97,13 +97,8 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
 
 def _conclusions(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     """How often each form of the critic is ahead of the published methods, undecided and behind."""
-    found = [
-        lead
-        for name, claim in claims.items()
-        for backbone in claim.budgets
-        if (curves := tables.paired_curves(results / name / backbone, claim, backbone))
-        for lead in tables.leads(curves, claim)
-    ]
+    studies = tables.comparable(results, claims)
+    found = [lead for _, claim, curves in studies for lead in tables.leads(curves, claim)]
     for form, rivals in RIVALS.items():
         leads = [lead for lead in found if lead[1] in {f"{form} minus {rival}" for rival in rivals}]
         if leads:

@@ -78,14 +78,19 @@ def at_best(results: Path, claims: Mapping[str, Claim], name: str, backbone: Bac
     return {arm: best[arm] for arm in arms if arm in best}
 
 
-def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
-    """Lines of a table: leads of the claims' first arms in the headline's metric; none without pairs."""
-    rows = []
+def comparable(results: Path, claims: Mapping[str, Claim]) -> Iterator[tuple[str, Claim, Curves]]:
+    """Title, claim and curves of every claim and backbone with pairs enough for an interval."""
     for name, claim in claims.items():
         for backbone in claim.budgets:
             curves = paired_curves(results / name / backbone, claim, backbone)
             if curves and len(next(iter(curves.values()))) > 1:
-                rows += [[f"{name}, {backbone}", *row] for row in leads(curves, claim)]
+                yield f"{name}, {backbone}", claim, curves
+
+
+def summary(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
+    """Lines of a table: leads of the claims' first arms in the headline's metric; none without pairs."""
+    found = comparable(results, claims)
+    rows = [[title, *row] for title, claim, curves in found for row in leads(curves, claim)]
     if rows:
         columns = ["metric", "lead", "at the end, equal images", "area, equal images"]
         columns.append("area, equal time, free reward")

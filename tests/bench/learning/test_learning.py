@@ -187,22 +187,38 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 
 
+def record(results: Path, claim: str, arm: str, last: float, *, seeds: int) -> None:
+    """Runs of an arm on the DiT that rise in a straight line."""
+    for seed in range(seeds):
+        points = [
+            Point(count, 0, 0.01 * count, dict.fromkeys(CLAIMS[claim].metrics, score))
+            for count, score in ((0, 0.4), (8_000, last))
+        ]
+        unit = runs.described(points, seed=seed, policy_learning_rate=3e-4, batch_size=48)
+        units.write(results / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
+
+
+def test_a_study_of_one_seed_is_shown_and_not_judged(tmp_path: Path) -> None:
+    for arm, last in {"critic-weighted NFT": 0.7, "GRPO": 0.5}.items():
+        record(tmp_path / "learning", "objectives", arm, last, seeds=1)
+    page.write(tmp_path / "learning", tmp_path / "results.md")
+    text = (tmp_path / "results.md").read_text()
+    assert "## objectives, dit" in text
+    assert "| GRPO | 0.500 |" in text
+    assert "## In short" not in text
+    for arm, last in {"latent critic": 0.7, "GRPO": 0.5}.items():
+        record(tmp_path / "learning", "baselines", arm, last, seeds=2)
+    page.write(tmp_path / "learning", tmp_path / "results.md")
+    assert "## In short" in (tmp_path / "results.md").read_text()
+
+
 def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_that(
     tmp_path: Path,
 ) -> None:
-    def run(claim: str, arm: str, last: float) -> None:
-        for seed in range(CLAIMS[claim].seeds - (claim == "objectives")):
-            points = [
-                Point(count, 0, 0.01 * count, dict.fromkeys(CLAIMS[claim].metrics, score))
-                for count, score in ((0, 0.4), (8_000, last))
-            ]
-            unit = runs.described(points, seed=seed, policy_learning_rate=3e-4, batch_size=48)
-            units.write(tmp_path / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
-
     for arm, last in {"critic-weighted NFT": 0.7, "GRPO": 0.5, "DDPO": 0.6}.items():
-        run("objectives", arm, last)
+        record(tmp_path, "objectives", arm, last, seeds=CLAIMS["objectives"].seeds - 1)
     for arm, last in {"latent critic": 0.6, "GRPO": 0.55, "DDPO": 0.55}.items():
-        run("baselines", arm, last)
+        record(tmp_path, "baselines", arm, last, seeds=CLAIMS["baselines"].seeds)
     found = tables.at_best(tmp_path, CLAIMS, "objectives", "dit")
     ends = {arm: {points[-1].scores["shapes_strict"] for points in curves} for arm, curves in found.items()}
     assert ends == {"critic-weighted NFT": {0.7}, "latent critic": {0.6}, "GRPO": {0.55}, "DDPO": {0.6}}
