@@ -230,7 +230,8 @@ CLAIMS = {
         "their authors' settings for GenEval, but for the KL to the first model, which no arm has, and AWM's "
         f"distance from the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one "
         "optimizer step per rollout, at which that distance is 0. By their first images halving chose small "
-        "rollouts for PPO's arms, and they do not last: section baselines has those arms at their best.",
+        "rollouts for PPO's arms, and they do not last: section baselines has those arms at their best, on "
+        "the UNet all of them. Losses on the forward process are tuned around the rate that it chose there.",
     ),
     "levels": Claim(
         question="With DiffusionNFT's loss, is it the baseline, and which noise levels are worth training?",

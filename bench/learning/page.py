@@ -28,8 +28,8 @@ PAGE = DOCS / "results.md"
 RIVALS = {"latent critic": ("GRPO", "DDPO"), "critic-weighted NFT": ("GRPO", "DDPO", "AWM", "DiffusionNFT")}
 """Forms of the critic, and the published methods that a conclusion counts against each."""
 BEST = """The arms of section objectives, which tunes rollout and rate in short runs. Where an arm of section
-baselines, tuned over the rate alone in longer runs, learned more by what is reported, it stands here instead,
-which favours the rivals."""
+baselines, tuned over the rate alone in longer runs, learned more by what is reported, or has no other runs,
+it stands here instead, which favours the rivals."""
 OVERVIEW = ("objectives", "crowds")
 """Claims that the page opens with: all methods, each with its best rollout and rate."""
 HEAD = """# What learning shows
