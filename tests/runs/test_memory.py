@@ -21,6 +21,7 @@ from lacfast.runs.costs import LiveBytes
 from lacfast.runs.memory import memory_plan
 from lacfast.runtime import host_memory
 from lacfast.runtime.host_memory import free_host_bytes
+from lacfast.tasks.models import TINY
 
 CONFIG = TrainConfig(
     batch_size=6,
@@ -39,7 +40,7 @@ CONFIG = TrainConfig(
 
 def backbone_without_values(config: TrainConfig) -> tuple[LatentBackbone, Conditioning]:
     """A model with its critic on the meta device, and a prompt's conditioning (1, ...)."""
-    backbone = tiny_backbone("dit")
+    backbone = tiny_backbone("dit", size=TINY)
     one = backbone.encode_unconditional(1).to("meta")
     backbone.model.to("meta")
     backbone.codec.to("meta")
