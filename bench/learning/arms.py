@@ -37,7 +37,7 @@ SMALL_ROLLOUT = 48
 """Images of a rollout that tuning chose for DiffusionNFT, weighted by the critic or by groups, on the DiT."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet; losses on the forward process are
-tuned around it, for they bear more than PPO's."""
+tuned around it."""
 FORWARD_CLIP = 5.0
 """Bound of the advantages that DiffusionNFT and AWM weigh by: their authors'."""
 AWM_STEPS = (1, 7)

@@ -18,15 +18,10 @@ critic takes out of the gradient: that with R - V is the group's less this one."
 
 def sections(results: Path) -> list[str]:
     """One section per study that has a measurement."""
-    found = (_section(study) for study in units.studies(results / "climb"))
-    return [section for section in found if section]
+    return [_section(*study) for study in units.measured(results / "climb")]
 
 
-def _section(study: Path) -> str:
-    found = units.load(study)
-    settings = found.pop(units.SETTINGS, None)
-    if settings is None or not found:
-        return ""
+def _section(name: str, settings: Unit, found: dict[str, Unit]) -> str:
     measured = list(found.values())
     head = HEAD.format(
         problem=settings["problem"],
@@ -36,7 +31,7 @@ def _section(study: Path) -> str:
         reward=mean(unit["reward"] for unit in measured),
         judged=settings["judged"],
     )
-    return "\n".join([f"## climb, {study.name}", "", head, "", *_table(measured)])
+    return "\n".join([f"## climb, {name}", "", head, "", *_table(measured)])
 
 
 def _table(measured: Sequence[Unit]) -> Iterator[str]:

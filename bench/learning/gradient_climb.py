@@ -1,8 +1,8 @@
 """Climb: how far the reward rises along the expected gradient of every baseline, noise level by noise level.
 
 A baseline that depends on the state leaves PPO's expected gradient as it is. Not so that of a loss on the
-forward process: E[target | x] differs from the old policy's output, since a sampler of few steps does not
-draw from the model's own distribution, and a baseline V(x) weighs that difference. So less noise (module
+forward process: E[target | x] is the old policy's output only where samples are of the model's own
+distribution, and a baseline V(x) weighs the difference. So less noise (module
 gradient_noise) may mean less of what helps. Here the weights move by a small length along the gradient, a
 mean over some thousand trajectories, and the reward on other prompts is judged with the same noise.
 

@@ -27,30 +27,25 @@ OBJECTIVES = {
 
 def sections(results: Path) -> list[str]:
     """One section per study that has a measurement."""
-    found = (_section(study) for study in units.studies(results / "gradients"))
-    return [section for section in found if section]
+    return [_section(*study) for study in units.measured(results / "gradients")]
 
 
-def _section(study: Path) -> str:
-    found = units.load(study)
-    settings = found.pop(units.SETTINGS, None)
-    if settings is None or not found:
-        return ""
+def _section(name: str, settings: Unit, found: dict[str, Unit]) -> str:
     scale, objective = settings["scale"], settings.get("objective", "ppo")
     stages = {
         stage: [unit for key, unit in found.items() if key.startswith(f"{stage}-seed")]
         for stage in scale["stages"]
     }
-    name, expected = OBJECTIVES[objective]
+    title, expected = OBJECTIVES[objective]
     head = HEAD.format(
         problem=settings["problem"],
-        objective=name,
+        objective=title,
         expected=expected,
         seeds=max(map(len, stages.values())),
         trajectories=next(iter(found.values()))["trajectories"],
         pretraining=scale["pretraining"],
     )
-    lines = [f"## gradients, {study.name}", "", head]
+    lines = [f"## gradients, {name}", "", head]
     for stage, measured in stages.items():
         if measured:
             lines += [

@@ -37,6 +37,15 @@ def load(study: Path) -> dict[str, Unit]:
     return dict(sorted(found.items()))
 
 
+def measured(folder: Path) -> Iterator[tuple[str, Unit, dict[str, Unit]]]:
+    """Name, settings and units of a folder's studies that have a unit besides the settings."""
+    for study in studies(folder):
+        found = load(study)
+        settings = found.pop(SETTINGS, None)
+        if settings is not None and found:
+            yield study.name, settings, found
+
+
 def write(study: Path, key: str, unit: Unit) -> None:
     """Keep a unit, whole or not at all."""
     dump(_cell(study, key), json.dumps(unit) + "\n")
