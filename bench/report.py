@@ -4,7 +4,8 @@ A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->
 
 The proof and the demo's tables come from docs/demo/summaries.json, the kernels from the newest
 bench/results/kernels-{cpu,avx512,avx2}-*.json (`python -m bench.kernels`), what a machine allows them from
-bench/results/roofline.json (`python -m bench.roofline`), iterations from the newest
+bench/results/roofline.json (`python -m bench.roofline`), what a second thread brings them from
+bench/results/threads.json (`python -m bench.threads`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
 bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
@@ -27,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import allocations, headline, host_work, kernel_counts, memory, ocr, roofline, scaling
+from bench import allocations, headline, host_work, kernel_counts, memory, ocr, roofline, scaling, threads
 from bench import costs as published_costs
 from bench.shapes import CASES, CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL
 from bench.workloads.libraries import TORCHRL_LOOP, TORCHRL_VECTORIZED
@@ -271,6 +272,7 @@ def blocks() -> dict[str, str]:
         "kernels-avx512": (newest("kernels-avx512-*.json"), kernels),
         "kernels-avx2": (newest("kernels-avx2-*.json"), kernels),
         "roofline": (roofline.RESULT, roofline.table),
+        "threads": (threads.RESULT, threads.table),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
         "host-work": (host_work.RESULT, host_work.table),

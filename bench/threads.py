@@ -1,7 +1,7 @@
 """Two threads beside one on the largest shapes of each op that shares its work, after equal bits.
 
-python -m bench.threads                      prints the table
-python -m bench.threads --ops value_pool     some of it
+python -m bench.threads                      writes bench/results/threads.json, which `bench.report` shows
+python -m bench.threads --ops value_pool     some of it, to the screen only
 
 Beside an op stands what a second thread brings torch's copy of as many bytes: an op that only moves memory
 can gain no more, one that computes up to 2x. It is wall time, in which a thread waits milliseconds for a core
@@ -12,10 +12,12 @@ Inputs below a million elements stay on one thread.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from bench.shapes import LATENTS, POOLS, Case, LatentCase, PoolCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS, OURS_DRAWN, Call, Inputs, WrongResultError
 
+RESULT = Path(__file__).parent / "results" / "threads.json"
 CPU = torch.device("cpu")
 OPS = ("normal_noise", "gaussian_step", "step_log_prob", "ppo_loss", "value_pool")
 IDLE = 1.7
@@ -142,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
         "product_speed_up": idle,
         "rows": measure(LARGEST, rounds=options.rounds, ops=tuple(options.ops)),
     }
+    if options.ops == list(OPS):
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     return 0
 

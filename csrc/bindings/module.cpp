@@ -79,6 +79,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("philox4x32_10", &philox_words);
   module.def("kernel_names", &kernel_names);
   module.def("name_dtypes", &name_dtypes);
+  module.def("use_dlpack", &use_dlpack);
   module.def("addresses", &addresses);
   module.def("number", &number);
   module.def("kernel", &bound_kernel);

@@ -11,16 +11,50 @@
 #include <vector>
 
 #include "../registry.h"
+#include "dlpack.h"
 
 namespace lacfast {
 
 namespace py = pybind11;
 
-// The dtypes of DType in its order, told once by Python; their addresses, since a comparison is all that they are for.
-inline std::array<PyObject*, 4> named_dtypes{};
+// What Python has told once of torch.
+struct Torch {
+  // The dtypes of DType in its order; their addresses, since a comparison is all that they are for.
+  std::array<PyObject*, 4> dtypes{};
+  PyTypeObject* tensor = nullptr;
+  // Null where torch is too old for it.
+  int (*view)(void* tensor, dlpack::DLTensor* out) = nullptr;
+};
+
+inline Torch torch;
 
 inline void name_dtypes(const std::array<py::object, 4>& dtypes) {
-  for (std::size_t i = 0; i < dtypes.size(); ++i) named_dtypes[i] = dtypes[i].inc_ref().ptr();
+  for (std::size_t i = 0; i < dtypes.size(); ++i) torch.dtypes[i] = dtypes[i].inc_ref().ptr();
+}
+
+// `exchange`: the capsule tensor.__dlpack_c_exchange_api__, or None.
+inline void use_dlpack(const py::type& tensor, const py::object& exchange) {
+  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  torch.view = nullptr;
+  if (exchange.is_none()) return;
+  const auto* api = static_cast<dlpack::DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+  if (api == nullptr) throw py::error_already_set();
+  if (api->major == 1) torch.view = api->dltensor_from_py_object_no_sync;
+}
+
+// False where DLPack does not show the tensor: fake, wrapped, or of a torch that is too old.
+inline bool view_of(PyObject* value, dlpack::DLTensor& view) {
+  if (torch.view == nullptr || !PyObject_TypeCheck(value, torch.tensor)) return false;
+  if (torch.view(value, &view) == 0) return view.byte_offset == 0;
+  PyErr_Clear();
+  return false;
+}
+
+inline DType dtype_of(dlpack::DLDataType dtype) {
+  if (dtype.lanes != 1) return DType::other;
+  if (dtype.code == dlpack::kDLBfloat && dtype.bits == 16) return DType::bfloat16;
+  if (dtype.code != dlpack::kDLFloat) return DType::other;
+  return dtype.bits == 32 ? DType::float32 : dtype.bits == 16 ? DType::float16 : dtype.bits == 64 ? DType::float64 : DType::other;
 }
 
 inline py::object checked(PyObject* result) {
@@ -40,28 +74,41 @@ inline double number_of(PyObject* value) {
   return number;
 }
 
-inline Tensor tensor_of(PyObject* value) {
+// The same as below, asked of Python.
+inline Tensor slow_tensor_of(PyObject* value) {
   static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
   static PyObject* const dtype = PyUnicode_InternFromString("dtype");
-  if (value == Py_None) return {nullptr, DType::float32};
   void* data = PyLong_AsVoidPtr(checked(PyObject_CallMethodNoArgs(value, data_ptr)).ptr());
   const py::object own_dtype = checked(PyObject_GetAttr(value, dtype));
-  for (std::size_t code = 0; code < named_dtypes.size(); ++code)
-    if (own_dtype.ptr() == named_dtypes[code]) return {data, static_cast<DType>(code)};
+  for (std::size_t code = 0; code < torch.dtypes.size(); ++code)
+    if (own_dtype.ptr() == torch.dtypes[code]) return {data, static_cast<DType>(code)};
   return {data, DType::other};
+}
+
+inline Tensor tensor_of(PyObject* value) {
+  if (value == Py_None) return {nullptr, DType::float32};
+  dlpack::DLTensor view;
+  return view_of(value, view) ? Tensor{view.data, dtype_of(view.dtype)} : slow_tensor_of(value);
+}
+
+inline void put_size(SizedTensor& tensor, std::size_t dimension, std::int64_t size) {
+  tensor.numel *= size;
+  if (dimension < 3) tensor.sizes[dimension] = size;
 }
 
 inline SizedTensor sized_tensor_of(PyObject* value) {
   static PyObject* const shape = PyUnicode_InternFromString("shape");
-  SizedTensor tensor{tensor_of(value), 0, {1, 1, 1}};
-  if (value == Py_None) return tensor;
-  const py::object sizes = checked(PyObject_GetAttr(value, shape));
-  tensor.numel = 1;
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes.ptr()); ++i) {
-    const std::int64_t size = integer_of(PyTuple_GET_ITEM(sizes.ptr(), i));
-    tensor.numel *= size;
-    if (i < 3) tensor.sizes[i] = size;
+  if (value == Py_None) return {tensor_of(value), 0, {1, 1, 1}};
+  dlpack::DLTensor view;
+  if (view_of(value, view)) {
+    SizedTensor tensor{{view.data, dtype_of(view.dtype)}, 1, {1, 1, 1}};
+    for (std::int32_t i = 0; i < view.ndim; ++i) put_size(tensor, static_cast<std::size_t>(i), view.shape[i]);
+    return tensor;
   }
+  SizedTensor tensor{slow_tensor_of(value), 1, {1, 1, 1}};
+  const py::object sizes = checked(PyObject_GetAttr(value, shape));
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(sizes.ptr()); ++i)
+    put_size(tensor, static_cast<std::size_t>(i), integer_of(PyTuple_GET_ITEM(sizes.ptr(), i)));
   return tensor;
 }
 

@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <exception>
+#include <functional>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 #include "../registry.h"
@@ -22,6 +22,9 @@ constexpr std::int64_t kElementsWorthThreads = 1'000'000;
 
 inline std::int64_t runs_per_row(Shape shape) { return (shape.elements + kRun - 1) / kRun; }
 
+// work(), which throws nothing, once on each of `count` threads, of which the caller is one; returns when all have ended.
+void on_threads(std::int64_t count, const std::function<void()>& work);
+
 // work(next_task) on up to `threads` threads, which take tasks as they come: next_task(index) is false after the last.
 // What the first of them throws, an allocation that fails, is thrown to the caller when all have ended.
 template <typename Work>
@@ -32,23 +35,16 @@ void share_tasks(std::int64_t total, std::int64_t threads, const Work& work) {
   };
   std::mutex of_failure;
   std::exception_ptr failure;
-  const auto try_to = [&](const auto& action) {
+  on_threads(threads < total ? threads : total, [&] {
     try {
-      action();
+      work(next_task);
     } catch (...) {
       // No further tasks for the others.
       next.store(total, std::memory_order_relaxed);
       const std::lock_guard<std::mutex> lock(of_failure);
       if (failure == nullptr) failure = std::current_exception();
     }
-  };
-  const auto take_part = [&] { try_to([&] { work(next_task); }); };
-  std::vector<std::thread> helpers;
-  try_to([&] {
-    for (std::int64_t i = 1; i < threads && i < total; ++i) helpers.emplace_back(take_part);
   });
-  take_part();
-  for (std::thread& helper : helpers) helper.join();
   if (failure != nullptr) std::rethrow_exception(failure);
 }
 

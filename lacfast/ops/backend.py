@@ -180,9 +180,11 @@ def native_kernel(name: str, formats: Sequence[str]) -> Callable[..., None]:
 
 @cache
 def extension() -> Any:
-    """The module built from csrc/, told which dtype is which."""
+    """The module built from csrc/, told how to read a tensor."""
     module = importlib.import_module("lacfast._C")
     module.name_dtypes((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    # torch 2.9 has no exchange of DLPack in C; its tensors are read through Python.
+    module.use_dlpack(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     return module
 
 

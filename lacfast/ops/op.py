@@ -114,11 +114,13 @@ class Op(Generic[Inputs, Outputs]):
         self._kept_outputs = [i for i, name in enumerate(results) if name in keeps]
         self._numbers = [fields.index(name) for name in numbers]
         self._statistics = [results.index(name) for name in statistics]
+        self._differentiable = [i for i in range(len(results)) if i not in self._statistics]
         self._select_trained = _selection(self._trained)
         self._select_numbers = _selection(self._numbers)
         self._select_kept_inputs = _selection(self._kept_inputs)
         self._select_kept_outputs = _selection(self._kept_outputs)
         self._select_statistics = _selection(self._statistics)
+        self.select_differentiable = _selection(self._differentiable)
         self._no_gradients = [0 if name in numbers else None for name in fields]
         # Where each field lies among what is kept, tensors before numbers; what is not is None, the last.
         kept = [name for name in (*fields, *results) if name in keeps] + numbers
@@ -136,8 +138,19 @@ class Op(Generic[Inputs, Outputs]):
             trained = self._select_trained(inputs)
             for tensor in trained:
                 if tensor is not None and tensor.requires_grad:
-                    return self.outputs(_Direct.apply(self, chosen, inputs, *trained))  # type: ignore[no-untyped-call]
+                    return self._traced(chosen, inputs, trained)
         return self.run(chosen, inputs)
+
+    def _traced(self, chosen: str, inputs: Inputs, trained: Sequence[Tensor | None]) -> Outputs:
+        """The outputs with their gradient: autograd sees those that have one, the others pass beside it."""
+        beside: list[Outputs] = []
+        differentiable = _Direct.apply(self, chosen, inputs, beside, *trained)  # type: ignore[no-untyped-call]
+        if not self._statistics:
+            return self.outputs(differentiable)
+        outputs = list(beside[0])
+        for i, output in zip(self._differentiable, differentiable, strict=True):
+            outputs[i] = output
+        return self.outputs(outputs)
 
     def run(self, chosen: str, inputs: Inputs) -> Outputs:
         """The kernel alone."""
@@ -165,9 +178,6 @@ class Op(Generic[Inputs, Outputs]):
         # Tensors go through autograd, which notices one that was written in between.
         ctx.save_for_backward(*self._select_kept_inputs(inputs), *self._select_kept_outputs(outputs))
         ctx.numbers = self._select_numbers(inputs)
-        if self._statistics:
-            statistics = self._select_statistics(outputs)
-            ctx.mark_non_differentiable(*[tensor for tensor in statistics if tensor is not None])
         if self._statistics or self._formula is not None:
             # Else autograd makes zeros for the statistics, and for gradients that a formula can do without.
             ctx.set_materialize_grads(False)
@@ -186,6 +196,15 @@ class Op(Generic[Inputs, Outputs]):
             records = (inputs, outputs, contiguous, self.inputs(results))
             launch(chosen, self._gradient, inputs[self._kept_inputs[0]], *records)
         return [results[i] for i in self._trained]
+
+    def of_outputs(self, grads: Gradients) -> Gradients:
+        """A gradient, or None, for every output from those of the differentiable ones."""
+        if not self._statistics:
+            return grads
+        every: list[Tensor | None] = [None] * (len(grads) + len(self._statistics))
+        for i, grad in zip(self._differentiable, grads, strict=True):
+            every[i] = grad
+        return every
 
     def backward(self, ctx: Any, chosen: str | None, grads: Gradients, wanted: Sequence[bool]) -> Gradients:
         """The trained inputs' gradients, by those of the outputs; without a backend by the registered op."""
@@ -239,7 +258,11 @@ class Op(Generic[Inputs, Outputs]):
             return registered
 
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            self.keep(ctx, self.inputs(inputs), _decoded(output))
+            outputs = _decoded(output)
+            self.keep(ctx, self.inputs(inputs), outputs)
+            if self._statistics:
+                statistics = self._select_statistics(outputs)
+                ctx.mark_non_differentiable(*[tensor for tensor in statistics if tensor is not None])
 
         def backward(ctx: Any, *grads: Tensor | None) -> Any:
             wanted = [ctx.needs_input_grad[i] for i in self._trained]
@@ -273,14 +296,20 @@ class Op(Generic[Inputs, Outputs]):
 
 
 class _Direct(torch.autograd.Function):
-    """The path of eager calls. Autograd looks at each of its arguments in turn, so the inputs come as one."""
+    """The path of eager calls.
+
+    Autograd looks at each argument and result in turn: inputs come as one, and `beside` takes all outputs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: Op[Any, Any], chosen: str, inputs: Any, *_: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, op: Op[Any, Any], chosen: str, inputs: Any, beside: list[Any], *_: Tensor | None
+    ) -> Any:
         outputs, ctx.ahead = op.run_ahead(chosen, inputs)
         op.keep(ctx, inputs, outputs)
         ctx.op, ctx.chosen = op, chosen
-        return tuple(outputs)
+        beside.append(outputs)
+        return op.select_differentiable(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -291,7 +320,14 @@ class _Direct(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> Any:
-    return None, None, None, *ctx.op.backward(ctx, ctx.chosen, grads, ctx.needs_input_grad[3:])
+    op = ctx.op
+    return (
+        None,
+        None,
+        None,
+        None,
+        *op.backward(ctx, ctx.chosen, op.of_outputs(grads), ctx.needs_input_grad[4:]),
+    )
 
 
 _once_differentiable = torch.autograd.function.once_differentiable(_gradients)

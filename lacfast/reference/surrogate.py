@@ -49,8 +49,8 @@ def bounds(
     Raises:
         ValueError: for none or several of the three, or a number out of its range.
     """
-    given = {"clip_range": clip_range, "clip_nats": clip_nats, "kl_threshold": kl_threshold}
-    if sum(value is not None for value in given.values()) != 1:
+    if (clip_range is None) + (clip_nats is None) + (kl_threshold is None) != 2:
+        given = {"clip_range": clip_range, "clip_nats": clip_nats, "kl_threshold": kl_threshold}
         raise ValueError(
             "give exactly one of "
             + ", ".join(f"{name}={value}" for name, value in given.items())

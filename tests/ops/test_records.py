@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from lacfast import _C, ops, reference
 from lacfast.ops.backend import extension
+from lacfast.ops.checks import FLOATS
 from lacfast.ops.op import Sized, words_format
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -73,6 +76,27 @@ def test_a_number_is_read_by_its_field_whatever_python_calls_it() -> None:
     assert extension().addresses("di", (1, True)) == extension().addresses("di", (1.0, 1))
     with pytest.raises(TypeError):
         extension().addresses("d", ("1",))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int64, torch.bool], ids=str)
+def test_a_tensor_is_read_alike_through_dlpack_and_through_python(dtype: torch.dtype) -> None:
+    tensors = [torch.zeros(3, 4, 5, 2, dtype=dtype)[1:], torch.zeros((), dtype=dtype), None]
+    tensors += [torch.nn.Parameter(torch.zeros(7, dtype=dtype)) if dtype.is_floating_point else None]
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    words = [extension().addresses("ts", (tensor, tensor)) for tensor in tensors]
+    extension().use_dlpack(torch.Tensor, None)
+    try:
+        assert [extension().addresses("ts", (tensor, tensor)) for tensor in tensors] == words
+    finally:
+        extension().use_dlpack(torch.Tensor, exchange)
+    address, _, *sized = struct.unpack("8q", words[0])
+    assert sized == [address, sized[1], 2 * 4 * 5 * 2, 2, 4, 5]
+    assert address == tensors[0].data_ptr()
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    with pytest.raises(AttributeError, match="data_ptr"):
+        extension().addresses("t", (3,))
 
 
 def test_every_kernel_of_the_module_belongs_to_an_op() -> None:
