@@ -98,7 +98,7 @@ def ddim_scheduler(scheduler: Any) -> Any:
         scheduler.config, **told, clip_sample=False
     )
     place = "on the same training noise"
-    if name in OWN_LEVELS and not all(_has_levels(scheduler, chosen, steps) for steps in TRIED_STEPS):
+    if name in OWN_LEVELS and not _has_levels(scheduler, chosen):
         chosen, place = type(scheduler).from_config(scheduler.config), "on its own noise levels"
     if name in BECOME_DDIM:
         warnings.warn(
@@ -109,16 +109,20 @@ def ddim_scheduler(scheduler: Any) -> Any:
     return chosen
 
 
-def _has_levels(scheduler: Any, ddim: Any, steps: int) -> bool:
-    """Whether DDIM has a solver's timesteps and noise levels."""
+def _has_levels(scheduler: Any, ddim: Any) -> bool:
+    """Whether DDIM has a solver's timesteps and noise levels, with every number of TRIED_STEPS."""
+    # KDPM2 makes a table of all training steps whenever one is built.
     own, ddim = type(scheduler).from_config(scheduler.config), type(ddim).from_config(ddim.config)
-    own.set_timesteps(steps)
-    ddim.set_timesteps(steps)
-    if not torch.equal(own.timesteps.double(), ddim.timesteps.double()):
-        return False
-    signal = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.view(1)])
-    levels = own.sigmas / (1 + own.sigmas**2).sqrt()
-    return torch.allclose(levels, (1 - signal).sqrt(), rtol=0, atol=1e-6)
+    for steps in TRIED_STEPS:
+        own.set_timesteps(steps)
+        ddim.set_timesteps(steps)
+        if not torch.equal(own.timesteps.double(), ddim.timesteps.double()):
+            return False
+        signal = torch.cat([ddim.alphas_cumprod[ddim.timesteps], ddim.final_alpha_cumprod.view(1)])
+        levels = own.sigmas / (1 + own.sigmas**2).sqrt()
+        if not torch.allclose(levels, (1 - signal).sqrt(), rtol=0, atol=1e-6):
+            return False
+    return True
 
 
 def flow_scheduler(scheduler: Any) -> Any:
