@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ MAX_PICKLE_BYTES = 2**18
 _MAX_OPEN = 32
 """Containers that may be open at once; nothing that reads the result descends deeper than one."""
 _MAX_AXES = 2
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 _NUMERIC = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
@@ -37,6 +38,13 @@ _OTHERS = {
 }  # fmt: skip
 _KNOWN = {*_CONSTANTS, *_EMPTY, *_LITERALS, *_TUPLES, *_OTHERS}
 """What Python writes for plain data, protocols 2 to 5."""
+_READERS: dict[bytes, tuple[str, Callable[[io.BytesIO], Any] | None]] = {
+    # pickletools would interpret escapes in the names of GLOBAL.
+    byte: (opcode.name, None if opcode.arg is None or opcode.name == "GLOBAL" else opcode.arg.reader)
+    for byte, opcode in _OPCODES.items()
+    if opcode.name in _KNOWN
+}
+"""Byte -> the known opcode and what reads its argument."""
 
 
 def read_plain_pickle(body: bytes) -> Any:
@@ -96,16 +104,14 @@ class _Reader:
 
     def _opcode(self) -> str:
         byte = self.file.read(1)
-        known = _OPCODES.get(byte.decode("latin-1"))
-        if known is None:
+        found = _READERS.get(byte)
+        if found is None:
+            unknown = _OPCODES.get(byte)
+            if unknown is not None:
+                raise BadAnswerError(f"opcode {unknown.name} is not of plain data")
             raise BadAnswerError(f"byte {byte!r} is no opcode" if byte else "it ends too early")
-        if known.name not in _KNOWN:
-            raise BadAnswerError(f"opcode {known.name} is not of plain data")
-        self.argument = None
-        # pickletools would interpret escapes in the names of GLOBAL.
-        if known.arg is not None and known.name != "GLOBAL":
-            self.argument = known.arg.reader(self.file)
-        name: str = known.name
+        name, reader = found
+        self.argument = None if reader is None else reader(self.file)
         return name
 
     def _read(self, opcode: str) -> None:
@@ -116,8 +122,10 @@ class _Reader:
         elif opcode in _EMPTY:
             self.stack.append(_EMPTY[opcode]())
         elif opcode in _TUPLES:
-            items = [self._pop() for _ in range(_TUPLES[opcode])]
-            self.stack.append(tuple(reversed(items)))
+            size = _TUPLES[opcode]
+            if len(self.stack) < size:
+                raise BadAnswerError("it takes from an empty stack")
+            self.stack[-size:] = (tuple(self.stack[-size:]),)
         else:
             self._read_other(opcode)
 
