@@ -48,9 +48,9 @@ from pretended_tensors import (
 )
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from trees import leaves
 
 from lacfast.runtime import cuda_graph, profiling
+from lacfast.runtime.trees import leaves
 
 # lacfast.ops has a function of that name.
 backend = importlib.import_module("lacfast.ops.backend")

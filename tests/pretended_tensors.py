@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
-from trees import leaves, mapped
+
+from lacfast.runtime.trees import leaves, mapped
 
 DEVICE = torch.device("cuda", 0)
 READERS = {

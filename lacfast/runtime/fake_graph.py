@@ -6,14 +6,16 @@ a CPU sees a stale argument as another result, and what cannot be captured as an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lacfast.runtime.trees import leaves, mapped
 
 
 class CaptureError(RuntimeError):
@@ -28,7 +30,7 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[tuple[int, Tensor], ...]
-    """(position among the results, tensor) of those that the operation allocated."""
+    """(position among the resulting tensors, tensor) of those that the operation allocated."""
 
 
 class FakeGraph:
@@ -61,7 +63,7 @@ class FakeGraph:
     def replay(self) -> None:
         """Run the recorded operations on the recorded memory."""
         for call in self._calls:
-            results = tree_leaves(call.operation(*call.args, **call.kwargs))
+            results = leaves(Tensor, call.operation(*call.args, **call.kwargs))
             for position, output in call.outputs:
                 output.copy_(results[position])
         self._poison()
@@ -95,9 +97,9 @@ class _Recorder(TorchDispatchMode):
         for tensor in _written_arguments(func, args, kwargs):
             self._keep(func, tensor)
         # Aliases: a tensor whose data is swapped later would show its new memory, which a graph never sees.
-        frozen_args, frozen_kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        frozen_args, frozen_kwargs = mapped(Tensor, Tensor.detach, (args, kwargs))
         results = func(*args, **kwargs)
-        outputs = self._allocated(results, tree_leaves((args, kwargs)))
+        outputs = self._allocated(results, leaves(Tensor, (args, kwargs)))
         # A view moves no data, and the recorded tensors are views already.
         if outputs or (func._schema.is_mutable and torch.Tag.inplace_view not in func.tags):
             self.calls.append(_Call(func, frozen_args, frozen_kwargs, outputs))
@@ -119,11 +121,11 @@ class _Recorder(TorchDispatchMode):
             )
         self._before[memory] = storage, storage.clone()  # type: ignore[no-untyped-call]
 
-    def _allocated(self, results: Any, inputs: list[Any]) -> tuple[tuple[int, Tensor], ...]:
-        known = {_memory_of(tensor) for tensor in inputs if isinstance(tensor, Tensor)}
+    def _allocated(self, results: Any, inputs: list[Tensor]) -> tuple[tuple[int, Tensor], ...]:
+        known = {_memory_of(tensor) for tensor in inputs}
         outputs = []
-        for position, result in enumerate(tree_leaves(results)):
-            if isinstance(result, Tensor) and _memory_of(result) not in known:
+        for position, result in enumerate(leaves(Tensor, results)):
+            if _memory_of(result) not in known:
                 self.own[_memory_of(result)] = result.untyped_storage()
                 outputs.append((position, result.detach()))
         return tuple(outputs)
@@ -133,32 +135,50 @@ def _memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(schema, value) of the arguments that were passed."""
-    for position, schema in enumerate(func._schema.arguments):
-        if position < len(args):
-            yield schema, args[position]
-        elif schema.name in kwargs:
-            yield schema, kwargs[schema.name]
+Place = tuple[int, str]
+"""Position and name of an argument."""
+
+
+@cache
+def _written_places(func: Any) -> tuple[Place, ...]:
+    """The arguments that an operation writes."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+@cache
+def _place(func: Any, name: str) -> Place | None:
+    """An operation's argument of this name."""
+    names = [argument.name for argument in func._schema.arguments]
+    return (names.index(name), name) if name in names else None
+
+
+@cache
+def _has_tag(func: Any, *tags: torch.Tag) -> bool:
+    return not set(tags).isdisjoint(func.tags)
+
+
+def _argument(place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    position, name = place
+    return args[position] if position < len(args) else kwargs.get(name)
 
 
 def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [
-        tensor
-        for schema, value in _arguments(func, args, kwargs)
-        if schema.alias_info is not None and schema.alias_info.is_write
-        for tensor in tree_leaves(value)
-        if isinstance(tensor, Tensor)
+        tensor for place in _written_places(func) for tensor in leaves(Tensor, _argument(place, args, kwargs))
     ]
 
 
 def _reads_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    indices = [value for schema, value in _arguments(func, args, kwargs) if schema.name == "indices"]
-    if indices and func.namespace == "aten":
+    indices = _place(func, "indices")
+    if indices is not None and func.namespace == "aten":
         # The tag is there for masks; what is indexed by numbers has a known shape.
-        masks = (torch.bool, torch.uint8)
-        return any(isinstance(index, Tensor) and index.dtype in masks for index in tree_leaves(indices[0]))
-    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        given = leaves(Tensor, _argument(indices, args, kwargs))
+        return any(index.dtype in (torch.bool, torch.uint8) for index in given)
+    return _has_tag(func, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 def _refuse_uncapturable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -172,11 +192,10 @@ def _refuse_uncapturable(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             "torch.tensor(...) copies a Python value from the host, which a graph would freeze; make the "
             "tensor before the step, or fill one with torch.full"
         )
-    if torch.Tag.nondeterministic_seeded in func.tags:
+    if _has_tag(func, torch.Tag.nondeterministic_seeded):
         # Fused attention carries the tag for a dropout that it is asked not to do.
-        dropout = [value for schema, value in _arguments(func, args, kwargs) if schema.name == "dropout_p"]
-        draws = any(dropout) or not any(schema.name == "dropout_p" for schema in func._schema.arguments)
-        if draws:
+        dropout = _place(func, "dropout_p")
+        if dropout is None or _argument(dropout, args, kwargs):
             raise CaptureError(
                 f"{func} draws from torch's generator, whose state is the host's; draw with "
                 "lacfast.ops.normal_noise from a NoiseKey on the device, or switch dropout off: model.eval()"
