@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_backbones import fitted_codec
 from torch import distributed
 
 
@@ -63,7 +64,8 @@ def started(
 
 
 def _processes(size: int, target: Callable[..., None], work: Any, directory: Path) -> list[BaseProcess]:
-    # A forked process does not import torch again.
+    # A forked process does not import torch again, nor fits what tiny backbones share.
+    fitted_codec()
     context = multiprocessing.get_context("fork")
     ranks: list[BaseProcess] = [
         context.Process(target=target, args=(rank, size, work, directory)) for rank in range(size)

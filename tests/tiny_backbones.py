@@ -23,7 +23,7 @@ from lacfast.config import (
 )
 from lacfast.tasks import models, scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
-from lacfast.tasks.pretraining import Pretrained
+from lacfast.tasks.pretraining import Pretrained, pretrain
 from lacfast.tasks.text import word_encoder
 
 FAMILIES: tuple[models.BackboneName, ...] = ("dit", "unet")
@@ -48,14 +48,21 @@ def tiny_backbone(
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     text = word_encoder(generator=torch.Generator().manual_seed(100))
     # A backbone may be moved to another device, and takes its codec along.
-    codec = copy.deepcopy(_codec())
+    codec = copy.deepcopy(fitted_codec())
     pretrained = Pretrained(model.eval(), text.eval().requires_grad_(False), codec, ())
     return adapt_pretrained(pretrained, lora=lora)
 
 
 @cache
-def _codec() -> PatchCodec:
+def fitted_codec() -> PatchCodec:
+    """Fitted once for a process and those that are forked from it."""
     return fit_codec()
+
+
+@cache
+def barely_trained() -> Pretrained:
+    """The smallest DiT after two steps: what is tested with it does not care."""
+    return pretrain("dit", steps=2, size=SMALLEST)
 
 
 def on_cuda(backbone: LatentBackbone) -> LatentBackbone:

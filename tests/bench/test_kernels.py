@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels
+from bench import kernels, roofline
 from bench.graph_timing import cold_and_hot, graph_seconds, num_copies
 from bench.interleaved import affordable_rounds, race, speed_ups
 from bench.shapes import BEYOND_CACHE, TINY_LATENT, LatentCase
@@ -47,6 +47,12 @@ def test_a_peer_that_draws_is_held_to_the_formula_on_its_own_noise(workload: Wor
     wrong = {PEER_DRAWN: lambda given: (draws(given)[0] + 1e-3, *draws(given)[1:])}
     with pytest.raises(WrongResultError, match=f"result 0 of '{PEER_DRAWN}'".replace("'", "[\"']")):
         replace(workload, providers=workload.providers | wrong).verify()
+
+
+@pytest.fixture(autouse=True)
+def small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the caches they take seconds; test_roofline.py times such a one."""
+    monkeypatch.setattr(roofline, "copy_bandwidth", partial(roofline.copy_bandwidth, num_bytes=1 << 20))
 
 
 class Clock:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_backbones import barely_trained
 
 from bench.learning import critic_variance, critics_section, units
 from bench.learning.controls import CONTROL_TRUNKS
@@ -20,7 +21,6 @@ from lacfast.config import TRUNKS
 from lacfast.records import FirstSampleId
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
-from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
 
 BOUNDS = {"floor": [0.2], "ceiling": [[0.5], [1.0]], "images": 8}
@@ -101,7 +101,7 @@ def test_a_critic_is_chosen_on_tuning_prompts_and_reported_on_held_out_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with whole_directory(tmp_path / "shapes-dit") as target:
-        save_pretrained(pretrain("dit", steps=2), target)
+        save_pretrained(barely_trained(), target)
     seen: dict[int, set[str]] = {}
     collect = critic_variance.LatentActorCriticTrainer.collect
 

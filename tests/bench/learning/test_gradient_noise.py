@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_backbones import barely_trained
 
 from bench.learning import climb_section, gradient_climb, gradient_noise, gradients_section, units
 from bench.learning.gradient_noise import REFERENCE, SMOKE, noise_of
 from bench.learning.problems import Materials
 from lacfast.learning.batches import PolicySource
 from lacfast.runtime.directories import whole_directory
-from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
 
 
@@ -36,7 +36,7 @@ def test_signal_and_noise_of_gaussians_are_found_within_the_error() -> None:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gradients")
     with whole_directory(folder / "shapes-dit") as target:
-        save_pretrained(pretrain("dit", steps=2), target)
+        save_pretrained(barely_trained(), target)
     found = folder / "results" / "gradients" / "shapes-dit"
     gradient_noise.run(Materials(folder), "shapes", "dit", [0], SMOKE, found)
     return found

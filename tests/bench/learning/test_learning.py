@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_backbones import barely_trained
 
 from bench.learning import __main__ as command
 from bench.learning import page, runs, tables, units
@@ -27,7 +28,6 @@ from lacfast.config import GRPO
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
-from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
 
 
@@ -111,7 +111,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
     """Barely trained models: a run does not care."""
     folder = tmp_path_factory.mktemp("materials")
     with whole_directory(folder / "shapes-dit") as target:
-        save_pretrained(pretrain("dit", steps=2), target)
+        save_pretrained(barely_trained(), target)
     with whole_directory(folder / "shapes-encoder-1") as target:
         train_dual_encoder(seed=1, steps=2).save_pretrained(target)
     return Materials(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_backbones import tiny_backbone, tiny_config
+from tiny_backbones import barely_trained, tiny_backbone, tiny_config
 
 from bench.learning import steering, steering_section, units
 from bench.learning.problems import Materials, Prompts
@@ -21,7 +21,6 @@ from lacfast.runtime.directories import whole_directory
 from lacfast.steering import planned_evaluations, steer
 from lacfast.steering.cost import BACKWARD_COST
 from lacfast.tasks import scenes
-from lacfast.tasks.pretraining import pretrain
 from lacfast.tasks.storage import save_pretrained
 from lacfast.trainer import LatentActorCriticTrainer
 
@@ -49,7 +48,7 @@ def materials(tmp_path_factory: pytest.TempPathFactory) -> Materials:
     """A barely trained model: steering does not care."""
     folder = tmp_path_factory.mktemp("materials")
     with whole_directory(folder / "shapes-dit") as target:
-        save_pretrained(pretrain("dit", steps=2), target)
+        save_pretrained(barely_trained(), target)
     return Materials(folder)
 
 
