@@ -21,7 +21,7 @@ def config_for(
 ) -> TrainConfig:
     is_ddim = not is_flow(backbone.scheduler)
     ppo = PPOConfig(
-        clip=Ratio(1e-3), num_minibatches=2, microbatch_size=4, kl=KLPenalty(0.1), policy_learning_rate=1e-3
+        clip=Ratio(1e-3), num_minibatches=2, microbatch_size=8, kl=KLPenalty(0.1), policy_learning_rate=1e-3
     )
     config = TrainConfig(
         batch_size=4,
