@@ -112,6 +112,7 @@ def perform(
                 materials,
                 seed=job.seed,
                 tuning=job.tuning,
+                more_compute=claim.more_compute and not job.tuning,
                 deadline=deadline,
                 unfinished=materials.folder / "unfinished" / name / backbone / job.key,
             )

@@ -74,6 +74,8 @@ class Claim:
     """How each arm gets its settings."""
     seeds: int = 5
     """Paired runs per arm."""
+    more_compute: bool = False
+    """Whether the ends are compared by what they make of more compute per image, too."""
     note: str = ""
     """What a reader of the results must know besides."""
 
@@ -111,6 +113,11 @@ def _level_arms(backbone: BackboneName) -> dict[str, Arm]:
         "critic, not the noisiest": _unpretrained(at_levels(critic, NOT_THE_NOISIEST)),
         "groups, not the noisiest": Arm(config=at_levels(groups, NOT_THE_NOISIEST)),
     }
+
+
+def _inference_arms(backbone: BackboneName) -> dict[str, Arm]:
+    arms = _level_arms(backbone)
+    return {name: arms[name] for name in ("critic with replay", "DiffusionNFT")}
 
 
 def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
@@ -249,6 +256,15 @@ CLAIMS = {
         f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
         "recipe `shapes`. Not the noisiest: the sampler's first step is not trained, along whose gradient "
         "the reward does not rise (section climb).",
+    ),
+    "inference": Claim(
+        question="Does the critic pay where the trained model is sampled, at equal compute per image?",
+        problem="shapes",
+        arms=_inference_arms,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        tuning=AS_CHOSEN,
+        more_compute=True,
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",

@@ -186,6 +186,8 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     for cost in claim.reward_costs:
         title = f"equal time, reward of {1000 * cost:.0f} ms per image"
         lines += ["", *tables.comparison(title, seconds(cost), curves, claim.metrics[:2])]
+    if claim.more_compute:
+        lines += ["", *tables.more_compute(curves, claim.metrics)]
     return "\n".join(lines)
 
 

@@ -12,12 +12,13 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.learning.more_compute import measured
 from bench.learning.problems import Materials, Problem, Prompts, gauges
 from lacfast.config import ForwardProcess, TrainConfig
 from lacfast.records import Evaluation
@@ -66,6 +67,8 @@ class Point:
     """CPU seconds so far, without judgements."""
     scores: dict[str, float]
     """Judges, rewards, gauges, and "explained_variance" of a critic."""
+    sampled: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What the end of a run makes of more compute, see more_compute.measured; empty where it is not asked."""
 
 
 class _Stopwatch:
@@ -97,6 +100,7 @@ def run(
     *,
     seed: int,
     tuning: bool = False,
+    more_compute: bool = False,
     deadline: float = math.inf,
     unfinished: Path | None = None,
 ) -> list[Point] | None:
@@ -110,6 +114,7 @@ def run(
         materials: where base models and encoders are kept.
         seed: of the run.
         tuning: judge on the prompts that choose settings, and not on those that are reported.
+        more_compute: judge the end by what it makes of more compute per image, too.
         deadline: by time.monotonic(); looked at between iterations.
         unfinished: folder that keeps the state at the deadline, and that a run goes on from. None: a run that
             has begun runs to its end.
@@ -155,6 +160,8 @@ def run(
             with watch:
                 trainer.train_iteration()
         points.append(judge())
+    if more_compute:
+        points[-1] = replace(points[-1], sampled=measured(trainer, budget.samples))
     if unfinished is not None:
         shutil.rmtree(unfinished, ignore_errors=True)
     return points

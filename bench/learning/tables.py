@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -11,6 +12,7 @@ from bench.learning import runs, units
 from bench.learning.analysis import Cost, area, common_budget, final, images, paired, reached, seconds
 from bench.learning.claims import Claim
 from bench.learning.figures import Curves
+from bench.learning.more_compute import STEERED, TIMES
 from bench.learning.runs import Point
 from lacfast.tasks.models import BackboneName
 
@@ -118,6 +120,38 @@ def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -
     for arm in others:
         leads = [_lead(curves, first, arm, measure, cost) for measure in measures.values()]
         yield _row(f"{first} minus {arm}", leads)
+
+
+def more_compute(curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
+    """Lines of a table: what every arm's last model makes of more compute, and how far the first arm's critic
+    leads what the others make of as much without calls of the reward; none where nothing was measured."""
+    first, *others = curves
+    ends = {arm: [points[-1].sampled for points in of_arm] for arm, of_arm in curves.items()}
+    if not all(sampled for of_arm in ends.values() for sampled in of_arm):
+        return
+    yield f"At the same end, up to {TIMES} times the compute per image:"
+    yield ""
+    yield _row("arm", ["an image is", *metrics, "NFE", "reward calls"])
+    yield "|" + "---|" * (len(metrics) + 4)
+    for arm, of_arm in ends.items():
+        for use in of_arm[0]:
+            means = {name: mean(sampled[use][name] for sampled in of_arm) for name in of_arm[0][use]}
+            scores = [f"{means[metric]:.3f}" for metric in metrics]
+            yield _row(arm, [use, *scores, f"{means['nfe']:.0f}", f"{means['reward_calls']:.0f}"])
+    if len(ends[first]) < 2:
+        return
+    steered = [use for use in ends[first][0] if use.startswith(STEERED)]
+    for arm in others:
+        free = [use for use, scores in ends[arm][0].items() if not scores["reward_calls"]]
+        for ours, theirs in product(steered, free):
+            leads = [
+                paired(
+                    [sampled[ours][metric] for sampled in ends[first]],
+                    [sampled[theirs][metric] for sampled in ends[arm]],
+                ).text()
+                for metric in metrics
+            ]
+            yield _row(f"{first} minus {arm}", [f"{ours} minus {theirs}", *leads, "", ""])
 
 
 def speed(curves: Curves, metric: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from itertools import pairwise, product
@@ -17,7 +18,7 @@ from tiny_backbones import barely_trained
 from bench.learning import __main__ as command
 from bench.learning import page, runs, tables, units
 from bench.learning.analysis import area, common_budget, final, images, paired, reached, seconds
-from bench.learning.arms import group_relative, latent_critic
+from bench.learning.arms import critic_weighted, group_relative, latent_critic
 from bench.learning.claims import CLAIMS, Claim
 from bench.learning.dual_encoder import train_dual_encoder
 from bench.learning.problems import BUDGET_QUANTILE, PROBLEMS, JpegBudget, Materials, Prompts
@@ -25,6 +26,7 @@ from bench.learning.runs import Arm, Budget, Point
 from bench.learning.scales import SCALES
 from bench.learning.tuning import Tuning
 from lacfast.config import GRPO
+from lacfast.config.sampling import Fixed
 from lacfast.rewards.jpeg import jpeg_incompressibility
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks import scenes
@@ -325,6 +327,50 @@ def test_a_run_that_its_deadline_stops_goes_on_where_it_was(
     assert [(point.images, point.scores) for point in points] == [
         (point.images, point.scores) for point in whole
     ]
+
+
+def test_an_end_is_judged_by_what_it_makes_of_as_much_compute(materials: Materials) -> None:
+    arm = small(Arm(config=critic_weighted("dit")))
+    arm = replace(arm, config=replace(arm.config, sampler=replace(arm.config.sampler, window=Fixed((0, 2)))))
+    arm = replace(arm, config=replace(arm.config, sampler=replace(arm.config.sampler, num_steps=4)))
+    budget = replace(SMALL, images=16, seconds=0.0, samples=8)
+    points = runs.run(PROBLEMS["shapes"], "dit", arm, budget, materials, seed=0, more_compute=True)
+    assert points is not None
+    first, last = points[0], points[-1]
+    assert not first.sampled
+    assert {use: scores["nfe"] for use, scores in last.sampled.items()} == {
+        f"{use}{how}": nfe
+        for how in ("", ", ODE")
+        for use, nfe in (
+            ("one image", 4),
+            ("3 times the steps", 12),
+            ("steered by the critic", 14),
+            ("best of 3 by the reward", 12),
+        )
+    }
+    called = {use for use, scores in last.sampled.items() if scores["reward_calls"]}
+    assert called == {"best of 3 by the reward", "best of 3 by the reward, ODE"}
+    kept = runs.curve(json.loads(json.dumps(runs.described(points))))
+    assert kept == points, "a study keeps it"
+
+
+def test_the_critics_images_are_compared_with_those_that_call_no_reward() -> None:
+    def end(**scores: float) -> Point:
+        sampled = {
+            use.replace("_", " "): {"shapes_strict": score, "nfe": 24.0, "reward_calls": float("best" in use)}
+            for use, score in scores.items()
+        }
+        return Point(1_000, 0, 0.0, {}, sampled)
+
+    ours = [[end(one_image=0.6, steered_by_the_critic=0.8 + 0.01 * seed)] for seed in range(3)]
+    theirs = [[end(one_image=0.7, best_of_3_by_the_reward=0.9)] for _ in range(3)]
+    rows = list(tables.more_compute({"critic": ours, "groups": theirs}, ["shapes_strict"]))
+    assert rows[4] == "| critic | one image | 0.600 | 24 | 0 |"
+    assert rows[7] == "| groups | best of 3 by the reward | 0.900 | 24 | 1 |"
+    (lead,) = rows[8:]
+    assert lead.startswith("| critic minus groups | steered by the critic minus one image | +0.110 [+0.100,")
+    plain = [[replace(ours[0][0], sampled={})]]
+    assert not list(tables.more_compute({"critic": plain, "groups": plain}, ["shapes_strict"]))
 
 
 def test_a_scale_changes_sizes_and_nothing_of_what_is_compared() -> None:
