@@ -120,6 +120,11 @@ def _inference_arms(backbone: BackboneName) -> dict[str, Arm]:
     return {name: arms[name] for name in ("critic with replay", "DiffusionNFT")}
 
 
+def _nft_arms(backbone: BackboneName) -> dict[str, Arm]:
+    arms = _level_arms(backbone)
+    return {"critic-weighted NFT": arms["critic with replay"], "DiffusionNFT": arms["DiffusionNFT"]}
+
+
 def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
     critic = latent_critic(backbone)
     arms = {
@@ -331,6 +336,24 @@ CLAIMS = {
         arms=_baseline_arms,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+    ),
+    "glyphs-nft": Claim(
+        question="Do losses on the forward process learn more than PPO on the second task, too?",
+        problem="glyphs",
+        arms=_nft_arms,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        metrics=("glyphs_strict", "glyphs_gold", "diversity"),
+        reward_costs=(0.0, 0.05),
+        tuning=AS_CHOSEN,
+        seeds=3,
+    ),
+    "proxy-nft": Claim(
+        question="With the learnt reward, what do losses on the forward process do to what it stands for?",
+        problem="similarity",
+        arms=_nft_arms,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+        tuning=AS_CHOSEN,
     ),
     "multi-reward": Claim(
         question="Do two heads keep the first reward while a compatible second one rises?",
