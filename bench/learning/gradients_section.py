@@ -12,12 +12,15 @@ from bench.learning.units import Unit
 
 FIRST = "nothing"
 REFERENCE = "critic"
+NEEDED = "signal equals noise at"
+"""Trajectories over which a gradient's noise has the length of its expectation."""
 HEAD = """How much of the policy's gradient is noise, and what does each baseline take away? Problem
 `{problem}`, by {objective}, seeds: {seeds}. At fixed weights, {trajectories:,} new trajectories of prompts
 that train: the gradient's variance per trajectory, as a share of that under the plain reward, of each trained
 step and of all together. The critic has had {pretraining} rollouts of value pretraining, and those of PPO
 where there is PPO; "rollout" compares with all other trajectories that are measured. {expected}: alignment is
-the cosine to the gradient of R - V, left out where either signal is below twice its error."""
+the cosine to the gradient of R - V, left out where either signal is below twice its error, as are the
+trajectories at which the gradient of all steps has as much signal as noise."""
 OBJECTIVES = {
     "ppo": ("PPO", "Baselines leave the expected gradient as it is, GAE below 1 does not"),
     "nft": ("DiffusionNFT", "Baselines change the expected gradient of this loss (section climb)"),
@@ -86,7 +89,7 @@ def _whole(unit: Unit, name: str) -> dict[str, Any]:
 
 def _table(measured: Sequence[Unit], objective: str) -> Iterator[str]:
     names, steps = list(measured[0]["noise"]), len(measured[0]["noise"][FIRST])
-    columns = ["baseline", *(f"trained step {step}" for step in range(steps - 1)), "all", "alignment"]
+    columns = ["baseline", *(f"trained step {step}" for step in range(steps - 1)), "all", "alignment", NEEDED]
     yield "| " + " | ".join(columns) + " |"
     yield "|" + "---|" * len(columns)
     for name in names:
@@ -95,12 +98,18 @@ def _table(measured: Sequence[Unit], objective: str) -> Iterator[str]:
             for step in range(steps)
         ]
         moves = "lambda" in name if objective == "ppo" else name != REFERENCE
-        cells = [name, *(f"{share:.2f}" for share in shares), _aligned(measured, name) if moves else ""]
+        aligned = _aligned(measured, name) if moves else ""
+        cells = [name, *(f"{share:.2f}" for share in shares), aligned, _needed(measured, name)]
         yield "| " + " | ".join(cells) + " |"
 
 
 def _noise(unit: Unit, name: str, step: int) -> float:
     return float(unit["noise"][name][step]["noise"])
+
+
+def _needed(measured: Sequence[Unit], name: str) -> str:
+    signal, error, noise = (mean(_whole(unit, name)[number] for unit in measured) for number in _NUMBERS)
+    return f"{noise / signal:,.0f}" if signal > 2 * error / len(measured) ** 0.5 else ""
 
 
 def _aligned(measured: Sequence[Unit], name: str) -> str:
