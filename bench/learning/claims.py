@@ -3,57 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from bench.learning import claim_arms
 from bench.learning.arms import (
     AWM_OLD_WEIGHT,
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
     SMALL_ROLLOUT,
     TAUGHT_ITERATIONS,
-    UNET_RATE,
-    advantage_weighted_matching,
-    at_levels,
-    at_rate,
-    batch_mean,
-    batch_mean_weighted,
-    conditional,
-    constrained,
-    critic_weighted,
-    diffusion_nft,
-    distributional,
-    group_relative,
-    group_std,
-    history_weighted,
-    kl_mask,
-    latent_critic,
-    leave_one_out,
-    ratio_norm,
-    replayed,
-    running_prompt_statistics,
-    scalarized,
-    shuffled_critic,
-    taught_critic,
-    with_trunk,
 )
 from bench.learning.runs import Arm, Budget
 from bench.learning.tuning import FIXED, RATES, Tuning
-from lacfast.config import GRPO, TrainConfig
 from lacfast.tasks.models import BackboneName
 
 HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=(1 / 4, 1 / 2), falls=True)
 """Less noise in the gradient pays as smaller rollouts, so they are tuned too."""
 AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
 """Rollout and rate as section objectives chose them."""
-NOT_THE_NOISIEST = (1, 8)
-"""Steps of the sampler's 8 that are trained; AWM's authors leave out the first too."""
-CHECKER_FLOOR = 0.57
-"""Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
-CHECKER_PASSED = 0.99
-"""The checker's reward of images that obey the whole prompt is 1."""
-HEIGHT_SHARE = 0.42
-"""Deviation of the reward for height over the checker's on the base model's images, rounded: what a plain sum
-of both amounts to once each is normalised."""
+CHOSEN_ELSEWHERE = (
+    "Critic-weighted NFT learns with the critic's replay, as the recipe `shapes` does. Rollouts of "
+    f"{SMALL_ROLLOUT} images and the rate, which falls to 0 over a run, are what section objectives chose "
+    "for both arms with the checker's reward; nothing was tuned here."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,137 +52,11 @@ class Claim:
     """What a reader of the results must know besides."""
 
 
-def _unpretrained(config: TrainConfig) -> Arm:
-    return Arm(config=config, value_pretraining=False)
-
-
-def _baseline_arms(backbone: BackboneName) -> dict[str, Arm]:
-    return {
-        "latent critic": _unpretrained(latent_critic(backbone)),
-        "GRPO": Arm(config=group_relative(backbone, GRPO())),
-        "DDPO": Arm(config=running_prompt_statistics(backbone)),
-    }
-
-
-def _objective_arms(backbone: BackboneName) -> dict[str, Arm]:
-    return {
-        "critic-weighted NFT": _unpretrained(critic_weighted(backbone)),
-        "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
-        **_baseline_arms(backbone),
-        "AWM": Arm(config=advantage_weighted_matching(backbone)),
-    }
-
-
-def _level_arms(backbone: BackboneName) -> dict[str, Arm]:
-    made = critic_weighted, diffusion_nft, batch_mean_weighted, history_weighted
-    critic, groups, batch, history = (replace(config(backbone), batch_size=SMALL_ROLLOUT) for config in made)
-    return {
-        "critic-weighted NFT": _unpretrained(critic),
-        "DiffusionNFT": Arm(config=groups),
-        "batch mean": Arm(config=batch),
-        "prompt history": Arm(config=history),
-        "critic with replay": _unpretrained(replayed(critic)),
-        "critic, not the noisiest": _unpretrained(at_levels(critic, NOT_THE_NOISIEST)),
-        "groups, not the noisiest": Arm(config=at_levels(groups, NOT_THE_NOISIEST)),
-    }
-
-
-def _inference_arms(backbone: BackboneName) -> dict[str, Arm]:
-    arms = _level_arms(backbone)
-    return {name: arms[name] for name in ("critic with replay", "DiffusionNFT")}
-
-
-def _nft_arms(backbone: BackboneName) -> dict[str, Arm]:
-    arms = _level_arms(backbone)
-    return {"critic-weighted NFT": arms["critic with replay"], "DiffusionNFT": arms["DiffusionNFT"]}
-
-
-def _control_arms(backbone: BackboneName) -> dict[str, Arm]:
-    critic = latent_critic(backbone)
-    arms = {
-        "latent critic": _unpretrained(critic),
-        "shuffled critic": _unpretrained(shuffled_critic(backbone)),
-        "leave one out": Arm(config=leave_one_out(backbone)),
-    }
-    if backbone == "unet":
-        arms["clean estimate"] = _unpretrained(with_trunk(backbone, "clean_net"))
-        return {name: replace(arm, config=at_rate(arm.config, UNET_RATE)) for name, arm in arms.items()}
-    return arms | {
-        "branch": _unpretrained(with_trunk(backbone, "branch")),
-        "head alone": _unpretrained(with_trunk(backbone, "shared")),
-        "joint head": _unpretrained(with_trunk(backbone, "joint")),
-        "copied trunk": _unpretrained(with_trunk(backbone, "copy")),
-        "HL-Gauss loss": _unpretrained(distributional(critic)),
-        "replay": _unpretrained(replayed(critic)),
-        "value pretraining": Arm(config=critic),
-        "taught critic": Arm(config=taught_critic(backbone), counts_pretraining=False),
-    }
-
-
-def _estimator_arms(backbone: BackboneName) -> dict[str, Arm]:
-    return {
-        "latent critic": _unpretrained(latent_critic(backbone)),
-        "GRPO": Arm(config=group_relative(backbone, GRPO())),
-        "group std": Arm(config=group_std(backbone)),
-        "KL mask": Arm(config=kl_mask(backbone)),
-        "ratio norm": Arm(config=ratio_norm(backbone)),
-        "batch mean": Arm(config=batch_mean(backbone)),
-    }
-
-
-def _multi_reward_arms(backbone: BackboneName) -> dict[str, Arm]:
-    checker, height = {"shapes": 1.0}, {"shapes_height": 1.0}
-    branch = with_trunk(backbone, "branch")
-    return {
-        "two heads": Arm(config=branch, rewards=checker | {"shapes_height": HEIGHT_SHARE}),
-        "one shared head": Arm(config=scalarized(backbone), rewards=checker | height),
-        "two heads lighter": Arm(config=branch, rewards=checker | {"shapes_height": HEIGHT_SHARE / 2}),
-        "two heads alike": Arm(config=branch, rewards=checker | height),
-        "checker alone": Arm(config=branch, rewards=checker),
-        "height alone": Arm(config=branch, rewards=height),
-    }
-
-
-def _hacking_arms(backbone: BackboneName) -> dict[str, Arm]:
-    both = {"shapes": 1.0, "jpeg_compressibility": 1.0}
-    branch = with_trunk(backbone, "branch")
-    return {
-        "checker and JPEG": Arm(config=branch, rewards=both),
-        "JPEG alone": Arm(config=branch, rewards={"jpeg_compressibility": 1.0}),
-        "checker constrained": Arm(config=constrained(backbone, "shapes", CHECKER_FLOOR), rewards=both),
-        "checker first": Arm(
-            config=conditional(backbone, "jpeg_compressibility", "shapes", CHECKER_PASSED), rewards=both
-        ),
-    }
-
-
-def _budget_arms(backbone: BackboneName) -> dict[str, Arm]:
-    checker, budget = {"shapes": 1.0}, {"jpeg_budget": 1.0}
-    branch = with_trunk(backbone, "branch")
-    return {
-        "checker and budget": Arm(config=branch, rewards=checker | budget),
-        "checker alone": Arm(config=branch, rewards=checker),
-        "budget alone": Arm(config=branch, rewards=budget),
-        "checker first": Arm(
-            config=conditional(backbone, "jpeg_budget", "shapes", CHECKER_PASSED), rewards=checker | budget
-        ),
-    }
-
-
-def _staleness_arms(backbone: BackboneName) -> dict[str, Arm]:
-    config = latent_critic(backbone)
-    return {
-        "no staleness": _unpretrained(config),
-        "one update behind": _unpretrained(replace(config, staleness=1)),
-        "two updates behind": _unpretrained(replace(config, staleness=2)),
-    }
-
-
 CLAIMS = {
     "baselines": Claim(
         question="Does the latent critic learn more than GRPO and DDPO, per image and per second?",
         problem="shapes",
-        arms=_baseline_arms,
+        arms=claim_arms.baselines,
         budgets={
             "dit": Budget(images=14_000, seconds=150, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=250, judged_every=2_000),
@@ -228,7 +74,7 @@ CLAIMS = {
     "objectives": Claim(
         question="Every method at its best rollout and rate: which learns most per image and per second?",
         problem="shapes",
-        arms=_objective_arms,
+        arms=claim_arms.objectives,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
@@ -248,7 +94,7 @@ CLAIMS = {
     "levels": Claim(
         question="With DiffusionNFT's loss, is it the baseline, and which noise levels are worth training?",
         problem="shapes",
-        arms=_level_arms,
+        arms=claim_arms.levels,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05),
@@ -265,16 +111,20 @@ CLAIMS = {
     "inference": Claim(
         question="Does the critic pay where the trained model is sampled, at equal compute per image?",
         problem="shapes",
-        arms=_inference_arms,
+        arms=claim_arms.inference,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=AS_CHOSEN,
         more_compute=True,
+        note="The arms are those of section levels. The last policies make an image of every prompt in "
+        "several ways, with the noise of the training and by the ODE: in as many steps, in three times as "
+        "many, the best of four trajectories by V, of which the worse are given up on the way, and the best "
+        "of three by the true reward, which asks it for every image that is delivered.",
     ),
     "controls": Claim(
         question="Is it the critic? Others' values, other trunks, a replay, no critic, a pretrained one.",
         problem="shapes",
-        arms=_control_arms,
+        arms=claim_arms.controls,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -294,7 +144,7 @@ CLAIMS = {
     "estimators": Claim(
         question="What do the switches of the methods without a critic change?",
         problem="shapes",
-        arms=_estimator_arms,
+        arms=claim_arms.estimators,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=FIXED,
@@ -306,7 +156,7 @@ CLAIMS = {
     "glyphs": Claim(
         question="Does it hold on another task, words that a reader must read?",
         problem="glyphs",
-        arms=_baseline_arms,
+        arms=claim_arms.baselines,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -318,7 +168,7 @@ CLAIMS = {
     "crowds": Claim(
         question="Does it hold where much is to be right at once?",
         problem="crowds",
-        arms=_objective_arms,
+        arms=claim_arms.objectives,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -333,58 +183,60 @@ CLAIMS = {
     "proxy": Claim(
         question="With a learnt reward that can be fooled, what happens to what it stands for?",
         problem="similarity",
-        arms=_baseline_arms,
+        arms=claim_arms.baselines,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
     ),
     "glyphs-nft": Claim(
         question="Do losses on the forward process learn more than PPO on the second task, too?",
         problem="glyphs",
-        arms=_nft_arms,
+        arms=claim_arms.forward_process,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         seeds=3,
+        note=CHOSEN_ELSEWHERE + " Section glyphs has PPO's arms, tuned on this task.",
     ),
     "proxy-nft": Claim(
         question="With the learnt reward, what do losses on the forward process do to what it stands for?",
         problem="similarity",
-        arms=_nft_arms,
+        arms=claim_arms.forward_process,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         tuning=AS_CHOSEN,
+        note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward.",
     ),
     "multi-reward": Claim(
         question="Do two heads keep the first reward while a compatible second one rises?",
         problem="layout",
-        arms=_multi_reward_arms,
+        arms=claim_arms.multi_reward,
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "shapes_height", "diversity"),
         tuning=FIXED,
         seeds=3,
         note="The critic is a branch. The shared head learns the plain sum of both rewards, in which the "
         "one with the larger deviation counts more. Two heads normalise each: with the weight "
-        f"{HEIGHT_SHARE} for height they weigh both as that sum does, with half of it (lighter) height "
-        "counts less, with equal weights (alike) more than twice as much.",
+        f"{claim_arms.HEIGHT_SHARE} for height they weigh both as that sum does, with half of it (lighter) "
+        "height counts less, with equal weights (alike) more than twice as much.",
     ),
     "hacking": Claim(
         question="What does a reward that ignores the prompt do to the checker, alone and joined with it?",
         problem="jpeg",
-        arms=_hacking_arms,
+        arms=claim_arms.hacking,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=FIXED,
         seeds=3,
         note="The critic is a branch. The smallest file is a flat picture: this second reward fights the "
         "first one. The constrained arm raises the checker's weight while its reward is below "
-        f"{CHECKER_FLOOR}; where the checker comes first, JPEG counts only for images that obey the "
-        "prompt.",
+        f"{claim_arms.CHECKER_FLOOR}; where the checker comes first, JPEG counts only for images that obey "
+        "the prompt.",
     ),
     "budget": Claim(
         question="Does the checker survive a budget for the file that a quarter of real pictures keep?",
         problem="budget",
-        arms=_budget_arms,
+        arms=claim_arms.budget,
         budgets={"dit": Budget(images=6_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_strict", "shapes_gold", "jpeg_budget", "diversity"),
         tuning=FIXED,
@@ -397,7 +249,7 @@ CLAIMS = {
     "staleness": Claim(
         question="What do rollouts of a policy that has not seen the last updates cost?",
         problem="shapes",
-        arms=_staleness_arms,
+        arms=claim_arms.staleness,
         budgets={"dit": Budget(images=4_800, seconds=0, judged_every=2_400)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=FIXED,

@@ -31,8 +31,10 @@ BEST = """The arms of section objectives, which tunes rollout and rate in short 
 baselines, tuned over the rate alone in longer runs, learned more by what is reported, it stands here instead,
 which favours the rivals. On the UNet PPO's arms have no other runs: their rate stays and
 their rollouts are not tuned, which may favour the others, whose rate falls to 0."""
-OVERVIEW = ("objectives", "crowds")
+OVERVIEW = ("objectives", "glyphs-nft", "proxy-nft", "crowds")
 """Claims that the page opens with: all methods, each with its best rollout and rate."""
+PPO_ARMS = ("latent critic", "GRPO", "DDPO")
+"""What the losses on the forward process are compared with, from the claim that has them."""
 HEAD = """# What learning shows
 
 To see which method learns more, per image and per second, and where this one loses.
@@ -121,7 +123,7 @@ def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Ite
         f"{name}, {backbone}": (claims[name].metrics[0], curves)
         for name in OVERVIEW
         for backbone in claims[name].budgets
-        if (curves := tables.at_best(results, claims, name, backbone))
+        if (curves := tables.at_best(results, claims, name, backbone, PPO_ARMS))
     }
     if not found:
         return

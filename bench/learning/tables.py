@@ -57,14 +57,28 @@ def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
     return {arm: [curves[seed] for seed in seeds] for arm, curves in found.items()} if seeds else {}
 
 
-def at_best(results: Path, claims: Mapping[str, Claim], name: str, backbone: BackboneName) -> Curves:
+def at_best(
+    results: Path,
+    claims: Mapping[str, Claim],
+    name: str,
+    backbone: BackboneName,
+    rivals: Sequence[str] = (),
+) -> Curves:
     """A claim's paired curves, an arm with the runs of another tuned claim on its problem where those learned
-    more, or where it has none here. Base model and noise of a seed are the same in all claims."""
+    more, or where it has none here. Base model and noise of a seed are the same in all claims.
+
+    Args:
+        results: folder of the runs.
+        claims: by name.
+        name: of the claim.
+        backbone: of the claim.
+        rivals: arms that the claim has not and others may have.
+    """
     claim = claims[name]
     best = dict(paired_curves(results / name / backbone, claim, backbone))
     if not best:
         return {}
-    arms = list(claim.arms(backbone))
+    arms = list(dict.fromkeys([*claim.arms(backbone), *rivals]))
     seeds = _common_seeds(_curves(results / name / backbone, best))
     for other, rival in claims.items():
         if other == name or rival.problem != claim.problem or not rival.tuning.rounds:
