@@ -33,8 +33,9 @@ TAUGHT_ITERATIONS = 80
 """The same of a critic whose value pretraining costs nothing."""
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
-SMALL_ROLLOUT = 48
-"""Images of a rollout that tuning chose for DiffusionNFT, weighted by the critic or by groups, on the DiT."""
+SMALL_ROLLOUTS = {"dit": 48, "unet": 16}
+"""Backbone -> images of a rollout for DiffusionNFT, weighted by the critic or by groups: what tuning chose, on
+the DiT for both, on the UNet for groups."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet; losses on the forward process are
 tuned around it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.learning.arms import (
-    SMALL_ROLLOUT,
+    SMALL_ROLLOUTS,
     UNET_RATE,
     advantage_weighted_matching,
     at_levels,
@@ -69,7 +69,8 @@ def objectives(backbone: BackboneName) -> dict[str, Arm]:
 
 def levels(backbone: BackboneName) -> dict[str, Arm]:
     made = critic_weighted, diffusion_nft, batch_mean_weighted, history_weighted
-    critic, groups, batch, history = (replace(config(backbone), batch_size=SMALL_ROLLOUT) for config in made)
+    size = SMALL_ROLLOUTS[backbone]
+    critic, groups, batch, history = (replace(config(backbone), batch_size=size) for config in made)
     return {
         "critic-weighted NFT": _unpretrained(critic),
         "DiffusionNFT": Arm(config=groups),

@@ -10,7 +10,7 @@ from bench.learning.arms import (
     AWM_OLD_WEIGHT,
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
-    SMALL_ROLLOUT,
+    SMALL_ROLLOUTS,
     TAUGHT_ITERATIONS,
 )
 from bench.learning.runs import Arm, Budget
@@ -23,8 +23,9 @@ AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
 """Rollout and rate as section objectives chose them."""
 CHOSEN_ELSEWHERE = (
     "Critic-weighted NFT learns with the critic's replay, as the recipe `shapes` does. Rollouts of "
-    f"{SMALL_ROLLOUT} images and the rate, which falls to 0 over a run, are what section objectives chose "
-    "for both arms with the checker's reward; nothing was tuned here."
+    f"{SMALL_ROLLOUTS['dit']} images, {SMALL_ROLLOUTS['unet']} on the UNet, and the rate, which falls to 0 "
+    "over a run, are what section objectives chose with the checker's reward, on the UNet for one arm and "
+    "nearly for the other; nothing was tuned here."
 )
 
 
@@ -100,8 +101,8 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         seeds=3,
-        note=f"Rollouts of {SMALL_ROLLOUT} images and the rate as section objectives chose them for both of "
-        "its arms with this loss, whose runs these are. Batch mean and prompt history are "
+        note=f"Rollouts of {SMALL_ROLLOUTS['dit']} images and the rate as section objectives chose them for both "
+        "of its arms with this loss, whose runs these are. Batch mean and prompt history are "
         "controls without critic or groups: one image per prompt, each reward against the rollout's mean, or "
         "against the last ones of its prompt, as DDPO has it, for prompts that come again. Replay: "
         f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
@@ -202,7 +203,10 @@ CLAIMS = {
         question="With the learnt reward, what do losses on the forward process do to what it stands for?",
         problem="similarity",
         arms=claim_arms.forward_process,
-        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
+        budgets={
+            "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
+            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
+        },
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         tuning=AS_CHOSEN,
         note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward.",
