@@ -34,8 +34,8 @@ TAUGHT_ITERATIONS = 80
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
 SMALL_ROLLOUTS = {"dit": 48, "unet": 16}
-"""Backbone -> images of a rollout for DiffusionNFT, weighted by the critic or by groups: what tuning chose, on
-the DiT for both, on the UNet for groups."""
+"""Backbone -> images of a rollout for DiffusionNFT: tuning chose them for groups, on the DiT for the critic
+too."""
 UNET_RATE = 7.5e-5
 """Policy learning rate that tuning chose for the latent critic on the UNet; losses on the forward process are
 tuned around it."""

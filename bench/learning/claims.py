@@ -101,8 +101,8 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         seeds=3,
-        note=f"Rollouts of {SMALL_ROLLOUTS['dit']} images and the rate as section objectives chose them for both "
-        "of its arms with this loss, whose runs these are. Batch mean and prompt history are "
+        note=f"Rollouts of {SMALL_ROLLOUTS['dit']} images and the rate as section objectives chose them for "
+        "both of its arms with this loss, whose runs these are. Batch mean and prompt history are "
         "controls without critic or groups: one image per prompt, each reward against the rollout's mean, or "
         "against the last ones of its prompt, as DDPO has it, for prompts that come again. Replay: "
         f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
