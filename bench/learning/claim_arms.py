@@ -89,7 +89,8 @@ def inference(backbone: BackboneName) -> dict[str, Arm]:
 
 def forward_process(backbone: BackboneName) -> dict[str, Arm]:
     arms = levels(backbone)
-    return {"critic-weighted NFT": arms["critic with replay"], "DiffusionNFT": arms["DiffusionNFT"]}
+    kept = ("DiffusionNFT", "prompt history")
+    return {"critic-weighted NFT": arms["critic with replay"]} | {name: arms[name] for name in kept}
 
 
 def controls(backbone: BackboneName) -> dict[str, Arm]:

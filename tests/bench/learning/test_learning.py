@@ -333,7 +333,7 @@ def test_an_end_is_judged_by_what_it_makes_of_as_much_compute(materials: Materia
     arm = small(Arm(config=critic_weighted("dit")))
     arm = replace(arm, config=replace(arm.config, sampler=replace(arm.config.sampler, window=Fixed((0, 2)))))
     arm = replace(arm, config=replace(arm.config, sampler=replace(arm.config.sampler, num_steps=4)))
-    budget = replace(SMALL, images=16, seconds=0.0, samples=8)
+    budget = replace(SMALL, images=16, seconds=0.0)
     points = runs.run(PROBLEMS["shapes"], "dit", arm, budget, materials, seed=0, more_compute=True)
     assert points is not None
     first, last = points[0], points[-1]
