@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class JpegBudget:
         return (self.kilobytes - jpeg_incompressibility(images, prompts, metadata)).clamp(max=0)
 
 
-@dataclass(frozen=True)
+# Hashed by identity, for what is kept of one.
+@dataclass(frozen=True, eq=False)
 class Materials:
     """What runs share and what is made once: base models and encoders in a folder."""
 
@@ -161,11 +163,17 @@ def _pictures(task: Task) -> Tensor:
     return torch.from_numpy(task.draw(task.prompts() * 4, np.random.default_rng(11)))
 
 
+@cache
+def _data_features(materials: Materials, task: Task) -> tuple[DualEncoder, Tensor]:
+    """The encoder of a gold score and its features of a task's pictures, for every run of a study."""
+    encoder = materials.encoder(task, GOLD_SEED)
+    return encoder, encoder.embed_images(_pictures(task))
+
+
 def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str, float]]:
     """Evaluation -> gauges of hacking: diversity, features' distance to the data, the ground's distance from
     its colour, pixels off the palette."""
-    encoder = materials.encoder(task, GOLD_SEED)
-    data = encoder.embed_images(_pictures(task))
+    encoder, data = _data_features(materials, task)
 
     def measure(evaluation: Evaluation) -> dict[str, float]:
         images: Tensor = evaluation.images.to("cpu", torch.float32)

@@ -200,6 +200,13 @@ def record(results: Path, claim: str, arm: str, last: float, *, seeds: int) -> N
         units.write(results / claim / "dit", f"{tables.key_start(arm)}seed{seed}", unit)
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take a second each; test_a_claim_is_tuned_run_resumed_and_reported looks at some."""
+    monkeypatch.setattr(page.figures, "draw", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_a_study_of_one_seed_is_shown_and_not_judged(tmp_path: Path) -> None:
     for arm, last in {"critic-weighted NFT": 0.7, "GRPO": 0.5}.items():
         record(tmp_path / "learning", "objectives", arm, last, seeds=1)
@@ -212,6 +219,7 @@ def test_a_study_of_one_seed_is_shown_and_not_judged(tmp_path: Path) -> None:
         record(tmp_path / "learning", "baselines", arm, last, seeds=2)
     page.write(tmp_path / "learning", tmp_path / "results.md")
     assert "## In short" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "results" / "overview.png").stat().st_size > 10_000
 
 
 def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_that(
@@ -282,6 +290,7 @@ def test_every_arm_is_tuned_by_halving_with_as_many_images(tmp_path: Path) -> No
         assert (config.iterations, config.ppo.final_learning_rate) == (4, 0.0), "it falls over the whole run"
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_section_names_the_arms_that_have_not_run(tmp_path: Path) -> None:
     study = tmp_path / "learning" / "hacking" / "dit"
     arms = list(CLAIMS["hacking"].arms("dit"))
