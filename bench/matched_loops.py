@@ -187,21 +187,22 @@ def tiny(
     device: torch.device | str = "cpu",
     *,
     seed: int = 0,
+    size: models.ModelSize = models.TINY,
 ) -> LatentBackbone:
-    """A model of 1 M parameters with LoRA; its random weights let every input count."""
-    model: Any = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed))
+    """A model with LoRA, of 1 M parameters if TINY; its random weights let every input count."""
+    model: Any = models.tiny_backbone(family, generator=torch.Generator().manual_seed(seed), size=size)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     text = word_encoder(generator=torch.Generator().manual_seed(seed + 1))
-    size = model.config["sample_size"]
+    side = model.config["sample_size"]
     backbone = adapt(
         # torch's own: diffusers' warns of modules to keep in float32 even where there are none.
         nn.Module.to(model.eval(), device, dtype),
         text.eval().requires_grad_(False).to(device),
         codec(str(device)),
-        latent_shape=(model.config["in_channels"], size, size),
+        latent_shape=(model.config["in_channels"], side, side),
         scheduler=None if family == "dit" else ddim_scheduler(),
         lora=LoRAConfig(rank=32, alpha=64) if family == "dit" else LoRAConfig(rank=4),
     )
@@ -227,7 +228,12 @@ def ddim_scheduler() -> DDIMScheduler:
 
 
 def tiny_match(
-    family: models.BackboneName, *, batches: int, num_steps: int, device: torch.device | str = "cpu"
+    family: models.BackboneName,
+    *,
+    batches: int,
+    num_steps: int,
+    device: torch.device | str = "cpu",
+    size: models.ModelSize = models.TINY,
 ) -> Match:
     """`batches` of the peer's published size of trajectories on a tiny model."""
     peer: Peer = "flow_grpo" if family == "dit" else "ddpo"
@@ -236,7 +242,7 @@ def tiny_match(
     return Match(
         name=f"tiny {family}",
         peer=peer,
-        build=lambda dtype: tiny(family, dtype, device),
+        build=lambda dtype: tiny(family, dtype, device, size=size),
         trajectories=count,
         num_steps=num_steps,
         prompts=tuple(texts[index // PEER_BATCH[peer] % len(texts)] for index in range(count)),

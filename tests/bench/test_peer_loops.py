@@ -17,7 +17,7 @@ from bench.matched_loops import PEER_BATCH, Match, counted_noise, engine, peer_l
 from bench.peer_loops import PeerModel
 from lacfast.backbones.lora import tuner_layers
 from lacfast.backbones.lora_linear import LoRALinear
-from tests.tiny_backbones import tiny_backbone
+from tests.tiny_backbones import SMALLEST, tiny_backbone
 
 SAME_NOISE = 1e-6
 """Two backends' normals are as far from each other: 5e-7, relative."""
@@ -25,7 +25,7 @@ SAME_NOISE = 1e-6
 
 @pytest.fixture(scope="module", params=["dit", "unet"])
 def match(request: pytest.FixtureRequest) -> Match:
-    return tiny_match(request.param, batches=2, num_steps=3)
+    return tiny_match(request.param, batches=2, num_steps=3, size=SMALLEST)
 
 
 def test_trajectories_are_equal_on_the_same_noise(match: Match) -> None:
