@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_step
 from refusals import Refusal
 from tiny_backbones import FAMILIES, PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
+from tolerances import assert_same_step
 
 from lacfast import LatentActorCriticTrainer
 from lacfast.config import (

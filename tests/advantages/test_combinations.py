@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_sum
 from refusals import Refusal
 from tiny_backbones import tiny_critic
 from tiny_rollouts import made_rollout
+from tolerances import assert_same_sum
 from torch import Tensor
 
 from lacfast.advantages import AdvantageEstimator, LagrangeMultipliers

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_sum
 from diffusers import SD3Transformer2DModel
 from tiny_backbones import PROMPTS, brightness, tiny_config
 from tiny_backbones import tiny_backbone as tiny_backbone_of
+from tolerances import assert_same_sum
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, SamplerConfig

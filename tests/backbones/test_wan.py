@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_sum
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -30,6 +29,7 @@ from tiny_pipelines import (
     tiny_pipeline,
     use_first_order,
 )
+from tolerances import assert_same_sum
 
 from lacfast import LoRAConfig, PipelineSettings, SamplerConfig, load_backbone
 from lacfast.backbones.casting import cast_weights

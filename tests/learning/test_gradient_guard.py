@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_step
 from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from tolerances import assert_same_step
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer

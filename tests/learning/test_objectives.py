@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_step, assert_same_sum
 from refusals import Refusal
 from tiny_backbones import FAMILIES, PROMPTS, SMALLEST, brightness, tiny_backbone, tiny_config
 from tiny_pipelines import backbone_of, tiny_pipeline
+from tolerances import assert_same_step, assert_same_sum
 from torch import Tensor
 
 from lacfast import LatentActorCriticTrainer, reference

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_step, assert_same_sum
 from refusals import Refusal
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
+from tolerances import assert_same_step, assert_same_sum
 from torch import Tensor, nn
 
 from lacfast import LatentActorCriticTrainer

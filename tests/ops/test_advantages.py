@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import STORAGE_DTYPES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
 from cuda_emulation.emulator import EmulatedModule, build
+from tolerances import STORAGE_DTYPES
 from torch import Tensor
 
 from lacfast import ops, reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
+from tolerances import STORAGE_DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast import ops, reference

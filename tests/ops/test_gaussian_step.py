@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
+from tolerances import STORAGE_DTYPES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

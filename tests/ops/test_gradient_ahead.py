@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
+from tolerances import STORAGE_DTYPES
 from torch import Tensor
 
 from lacfast import ops

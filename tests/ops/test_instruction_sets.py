@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOLERANCES
+from tolerances import TOLERANCES
 from torch import Tensor
 
 from lacfast import _C, ops, reference, schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES, TOLERANCES
+from tolerances import STORAGE_DTYPES, TOLERANCES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

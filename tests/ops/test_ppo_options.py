@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conftest import IS_INTERPRETED, TOLERANCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import IS_INTERPRETED, TOLERANCES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

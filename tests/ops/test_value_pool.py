@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import STORAGE_DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tolerances import STORAGE_DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lacfast import ops, reference

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import assert_same_sum
 from PIL import Image
 from refusals import Refusal
 from tiny_clip import IMAGE_SIZE, PilProcessor, save_tiny_clip
+from tolerances import assert_same_sum
 from torch import Tensor
 
 from lacfast.rewards.aesthetic import AestheticScore

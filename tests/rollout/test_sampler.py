@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same_step, assert_same_sum
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from tiny_pipelines import FAMILIES, backbone_of, tiny_pipeline
+from tolerances import assert_same_step, assert_same_sum
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

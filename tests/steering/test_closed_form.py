@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_sum
 from gaussian_backbone import ClosedFormCritic, GaussianBackbone, LinearChain
+from tolerances import assert_same_sum
 from torch import Tensor
 
 from lacfast.config import SamplerConfig, SteeringConfig
