@@ -69,9 +69,10 @@ def next_rollout(trainer: LatentActorCriticTrainer) -> Rollout:
 
 
 @by_name
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "changes", [{}, GROUPS | {"lora": LoRAConfig(rank=2)}], ids=["critic", "groups, lora"]
+    ("family", "changes"),
+    [*((family, {}) for family in FAMILIES), ("dit", GROUPS | {"lora": LoRAConfig(rank=2)})],
+    ids=[*(f"critic-{family}" for family in FAMILIES), "groups, lora-dit"],
 )
 def test_two_iterations_train_every_backbone(family: Any, objective: Any, changes: dict[str, Any]) -> None:
     trainer = trainer_for(objective, family=family, **changes)

@@ -217,9 +217,9 @@ def test_a_gradient_that_lowers_the_value_is_refused() -> None:
 def test_images_do_not_depend_on_the_batch_size(name: str) -> None:
     backbone = backbone_with(LatentMean())
     config = METHODS[name][0]
-    whole = steer(backbone, PROMPTS, config, sampler=SAMPLER)[0]
+    whole = steer(backbone, PROMPTS[:3], config, sampler=SAMPLER)[0]
     # Fewer latents per call than trajectories of one image.
-    parts = steer(backbone, PROMPTS, replace(config, batch_size=3), sampler=SAMPLER)[0]
+    parts = steer(backbone, PROMPTS[:3], replace(config, batch_size=3), sampler=SAMPLER)[0]
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
 
