@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,7 @@ class JpegBudget:
         return (self.kilobytes - jpeg_incompressibility(images, prompts, metadata)).clamp(max=0)
 
 
-# Hashed by identity, for what is kept of one.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Materials:
     """What runs share and what is made once: base models and encoders in a folder."""
 
@@ -106,6 +104,10 @@ class Materials:
     """Device that they are made and run on."""
     encoder_steps: int = STEPS
     """Optimizer steps of the dual encoders, always on the CPU."""
+    _features: dict[str, tuple[DualEncoder, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Task -> what `features` returned."""
 
     def backbone(self, task: Task, name: BackboneName) -> Backbone:
         """A fresh copy of the base model."""
@@ -130,6 +132,13 @@ class Materials:
             with whole_directory(target) as made:
                 train_dual_encoder(task, seed=seed, steps=self.encoder_steps).save_pretrained(made)
         return DualEncoder.from_pretrained(target)
+
+    def features(self, task: Task) -> tuple[DualEncoder, Tensor]:
+        """The encoder of gold scores and its features of a task's pictures, once for all runs."""
+        if task.name not in self._features:
+            encoder = self.encoder(task, GOLD_SEED)
+            self._features[task.name] = encoder, encoder.embed_images(_pictures(task))
+        return self._features[task.name]
 
     def reward(self, name: str, task: Task) -> str | Reward:
         """A registered name as it is, or the reward of the task that bears it."""
@@ -163,17 +172,10 @@ def _pictures(task: Task) -> Tensor:
     return torch.from_numpy(task.draw(task.prompts() * 4, np.random.default_rng(11)))
 
 
-@cache
-def _data_features(materials: Materials, task: Task) -> tuple[DualEncoder, Tensor]:
-    """The encoder of a gold score and its features of a task's pictures, for every run of a study."""
-    encoder = materials.encoder(task, GOLD_SEED)
-    return encoder, encoder.embed_images(_pictures(task))
-
-
 def gauges(materials: Materials, task: Task) -> Callable[[Evaluation], dict[str, float]]:
     """Evaluation -> gauges of hacking: diversity, features' distance to the data, the ground's distance from
     its colour, pixels off the palette."""
-    encoder, data = _data_features(materials, task)
+    encoder, data = materials.features(task)
 
     def measure(evaluation: Evaluation) -> dict[str, float]:
         images: Tensor = evaluation.images.to("cpu", torch.float32)
