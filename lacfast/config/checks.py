@@ -5,10 +5,21 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Self,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from lacfast.config import earlier
 from lacfast.config.unread import Unread, require_read
@@ -91,6 +102,11 @@ Seed = Annotated[int, Range(least=0, most=2**62)]
 """Seeds derived from it are taken modulo 2^63, see lacfast.seeds."""
 
 
+_Checker = Callable[[str, Any], None]
+"""Check of a field's name and its value."""
+_Made = TypeVar("_Made")
+
+
 class Config:
     """Base of all settings: frozen dataclasses whose values are checked against their annotations."""
 
@@ -138,8 +154,9 @@ def check_fields(settings: Any) -> None:
     Raises:
         ValueError: a value of another type, a number out of its range or not finite, an unknown word.
     """
-    for name, annotation in field_types(type(settings)).items():
-        _check(name, getattr(settings, name), annotation)
+    kind: type = type(settings)
+    for name, check in _checkers(kind).items():
+        check(name, getattr(settings, name))
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -153,19 +170,48 @@ def _field_types(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _check(name: str, value: Any, annotation: Any) -> None:
+@functools.cache
+def _checkers(kind: type) -> dict[str, _Checker]:
+    """Field -> what checks it; thousands of settings are made of the same few classes."""
+    return {name: _checker(annotation) for name, annotation in field_types(kind).items()}
+
+
+def _checker(annotation: Any) -> _Checker:
+    """What raises a ValueError for a value that an annotation does not allow."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        _check(name, value, arguments[0])
-        for rule in arguments[1:]:
-            _check_rule(name, value, rule)
-    elif not _fits(value, annotation):
-        raise ValueError(f"{name}={value!r} must be {_described(annotation)}")
-    elif origin in (Union, UnionType):
-        _check(name, value, next(member for member in arguments if _fits(value, member)))
+        plain, rules = _checker(arguments[0]), arguments[1:]
+
+        def check_annotated(name: str, value: Any) -> None:
+            plain(name, value)
+            for rule in rules:
+                _check_rule(name, value, rule)
+
+        return check_annotated
+    fits = _fitter(annotation)
+    if origin in (Union, UnionType):
+        members = [(_fitter(member), _checker(member)) for member in arguments]
+
+        def check_inside(name: str, value: Any) -> None:
+            next(check for fits_member, check in members if fits_member(value))(name, value)
+
     elif origin is tuple:
-        for index, (entry, member) in enumerate(zip(value, _members(arguments, len(value)), strict=True)):
-            _check(f"{name}[{index}]", entry, member)
+        entries = _repeated(arguments, _checker)
+
+        def check_inside(name: str, value: Any) -> None:
+            for index, (entry, check) in enumerate(zip(value, entries(len(value)), strict=True)):
+                check(f"{name}[{index}]", entry)
+
+    else:
+
+        def check_inside(name: str, value: Any) -> None: ...
+
+    def check(name: str, value: Any) -> None:
+        if not fits(value):
+            raise ValueError(f"{name}={value!r} must be {_described(annotation)}")
+        check_inside(name, value)
+
+    return check
 
 
 def _check_rule(name: str, value: Any, rule: Any) -> None:
@@ -176,27 +222,41 @@ def _check_rule(name: str, value: Any, rule: Any) -> None:
         raise unknown(rule.what or name, value, rule.names)
 
 
-def _members(arguments: tuple[Any, ...], length: int) -> tuple[Any, ...]:
-    """The types of a tuple's entries; `tuple[int, ...]` has as many as it takes."""
-    return arguments[:1] * length if arguments[-1:] == (Ellipsis,) else arguments
+def _repeated(arguments: tuple[Any, ...], made: Callable[[Any], _Made]) -> Callable[[int], list[_Made]]:
+    """Length -> what is made of the types of a tuple's entries; `tuple[int, ...]` has as many as it takes."""
+    if arguments[-1:] == (Ellipsis,):
+        one = made(arguments[0])
+        return lambda length: [one] * length
+    each = [made(argument) for argument in arguments]
+    return lambda length: each
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def _fitter(annotation: Any) -> Callable[[Any], bool]:
     """Whether a value is of the type, whatever its range. An int is a float; True is no number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _fits(value, arguments[0])
+        return _fitter(arguments[0])
     if origin in (Union, UnionType):
-        return any(_fits(value, member) for member in arguments)
+        members = [_fitter(member) for member in arguments]
+        return lambda value: any(fits(value) for fits in members)
     if origin is Literal:
-        return value in arguments
+        return lambda value: value in arguments
     if origin is tuple:
-        members = _members(arguments, len(value)) if isinstance(value, tuple) else ()
-        return isinstance(value, tuple) and len(value) == len(members) and all(map(_fits, value, members))
+        entries = _repeated(arguments, _fitter)
+
+        def fits_tuple(value: Any) -> bool:
+            if not isinstance(value, tuple):
+                return False
+            each = entries(len(value))
+            return len(value) == len(each) and all(
+                fits(entry) for fits, entry in zip(each, value, strict=True)
+            )
+
+        return fits_tuple
     if annotation in (int, float):
-        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
+        return lambda value: isinstance(value, (int, annotation)) and not isinstance(value, bool)
     kind = origin or annotation
-    return not isinstance(kind, type) or isinstance(value, kind)
+    return lambda value: not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _described(annotation: Any) -> str:
