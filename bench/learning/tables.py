@@ -177,8 +177,9 @@ def speed(curves: Curves, metric: str) -> Iterator[str]:
     for arm in others:
         level = mean(_scores(curves, arm, (final, metric), images))
         needed = reached(curves[first], images, metric, level, budget)
-        cells = [f"{needed:,.0f} images", f"{budget / needed:.1f}"] if needed < math.inf else ["never", ""]
-        yield _row(arm, [f"{level:.3f}", *cells])
+        when = f"{needed:,.0f} images" if needed < math.inf else "never"
+        times = f"{budget / needed:.1f}" if 0 < needed < math.inf else ""
+        yield _row(arm, [f"{level:.3f}", when, times])
 
 
 def _row(head: str, cells: Iterable[str]) -> str:

@@ -66,6 +66,11 @@ def test_an_arm_is_told_when_it_has_what_another_ends_with() -> None:
     assert rows[2:] == ["| b | 0.500 | 334 images | 3.0 |", "| c | 1.400 | never |  |"]
 
 
+def test_what_an_arm_that_fell_apart_ends_with_is_there_before_any_image() -> None:
+    rows = list(tables.speed({"a": [line(3e-4)], "b": [line(-3e-4)]}, "shapes_strict"))
+    assert rows[2:] == ["| b | 0.100 | 0 images |  |"]
+
+
 def test_the_bootstrap_interval_covers_the_mean_of_its_pairs_95_times_in_100() -> None:
     random, covered = np.random.default_rng(0), 0
     for _ in range(200):
