@@ -22,7 +22,7 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
     rows = [
         (f"Does it learn more? Accuracy of {checker[0]} after as many images, {checker[1]}", checker[2]),
         (
-            f"With a learnt reward, by a checker that never trains? {learnt[0]}, mean of the run, {learnt[1]}",
+            f"With a learnt reward, judged by a checker? {learnt[0]}, mean of the run, {learnt[1]}",
             learnt[3],
         ),
         (

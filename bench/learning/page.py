@@ -64,8 +64,8 @@ ADVICE = """## What to take
   DiffusionNFT over the run by a checker that nothing trains on, and far ahead of PPO's arms (section
   proxy-nft). Each noised state has an advantage of its own, R - V(x, t, prompt), and an image of each prompt
   is enough. Without the critic that falls apart: against the rollout's mean it falls back to the base model,
-  against the prompt's own history it ends behind the base model with the learnt reward, and with the
-  checker's it gains more by the checker and half as much by gold (section levels).
+  against the prompt's own history the learnt reward ends far below the base model's, and with the checker's
+  it gains more by the checker and half as much by gold (section levels).
 - **Weighted by groups**, where the reward is a rule: with the checker's reward the critic explains 0.15 of it
   after 8,000 images, 0.3 of the learnt one, and is not shown to learn more than groups. A baseline of the
   state changes this loss's expected gradient: after value pretraining the critic takes out a third of the
@@ -80,8 +80,9 @@ ADVICE = """## What to take
 - **Small rollouts** with these losses, as long as images and calls of the reward are what counts. They take
   more time per image, and PPO does not bear them.
 
-All of it is measured on tiny models, on one task with two rewards, training all weights. [Objectives](objectives.md) tells
-how to switch, and [performance](performance.md) what a critic costs on published models."""
+All of it is measured on tiny models, on one task with two rewards, training all weights.
+[Objectives](objectives.md) tells how to switch, and [performance](performance.md) what a critic costs on
+published models."""
 
 
 def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> None:
