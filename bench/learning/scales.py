@@ -97,6 +97,9 @@ class Scale:
         ppo, has_ratio = config.ppo, isinstance(config.objective, PPO)
         if has_ratio and isinstance(ppo.clip, Ratio) and isinstance(ppo.clip.clip_range, float):
             ppo = replace(ppo, clip=Ratio(ppo.clip.clip_range * narrower))
+        if ppo.critic_minibatches:
+            states = batch * config.sampler.num_steps
+            ppo = replace(ppo, critic_minibatches=min(ppo.critic_minibatches, states))
         return replace(config, batch_size=batch, pretrain=pretrain, ppo=ppo)
 
 
