@@ -209,6 +209,7 @@ CLAIMS = {
             "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
         },
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+        reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward.",
     ),

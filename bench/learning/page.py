@@ -61,8 +61,8 @@ ADVICE = """## What to take
   DiffusionNFT on GRPO's groups is the simplest and takes the least time.
 - **Weighted by the critic**, the recipe `shapes` (`TrainConfig.objective=NFT()`, estimator `critic`), where
   the reward is learnt, as most are: with the similarity of a dual encoder for the reward it is ahead of
-  DiffusionNFT over the run by a checker that nothing trains on, and far ahead of PPO's arms (section
-  proxy-nft). Each noised state has an advantage of its own, R - V(x, t, prompt), and an image of each prompt
+  DiffusionNFT at the end and over the run, by a checker that nothing trains on, and far ahead of PPO's arms
+  (section proxy-nft). Each noised state has an advantage of its own, R - V(x, t, prompt), and an image of each prompt
   is enough. Without the critic that falls apart: against the rollout's mean it falls back to the base model,
   against the prompt's own history the learnt reward ends far below the base model's, and with the checker's
   it gains more by the checker and half as much by gold (section levels).
