@@ -130,13 +130,14 @@ def _conclusions(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
 
 
 def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Iterator[str]:
-    """Lines on the claims that all published methods are in: one figure, and how soon each is overtaken."""
-    found = {
-        f"{name}, {backbone}": (claims[name].metrics[0], curves)
-        for name in OVERVIEW
-        for backbone in claims[name].budgets
-        if (curves := tables.at_best(results, claims, name, backbone, PPO_ARMS))
-    }
+    """Lines on the claims that all published methods are in: one figure, without controls, and how soon each
+    is overtaken."""
+    found, methods = {}, claims[OVERVIEW[0]].arms("dit")
+    for name in OVERVIEW:
+        for backbone in claims[name].budgets:
+            if curves := tables.at_best(results, claims, name, backbone, PPO_ARMS):
+                shown = {arm: curves[arm] for arm in methods if arm in curves}
+                found[f"{name}, {backbone}"] = claims[name].metrics[0], shown
     if not found:
         return
     picture = pictures / "overview.png"

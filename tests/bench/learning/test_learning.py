@@ -240,6 +240,17 @@ def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_tha
     assert {len(curves) for curves in found.values()} == {4}
 
 
+def test_the_page_opens_with_methods_and_without_controls(tmp_path: Path) -> None:
+    for arm, last in {"critic-weighted NFT": 0.7, "DiffusionNFT": 0.65, "prompt history": 0.0}.items():
+        record(tmp_path, "proxy-nft", arm, last, seeds=2)
+    record(tmp_path, "proxy", "GRPO", 0.55, seeds=2)
+    page.write(tmp_path, tmp_path / "results.md")
+    opening, sections = (tmp_path / "results.md").read_text().split("## proxy-nft, dit")
+    assert "| GRPO | 0.550 |" in opening, "another claim on the problem has it"
+    assert "| prompt history |" not in opening
+    assert "| prompt history |" in sections
+
+
 def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
     cells = [
         "+0.1 [+0.0, +0.2] ahead",
