@@ -27,7 +27,7 @@ def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
         "host-work",
     }
     names |= {"kernels-avx2", "kernels-avx512", "roofline", "memory", "allocations", "ocr"}
-    names |= {"ranks-apart", "ranks-on-paper", "ranks-strong"}
+    names |= {"ranks-apart", "ranks-on-paper", "ranks-strong", "threads"}
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
     demos = json.loads(report.DEMOS.read_text(encoding="utf-8"))
