@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ASSETS = tempfile.TemporaryDirectory(prefix="lacfast-assets-")
 os.environ["HF_ASSETS_CACHE"] = ASSETS.name
 
-# A shell lets what it runs in the background ignore Ctrl-C, and nohup the terminal's end: tests that send them
+# A shell lets what it runs in the background ignore Ctrl-C, nohup the end of a terminal: tests that send them
 # would fail or wait for ever.
 for sent, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(sent) == signal.SIG_IGN:
