@@ -24,9 +24,9 @@ AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
 CHOSEN_ELSEWHERE = (
     "Critic-weighted NFT learns with the critic's replay, as the recipe `shapes` does. Rollouts of "
     f"{SMALL_ROLLOUTS['dit']} images, {SMALL_ROLLOUTS['unet']} on the UNet, and the rate, which falls to 0 "
-    "over a run, are what section objectives chose with the checker's reward, on the UNet for one arm and "
-    "nearly for the other; nothing was tuned here. Prompt history is a control: one image of a prompt too, "
-    "and no critic."
+    "over a run, are what section objectives chose with the checker's reward, on the UNet the rollout of "
+    "DiffusionNFT and the rate of the other; nothing was tuned here. Prompt history is a control: one image "
+    "of a prompt too, and no critic."
 )
 
 

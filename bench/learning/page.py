@@ -71,10 +71,11 @@ ADVICE = """## What to take
   after 8,000 images, 0.3 of the learnt one, and is not shown to learn more than groups. A baseline of the
   state changes this loss's expected gradient: after value pretraining the critic takes out a third of the
   noise and as much of the signal, which are equal at 300 to 440 trajectories under every baseline. PPO's take
-  18,500 with the critic and 25,000 or more without (section gradients), which is why the loss on the forward
-  process is so far ahead.
-- **Steering** pays most while the policy obeys little. At the end of a run the checker's critic gains 0.03
-  at three times the compute, as three times the steps do, which gain more by gold (section inference).
+  18,500 with the critic and 25,000 against the rollout's mean (section gradients; the base model, one seed).
+- **Steering** is worth what the critic knows. The demo's, after 16 rollouts of value pretraining, adds 3, 10
+  and 10 points on its three seeds, at three times the compute ([demo](demo/README.md)). Without pretraining
+  it adds 3 at the end of a run on the checker, as three times the steps do, which gain more by gold (section
+  inference, one seed).
 - **PPO with the critic**, the recipe `shapes-ppo`, where the likelihood ratio itself is needed: a bound on
   the sampler's own transitions, weights in shards, ranks that sample apart. The losses on the forward
   process refuse those.

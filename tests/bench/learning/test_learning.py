@@ -240,6 +240,7 @@ def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_tha
     assert {len(curves) for curves in found.values()} == {4}
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_the_page_opens_with_methods_and_without_controls(tmp_path: Path) -> None:
     for arm, last in {"critic-weighted NFT": 0.7, "DiffusionNFT": 0.65, "prompt history": 0.0}.items():
         record(tmp_path, "proxy-nft", arm, last, seeds=2)
