@@ -63,8 +63,10 @@ def tried(claim: Claim, study: Path, name: str, arm: Arm, number: int) -> list[S
 
 
 def jobs(claim: Claim, study: Path, backbone: BackboneName) -> Iterator[Job]:
-    """Every run of a claim: first those that tune, then seed by seed those whose arm is tuned."""
-    budget, arms, tuning = claim.budgets[backbone], claim.arms(backbone), claim.tuning
+    """Every run of a claim that no other has: first those that tune, then seed by seed those whose arm is
+    tuned."""
+    budget, tuning = claim.budgets[backbone], claim.tuning
+    arms = {name: arm for name, arm in claim.arms(backbone).items() if name not in claim.runs_of}
     for number, share in enumerate(tuning.rounds):
         short = replace(budget, images=round(share * budget.images), seconds=0.0)
         for name, arm in arms.items():

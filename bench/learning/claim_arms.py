@@ -32,7 +32,7 @@ from bench.learning.arms import (
     with_trunk,
 )
 from bench.learning.runs import Arm
-from lacfast.config import GRPO, TrainConfig
+from lacfast.config import GRPO, AdvantageConfig, TrainConfig
 from lacfast.tasks.models import BackboneName
 
 NOT_THE_NOISIEST = (1, 8)
@@ -91,6 +91,20 @@ def forward_process(backbone: BackboneName) -> dict[str, Arm]:
     arms = levels(backbone)
     kept = ("DiffusionNFT", "prompt history")
     return {"critic-weighted NFT": arms["critic with replay"]} | {name: arms[name] for name in kept}
+
+
+def joint(backbone: BackboneName) -> dict[str, Arm]:
+    similarity, checker = {"similarity": 1.0}, {"shapes": 1.0}
+    arms = levels(backbone)
+    critic, groups = arms["critic with replay"], arms["DiffusionNFT"]
+    shared = replace(critic.config, advantages=AdvantageConfig(combination="scalarized"))
+    return {
+        "two heads": replace(critic, rewards=similarity | checker),
+        "one shared head": replace(critic, config=shared, rewards=similarity | checker),
+        "DiffusionNFT": replace(groups, rewards=similarity | checker),
+        "similarity alone": replace(critic, rewards=similarity),
+        "checker alone": replace(critic, rewards=checker),
+    }
 
 
 def controls(backbone: BackboneName) -> dict[str, Arm]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from bench.learning import claim_arms
 from bench.learning.arms import (
@@ -48,6 +48,8 @@ class Claim:
     """How each arm gets its settings."""
     seeds: int = 5
     """Paired runs per arm."""
+    runs_of: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Arm -> claim and arm whose runs are this one's: of the same settings, rewards and budget, run once."""
     more_compute: bool = False
     """Whether the ends are compared by what they make of more compute per image, too."""
     note: str = ""
@@ -102,6 +104,7 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         seeds=3,
+        runs_of={arm: ("objectives", arm) for arm in ("critic-weighted NFT", "DiffusionNFT")},
         note=f"Rollouts of {SMALL_ROLLOUTS['dit']} images and the rate as section objectives chose them for "
         "both of its arms with this loss, whose runs these are. Batch mean and prompt history are "
         "controls without critic or groups: one image per prompt, each reward against the rollout's mean, or "
@@ -212,6 +215,30 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
         note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward.",
+    ),
+    "glyphs-proxy-nft": Claim(
+        question="Is it so on the second task, where a learnt reward compares words with pictures of them?",
+        problem="glyphs-similarity",
+        arms=claim_arms.forward_process,
+        budgets={
+            "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
+            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
+        },
+        metrics=("glyphs_gold", "similarity_gold", "similarity", "diversity"),
+        reward_costs=(0.0, 0.05),
+        tuning=AS_CHOSEN,
+        note=CHOSEN_ELSEWHERE,
+    ),
+    "joint": Claim(
+        question="Does the critic join a learnt reward and a rule so that neither is hacked?",
+        problem="both",
+        arms=claim_arms.joint,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_gold", "similarity_gold", "shapes_strict", "similarity", "diversity"),
+        reward_costs=(0.0, 0.05),
+        tuning=AS_CHOSEN,
+        seeds=3,
+        runs_of={"similarity alone": ("proxy-nft", "critic-weighted NFT")},
     ),
     "multi-reward": Claim(
         question="Do two heads keep the first reward while a compatible second one rises?",

@@ -166,7 +166,7 @@ def counted(cells: Sequence[str]) -> str:
 def _missing(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:
     for name, claim in claims.items():
         for backbone in claim.budgets:
-            wanted = claim.seeds * len(claim.arms(backbone))
+            wanted = claim.seeds * len(claim.arms(backbone).keys() - claim.runs_of.keys())
             found = _count(results / name / backbone)
             if found < wanted:
                 yield f"- {name}, {backbone}: {found} of {wanted} runs"
@@ -181,7 +181,7 @@ def _count(study: Path) -> int:
 
 
 def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pictures: Path) -> str:
-    curves = tables.paired_curves(results / name / backbone, claim, backbone)
+    curves = tables.paired_curves(results, name, claim, backbone)
     if not curves:
         return ""
     seeds = len(next(iter(curves.values())))
@@ -191,7 +191,7 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
         f"## {name}, {backbone}",
         "",
         f"{claim.question} Problem `{claim.problem}`, paired seeds: {seeds}. "
-        + _tuning(results / name / backbone, claim, backbone, curves)
+        + _tuning(results, name, claim, backbone, curves)
         + _not_run(claim.arms(backbone), curves),
         *(["", claim.note] if claim.note else []),
         "",
@@ -212,13 +212,13 @@ def _not_run(arms: Iterable[str], curves: Curves) -> str:
     return f" Not run yet: {', '.join(missing)}." if missing else ""
 
 
-def _tuning(study: Path, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
+def _tuning(results: Path, name: str, claim: Claim, backbone: BackboneName, curves: Curves) -> str:
     tuning, arms = claim.tuning, claim.arms(backbone)
     tried = tuning.described(list(arms.values()))
     if not tuning.rounds:
         return f"Policy learning rate fixed at {tried}."
-    found = units.load(study)
-    chosen = ", ".join(f"{_chosen(tables.units_of(found, arm)[0], tuning)} ({arm})" for arm in curves)
+    found = tables.reported(results, name, claim, backbone, curves)
+    chosen = ", ".join(f"{_chosen(made[0], tuning)} ({arm})" for arm, made in found.items())
     how = " by successive halving" if len(tuning.rounds) > 1 else ""
     falls = ", from where it falls to 0 over a run" if tuning.falls else ""
     return f"Policy learning rate tuned{how} over {tried}{falls}; chosen: {chosen}."

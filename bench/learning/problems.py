@@ -57,6 +57,16 @@ PROBLEMS = {
         rewards={"similarity": 1.0},
         judges=("shapes_strict", "shapes_gold", "similarity_gold"),
     ),
+    "glyphs-similarity": Problem(
+        task=glyphs.TASK,
+        rewards={"similarity": 1.0},
+        judges=("glyphs_strict", "glyphs_gold", "similarity_gold"),
+    ),
+    "both": Problem(
+        task=scenes.TASK,
+        rewards={"similarity": 1.0, "shapes": 1.0},
+        judges=("shapes_gold", "similarity_gold", "shapes_strict", "similarity", "shapes"),
+    ),
     "jpeg": Problem(
         task=scenes.TASK, rewards={"jpeg_compressibility": 1.0}, judges=("shapes_strict", "shapes_gold")
     ),

@@ -30,27 +30,37 @@ def units_of(found: Mapping[str, units.Unit], arm: str) -> list[units.Unit]:
     return [unit for key, unit in found.items() if key.startswith(f"{key_start(arm)}seed")]
 
 
-def _curves(study: Path, arms: Iterable[str]) -> dict[str, dict[int, list[Point]]]:
+def reported(
+    results: Path, name: str, claim: Claim, backbone: BackboneName, arms: Iterable[str]
+) -> dict[str, list[units.Unit]]:
+    """Arm -> its runs, those that tune aside, also where another claim has them; arms without one are left
+    out."""
+    places = {arm: claim.runs_of.get(arm, (name, arm)) for arm in arms}
+    owners = {owner for owner, _ in places.values()}
+    found = {owner: units.load(results / owner / backbone) for owner in owners}
+    made = {arm: units_of(found[owner], theirs) for arm, (owner, theirs) in places.items()}
+    return {arm: of_arm for arm, of_arm in made.items() if of_arm}
+
+
+def _curves(
+    results: Path, name: str, claim: Claim, backbone: BackboneName, arms: Iterable[str]
+) -> dict[str, dict[int, list[Point]]]:
     """Arm -> seed -> curve, of those that have one."""
-    found = units.load(study)
-    return {
-        arm: {unit["seed"]: runs.curve(unit) for unit in made}
-        for arm in arms
-        if (made := units_of(found, arm))
-    }
+    found = reported(results, name, claim, backbone, arms)
+    return {arm: {unit["seed"]: runs.curve(unit) for unit in made} for arm, made in found.items()}
 
 
 def _common_seeds(curves: Mapping[str, Mapping[int, object]]) -> list[int]:
     return sorted(set.intersection(*(set(of_arm) for of_arm in curves.values())))
 
 
-def paired_curves(study: Path, claim: Claim, backbone: BackboneName) -> Curves:
+def paired_curves(results: Path, name: str, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
     Empty without such a seed, without the claim's first arm, and without another one.
     """
     arms = list(claim.arms(backbone))
-    found = _curves(study, arms)
+    found = _curves(results, name, claim, backbone, arms)
     if len(found) < 2 or arms[0] not in found:
         return {}
     seeds = _common_seeds(found)
@@ -75,15 +85,15 @@ def at_best(
         rivals: arms that the claim has not and others may have.
     """
     claim = claims[name]
-    best = dict(paired_curves(results / name / backbone, claim, backbone))
+    best = dict(paired_curves(results, name, claim, backbone))
     if not best:
         return {}
     arms = list(dict.fromkeys([*claim.arms(backbone), *rivals]))
-    seeds = _common_seeds(_curves(results / name / backbone, best))
+    seeds = _common_seeds(_curves(results, name, claim, backbone, best))
     for other, rival in claims.items():
         if other == name or rival.problem != claim.problem or not rival.tuning.rounds:
             continue
-        for arm, found in _curves(results / other / backbone, arms).items():
+        for arm, found in _curves(results, other, rival, backbone, arms).items():
             if found.keys() >= set(seeds):
                 both = {"there": [found[seed] for seed in seeds]}
                 both |= {"here": best[arm]} if arm in best else {}
@@ -98,7 +108,7 @@ def comparable(results: Path, claims: Mapping[str, Claim]) -> Iterator[tuple[str
     """Title, claim and curves of every claim and backbone with pairs enough for an interval."""
     for name, claim in claims.items():
         for backbone in claim.budgets:
-            curves = paired_curves(results / name / backbone, claim, backbone)
+            curves = paired_curves(results, name, claim, backbone)
             if curves and len(next(iter(curves.values()))) > 1:
                 yield f"{name}, {backbone}", claim, curves
 

@@ -263,6 +263,44 @@ def test_the_conclusion_counts_verdicts_and_not_what_cannot_be_judged() -> None:
     assert page.counted([*cells, cells[0]]) == "ahead in 2, undecided in 1, behind in 1 of 4"
 
 
+def test_an_arm_whose_runs_another_claim_has_is_compared_and_not_run_again(tmp_path: Path) -> None:
+    levels = CLAIMS["levels"]
+    assert levels.runs_of["DiffusionNFT"] == ("objectives", "DiffusionNFT")
+    wanted = {job.key for job in command.jobs(levels, tmp_path / "levels" / "dit", "dit")}
+    assert "prompt-history-seed0" in wanted
+    assert not [key for key in wanted if key.startswith("diffusionnft")]
+    record(tmp_path, "objectives", "DiffusionNFT", 0.7, seeds=2)
+    record(tmp_path, "levels", "critic with replay", 0.6, seeds=2)
+    record(tmp_path, "objectives", "critic-weighted NFT", 0.5, seeds=2)
+    found = tables.paired_curves(tmp_path, "levels", levels, "dit")
+    ends = {arm: curves[0][-1].scores["shapes_strict"] for arm, curves in found.items()}
+    assert ends == {"critic-weighted NFT": 0.5, "DiffusionNFT": 0.7, "critic with replay": 0.6}
+
+
+OTHERS = [
+    pytest.param(name, arm, backbone, id=f"{name}-{arm}-{backbone}")
+    for name, claim in CLAIMS.items()
+    for arm in claim.runs_of
+    for backbone in claim.budgets
+]
+
+
+@pytest.mark.parametrize(("name", "arm", "backbone"), OTHERS)
+def test_runs_of_another_claim_are_of_the_arms_own_settings(name: str, arm: str, backbone: Any) -> None:
+    claim, problem = CLAIMS[name], PROBLEMS[CLAIMS[name].problem]
+    owner = CLAIMS[claim.runs_of[arm][0]]
+    ours, budget = claim.arms(backbone)[arm], claim.budgets[backbone]
+    assert (problem.task, budget) == (PROBLEMS[owner.problem].task, owner.budgets[backbone])
+    (setting,) = claim.tuning.settings(ours)
+    settings = units.changed(claim.tuning.applied(ours, setting, budget.images).config)
+    found = tables.reported(command.RESULTS, name, claim, backbone, [arm])[arm]
+    for unit in found:
+        assert unit["settings"] == settings
+        assert unit["rewards"] == (ours.rewards or problem.rewards)
+        assert set(claim.metrics) <= unit["points"][-1]["scores"].keys()
+    assert {unit["seed"] for unit in found} >= set(range(claim.seeds))
+
+
 def tournament() -> Claim:
     """Two arms, six settings of each, of which two are tried for twice as long."""
     tuning = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5), rounds=(1 / 4, 1 / 2), falls=True)
