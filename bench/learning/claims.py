@@ -28,6 +28,10 @@ CHOSEN_ELSEWHERE = (
     "DiffusionNFT and the rate of the other; nothing was tuned here. Prompt history is a control: one image "
     "of a prompt too, and no critic."
 )
+LEARNT_REWARD_BUDGETS: dict[BackboneName, Budget] = {
+    "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
+    "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +193,16 @@ CLAIMS = {
         question="With a learnt reward that can be fooled, what happens to what it stands for?",
         problem="similarity",
         arms=claim_arms.baselines,
-        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
+        budgets=LEARNT_REWARD_BUDGETS,
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+    ),
+    "glyphs-proxy": Claim(
+        question="And on the second task, where the learnt reward compares words with pictures of them?",
+        problem="glyphs-similarity",
+        arms=claim_arms.baselines,
+        budgets=LEARNT_REWARD_BUDGETS,
+        metrics=("glyphs_gold", "similarity_gold", "similarity", "diversity"),
+        seeds=3,
     ),
     "glyphs-nft": Claim(
         question="Do losses on the forward process learn more than PPO on the second task, too?",
@@ -207,10 +219,7 @@ CLAIMS = {
         question="With the learnt reward, what do losses on the forward process do to what it stands for?",
         problem="similarity",
         arms=claim_arms.forward_process,
-        budgets={
-            "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
-            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
-        },
+        budgets=LEARNT_REWARD_BUDGETS,
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
@@ -220,10 +229,7 @@ CLAIMS = {
         question="Is it so on the second task, where a learnt reward compares words with pictures of them?",
         problem="glyphs-similarity",
         arms=claim_arms.forward_process,
-        budgets={
-            "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
-            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
-        },
+        budgets=LEARNT_REWARD_BUDGETS,
         metrics=("glyphs_gold", "similarity_gold", "similarity", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
