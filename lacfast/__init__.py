@@ -24,6 +24,7 @@ _HOMES = {
     "load_backbone": "backbones",
     "load_prompts": "prompts",
     "push_to_hub": "backbones",
+    "recipe": "runs.recipes",
     "steer": "steering",
 }
 """Public name -> the room that it comes from; __init__.pyi says the same to type checkers."""

@@ -11,5 +11,6 @@ from lacfast.config import SteeringConfig as SteeringConfig
 from lacfast.config import TrainConfig as TrainConfig
 from lacfast.config import ValuePretrainingConfig as ValuePretrainingConfig
 from lacfast.prompts import load_prompts as load_prompts
+from lacfast.runs.recipes import recipe as recipe
 from lacfast.steering import steer as steer
 from lacfast.trainer import LatentActorCriticTrainer as LatentActorCriticTrainer

@@ -49,7 +49,14 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe(source: str) -> RunConfig:
-    """The settings of a recipe, see find_recipe."""
+    """The settings of a recipe; its `train` is what a trainer of your own takes.
+
+    Args:
+        source: a name of docs/training.md, e.g. "sd35m-pickscore", or a file's path.
+
+    Raises:
+        ValueError: for an unknown name, or a file that load_recipe refuses.
+    """
     return find_recipe(source).settings
 
 
