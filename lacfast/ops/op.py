@@ -121,6 +121,12 @@ class Op(Generic[Inputs, Outputs]):
         self._select_kept_outputs = _selection(self._kept_outputs)
         self._select_statistics = _selection(self._statistics)
         self.select_differentiable = _selection(self._differentiable)
+        # Of the differentiable ones and then all; of their gradients and then None.
+        order = [*self._differentiable, *range(len(results))]
+        self._select_traced = _selection([order.index(i) for i in range(len(results))])
+        self._select_grads = _selection(
+            [-1 if i in self._statistics else order.index(i) for i in range(len(results))]
+        )
         self._no_gradients = [0 if name in numbers else None for name in fields]
         # Where each field lies among what is kept, tensors before numbers; what is not is None, the last.
         kept = [name for name in (*fields, *results) if name in keeps] + numbers
@@ -147,10 +153,7 @@ class Op(Generic[Inputs, Outputs]):
         differentiable = _Direct.apply(self, chosen, inputs, beside, *trained)  # type: ignore[no-untyped-call]
         if not self._statistics:
             return self.outputs(differentiable)
-        outputs = list(beside[0])
-        for i, output in zip(self._differentiable, differentiable, strict=True):
-            outputs[i] = output
-        return self.outputs(outputs)
+        return self.outputs(self._select_traced((*differentiable, *beside[0])))
 
     def run(self, chosen: str, inputs: Inputs) -> Outputs:
         """The kernel alone."""
@@ -195,16 +198,11 @@ class Op(Generic[Inputs, Outputs]):
             contiguous = self.outputs([None if grad is None else grad.contiguous() for grad in grads])
             records = (inputs, outputs, contiguous, self.inputs(results))
             launch(chosen, self._gradient, inputs[self._kept_inputs[0]], *records)
-        return [results[i] for i in self._trained]
+        return self._select_trained(results)
 
     def of_outputs(self, grads: Gradients) -> Gradients:
         """A gradient, or None, for every output from those of the differentiable ones."""
-        if not self._statistics:
-            return grads
-        every: list[Tensor | None] = [None] * (len(grads) + len(self._statistics))
-        for i, grad in zip(self._differentiable, grads, strict=True):
-            every[i] = grad
-        return every
+        return self._select_grads((*grads, None)) if self._statistics else grads
 
     def backward(self, ctx: Any, chosen: str | None, grads: Gradients, wanted: Sequence[bool]) -> Gradients:
         """The trained inputs' gradients, by those of the outputs; without a backend by the registered op."""
@@ -217,7 +215,7 @@ class Op(Generic[Inputs, Outputs]):
         if self._formula is not None:
             return self._formula(*self._restored(kept), grads)
         if chosen is not None:
-            gradient = self._made_ahead(ctx, grads[0])
+            gradient = self._made_ahead(ctx, grads[0]) if self._makes_gradient else None
             return self.gradients(chosen, kept, grads, wanted) if gradient is None else [gradient]
         statistics = [None if i in self._statistics else grad for i, grad in enumerate(grads)]
         results = _decoded(self._registered_backward(*kept, *statistics, list(wanted)))

@@ -116,7 +116,7 @@ def _allocate(inputs: ValuePool) -> ValuePoolOutputs:
     heads = query.shape[1]
     return ValuePoolOutputs(
         torch.empty_like(query),
-        query.new_empty(query.shape, dtype=dtype),
+        torch.empty_like(query, dtype=dtype),
         query.new_empty((batch, heads), dtype=dtype),
         query.new_empty((batch, heads + 1, tokens), dtype=dtype),
     )
