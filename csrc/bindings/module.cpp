@@ -81,6 +81,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("name_dtypes", &name_dtypes);
   module.def("use_dlpack", &use_dlpack);
   module.def("addresses", &addresses);
+  module.def("layout", &layout_of);
   module.def("number", &number);
   module.def("kernel", &bound_kernel);
 }

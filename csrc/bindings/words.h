@@ -91,6 +91,34 @@ inline Tensor tensor_of(PyObject* value) {
   return view_of(value, view) ? Tensor{view.data, dtype_of(view.dtype)} : slow_tensor_of(value);
 }
 
+// Devices, dtypes and shapes of tensors, or where one is None, as bytes that differ where any of these does. None where not all
+// of them are plain, seen by DLPack and in order in memory.
+inline py::object layout_of(const py::tuple& tensors) {
+  thread_local std::string layout;
+  layout.clear();
+  const auto append = [](const auto& value) { layout.append(reinterpret_cast<const char*>(&value), sizeof value); };
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); ++i) {
+    PyObject* value = PyTuple_GET_ITEM(tensors.ptr(), i);
+    if (value == Py_None) {
+      append(std::int32_t{-1});
+      continue;
+    }
+    dlpack::DLTensor view;
+    // A subclass may show another device and shape than it stores.
+    if (Py_TYPE(value) != torch.tensor || !view_of(value, view)) return py::none();
+    append(view.ndim);
+    append(view.dtype);
+    append(view.device);
+    std::int64_t stride = 1;
+    for (std::int32_t k = view.ndim - 1; k >= 0; --k) {
+      if (view.strides != nullptr && view.shape[k] != 1 && view.strides[k] != stride) return py::none();
+      stride *= view.shape[k];
+      append(view.shape[k]);
+    }
+  }
+  return py::bytes(layout);
+}
+
 inline void put_size(SizedTensor& tensor, std::size_t dimension, std::int64_t size) {
   tensor.numel *= size;
   if (dimension < 3) tensor.sizes[dimension] = size;

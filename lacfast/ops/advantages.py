@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.config.checks import unknown
-from lacfast.ops.checks import arithmetic_dtype, check_first, check_operand
+from lacfast.ops.checks import arithmetic_dtype, check_first, check_operand, once_per_layout
 from lacfast.ops.op import Op, Sized
 from lacfast.records import NormalizedAdvantages, RewardCondition
 
@@ -74,7 +74,7 @@ def normalized_advantages(
     Raises:
         ValueError: a setting, shape, dtype, device or memory order that does not fit.
     """
-    _check(rewards, values, reward_mean, reward_std, weights, mask, combination)
+    _check(rewards, values, reward_mean, reward_std, weights, mask, combination=combination)
     conditions_on, thresholds = _condition_lists(rewards, conditions)
     chosen = ADVANTAGE_SUMS.chosen(values)
     if isinstance(gae_lambda, Tensor) or chosen == "reference":
@@ -100,17 +100,17 @@ def normalized_advantages(
         *(rewards, values, reward_mean, reward_std, weights, mask, scalarized, conditions_on, thresholds),
         *(gamma, gae_lambda, value_lambda, target_clip),
     )
-    with torch.no_grad():
-        raw, targets, sums = ADVANTAGE_SUMS(chosen, inputs)
-        if all_reduce is not None:
-            sums = sums.sum(dim=0)
-            all_reduce(sums)
-            sums = sums[None]
-        normalize_heads = combination == "sum_normalized"
-        apply = AdvantageApply(raw, weights, mask, sums, scalarized, normalize_heads, advantage_clip)
-        return NormalizedAdvantages(ADVANTAGE_APPLY(chosen, apply).advantages, raw, targets)
+    raw, targets, sums = ADVANTAGE_SUMS(chosen, inputs)
+    if all_reduce is not None:
+        sums = sums.sum(dim=0)
+        all_reduce(sums)
+        sums = sums[None]
+    normalize_heads = combination == "sum_normalized"
+    apply = AdvantageApply(raw, weights, mask, sums, scalarized, normalize_heads, advantage_clip)
+    return NormalizedAdvantages(ADVANTAGE_APPLY(chosen, apply).advantages, raw, targets)
 
 
+@once_per_layout
 def _check(
     rewards: Tensor,
     values: Tensor,
@@ -118,6 +118,7 @@ def _check(
     reward_std: Tensor,
     weights: Tensor,
     mask: Tensor | None,
+    *,
     combination: str,
 ) -> None:
     if combination not in COMBINATIONS:
@@ -201,7 +202,7 @@ class AdvantageApplyOutputs(NamedTuple):
 
 def _parts(values: Tensor) -> int:
     """Rows of moments: one, or one for each block of the CUDA kernel."""
-    return 1 if values.device.type == "cpu" else cuda_blocks(values)
+    return 1 if values.is_cpu else cuda_blocks(values)
 
 
 def cuda_blocks(values: Tensor) -> int:
@@ -217,13 +218,14 @@ def cuda_blocks(values: Tensor) -> int:
 def _sums(inputs: AdvantageSums) -> AdvantageSumsOutputs:
     values = inputs.values
     heads = values.shape[2]
-    raw = values.new_empty(values.shape, dtype=arithmetic_dtype(values))
-    sums = values.new_empty((_parts(values), 1 + heads + heads * heads), dtype=torch.float64)
+    raw = torch.empty_like(values, dtype=arithmetic_dtype(values))
+    sums = values.new_empty(_parts(values), 1 + heads + heads * heads, dtype=torch.float64)
     return AdvantageSumsOutputs(raw, torch.empty_like(raw), sums)
 
 
 def _advantages(inputs: AdvantageApply) -> AdvantageApplyOutputs:
-    return AdvantageApplyOutputs(inputs.raw.new_empty(inputs.raw.shape[:2]))
+    batch, steps, _ = inputs.raw.shape
+    return AdvantageApplyOutputs(inputs.raw.new_empty(batch, steps))
 
 
 ADVANTAGE_SUMS = Op("advantage_sums", AdvantageSums, AdvantageSumsOutputs, _sums, cuda=True)

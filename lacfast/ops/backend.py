@@ -91,6 +91,12 @@ def unusable_reason(name: str) -> str:
     return str(importlib.import_module("lacfast._C").cuda_unusable_reason())
 
 
+def chosen_for(name: str, tensor: Tensor) -> str:
+    """The backend of kernel `name` for tensors of this device and dtype."""
+    # Of a CPU's tensor the type of the device takes eight times as long to find.
+    return choose(name, "cpu" if tensor.is_cpu else tensor.device.type, tensor.dtype)
+
+
 def choose(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The backend of kernel `name` for a device and dtype; a compiled graph keeps the choice."""
     forced = _forced.get()
@@ -120,7 +126,7 @@ def _natural_backend(name: str, device_type: str, dtype: torch.dtype) -> str:
     if not reason:
         return natural
     message = f"backend {natural!r} is not usable here ({reason}); {name} runs its slower eager reference"
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
     return "reference"
 
 
@@ -186,6 +192,12 @@ def extension() -> Any:
     # torch 2.9 has no exchange of DLPack in C; its tensors are read through Python.
     module.use_dlpack(Tensor, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     return module
+
+
+@cache
+def layout_reader() -> Callable[[tuple[Tensor | None, ...]], bytes | None]:
+    """What writes devices, dtypes and shapes of plain tensors, in order in memory, as bytes; else None."""
+    return (lambda tensors: None) if _import_error("lacfast._C") else extension().layout
 
 
 def _has_kernel(chosen: str, name: str) -> bool:

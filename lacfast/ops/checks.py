@@ -6,13 +6,45 @@ by the CPU kernels only: on a GPU, `steps` cannot be looked at without a synchro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
+from lacfast.ops.backend import layout_reader
 from lacfast.records import NoiseKey
 from lacfast.reference.transition import arithmetic_dtype as arithmetic_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+MOST_LAYOUTS = 1024
+"""How many of them a check remembers; a run has a few."""
+
+
+def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
+    """A check that asks of its tensors nothing but device, dtype, shape and memory order, once for all alike.
+
+    The settings that it takes by keyword are a part of what is alike. What C++ cannot look at, as a fake
+    tensor, is checked each time.
+    """
+    passed: set[object] = set()
+
+    @wraps(check)
+    def checked(*tensors: Tensor | None, **settings: object) -> None:
+        if torch.compiler.is_compiling():
+            return check(*tensors, **settings)
+        layout = layout_reader()(tensors)
+        key = (layout, *settings.values()) if settings else layout
+        if key in passed:
+            return None
+        check(*tensors, **settings)
+        if layout is not None and len(passed) < MOST_LAYOUTS:
+            passed.add(key)
+        return None
+
+    return checked
 
 
 def check_first(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -73,6 +105,7 @@ def check_transition(
     check_operand("steps", steps, like_name, like, steps_shape, (torch.int64,))
 
 
+@once_per_layout
 def check_step(
     sample: Tensor,
     model_output: Tensor,
@@ -80,8 +113,9 @@ def check_step(
     steps: Tensor,
     uncond_output: Tensor | None,
     guidance_scale: Tensor | None,
+    *key: Tensor | None,
 ) -> None:
-    """What both forms of gaussian_step ask, besides the noise."""
+    """What both forms of gaussian_step ask; `key` is the noise as split_noise gives it."""
     check_latents("sample", sample)
     same_maths = FLOATS[3:] if sample.dtype == torch.float64 else FLOATS[:3]
     check_operand("model_output", model_output, "sample", sample, sample.shape, same_maths)
@@ -93,18 +127,26 @@ def check_step(
         like = ("model_output", model_output, sample.shape, (model_output.dtype,))
         check_operand("uncond_output", uncond_output, *like)
         check_operand("guidance_scale", guidance_scale, "sample", sample, (1,), (torch.float32,))
+    check_noise("sample", sample, *key)
 
 
-def split_noise(
-    noise: Tensor | NoiseKey, like_name: str, like: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def split_noise(noise: Tensor | NoiseKey) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The noise as (tensor, seed, sample ids), of which either the first or the other two are None."""
-    if isinstance(noise, NoiseKey):
-        check_operand("noise.seed", noise.seed, like_name, like, (1,), (torch.int64,))
-        check_operand("noise.sample_ids", noise.sample_ids, like_name, like, like.shape[:1], (torch.int64,))
-        return None, noise.seed, noise.sample_ids
-    check_operand("noise", noise, like_name, like, like.shape, (torch.float32, like.dtype))
-    return noise, None, None
+    return (None, noise.seed, noise.sample_ids) if isinstance(noise, NoiseKey) else (noise, None, None)
+
+
+def check_noise(
+    like_name: str, like: Tensor, noise: Tensor | None, seed: Tensor | None, sample_ids: Tensor | None
+) -> None:
+    """Noise that was split: eps of the latents' shape, or seed (1,) and sample ids (B,) int64."""
+    operands = (
+        ("noise", noise, like.shape, (torch.float32, like.dtype)),
+        ("noise.seed", seed, (1,), (torch.int64,)),
+        ("noise.sample_ids", sample_ids, like.shape[:1], (torch.int64,)),
+    )
+    for name, tensor, shape, dtypes in operands:
+        if tensor is not None:
+            check_operand(name, tensor, like_name, like, shape, dtypes)
 
 
 def reduction_scale(reduction: str, like: Tensor) -> float:

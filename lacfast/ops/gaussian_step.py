@@ -52,8 +52,8 @@ def gaussian_step(
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    check_step(sample, model_output, coefficients, steps, uncond_output, guidance_scale)
-    key = split_noise(noise, "sample", sample)
+    key = split_noise(noise)
+    check_step(sample, model_output, coefficients, steps, uncond_output, guidance_scale, *key)
     scale = reduction_scale(reduction, sample)
     chosen = GAUSSIAN_STEP.chosen(sample)
     if chosen == "reference":

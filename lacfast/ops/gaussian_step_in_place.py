@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.backend import add_kernel, choose, launch, through_dispatcher
+from lacfast.ops.backend import add_kernel, chosen_for, launch, through_dispatcher
 from lacfast.ops.checks import (
     FLOATS,
     arithmetic_dtype,
     check_operand,
     check_step,
+    once_per_layout,
     reduction_scale,
     split_noise,
 )
@@ -63,12 +64,13 @@ def gaussian_step_(
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit; an input that needs gradients.
     """
-    check_step(sample, model_output, coefficients, steps, uncond_output, guidance_scale)
-    key = split_noise(noise, "sample", sample)
-    _check_slab(slab, sample, coefficients)
+    key = split_noise(noise)
+    check_step(sample, model_output, coefficients, steps, uncond_output, guidance_scale, *key)
+    kept = Slab(slab.latents, slab.model_outputs, slab.log_probs)
+    _check_slab(sample, coefficients, *kept)
     _refuse_gradients(sample, model_output, uncond_output)
     scale = reduction_scale(reduction, sample)
-    chosen = choose(_NAME, sample.device.type, sample.dtype)
+    chosen = chosen_for(_NAME, sample)
     if chosen == "reference":
         with torch.no_grad():
             return reference.gaussian_step_(
@@ -85,7 +87,6 @@ def gaussian_step_(
     inputs = GaussianStep(
         sample, model_output, uncond_output, guidance_scale, coefficients, steps, *key, scale
     )
-    kept = Slab(slab.latents, slab.model_outputs, slab.log_probs)
     if through_dispatcher(sample):
         _registered(*inputs, *kept)
     else:
@@ -93,14 +94,17 @@ def gaussian_step_(
     return None
 
 
-def _check_slab(slab: TrajectorySlab, sample: Tensor, coefficients: Tensor) -> None:
+@once_per_layout
+def _check_slab(
+    sample: Tensor, coefficients: Tensor, latents: Tensor, model_outputs: Tensor, log_probs: Tensor
+) -> None:
     steps, dtype = coefficients.shape[0], arithmetic_dtype(sample)
     narrow = FLOATS[:3] if sample.dtype == torch.float32 else (sample.dtype,)
     outputs = FLOATS[3:] if sample.dtype == torch.float64 else FLOATS[:3]
     like = ("sample", sample)
-    check_operand("slab.latents", slab.latents, *like, (steps + 1, *sample.shape), narrow)
-    check_operand("slab.model_outputs", slab.model_outputs, *like, (steps, *sample.shape), outputs)
-    check_operand("slab.log_probs", slab.log_probs, *like, (steps, sample.shape[0]), (dtype,))
+    check_operand("slab.latents", latents, *like, (steps + 1, *sample.shape), narrow)
+    check_operand("slab.model_outputs", model_outputs, *like, (steps, *sample.shape), outputs)
+    check_operand("slab.log_probs", log_probs, *like, (steps, sample.shape[0]), (dtype,))
 
 
 def _refuse_gradients(*inputs: Tensor | None) -> None:
@@ -132,7 +136,7 @@ add_kernel(_NAME, (words_format(GaussianStep), words_format(Slab)), triton=("gau
 def _registered(*fields: Any) -> None:
     inputs, kept = GaussianStep(*fields[: -len(Slab._fields)]), Slab(*fields[-len(Slab._fields) :])
     sample = inputs.sample
-    launch(choose(_NAME, sample.device.type, sample.dtype), _NAME, sample, inputs, kept)
+    launch(chosen_for(_NAME, sample), _NAME, sample, inputs, kept)
 
 
 @_registered.register_fake

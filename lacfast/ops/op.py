@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from lacfast.ops.backend import add_kernel, choose, extension, launch, through_dispatcher
+from lacfast.ops.backend import add_kernel, chosen_for, extension, launch, through_dispatcher
 
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 Outputs = TypeVar("Outputs", bound=tuple[Any, ...])
@@ -139,7 +139,9 @@ class Op(Generic[Inputs, Outputs]):
     def __call__(self, chosen: str, inputs: Inputs) -> Outputs:
         """The outputs, by the kernel of backend `chosen`."""
         if through_dispatcher(inputs[0]):
-            return self.outputs(_decoded(self._registered(*inputs)))
+            # Else the outputs of an op without gradients would require one, and raise when it is asked for.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self._trained)):
+                return self.outputs(_decoded(self._registered(*inputs)))
         if self._trained and torch.is_grad_enabled():
             trained = self._select_trained(inputs)
             for tensor in trained:
@@ -231,10 +233,7 @@ class Op(Generic[Inputs, Outputs]):
 
     def chosen(self, tensor: Tensor) -> str:
         """The backend for inputs of this device and dtype."""
-        # Of a CPU's tensor the type of the device takes eight times as long to find.
-        device_type = "cpu" if tensor.is_cpu else tensor.device.type
-        name: str = choose(self.name, device_type, tensor.dtype)
-        return name
+        return chosen_for(self.name, tensor)
 
     def _restored(self, kept: Sequence[Any]) -> tuple[Inputs, Outputs]:
         """The two records of the forward pass, with None for what was not kept."""

@@ -14,8 +14,10 @@ from lacfast.config.checks import unknown
 from lacfast.ops.checks import (
     arithmetic_dtype,
     check_latents,
+    check_noise,
     check_operand,
     check_transition,
+    once_per_layout,
     reduction_scale,
     split_noise,
 )
@@ -69,16 +71,17 @@ class LogRatioOutputs(NamedTuple):
 
 
 def _terms(inputs: PPOLoss) -> LogRatioOutputs:
-    return LogRatioOutputs(inputs.coefficients.new_empty((inputs.model_output.shape[0], 3)))
+    return LogRatioOutputs(inputs.coefficients.new_empty(inputs.model_output.shape[0], 3))
 
 
 def _loss(inputs: PPOLoss) -> PPOLossOutputs:
     table, batch = inputs.coefficients, inputs.model_output.shape[0]
+    # Of sizes in a tuple torch takes half as long again.
     return PPOLossOutputs(
         table.new_empty(()),
-        table.new_empty((batch, ROW_COLUMNS)),
-        table.new_empty((table.shape[0], STEP_COLUMNS)),
-        table.new_empty((batch, SHARE_COLUMNS)),
+        table.new_empty(batch, ROW_COLUMNS),
+        table.new_empty(table.shape[0], STEP_COLUMNS),
+        table.new_empty(batch, SHARE_COLUMNS),
     )
 
 
@@ -141,7 +144,9 @@ def log_ratio(
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    key = _check(model_output, old_model_output, coefficients, steps, noise, anchor_output)
+    key = split_noise(noise)
+    transition = (model_output, old_model_output, anchor_output, coefficients, steps, *key)
+    _check(*transition)
     scale = reduction_scale(reduction, model_output)
     chosen = LOG_RATIO.chosen(model_output)
     if chosen == "reference":
@@ -154,7 +159,7 @@ def log_ratio(
             anchor_output=anchor_output,
             reduction=reduction,
         )
-    inputs = PPOLoss(model_output, old_model_output, anchor_output, coefficients, steps, *key, scale)
+    inputs = PPOLoss(*transition, scale)
     return TransitionTerms(*LOG_RATIO(chosen, inputs).terms.unbind(dim=1))
 
 
@@ -222,8 +227,9 @@ def ppo_loss(
         ValueError: a shape, dtype, device or memory order that does not fit; not exactly one of the three
             bounds, or one out of its range; a KL setting without an anchor.
     """
-    key = _check(model_output, old_model_output, coefficients, steps, noise, anchor_output)
-    _check_pairs(model_output, coefficients, advantages, weights, step_weights, mask, kl_gains)
+    key = split_noise(noise)
+    transition = (model_output, old_model_output, anchor_output, coefficients, steps, *key)
+    _check_pairs(advantages, weights, step_weights, mask, kl_gains, *transition)
     if anchor_output is None and (kl_weight != 0 or kl_gains is not None):
         raise ValueError(
             f"kl_weight is {kl_weight} but there is no anchor_output; "
@@ -255,34 +261,37 @@ def ppo_loss(
             kl_gains=kl_gains,
             reduction=reduction,
         )
-    transition = (model_output, old_model_output, anchor_output, coefficients, steps, *key, scale)
     inputs = PPOLoss(
         *transition,
-        advantages=advantages,
-        weights=weights,
-        step_weights=step_weights,
-        mask=mask,
-        kl_gains=kl_gains,
-        is_normalized=ratio == "ratio_norm",
-        clip_low=limits.clip_low,
-        clip_high=limits.clip_high,
-        dual_clip=limits.dual_clip,
-        kl_threshold=limits.kl_threshold,
-        kl_weight=kl_weight,
+        scale,
+        advantages,
+        weights,
+        step_weights,
+        mask,
+        kl_gains,
+        ratio == "ratio_norm",
+        limits.clip_low,
+        limits.clip_high,
+        limits.dual_clip,
+        limits.kl_threshold,
+        kl_weight,
     )
     outputs = PPO_LOSS(chosen, inputs)
     return outputs.loss, PPOStats(outputs.rows, outputs.step_sums)
 
 
+@once_per_layout
 def _check_pairs(
-    model_output: Tensor,
-    coefficients: Tensor,
     advantages: Tensor,
     weights: Tensor | None,
     step_weights: Tensor | None,
     mask: Tensor | None,
     kl_gains: Tensor | None,
+    *transition: Tensor,
 ) -> None:
+    """What `_check` asks of the transition, then the pairs' own operands."""
+    _check(*transition)
+    model_output, coefficients = transition[0], transition[3]
     wide, batch, table = (arithmetic_dtype(model_output),), model_output.shape[:1], coefficients.shape[:1]
     expected = (
         ("advantages", advantages, batch, wide),
@@ -296,18 +305,19 @@ def _check_pairs(
             check_operand(name, tensor, "model_output", model_output, shape, dtypes)
 
 
+@once_per_layout
 def _check(
     model_output: Tensor,
     old_model_output: Tensor,
+    anchor_output: Tensor | None,
     coefficients: Tensor,
     steps: Tensor,
-    noise: Tensor | NoiseKey,
-    anchor_output: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *key: Tensor | None,
+) -> None:
     check_latents("model_output", model_output)
     like = ("model_output", model_output, model_output.shape, (model_output.dtype,))
     check_operand("old_model_output", old_model_output, *like)
     if anchor_output is not None:
         check_operand("anchor_output", anchor_output, *like)
     check_transition(coefficients, steps, "model_output", model_output)
-    return split_noise(noise, "model_output", model_output)
+    check_noise("model_output", model_output, *key)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from lacfast import reference
-from lacfast.ops.checks import FLOATS, check_latents, check_operand, check_transition, reduction_scale
+from lacfast.ops.checks import (
+    FLOATS,
+    check_latents,
+    check_operand,
+    check_transition,
+    once_per_layout,
+    reduction_scale,
+)
 from lacfast.ops.op import Op, Sized
 
 
@@ -45,11 +52,7 @@ def step_log_prob(
     Raises:
         ValueError: a shape, dtype, device or memory order that does not fit.
     """
-    check_latents("sample", sample)
-    like = ("sample", sample, sample.shape, FLOATS[3:] if sample.dtype == torch.float64 else FLOATS[:3])
-    check_operand("model_output", model_output, *like)
-    check_operand("prev_sample", prev_sample, *like)
-    check_transition(coefficients, steps, "sample", sample, may_share_step=True)
+    _check(sample, model_output, prev_sample, coefficients, steps)
     scale = reduction_scale(reduction, sample)
     chosen = STEP_LOG_PROB.chosen(sample)
     if chosen == "reference":
@@ -58,6 +61,17 @@ def step_log_prob(
         )
     inputs = StepLogProb(sample, model_output, prev_sample, coefficients, steps, scale)
     return STEP_LOG_PROB(chosen, inputs).log_prob
+
+
+@once_per_layout
+def _check(
+    sample: Tensor, model_output: Tensor, prev_sample: Tensor, coefficients: Tensor, steps: Tensor
+) -> None:
+    check_latents("sample", sample)
+    like = ("sample", sample, sample.shape, FLOATS[3:] if sample.dtype == torch.float64 else FLOATS[:3])
+    check_operand("model_output", model_output, *like)
+    check_operand("prev_sample", prev_sample, *like)
+    check_transition(coefficients, steps, "sample", sample, may_share_step=True)
 
 
 class StepLogProb(NamedTuple):

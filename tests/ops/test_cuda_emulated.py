@@ -47,7 +47,7 @@ def on_emulated_cuda(emulated: EmulatedModule, monkeypatch: pytest.MonkeyPatch) 
     backend, advantages = (
         importlib.import_module(f"lacfast.ops.{name}") for name in ("backend", "advantages")
     )
-    monkeypatch.setattr(importlib.import_module("lacfast.ops.op"), "choose", lambda *_: "cuda")
+    monkeypatch.setattr(backend, "choose", lambda *_: "cuda")
     monkeypatch.setattr(backend, "native_kernel", emulated.kernel)
     monkeypatch.setattr(backend, "current_stream", lambda: 0)
     monkeypatch.setattr(advantages, "_parts", advantages.cuda_blocks)
