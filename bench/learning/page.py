@@ -32,8 +32,9 @@ baselines, tuned over the rate alone in longer runs, learned more by what is rep
 which favours the rivals. On the UNet PPO's arms have no other runs: their rate stays and
 their rollouts are not tuned, which may favour the others, whose rate falls to 0. So it is in section
 proxy-nft, where the reward is learnt and the losses on the forward process are not tuned: PPO's arms are
-those of section proxy, tuned over the rate."""
-OVERVIEW = ("objectives", "glyphs-nft", "proxy-nft", "crowds")
+those of section proxy, tuned over the rate, and glyphs-nft and glyphs-proxy-nft have those of glyphs and
+glyphs-proxy. Sections were run on several machines, so seconds are shown of a section's own runs alone."""
+OVERVIEW = ("objectives", "glyphs-nft", "proxy-nft", "glyphs-proxy-nft", "crowds")
 """Claims that the page opens with: all methods, each with its best rollout and rate."""
 PPO_ARMS = ("latent critic", "GRPO", "DDPO")
 """What the losses on the forward process are compared with, from the claim that has them."""
@@ -138,7 +139,9 @@ def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Ite
         for backbone in claims[name].budgets:
             if curves := tables.at_best(results, claims, name, backbone, PPO_ARMS):
                 shown = {arm: curves[arm] for arm in methods if arm in curves}
-                found[f"{name}, {backbone}"] = claims[name].metrics[0], shown
+                own = tables.paired_curves(results, name, claims[name], backbone)
+                timed = {arm: shown[arm] for arm in shown if own.get(arm) == shown[arm]}
+                found[f"{name}, {backbone}"] = claims[name].metrics[0], shown, timed
     if not found:
         return
     picture = pictures / "overview.png"
@@ -150,7 +153,7 @@ def _overview(results: Path, claims: Mapping[str, Claim], pictures: Path) -> Ite
         "",
         f"![curves]({pictures.name}/{picture.name})",
     )
-    for title, (metric, curves) in found.items():
+    for title, (metric, curves, _) in found.items():
         yield from ("", f"{title}, {metric} at equal images:", "", *tables.speed(curves, metric))
 
 
@@ -186,7 +189,7 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
         return ""
     seeds = len(next(iter(curves.values())))
     picture = pictures / f"{name}-{backbone}.png"
-    figures.draw(curves, claim.metrics, picture)
+    figures.draw(curves, claim.metrics, picture, not claim.runs_of)
     lines = [
         f"## {name}, {backbone}",
         "",

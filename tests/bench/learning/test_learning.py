@@ -241,13 +241,19 @@ def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_tha
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_the_page_opens_with_methods_and_without_controls(tmp_path: Path) -> None:
+def test_the_page_opens_with_methods_and_without_controls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(page.figures, "overview", lambda studies, path: drawn.update(studies))
     for arm, last in {"critic-weighted NFT": 0.7, "DiffusionNFT": 0.65, "prompt history": 0.0}.items():
         record(tmp_path, "proxy-nft", arm, last, seeds=2)
     record(tmp_path, "proxy", "GRPO", 0.55, seeds=2)
     page.write(tmp_path, tmp_path / "results.md")
     opening, sections = (tmp_path / "results.md").read_text().split("## proxy-nft, dit")
     assert "| GRPO | 0.550 |" in opening, "another claim on the problem has it"
+    _, shown, timed = drawn["proxy-nft, dit"]
+    assert set(shown) - set(timed) == {"GRPO"}, "of another claim's runs the seconds are another machine's"
     assert "| prompt history |" not in opening
     assert "| prompt history |" in sections
 
@@ -275,6 +281,11 @@ def test_an_arm_whose_runs_another_claim_has_is_compared_and_not_run_again(tmp_p
     found = tables.paired_curves(tmp_path, "levels", levels, "dit")
     ends = {arm: curves[0][-1].scores["shapes_strict"] for arm, curves in found.items()}
     assert ends == {"critic-weighted NFT": 0.5, "DiffusionNFT": 0.7, "critic with replay": 0.6}
+
+
+def test_seconds_of_another_claims_runs_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="another machine's"):
+        replace(CLAIMS["levels"], reward_costs=(0.0,))
 
 
 OTHERS = [
