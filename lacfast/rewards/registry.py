@@ -18,7 +18,7 @@ from torch import Tensor
 from lacfast.config.checks import unknown
 from lacfast.prompts import PromptSet
 from lacfast.rewards.frames import JUDGED_FRAMES
-from lacfast.rewards.names import registered_rewards, require_known, server
+from lacfast.rewards.names import registered_rewards, reward_location, server
 from lacfast.rewards.reward import Cancellable, Checkable, Declaration, Judged, Loadable, Reward, RewardError
 from lacfast.rewards.scoring import require_finite, require_reference, scored, time_limit
 from lacfast.rewards.workers import Caller
@@ -303,9 +303,7 @@ def _located(entry: str) -> tuple[str, str]:
     address = server(entry)
     if address is not None:
         return address.name, _SERVERS[address.speaks]
-    require_known([entry])
-    registered = registered_rewards()
-    return (entry, registered[entry]) if entry in registered else (entry.partition(":")[2], entry)
+    return entry.partition(":")[2] or entry, reward_location(entry)
 
 
 def _made(location: str, kind: type) -> Any:

@@ -90,6 +90,18 @@ def test_every_registered_name_is_made_without_loading_a_model(monkeypatch: pyte
         assert callable(rewards.functions[name])
 
 
+def test_a_package_that_is_installed_after_the_first_search_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert RewardSet.create("shapes").names == ["shapes"]
+    (tmp_path / "later-1.dist-info").mkdir()
+    (tmp_path / "later-1.dist-info" / "entry_points.txt").write_text(
+        "[lacfast.rewards]\nlater = tiny_backbones:brightness\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert RewardSet.create("later").names == ["later"]
+
+
 def test_the_documentation_lists_every_registered_name() -> None:
     table = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
     rows = "\n".join(line for line in table.splitlines() if line.startswith("| `"))
