@@ -11,6 +11,7 @@ import torch
 from tiny_backbones import PROMPTS, brightness, tiny_backbone, tiny_config
 from tiny_pipelines import PROMPTS as PIPELINE_PROMPTS
 from tiny_pipelines import tiny_pipeline
+from tiny_trainers import shrunk
 
 import lacfast
 from lacfast.checkpoint import save_backbone
@@ -27,7 +28,7 @@ TINY: dict[str, dict[str, str]] = {
     "index.md": CPU
     | {
         '"stabilityai/stable-diffusion-3.5-medium"': "pipeline('sd3')",
-        "batch_size=96, rollout_batch_size=24": "batch_size=4, rollout_batch_size=2",
+        'lacfast.recipe("sd35m-pickscore").train': "shrunk(lacfast.recipe('sd35m-pickscore').train)",
         "trainer.train(100)": "trainer.train(1)",
     },
     "families/sd15.md": CPU
@@ -104,6 +105,7 @@ def given() -> dict[str, Any]:
         "torch": torch,
         "lacfast": lacfast,
         "pipeline": tiny_pipeline,
+        "shrunk": shrunk,
         "backbone": tiny_backbone("dit"),
         "config": config,
         "trainer": lacfast.LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config),

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_pipelines import PROMPTS, RESOLUTION, tiny_pipeline
+from tiny_trainers import shrunk
 
 from lacfast.backbones.families import PIPELINES
-from lacfast.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TINY = {
     '"stabilityai/stable-diffusion-3.5-medium"': "pipeline",
     'device="cuda"': 'device="cpu"',
-    '"sd35m-pickscore").train': '"sd35m-pickscore").train; config = tiny(config)',
+    '"sd35m-pickscore").train': '"sd35m-pickscore").train; config = shrunk(config)',
     "train(100": "train(1",
 }
 """What the README's lines say, and what a CPU without downloads runs in its place."""
-
-
-def tiny(config: TrainConfig) -> TrainConfig:
-    """The README's settings for a model of two blocks."""
-    critic = replace(config.critic, num_blocks=1)
-    return replace(config, batch_size=4, rollout_batch_size=2, critic=critic)
 
 
 def fenced(language: str) -> list[str]:
@@ -45,7 +38,7 @@ def test_its_twelve_lines_train_save_and_steer_a_stable_diffusion_3(
         assert example.count(shown) == 1, shown
         example = example.replace(shown, ours)
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, Any] = {"pipeline": tiny_pipeline("sd3"), "tiny": tiny}
+    namespace: dict[str, Any] = {"pipeline": tiny_pipeline("sd3"), "shrunk": shrunk}
     exec(compile(example, "README.md", "exec"), namespace)
     assert namespace["images"].shape == (4, 3, *RESOLUTION)
     assert namespace["stats"].evaluations.images == 4

@@ -37,6 +37,12 @@ def config_for(
     return replace(config, **changes)
 
 
+def shrunk(config: TrainConfig) -> TrainConfig:
+    """The settings of a recipe for a model of two blocks, and a CPU."""
+    critic = replace(config.critic, num_blocks=1)
+    return replace(config, batch_size=4, rollout_batch_size=2, eval_samples=4, critic=critic)
+
+
 def trainer_of(backbone: LatentBackbone, **changes: Any) -> LatentActorCriticTrainer:
     return LatentActorCriticTrainer(backbone, brightness, PROMPTS, config_for(backbone, **changes))
 
