@@ -209,9 +209,7 @@ def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Str
     """Settings whose errors are told as those of a command are."""
     if not (isinstance(info.type, type) and issubclass(info.type, Config)) or _REGISTRY in info.markers:
         return None
-    marked = replace(info, markers=(*info.markers, _REGISTRY))
-    whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
-    assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+    whole = _usual(info, _REGISTRY)
 
     def made(**settings: Any) -> Any:
         try:
@@ -220,6 +218,16 @@ def _own_errors(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.Str
             raise _SettingsError(str(error)) from error
 
     return replace(whole, fields=tuple(map(_told_default, whole.fields)), instantiate=made)
+
+
+def _usual(
+    info: tyro.constructors.StructTypeInfo, registry: tyro.constructors.ConstructorRegistry
+) -> tyro.constructors.StructConstructorSpec:
+    """How a structure is read without the rule of `registry`, which leaves alone what has its marker."""
+    marked = replace(info, markers=(*info.markers, registry))
+    whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
+    assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+    return whole
 
 
 def _told_default(field: Any) -> Any:
@@ -242,9 +250,7 @@ def _page(shown: Mapping[type, tuple[str, ...]]) -> tyro.constructors.Constructo
         names = next((shown[kind] for kind in kinds if kind in shown), None)
         if names is None or registry in info.markers:
             return None
-        marked = replace(info, markers=(*info.markers, registry))
-        whole = tyro.constructors.ConstructorRegistry.get_struct_spec(marked)
-        assert isinstance(whole, tyro.constructors.StructConstructorSpec)
+        whole = _usual(info, registry)
         hidden: Any = tyro.conf.Suppress
         fields = (
             _told_default(field) if field.name in names else replace(field, type=hidden[field.type])
@@ -315,8 +321,8 @@ def _parsed(arguments: list[str]) -> Command:
         raise SystemExit(0)
     trains = arguments[:1] == ["train"]
     named = [word for word in arguments[1:2] if trains and not word.startswith("-")]
-    # What is neither is refused here, where it is known that it should be a recipe.
-    own = {word: find_recipe(word) for word in named if word not in recipe_names()}
+    # What names none is refused here, where it is known that it should; one needs no other read or searched.
+    own = {word: find_recipe(word) for word in named}
     topic = asked(arguments)
     command = _understood(arguments)
     registry, printed = _REGISTRY, [*arguments]

@@ -86,6 +86,8 @@ def reward_location(entry: str) -> str:
     """
     if ":" in entry:
         return entry
+    if entry in BUILT_IN:
+        return BUILT_IN[entry]
     # Once more where it is not among them: its package may have been installed since.
     for search in (_first_search, registered_rewards):
         if entry in (known := search()):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
-from lacfast.distributed import LostRankError, ToldElsewhereError
 from lacfast.runtime.failures import FailedError
 from lacfast.runtime.files import is_full
 from lacfast.runtime.signals import Stopped
@@ -36,20 +33,34 @@ def ending(error: BaseException) -> Ending | None:
             return Ending(INTERRUPTED, "stopped")
         case BrokenPipeError():
             return Ending(FAILURE, "")
-        case ToldElsewhereError():
-            return Ending(FAILURE, "")
-        case FailedError() | FloatingPointError() | LostRankError():
+        case FailedError() | FloatingPointError():
             return Ending(FAILURE, _one_line(error))
         case ValueError() | ImportError():
             return Ending(USAGE, _one_line(error))
-        case MemoryError() | torch.OutOfMemoryError():
+        case MemoryError():
             return Ending(FAILURE, f"out of memory: {_one_line(error)}; {_LESS_MEMORY}")
-        case RuntimeError() if "not enough memory" in str(error):
-            return Ending(FAILURE, f"out of memory: {_one_line(error)}; {_LESS_MEMORY}")
+        case RuntimeError():
+            return _of_work(error)
         case OSError() if is_full(error):
             return Ending(FAILURE, _one_line(error))
         case OSError():
             return Ending(FAILURE, f"the system refused: {_one_line(error)}; mend that and start again")
+    return None
+
+
+def _of_work(error: RuntimeError) -> Ending | None:
+    """The ending by an error of what runs on torch."""
+    # Its import takes longer than all else of a command that is refused.
+    import torch
+
+    from lacfast.distributed import LostRankError, ToldElsewhereError
+
+    if isinstance(error, ToldElsewhereError):
+        return Ending(FAILURE, "")
+    if isinstance(error, LostRankError):
+        return Ending(FAILURE, _one_line(error))
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return Ending(FAILURE, f"out of memory: {_one_line(error)}; {_LESS_MEMORY}")
     return None
 
 

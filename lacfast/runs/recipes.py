@@ -70,7 +70,7 @@ def find_recipe(source: str) -> Recipe:
         return load_recipe(Path(source))
     if source not in recipe_names():
         raise unknown("recipe", source, recipe_names(), f"A file of your own ends in {' or '.join(SUFFIXES)}")
-    return recipes()[source]
+    return load_recipe(directory() / f"{source}.yaml")
 
 
 def load_recipe(path: Path) -> Recipe:

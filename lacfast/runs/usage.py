@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from lacfast.config.checks import unknown
+from lacfast.config.checks import Config, field_types, unknown
+from lacfast.config.choice import Choice
+from lacfast.runs.recipes import recipes
 
+SHOWN = 4
+"""Recipes that are named at most."""
 _COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -43,6 +48,9 @@ def _unrecognized(word: str, parts: list[list[str]], command: str, remedy: str) 
     names = re.split(r",\s*", " ".join(line.strip() for line in _following(parts, "Available subcommands:")))
     if names != [""] and not word.startswith("-"):
         return str(unknown("command", f"{command} {word}".removeprefix("lacfast "), _full(command, names)))
+    # The parser knows the named recipe alone, since reading all of them for it takes longer than the rest.
+    if command.startswith("lacfast train ") and (owners := _recipes_with(word)):
+        return f"{command} has no {word}; it is an option of {', '.join(owners[:SHOWN])}"
     near = re.findall(r"^ {4}(--[\w.-]+)", "\n".join(_following(parts, "Perhaps you meant:")), re.MULTILINE)
     if word in near:
         option = rf"^ {{4}}{re.escape(word)}\b(.*?)(?=^ {{4}}\S|\Z)"
@@ -51,6 +59,22 @@ def _unrecognized(word: str, parts: list[list[str]], command: str, remedy: str) 
         return f"{command} has no {word}; it is an option of {', '.join(dict.fromkeys(owners))}"
     guess = f"did you mean {near[0]}? Otherwise " if near else ""
     return f"unknown {'option' if word.startswith('-') else 'word'} {word} of {command}; {guess}{remedy}"
+
+
+def _recipes_with(word: str) -> list[str]:
+    """The commands of the recipes that have an option, as those with a LoRA have its rank."""
+    if not word.startswith("--"):
+        return []
+    *path, name = word.removeprefix("--").replace("-", "_").split(".")
+
+    def has(settings: Any) -> bool:
+        for part in path:
+            settings = getattr(settings, part, None)
+        # A choice is one word, whose settings are no options.
+        is_split = isinstance(settings, Config) and not isinstance(settings, Choice)
+        return is_split and name in field_types(type(settings))
+
+    return [f"lacfast train {known}" for known, recipe in recipes().items() if has(recipe.settings)]
 
 
 def _full(command: str, names: list[str]) -> list[str]:
