@@ -242,17 +242,14 @@ class LatentBackbone(ABC):
             for name, tensor in embeddings.items()
         }
 
-    def free_text_encoders(self, prompts: Sequence[str] = ()) -> None:
+    def free_text_encoders(self) -> None:
         """Take the text encoders off the device, to the CPU.
 
         Embeddings are kept in files that all runs share, and a bounded part of them in memory. For prompts
         that have no file the encoders come back, and encode a block of those that are expected.
-
-        Args:
-            prompts: that are expected, in the order of their use as far as it is known.
         """
         self.prompts.set_aside()
-        self.expect_prompts([prompts])
+        self.expect_prompts([])
 
     def expect_prompts(self, draws: Iterable[Sequence[str]]) -> None:
         """Say which prompts are sampled next, draw by draw, in place of what was said before.

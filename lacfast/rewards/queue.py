@@ -104,7 +104,7 @@ class RewardQueue:
         self._places = BoundedSemaphore(max_pending)
         self._decoding = _Stage("lacfast-decode") if decode_aside else None
         self._scoring = _Stage("lacfast-rewards")
-        self._caller = Caller("lacfast-reward")
+        self._caller = Caller()
         self._closed = False
 
     def submit(

@@ -201,7 +201,7 @@ class RewardSet:
             NotFiniteError: when an image is not finite, before any reward is asked.
         """
         require_finite(images, prompts, origin)
-        own = Caller("lacfast-reward") if caller is None else caller
+        own = Caller() if caller is None else caller
         try:
             with span("reward"):
                 return {

@@ -72,12 +72,14 @@ class TooLongError(Exception):
     """A call took longer than it may."""
 
 
+_CALLER = "lacfast-reward"
+
+
 class Caller:
     """Calls with time limits, all in one thread, which is left behind when one exceeds its limit."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._workers = Workers(1, name)
+    def __init__(self) -> None:
+        self._workers = Workers(1, _CALLER)
 
     def __call__(self, function: Callable[[], Result], limit_s: float, images: Tensor) -> Result:
         """What `function()` returns or raises, without gradients and on this thread's stream of the images.
@@ -99,7 +101,7 @@ class Caller:
             if future.done():
                 raise
         self.close()
-        self._workers = Workers(1, self._name)
+        self._workers = Workers(1, _CALLER)
         raise TooLongError
 
     def close(self) -> None:

@@ -129,7 +129,7 @@ def run_demo(
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 465")
     require(threads >= 1, f"--threads {threads} must be at least 1")
     require_own(out, DEMO)
-    require_writable(out, "--out")
+    require_writable(out)
     torch.set_num_threads(threads)
     with locked(out):
         return _demo(out, budget, seed, backbone, scale, log or PhaseLog())

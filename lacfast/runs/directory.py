@@ -48,6 +48,19 @@ def require_own(directory: Path, kind: str) -> None:
         raise ValueError(f"{directory} holds {held}, with which {kind} would mix; choose another --out")
 
 
+def settings_above(path: Path, levels: int) -> dict[str, Any] | None:
+    """The run's settings in a directory, or in the nearest of so many above it; None where no run wrote any.
+
+    A checkpoint has its own; earlier versions wrote its run's alone.
+    """
+    path = path.absolute()
+    for directory in (path, *path.parents[:levels]):
+        if (directory / SETTINGS).is_file():
+            stored: dict[str, Any] = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+            return stored
+    return None
+
+
 class RunDirectory:
     """Layout of a run: run.json, metrics.jsonl, samples/, checkpoints/00000010, checkpoints/best."""
 
@@ -148,15 +161,6 @@ class RunDirectory:
                 f"every checkpoint in {self.path / 'checkpoints'} is damaged; restore one from a copy, or "
                 "start again with another --out"
             )
-        return None
-
-    def settings_of(self, checkpoint: Path) -> dict[str, Any] | None:
-        """The settings that a checkpoint was trained with; None where a trainer of one's own wrote it."""
-        # Earlier versions wrote them beside the checkpoints alone.
-        for path in (checkpoint / SETTINGS, checkpoint.absolute().parent.parent / SETTINGS):
-            if path.is_file():
-                settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                return settings
         return None
 
     def begin(self) -> None:

@@ -40,7 +40,7 @@ def evaluate_model(settings: EvaluationRun) -> Evaluation:
     scorer.require_prompts(prompts)
     if settings.out is not None:
         require_own(settings.out, EVALUATION)
-        require_writable(settings.out, "--out")
+        require_writable(settings.out)
     scorer, log = scorer.prepared(), phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(model, device=device, dtype=torch_dtype(settings.dtype))

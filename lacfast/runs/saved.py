@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lacfast.config import AdvantageConfig, SamplerConfig, from_json
 from lacfast.rewards.heads import RewardHeads
 from lacfast.rewards.names import server
-from lacfast.runs.directory import RunDirectory
+from lacfast.runs.directory import RunDirectory, settings_above
 from lacfast.runtime.directories import recover
+
+LEVELS = 3
+"""How far above a saved model or critic the settings of its run may lie."""
 
 
 def saved_model(source: str) -> str:
@@ -40,13 +41,13 @@ def saved_model(source: str) -> str:
 
 def trained_sampler(saved: str) -> SamplerConfig | None:
     """The sampler that a saved model or critic was trained with; None where no run.json above it tells."""
-    stored = _run_settings(saved)
+    stored = settings_above(Path(saved), LEVELS)
     return None if stored is None else from_json(SamplerConfig, stored["train"]["sampler"])
 
 
 def evaluation_sampler(saved: str) -> SamplerConfig | None:
     """The sampler of a saved model's evaluations in its run; None where no run.json above it tells."""
-    stored = _run_settings(saved)
+    stored = settings_above(Path(saved), LEVELS)
     if stored is None:
         return None
     own = stored["train"].get("eval_sampler")
@@ -55,7 +56,7 @@ def evaluation_sampler(saved: str) -> SamplerConfig | None:
 
 def trained_heads(saved: str) -> RewardHeads | None:
     """What a critic predicts whose file does not say it; None where no run.json above it tells."""
-    stored = _run_settings(saved)
+    stored = settings_above(Path(saved), LEVELS)
     if stored is None or "rewards" not in stored:
         return None
     names, weights = zip(*stored["rewards"], strict=True)
@@ -67,14 +68,3 @@ def trained_heads(saved: str) -> RewardHeads | None:
         for name, found in zip(names, servers, strict=True)
     ]
     return RewardHeads.create(called, torch.tensor(weights), advantages)
-
-
-def _run_settings(saved: str) -> dict[str, Any] | None:
-    """The run.json of the directory or of one of three above it."""
-    path = Path(saved).absolute()
-    for directory in (path, *path.parents[:3]):
-        settings = directory / "run.json"
-        if settings.is_file():
-            stored: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8"))
-            return stored
-    return None

@@ -77,7 +77,7 @@ def steer_model(settings: SteeringRun) -> SteeringStats:
     if sampler == SamplerConfig():
         sampler = trained_sampler(settings.critic or model) or sampler
     require_own(settings.out, STEERED)
-    require_writable(settings.out / "images", "--out")
+    require_writable(settings.out / "images")
     log = phase_log(world)
     with log.phase("loading", f"Load {model}"):
         backbone = load_backbone(

@@ -26,7 +26,7 @@ from lacfast.runs.agreement import agreed
 from lacfast.runs.capacity import require_memory
 from lacfast.runs.config import CHANGEABLE, RunConfig
 from lacfast.runs.devices import torch_device
-from lacfast.runs.directory import RUN, RunDirectory, require_own
+from lacfast.runs.directory import RUN, RunDirectory, require_own, settings_above
 from lacfast.runs.embedded import TINY_MODELS, prompts_of, require_flow
 from lacfast.runs.keeper import Keeper
 from lacfast.runs.phases import (
@@ -182,7 +182,7 @@ def _train(
     world: World,
 ) -> Path:
     source = world.of_first(directory.resumed(config.resume) if world.is_first else None, "the checkpoint")
-    changed = {} if source is None else _changed(config, directory, source)
+    changed = {} if source is None else _changed(config, source)
     if source is None and world.is_first:
         directory.begin()
         directory.write_settings(to_json(config))
@@ -266,13 +266,13 @@ def _require_memory(
         tell(line)
 
 
-def _changed(config: RunConfig, directory: RunDirectory, source: Path) -> dict[str, tuple[Any, Any]]:
+def _changed(config: RunConfig, source: Path) -> dict[str, tuple[Any, Any]]:
     """The settings that change where a run goes on, with both values.
 
     Raises:
         ValueError: for one that must not.
     """
-    stored = directory.settings_of(source)
+    stored = settings_above(source, 2)
     if stored is None:
         return {}
     before = from_json(RunConfig, stored)

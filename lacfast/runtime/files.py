@@ -61,13 +61,13 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
-def require_writable(directory: Path, option: str) -> None:
-    """Make the directory of a result before there is one to lose.
+def require_writable(directory: Path) -> None:
+    """Make the directory of a result, --out, before there is one to lose.
 
     Raises:
         ValueError: when nothing can be written there.
     """
-    with writing_to(f"{option} {directory}"):
+    with writing_to(f"--out {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass

@@ -58,7 +58,7 @@ def test_a_family_trains(cuda: WaitLog, family: str, graph: GraphConfig, tmp_pat
     backbone = load_backbone(tiny_pipeline(family), device="cuda", settings=settings_of(family), **given)
     kind = {"kind": "ddim", "noise_level": 1.0} if is_ddim else {}
     train(backbone, PROMPTS, SamplerConfig(num_steps=2, guidance_scale=2.0, **kind), graph)
-    backbone.free_text_encoders(PROMPTS)
+    backbone.free_text_encoders()
     assert backbone.encode_prompts(PROMPTS[:2]).tensors["encoder_hidden_states"].is_cuda
     save_backbone(backbone, tmp_path / "saved")
     files = list((tmp_path / "saved").rglob("*.safetensors"))

@@ -96,7 +96,7 @@ def test_every_prompt_is_encoded_once_and_the_encoders_can_be_set_aside(family: 
     first = backbone.encode_prompts(PROMPTS[:2] * 2)
     again = backbone.encode_prompts(PROMPTS[:3])
     assert calls.count(PROMPTS[0]) == 1
-    backbone.free_text_encoders(PROMPTS[:4])
+    backbone.free_text_encoders()
     kept = backbone.encode_prompts(PROMPTS[:4])
     unconditional = backbone.encode_unconditional(2)
     for name, tensor in first.tensors.items():

@@ -133,7 +133,7 @@ def test_saved_weights_give_the_same_image_in_plain_diffusers(
     # The critic's own adapter must leave no trace in the saved model.
     trainer = trainer_of(load_backbone(base, settings=settings_of(family)), trunk="lora")
     if freed:
-        trainer.backbone.free_text_encoders(PROMPTS)
+        trainer.backbone.free_text_encoders()
     trainer.train_iteration()
     save_backbone(trainer.backbone, tmp_path / "saved")
     latents, images = ode_images(trainer.backbone, PROMPTS[:1], 2.0)
