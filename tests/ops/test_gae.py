@@ -31,11 +31,11 @@ def test_forward_equals_the_reference(shape, dtype, assert_near, poisoned_memory
 
 
 @pytest.mark.parametrize("value_lambda", [SETTINGS["gae_lambda"], 0.8])
-@pytest.mark.parametrize("steps", [7, 10, 15, 16, 28, 33, 50])
+@pytest.mark.parametrize("steps", [*range(1, 11), 15, 16, 28, 33, 50])
 def test_a_chain_of_any_length_equals_the_reference(steps, value_lambda, assert_near, poisoned_memory):
     settings = SETTINGS | {"value_lambda": value_lambda}
     for dtype in (torch.float32, torch.float64):
-        rewards, values = _pair((5, steps, 1), dtype)
+        rewards, values = _pair((19, steps, 1), dtype)
         results = ops.gae(rewards, values, **settings)
         expected = reference.gae(rewards.double(), values.double(), **settings)
         for one, other in zip(results, expected, strict=True):
@@ -96,9 +96,20 @@ def test_a_perfect_critic_leaves_no_advantage():
     assert advantages.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_a_chain_does_not_depend_on_its_batch(heads):
-    rewards, values = _pair((13, 33, heads), torch.float32)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 33])
+def test_what_is_not_finite_stays_in_its_chain(steps):
+    rewards, values = _pair((19, steps, 1), torch.float32)
+    wanted = ops.gae(rewards, values, **SETTINGS)
+    rewards[6], values[7] = torch.nan, torch.inf
+    others = [row for row in range(19) if row not in (6, 7)]
+    for one, other in zip(ops.gae(rewards, values, **SETTINGS), wanted, strict=True):
+        assert torch.equal(one[others], other[others])
+        assert not one[6:8].isfinite().any()
+
+
+@pytest.mark.parametrize(("steps", "heads"), [(3, 1), (5, 1), (8, 1), (33, 1), (33, 3)])
+def test_a_chain_does_not_depend_on_its_batch(steps, heads):
+    rewards, values = _pair((13, steps, heads), torch.float32)
     together = ops.gae(rewards, values, **SETTINGS)
     alone = ops.gae(rewards[6:7].contiguous(), values[6:7].contiguous(), **SETTINGS)
     for one, all_of_them in zip(alone, together, strict=True):
