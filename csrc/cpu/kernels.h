@@ -22,8 +22,10 @@ LACFAST_INLINE std::int64_t padded_dim(const ValuePool& op) { return (dim_of(op)
 LACFAST_INLINE std::int64_t pool_scratch_numbers(const ValuePool& op) {
   return 2 * (heads_of(op) + kTile) * padded_dim(op) + heads_of(op) * (3 * kTile + 2);
 }
-// What a run of the forward leaves: per head a maximum, a total and a vector.
-LACFAST_INLINE std::int64_t pool_partial_numbers(const ValuePool& op) { return heads_of(op) * (2 + padded_dim(op)); }
+// What a run of the forward leaves: per head a vector, a maximum and a total, padded for the next run's vectors.
+LACFAST_INLINE std::int64_t pool_partial_numbers(const ValuePool& op) {
+  return heads_of(op) * padded_dim(op) + (2 * heads_of(op) + kPad - 1) / kPad * kPad;
+}
 
 // Elements [begin, end) of one latent, where begin is a multiple of kBlock; or tokens of one sample, of kTile.
 struct Run {
