@@ -13,7 +13,7 @@ from bench.workloads.workload import OURS, OURS_DRAWN
 
 CLAIMS = {
     ("gaussian_step", OURS): 1.5,
-    ("gaussian_step", OURS_DRAWN): 4.25,
+    ("gaussian_step", OURS_DRAWN): 3.75,
     ("step_log_prob", OURS): 1.25,
     ("ppo_loss", OURS): 1.35,
     ("ppo_loss", OURS_DRAWN): 1.15,
