@@ -139,14 +139,16 @@ def check_noise(
     like_name: str, like: Tensor, noise: Tensor | None, seed: Tensor | None, sample_ids: Tensor | None
 ) -> None:
     """Noise that was split: eps of the latents' shape, or seed (1,) and sample ids (B,) int64."""
-    operands = (
-        ("noise", noise, like.shape, (torch.float32, like.dtype)),
-        ("noise.seed", seed, (1,), (torch.int64,)),
-        ("noise.sample_ids", sample_ids, like.shape[:1], (torch.int64,)),
-    )
-    for name, tensor, shape, dtypes in operands:
-        if tensor is not None:
-            check_operand(name, tensor, like_name, like, shape, dtypes)
+    if noise is not None:
+        check_operand("noise", noise, like_name, like, like.shape, (torch.float32, like.dtype))
+        return
+    if seed is None or sample_ids is None:
+        raise ValueError(
+            "noise is neither a tensor nor a key with a seed and sample ids; "
+            "pass the eps that was drawn, or NoiseKey.create(seed, sample_ids)"
+        )
+    check_operand("noise.seed", seed, like_name, like, (1,), (torch.int64,))
+    check_operand("noise.sample_ids", sample_ids, like_name, like, like.shape[:1], (torch.int64,))
 
 
 def reduction_scale(reduction: str, like: Tensor) -> float:

@@ -129,6 +129,9 @@ def test_a_key_is_checked_beside_noise_that_fits(op: str) -> None:
         function(**given | {"noise": NoiseKey(KEY.seed, KEY.sample_ids[:1])})
     with pytest.raises(ValueError, match=r"noise\.seed has dtype"):
         function(**given | {"noise": NoiseKey(KEY.seed.int(), KEY.sample_ids)})
+    for absent in (None, NoiseKey(None, KEY.sample_ids), NoiseKey(KEY.seed, None)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="neither a tensor nor a key with a seed and sample ids; pass"):
+            function(**given | {"noise": absent})
 
 
 def test_a_setting_is_a_part_of_what_is_remembered() -> None:
