@@ -63,8 +63,17 @@ def objectives(backbone: BackboneName) -> dict[str, Arm]:
         "critic-weighted NFT": _unpretrained(critic_weighted(backbone)),
         "DiffusionNFT": Arm(config=diffusion_nft(backbone)),
         **baselines(backbone),
-        "AWM": Arm(config=advantage_weighted_matching(backbone)),
     }
+
+
+def matching(backbone: BackboneName) -> dict[str, Arm]:
+    arms = objectives(backbone)
+    kept = {name: arms[name] for name in ("critic-weighted NFT", "DiffusionNFT")}
+    return kept | {"AWM": Arm(config=advantage_weighted_matching(backbone))}
+
+
+def methods(backbone: BackboneName) -> dict[str, Arm]:
+    return objectives(backbone) | matching(backbone)
 
 
 def levels(backbone: BackboneName) -> dict[str, Arm]:

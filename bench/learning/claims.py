@@ -28,6 +28,10 @@ CHOSEN_ELSEWHERE = (
     "DiffusionNFT and the rate of the other; nothing was tuned here. Prompt history is a control: one image "
     "of a prompt too, and no critic."
 )
+CHECKER_BUDGETS: dict[BackboneName, Budget] = {
+    "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
+    "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
+}
 LEARNT_REWARD_BUDGETS: dict[BackboneName, Budget] = {
     "dit": Budget(images=8_000, seconds=0, judged_every=1_000),
     "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
@@ -87,21 +91,31 @@ CLAIMS = {
         question="Every method at its best rollout and rate: which learns most per image and per second?",
         problem="shapes",
         arms=claim_arms.objectives,
-        budgets={
-            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
-            "unet": Budget(images=4_000, seconds=0, judged_every=1_000),
-        },
+        budgets=CHECKER_BUDGETS,
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=HALVING,
-        note="DiffusionNFT and AWM have GRPO's groups and advantages, critic-weighted NFT has the critic's "
-        "at each noised state and one image per prompt. All three train as many (sample, step) pairs as PPO "
+        note="DiffusionNFT has GRPO's groups and advantages, critic-weighted NFT has the critic's "
+        "at each noised state and one image per prompt. Both train as many (sample, step) pairs as PPO "
         "and sample as it does, and all arms take as many optimizer steps per rollout. Beyond that they have "
-        "their authors' settings for GenEval, but for the KL to the first model, which no arm has, and AWM's "
-        f"distance from the old policy, whose weight is {AWM_OLD_WEIGHT} for 1: its authors take one "
-        "optimizer step per rollout, at which that distance is 0. By their first images halving chose small "
-        "rollouts for PPO's arms, and they do not last: section baselines has those arms at their best, on "
-        "the UNet all of them. Losses on the forward process are tuned around the rate that it chose there.",
+        "its authors' settings for GenEval, but for the KL to the first model, which no arm has. By their "
+        "first images halving chose small rollouts for PPO's arms, and they do not last: section baselines "
+        "has those arms at their best, on the UNet all of them. Losses on the forward process are tuned "
+        "around the rate that it chose there.",
+    ),
+    "matching": Claim(
+        question="Does advantage weighted matching, tuned alike, learn more?",
+        problem="shapes",
+        arms=claim_arms.matching,
+        budgets=CHECKER_BUDGETS,
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        tuning=HALVING,
+        seeds=3,
+        runs_of={arm: ("objectives", arm) for arm in ("critic-weighted NFT", "DiffusionNFT")},
+        note="The two other arms are those of section objectives. AWM has GRPO's groups and advantages, and "
+        "its authors' settings for GenEval, but for the KL to the first model and the distance from the old "
+        f"policy, whose weight is {AWM_OLD_WEIGHT} for 1: they take one optimizer step per rollout, at which "
+        "that distance is 0.",
     ),
     "levels": Claim(
         question="With DiffusionNFT's loss, is it the baseline, and which noise levels are worth training?",
@@ -180,7 +194,7 @@ CLAIMS = {
     "crowds": Claim(
         question="Does it hold where much is to be right at once?",
         problem="crowds",
-        arms=claim_arms.objectives,
+        arms=claim_arms.methods,
         budgets={
             "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
             "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -189,7 +203,7 @@ CLAIMS = {
         reward_costs=(0.0, 0.05),
         seeds=3,
         tuning=HALVING,
-        note="The arms are those of section objectives. Pictures "
+        note="The arms are those of sections objectives and matching. Pictures "
         "have 48x48 pixels, so the clip of the ratio is 2/3 of the other tasks'.",
     ),
     "proxy": Claim(
@@ -205,7 +219,6 @@ CLAIMS = {
         arms=claim_arms.baselines,
         budgets=LEARNT_REWARD_BUDGETS,
         metrics=("glyphs_gold", "similarity_gold", "similarity", "diversity"),
-        seeds=3,
     ),
     "glyphs-nft": Claim(
         question="Do losses on the forward process learn more than PPO on the second task, too?",
@@ -245,7 +258,6 @@ CLAIMS = {
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=1_000)},
         metrics=("shapes_gold", "similarity_gold", "shapes_strict", "similarity", "diversity"),
         tuning=AS_CHOSEN,
-        seeds=3,
         runs_of={"similarity alone": ("proxy-nft", "critic-weighted NFT")},
         note="Settings are those of section proxy-nft, whose arm similarity alone is. Two heads: a value and "
         "an advantage for each reward, both in their own deviation, alike in weight. One shared head learns "

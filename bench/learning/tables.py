@@ -197,8 +197,12 @@ def _row(head: str, cells: Iterable[str]) -> str:
 
 
 def leads(curves: Curves, claim: Claim) -> Iterator[list[str]]:
-    """Cells of every other arm: metric, lead, at the end and area at equal images, area at equal time."""
+    """Cells of every other arm: metric, lead, at the end and area at equal images, area at equal time.
+
+    A pair whose runs are both another claim's is compared there.
+    """
     first, *others = curves
+    others = [arm for arm in others if not {first, arm} <= claim.runs_of.keys()]
     metric = claim.metrics[0]
     compared: list[tuple[Measure, Cost]] = [((final, metric), images), ((area, metric), images)]
     if 0.0 in claim.reward_costs:
