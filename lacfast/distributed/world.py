@@ -174,18 +174,20 @@ class World:
         parts = [torch.empty_like(padded) for _ in counts]
         with self.waiting(what):
             distributed.all_gather(parts, padded, group=self._group)
-        return _joined_rows(parts, counts).movedim(0, dim).contiguous()
+        return _joined_rows(parts, counts, dim)
 
-    def rows_on_first(self, own: Tensor, what: str) -> Tensor:
-        """The rows of all ranks in their order on the first rank; on another its own."""
+    def rows_on_first(self, own: Tensor, what: str, *, dim: int = 0) -> Tensor:
+        """The rows of all ranks in their order on the first rank, along `dim`; on another its own."""
         if self.size == 1:
             return own
-        padded, counts = self._padded(own, what)
+        padded, counts = self._padded(own.movedim(dim, 0), what)
         parts = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
         self.traffic.num_bytes += padded.nbytes if self.rank else 0
         with self.waiting(what):
             distributed.gather(padded, parts, dst=self._among_all(0), group=self._group)
-        return own if parts is None else _joined_rows(parts, counts)
+        if parts is None:
+            return own
+        return _joined_rows(parts, counts, dim)
 
     def _padded(self, rows: Tensor, what: str) -> tuple[Tensor, list[int]]:
         """Rows of the same number on all ranks, and how many of each rank count."""
@@ -377,6 +379,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def _joined_rows(parts: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """The first `counts` rows of each part."""
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _joined_rows(parts: Sequence[Tensor], counts: Sequence[int], dim: int) -> Tensor:
+    """The first `counts` rows of each part, as rows along `dim`."""
+    rows = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return rows.movedim(0, dim).contiguous()
