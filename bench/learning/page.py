@@ -60,13 +60,13 @@ ADVICE = """## What to take
 
 - **A loss on the forward process**: it needs no SDE and no ratio, and is far ahead of PPO's arms on scenes;
   on words, which are nearly learnt out, DDPO ends as high as DiffusionNFT. That one on GRPO's groups is the
-  simplest and takes the least time.
+  simplest and takes the least time. AWM, tuned alike, gains less by gold (section matching).
 - **Weighted by the critic**, the recipes `shapes` and `sd35m-pickscore` (`TrainConfig.objective=NFT()`,
   estimator `critic`), where the reward is learnt, as most are. With the similarity of a dual encoder for the
   reward, judged by a checker that nothing trains on, it ends ahead of DiffusionNFT and of PPO's arms on the
   DiT on both tasks, scenes and words, and has what DiffusionNFT ends with after 1.7 and 1.8 times fewer
   images (sections proxy-nft and glyphs-proxy-nft). On the UNet it ends ahead of PPO's arms on scenes and is
-  ahead of DiffusionNFT over the run, not at the end; its words are undecided. It takes 1.3 times the seconds
+  ahead of DiffusionNFT over the run, not at the end; its words are undecided. It takes 1.4 times the seconds
   per image on the DiT and 1.5 on the UNet, so in equal time it is level with DiffusionNFT where the reward is
   free. Its words keep to their places: on the DiT they are less diverse than DiffusionNFT's. Each noised
   state has an advantage of its own, R - V(x, t, prompt), and an image of each prompt is enough. Without the
