@@ -2,6 +2,7 @@
 
     python -m bench.learning baselines                     tune, run and judge all arms, DiT and UNet
     python -m bench.learning baselines --backbone dit --minutes 20
+    python -m bench.learning joint --arms "two heads" "checker alone"
     python -m bench.learning --page                        docs/results.md from what has been run
     python -m bench.learning --scale gpu --device cuda     64x64 pictures, larger models, twice the seeds
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def perform(
     *,
     results: Path = RESULTS,
     scale: Scale = SCALES["cpu"],
+    arms: Collection[str] = (),
 ) -> None:
     """Run what is missing of a claim, beginning nothing after the deadline; a run in the middle is kept.
 
@@ -98,9 +100,12 @@ def perform(
         deadline: by time.monotonic().
         results: folder of the curves.
         scale: of the claim.
+        arms: that run, of those that the claim has; empty: all.
     """
     claim, study = scale.claim(CLAIMS[name]), results / name / backbone
-    for job in jobs(claim, study, backbone):
+    own = claim.arms(backbone)
+    chosen = replace(claim, arms=lambda _: {arm: own[arm] for arm in own if not arms or arm in arms})
+    for job in jobs(chosen, study, backbone):
         if time.monotonic() > deadline:
             return
         with units.begun(study, job.key) as is_ours:
@@ -135,12 +140,18 @@ def perform(
         print(f"{name}/{backbone}/{job.key}: {claim.metrics[0]} {first:.3f} -> {last:.3f}", flush=True)
 
 
+def _arms(name: str) -> set[str]:
+    """The arms of a claim on any of its backbones."""
+    return {arm for backbone in CLAIMS[name].budgets for arm in CLAIMS[name].arms(backbone)}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("claims", nargs="*", choices=[*CLAIMS, []], help="default: all")
     parser.add_argument("--backbone", choices=("dit", "unet"), help="default: those of the claim")
+    parser.add_argument("--arms", nargs="+", default=(), metavar="ARM", help="run these alone; default: all")
     parser.add_argument(
         "--minutes", type=float, default=float("inf"), help="stop after these, also within a run"
     )
@@ -153,12 +164,17 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * options.minutes
     scale, suffix = SCALES[options.scale], "" if options.scale == "cpu" else f"-{options.scale}"
     results = options.out or RESULTS.with_name(RESULTS.name + suffix)
+    known = {arm for name in options.claims or CLAIMS for arm in _arms(name)}
+    if unknown := sorted(set(options.arms) - known):
+        parser.error(f"no such arm: {', '.join(unknown)}; these claims have {', '.join(sorted(known))}")
     if not options.page:
         materials = scale.materials(options.materials, options.device)
         for name in options.claims or CLAIMS:
             for backbone in CLAIMS[name].budgets:
                 if options.backbone in (None, backbone):
-                    perform(name, backbone, materials, deadline, results=results, scale=scale)
+                    perform(
+                        name, backbone, materials, deadline, results=results, scale=scale, arms=options.arms
+                    )
     docs = options.out or page.DOCS
     page.write(results, docs / f"results{suffix}.md", scale)
 

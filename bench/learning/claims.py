@@ -249,7 +249,7 @@ CLAIMS = {
         metrics=("glyphs_gold", "similarity_gold", "similarity", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
-        note=CHOSEN_ELSEWHERE,
+        note=CHOSEN_ELSEWHERE + " Section glyphs-proxy has PPO's arms, tuned on this reward.",
     ),
     "joint": Claim(
         question="Does the critic join a learnt reward and a rule so that neither is hacked?",

@@ -57,11 +57,12 @@ def _common_seeds(curves: Mapping[str, Mapping[int, object]]) -> list[int]:
 def paired_curves(results: Path, name: str, claim: Claim, backbone: BackboneName) -> Curves:
     """Arm -> curves of the seeds that every arm with a curve has, which alone can be compared.
 
-    Empty without such a seed, without the claim's first arm, and without another one.
+    Empty without such a seed, without the claim's first arm, without another one, and where all runs are
+    other claims', which compare them.
     """
     arms = list(claim.arms(backbone))
     found = _curves(results, name, claim, backbone, arms)
-    if len(found) < 2 or arms[0] not in found:
+    if len(found) < 2 or arms[0] not in found or found.keys() <= claim.runs_of.keys():
         return {}
     seeds = _common_seeds(found)
     return {arm: [curves[seed] for seed in seeds] for arm, curves in found.items()} if seeds else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -276,13 +277,31 @@ def test_an_arm_whose_runs_another_claim_has_is_compared_and_not_run_again(tmp_p
     assert "prompt-history-seed0" in wanted
     assert not [key for key in wanted if key.startswith("diffusionnft")]
     record(tmp_path, "objectives", "DiffusionNFT", 0.7, seeds=2)
-    record(tmp_path, "levels", "critic with replay", 0.6, seeds=2)
     record(tmp_path, "objectives", "critic-weighted NFT", 0.5, seeds=2)
+    assert not tables.paired_curves(tmp_path, "levels", levels, "dit"), "objectives has that section"
+    record(tmp_path, "levels", "critic with replay", 0.6, seeds=2)
     found = tables.paired_curves(tmp_path, "levels", levels, "dit")
     ends = {arm: curves[0][-1].scores["shapes_strict"] for arm, curves in found.items()}
     assert ends == {"critic-weighted NFT": 0.5, "DiffusionNFT": 0.7, "critic with replay": 0.6}
     (lead,) = tables.leads(found, levels)
     assert lead[1] == "critic-weighted NFT minus critic with replay", "the other pair counts in objectives"
+
+
+def test_some_arms_of_a_claim_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(
+        command, "perform", lambda name, backbone, *_, arms, **__: ran.append(f"{name} {arms}")
+    )
+    monkeypatch.setattr(page, "write", lambda *_: None)
+    command.main(["joint", "--arms", "two heads", "--out", str(tmp_path)])
+    assert ran == ["joint ['two heads']"]
+    with pytest.raises(SystemExit):
+        command.main(["joint", "--arms", "two hands", "--out", str(tmp_path)])
+    monkeypatch.undo()
+    keys: list[str] = []
+    monkeypatch.setattr(command.units, "begun", lambda study, key: keys.append(key) or nullcontext(False))
+    command.perform("joint", "dit", Materials(tmp_path), float("inf"), results=tmp_path, arms=["two heads"])
+    assert keys == [f"two-heads-seed{seed}" for seed in range(CLAIMS["joint"].seeds)]
 
 
 def test_seconds_of_another_claims_runs_are_not_compared() -> None:
