@@ -162,9 +162,10 @@ struct PPOLossOutputs {
   Tensor shares;     // (rows, 3): share of the loss, its derivatives by log_ratio and by kl_ref
 };
 
-// The loss's gradient, for a gradient that is made together with the loss.
-struct Outer {
-  double gradient;
+// A gradient that is made together with the loss, where the loss's own is `outer`.
+struct Ahead {
+  Tensor gradient;
+  double outer;
 };
 
 struct Gae {

@@ -187,8 +187,7 @@ void ppo_loss_backward(const PPOLoss& op, const PPOLossOutputs& outputs, const P
 
 // Loss and gradient in one, the bits of both as above. Up to a number for each row the gradient is known before its sums, so
 // it is written beside them, and scaled while it is in the cache: the last run is there more likely than the first.
-void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, const PPOLoss& gradients,
-                           const Outer& outer, const Threads& threads) {
+void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, const Ahead& ahead, const Threads& threads) {
   const LogRatio& ratio = op.ratio;
   const Shape shape = shape_of(ratio.model_output);
   check_steps(ratio.transition, shape.rows);
@@ -199,7 +198,7 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
   std::vector<RowLoss> rows(static_cast<std::size_t>(shape.rows));
   std::vector<RatioSums> partial(static_cast<std::size_t>(shape.rows * per_row), RatioSums{0.0, 0.0, 0.0});
   // Where a row's gradient is kept: in its tensor if that has the arithmetic type, else in `room`.
-  const Result grad = gradients.ratio.model_output;
+  const Result grad = ahead.gradient;
   const bool is_narrow = grad.dtype != DType::float32 && grad.dtype != DType::float64;
   const auto room_for = [&](std::int64_t num_rows) {
     return std::unique_ptr<float[]>(is_narrow ? new float[static_cast<std::size_t>(num_rows * shape.elements)] : nullptr);
@@ -217,7 +216,7 @@ void ppo_loss_and_gradient(const PPOLoss& op, const PPOLossOutputs& outputs, con
     rows[static_cast<std::size_t>(row)] = put_row(op, row, sums_of_row(partial, row, per_row), count, outputs);
   };
   const auto scale = [&](Run run, const void* place) {
-    chosen.log_ratio_backward(ratio, run, row_gradient(op, run.row, outputs, outer.gradient), place, grad);
+    chosen.log_ratio_backward(ratio, run, row_gradient(op, run.row, outputs, ahead.outer), place, grad);
   };
   if (shape.rows % helpers == 0 || shape.rows >= 4 * helpers) {
     share_tasks(shape.rows, helpers, [&](const auto& next_task) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lacfast.ops.backend import layout_reader
 from lacfast.records import NoiseKey
 from lacfast.reference.transition import arithmetic_dtype as arithmetic_dtype
 
+Found = TypeVar("Found")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,26 +25,28 @@ MOST_LAYOUTS = 1024
 """How many of them a check remembers; a run has a few."""
 
 
-def once_per_layout(check: Callable[..., None]) -> Callable[..., None]:
+def once_per_layout(check: Callable[..., Found]) -> Callable[..., Found]:
     """A check that asks of its tensors nothing but device, dtype, shape and memory order, once for all alike.
 
-    The settings that it takes by keyword are a part of what is alike. What C++ cannot look at, as a fake
-    tensor, is checked each time.
+    The settings that it takes by keyword are a part of what is alike; what it found is returned again. What
+    C++ cannot look at, as a fake tensor, is checked each time.
     """
-    passed: set[object] = set()
+    passed: dict[object, Found] = {}
 
     @wraps(check)
-    def checked(*tensors: Tensor | None, **settings: object) -> None:
+    def checked(*tensors: Tensor | None, **settings: object) -> Found:
         if torch.compiler.is_compiling():
             return check(*tensors, **settings)
         layout = layout_reader()(tensors)
         key = (layout, *settings.values()) if settings else layout
-        if key in passed:
-            return None
-        check(*tensors, **settings)
+        try:
+            return passed[key]
+        except KeyError:
+            """Nothing alike was checked yet."""
+        found = check(*tensors, **settings)
         if layout is not None and len(passed) < MOST_LAYOUTS:
-            passed.add(key)
-        return None
+            passed[key] = found
+        return found
 
     return checked
 

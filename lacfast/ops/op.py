@@ -46,14 +46,8 @@ def schema_of(*records: type[tuple[Any, ...]], mutates: Sequence[str] = ()) -> l
     return [f"{marks.get(name, _KINDS[kind][0])} {name}" for name, kind in fields]
 
 
-class Outer(NamedTuple):
-    """What C++ multiplies a gradient by that it makes together with the loss."""
-
-    gradient: float
-
-
-class _Ahead(NamedTuple):
-    """A gradient made in the forward pass, where the loss's own is `outer`."""
+class Ahead(NamedTuple):
+    """The one gradient that C++ makes together with the loss, where the loss's own is `outer`."""
 
     gradient: Tensor
     outer: float
@@ -106,7 +100,7 @@ class Op(Generic[Inputs, Outputs]):
         if gradients and formula is None:
             add_kernel(self._gradient, formats + formats[::-1], triton=triton[1:], cuda=cuda)
         if makes_gradient:
-            add_kernel(self._both, [*formats, formats[0], words_format(Outer)])
+            add_kernel(self._both, [*formats, words_format(Ahead)])
         fields, results = _names(inputs), _names(outputs)
         numbers = [name for name, kind in _typed(inputs) if _KINDS[kind][1] not in "ts"]
         self._trained = [fields.index(name) for name in gradients]
@@ -152,7 +146,8 @@ class Op(Generic[Inputs, Outputs]):
     def _traced(self, chosen: str, inputs: Inputs, trained: Sequence[Tensor | None]) -> Outputs:
         """The outputs with their gradient: autograd sees those that have one, the others pass beside it."""
         beside: list[Outputs] = []
-        differentiable = _Direct.apply(self, chosen, inputs, beside, *trained)  # type: ignore[no-untyped-call]
+        apply: Callable[..., Any] = _Direct.apply if functorch_is_active() else _plain_apply
+        differentiable = apply(self, chosen, inputs, beside, *trained)
         if not self._statistics:
             return self.outputs(differentiable)
         return self.outputs(self._select_traced((*differentiable, *beside[0])))
@@ -163,7 +158,7 @@ class Op(Generic[Inputs, Outputs]):
         launch(chosen, self.name, inputs[0], inputs, outputs)
         return outputs
 
-    def run_ahead(self, chosen: str, inputs: Inputs) -> tuple[Outputs, _Ahead | None]:
+    def run_ahead(self, chosen: str, inputs: Inputs) -> tuple[Outputs, Ahead | None]:
         """`run`, and where a kernel makes both the gradient too, for the last backward pass' own of the loss.
 
         Another one than that is rare, and then the gradient is made anew: the results are the same bits.
@@ -171,12 +166,9 @@ class Op(Generic[Inputs, Outputs]):
         if not self._makes_gradient or chosen != "cpu":
             return self.run(chosen, inputs), None
         outputs = self._allocate(inputs)
-        results: list[Any] = self._no_gradients.copy()
-        (trained,) = self._trained
-        gradient, expected = torch.empty_like(inputs[trained]), self._expected
-        results[trained] = gradient
-        launch(chosen, self._both, inputs[0], inputs, outputs, self.inputs(results), (expected,))
-        return outputs, _Ahead(gradient, expected)
+        ahead = Ahead(torch.empty_like(inputs[self._trained[0]]), self._expected)
+        launch(chosen, self._both, inputs[0], inputs, outputs, ahead)
+        return outputs, ahead
 
     def keep(self, ctx: Any, inputs: Inputs, outputs: Sequence[Tensor | None]) -> None:
         """Leave to the backward pass what it needs."""
@@ -225,7 +217,7 @@ class Op(Generic[Inputs, Outputs]):
 
     def _made_ahead(self, ctx: Any, outer: Tensor | None) -> Tensor | None:
         """The forward pass' gradient, handed over once: a second backward pass must not share its memory."""
-        ahead: _Ahead | None = vars(ctx).pop("ahead", None)
+        ahead: Ahead | None = vars(ctx).pop("ahead", None)
         if ahead is None or outer is None:
             return None
         self._expected = extension().number(outer)
@@ -314,6 +306,11 @@ class _Direct(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _once_differentiable(ctx, *grads)
         return _gradients(ctx, *grads)
+
+
+# Outside of torch.func it is what `apply` calls in the end: the way there costs as much as a tensor.
+_plain_apply: Callable[..., Any] = super(torch.autograd.Function, _Direct).apply
+functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> Any:

@@ -23,7 +23,7 @@ from lacfast.ops.checks import (
 )
 from lacfast.ops.op import Op, Sized
 from lacfast.records import NoiseKey, PPOStats, TransitionTerms
-from lacfast.reference.surrogate import Clip, bounds
+from lacfast.reference.surrogate import Bounds, Clip, bounds
 
 # Columns: log_ratio, kl_old, kl_ref, clipped | count, three sums, clipped from above, from below |
 # a row's share of the loss, and its derivatives by log_ratio and by kl_ref.
@@ -229,16 +229,20 @@ def ppo_loss(
     """
     key = split_noise(noise)
     transition = (model_output, old_model_output, anchor_output, coefficients, steps, *key)
-    _check_pairs(advantages, weights, step_weights, mask, kl_gains, *transition)
+    scale, is_normalized, limits = _check_pairs(
+        *(advantages, weights, step_weights, mask, kl_gains, *transition),
+        reduction=reduction,
+        ratio=ratio,
+        clip_range=clip_range,
+        clip_nats=clip_nats,
+        kl_threshold=kl_threshold,
+        dual_clip=dual_clip,
+    )
     if anchor_output is None and (kl_weight != 0 or kl_gains is not None):
         raise ValueError(
             f"kl_weight is {kl_weight} but there is no anchor_output; "
             "pass one, or kl_weight=0 and no kl_gains"
         )
-    if ratio not in RATIOS:
-        raise unknown("ratio", ratio, RATIOS)
-    scale = reduction_scale(reduction, model_output)
-    limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=1 / scale)
     chosen = PPO_LOSS.chosen(model_output)
     if chosen == "reference":
         return reference.ppo_loss(
@@ -269,7 +273,7 @@ def ppo_loss(
         step_weights,
         mask,
         kl_gains,
-        ratio == "ratio_norm",
+        is_normalized,
         limits.clip_low,
         limits.clip_high,
         limits.dual_clip,
@@ -288,8 +292,18 @@ def _check_pairs(
     mask: Tensor | None,
     kl_gains: Tensor | None,
     *transition: Tensor,
-) -> None:
-    """What `_check` asks of the transition, then the pairs' own operands."""
+    reduction: str,
+    ratio: str,
+    clip_range: Clip | None,
+    clip_nats: Clip | None,
+    kl_threshold: float | None,
+    dual_clip: float,
+) -> tuple[float, bool, Bounds]:
+    """What `_check` asks of the transition, then the pairs' own operands.
+
+    Returns:
+        The settings in the kernel's words: scale, whether the ratio is normalised, and the bounds.
+    """
     _check(*transition)
     model_output, coefficients = transition[0], transition[3]
     wide, batch, table = (arithmetic_dtype(model_output),), model_output.shape[:1], coefficients.shape[:1]
@@ -303,6 +317,11 @@ def _check_pairs(
     for name, tensor, shape, dtypes in expected:
         if tensor is not None:
             check_operand(name, tensor, "model_output", model_output, shape, dtypes)
+    if ratio not in RATIOS:
+        raise unknown("ratio", ratio, RATIOS)
+    scale = reduction_scale(reduction, model_output)
+    limits = bounds(clip_range, clip_nats, kl_threshold, dual_clip, nats_per_unit=1 / scale)
+    return scale, ratio == "ratio_norm", limits
 
 
 @once_per_layout

@@ -190,6 +190,18 @@ def test_what_was_refused_is_refused_again() -> None:
 
 
 @seen_by_dlpack
+def test_what_a_check_found_is_returned_again() -> None:
+    @checks.once_per_layout
+    def check(tensor: Tensor, *, factor: float) -> list[float]:
+        return [factor * tensor.numel()]
+
+    first = check(LATENTS, factor=0.5)
+    assert first == [0.5 * LATENTS.numel()]
+    assert check(LATENTS.clone(), factor=0.5) is first
+    assert check(LATENTS, factor=2.0) == [2.0 * LATENTS.numel()]
+
+
+@seen_by_dlpack
 def test_no_more_layouts_are_kept_than_a_run_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "MOST_LAYOUTS", 2)
     check, asked = counted()

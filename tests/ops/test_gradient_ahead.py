@@ -52,6 +52,13 @@ def _arguments(batch: int, elements: int, dtype: torch.dtype, *, drawn: bool) ->
     }
 
 
+def test_a_transform_of_torch_func_is_refused() -> None:
+    given = _arguments(3, 8, torch.float32, drawn=False)
+    output = given.pop("model_output").detach()  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch transforms"):
+        torch.func.grad(lambda output: ops.ppo_loss(output, **given)[0])(output)
+
+
 def _loss_and_gradients(arguments: dict[str, object], outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, then its gradient twice: as the forward pass may have made it, and as a backward pass does."""
     loss, _ = ops.ppo_loss(**arguments)
