@@ -212,6 +212,18 @@ struct AdvantageApplyOutputs {
   Tensor advantages;  // (rows, steps)
 };
 
+// Of both passes in one, where no other rank adds its moments.
+struct Normalization {
+  Flag normalize_heads;
+  double advantage_clip;
+};
+
+struct NormalizationOutputs {
+  Tensor advantages;  // (rows, steps)
+  SizedTensor raw;    // (rows, steps, heads)
+  Tensor targets;
+};
+
 // Groups of particles, float32 or float64.
 struct EffectiveSampleSize {
   SizedTensor log_weights;  // (groups, particles)

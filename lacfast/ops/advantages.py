@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lacfast import reference
 from lacfast.config.checks import unknown
+from lacfast.ops.backend import add_kernel, launch, through_dispatcher
 from lacfast.ops.checks import arithmetic_dtype, check_first, check_operand, once_per_layout
-from lacfast.ops.op import Op, Sized
+from lacfast.ops.op import Op, Sized, words_format
 from lacfast.records import NormalizedAdvantages, RewardCondition
 
 COMBINATIONS = ("sum_normalized", "sum", "scalarized")
@@ -100,12 +101,14 @@ def normalized_advantages(
         *(rewards, values, reward_mean, reward_std, weights, mask, scalarized, conditions_on, thresholds),
         *(gamma, gae_lambda, value_lambda, target_clip),
     )
+    normalize_heads = combination == "sum_normalized"
+    if all_reduce is None and chosen == "cpu" and not through_dispatcher(values):
+        return _of_one_rank(inputs, Normalization(normalize_heads, advantage_clip))
     raw, targets, sums = ADVANTAGE_SUMS(chosen, inputs)
     if all_reduce is not None:
         sums = sums.sum(dim=0)
         all_reduce(sums)
         sums = sums[None]
-    normalize_heads = combination == "sum_normalized"
     apply = AdvantageApply(raw, weights, mask, sums, scalarized, normalize_heads, advantage_clip)
     return NormalizedAdvantages(ADVANTAGE_APPLY(chosen, apply).advantages, raw, targets)
 
@@ -163,6 +166,18 @@ def _condition_lists(rewards: Tensor, conditions: Sequence[RewardCondition]) -> 
     return on, thresholds
 
 
+def _of_one_rank(inputs: AdvantageSums, settings: Normalization) -> NormalizedAdvantages:
+    """Both passes in one call: a second op costs a small rollout as much as the arithmetic of both."""
+    batch, steps, heads = inputs.values.shape
+    # Of the weights, which have the maths' dtype: to name one takes torch as long as to allocate.
+    empty = inputs.weights.new_empty
+    outputs = NormalizationOutputs(
+        empty(batch, steps), empty(batch, steps, heads), empty(batch, steps, heads)
+    )
+    launch("cpu", "normalized_advantages", inputs.values, inputs, settings, outputs)
+    return NormalizedAdvantages(*outputs)
+
+
 class AdvantageSums(NamedTuple):
     rewards: Sized
     values: Sized
@@ -200,6 +215,17 @@ class AdvantageApplyOutputs(NamedTuple):
     advantages: Tensor
 
 
+class Normalization(NamedTuple):
+    normalize_heads: bool
+    advantage_clip: float
+
+
+class NormalizationOutputs(NamedTuple):
+    advantages: Tensor
+    raw: Sized
+    targets: Tensor
+
+
 def _parts(values: Tensor) -> int:
     """Rows of moments: one, or one for each block of the CUDA kernel."""
     return 1 if values.is_cpu else cuda_blocks(values)
@@ -230,3 +256,7 @@ def _advantages(inputs: AdvantageApply) -> AdvantageApplyOutputs:
 
 ADVANTAGE_SUMS = Op("advantage_sums", AdvantageSums, AdvantageSumsOutputs, _sums, cuda=True)
 ADVANTAGE_APPLY = Op("advantage_apply", AdvantageApply, AdvantageApplyOutputs, _advantages, cuda=True)
+add_kernel(
+    "normalized_advantages",
+    [words_format(record) for record in (AdvantageSums, Normalization, NormalizationOutputs)],
+)

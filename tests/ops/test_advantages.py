@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -245,6 +246,31 @@ def test_pipeline_is_two_dispatched_ops():
     with Count() as count:
         ops.normalized_advantages(*given_inputs)
     assert count.names == ["lacfast.advantage_sums.default", "lacfast.advantage_apply.default"]
+
+
+@pytest.mark.parametrize("combination", ["sum_normalized", "sum", "scalarized"])
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES, ids=str)
+def test_one_rank_alone_has_the_bits_of_both_passes_from_one_kernel(
+    combination: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, poisoned_memory: Any
+) -> None:
+    names: list[str] = []
+
+    def launch(chosen: str, name: str, *rest: Any) -> None:
+        names.append(name)
+        original(chosen, name, *rest)
+
+    original = importlib.import_module("lacfast.ops.backend").launch
+    for module in ("op", "advantages"):
+        monkeypatch.setattr(importlib.import_module(f"lacfast.ops.{module}"), "launch", launch)
+    rewards, values, *rest = inputs(131, 4, 3, dtype)
+    values = values[..., :1].contiguous() if combination == "scalarized" else values
+    changes = {"combination": combination, "mask": torch.arange(131) != 7, **SETTINGS}
+    alone = ops.normalized_advantages(rewards, values, *rest, **changes)
+    assert names == ["normalized_advantages"]
+    joined = ops.normalized_advantages(rewards, values, *rest, **changes, all_reduce=lambda moments: None)
+    assert names[1:] == ["advantage_sums", "advantage_apply"]
+    for name in ("advantages", "raw", "targets"):
+        assert torch.equal(getattr(alone, name), getattr(joined, name))
 
 
 def test_advantages_carry_no_gradient_and_autocast_does_not_touch_them():
