@@ -1,7 +1,7 @@
 """Host work of an update on graphs besides its replays, and of eager ops, timed on a CPU: what is left where
 launches bind.
 
-python -m bench.host_work      times it and writes bench/results/host-work.json, which `bench.report` shows
+python -m bench.host_work   times it and writes bench/results/host-work-MAKER.json, which `bench.report` shows
 
 A microbatch is the tiny transformer's, whose replay does nothing here: gathering and copying a single pair
 remain, at what they cost the host. Walks are over the modules of a full-size model on the meta device. Eager
@@ -26,7 +26,7 @@ from bench.equal_results import scored_rollout
 from bench.interleaved import race
 from bench.matched_loops import engine, tiny_match
 from bench.published import PUBLISHED, trained_backbone
-from bench.shapes import CASES, LatentCase
+from bench.shapes import CASES, CLAIM_LATENT, LatentCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS
 from lacfast import ops
@@ -38,7 +38,7 @@ from lacfast.learning.batches import PolicySource
 from lacfast.runtime.fake_graph import FakeGraph
 from lacfast.runtime.graph import weights_of
 
-RESULT = Path(__file__).parent / "results" / "host-work.json"
+RESULTS = Path(__file__).parent / "results"
 FULL_SIZE = "sd35_medium"
 GRAPH = GraphConfig(mode="fake", strict=True, warmup_steps=1)
 WALKS = (
@@ -48,6 +48,7 @@ WALKS = (
     "the critic's taps, eager forward of the policy",
 )
 SMALL_LATENT = LatentCase("small", 2, (4, 4, 4))
+LATENTS_MIB = 4 * CLAIM_LATENT.elements * torch.float32.itemsize >> 20
 CALLS = 200
 """Of an eager op, timed together."""
 FEW, MANY = 4, 32
@@ -119,6 +120,7 @@ def eager_calls() -> dict[str, Callable[[], object]]:
         return workload.inputs, partial(workload.providers[OURS], workload.inputs)
 
     calls = {f"`{op}`": inputs_and_call(op)[1] for op in ("gae", "value_pool", "gaussian_step")}
+    calls["`normalized_advantages`"] = inputs_and_call("normalized_advantages")[1]
     inputs, with_gradient = inputs_and_call("step_log_prob")
     names = ("sample", "model_output", "prev_sample", "coefficients", "steps")
     calls["`step_log_prob`"] = partial(ops.step_log_prob, *(inputs[name].detach() for name in names))
@@ -142,16 +144,37 @@ def eager_microseconds(*, rounds: int) -> dict[str, float]:
     return {name: round(1e6 * statistics.median(times) / CALLS, 2) for name, times in seconds.items()}
 
 
+def eager_microseconds_after_other_work(*, rounds: int) -> dict[str, float]:
+    """Median host time of a call whose code has left the nearer caches for other data, as an op's own."""
+    latents = [torch.ones(CLAIM_LATENT.elements) for _ in range(4)]
+
+    def other_work() -> None:
+        torch.addcmul(*latents[:3], out=latents[3])
+
+    calls = eager_calls()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            call()
+            other_work()
+            start = time.thread_time()
+            call()
+            seconds[name].append(time.thread_time() - start)
+    return {name: round(1e6 * statistics.median(times), 2) for name, times in seconds.items()}
+
+
 def measure(*, rounds: int) -> dict[str, Any]:
     """Milliseconds by what is done, and microseconds of eager ops."""
     # First, while the process is small: a collection of garbage walks over all that lives.
     eager = eager_microseconds(rounds=rounds)
+    after_other_work = eager_microseconds_after_other_work(rounds=4 * rounds)
     found = {"a captured microbatch, tiny transformer": microbatch_seconds(rounds=rounds)}
     seconds = race(walks(trained_backbone(PUBLISHED[FULL_SIZE])), rounds=rounds)
     found |= {name: statistics.median(times) for name, times in seconds.items()}
     return {
         "milliseconds": {name: round(1e3 * value, 4) for name, value in found.items()},
         "eager_microseconds": eager,
+        "eager_microseconds_after_other_work": after_other_work,
         "model": PUBLISHED[FULL_SIZE].title,
         "label": machine.label(torch.device("cpu")),
         "torch": torch.__version__,
@@ -163,10 +186,16 @@ def table(result: dict[str, Any]) -> str:
     """The times, as Markdown."""
     lines = ["| host work besides replays | ms |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in result["milliseconds"].items()]
-    lines += ["", "| host work of an eager op | us |", "|---|---|"]
-    lines += [f"| {name} | {value:.1f} |" for name, value in result["eager_microseconds"].items()]
+    lines += ["", "| host work of an eager op | us | after other work |", "|---|---|---|"]
+    cold = result.get("eager_microseconds_after_other_work", {})
+    lines += [
+        f"| {name} | {value:.1f} | {f'{cold[name]:.0f}' if name in cold else ''} |"
+        for name, value in result["eager_microseconds"].items()
+    ]
     note = (
-        f"One thread of {result['label']}, torch {result['torch']}, {result['date']}: medians of CPU time. A "
+        f"One thread of {result['label']}, torch {result['torch']}, {result['date']}: medians of CPU time, "
+        f"of calls that follow one another and of one that follows a pass over {LATENTS_MIB} MiB, where "
+        f"that was measured. A "
         f"microbatch is timed by its difference to a step with fewer of them; the other rows of the first "
         f"table are of {result['model']} with a LoRA of rank 32. `python -m bench.host_work` measures it."
     )
@@ -176,7 +205,8 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     result = measure(rounds=20)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = RESULTS / f"host-work-{machine.maker()}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 import subprocess
 from typing import Any
@@ -26,6 +27,11 @@ def label(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return str(environment.describe()["processor"]["model"])
+
+
+def maker() -> str:
+    """The processor's maker in small letters: what tells apart the files of one bench on several machines."""
+    return re.split(r"\W", label(torch.device("cpu")))[0].lower()
 
 
 def today() -> str:

@@ -3,11 +3,11 @@
 A table stands between its markers, `<!-- NAME:begin -->` and `<!-- NAME:end -->`, in one of PAGES.
 
 The proof and the demo's tables come from docs/demo/summaries.json, the kernels from the newest
-bench/results/kernels-{cpu,avx512,avx2}-*.json (`python -m bench.kernels`), what a machine allows them from
-bench/results/roofline.json (`python -m bench.roofline`), what a second thread brings them from
-bench/results/threads.json (`python -m bench.threads`), iterations from the newest
+bench/results/kernels-{cpu,intel-avx2,avx512,avx2}-*.json (`python -m bench.kernels`), what a machine allows
+them from bench/results/roofline-*.json (`python -m bench.roofline`), what a second thread brings them from
+bench/results/threads-*.json (`python -m bench.threads`), iterations from the newest
 bench/results/iteration-cpu-*.json (`python -m bench.iteration`), what the published models cost from
-bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work.json
+bench/results/costs.json (`python -m bench.costs`), the host's work from bench/results/host-work-*.json
 (`python -m bench.host_work`), what the recipes hold in memory from bench/results/memory.json
 (`python -m bench.memory`) and what a run of them then allocates from bench/results/allocations.json
 (`python -m bench.allocations`), what the GPU kernels issue from bench/results/kernel-counts.json
@@ -269,13 +269,11 @@ def blocks() -> dict[str, str]:
         "demo": (DEMOS, demo),
         "demo-seeds": (DEMOS, demo_seeds),
         "kernels": (newest("kernels-cpu-*.json"), kernels),
+        "kernels-intel-avx2": (newest("kernels-intel-avx2-*.json"), kernels),
         "kernels-avx512": (newest("kernels-avx512-*.json"), kernels),
         "kernels-avx2": (newest("kernels-avx2-*.json"), kernels),
-        "roofline": (roofline.RESULT, roofline.table),
-        "threads": (threads.RESULT, threads.table),
         "iteration": (newest("iteration-cpu-*.json"), iterations),
         "costs": (COSTS, published_costs.table),
-        "host-work": (host_work.RESULT, host_work.table),
         "memory": (memory.RESULT, memory.table),
         "allocations": (allocations.RESULT, allocations.table),
         "ocr": (ocr.RESULT, ocr.table),
@@ -284,6 +282,9 @@ def blocks() -> dict[str, str]:
         "ranks-strong": (scaling.RESULT, scaling.strong_text),
         "ranks-apart": (scaling.RESULT, scaling.apart_text),
     }
+    by_machine = {"roofline": roofline.table, "threads": threads.table, "host-work": host_work.table}
+    for stem, table in by_machine.items():
+        sources |= {path.stem: (path, table) for path in RESULTS.glob(f"{stem}-*.json")}
     read = {
         block: json.loads(path.read_text(encoding="utf-8"))
         for block, (path, _) in sources.items()

@@ -4,7 +4,7 @@ A kernel at the roofline takes bytes / copy bandwidth. The bytes are those of a 
 once, every result written once. A provider that moves more only looks slower.
 
     python -m bench.roofline    how fast this machine copies, and what that allows one thread of its CPU:
-                                writes bench/results/roofline.json, which `bench.report` shows
+                                writes bench/results/roofline-MAKER.json, which `bench.report` shows
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from bench import machine
 from bench.shapes import CLAIM_ADVANTAGE, CLAIM_LATENT, CLAIM_POOL, AdvantageCase, PoolCase
 
-RESULT = Path(__file__).parent / "results" / "roofline.json"
+RESULTS = Path(__file__).parent / "results"
 OPERATIONS_PER_NORMAL = 35
 """Philox4x32-10: 10 rounds of 8 operations for 4 normals; Box-Muller: log, root, sine, cosine for 2."""
 
@@ -255,7 +255,8 @@ def main() -> None:
         print(f"a copy on cuda moves {bandwidth / 1e9:.1f} GB/s")
         return
     result = measure()
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = RESULTS / f"roofline-{machine.maker()}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(result))
 
 

@@ -35,8 +35,11 @@ def test_a_microbatch_is_timed_by_what_one_more_takes() -> None:
 def test_eager_ops_are_timed_beside_a_function_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_work, "CALLS", 1)
     microseconds = host_work.eager_microseconds(rounds=1)
-    assert len(microseconds) == len(host_work.eager_calls()) == 7
+    assert len(microseconds) == len(host_work.eager_calls()) == 8
     assert min(microseconds.values()) > 0
+    after_other_work = host_work.eager_microseconds_after_other_work(rounds=1)
+    assert after_other_work.keys() == microseconds.keys()
+    assert min(after_other_work.values()) > 0
 
 
 @pytest.mark.claim

@@ -27,7 +27,7 @@ def test_every_row_has_both_times() -> None:
     found = {"rows": rows, "machine": machine.describe(CPU), "date": "today", "product_speed_up": 1.9}
     shown = threads.table(found)
     assert "| `gaussian_step`, noise drawn | bfloat16 | " in shown
-    assert shown.splitlines()[2].count("x |") == 2
+    assert shown.splitlines()[2].count("x |") == 3
 
 
 def test_other_bits_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

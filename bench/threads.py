@@ -1,10 +1,11 @@
 """Two threads beside one on the largest shapes of each op that shares its work, after equal bits.
 
-python -m bench.threads                      writes bench/results/threads.json, which `bench.report` shows
-python -m bench.threads --ops value_pool     some of it, to the screen only
+python -m bench.threads                    writes bench/results/threads-MAKER.json, which `bench.report` shows
+python -m bench.threads --ops value_pool   some of it, to the screen only
 
-Beside an op stands what a second thread brings torch's copy of as many bytes: an op that only moves memory
-can gain no more, one that computes up to 2x. It is wall time, in which a thread waits milliseconds for a core
+Beside an op stands what a second thread brings its kernel without the op's own Python and autograd, which no
+thread shares, and torch's copy of as many bytes: what only moves memory can gain no more, what computes up to
+2x. It is wall time, in which a thread waits milliseconds for a core
 that another program has: where a product of matrices does not gain from a second thread, nothing is measured.
 Inputs below a million elements stay on one thread.
 """
@@ -16,9 +17,11 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -27,8 +30,9 @@ from bench.interleaved import race, speed_ups
 from bench.shapes import LATENTS, POOLS, Case, LatentCase, PoolCase
 from bench.workloads import WORKLOADS
 from bench.workloads.workload import OURS, OURS_DRAWN, Call, Inputs, WrongResultError
+from lacfast.ops import op
 
-RESULT = Path(__file__).parent / "results" / "threads.json"
+RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 OPS = ("normal_noise", "gaussian_step", "step_log_prob", "ppo_loss", "value_pool")
 IDLE = 1.7
@@ -55,6 +59,26 @@ def gain(call: Call, inputs: Inputs, *, rounds: int) -> tuple[dict[str, list[flo
     return seconds, speed_ups(seconds, "1")["2"]
 
 
+def kernel_gain(call: Call, inputs: Inputs, *, rounds: int) -> float:
+    """Speed-up of the kernels that a call of an op launches, on the records of that call."""
+    kernels: list[Callable[[], None]] = []
+    launch = op.launch
+
+    def recorded(*arguments: Any) -> None:
+        kernels.append(partial(launch, *arguments))
+        launch(*arguments)
+
+    with patch.object(op, "launch", recorded):
+        call(inputs)
+
+    def alone(_: Inputs) -> tuple[torch.Tensor, ...]:
+        for kernel in kernels:
+            kernel()
+        return ()
+
+    return gain(alone, inputs, rounds=rounds)[1]
+
+
 def copy_gain(num_bytes: int, *, rounds: int) -> float:
     """Speed-up of torch's copy that reads and writes so many bytes together."""
     source = torch.ones(num_bytes // 8)
@@ -77,10 +101,10 @@ def measure(
         WrongResultError: two threads give other bits than one.
     """
     rows = []
-    for op in ops:
-        for dtype in WORKLOADS[op].dtypes:
-            case = cases[WORKLOADS[op].kind]
-            workload = WORKLOADS[op].build(case, dtype, CPU, compiled=False)
+    for name in ops:
+        for dtype in WORKLOADS[name].dtypes:
+            case = cases[WORKLOADS[name].kind]
+            workload = WORKLOADS[name].build(case, dtype, CPU, compiled=False)
             for provider in (OURS, OURS_DRAWN):
                 if provider not in workload.providers:
                     continue
@@ -94,12 +118,13 @@ def measure(
                 seconds, speed_up = gain(call, workload.inputs, rounds=rounds)
                 rows.append(
                     {
-                        "op": op,
+                        "op": name,
                         "provider": provider,
                         "case": str(case),
                         "dtype": str(dtype).removeprefix("torch."),
                         "milliseconds": {n: 1e3 * statistics.median(times) for n, times in seconds.items()},
                         "speed_up": speed_up,
+                        "kernel_speed_up": kernel_gain(call, workload.inputs, rounds=rounds),
                         "copy_speed_up": copy_gain(workload.costs[provider].bytes, rounds=rounds),
                     }
                 )
@@ -108,18 +133,22 @@ def measure(
 
 def table(result: dict[str, Any]) -> str:
     """The times, as Markdown."""
-    lines = ["| op | dtype | one thread, ms | two | | a copy |", "|---|---|---|---|---|---|"]
+    lines = ["| op | dtype | one thread, ms | two | | its kernel | a copy |", "|---" * 7 + "|"]
     for row in result["rows"]:
         one, two = (row["milliseconds"][count] for count in ("1", "2"))
         name = f"`{row['op']}`" + row["provider"].removeprefix(OURS)
-        gains = f"{row['speed_up']:.2f}x | {row['copy_speed_up']:.2f}x"
+        gains = " | ".join(
+            f"{row[name]:.2f}x" if name in row else ""
+            for name in ("speed_up", "kernel_speed_up", "copy_speed_up")
+        )
         lines.append(f"| {name} | {row['dtype']} | {one:.2f} | {two:.2f} | {gains} |")
     processor = result["machine"]["processor"]
     note = (
         f"Wall time of {result['machine']['label']}, two cores, torch "
         f"{result['machine']['versions']['torch']}, lacfast with {processor['instruction set (lacfast)']}, "
         f"{result['date']}: medians of interleaved rounds after equal bits. Beside it what a second thread "
-        "brings torch's copy of as many bytes; it brings a product of matrices "
+        "brings the kernel alone, without the op's Python and autograd, where that was measured, and torch's "
+        "copy of as many bytes; it brings a product of matrices "
         f"{result['product_speed_up']:.2f}x. Latents are {LARGEST[LatentCase]}; features "
         f"{LARGEST[PoolCase]}. `python -m bench.threads` measures it."
     )
@@ -146,7 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
         "rows": measure(LARGEST, rounds=options.rounds, ops=tuple(options.ops)),
     }
     if options.ops == list(OPS):
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path = RESULTS / f"threads-{machine.maker()}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
     return 0
 

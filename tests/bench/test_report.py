@@ -24,10 +24,20 @@ def test_every_table_has_one_home_that_shows_the_recorded_results() -> None:
         "kernel-counts",
         "iteration",
         "costs",
-        "host-work",
+        "host-work-amd",
+        "host-work-intel",
     }
-    names |= {"kernels-avx2", "kernels-avx512", "roofline", "memory", "allocations", "ocr"}
-    names |= {"ranks-apart", "ranks-on-paper", "ranks-strong", "threads"}
+    names |= {
+        "kernels-intel-avx2",
+        "kernels-avx2",
+        "kernels-avx512",
+        "roofline-amd",
+        "roofline-intel",
+        "memory",
+        "allocations",
+        "ocr",
+    }
+    names |= {"ranks-apart", "ranks-on-paper", "ranks-strong", "threads-amd", "threads-intel"}
     assert set(blocks) == names
     assert report.pages(blocks, HOMES) == HOMES, "run `python -m bench.report`"
     demos = json.loads(report.DEMOS.read_text(encoding="utf-8"))
