@@ -61,8 +61,8 @@ ADVICE = """## What to take
 - **A loss on the forward process**: it needs no SDE and no ratio, and is far ahead of PPO's arms on scenes;
   on words, which are nearly learnt out, DDPO ends as high as DiffusionNFT. That one on GRPO's groups is the
   simplest and takes the least time. AWM, tuned alike, gains less by gold (section matching).
-- **Weighted by the critic**, the recipes `shapes` and `sd35m-pickscore` (`TrainConfig.objective=NFT()`,
-  estimator `critic`), where the reward is learnt, as most are. With the similarity of a dual encoder for the
+- **Weighted by the critic**, the recipes `shapes`, `shapes-unet` and `sd35m-pickscore`
+  (`TrainConfig.objective=NFT()`, estimator `critic`), where the reward is learnt, as most are. With the similarity of a dual encoder for the
   reward, judged by a checker that nothing trains on, it ends ahead of DiffusionNFT and of PPO's arms on the
   DiT on both tasks, scenes and words, and has what DiffusionNFT ends with after 1.7 and 1.8 times fewer
   images (sections proxy-nft and glyphs-proxy-nft). On the UNet it ends ahead of PPO's arms on scenes and is
@@ -87,9 +87,9 @@ ADVICE = """## What to take
   and 10 points on its three seeds, at three times the compute ([demo](demo/README.md)). Without pretraining
   it adds 3 at the end of a run on the checker, as three times the steps do, which gain more by gold (section
   inference, one seed).
-- **PPO with the critic**, the recipe `shapes-ppo`, where the likelihood ratio itself is needed: a bound on
-  the sampler's own transitions, weights in shards, ranks that sample apart. The losses on the forward
-  process refuse those.
+- **PPO with the critic**, the recipes `shapes-ppo` and `shapes-unet-ppo`, where the likelihood ratio itself
+  is needed: a bound on the sampler's own transitions, weights in shards, ranks that sample apart. The losses
+  on the forward process refuse those.
 - **Small rollouts** with these losses, as long as images and calls of the reward are what counts. They take
   more time per image, and PPO does not bear them.
 

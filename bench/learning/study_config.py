@@ -8,7 +8,7 @@ from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.critic import WEIGHTLESS_TRUNKS
 from lacfast.runs.recipes import recipe
 
-RECIPES = {"dit": "shapes-ppo", "unet": "shapes-unet"}
+RECIPES = {"dit": "shapes-ppo", "unet": "shapes-unet-ppo"}
 """Backbone -> its recipe."""
 
 

@@ -215,6 +215,7 @@ ALIKE = {
     "flux-pickscore-24gb": "flux-pickscore",
     "sd35m-geneval": "sd35m-ocr",
     "shapes-unet": "shapes",
+    "shapes-unet-ppo": "shapes-ppo",
 }
 """Recipes of a model and a way of training that another one has too; the gate runs them."""
 
