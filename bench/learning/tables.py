@@ -131,7 +131,8 @@ def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -
     first, *others = curves
     measures: dict[str, Measure] = {metric: (final, metric) for metric in metrics}
     measures[f"area, {metrics[0]}"] = (area, metrics[0])
-    yield f"At {title} ({_common(curves, cost):,.0f}):"
+    budgets = [f"{budget:,.0f}" for budget in sorted(_budgets(curves, cost))]
+    yield f"At {title} ({' to '.join(dict.fromkeys([budgets[0], budgets[-1]]))}):"
     yield ""
     yield _row("arm", measures)
     yield "|" + "---|" * (len(measures) + 1)
@@ -182,7 +183,7 @@ def more_compute(curves: Curves, metrics: Sequence[str]) -> Iterator[str]:
 def speed(curves: Curves, metric: str) -> Iterator[str]:
     """Lines that say after how many images the first arm has what each other one ends with, if it has."""
     first, *others = curves
-    budget = _common(curves, images)
+    budget = min(_budgets(curves, images))
     yield _row("arm", ["ends with", f"{first} has it after", "times fewer images"])
     yield "|" + "---|" * 4
     for arm in others:
@@ -218,11 +219,14 @@ def _lead(curves: Curves, first: str, other: str, measure: Measure, cost: Cost) 
 
 
 def _scores(curves: Curves, arm: str, measure: Measure, cost: Cost) -> list[float]:
-    """Score of every seed at the largest cost that all curves reach."""
-    budget = _common(curves, cost)
+    """Score of every seed at the largest cost that all arms reach with it."""
     function, metric = measure
-    return [function(points, cost, metric, budget) for points in curves[arm]]
+    budgets = _budgets(curves, cost)
+    return [
+        function(points, cost, metric, budget) for points, budget in zip(curves[arm], budgets, strict=True)
+    ]
 
 
-def _common(curves: Curves, cost: Cost) -> float:
-    return common_budget([points for runs in curves.values() for points in runs], cost)
+def _budgets(curves: Curves, cost: Cost) -> list[float]:
+    """Seed by seed, since a machine may have run one seed's arms and a slower one another's."""
+    return [common_budget(of_seed, cost) for of_seed in zip(*curves.values(), strict=True)]

@@ -56,6 +56,16 @@ def test_arms_are_compared_where_all_of_them_have_been() -> None:
     assert common_budget([line(0.0, rate=1.0), line(0.0, rate=3.0)], seconds(0.0)) == 10
 
 
+def test_a_seed_that_a_slower_machine_ran_is_compared_over_as_many_images() -> None:
+    curves = {
+        "a": [line(1e-4, rate=2.0), line(1e-4, rate=6.0)],
+        "b": [line(0.0, rate=1.0), line(0.0, rate=3.0)],
+    }
+    title, *rows = tables.comparison("equal time", seconds(0.0), curves, ["shapes_strict"])
+    assert title == "At equal time (10 to 30):"
+    assert rows[-1].startswith("| a minus b | +0.050 [+0.050, +0.050]"), "500 images of both seeds"
+
+
 def test_a_level_is_reached_where_the_mean_of_the_seeds_first_has_it() -> None:
     curves = [line(1e-4), line(3e-4)]
     assert reached(curves, images, "shapes_strict", 0.5, 1000) == pytest.approx(500, abs=2)
