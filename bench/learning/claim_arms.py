@@ -23,6 +23,7 @@ from bench.learning.arms import (
     kl_mask,
     latent_critic,
     leave_one_out,
+    pretrained_for,
     ratio_norm,
     replayed,
     running_prompt_statistics,
@@ -41,6 +42,8 @@ CHECKER_FLOOR = 0.57
 """Mean of the checker's reward that the constrained arm must keep, a little less than the base model's."""
 CHECKER_PASSED = 0.99
 """The checker's reward of images that obey the whole prompt is 1."""
+TAUGHT_ROLLOUTS = 250
+"""Rollouts of value pretraining that cost the control of small rollouts nothing."""
 HEIGHT_SHARE = 0.42
 """Deviation of the reward for height over the checker's on the base model's images, rounded: what a plain sum
 of both amounts to once each is normalised."""
@@ -100,6 +103,16 @@ def forward_process(backbone: BackboneName) -> dict[str, Arm]:
     arms = levels(backbone)
     kept = ("DiffusionNFT", "prompt history")
     return {"critic-weighted NFT": arms["critic with replay"]} | {name: arms[name] for name in kept}
+
+
+def taught(backbone: BackboneName) -> dict[str, Arm]:
+    arms = forward_process(backbone)
+    critic = arms["critic-weighted NFT"]
+    config = pretrained_for(critic.config, TAUGHT_ROLLOUTS)
+    return {
+        "taught critic": Arm(config=config, counts_pretraining=False),
+        **{name: arms[name] for name in ("critic-weighted NFT", "DiffusionNFT")},
+    }
 
 
 def joint(backbone: BackboneName) -> dict[str, Arm]:

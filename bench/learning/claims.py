@@ -251,6 +251,19 @@ CLAIMS = {
         tuning=AS_CHOSEN,
         note=CHOSEN_ELSEWHERE + " Section glyphs-proxy has PPO's arms, tuned on this reward.",
     ),
+    "taught": Claim(
+        question="What would a critic be worth that knows the learnt reward when training begins?",
+        problem="similarity",
+        arms=claim_arms.taught,
+        budgets={"unet": LEARNT_REWARD_BUDGETS["unet"]},
+        metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+        tuning=AS_CHOSEN,
+        seeds=3,
+        runs_of={arm: ("proxy-nft", arm) for arm in ("critic-weighted NFT", "DiffusionNFT")},
+        note=f"A control: the taught critic has had {claim_arms.TAUGHT_ROLLOUTS} rollouts of the base model "
+        "for value pretraining, which are not counted. It is else the critic of section proxy-nft, whose two "
+        "arms the others are.",
+    ),
     "joint": Claim(
         question="Does the critic join a learnt reward and a rule so that neither is hacked?",
         problem="both",
