@@ -111,7 +111,7 @@ def taught(backbone: BackboneName) -> dict[str, Arm]:
     config = pretrained_for(critic.config, TAUGHT_ROLLOUTS)
     return {
         "taught critic": Arm(config=config, counts_pretraining=False),
-        **{name: arms[name] for name in ("critic-weighted NFT", "DiffusionNFT")},
+        **{name: arms[name] for name in ("DiffusionNFT", "critic-weighted NFT")},
     }
 
 

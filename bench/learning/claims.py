@@ -259,10 +259,9 @@ CLAIMS = {
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         tuning=AS_CHOSEN,
         seeds=3,
-        runs_of={arm: ("proxy-nft", arm) for arm in ("critic-weighted NFT", "DiffusionNFT")},
         note=f"A control: the taught critic has had {claim_arms.TAUGHT_ROLLOUTS} rollouts of the base model "
-        "for value pretraining, which are not counted. It is else the critic of section proxy-nft, whose two "
-        "arms the others are.",
+        "for value pretraining, which are not counted. All else is as in section proxy-nft, on a base model "
+        "made anew.",
     ),
     "joint": Claim(
         question="Does the critic join a learnt reward and a rule so that neither is hacked?",
