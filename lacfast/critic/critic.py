@@ -46,6 +46,11 @@ class Critic(nn.Module):
     def num_rewards(self) -> int:
         return self.head.num_rewards
 
+    @property
+    def has_units(self) -> bool:
+        """Whether rewards have said what V means; of a new critic the value loss does."""
+        return bool((self.reward_mean != 0).any() or (self.reward_std != 1).any())
+
     def record(self, model: nn.Module, *, detach: bool = True) -> AbstractContextManager[Features]:
         """Within the context, a forward of the actor fills the returned dict with what the critic reads."""
         return self.trunk.record(model, detach=detach)

@@ -80,24 +80,32 @@ def value_targets(rewards: Tensor, normalizer: RewardNormalizer, target_clip: fl
 def update_statistics(critic: Critic, normalizer: RewardNormalizer, rollout: Rollout) -> Rollout:
     """Take the rollout's rewards into the running statistics; raw predictions stay what they are.
 
-    The critic and the rollout's values are rescaled alike. Returns the rollout with values in the new units.
+    The critic and the rollout's values are rescaled alike; a critic that another run has taught brings its
+    units along. Returns the rollout with values in the new units.
 
     Raises:
         ValueError: for rewards that the critic's loss cannot express; nothing is changed then.
     """
     rewards = stack_rewards(rollout)
     critic.value_loss.require_representable(normalizer.combined(rewards))
-    seen, old = normalizer.count > 0, (normalizer.mean, normalizer.std)
+    old = _units(critic, normalizer)
     normalizer.update(rewards)
     new = normalizer.mean, normalizer.std
     critic.reward_mean.copy_(to_like(normalizer.mean, critic.reward_mean))
     critic.reward_std.copy_(to_like(normalizer.std, critic.reward_std))
     # Before the first reward a squared error predicts nothing in raw units: V = 0 means "the mean".
     old_mean, old_std = (
-        to_like(statistic, rollout.values) for statistic in (old if seen else critic.value_loss.units(*new))
+        to_like(statistic, rollout.values) for statistic in old or critic.value_loss.units(*new)
     )
     new_mean, new_std = (to_like(statistic, rollout.values) for statistic in new)
     # A rollout on the host has its values there.
     device, units = critic.reward_mean.device, (old_mean, old_std, new_mean, new_std)
     critic.rescale(*(to_device(each, device) for each in units))
     return replace(rollout, values=(rollout.values * old_std + old_mean - new_mean) / new_std)
+
+
+def _units(critic: Critic, normalizer: RewardNormalizer) -> tuple[Tensor, Tensor] | None:
+    """Mean and std (M,) that the critic predicts in; None for a new one."""
+    if normalizer.count > 0:
+        return normalizer.mean, normalizer.std
+    return (critic.reward_mean.clone(), critic.reward_std.clone()) if critic.has_units else None

@@ -326,6 +326,27 @@ def test_the_first_rewards_do_not_move_a_new_critic_from_zero() -> None:
     assert torch.equal(made.critic.head.output.bias, torch.zeros(1))
 
 
+@pytest.mark.parametrize("loss", ["mse", "bce", "hl_gauss"])
+def test_a_taught_critic_says_the_same_of_a_reward_in_another_run(loss: str) -> None:
+    """What it knows is of raw rewards, which the next run's first rollout must not reinterpret."""
+    config = tiny_config(
+        critic=CriticConfig(hidden_dim=16, head_dim=8, num_heads=2, loss=loss),
+        ppo=PPOConfig(clip=Ratio(1e-3), target_clip=math.inf),
+    )
+    first = LatentActorCriticTrainer(tiny_backbone("dit"), brightness, PROMPTS, config)
+    first.train(1)
+    second = LatentActorCriticTrainer(first.backbone, brightness, PROMPTS, config)
+    assert second.critic is first.critic is not None
+    rollout = second.collect(PromptSet.create(PROMPTS), 0)
+    assert rollout is not None
+    known = rollout.values * first.normalizer.std + first.normalizer.mean
+    darker = rollout.with_rewards({"brightness": rollout.rewards["brightness"] / 2})
+    moved = update_statistics(second.critic, second.normalizer, darker)
+    said = moved.values * second.normalizer.std + second.normalizer.mean
+    torch.testing.assert_close(said, known, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved.values, rollout_values(second.critic, rollout), rtol=1e-3, atol=1e-4)
+
+
 def test_a_rollout_s_values_follow_the_statistics_like_the_head() -> None:
     """Values were sampled in the old units; an advantage R - V needs both in the new ones."""
     made = trainer()
