@@ -31,7 +31,7 @@ def once_per_layout(check: Callable[..., Found]) -> Callable[..., Found]:
     The settings that it takes by keyword are a part of what is alike; what it found is returned again. What
     C++ cannot look at, as a fake tensor, is checked each time.
     """
-    passed: dict[object, Found] = {}
+    passed: dict[object, tuple[Found]] = {}
 
     @wraps(check)
     def checked(*tensors: Tensor | None, **settings: object) -> Found:
@@ -39,13 +39,11 @@ def once_per_layout(check: Callable[..., Found]) -> Callable[..., Found]:
             return check(*tensors, **settings)
         layout = layout_reader()(tensors)
         key = (layout, *settings.values()) if settings else layout
-        try:
-            return passed[key]
-        except KeyError:
-            """Nothing alike was checked yet."""
+        if known := passed.get(key):
+            return known[0]
         found = check(*tensors, **settings)
         if layout is not None and len(passed) < MOST_LAYOUTS:
-            passed[key] = found
+            passed[key] = (found,)
         return found
 
     return checked
