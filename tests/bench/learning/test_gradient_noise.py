@@ -65,6 +65,8 @@ def test_sketched_scores_are_the_update_s_own_gradient(study: Path, objective: s
     trainer = gradient_noise.trainer_of(Materials(study.parents[2]), "shapes", "dit", SMOKE, 0, objective)
     rollout = trainer.collect(trainer.prompts.take(range(6)), gradient_noise.MEASURED_IDS)
     assert rollout is not None
+    # A model that has learnt nothing may get the same reward for all six, and then there is no gradient.
+    rollout = rollout.with_rewards({name: torch.linspace(0.0, 1.0, 6) for name in rollout.rewards})
     scores = gradient_noise.sketched_scores(trainer, rollout)
     given = trainer.advantages(rollout)
     update = trainer.learner.policy_update
