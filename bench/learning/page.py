@@ -77,10 +77,11 @@ ADVICE = """## What to take
   pretraining it explains 0.36 to 0.44 of the learnt reward, without them 0.07 to 0.33 at a run's end, and
   the same loss ends ahead of DiffusionNFT and of the untaught critic (section taught). The 250 rollouts are
   as many images as the run has, so they pay where several runs share them
-  ([critic](critic.md#take-it-to-the-next-run)), not within one. The UNet's words no method learns in 4,000
-  images: the learnt reward rises by 0.09 with both losses on the forward process, the share of words that can
-  be read by 0.04, and the critic explains nothing (section glyphs-proxy-nft, unet). Its base model writes one
-  word in seven; a better one, or a reward that reads, is what that would take, which is not shown.
+  ([critic](critic.md#take-it-to-the-next-run)), not within one.
+- **No method yet**, for words on the UNet: in 4,000 images the learnt reward rises by 0.09 with both losses
+  on the forward process, the share of words that can be read by 0.04, and the critic explains nothing
+  (section glyphs-proxy-nft, unet). The base model there writes one word in seven; a better one, or a reward
+  that reads, is what it would take, which is not shown.
 - **A head per reward**, where several train (section joint). With the learnt reward and the checker's, two
   heads end ahead of one head on the sum and of the checker alone by the second checker, which neither trains
   on, level with the learnt reward alone, and ahead of groups on both over the run. The checker that trains
