@@ -75,10 +75,6 @@ def matching(backbone: BackboneName) -> dict[str, Arm]:
     return kept | {"AWM": Arm(config=advantage_weighted_matching(backbone))}
 
 
-def methods(backbone: BackboneName) -> dict[str, Arm]:
-    return objectives(backbone) | matching(backbone)
-
-
 def levels(backbone: BackboneName) -> dict[str, Arm]:
     made = critic_weighted, diffusion_nft, batch_mean_weighted, history_weighted
     size = SMALL_ROLLOUTS[backbone]
