@@ -118,6 +118,22 @@ class _WholeWeights(NamedTuple):
             )
 
 
+def require_critic(path: Path) -> None:
+    """Raise ValueError unless a critic lies in this file, or in this directory."""
+    if _described_critic(path) is None:
+        raise ValueError(f"{path} holds no {CRITIC_WEIGHTS}; pass a checkpoint or the file itself")
+
+
+def give_critic(backbone: Backbone, path: Path) -> None:
+    """Give a backbone the critic of a file, or of a directory that holds one.
+
+    Raises:
+        ValueError: as `read_critic`, and for a directory that holds none.
+    """
+    require_critic(path)
+    backbone.critic = read_critic(backbone, path)
+
+
 def read_critic(backbone: Backbone, path: Path) -> Critic | None:
     """The critic of a file, or of a directory that holds one; None when the directory does not.
 
@@ -126,6 +142,22 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
     Raises:
         ValueError: for a file that is no critic's, or one of another architecture.
     """
+    found = _described_critic(path)
+    if found is None:
+        return None
+    file, description = found
+    config = from_json(CriticConfig, description["config"])
+    critic = build_critic(backbone, description["num_rewards"], config)
+    if critic is not None:
+        load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
+        # Earlier versions did not say what the heads predict.
+        rewards = description.get("rewards")
+        critic.rewards = None if rewards is None else RewardHeads.from_json(rewards)
+    return critic
+
+
+def _described_critic(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The file of a critic and what it says of it; None for a directory without one."""
     file = path / CRITIC_WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.exists():
         return None
@@ -135,19 +167,11 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
         earlier = file.with_name(EARLIER_DESCRIPTION)
         if CRITIC_DESCRIPTION not in metadata and earlier.exists():
             metadata[CRITIC_DESCRIPTION] = earlier.read_text(encoding="utf-8")
-        description = json.loads(metadata[CRITIC_DESCRIPTION])
+        return file, json.loads(metadata[CRITIC_DESCRIPTION])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(
             f"{file} holds no critic; pass the {CRITIC_WEIGHTS} that trainer.save() or save_backbone() wrote"
         ) from error
-    config = from_json(CriticConfig, description["config"])
-    critic = build_critic(backbone, description["num_rewards"], config)
-    if critic is not None:
-        load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
-        # Earlier versions did not say what the heads predict.
-        rewards = description.get("rewards")
-        critic.rewards = None if rewards is None else RewardHeads.from_json(rewards)
-    return critic
 
 
 def require_same_shapes(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], what: str) -> None:

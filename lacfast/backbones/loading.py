@@ -26,7 +26,7 @@ from lacfast.backbones.storage import PartsStorage, PipelineStorage, read_descri
 from lacfast.backbones.trained_lora import LoRASource, read_lora
 from lacfast.backbones.unet import UNetBackbone
 from lacfast.backbones.wrappers import require_plain_model, require_plain_parts
-from lacfast.checkpoint import CRITIC_WEIGHTS, read_critic
+from lacfast.checkpoint import give_critic, read_critic
 from lacfast.config import CriticConfig, LoRAConfig, PipelineSettings, from_json
 from lacfast.config.checks import unknown
 from lacfast.config.critic import BASE_PRECISIONS
@@ -166,9 +166,7 @@ def load_backbone(
     if critic is not None:
         backbone.critic = build_critic(backbone, num_rewards, critic)
     elif critic_file is not None:
-        backbone.critic = read_critic(backbone, Path(critic_file))
-        if backbone.critic is None:
-            raise ValueError(f"{critic_file} holds no {CRITIC_WEIGHTS}; pass a checkpoint or the file itself")
+        give_critic(backbone, Path(critic_file))
     elif path is not None and path.is_dir():
         backbone.critic = read_critic(backbone, path)
     return backbone

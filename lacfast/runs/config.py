@@ -68,6 +68,11 @@ class RunConfig(Config):
             because=lambda run: ": no sampler of the run has a guidance_scale above 1",
         ),
         Unread(
+            options=("critic_from",),
+            where=lambda run: run.train.critic.trunk == "none",
+            because=lambda run: ": train.critic.trunk='none' has no critic",
+        ),
+        Unread(
             options=("gpus",),
             where=lambda run: not run.dry_run,
             because=lambda run: ": a run has as many as it is started with",
@@ -131,6 +136,9 @@ class RunConfig(Config):
     embeddings are kept in files for all runs, in Hugging Face's cache (HF_ASSETS_CACHE, or HF_HOME)."""
     value_pretraining: bool = True
     """Fit the critic before the first policy update, where there is one."""
+    critic_from: str = ""
+    """A trained critic to begin with, by the same `train.critic` and as many rewards: critic.safetensors, or
+    a checkpoint. Empty: a new one, or that of a saved model."""
     save_every: CountOrNone = 10
     """Iterations between checkpoints, of value pretraining too; 0: only at the end."""
     keep_last: Count = 2

@@ -87,7 +87,8 @@ PAGES = {
                 ),
             ),
             "pretrain": Topic(
-                "The critic before the first policy update.", ("value_pretraining", "train.pretrain")
+                "The critic before the first policy update.",
+                ("value_pretraining", "critic_from", "train.pretrain"),
             ),
             "ppo": Topic(
                 "The policy's loss.",

@@ -12,6 +12,7 @@ import torch
 
 from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.checkpoint import give_critic, require_critic
 from lacfast.config import from_json, to_json
 from lacfast.config.resumption import changes, require_resumable
 from lacfast.distributed import World
@@ -45,7 +46,15 @@ from lacfast.trainer import LatentActorCriticTrainer
 
 
 def build_backbone(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentBackbone:
-    """The model of a run on its device; a tiny one is pretrained once and kept in the directory."""
+    """The model of a run on its device, with the critic that it begins with; a tiny model is pretrained once
+    and kept in the directory."""
+    backbone = _model(config, directory, log)
+    if config.critic_from:
+        give_critic(backbone, Path(config.critic_from))
+    return backbone
+
+
+def _model(config: RunConfig, directory: RunDirectory, log: PhaseLog) -> LatentBackbone:
     device = torch_device(config.device)
     if config.model in TINY_MODELS:
         return _tiny_backbone(config, directory.path / "base", device, log, World.current())
@@ -94,6 +103,8 @@ def check(config: RunConfig) -> None:
     names = [name for scorer in scorers for name in scorer.names]
     for scorer in scorers:
         scorer.check()
+    if config.critic_from:
+        require_critic(Path(config.critic_from))
     EarlyStopping.create(config.train.early_stopping, names)
     if config.best and config.best not in names:
         raise ValueError(

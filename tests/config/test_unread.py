@@ -204,6 +204,11 @@ IGNORED = [
         {"train.eval_every": 1},
     ),
     *rows(RunConfig, {"value_pretraining": False}, {"held_out": "shapes-held-out"}),
+    *rows(
+        RunConfig,
+        {f"train.{name}": value for name, value in CRITICLESS.items()},
+        {"critic_from": "runs/red"},
+    ),
     *rows(RunConfig, {"train.pretrain.held_out_samples": 0}, {"held_out": "shapes-held-out"}),
     *rows(
         SteeringConfig,

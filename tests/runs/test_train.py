@@ -136,6 +136,23 @@ def test_a_run_goes_on_from_a_trained_lora_beside_merged_ones(model: Path, tmp_p
 
 
 @pytest.mark.usefixtures("unplanned")
+def test_a_run_begins_with_the_critic_of_another_one(model: Path, tmp_path: Path) -> None:
+    train = replace(run_config(model, tmp_path).train, iterations=1)
+    run.train(run_config(model, tmp_path / "taught", train=train))
+    taught = tmp_path / "taught" / "checkpoints" / f"{0:08d}"
+    whole = run_config(model, tmp_path / "run", critic_from=str(taught), train=train)
+    config = variant(whole, value_pretraining=False)
+    run.train(config)
+    first = tmp_path / "run" / "checkpoints" / f"{0:08d}"
+    before, after = (load_file(each / "critic.safetensors") for each in (taught, first))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ValueError, match=r"holds no critic\.safetensors; pass a checkpoint"):
+        run.train(replace(config, out=str(tmp_path / "none"), critic_from=str(model)))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("unplanned")
 def test_encoders_that_are_set_aside_change_no_bit_and_a_second_run_encodes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
