@@ -111,6 +111,15 @@ def taught(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+def chosen(backbone: BackboneName) -> dict[str, Arm]:
+    critic = forward_process(backbone)["critic-weighted NFT"]
+    return {
+        "best of four": replace(critic, choice="best"),
+        "best and worst of four": replace(critic, choice="extremes"),
+        "critic-weighted NFT": critic,
+    }
+
+
 def joint(backbone: BackboneName) -> dict[str, Arm]:
     similarity, checker = {"similarity": 1.0}, {"shapes": 1.0}
     arms = levels(backbone)

@@ -13,6 +13,7 @@ from bench.learning.arms import (
     SMALL_ROLLOUTS,
     TAUGHT_ITERATIONS,
 )
+from bench.learning.choosing import CANDIDATES
 from bench.learning.runs import Arm, Budget
 from bench.learning.tuning import FIXED, RATES, Tuning
 from lacfast.tasks.models import BackboneName
@@ -258,6 +259,19 @@ CLAIMS = {
         note=f"A control: the taught critic has had {claim_arms.TAUGHT_ROLLOUTS} rollouts of the base model "
         "for value pretraining, which are not counted. All else is as in section proxy-nft, on a base model "
         "made anew.",
+    ),
+    "chosen": Claim(
+        question="Is more learnt from trajectories that the critic chooses before they are scored?",
+        problem="similarity",
+        arms=claim_arms.chosen,
+        budgets={"dit": Budget(images=4_000, seconds=0, judged_every=1_000)},
+        metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+        tuning=AS_CHOSEN,
+        seeds=3,
+        note=f"A control: every prompt of a rollout gets {CANDIDATES} trajectories, of which the one of "
+        "highest V is scored and learnt from, or that of highest for one prompt and of lowest for the next. "
+        "Images that are not scored are not counted. All else is as in section proxy-nft, for half of its "
+        "images.",
     ),
     "joint": Claim(
         question="Does the critic join a learnt reward and a rule so that neither is hacked?",

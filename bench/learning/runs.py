@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.learning.choosing import CANDIDATES, Choice, choose
 from bench.learning.more_compute import measured
 from bench.learning.problems import Materials, Problem, Prompts, gauges
 from lacfast.config import ForwardProcess, TrainConfig
@@ -39,6 +40,8 @@ class Arm:
     """Whether a critic is pretrained before the first update."""
     counts_pretraining: bool = True
     """Whether that costs images and time; False only for a control."""
+    choice: Choice | None = None
+    """How the critic chooses what is scored, for a control; None: all of a rollout is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +134,14 @@ def run(
         held_out=prompts.tuning if tuning else prompts.held_out,
         evaluation_rewards=[materials.reward(name, task) for name in problem.judges if name not in weights],
     )
+    if arm.choice is not None:
+        choose(trainer, arm.choice)
     measure, watch = gauges(materials, task), _Stopwatch(trainer.device)
 
     def judge() -> Point:
         evaluation = trainer.evaluate()
         scores = evaluation.means() | measure(evaluation) | _explained(evaluation)
-        return Point(trainer.images, _forwards(trainer), watch.seconds, scores)
+        return Point(trainer.images, _forwards(trainer, arm), watch.seconds, scores)
 
     if unfinished is not None and unfinished.exists():
         points, watch.seconds = _restored(trainer, unfinished)
@@ -192,13 +197,14 @@ def _explained(evaluation: Evaluation) -> dict[str, float]:
     return {} if variance.shape[-1] == 0 else {"explained_variance": float(variance.mean())}
 
 
-def _forwards(trainer: LatentActorCriticTrainer) -> int:
+def _forwards(trainer: LatentActorCriticTrainer, arm: Arm) -> int:
     config, table = trainer.config, trainer.tables.at(0)
     halves = 2 if config.sampler.guidance_scale > 1 else 1
     trained, sampling = table.trainable_steps, table.num_steps
     if isinstance(config.objective, ForwardProcess):
         # The old policy runs on every state that is noised anew.
         trained, sampling = config.objective.forward_steps(table.num_steps), 2 * table.num_steps
+    sampling *= 1 if arm.choice is None else CANDIDATES
     pairs = config.ppo.timestep_fraction * len(trained) * config.batch_size
     updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl is not None))
     return round(halves * (trainer.images * sampling + updates))
