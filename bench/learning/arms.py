@@ -31,6 +31,10 @@ PRETRAINING_ITERATIONS = 4
 """Rollouts of value pretraining, where there is any; a short run does not earn back the preset's 16."""
 TAUGHT_ITERATIONS = 80
 """The same of a critic whose value pretraining costs nothing."""
+SLOW_ROLLOUTS = 64
+"""Rollouts that the slow critic draws from."""
+SLOW_RATE = 3e-4
+"""Its head's rate; the others have 1e-3."""
 REPLAYED_ROLLOUTS, REPLAYED_MINIBATCHES = 8, 16
 """Rollouts that a critic with a replay draws from, and its optimizer steps per pass."""
 SMALL_ROLLOUTS = {"dit": 48, "unet": 16}
@@ -78,6 +82,12 @@ def distributional(config: TrainConfig) -> TrainConfig:
 def replayed(config: TrainConfig) -> TrainConfig:
     """The critic's passes draw from the last rollouts, in smaller minibatches."""
     ppo = replace(config.ppo, critic_rollouts=REPLAYED_ROLLOUTS, critic_minibatches=REPLAYED_MINIBATCHES)
+    return replace(config, ppo=ppo)
+
+
+def slowed(config: TrainConfig) -> TrainConfig:
+    """The configuration whose critic takes shorter steps, on the states of many more rollouts."""
+    ppo = replace(config.ppo, critic_rollouts=SLOW_ROLLOUTS, value_learning_rate=SLOW_RATE)
     return replace(config, ppo=ppo)
 
 

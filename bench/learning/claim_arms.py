@@ -29,6 +29,7 @@ from bench.learning.arms import (
     running_prompt_statistics,
     scalarized,
     shuffled_critic,
+    slowed,
     taught_critic,
     with_trunk,
 )
@@ -108,6 +109,15 @@ def taught(backbone: BackboneName) -> dict[str, Arm]:
     return {
         "taught critic": Arm(config=config, counts_pretraining=False),
         **{name: arms[name] for name in ("DiffusionNFT", "critic-weighted NFT")},
+    }
+
+
+def slow(backbone: BackboneName) -> dict[str, Arm]:
+    arms = taught(backbone)
+    critic = arms["critic-weighted NFT"]
+    names = ("DiffusionNFT", "critic-weighted NFT")
+    return {"slow critic": replace(critic, config=slowed(critic.config))} | {
+        name: arms[name] for name in names
     }
 
 

@@ -10,6 +10,8 @@ from bench.learning.arms import (
     AWM_OLD_WEIGHT,
     REPLAYED_MINIBATCHES,
     REPLAYED_ROLLOUTS,
+    SLOW_RATE,
+    SLOW_ROLLOUTS,
     SMALL_ROLLOUTS,
     TAUGHT_ITERATIONS,
 )
@@ -23,7 +25,7 @@ HALVING = Tuning(rates=(0.5, 1.0, 2.0), batches=(1.0, 0.5, 0.25, 0.125), rounds=
 AS_CHOSEN = Tuning(rates=(1.0,), rounds=(), falls=True)
 """Rollout and rate as section objectives chose them."""
 CHOSEN_ELSEWHERE = (
-    "Critic-weighted NFT learns with the critic's replay, as the recipe `shapes` does. Rollouts of "
+    f"Critic-weighted NFT has a replay of {REPLAYED_ROLLOUTS} rollouts. Rollouts of "
     f"{SMALL_ROLLOUTS['dit']} images, {SMALL_ROLLOUTS['unet']} on the UNet, and the rate, which falls to 0 "
     "over a run, are what section objectives chose with the checker's reward, on the UNet the rollout of "
     "DiffusionNFT and the rate of the other; nothing was tuned here. Prompt history is a control: one image "
@@ -131,8 +133,8 @@ CLAIMS = {
         "both of its arms with this loss, whose runs these are. Batch mean and prompt history are "
         "controls without critic or groups: one image per prompt, each reward against the rollout's mean, or "
         "against the last ones of its prompt, as DDPO has it, for prompts that come again. Replay: "
-        f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts, as in the "
-        "recipe `shapes`. Not the noisiest: the sampler's first step is not trained, along whose gradient "
+        f"{REPLAYED_MINIBATCHES} critic steps per pass, on the last {REPLAYED_ROLLOUTS} rollouts. Not the "
+        "noisiest: the sampler's first step is not trained, along whose gradient "
         "the reward does not rise (section climb).",
     ),
     "inference": Claim(
@@ -255,10 +257,21 @@ CLAIMS = {
         budgets={"unet": LEARNT_REWARD_BUDGETS["unet"]},
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         tuning=AS_CHOSEN,
-        seeds=3,
         note=f"A control: the taught critic has had {claim_arms.TAUGHT_ROLLOUTS} rollouts of the base model "
         "for value pretraining, which are not counted. All else is as in section proxy-nft, on a base model "
         "made anew.",
+    ),
+    "slow": Claim(
+        question="Does a critic that takes shorter steps on more rollouts need no teaching?",
+        problem="similarity",
+        arms=claim_arms.slow,
+        budgets={"unet": LEARNT_REWARD_BUDGETS["unet"]},
+        metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
+        tuning=AS_CHOSEN,
+        runs_of={arm: ("taught", arm) for arm in ("DiffusionNFT", "critic-weighted NFT")},
+        note=f"The slow critic learns at the rate {SLOW_RATE} from the last {SLOW_ROLLOUTS} rollouts, all "
+        "else is critic-weighted NFT. The other arms are those of section taught. Rate and rollouts were "
+        "chosen by one run each of four pairs on tuning prompts.",
     ),
     "chosen": Claim(
         question="Is more learnt from trajectories that the critic chooses before they are scored?",
