@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.learning import tables
 from bench.learning.claims import CLAIMS
 from bench.learning.page import OTHERS, RIVALS
+from lacfast.tasks.models import BackboneName
 
 
 def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> str:
@@ -18,8 +20,10 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         iterations: the record of `python -m bench.iteration`.
         costs: the record of `python -m bench.costs`.
     """
-    claims = "objectives", "proxy-nft", "glyphs-proxy-nft"
-    checker, learnt, words = (_leads(learning, name) for name in claims)
+    checker, learnt, words = (
+        _leads(learning, name, "dit", OTHERS) for name in ("objectives", "proxy-nft", "glyphs-proxy-nft")
+    )
+    unet = _leads(learning, "slow", "unet")
     rows = [
         (
             "Does it learn more? Accuracy after as many images, critic-weighted NFT minus others, tiny DiT",
@@ -27,7 +31,7 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         ),
         (
             "With a learnt reward too, judged by a checker that does not train?",
-            f"shapes: {learnt}; words: {words}",
+            f"shapes: {learnt}; words: {words}; shapes on the UNet: {unet}",
         ),
         (
             "Is it faster? An iteration of equal maths over a peer's loop at its fastest batch",
@@ -39,9 +43,12 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
     return "\n".join(lines + [f"| {question} | {answer} |" for question, answer in rows])
 
 
-def _leads(learning: Path, name: str) -> str:
-    """By how much the first arm leads each method at the end on the tiny DiT, over how many seeds."""
-    found = tables.at_best(learning, CLAIMS, name, "dit", OTHERS)
+def _leads(learning: Path, name: str, backbone: BackboneName, rivals: Sequence[str] = ()) -> str:
+    """By how much the first arm leads each method at the end, over how many seeds.
+
+    `rivals`: arms of other claims, which have the same base model.
+    """
+    found = tables.at_best(learning, CLAIMS, name, backbone, rivals)
     first = next(iter(found))
     curves = {arm: runs for arm, runs in found.items() if arm in (first, *RIVALS[first])}
     leads = (
