@@ -21,9 +21,10 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         costs: the record of `python -m bench.costs`.
     """
     checker, learnt, words = (
-        _leads(learning, name, "dit", OTHERS) for name in ("objectives", "proxy-nft", "glyphs-proxy-nft")
+        _leads(learning, name, "dit", RIVALS["critic-weighted NFT"], OTHERS)
+        for name in ("objectives", "proxy-nft", "glyphs-proxy-nft")
     )
-    unet = _leads(learning, "slow", "unet")
+    unet = _leads(learning, "slow", "unet", ("DiffusionNFT",))
     rows = [
         (
             "Does it learn more? Accuracy after as many images, critic-weighted NFT minus others, tiny DiT",
@@ -43,14 +44,14 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
     return "\n".join(lines + [f"| {question} | {answer} |" for question, answer in rows])
 
 
-def _leads(learning: Path, name: str, backbone: BackboneName, rivals: Sequence[str] = ()) -> str:
-    """By how much the first arm leads each method at the end, over how many seeds.
-
-    `rivals`: arms of other claims, which have the same base model.
-    """
+def _leads(
+    learning: Path, name: str, backbone: BackboneName, peers: Sequence[str], rivals: Sequence[str] = ()
+) -> str:
+    """By how much the first arm leads each of `peers` at the end, over how many seeds; runs of `rivals` may
+    be another claim's."""
     found = tables.at_best(learning, CLAIMS, name, backbone, rivals)
     first = next(iter(found))
-    curves = {arm: runs for arm, runs in found.items() if arm in (first, *RIVALS[first])}
+    curves = {arm: runs for arm, runs in found.items() if arm in (first, *peers)}
     leads = (
         f"{peer.rpartition(' minus ')[2]} {at_end}"
         for _, peer, at_end, *_ in tables.leads(curves, CLAIMS[name])

@@ -76,7 +76,8 @@ def at_best(
     rivals: Sequence[str] = (),
 ) -> Curves:
     """A claim's paired curves, an arm with the runs of another tuned claim on its problem where those learned
-    more, or where it has none here. Base model and noise of a seed are the same in all claims.
+    more, or where it has none here; then over the seeds of those. Base model and noise of a seed are the same
+    in all claims.
 
     Args:
         results: folder of the runs.
@@ -90,11 +91,19 @@ def at_best(
     if not best:
         return {}
     arms = list(dict.fromkeys([*claim.arms(backbone), *rivals]))
-    seeds = _common_seeds(_curves(results, name, claim, backbone, best))
-    for other, rival in claims.items():
-        if other == name or rival.problem != claim.problem or not rival.tuning.rounds:
-            continue
-        for arm, found in _curves(results, other, rival, backbone, arms).items():
+    own = _curves(results, name, claim, backbone, best)
+    elsewhere = {
+        other: _curves(results, other, rival, backbone, arms)
+        for other, rival in claims.items()
+        if other != name and rival.problem == claim.problem and rival.tuning.rounds
+    }
+    lent = [found for curves in elsewhere.values() for arm, found in curves.items() if arm not in own]
+    seeds = _common_seeds(own)
+    for found in lent:
+        seeds = [seed for seed in seeds if seed in found] or seeds
+    best = {arm: [curves[seed] for seed in seeds] for arm, curves in own.items()}
+    for curves in elsewhere.values():
+        for arm, found in curves.items():
             if found.keys() >= set(seeds):
                 both = {"there": [found[seed] for seed in seeds]}
                 both |= {"here": best[arm]} if arm in best else {}

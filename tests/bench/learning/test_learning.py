@@ -251,6 +251,15 @@ def test_an_arm_that_learned_more_or_only_in_another_tuned_claim_is_shown_by_tha
     assert {len(curves) for curves in found.values()} == {4}
 
 
+def test_an_arm_that_another_claim_has_for_fewer_seeds_is_compared_over_those(tmp_path: Path) -> None:
+    for arm in ("critic-weighted NFT", "DiffusionNFT"):
+        record(tmp_path, "objectives", arm, 0.7, seeds=4)
+    record(tmp_path, "baselines", "GRPO", 0.6, seeds=3)
+    found = tables.at_best(tmp_path, CLAIMS, "objectives", "dit")
+    assert {arm: len(curves) for arm, curves in found.items()} == dict.fromkeys(found, 3)
+    assert "GRPO" in found
+
+
 @pytest.mark.usefixtures("no_curves")
 def test_the_page_opens_with_methods_and_without_controls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
