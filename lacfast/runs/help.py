@@ -75,8 +75,8 @@ PAGES = {
             ),
             "advantages": Topic("From rewards to advantages.", ("train.advantages",)),
             "critic": Topic(
-                "What the critic reads.",
-                _of("train.critic", "trunk num_blocks taps joint_weight lora_rank"),
+                "Where the critic begins, and what it reads.",
+                ("critic_from", *_of("train.critic", "trunk num_blocks taps joint_weight lora_rank")),
             ),
             "head": Topic(
                 "The critic's head and its loss.",
@@ -87,8 +87,7 @@ PAGES = {
                 ),
             ),
             "pretrain": Topic(
-                "The critic before the first policy update.",
-                ("value_pretraining", "critic_from", "train.pretrain"),
+                "The critic before the first policy update.", ("value_pretraining", "train.pretrain")
             ),
             "ppo": Topic(
                 "The policy's loss.",
