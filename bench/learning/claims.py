@@ -227,7 +227,6 @@ CLAIMS = {
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
-        seeds=3,
         note=CHOSEN_ELSEWHERE + " Section glyphs has PPO's arms, tuned on this task.",
     ),
     "proxy-nft": Claim(

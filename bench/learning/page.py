@@ -85,8 +85,8 @@ ADVICE = """## What to take
   rises by 0.09 with both losses on the forward process, the share of words that can be read by 0.04, and the
   critic explains nothing (section glyphs-proxy-nft, unet). The reader's own reward teaches the same base
   model to write half of the words in as many images, and the critic-weighted loss ends ahead of DiffusionNFT
-  by that reader and by the second one, over the run, and with a reward of 50 ms, level in equal time where
-  it is free (section glyphs-nft, unet; three seeds).
+  by that reader and by the second one, over the run, and in equal time, be the reward free or not; its words
+  keep to their places a little more (section glyphs-nft, unet; four seeds).
 - **Nothing yet**, for crowds of five to eight objects: in 4,000 images neither loss raises the share of
   pictures that obey from 0.11 beyond 0.14, and the critic explains nothing (section crowds, one pair of
   runs).
