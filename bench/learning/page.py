@@ -74,7 +74,7 @@ ADVICE = """## What to take
   against the prompt's own history the learnt reward ends far below the base model's, and with the checker's
   it gains more by the checker and half as much by gold (section levels).
 - **A critic that knows the reward**, on the UNet. With 250 rollouts of value pretraining it explains 0.36 to
-  0.44 of the learnt reward before training begins, without them 0.18 to 0.30 at a run's end, and the same
+  0.44 of the learnt reward before training begins, without them 0.14 to 0.30 at a run's end, and the same
   loss ends ahead of DiffusionNFT and of the untaught critic (section taught, three seeds). The 250 rollouts
   are as many images as the run has, so they pay where several runs share them
   ([critic](critic.md#take-it-to-the-next-run)), not within one. Short steps on the states of 64 rollouts, the
@@ -85,8 +85,8 @@ ADVICE = """## What to take
   rises by 0.09 with both losses on the forward process, the share of words that can be read by 0.04, and the
   critic explains nothing (section glyphs-proxy-nft, unet). The reader's own reward teaches the same base
   model to write half of the words in as many images, and the critic-weighted loss ends ahead of DiffusionNFT
-  by that reader and by the second one, over the run, and in equal time, be the reward free or not; its words
-  keep to their places a little more (section glyphs-nft, unet; four seeds).
+  by that reader and by the second one, over the run, and in equal time, be the reward free or not; its
+  pictures are a little less diverse (section glyphs-nft, unet; four seeds).
 - **Nothing yet**, for crowds of five to eight objects: in 4,000 images neither loss raises the share of
   pictures that obey from 0.11 beyond 0.14, and the critic explains nothing (section crowds, one pair of
   runs).
