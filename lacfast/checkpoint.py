@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +118,21 @@ class _WholeWeights(NamedTuple):
             )
 
 
-def require_critic(path: Path) -> None:
-    """Raise ValueError unless a critic lies in this file, or in this directory."""
-    if _described_critic(path) is None:
+def require_critic(path: Path, rewards: Sequence[str] = ()) -> None:
+    """Raise ValueError unless a critic lies in this file, or in this directory, and is of these rewards.
+
+    `rewards`: names in the order of its heads; none asks for no rewards. Earlier files do not say theirs.
+    """
+    found = _described_critic(path)
+    if found is None:
         raise ValueError(f"{path} holds no {CRITIC_WEIGHTS}; pass a checkpoint or the file itself")
+    stored = found[1].get("rewards")
+    known = None if stored is None else RewardHeads.from_json(stored).rewards
+    if rewards and known is not None and known != tuple(rewards):
+        raise ValueError(
+            f"{path} is a critic of rewards {list(known)}, this run has {list(rewards)}; give those in their "
+            "order, or begin with a new critic"
+        )
 
 
 def give_critic(backbone: Backbone, path: Path) -> None:

@@ -137,8 +137,8 @@ class RunConfig(Config):
     value_pretraining: bool = True
     """Fit the critic before the first policy update, where there is one."""
     critic_from: str = ""
-    """A trained critic to begin with, by the same `train.critic` and as many rewards: critic.safetensors, or
-    a checkpoint. Empty: a new one, or that of a saved model."""
+    """A trained critic to begin with, by the same `train.critic` and rewards: critic.safetensors, or a
+    checkpoint. Empty: a new one, or that of a saved model."""
     save_every: CountOrNone = 10
     """Iterations between checkpoints, of value pretraining too; 0: only at the end."""
     keep_last: Count = 2

@@ -104,7 +104,7 @@ def check(config: RunConfig) -> None:
     for scorer in scorers:
         scorer.check()
     if config.critic_from:
-        require_critic(Path(config.critic_from))
+        require_critic(Path(config.critic_from), scorers[0].names)
     EarlyStopping.create(config.train.early_stopping, names)
     if config.best and config.best not in names:
         raise ValueError(

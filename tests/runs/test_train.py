@@ -147,6 +147,11 @@ def test_a_run_begins_with_the_critic_of_another_one(model: Path, tmp_path: Path
     before, after = (load_file(each / "critic.safetensors") for each in (taught, first))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    other = replace(config, out=str(tmp_path / "none"), rewards=(("jpeg_compressibility", 1.0),))
+    with pytest.raises(
+        ValueError, match=r"a critic of rewards \['jpeg_incompressibility'\].*begin with a new"
+    ):
+        run.train(other)
     with pytest.raises(ValueError, match=r"holds no critic\.safetensors; pass a checkpoint"):
         run.train(replace(config, out=str(tmp_path / "none"), critic_from=str(model)))
     assert not (tmp_path / "none").exists()
