@@ -363,8 +363,9 @@ class LatentActorCriticTrainer:
                 world=self.source.world,
             )
             evaluation = evaluate(parts, self.backbone, self.scorers, self.normalizer, self.source.world)
-        metrics = evaluation_metrics(evaluation) | {"latent_drift": self.drift.update(evaluation)}
+        drift = self.drift.update(evaluation)
         if self.world.is_first:
+            metrics = evaluation_metrics(evaluation) | {"latent_drift": drift}
             self.log.write("evaluate", iteration=self.iteration, **metrics)
         return evaluation
 

@@ -140,7 +140,8 @@ def trained(arms: Iterable[str], **changes: Any) -> dict[str, Any]:
             history = trainer.pretrain_critic().history
         metrics = [trainer.train_iteration(rollouts.append) for _ in range(ITERATIONS)]
         first: Rollout = rollouts[0]
-        evaluation = trainer.evaluate(samples=6)
+        # Prompts come again: two images of one tell the diversity, and lie on different ranks.
+        evaluation = trainer.evaluate(samples=10)
         found[name] = state(trainer) | {
             "latents": first.latents,
             "ids": first.noise.sample_ids,
