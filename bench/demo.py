@@ -4,7 +4,8 @@ python -m bench.demo runs/demos      runs those seeds that are not there yet
 python -m bench.report runs/demos    records them under docs/demo, with the picture of the first
 
 A demo ends when its budget of seconds is spent, so that a busy machine makes it learn less. Here a second is
-one of this process's processor, on one thread: what else runs changes no figure.
+one of the first process's processor, on one thread: what else runs changes no figure, nor does a wait for the
+other process, which does as much.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from lacfast.runs.demo import run_demo
 
 SEEDS = (0, 1, 2)
+PROCESSES = 2
+"""What `lacfast demo` starts."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +32,7 @@ def main(arguments: list[str]) -> int:
     for seed in options.seed or SEEDS:
         out = options.out / f"seed-{seed}"
         if not (out / "summary.json").exists():
-            run_demo(out, seed=seed)
+            run_demo(out, seed=seed, processes=PROCESSES)
     return 0
 
 

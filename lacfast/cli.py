@@ -47,8 +47,8 @@ class Demo(Config):
     """Seed of weights, prompts and noise."""
     backbone: Literal["dit", "unet"] = "dit"
     """dit: SD3's transformer; unet: Stable Diffusion's, slower on a CPU: give it a larger budget."""
-    threads: Count = 1
-    """CPU threads of torch; more than one only pays on idle cores."""
+    processes: Count = 2
+    """Processes that sample and train together, each on one thread: one for each core to use."""
     quick: bool = False
     """Cut every phase short: shows that it runs, not that it learns. Stops long before the budget."""
 
@@ -59,7 +59,12 @@ class Demo(Config):
         budget = min(self.budget, QUICK_BUDGET) if self.quick else self.budget
         scale = QUICK if self.quick else FULL
         summary = run_demo(
-            self.out, budget=budget, seed=self.seed, backbone=self.backbone, threads=self.threads, scale=scale
+            self.out,
+            budget=budget,
+            seed=self.seed,
+            backbone=self.backbone,
+            processes=self.processes,
+            scale=scale,
         )
         show_summary(summary, self.out)
 
@@ -298,7 +303,7 @@ def _require_one_process(command: str) -> None:
         ValueError: under a launcher of several processes, which would all do the same.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"lacfast {command} runs in one process; start it without torchrun")
+        raise ValueError(f"lacfast {command} is started as one process; start it without torchrun")
 
 
 def _leave_to_first(error: ValueError) -> None:

@@ -66,7 +66,7 @@ def test_help_and_a_refusal_import_nothing_heavy(command: str, told: str) -> Non
 def test_demo_help_explains_every_flag() -> None:
     result = lacfast("demo", "--help")
     assert result.returncode == 0
-    for flag in ("--out", "--budget", "--seed", "--backbone", "--threads", "--quick"):
+    for flag in ("--out", "--budget", "--seed", "--backbone", "--processes", "--quick"):
         assert flag in result.stdout
 
 

@@ -325,13 +325,15 @@ _JOINED: World | None = None
 
 
 @contextmanager
-def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
+def joined(timeout: timedelta = TIMEOUT, *, takes_gpus: bool = True) -> Iterator[World]:
     """Join the processes of torchrun, or of what sets the same variables, for the block.
 
-    A process that no launcher started is a world of one. On GPUs each rank takes the one of its LOCAL_RANK.
+    A process that no launcher started is a world of one.
 
     Args:
         timeout: after which a rank gives up waiting for the others.
+        takes_gpus: each rank takes the GPU of its LOCAL_RANK where the machine has any; else tensors that
+            ranks share are on the CPU.
 
     Raises:
         ValueError: for variables that name no process, or fewer GPUs on the machine than processes.
@@ -349,7 +351,7 @@ def joined(timeout: timedelta = TIMEOUT) -> Iterator[World]:
             "all, or unset WORLD_SIZE for one process"
         )
     backend = "gloo"
-    if torch.cuda.is_available():
+    if takes_gpus and torch.cuda.is_available():
         local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= devices:
             raise ValueError(

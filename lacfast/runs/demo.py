@@ -24,19 +24,22 @@ from lacfast.backbones import adapt_pretrained, load_backbone
 from lacfast.checkpoint import save_backbone
 from lacfast.config import SteeringConfig, TrainConfig, to_json
 from lacfast.config.checks import require
+from lacfast.distributed import World
 from lacfast.records import Evaluation, NoiseKey
 from lacfast.report.demo import write_report
 from lacfast.report.pictures import Gallery, save_pictures
 from lacfast.rollout.sampler import RolloutSampler
 from lacfast.rollout.scored import unwatched
 from lacfast.runs.directory import DEMO, require_own
+from lacfast.runs.launch import joined_by
 from lacfast.runs.phases import pretrain_model, show_value_pretraining
 from lacfast.runs.recipes import recipe
-from lacfast.runs.terminal import PhaseLog, done_fraction
+from lacfast.runs.terminal import PhaseLog, done_fraction, phase_log
 from lacfast.runtime.directories import locked, whole_directory
 from lacfast.runtime.files import require_writable, write_json
 from lacfast.runtime.graph import GraphRunner
-from lacfast.steering import SteeringStats, steer
+from lacfast.steering import SteeringStats
+from lacfast.steering.ranks import steer_together
 from lacfast.tasks import scenes
 from lacfast.tasks.models import BackboneName
 from lacfast.tasks.pretraining import CONFIGS, Pretrained
@@ -104,7 +107,7 @@ def run_demo(
     budget: float = 465.0,
     seed: int = 0,
     backbone: BackboneName = "dit",
-    threads: int = 1,
+    processes: int = 1,
     scale: DemoScale = FULL,
     log: PhaseLog | None = None,
 ) -> dict[str, Any]:
@@ -115,7 +118,8 @@ def run_demo(
         budget: seconds in all; reinforcement learning gets what the other phases leave, or a few iterations.
         seed: of everything.
         backbone: "dit" (SD3's transformer) or "unet" (Stable Diffusion's), both tiny.
-        threads: of torch on the CPU. Two threads on busy cores ran up to ten times slower than one.
+        processes: that sample and train together, each on one thread: two on two cores do nearly twice as
+            much. The others are new interpreters, so a script calls this under `if __name__ == "__main__"`.
         scale: how much work the other phases do.
         log: where to show progress. None: the terminal.
 
@@ -127,25 +131,39 @@ def run_demo(
             range, before any work.
     """
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 465")
-    require(threads >= 1, f"--threads {threads} must be at least 1")
+    config = _config(backbone, seed, scale)
+    largest = min(config.batch_size, scale.evaluation_samples)
+    require(
+        1 <= processes <= largest,
+        f"--processes {processes} must be from 1 to {largest}, one for each image of the smallest batch",
+    )
     require_own(out, DEMO)
     require_writable(out)
-    torch.set_num_threads(threads)
-    with locked(out):
-        return _demo(out, budget, seed, backbone, scale, log or PhaseLog())
+    settings = out, config, budget, backbone, scale
+    with locked(out), joined_by(processes, _demo, *settings):
+        return _demo(*settings, log)
 
 
 def _demo(
-    out: Path, budget: float, seed: int, backbone: BackboneName, scale: DemoScale, log: PhaseLog
+    out: Path,
+    config: TrainConfig,
+    budget: float,
+    backbone: BackboneName,
+    scale: DemoScale,
+    log: PhaseLog | None = None,
 ) -> dict[str, Any]:
-    """`run_demo` in a directory that no other process writes to."""
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    config = _config(backbone, seed, scale)
+    """`run_demo` on every rank; the first one writes, and returns the summary."""
+    torch.set_num_threads(1)
+    world, seed = World.current(), config.seed
+    log = log or phase_log(world)
     steering = SteeringConfig(particles=PARTICLES, seed=seed)
-    # As of a run of lacfast train: later commands find the sampler here.
-    write_json(out / "run.json", {"train": to_json(config)})
-
-    base = adapt_pretrained(_base_model(out / "pretrained", backbone, seed, scale, log))
+    if world.is_first:
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+        # As of a run of lacfast train: later commands find the sampler here.
+        write_json(out / "run.json", {"train": to_json(config)})
+        made = _base_model(out / "pretrained", backbone, seed, scale, log)
+    world.wait("the pretraining of the base model")
+    base = adapt_pretrained(made if world.is_first else load_pretrained(out / "pretrained"))
     trainer = LatentActorCriticTrainer(
         base,
         REWARD,
@@ -153,15 +171,17 @@ def _demo(
         config,
         held_out=held_out_prompts(),
         evaluation_rewards=list(JUDGES),
-        metrics_path=out / "metrics.jsonl",
+        metrics_path=out / "metrics.jsonl" if world.is_first else None,
     )
     before = _evaluate(trainer, "Base model, held-out prompts", log)
     show_value_pretraining(trainer, log)
     steered_before = _steer(trainer, steering, "Base model, steered", log)
-    _train(trainer, budget - log.elapsed - _remaining_cost(log), scale, log)
+    _train(trainer, world.of_first(budget - log.elapsed - _remaining_cost(log), "the clock"), scale, log)
     after = _evaluate(trainer, "Trained model, held-out prompts", log)
     with trainer.averaged():
         steered_after = _steer(trainer, steering, "Trained model, steered", log)
+        if not world.is_first:
+            return {}
         with log.phase("saving", "Save and load again") as phase:
             save_backbone(trainer.backbone, out / "trained")
             _require_identical_samples(trainer, load_backbone(out / "trained"))
@@ -187,6 +207,7 @@ def _demo(
         "backbone": backbone,
         "budget": budget,
         "quick": scale != FULL,
+        "processes": world.size,
         "versions": _versions(),
     }
     with log.phase("report", "Pictures and report"):
@@ -265,12 +286,13 @@ def _train(trainer: LatentActorCriticTrainer, seconds: float, scale: DemoScale, 
 
         def report(metrics: dict[str, Any]) -> None:
             nonlocal gauged
-            if gauged < gaugings_due(time.perf_counter() - start, seconds):
+            elapsed = trainer.world.of_first(time.perf_counter() - start, "the clock")
+            if gauged < gaugings_due(elapsed, seconds):
                 trainer.evaluate(samples=min(GAUGED_SAMPLES, trainer.config.eval_samples))
                 gauged += 1
             rewards.append(metrics.get(f"reward/{REWARD}", math.nan))
             variance = float(metrics.get("explained_variance", torch.tensor(math.nan)).nanmean())
-            fraction = done_fraction(len(rewards), time.perf_counter() - start, seconds, scale.min_iterations)
+            fraction = done_fraction(len(rewards), elapsed, seconds, scale.min_iterations)
             note = f"iteration {metrics['iteration']}, reward {rewards[-1]:.3f}"
             phase.update(fraction, f"{note}, EV {variance:.2f}")
 
@@ -287,12 +309,17 @@ def gaugings_due(elapsed: float, seconds: float) -> int:
 def _steer(trainer: LatentActorCriticTrainer, steering: SteeringConfig, title: str, log: PhaseLog) -> Steered:
     prompts = trainer.held_out.cycle(trainer.config.eval_samples)
     with log.phase("steering", title) as phase:
-        images, stats = steer(
-            trainer.backbone, prompts, steering, sampler=trainer.config.sampler, gold=list(JUDGES)
+        images, stats = steer_together(
+            trainer.world,
+            trainer.backbone,
+            prompts,
+            steering,
+            sampler=trainer.config.sampler,
+            gold=list(JUDGES),
         )
         verdict = f"obeys {_mean(stats, STRICT):.1%} (gold {_mean(stats, GOLD):.1%})"
         phase.note = f"{verdict} at {stats.evaluations.per_image:.1f} forwards per image"
-    return images.cpu(), stats
+    return images, stats
 
 
 def _mean(stats: SteeringStats, score: str) -> float:

@@ -232,7 +232,7 @@ IGNORED = [
 READ = {
     "AdvantageConfig": "estimator combination",
     "CriticConfig": "trunk",
-    "Demo": "out budget seed backbone threads quick",
+    "Demo": "out budget seed backbone processes quick",
     "EvaluationRun": "source prompts rewards sampler samples batch_size seed device dtype out",
     "GraphConfig": "mode",
     "LoRAConfig": "rank alpha target_modules seed",

@@ -119,7 +119,24 @@ def test_out_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path) -
         run_demo(tmp_path / "file" / "demo", scale=TINY)
 
 
-@pytest.mark.parametrize(("settings", "flag"), [({"budget": 0.0}, "--budget"), ({"threads": 0}, "--threads")])
+def test_two_processes_do_what_one_does(run: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
+    log, output = quiet_log()
+    together = run_demo(tmp_path, budget=0.5, seed=3, scale=TINY, processes=2, log=log)
+    assert sum(line.startswith("✓") for line in output.getvalue().splitlines()) == 9
+    assert together["processes"] == 2
+    assert run[1]["processes"] == 1
+    for name in ("images", "iterations", "evaluation_samples"):
+        assert together[name] == run[1][name], name
+    for name in ("reward_before", "reward_after", "background_after"):
+        assert together[name] == pytest.approx(run[1][name], abs=1e-4), name
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if row["phase"] == "train"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"budget": 0.0}, "--budget"), ({"processes": 0}, "--processes"), ({"processes": 9}, "--processes")],
+)
 def test_settings_out_of_range_are_refused(tmp_path: Path, settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         run_demo(tmp_path, scale=TINY, **settings)
