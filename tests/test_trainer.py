@@ -106,6 +106,31 @@ def test_the_rate_rises_over_its_warm_up_and_falls_until_the_run_ends() -> None:
     assert rates == pytest.approx(expected)
 
 
+def test_the_critic_s_rates_fall_together_until_the_run_ends() -> None:
+    ppo = PPOConfig(
+        num_minibatches=1,
+        value_learning_rate=1e-3,
+        trunk_learning_rate=3e-4,
+        final_value_learning_rate=2e-4,
+    )
+    trainer = trainer_for(iterations=4, ppo=ppo)
+    assert trainer.learner.critic_update is not None
+    optimizer, rates = trainer.learner.critic_update.optimizer, []
+    optimizer.register_step_pre_hook(
+        lambda *_: rates.append([float(g["lr"]) for g in optimizer.param_groups])
+    )
+    trainer.train()
+    left = [1, 0.8, 0.6, 0.4]
+    assert rates == [pytest.approx([1e-3 * share, 3e-4 * share]) for share in left]
+    refusal = Refusal(
+        "final_value_learning_rate=0.01 must be less than value_learning_rate=0.001",
+        cause="The critic's rate is to rise.",
+        remedy="or None: the rate stays",
+    )
+    with refusal.raised():
+        replace(ppo, final_value_learning_rate=0.01)
+
+
 def test_the_rate_falls_in_a_loop_of_ones_own_too() -> None:
     ppo = PPOConfig(clip=Ratio(1e-3), num_minibatches=1, policy_learning_rate=1e-3, final_learning_rate=0.0)
     trainer = trainer_for(iterations=2, ppo=ppo)

@@ -161,6 +161,9 @@ class PPOConfig(Config):
     """AdamW's rate of the value head, > 0. [paper]"""
     trunk_learning_rate: Positive = 3e-4
     """AdamW's rate of the critic's own blocks, > 0."""
+    final_value_learning_rate: NonNegative | None = None
+    """Rate towards which value_learning_rate falls as final_learning_rate says, and trunk_learning_rate by as
+    large a share. None: both stay."""
     betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     """AdamW. [paper]"""
     weight_decay: NonNegative = 1e-4
@@ -190,6 +193,12 @@ class PPOConfig(Config):
             final is None or final < self.policy_learning_rate,
             f"final_learning_rate={final} must be less than policy_learning_rate="
             f"{self.policy_learning_rate}, or None: the rate stays",
+        )
+        final = self.final_value_learning_rate
+        require(
+            final is None or final < self.value_learning_rate,
+            f"final_value_learning_rate={final} must be less than value_learning_rate="
+            f"{self.value_learning_rate}, or None: the rate stays",
         )
 
     def require_pairs_to_hold(self, num_steps: int, trained: int, *, batch_size: int, shard: int) -> None:

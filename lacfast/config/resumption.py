@@ -20,7 +20,7 @@ CHANGEABLE = {
     "ppo.minibatch_draw",
     *("ppo.timestep_fraction", "ppo.microbatch_size"),
     *("ppo.policy_learning_rate", "ppo.warmup_steps", "ppo.final_learning_rate"),
-    *("ppo.value_learning_rate", "ppo.trunk_learning_rate"),
+    *("ppo.value_learning_rate", "ppo.trunk_learning_rate", "ppo.final_value_learning_rate"),
     *("ppo.betas", "ppo.weight_decay", "ppo.adam_eps", "ppo.max_grad_norm"),
 }
 """Settings of TrainConfig that nothing in a checkpoint depends on. The others say what its numbers mean, as

@@ -88,7 +88,8 @@ class EarlyStoppingConfig(Config):
 
 _CRITIC_OPTIONS = (
     *("ppo.gae_lambda", "ppo.lambda_gate", "ppo.target_clip", "ppo.critic_minibatches"),
-    *("ppo.critic_rollouts", "ppo.value_learning_rate", "ppo.trunk_learning_rate", "pretrain"),
+    *("ppo.critic_rollouts", "ppo.value_learning_rate", "ppo.trunk_learning_rate"),
+    *("ppo.final_value_learning_rate", "pretrain"),
 )
 """What only a critic reads."""
 _RATIO_OPTIONS = (

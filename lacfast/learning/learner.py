@@ -27,6 +27,7 @@ from lacfast.learning.kl_anchor import KLAnchor
 from lacfast.learning.old_policy import OldPolicy
 from lacfast.learning.optimizers import (
     critic_optimizer,
+    critic_rate_factor,
     load_moments,
     missing_moments,
     policy_optimizer,
@@ -76,7 +77,7 @@ class Learner:
         self.world = world
         self.failed = torch.zeros((), device=parameters[0].device)
         self.progress = 0.0
-        """Share of the run that is behind, for PPOConfig.final_learning_rate."""
+        """Share of the run that is behind, for the rates that fall."""
         self._graphs = GraphRunner() if graphs is None else graphs
         self._gradients = GradientMemory(self._weights)
         self.anchor = None
@@ -165,7 +166,7 @@ class Learner:
         self.failed.zero_()
         refresh(self.policy_schedule)
         if self.critic_update is not None:
-            self.critic_update.set_rates()
+            self.critic_update.set_rates(critic_rate_factor(ppo, self.progress))
         is_stopped = False
         try:
             for epoch in range(ppo.num_inner_epochs):

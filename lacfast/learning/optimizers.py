@@ -48,13 +48,22 @@ def policy_schedule(
         progress: share of the run that is behind, from 0 to 1; asked after every optimizer step.
         halved: factor besides, see GradientGuard.
     """
-    final = config.final_learning_rate
-    fall = 0.0 if final is None else 1 - final / config.policy_learning_rate
 
     def factor(step: int) -> float:
-        return min((step + 1) / (config.warmup_steps + 1), 1.0) * (1 - fall * progress()) * halved()
+        fallen = _fallen(config.policy_learning_rate, config.final_learning_rate, progress())
+        return min((step + 1) / (config.warmup_steps + 1), 1.0) * fallen * halved()
 
     return LambdaLR(optimizer, factor)
+
+
+def critic_rate_factor(config: PPOConfig, progress: float) -> float:
+    """What is left of the critic's rates after a share `progress` of the run."""
+    return _fallen(config.value_learning_rate, config.final_value_learning_rate, progress)
+
+
+def _fallen(first: float, final: float | None, progress: float) -> float:
+    """Share of the rate `first` that is left on its linear way to `final`; None: all of it."""
+    return 1.0 if final is None else 1 - (1 - final / first) * progress
 
 
 def refresh(schedule: LambdaLR) -> None:

@@ -110,7 +110,8 @@ PAGES = {
                 _of(
                     "train.ppo",
                     "policy_learning_rate warmup_steps final_learning_rate value_learning_rate "
-                    "trunk_learning_rate betas weight_decay adam_eps moments max_grad_norm",
+                    "trunk_learning_rate final_value_learning_rate betas weight_decay adam_eps moments "
+                    "max_grad_norm",
                 ),
             ),
             "evaluation": Topic(

@@ -114,6 +114,7 @@ IGNORED = [
         {
             "ppo.gae_lambda": 0.9, "ppo.target_clip": 3.0, "ppo.critic_minibatches": 2,
             "ppo.critic_rollouts": 2, "ppo.value_learning_rate": 0.1, "ppo.trunk_learning_rate": 0.1,
+            "ppo.final_value_learning_rate": 0.0,
         },
     ),
     *rows(TrainConfig, {"critic.trunk": "joint"}, {"ppo.trunk_learning_rate": 0.1}),
