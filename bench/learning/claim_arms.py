@@ -91,6 +91,15 @@ def levels(backbone: BackboneName) -> dict[str, Arm]:
     }
 
 
+def combined(backbone: BackboneName) -> dict[str, Arm]:
+    arms = levels(backbone)
+    critic = arms["critic with replay"]
+    both = replace(critic, config=at_levels(critic.config, NOT_THE_NOISIEST))
+    return {"critic, replay, not the noisiest": both} | {
+        name: arms[name] for name in ("groups, not the noisiest", "DiffusionNFT")
+    }
+
+
 def inference(backbone: BackboneName) -> dict[str, Arm]:
     arms = levels(backbone)
     return {name: arms[name] for name in ("critic with replay", "DiffusionNFT")}

@@ -137,6 +137,21 @@ CLAIMS = {
         "noisiest: the sampler's first step is not trained, along whose gradient "
         "the reward does not rise (section climb).",
     ),
+    "combined": Claim(
+        question="With both of what helped in section levels, does the critic learn more than groups?",
+        problem="shapes",
+        arms=claim_arms.combined,
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
+        metrics=("shapes_strict", "shapes_gold", "diversity"),
+        tuning=AS_CHOSEN,
+        runs_of={
+            "groups, not the noisiest": ("levels", "groups, not the noisiest"),
+            "DiffusionNFT": ("objectives", "DiffusionNFT"),
+        },
+        note=f"The critic learns from the last {REPLAYED_ROLLOUTS} rollouts, and no arm but DiffusionNFT "
+        "trains the sampler's first step. The other arms are those of sections levels and objectives. Both "
+        "switches were seen to help on the prompts that are reported here, one by one.",
+    ),
     "inference": Claim(
         question="Does the critic pay where the trained model is sampled, at equal compute per image?",
         problem="shapes",
