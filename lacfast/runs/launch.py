@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -20,9 +19,6 @@ from lacfast.runs.endings import ending
 from lacfast.runtime.signals import ENDING
 
 _HOST = "127.0.0.1"
-_TIMEOUT = timedelta(minutes=10)
-"""How long they wait for each other, on one machine and without rewards that hang."""
-
 _TELL_SECONDS = 10.0
 """How long a rank that is lost has to say why."""
 
@@ -60,17 +56,17 @@ def joined_by(count: int, work: Callable[..., object], *arguments: Any) -> Itera
     try:
         for process in others:
             process.start()
-        with _set(variables | {"RANK": "0"}), joined(_TIMEOUT, takes_gpus=False) as world:
+        with _set(variables | {"RANK": "0"}), joined(takes_gpus=False) as world:
             try:
                 yield world
             except LostRankError:
-                _wait(others, _TELL_SECONDS)
+                for process in others:
+                    process.join(_TELL_SECONDS)
                 raise
             except BaseException:
                 # Before the group is left: they would tell that this rank is lost.
                 _stop(others)
                 raise
-        _wait(others)
     finally:
         _stop(others)
 
@@ -94,7 +90,7 @@ def _rank(rank: int, variables: Mapping[str, str], work: Callable[..., object], 
         signal.signal(number, signal.SIG_IGN)
     os.environ |= {**variables, "RANK": str(rank)}
     try:
-        with joined(_TIMEOUT, takes_gpus=False):
+        with joined(takes_gpus=False):
             work(*arguments)
     except Exception as error:
         if (found := ending(error)) is None:
@@ -115,11 +111,6 @@ def _set(variables: Mapping[str, str]) -> Iterator[None]:
         for name in variables:
             os.environ.pop(name)
         os.environ |= {name: before[name] for name in variables if name in before}
-
-
-def _wait(processes: list[BaseProcess], seconds: float | None = None) -> None:
-    for process in processes:
-        process.join(seconds)
 
 
 def _stop(processes: list[BaseProcess]) -> None:
