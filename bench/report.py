@@ -91,7 +91,8 @@ def demo(summaries: list[dict[str, Any]]) -> str:
     seconds, versions = summary["seconds"], summary["versions"]
     note = (
         f"{summary['evaluation_samples']:,} images of held-out prompts per row; {seconds['training']:.0f} s "
-        f"of training in a demo of {seconds['total']:.0f} s on the CPU, {summary['images']:,} images in all; "
+        f"of training in a demo of {seconds['total']:.0f} s on {summary['processes']} cores, "
+        f"{summary['images']:,} images in all; "
         f"the critic explains {100 * sum(later) / len(later):.0f} % of the reward's variance in the second "
         f"half of the steps ({summary['backbone']}, seed {summary['seed']}, torch {versions['torch']})."
     )
@@ -121,7 +122,7 @@ def proof(summaries: list[dict[str, Any]]) -> str:
     before, after = 100 * summary["strict_before"], 100 * summary["strict_after"]
     note = (
         f"Held-out prompts are obeyed by {before:.1f} % of {summary['evaluation_samples']:,} images before, "
-        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of training on a CPU, and by "
+        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of training on two cores, and by "
         f"{100 * summary['steered']['strict_after']:.1f} % when the critic then steers."
     )
     return f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})\n\n{note}"
