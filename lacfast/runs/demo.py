@@ -132,7 +132,7 @@ def run_demo(
     """
     require(budget > 0, f"--budget {budget:g} must be more than 0 seconds; the demo's own choice is 465")
     config = _config(backbone, seed, scale)
-    largest = min(config.batch_size, scale.evaluation_samples)
+    largest = min(CONFIGS[backbone].batch_size, config.batch_size, scale.evaluation_samples)
     require(
         1 <= processes <= largest,
         f"--processes {processes} must be from 1 to {largest}, one for each image of the smallest batch",
@@ -161,9 +161,7 @@ def _demo(
         (out / "metrics.jsonl").unlink(missing_ok=True)
         # As of a run of lacfast train: later commands find the sampler here.
         write_json(out / "run.json", {"train": to_json(config)})
-        made = _base_model(out / "pretrained", backbone, seed, scale, log)
-    world.wait("the pretraining of the base model")
-    base = adapt_pretrained(made if world.is_first else load_pretrained(out / "pretrained"))
+    base = adapt_pretrained(_base_model(world, out / "pretrained", backbone, seed, scale, log))
     trainer = LatentActorCriticTrainer(
         base,
         REWARD,
@@ -249,21 +247,23 @@ def _config(backbone: BackboneName, seed: int, scale: DemoScale) -> TrainConfig:
 
 
 def _base_model(
-    directory: Path, backbone: BackboneName, seed: int, scale: DemoScale, log: PhaseLog
+    world: World, directory: Path, backbone: BackboneName, seed: int, scale: DemoScale, log: PhaseLog
 ) -> Pretrained:
-    """The pretrained model of this recipe, from `directory` or else made and left there."""
+    """The pretrained model of this recipe, from `directory` or else made by all ranks and left there."""
     steps = scale.pretrain_steps or CONFIGS[backbone].steps
     recipe = {**asdict(CONFIGS[backbone]), "backbone": backbone, "seed": seed, "steps": steps}
     description = directory / "recipe.json"
     with log.phase("pretraining", f"Pretrain a tiny {backbone}") as phase:
-        if description.exists() and json.loads(description.read_text(encoding="utf-8")) == recipe:
+        is_kept = description.exists() and json.loads(description.read_text(encoding="utf-8")) == recipe
+        if world.of_first(is_kept, "the base model"):
             phase.note = f"loaded from {directory}"
             return load_pretrained(directory)
 
-        model = pretrain_model(backbone, scenes.TASK, seed=seed, steps=steps, phase=phase)
-        with whole_directory(directory) as target:
-            save_pretrained(model, target)
-            write_json(target / description.name, recipe)
+        model = pretrain_model(backbone, scenes.TASK, seed=seed, steps=steps, phase=phase, world=world)
+        if world.is_first:
+            with whole_directory(directory) as target:
+                save_pretrained(model, target)
+                write_json(target / description.name, recipe)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Self
 from torch import Tensor
 
 from lacfast.backbones.latent import LatentBackbone
+from lacfast.distributed import ALONE, World
 from lacfast.learning.value_pretraining import PretrainResult
 from lacfast.prompts import PromptSet
 from lacfast.records import Evaluation
@@ -22,14 +23,20 @@ from lacfast.trainer import LatentActorCriticTrainer
 
 
 def pretrain_model(
-    backbone: BackboneName, task: Task, *, seed: int, steps: int | None, phase: Phase
+    backbone: BackboneName,
+    task: Task,
+    *,
+    seed: int,
+    steps: int | None,
+    phase: Phase,
+    world: World = ALONE,
 ) -> Pretrained:
     """The tiny model of a task, pretrained within a phase."""
 
     def report(step: int, total: int, loss: float) -> None:
         phase.update((step + 1) / total, f"step {step + 1}/{total}, loss {loss:.3f}")
 
-    return pretrain(backbone, task, seed=seed, steps=steps, progress=report)
+    return pretrain(backbone, task, seed=seed, steps=steps, progress=report, world=world)
 
 
 def expect_prompts(trainer: LatentActorCriticTrainer, before: Iterable[PromptSet] = ()) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lacfast.config.checks import Config, Count, CountOrNone, Positive, unknown
+from lacfast.distributed import ALONE, Share, World
 from lacfast.tasks import scenes
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import TINY, BackboneName, ModelSize, predict_velocity, tiny_backbone
@@ -64,6 +65,7 @@ def pretrain(
     size: ModelSize | None = None,
     config: PretrainConfig | None = None,
     device: str | torch.device = "cpu",
+    world: World = ALONE,
 ) -> Pretrained:
     """Trains a tiny backbone and its text encoder from scratch by flow matching, bit-identical for one seed.
 
@@ -79,9 +81,12 @@ def pretrain(
         size: of the backbone, for the task's pictures. None: the tiny one.
         config: the recipe. None: the tiny backbone's own.
         device: where it is trained. What is random is drawn on the CPU, where the result is too.
+        world: ranks that share every batch, of which each gets the model: that of one process up to the order
+            of sums.
 
     Raises:
-        ValueError: the backbone is unknown, steps is not positive, or the size is not the pictures'.
+        ValueError: the backbone is unknown, steps is not positive, the size is not the pictures', or there
+            are more ranks than images in a batch.
     """
     if backbone not in CONFIGS:
         raise unknown("backbone", backbone, CONFIGS)
@@ -104,14 +109,17 @@ def pretrain(
     drawn = min(config.pictures_per_prompt, drawn_per_prompt)
     latents, words = (each.to(device) for each in _captioned_latents(task, codec, text, drawn, seed))
     parameters = [*model.parameters(), *text.parameters()]
+    share = world.share(config.batch_size)
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     history = []
     for step in range(num_steps):
         optimizer.param_groups[0]["lr"] = _learning_rate(step, num_steps, config)
         rows = torch.randint(len(latents), (config.batch_size,), generator=generator).to(device)
-        loss = _flow_matching_loss(model, text, latents[rows], words[rows % len(words)], generator)
+        loss = _flow_matching_loss(model, text, latents[rows], words[rows % len(words)], generator, share)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        world.sum_([loss.detach(), *gradients], "a step of the pretraining")
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         history.append(loss.item())
@@ -131,16 +139,23 @@ def _captioned_latents(
 
 
 def _flow_matching_loss(
-    model: nn.Module, text: WordEncoder, clean: Tensor, words: Tensor, generator: torch.Generator
+    model: nn.Module,
+    text: WordEncoder,
+    clean: Tensor,
+    words: Tensor,
+    generator: torch.Generator,
+    share: Share,
 ) -> Tensor:
+    """The part of a batch's loss that its share makes; what is random is drawn for all of the batch."""
     noise = torch.randn(clean.shape, generator=generator).to(clean.device)
     uniform = torch.rand(len(clean), generator=generator).to(clean.device)
     # Shifted towards noise, where layout and colours are decided and a sampler of few steps begins.
     sigma = 2 * uniform / (1 + uniform)
+    clean, noise, sigma, words = (rows[share.rows] for rows in (clean, noise, sigma, words))
     weight = sigma.view(-1, 1, 1, 1)
     noisy = (1 - weight) * clean + weight * noise
     velocity = predict_velocity(model, noisy, 1000 * sigma, *text.embed(words))
-    return (velocity - (noise - clean)).square().mean()
+    return (velocity - (noise - clean)).square().mean() * (share.count / share.total)
 
 
 def _learning_rate(step: int, steps: int, config: PretrainConfig) -> float:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from ranks import on_ranks
 from refusals import Refusal
 
+from lacfast.distributed import World
 from lacfast.tasks.codec import PatchCodec, fit_codec
 from lacfast.tasks.models import BackboneName, predict_velocity, tiny_backbone
 from lacfast.tasks.pretraining import Pretrained, pretrain
@@ -131,6 +133,16 @@ def test_pretraining_repeats_bit_for_bit_and_leaves_the_global_random_state(back
     assert first.history == second.history
     assert torch.equal(velocity_of(first), velocity_of(second))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ranks_share_the_batches_of_one_process(tmp_path: Path) -> None:
+    def made() -> tuple[tuple[float, ...], torch.Tensor]:
+        found = pretrain("dit", seed=5, steps=3, world=World.current())
+        return found.history, velocity_of(found)
+
+    (losses, velocity), *others = on_ranks(3, made, tmp_path)
+    assert losses == pytest.approx(pretrain("dit", seed=5, steps=3).history, rel=1e-4)
+    assert all(theirs == losses and torch.equal(moves, velocity) for theirs, moves in others)
 
 
 def test_pretraining_lowers_the_loss() -> None:
