@@ -103,8 +103,8 @@ ADVICE = """## What to take
   third of the noise and as much of the signal, which are equal at 300 to 440 trajectories under every
   baseline. PPO's take 18,500 with the critic and 25,000 against the rollout's mean (section gradients; the
   base model, one seed).
-- **Steering** is worth what the critic knows. The demo's, after 16 rollouts of value pretraining, adds 3, 10
-  and 10 points on its three seeds, at three times the compute ([demo](demo/README.md)). Without pretraining
+- **Steering** is worth what the critic knows. The demo's, after 16 rollouts of value pretraining, adds 10, 15
+  and 8 points on its three seeds, at three times the compute ([demo](demo/README.md)). Without pretraining
   it adds 3 at the end of a run on the checker, as three times the steps do, which gain more by gold (section
   inference, one seed).
 - **PPO with the critic**, the recipes `shapes-ppo` and `shapes-unet-ppo`, where the likelihood ratio itself
