@@ -184,9 +184,7 @@ class Learner:
             self.average.update()
         if self.old is not None:
             self.old.follow(len(records.policy))
-        metrics = records.metrics()
-        if is_stopped:
-            metrics["stopped_by_kl_limit"] = True
+        metrics = records.metrics() | ({"stopped_by_kl_limit": True} if is_stopped else {})
         for update in self.updates:
             metrics |= update.guard.metrics()
         if self.hold is not None and records.policy:
