@@ -144,6 +144,7 @@ CLAIMS = {
         budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=AS_CHOSEN,
+        seeds=3,
         runs_of={
             "groups, not the noisiest": ("levels", "groups, not the noisiest"),
             "DiffusionNFT": ("objectives", "DiffusionNFT"),
