@@ -60,7 +60,8 @@ ADVICE = """## What to take
 
 - **A loss on the forward process**: it needs no SDE and no ratio, and is far ahead of PPO's arms on scenes;
   on words, which are nearly learnt out, DDPO ends as high as DiffusionNFT. That one on GRPO's groups is the
-  simplest and takes the least time. AWM, tuned alike, gains less by gold (section matching).
+  simplest and takes the least time. AWM, tuned alike, gains less by gold on the DiT; on the UNet short runs
+  chose it a rate that a long one does not bear (section matching; there one pair).
 - **Weighted by the critic**, the recipes `shapes`, `shapes-unet` and `sd35m-pickscore`
   (`TrainConfig.objective=NFT()`, estimator `critic`), where the reward is learnt, as most are. With the
   similarity of a dual encoder for the reward, judged by a checker that nothing trains on, it ends ahead of
@@ -96,13 +97,15 @@ ADVICE = """## What to take
   gains 0.13 over the learnt reward alone, which gives a tenth of what it gains for that. PPO's two heads, on
   a checker and a height that a scene does not ask for, do not show it (section multi-reward).
 - **Weighted by groups**, where the reward is a rule on scenes: of the checker's reward the critic explains
-  0.15 after 8,000 images, 0.3 of the learnt one, and is not shown to learn more than groups on the DiT. On
-  the UNet it ends 0.014 higher, undecided, ahead by the second checker, and ahead in equal time with a free
-  reward, for its rollouts of 32 images take less time than the groups' of 16 (section objectives, unet). A
-  baseline of the state changes this loss's expected gradient: after value pretraining the critic takes out a
-  third of the noise and as much of the signal, which are equal at 300 to 440 trajectories under every
-  baseline. PPO's take 18,500 with the critic and 25,000 against the rollout's mean (section gradients; the
-  base model, one seed).
+  0.15 after 8,000 images, 0.3 of the learnt one. On the DiT it ends 0.035 behind groups, level by the second
+  checker (section objectives, five seeds); with a replay it is level by the first one too, and without the
+  noisiest step besides ahead of DiffusionNFT over the run by 0.010 (sections levels and combined, three
+  seeds). On the UNet it ends 0.014 higher, undecided, ahead by the second checker, and ahead in equal time
+  with a free reward, for its rollouts of 32 images take less time than the groups' of 16 (section objectives,
+  unet). A baseline of the state changes this loss's expected gradient: after value pretraining the critic
+  takes out a third of the noise and as much of the signal, which are equal at 300 to 440 trajectories under
+  every baseline. PPO's take 18,500 with the critic and 25,000 against the rollout's mean (section gradients;
+  the base model, one seed).
 - **Steering** is worth what the critic knows. The demo's, after 16 rollouts of value pretraining, adds 10, 15
   and 8 points on its three seeds, at three times the compute ([demo](demo/README.md)). Without pretraining
   it adds 3 at the end of a run on the checker, as three times the steps do, which gain more by gold (section
