@@ -122,7 +122,8 @@ def proof(summaries: list[dict[str, Any]]) -> str:
     before, after = 100 * summary["strict_before"], 100 * summary["strict_after"]
     note = (
         f"Held-out prompts are obeyed by {before:.1f} % of {summary['evaluation_samples']:,} images before, "
-        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of training on two cores, and by "
+        f"by {after:.1f} % after {summary['seconds']['training']:.0f} s of training on "
+        f"{summary['processes']} cores, and by "
         f"{100 * summary['steered']['strict_after']:.1f} % when the critic then steers."
     )
     return f"![The same prompts before and after, plain and steered](docs/demo/{PICTURE})\n\n{note}"

@@ -113,7 +113,6 @@ CLAIMS = {
         budgets=CHECKER_BUDGETS,
         metrics=("shapes_strict", "shapes_gold", "diversity"),
         tuning=HALVING,
-        seeds=3,
         runs_of={arm: ("objectives", arm) for arm in ("critic-weighted NFT", "DiffusionNFT")},
         note="The two other arms are those of section objectives. AWM has GRPO's groups and advantages, and "
         "its authors' settings for GenEval, but for the KL to the first model and the distance from the old "
