@@ -76,8 +76,8 @@ def at_best(
     rivals: Sequence[str] = (),
 ) -> Curves:
     """A claim's paired curves, an arm with the runs of another tuned claim on its problem where those learned
-    more, or where it has none here; then over the seeds of those. Base model and noise of a seed are the same
-    in all claims.
+    more, or where it has none here; then over the seeds of those, but for `rivals`, which are left out where
+    they have fewer. Base model and noise of a seed are the same in all claims.
 
     Args:
         results: folder of the runs.
@@ -97,7 +97,8 @@ def at_best(
         for other, rival in claims.items()
         if other != name and rival.problem == claim.problem and rival.tuning.rounds
     }
-    lent = [found for curves in elsewhere.values() for arm, found in curves.items() if arm not in own]
+    wanted = claim.arms(backbone).keys() - own.keys()
+    lent = [found for curves in elsewhere.values() for arm, found in curves.items() if arm in wanted]
     seeds = _common_seeds(own)
     for found in lent:
         seeds = [seed for seed in seeds if seed in found] or seeds

@@ -258,6 +258,8 @@ def test_an_arm_that_another_claim_has_for_fewer_seeds_is_compared_over_those(tm
     found = tables.at_best(tmp_path, CLAIMS, "objectives", "dit")
     assert {arm: len(curves) for arm, curves in found.items()} == dict.fromkeys(found, 3)
     assert "GRPO" in found
+    record(tmp_path, "matching", "AWM", 0.6, seeds=2)
+    assert tables.at_best(tmp_path, CLAIMS, "objectives", "dit", ("AWM",)) == found, "no arm of that claim"
 
 
 @pytest.mark.usefixtures("no_curves")
