@@ -14,7 +14,7 @@ from lacfast.critic.critic import Critic
 from lacfast.critic.trunk import Trunk
 from lacfast.distributed.sharding import Divider
 from lacfast.records import Conditioning, TransitionTable
-from lacfast.rewards.heads import RewardHeads
+from lacfast.rewards.heads import RewardHeads, require_rewards
 
 
 class Backbone(Protocol):
@@ -144,5 +144,7 @@ def attach_critic(backbone: Backbone, heads: RewardHeads, config: CriticConfig, 
             f"{len(heads.names)} rewards {list(heads.names)} and {config} do not fit it. Train with the "
             "critic's own, or set backbone.critic = None for a new one"
         )
+    else:
+        require_rewards(attached.rewards, heads.rewards, "the backbone's critic")
     if backbone.critic is not None:
         backbone.critic.rewards = heads

@@ -42,7 +42,7 @@ from lacfast.critic.critic import Critic
 from lacfast.distributed import ALONE, World
 from lacfast.distributed.shard_files import with_shards, without_shards, write_shards
 from lacfast.distributed.sharding import copy_, whole_on_first
-from lacfast.rewards.heads import RewardHeads
+from lacfast.rewards.heads import RewardHeads, require_rewards
 from lacfast.runtime.directories import DamagedError, recover, require_whole, whole_directory
 from lacfast.runtime.files import write_json
 
@@ -126,13 +126,8 @@ def require_critic(path: Path, rewards: Sequence[str] = ()) -> None:
     found = _described_critic(path)
     if found is None:
         raise ValueError(f"{path} holds no {CRITIC_WEIGHTS}; pass a checkpoint or the file itself")
-    stored = found[1].get("rewards")
-    known = None if stored is None else RewardHeads.from_json(stored).rewards
-    if rewards and known is not None and known != tuple(rewards):
-        raise ValueError(
-            f"{path} is a critic of rewards {list(known)}, this run has {list(rewards)}; give those in their "
-            "order, or begin with a new critic"
-        )
+    if rewards:
+        require_rewards(_heads(found[1]), rewards, f"the critic of {path}")
 
 
 def give_critic(backbone: Backbone, path: Path) -> None:
@@ -161,10 +156,14 @@ def read_critic(backbone: Backbone, path: Path) -> Critic | None:
     critic = build_critic(backbone, description["num_rewards"], config)
     if critic is not None:
         load_in_place(critic.state_dict(), load_file(file), f"critic in {file}")
-        # Earlier versions did not say what the heads predict.
-        rewards = description.get("rewards")
-        critic.rewards = None if rewards is None else RewardHeads.from_json(rewards)
+        critic.rewards = _heads(description)
     return critic
+
+
+def _heads(description: dict[str, Any]) -> RewardHeads | None:
+    """What the heads of a described critic predict; earlier versions did not say."""
+    rewards = description.get("rewards")
+    return None if rewards is None else RewardHeads.from_json(rewards)
 
 
 def _described_critic(path: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -635,6 +635,8 @@ def test_a_critic_that_is_not_the_configured_one_is_refused() -> None:
         LatentActorCriticTrainer(
             backbone, brightness, PROMPTS, tiny_config(critic=CriticConfig(trunk="copy"))
         )
+    with pytest.raises(ValueError, match=r"critic is of rewards \['brightness'\].*backbone\.critic = None"):
+        LatentActorCriticTrainer(backbone, "shapes_height", PROMPTS, tiny_config())
 
 
 def test_several_rewards_train_one_head_each() -> None:

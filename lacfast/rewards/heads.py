@@ -102,6 +102,24 @@ class RewardHeads:
         return (self(rewards, mean) - to_like(mean, rewards)) / to_like(std, rewards)
 
 
+def require_rewards(heads: RewardHeads | None, rewards: Sequence[str], critic: str) -> None:
+    """
+    Args:
+        heads: what a critic predicts. None: it is new, or an earlier version's, which did not say.
+        rewards: names of a run's, in the order of its heads.
+        critic: its name in the message.
+
+    Raises:
+        ValueError: for a critic of other rewards, or of the same in another order.
+    """
+    if heads is not None and heads.rewards != tuple(rewards):
+        raise ValueError(
+            f"{critic} is of rewards {list(heads.rewards)}, this run has {list(rewards)}; give those "
+            "in their order, or begin with a new critic: backbone.critic = None in Python, without "
+            "critic_from on the command line"
+        )
+
+
 def reward_index(names: Sequence[str], name: str) -> int:
     """
     Raises:
