@@ -302,7 +302,7 @@ class Rollout:
     """(T + 1, B, C, H, W), x_0 pure noise, x_T the clean latent; (T + 1, B, C, F, H, W) of videos, and
     (T + 1, B, L, D) where the model takes packed ones."""
     model_outputs: Tensor
-    """(T, B, ...) as the policy gave them, after guidance."""
+    """(T, B, ...) as the policy gave them, after guidance; NaN at noised states that no forward saw yet."""
     log_probs: Tensor
     """(T, B)"""
     values: Tensor

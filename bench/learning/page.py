@@ -11,6 +11,7 @@ from bench.learning import (
     critics_section,
     figures,
     gradients_section,
+    old_outputs,
     steering_section,
     tables,
     units,
@@ -146,7 +147,8 @@ def write(results: Path, page: Path = PAGE, scale: Scale = SCALES["cpu"]) -> Non
     samples = round(scale.samples * Budget.samples)
     head = HEAD.format(samples=samples, error=0.5 / samples**0.5, size=scale.model.image_size)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n\n".join([head.strip(), *short, *sections, *rest]) + "\n", encoding="utf-8")
+    noted = [line for line in [old_outputs.told(results)] if line]
+    page.write_text("\n\n".join([head.strip(), *noted, *short, *sections, *rest]) + "\n", encoding="utf-8")
 
 
 def _conclusions(results: Path, claims: Mapping[str, Claim]) -> Iterator[str]:

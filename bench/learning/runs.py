@@ -124,19 +124,8 @@ def run(
     """
     if materials.device == "cpu":
         torch.set_num_threads(1)
-    task, prompts = problem.task, Prompts.of(problem.task)
-    weights = arm.rewards or problem.rewards
-    trainer = LatentActorCriticTrainer(
-        materials.backbone(task, backbone),
-        {materials.reward(name, task): weight for name, weight in weights.items()},
-        prompts.train,
-        replace(arm.config, seed=seed, eval_samples=budget.samples),
-        held_out=prompts.tuning if tuning else prompts.held_out,
-        evaluation_rewards=[materials.reward(name, task) for name in problem.judges if name not in weights],
-    )
-    if arm.choice is not None:
-        choose(trainer, arm.choice)
-    measure, watch = gauges(materials, task), _Stopwatch(trainer.device)
+    trainer = trainer_of(problem, backbone, arm, materials, seed=seed, tuning=tuning, samples=budget.samples)
+    measure, watch = gauges(materials, problem.task), _Stopwatch(trainer.device)
 
     def judge() -> Point:
         evaluation = trainer.evaluate()
@@ -172,6 +161,32 @@ def run(
     return points
 
 
+def trainer_of(
+    problem: Problem,
+    backbone: BackboneName,
+    arm: Arm,
+    materials: Materials,
+    *,
+    seed: int,
+    tuning: bool = False,
+    samples: int = Budget.samples,
+) -> LatentActorCriticTrainer:
+    """The trainer of a run, arguments as `run`'s; `samples` are images per judgement."""
+    task, prompts = problem.task, Prompts.of(problem.task)
+    weights = arm.rewards or problem.rewards
+    trainer = LatentActorCriticTrainer(
+        materials.backbone(task, backbone),
+        {materials.reward(name, task): weight for name, weight in weights.items()},
+        prompts.train,
+        replace(arm.config, seed=seed, eval_samples=samples),
+        held_out=prompts.tuning if tuning else prompts.held_out,
+        evaluation_rewards=[materials.reward(name, task) for name in problem.judges if name not in weights],
+    )
+    if arm.choice is not None:
+        choose(trainer, arm.choice)
+    return trainer
+
+
 def _next_judgement(points: Sequence[Point], budget: Budget) -> int:
     """Images at which the next judgement is due, whether or not the run has stopped since the last one."""
     return (points[-1].images // budget.judged_every + 1) * budget.judged_every
@@ -200,21 +215,24 @@ def _explained(evaluation: Evaluation) -> dict[str, float]:
 def _forwards(trainer: LatentActorCriticTrainer, arm: Arm) -> int:
     config, table = trainer.config, trainer.tables.at(0)
     halves = 2 if config.sampler.guidance_scale > 1 else 1
-    trained, sampling = table.trainable_steps, table.num_steps
+    trained, sampling, per_pair = table.trainable_steps, table.num_steps, 3 + (config.ppo.kl is not None)
     if isinstance(config.objective, ForwardProcess):
-        # The old policy runs on every state that is noised anew.
-        trained, sampling = config.objective.forward_steps(table.num_steps), 2 * table.num_steps
+        trained = config.objective.forward_steps(table.num_steps)
+        # The old policy runs on the pairs that are trained, with a critic on every state.
+        sampling, per_pair = (sampling, per_pair + 1) if trainer.critic is None else (2 * sampling, per_pair)
     sampling *= 1 if arm.choice is None else CANDIDATES
     pairs = config.ppo.timestep_fraction * len(trained) * config.batch_size
-    updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * (3 + (config.ppo.kl is not None))
+    updates = trainer.iteration * config.ppo.num_inner_epochs * pairs * per_pair
     return round(halves * (trainer.images * sampling + updates))
 
 
 def described(points: Sequence[Point], **description: Any) -> dict[str, Any]:
     """A curve as a unit of a study."""
-    return {**description, "points": [asdict(point) for point in points]}
+    return {**description, "seconds_factor": 1.0, "points": [asdict(point) for point in points]}
 
 
 def curve(unit: dict[str, Any]) -> list[Point]:
-    """The curve of a unit."""
-    return [Point(**point) for point in unit["points"]]
+    """The curve of a unit, its seconds as the code of today would have them, see old_outputs."""
+    factor = unit.get("seconds_factor", 1.0)
+    points = [Point(**point) for point in unit["points"]]
+    return [replace(point, seconds=factor * point.seconds) for point in points]

@@ -180,6 +180,11 @@ class PPOConfig(Config):
     rollout, whose weights made it, for 8 pairs alone; "both": DDPO, TRL."""
 
     @property
+    def repeats(self) -> bool:
+        """Whether passes over a rollout come back to pairs that they had."""
+        return self.num_inner_epochs * self.timestep_fraction > 1
+
+    @property
     def anchor(self) -> str | None:
         """Which frozen policy the loss needs, see KLPenalty.anchor; None: none."""
         if self.kl is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from lacfast.learning.optimizers import (
     require_same_parameters,
     take_back,
 )
-from lacfast.learning.pairs import minibatches
 from lacfast.learning.policy_update import PolicyUpdate
 from lacfast.learning.readers import reader_for
 from lacfast.learning.replay import Experience, ValueReplay
@@ -92,6 +90,10 @@ class Learner:
             runner = self._runner("critic")
             guard = self._guard("critic")
             self.critic_update = CriticUpdate(backbone.critic, optimizer, ppo, guard, runner, world)
+        self.old: OldPolicy | None = None
+        """The average that a loss on the forward process compares with."""
+        if isinstance(config.objective, ForwardProcess):
+            self.old = OldPolicy(backbone.policy_state(), config.objective)
         self.policy_update = PolicyUpdate(
             *(
                 backbone,
@@ -102,6 +104,7 @@ class Learner:
             ),
             anchor=None if ppo.kl is None else self.anchor,
             hold=self.hold,
+            old=self.old if backbone.critic is None else None,
             reader=reader_for(self.critic_update),
             world=world,
         )
@@ -112,10 +115,6 @@ class Learner:
         )
         self.replay = ValueReplay(ppo.critic_rollouts, world)
         self.average = WeightAverage(backbone.policy_state(), config.ema_decay) if config.ema_decay else None
-        self.old: OldPolicy | None = None
-        """The average that a loss on the forward process compares with."""
-        if isinstance(config.objective, ForwardProcess):
-            self.old = OldPolicy(backbone.policy_state(), config.objective)
         self._table: TransitionTable | None = None
         self._tables: StepTables | None = None
         if config.gradient_checkpointing:
@@ -162,7 +161,7 @@ class Learner:
         if experience is not None:
             self.replay.require_room(experience)
         self._find_sizes(source, experience)
-        source = replace(source, anchor_outputs=self.policy_update.anchor_outputs(source))
+        source = self.policy_update.completed(source)
         self.failed.zero_()
         refresh(self.policy_schedule)
         if self.critic_update is not None:
@@ -198,13 +197,7 @@ class Learner:
     def _policy_pass(self, source: PolicySource, generator: torch.Generator, records: UpdateRecords) -> bool:
         """One pass of the policy; returns whether the KL limit ended it."""
         ppo = self.config.ppo
-        trained = minibatches(
-            *(source.pairs, ppo.num_minibatches, generator),
-            fraction=ppo.timestep_fraction,
-            share=source.rollout.share,
-            draw=ppo.minibatch_draw,
-            even=self.config.shard > 1,
-        )
+        trained = self.policy_update.minibatches(source, generator)
         for minibatch, held in zip(trained, held_minibatches(source.rollout, ppo, generator), strict=True):
             if records.policy and records.policy[-1].mean_kl_old > ppo.kl_limit:
                 return True

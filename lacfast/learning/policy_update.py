@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,13 +22,15 @@ from lacfast.learning.forward_loss import forward_loss
 from lacfast.learning.gradient_guard import GradientGuard
 from lacfast.learning.hold import HeldSteps
 from lacfast.learning.kl_anchor import KLAnchor
-from lacfast.learning.pairs import Pairs
+from lacfast.learning.old_policy import OldPolicy
+from lacfast.learning.pairs import Pairs, minibatches, states_of
 from lacfast.learning.readers import Reader
 from lacfast.learning.runner import EAGER, UpdateRunner
 from lacfast.learning.totals import PolicyTotals, UpdateRecords
 from lacfast.learning.update import Update
 from lacfast.policy import apply_guidance, guided_output, policy_output
 from lacfast.records import PPOStats, Rollout
+from lacfast.runtime.profiling import span
 
 
 class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
@@ -43,6 +46,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         *,
         anchor: KLAnchor | None = None,
         hold: HeldSteps | None = None,
+        old: OldPolicy | None = None,
         reader: Reader,
         world: World = ALONE,
     ) -> None:
@@ -55,6 +59,7 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
             runner: of a step's parts.
             anchor: that the KL is measured from. None: no KL.
             hold: of the deterministic steps. None: they move freely.
+            old: whose outputs a rollout without a critic comes without. None: it has them.
             reader: the critic's part in the forward.
             world: see Update.
         """
@@ -70,20 +75,59 @@ class PolicyUpdate(Update[PolicyBatch, PolicyTotals]):
         self.guidance_scale = config.sampler.guidance_scale
         self.anchor = anchor
         self.hold = hold
+        self.old = old
+        self._even = config.shard > 1
         self._held: tuple[PolicySource, Pairs] | None = None
         self.reader = reader
         self.kl_weight = 0.0 if penalty is None else penalty.weight
         self.version = 0
         """Changes with the weights of the policy."""
 
-    def anchor_outputs(self, source: PolicySource) -> Tensor | None:
-        """The anchor's outputs (K, B, ...) where that saves forwards: several passes would repeat them."""
-        if self.anchor is None or self.config.num_inner_epochs * self.config.timestep_fraction <= 1:
-            return None
+    def completed(self, source: PolicySource) -> PolicySource:
+        """`source` with the outputs of anchor and old policy, where several passes would repeat them."""
+        if not self.config.repeats:
+            return source
+        self._fill_old_outputs(source, [source.pairs])
+        if self.anchor is None:
+            return source
         outputs = partial(self.anchor.outputs, source.rollout, source.advantages.steps, source.timesteps)
-        return self.microbatch.run(
+        anchored = self.microbatch.run(
             lambda size: outputs(batch_size=size), source.rollout.batch_size, release=self.anchor.release
         )
+        return replace(source, anchor_outputs=anchored)
+
+    def minibatches(self, source: PolicySource, generator: torch.Generator) -> list[Pairs]:
+        """The pairs of a pass, minibatch by minibatch, at which the old policy's outputs are known."""
+        ppo = self.config
+        drawn = minibatches(
+            *(source.pairs, ppo.num_minibatches, generator),
+            fraction=ppo.timestep_fraction,
+            share=source.rollout.share,
+            draw=ppo.minibatch_draw,
+            even=self._even,
+        )
+        found = list(drawn)
+        if not ppo.repeats:
+            self._fill_old_outputs(source, found)
+        return found
+
+    def _fill_old_outputs(self, source: PolicySource, pairs: Sequence[Pairs]) -> None:
+        """Write the old policy's outputs at `pairs` into the rollout, which lacks them where no critic needed
+        its forward at every state."""
+        if self.old is None:
+            return
+        with self.old.applied(), span("update/old_outputs"):
+            for part in pairs:
+                self.microbatch.run(partial(self._fill, source, part), len(part))
+
+    @torch.no_grad()
+    def _fill(self, source: PolicySource, pairs: Pairs, size: int) -> None:
+        rollout, uncond = source.rollout, source.rollout.uncond_conditioning
+        for part in pairs.split(size):
+            states = states_of(rollout, source.timesteps, part)
+            without = None if uncond is None else uncond.select(part.rows)
+            output, _ = guided_output(self.backbone, states, without, self.guidance_scale, "cond")
+            rollout.model_outputs[part.steps, part.rows] = output.to(rollout.model_outputs.dtype)
 
     def learn(
         self, source: PolicySource, minibatch: Pairs, records: UpdateRecords, held: Pairs | None = None

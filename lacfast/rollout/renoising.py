@@ -5,6 +5,7 @@ The noise is a function of (seed, sample id, step) as every other, so states dep
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -60,7 +61,7 @@ class RenoisingSampler(RolloutSampler):
         """
         Args:
             backbone: the policy.
-            critic: values the states that are made. The chain has none.
+            critic: values the states that are made, whose outputs it needs. The chain has none.
             runner: captures the denoising steps, not what comes after them.
             objective: says which steps are trained, and who samples.
             old: applies the old policy, whose outputs the loss compares with.
@@ -85,8 +86,9 @@ class RenoisingSampler(RolloutSampler):
         """Trajectories whose latents before the last are noised anew, arguments as RolloutSampler's, but that
         states are valued whatever `valued` says.
 
-        Their model outputs are the old policy's, features are of its forward, values today's critic's. Steps
-        that are not trained have all of it too, for a critic learns at every step.
+        With a critic, which learns at every step, trained or not, model outputs are the old policy's there,
+        features are of its forward, values today's critic's. Without one outputs are NaN, until the update
+        fills in those of the pairs that it draws.
         """
         samples_old = self.objective.samples_old
         with self._old() if samples_old else nullcontext():
@@ -96,7 +98,8 @@ class RenoisingSampler(RolloutSampler):
                 keep_features=False,
                 batch_size=batch_size,
             )
-            with span("rollout/renoising"), nullcontext() if samples_old else self._old():
+            forwards_old = self._values_of is not None and not samples_old
+            with span("rollout/renoising"), self._old() if forwards_old else nullcontext():
                 return self._renoised(chain, guidance_scale, keep_features=keep_features)
 
     @torch.no_grad()
@@ -112,6 +115,8 @@ class RenoisingSampler(RolloutSampler):
             eps = forward_noise(tuple(chain.clean_latents.shape), steps, chain.noise)
             # The state that acts is the one that is stored.
             chain.latents[step].copy_(noised(chain.clean_latents, eps, rows, steps)[0])
+            if critic is None:
+                continue
             states = States(chain.latents[step], timesteps[steps], chain.conditioning)
             output, found = guided_output(
                 *(self.backbone, states, chain.uncond_conditioning, guidance_scale, "cond"),
@@ -119,10 +124,11 @@ class RenoisingSampler(RolloutSampler):
                 detach=True,
             )
             chain.model_outputs[step].copy_(output)
-            if critic is not None:
-                values.append(_values(critic, found, states))
-                if keep_features:
-                    _store(features, found, step, chain.num_steps)
+            values.append(_values(critic, found, states))
+            if keep_features:
+                _store(features, found, step, chain.num_steps)
+        if critic is None:
+            chain.model_outputs.fill_(math.nan)
         return replace(
             chain,
             log_probs=torch.zeros_like(chain.log_probs),

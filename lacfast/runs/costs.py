@@ -127,8 +127,11 @@ def count(
         held = math.ceil(ppo.hold.share * free * batch) * ppo.num_inner_epochs
     # The first optimizer step knows its unconditional half, but for a handful of pairs that measure it.
     known = pairs // (ppo.num_minibatches * ppo.num_inner_epochs) if forward_steps is None else 0
-    # The old policy runs on every state that is noised anew.
-    renoised = 0 if forward_steps is None else batch * steps
+    # The old policy runs on the states noised anew that are trained, with a critic on all.
+    renoised = 0
+    if forward_steps is not None:
+        trained_states = batch * len(forward_steps) if ppo.repeats else pairs
+        renoised = trained_states if critic is None else batch * steps
     trained = sum(parameter.numel() for parameter in backbone.policy_parameters())
     learned = 0 if critic is None else _count(critic)
     return Costs(

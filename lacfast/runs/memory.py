@@ -195,7 +195,7 @@ def _update(subject: Subject, rollout: Rollout, anchor: Backbone, fixed: int, ho
     )
     for update in [policy] + ([] if critic_update is None else [critic_update]):
         update.prepare(tables)
-    if ppo.kl is not None and ppo.num_inner_epochs * ppo.timestep_fraction > 1:
+    if ppo.kl is not None and ppo.repeats:
         fixed += steps * subject.batch_size * rollout.model_outputs[0, 0].nbytes
     minibatch = -(-int(ppo.timestep_fraction * steps * subject.batch_size) // ppo.num_minibatches)
     source = PolicySource(rollout, advantages, tables.timesteps)

@@ -73,9 +73,8 @@ def scaling(
     critic = _Sent(divided, divided.critic, critic_steps, states, ranks, microbatch, config)
     # Guidance's half without a prompt, and the anchor, whose outputs are computed before several passes.
     uncond = config.sampler.guidance_scale > 1 and ppo.cfg_grad == "cond"
-    is_repeated = ppo.num_inner_epochs * ppo.timestep_fraction > 1
-    extra = policy.microbatches * (ppo.kl is not None and not is_repeated)
-    extra += (policy.microbatches - policy.known) * uncond + (ppo.kl is not None and is_repeated)
+    extra = policy.microbatches * (ppo.kl is not None and not ppo.repeats)
+    extra += (policy.microbatches - policy.known) * uncond + (ppo.kl is not None and ppo.repeats)
     share = -(-config.batch_size // ranks) / config.batch_size
     return Scaling(
         ranks=ranks,

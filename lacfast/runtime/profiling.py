@@ -30,6 +30,7 @@ SPANS = (
     "reward",
     "reward/wait",
     "advantages",
+    "update/old_outputs",
     "update/microbatch",
     "update/all_reduce",
     "shard/gather",

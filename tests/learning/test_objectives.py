@@ -34,6 +34,7 @@ from lacfast.policy import States, guided_output
 from lacfast.records import Rollout
 from lacfast.rewards.heads import stack_rewards
 from lacfast.rollout.renoising import FIRST_STEP
+from lacfast.runs.costs import count
 from lacfast.runtime.graph import GraphRunner
 from lacfast.schedule import forward_rows
 from lacfast.tasks.models import TINY
@@ -42,6 +43,8 @@ ODE = SamplerConfig(kind="ode", noise_level=0.0, num_steps=4)
 # Adam makes a step of rounding errors where a gradient is 0, unless its epsilon is above them.
 PPO = PPOConfig(num_minibatches=2, microbatch_size=8, adam_eps=1e-4, policy_learning_rate=1e-3)
 GROUPS: dict[str, Any] = {"advantages": AdvantageConfig(estimator=GRPO()), "samples_per_prompt": 4}
+CRITICLESS: dict[str, Any] = {"critic": CriticConfig(trunk="none"), **GROUPS}
+GUIDED = replace(ODE, guidance_scale=2.0)
 # An old policy that lags behind from the first iteration on.
 LAGGING = {"old_decay": 0.9, "old_decay_rate": 0.3}
 OBJECTIVES = [NFT(0.5, **LAGGING), AWM(steps=(1, 4), **LAGGING)]
@@ -119,6 +122,53 @@ def test_states_are_the_clean_latents_noised_anew_and_outputs_the_old_policy_s(o
             torch.testing.assert_close(rollout.model_outputs[step], output, rtol=0, atol=1e-5)
     live, _ = guided_output(trainer.backbone, given, None, 1.0, "cond")
     assert not torch.allclose(live, output, atol=1e-5)
+
+
+@by_name
+@pytest.mark.parametrize(("passes", "fraction"), [(1, 0.5), (2, 0.75)])
+def test_without_a_critic_the_old_policy_sees_the_trained_pairs_alone(
+    objective: Any, passes: int, fraction: float
+) -> None:
+    ppo = replace(PPO, num_inner_epochs=passes, timestep_fraction=fraction)
+    trainer = trainer_for(objective, ppo=ppo, sampler=GUIDED, **CRITICLESS)
+    trainer.train_iteration()
+    rollout = next_rollout(trainer)
+    timesteps = rollout.table.timesteps
+    with trainer.learner.old_weights(), torch.no_grad():
+        given = [
+            States(rollout.latents[step], timesteps[step].expand(8), rollout.conditioning)
+            for step in range(4)
+        ]
+        expected = torch.stack(
+            [
+                guided_output(trainer.backbone, states, rollout.uncond_conditioning, 2.0, "cond")[0]
+                for states in given
+            ]
+        )
+    assert bool(rollout.model_outputs.isnan().all())
+    trainer.update(rollout)
+    seen = ~rollout.model_outputs.flatten(2).isnan().any(dim=2)
+    trained = list(objective.forward_steps(4))
+    pairs = 8 * len(trained)
+    assert int(seen.sum()) == int(seen[trained].sum()) == (pairs if passes > 1 else pairs * fraction)
+    torch.testing.assert_close(rollout.model_outputs[seen], expected[seen], rtol=0, atol=1e-5)
+
+
+@by_name
+@pytest.mark.parametrize("changes", [{}, CRITICLESS], ids=["critic", "groups"])
+def test_costs_count_the_states_that_forwards_see(objective: Any, changes: dict[str, Any]) -> None:
+    trainer = trainer_for(objective, ppo=replace(PPO, timestep_fraction=0.5), **changes)
+    backbone, seen = trainer.backbone, [0]
+
+    def count_rows(module: Any, inputs: Any, output: tuple[Tensor]) -> None:
+        seen[0] += len(output[0])
+
+    trainer.train_iteration()
+    with backbone.model.register_forward_hook(count_rows):
+        trainer.train_iteration()
+    prompt = backbone.encode_prompts(PROMPTS[:1])
+    costs = count(backbone, trainer.critic, trainer.table, prompt, trainer.config)
+    assert seen[0] == costs.sampling_forwards + costs.update_pairs
 
 
 def test_the_new_noise_is_not_that_which_made_the_images() -> None:
@@ -306,9 +356,6 @@ def test_a_chain_is_not_learned_from_on_the_forward_process() -> None:
         remedy="take what trainer.rollout, trainer.collect or trainer.next_rollout of the same",
     ).raised():
         trainer.update(chain)
-
-
-CRITICLESS = {"critic": CriticConfig(trunk="none"), **GROUPS}
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,6 @@ def test_torch_profiler_sees_every_part_of_an_iteration() -> None:
     # Rewards are scored in another thread, which this profiler does not look at; one rank sums with no other.
     elsewhere = {"reward", "update/all_reduce", "rollout/order", "rollout/wait", "rollout/send"}
     # Shards, and an objective on the forward process.
-    elsewhere |= {"shard/gather", "shard/sum", "rollout/renoising"}
+    elsewhere |= {"shard/gather", "shard/sum", "rollout/renoising", "update/old_outputs"}
     assert {f"{DOMAIN}/{name}" for name in SPANS if name not in elsewhere} <= set(counts)
     assert counts[f"{DOMAIN}/rollout/step"] == trainer.table.num_steps

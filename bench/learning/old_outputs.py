@@ -1,0 +1,124 @@
+"""What the old policy's forwards at states that are not trained took of a run's seconds.
+
+    python -m bench.learning.old_outputs
+
+A loss on the forward process without a critic compares with the old policy at the pairs that it trains. Runs
+that were recorded before 2026-11-28 had it run on every state. This measures what that took of an iteration,
+and notes in each of those runs the factor that makes its seconds those of today: `runs.curve` applies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.learning import claim_arms, runs, tables, units
+from bench.learning.claims import CLAIMS
+from bench.learning.problems import PROBLEMS, Materials
+from bench.learning.runs import Arm
+from lacfast.config import ForwardProcess
+from lacfast.learning.pairs import Pairs, all_states, states_of
+from lacfast.policy import guided_output
+from lacfast.records import Rollout
+from lacfast.tasks.models import BackboneName
+from lacfast.trainer import LatentActorCriticTrainer
+
+BACKBONES: tuple[BackboneName, ...] = ("dit", "unet")
+ARM, PROBLEM = "DiffusionNFT", "shapes"
+STUDY, KEY = "old-outputs", "measured"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "learning"
+TOLD = """Seconds of losses on the forward process without a critic are those measured times {factors}: when
+they were run the old policy ran on states that were not trained, too (`bench.learning.old_outputs`)."""
+
+
+def is_concerned(arm: Arm) -> bool:
+    """Whether an arm's old policy runs on trained pairs alone today."""
+    return isinstance(arm.config.objective, ForwardProcess) and arm.config.critic.trunk == "none"
+
+
+def measure(backbone: BackboneName, materials: Materials, *, repeats: int) -> dict[str, Any]:
+    """Median CPU seconds of an iteration and of the old policy's forwards in it, at all states and at as many
+    as are trained, and the factor that is noted."""
+    arm = claim_arms.forward_process(backbone)[ARM]
+    trainer = runs.trainer_of(PROBLEMS[PROBLEM], backbone, arm, materials, seed=0)
+    trainer.train_iteration()
+    measured = [_once(trainer) for _ in range(repeats)]
+    iteration, everywhere, trained = (median(column) for column in zip(*measured, strict=True))
+    factor = median(made / (made + more - less) for made, more, less in measured)
+    return {
+        "iteration": iteration,
+        "all_states": everywhere,
+        "trained_pairs": trained,
+        "repeats": repeats,
+        "factor": round(factor, 3),
+    }
+
+
+def _once(trainer: LatentActorCriticTrainer) -> tuple[float, float, float]:
+    start = time.process_time()
+    trainer.train_iteration()
+    iteration, rollout = time.process_time() - start, trainer.last_rollout
+    assert rollout is not None
+    pairs, size = all_states(rollout), trainer.learner.policy_update.microbatch.size
+    trained = round(trainer.config.ppo.timestep_fraction * len(pairs))
+    everywhere = _forwards(trainer, rollout, pairs.split(rollout.batch_size))
+    return iteration, everywhere, _forwards(trainer, rollout, pairs.select(slice(trained)).split(size))
+
+
+@torch.no_grad()
+def _forwards(trainer: LatentActorCriticTrainer, rollout: Rollout, parts: Iterator[Pairs]) -> float:
+    timesteps, scale = rollout.table.timesteps.float(), trainer.config.sampler.guidance_scale
+    with trainer.learner.old_weights():
+        start = time.process_time()
+        for pairs in parts:
+            guided_output(trainer.backbone, states_of(rollout, timesteps, pairs), None, scale, "cond")
+        return time.process_time() - start
+
+
+def note(results: Path, backbone: BackboneName, factor: float) -> int:
+    """Write the factor into the runs that have none; returns how many there were."""
+    noted = 0
+    for name, claim in CLAIMS.items():
+        if backbone not in claim.budgets:
+            continue
+        study = results / name / backbone
+        starts = tuple(
+            f"{tables.key_start(arm)}seed" for arm, made in claim.arms(backbone).items() if is_concerned(made)
+        )
+        for key, unit in units.load(study).items():
+            if key.startswith(starts) and "seconds_factor" not in unit:
+                units.write(study, key, unit | {"seconds_factor": factor})
+                noted += 1
+    return noted
+
+
+def told(results: Path) -> str:
+    """What a page of results says of it; empty where nothing was measured."""
+    found = {backbone: units.load(results / STUDY / backbone).get(KEY) for backbone in BACKBONES}
+    if not all(found.values()):
+        return ""
+    factors = " and ".join(f"{unit['factor']:.2f} ({name})" for name, unit in found.items() if unit)
+    return TOLD.format(factors=factors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--materials", type=Path, default=Path("runs/learning"), help="base models")
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    for backbone in BACKBONES:
+        found = measure(backbone, Materials(options.materials), repeats=options.repeats)
+        units.write(RESULTS / STUDY / backbone, KEY, found)
+        print(f"{backbone}: {found}, noted in {note(RESULTS, backbone, found['factor'])} runs")
+
+
+if __name__ == "__main__":
+    main()
