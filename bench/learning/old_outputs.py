@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,9 +116,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
     for backbone in BACKBONES:
-        found = measure(backbone, Materials(options.materials), repeats=options.repeats)
-        units.write(RESULTS / STUDY / backbone, KEY, found)
+        found = units.done(RESULTS / STUDY / backbone, KEY, partial(_measured, backbone, options))
+        assert found is not None, "nobody else measures"
         print(f"{backbone}: {found}, noted in {note(RESULTS, backbone, found['factor'])} runs")
+
+
+def _measured(backbone: BackboneName, options: argparse.Namespace) -> units.Unit:
+    return measure(backbone, Materials(options.materials), repeats=options.repeats)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from lacfast.config import PPOConfig, TrainConfig
 from lacfast.config.critic import WEIGHTLESS_TRUNKS
@@ -22,11 +23,11 @@ def study_config(backbone: str, trunk: str | None = None) -> TrainConfig:
     """
     if backbone not in RECIPES:
         raise ValueError(f"unknown backbone {backbone!r}; known: {', '.join(RECIPES)}")
-    train = recipe(RECIPES[backbone]).train
+    train = _preset(RECIPES[backbone])
     trunk = trunk or train.critic.trunk
     is_weightless = trunk in WEIGHTLESS_TRUNKS
     # The rate of a trunk with weights stands in the recipe that has one.
-    rates = PPOConfig() if is_weightless else recipe("shapes-ppo").train.ppo
+    rates = PPOConfig() if is_weightless else _preset("shapes-ppo").ppo
     return replace(
         train,
         critic=replace(train.critic, trunk=trunk),
@@ -36,3 +37,9 @@ def study_config(backbone: str, trunk: str | None = None) -> TrainConfig:
         iterations=TrainConfig.iterations,
         eval_every=TrainConfig.eval_every,
     )
+
+
+@cache
+def _preset(name: str) -> TrainConfig:
+    # The page asks for every arm many times, and YAML is slow to read.
+    return recipe(name).train
