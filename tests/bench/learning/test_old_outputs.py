@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_backbones import barely_trained
 
-from bench.learning import old_outputs, runs, units
-from bench.learning.problems import Materials
+from bench.learning import claim_arms, old_outputs, runs, units
+from bench.learning.problems import PROBLEMS, Materials
 from bench.learning.runs import Point
 from lacfast.runtime.directories import whole_directory
 from lacfast.tasks.storage import save_pretrained
@@ -18,10 +18,20 @@ def test_the_old_policy_s_share_of_an_iteration_is_measured(tmp_path: Path) -> N
     with whole_directory(tmp_path / "shapes-dit") as target:
         save_pretrained(barely_trained(), target)
     found = old_outputs.measure("dit", Materials(tmp_path), repeats=1)
-    # Half of the pairs are trained.
-    assert 0 < found["trained_pairs"] < found["all_states"] < found["iteration"]
-    before = found["iteration"] + found["all_states"] - found["trained_pairs"]
-    assert found["factor"] == pytest.approx(found["iteration"] / before, abs=1e-3)
+    assert 0 < found["iteration"] < found["at_every_state"]
+    assert found["factor"] == pytest.approx(found["iteration"] / found["at_every_state"], abs=1e-3)
+
+
+def test_an_iteration_as_it_was_learns_the_same(tmp_path: Path) -> None:
+    with whole_directory(tmp_path / "shapes-dit") as target:
+        save_pretrained(barely_trained(), target)
+    arm = claim_arms.forward_process("dit")["DiffusionNFT"]
+    today, before = (
+        runs.trainer_of(PROBLEMS["shapes"], "dit", arm, Materials(tmp_path), seed=0) for _ in range(2)
+    )
+    expected = today.train_iteration()["policy_loss"]
+    with old_outputs._everywhere(before):
+        assert before.train_iteration()["policy_loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_factor_is_noted_in_recorded_runs_without_a_critic(tmp_path: Path) -> None:
