@@ -86,6 +86,13 @@ ARMS: dict[str, dict[str, Any]] = {
         "objective": NFT(0.5, old_decay=0.5, old_decay_rate=0.2),
         "ppo": replace(PPO, clip=PPOConfig().clip),
     },
+    "forward process, groups": {
+        "objective": NFT(0.5, old_decay=0.5, old_decay_rate=0.2),
+        "critic": CriticConfig(trunk="none"),
+        "advantages": GROUPS,
+        "samples_per_prompt": 4,
+        "ppo": replace(PPO, clip=PPOConfig().clip, timestep_fraction=0.5),
+    },
     "copy": {"critic": CriticConfig(trunk="copy", **SMALL)},
     "on the policy's features": {"critic": CriticConfig(trunk="branch", keep_features=False, **SMALL)},
     "scattered": SMALL_PARTS

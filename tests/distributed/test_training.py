@@ -21,7 +21,7 @@ CASES = {
     "branch": (3, 4),
     **dict.fromkeys(("two rewards", "value pretraining"), (3,)),
     **dict.fromkeys(("lora", "shared", "joint", "clean_net", "groups, hold", "uneven, kl, replay"), (2,)),
-    **dict.fromkeys(("graphs", "forward process"), (2,)),
+    **dict.fromkeys(("graphs", "forward process", "forward process, groups"), (2,)),
 }
 """Arm -> the numbers of ranks that it is tried on."""
 SAVED = ("uneven, kl, replay", "groups, hold")

@@ -122,7 +122,16 @@ def assert_trains(trainer: LatentActorCriticTrainer, iterations: int = 2) -> Non
             id="statistics per prompt",
         ),
         pytest.param({"graph": GRAPHS, "objective": NFT(), "ppo": FORWARD, "sampler": GUIDED}, id="NFT"),
-        pytest.param({"graph": EAGER, "objective": AWM(), "ppo": FORWARD}, id="AWM", marks=SLOW),
+        pytest.param(
+            {
+                "graph": GRAPHS,
+                "objective": AWM(),
+                "ppo": replace(FORWARD, timestep_fraction=0.5),
+                "critic": CriticConfig(trunk="none"),
+                "advantages": AdvantageConfig(estimator=DDPO()),
+            },
+            id="AWM without a critic",
+        ),
     ],
 )
 def test_an_iteration_trains(cuda: WaitLog, changes: dict[str, Any]) -> None:
