@@ -107,27 +107,25 @@ def inference(backbone: BackboneName) -> dict[str, Arm]:
 
 def forward_process(backbone: BackboneName) -> dict[str, Arm]:
     arms = levels(backbone)
-    kept = ("DiffusionNFT", "prompt history")
-    return {"critic-weighted NFT": arms["critic with replay"]} | {name: arms[name] for name in kept}
+    return {"critic-weighted NFT": arms["critic with replay"], "DiffusionNFT": arms["DiffusionNFT"]}
+
+
+def forward_process_and_history(backbone: BackboneName) -> dict[str, Arm]:
+    """With a control on the DiT, one image of a prompt and no critic."""
+    arms = forward_process(backbone)
+    return arms | {"prompt history": levels(backbone)["prompt history"]} if backbone == "dit" else arms
 
 
 def taught(backbone: BackboneName) -> dict[str, Arm]:
     arms = forward_process(backbone)
-    critic = arms["critic-weighted NFT"]
-    config = pretrained_for(critic.config, TAUGHT_ROLLOUTS)
-    return {
-        "taught critic": Arm(config=config, counts_pretraining=False),
-        **{name: arms[name] for name in ("DiffusionNFT", "critic-weighted NFT")},
-    }
+    config = pretrained_for(arms["critic-weighted NFT"].config, TAUGHT_ROLLOUTS)
+    return {"taught critic": Arm(config=config, counts_pretraining=False), **arms}
 
 
 def slow(backbone: BackboneName) -> dict[str, Arm]:
-    arms = taught(backbone)
+    arms = forward_process(backbone)
     critic = arms["critic-weighted NFT"]
-    names = ("DiffusionNFT", "critic-weighted NFT")
-    return {"slow critic": replace(critic, config=slowed(critic.config))} | {
-        name: arms[name] for name in names
-    }
+    return {"slow critic": replace(critic, config=slowed(critic.config)), **arms}
 
 
 def chosen(backbone: BackboneName) -> dict[str, Arm]:

@@ -28,8 +28,7 @@ CHOSEN_ELSEWHERE = (
     f"Critic-weighted NFT has a replay of {REPLAYED_ROLLOUTS} rollouts. Rollouts of "
     f"{SMALL_ROLLOUTS['dit']} images, {SMALL_ROLLOUTS['unet']} on the UNet, and the rate, which falls to 0 "
     "over a run, are what section objectives chose with the checker's reward, on the UNet the rollout of "
-    "DiffusionNFT and the rate of the other; nothing was tuned here. Prompt history is a control: one image "
-    "of a prompt too, and no critic."
+    "DiffusionNFT and the rate of the other; nothing was tuned here."
 )
 CHECKER_BUDGETS: dict[BackboneName, Budget] = {
     "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
@@ -247,12 +246,13 @@ CLAIMS = {
     "proxy-nft": Claim(
         question="With the learnt reward, what do losses on the forward process do to what it stands for?",
         problem="similarity",
-        arms=claim_arms.forward_process,
+        arms=claim_arms.forward_process_and_history,
         budgets=LEARNT_REWARD_BUDGETS,
         metrics=("shapes_gold", "similarity_gold", "similarity", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
-        note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward.",
+        note=CHOSEN_ELSEWHERE + " Section proxy has PPO's arms, tuned on this reward. Prompt history is a "
+        "control: one image of a prompt too, and no critic.",
     ),
     "glyphs-proxy-nft": Claim(
         question="Is it so on the second task, where a learnt reward compares words with pictures of them?",
