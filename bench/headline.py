@@ -24,11 +24,12 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         _leads(learning, name, "dit", RIVALS["critic-weighted NFT"], OTHERS)
         for name in ("objectives", "proxy-nft", "glyphs-proxy-nft")
     )
-    unet_words, unet = (_leads(learning, name, "unet", ("DiffusionNFT",)) for name in ("glyphs-nft", "slow"))
+    read = _leads(learning, "glyphs-nft", "dit", ("DiffusionNFT",))
+    unet_read, unet = (_leads(learning, name, "unet", ("DiffusionNFT",)) for name in ("glyphs-nft", "slow"))
     rows = [
         (
             "Does it learn more? Accuracy at equal images, critic-weighted NFT minus others, tiny models",
-            f"shapes: {checker}; words on the UNet: {unet_words}",
+            f"shapes: {checker}; words: {read}; words on the UNet: {unet_read}",
         ),
         (
             "With a learnt reward too, judged by a checker that does not train?",
