@@ -79,6 +79,7 @@ def iteration(rollout_ranks: int = 0) -> Iteration | None:
         config = replace(
             preset,
             batch_size=BATCH,
+            eval_every=0,
             rollout_ranks=rollout_ranks,
             staleness=STALENESS if rollout_ranks else 0,
             ppo=replace(preset.ppo, microbatch_size=32, minibatch_draw="stratified"),
