@@ -24,8 +24,11 @@ def table(learning: Path, iterations: dict[str, Any], costs: dict[str, Any]) -> 
         _leads(learning, name, "dit", RIVALS["critic-weighted NFT"], OTHERS)
         for name in ("objectives", "proxy-nft", "glyphs-proxy-nft")
     )
-    read = _leads(learning, "glyphs-nft", "dit", ("DiffusionNFT",))
-    unet_read, unet = (_leads(learning, name, "unet", ("DiffusionNFT",)) for name in ("glyphs-nft", "slow"))
+    backbones: tuple[BackboneName, ...] = ("dit", "unet")
+    read, unet_read = (
+        _leads(learning, "glyphs-nft", each, RIVALS["critic-weighted NFT"]) for each in backbones
+    )
+    unet = _leads(learning, "slow", "unet", ("DiffusionNFT",))
     rows = [
         (
             "Does it learn more? Accuracy at equal images, critic-weighted NFT minus others, tiny models",

@@ -116,6 +116,15 @@ def forward_process_and_history(backbone: BackboneName) -> dict[str, Arm]:
     return arms | {"prompt history": levels(backbone)["prompt history"]} if backbone == "dit" else arms
 
 
+def forward_process_and_ppo(backbone: BackboneName) -> dict[str, Arm]:
+    """With PPO's arms on the UNet, at the rate that was chosen for them there with another reward."""
+    arms = forward_process(backbone)
+    if backbone == "unet":
+        for name in ("GRPO", "DDPO"):
+            arms[name] = Arm(config=at_rate(baselines(backbone)[name].config, UNET_RATE))
+    return arms
+
+
 def taught(backbone: BackboneName) -> dict[str, Arm]:
     arms = forward_process(backbone)
     config = pretrained_for(arms["critic-weighted NFT"].config, TAUGHT_ROLLOUTS)

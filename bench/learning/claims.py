@@ -200,10 +200,7 @@ CLAIMS = {
         question="Does it hold on another task, words that a reader must read?",
         problem="glyphs",
         arms=claim_arms.baselines,
-        budgets={
-            "dit": Budget(images=8_000, seconds=0, judged_every=2_000),
-            "unet": Budget(images=8_000, seconds=0, judged_every=2_000),
-        },
+        budgets={"dit": Budget(images=8_000, seconds=0, judged_every=2_000)},
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         seeds=3,
@@ -236,12 +233,13 @@ CLAIMS = {
     "glyphs-nft": Claim(
         question="Do losses on the forward process learn more than PPO on the second task, too?",
         problem="glyphs",
-        arms=claim_arms.forward_process,
+        arms=claim_arms.forward_process_and_ppo,
         budgets=CHECKER_BUDGETS,
         metrics=("glyphs_strict", "glyphs_gold", "diversity"),
         reward_costs=(0.0, 0.05),
         tuning=AS_CHOSEN,
-        note=CHOSEN_ELSEWHERE + " Section glyphs has PPO's arms, tuned on this task.",
+        note=CHOSEN_ELSEWHERE + " On the UNet GRPO and DDPO have the rollout and the rate of section proxy, "
+        "which falls here. On the DiT section glyphs has PPO's arms, tuned on this task.",
     ),
     "proxy-nft": Claim(
         question="With the learnt reward, what do losses on the forward process do to what it stands for?",
