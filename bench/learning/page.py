@@ -59,10 +59,11 @@ is added per image.
 
 ADVICE = """## What to take
 
-- **A loss on the forward process**: it needs no SDE and no ratio, and is far ahead of PPO's arms on scenes;
-  on words, which are nearly learnt out, DDPO ends as high as DiffusionNFT. That one on GRPO's groups is the
-  simplest and takes the least time. AWM, tuned alike, gains less by gold on the DiT; on the UNet short runs
-  chose it a rate that a long one does not bear (section matching; there one pair).
+- **A loss on the forward process**: it needs no SDE and no ratio, and is far ahead of PPO's arms on scenes,
+  and with the UNet on words; with the DiT those are nearly learnt out, and DDPO ends as high as DiffusionNFT.
+  That one on GRPO's groups is the simplest and takes the least time. AWM, tuned alike, gains less by gold on
+  the DiT; on the UNet short runs chose it a rate that a long one does not bear (section matching; there two
+  pairs).
 - **Weighted by the critic**, the recipes `shapes`, `shapes-unet` and `sd35m-pickscore`
   (`TrainConfig.objective=NFT()`, estimator `critic`), where the reward is learnt, as most are. With the
   similarity of a dual encoder for the reward, judged by a checker that nothing trains on, it ends ahead of
@@ -88,12 +89,13 @@ ADVICE = """## What to take
 - **A reward that reads**, for words on the UNet. By similarity no method learns them: in 4,000 images it
   rises by 0.09 with both losses on the forward process, the share of words that can be read by 0.04, and the
   critic explains nothing (section glyphs-proxy-nft, unet). The reader's own reward teaches the same base
-  model to write half of the words in as many images, and the critic-weighted loss ends ahead of DiffusionNFT
-  by that reader and by the second one and is ahead over the run, in equal time too where the reward takes
-  50 ms; a free one leaves it ahead by the second reader alone. Its pictures are a little less diverse
-  (section glyphs-nft, unet; five seeds). On the DiT there is nothing to win: its base model writes two
-  thirds, all methods write 98 to 99 % after 8,000 images, PPO's arms at half the diversity, and the critic's
-  passes only take time (sections glyphs-nft and glyphs, dit).
+  model to write half of the words in as many images, and the critic-weighted loss ends ahead of DiffusionNFT,
+  GRPO and DDPO by that reader and by the second one, is ahead over the run, and in equal time where the
+  reward takes 50 ms. With a free one, in the time of PPO's arms, it is level with those and behind
+  DiffusionNFT. Its pictures are a little less diverse (section glyphs-nft, unet; five seeds). On the DiT
+  there is nothing to win: its base model writes two thirds, all methods write 98 to 99 % after 8,000 images,
+  PPO's arms at half the diversity, and the critic's passes only take time (sections glyphs-nft and glyphs,
+  dit).
 - **Nothing yet**, for crowds of five to eight objects: in 4,000 images neither loss raises the share of
   pictures that obey by more than 0.03 on either backbone, from 0.11 and 0.15, and the critic's values end
   farther from the rewards than their mean is. On the DiT it ends 0.009 ahead of DiffusionNFT for all that, on
