@@ -33,7 +33,8 @@ arm of section baselines, tuned over the rate alone in longer runs, learned more
 stands here instead, which favours the rivals. On the UNet PPO's arms have no other runs: their rate stays and
 their rollouts are not tuned, which may favour the others, whose rate falls to 0. So it is in sections
 proxy-nft and glyphs-proxy-nft, where the reward is learnt and the losses on the forward process are not
-tuned: PPO's arms are those of sections proxy and glyphs-proxy, tuned over the rate. Sections were run on
+tuned: PPO's arms are those of sections proxy and glyphs-proxy, tuned over the rate. In section glyphs-nft
+nothing is tuned; on the UNet PPO's arms have the rollout and the rate of section proxy. Sections were run on
 several machines, so seconds are shown of a section's own runs alone."""
 OVERVIEW = ("objectives", "glyphs-nft", "proxy-nft", "glyphs-proxy-nft")
 """Claims that the page opens with: all methods, each with its best rollout and rate."""
@@ -84,8 +85,8 @@ ADVICE = """## What to take
   checker 0.008 apart. Three seeds had it ahead, five do not. A critic that takes short steps on the states of
   64 rollouts, the recipe `shapes-unet`'s, explains 0.31 to 0.43 at the end and costs no image: the same. Both
   end ahead of DiffusionNFT by the learnt reward, the gold encoder and diversity, by the checker 0.021 and
-  0.025 higher, undecided (sections taught and slow, five seeds). What the critic explains is not what limits
-  the UNet.
+  0.025 higher, undecided (sections taught and slow, five seeds). A critic that explains more did not make
+  these runs learn more.
 - **A reward that reads**, for words on the UNet. By similarity no method learns them: in 4,000 images it
   rises by 0.09 with both losses on the forward process, the share of words that can be read by 0.04, and the
   critic explains nothing (section glyphs-proxy-nft, unet). The reader's own reward teaches the same base
@@ -249,6 +250,10 @@ def _section(results: Path, name: str, claim: Claim, backbone: BackboneName, pic
     for cost in claim.reward_costs:
         title = f"equal time, reward of {1000 * cost:.0f} ms per image"
         lines += ["", *tables.comparison(title, seconds(cost), curves, claim.metrics[:2])]
+    if claim.reward_costs:
+        lines += ["", tables.time_per_image(curves)]
+    if known := tables.explained(curves):
+        lines += ["", known]
     if claim.more_compute:
         lines += ["", *tables.more_compute(curves, claim.metrics)]
     return "\n".join(lines)

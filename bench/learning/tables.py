@@ -16,6 +16,8 @@ from bench.learning.more_compute import STEERED, TIMES
 from bench.learning.runs import Point
 from lacfast.tasks.models import BackboneName
 
+EXPLAINED = "explained_variance"
+"""A critic's score, see Point.scores."""
 Measure = tuple[Callable[[Sequence[Point], Cost, str, float], float], str]
 """What is compared: a function of a curve, and the metric that it reads."""
 
@@ -156,6 +158,26 @@ def comparison(title: str, cost: Cost, curves: Curves, metrics: Sequence[str]) -
     for arm in others:
         leads = [_lead(curves, first, arm, measure, cost) for measure in measures.values()]
         yield _row(f"{first} minus {arm}", leads)
+
+
+def time_per_image(curves: Curves) -> str:
+    """What an image of each arm takes, reward and judging aside."""
+    taken = {arm: mean(runs[-1].seconds / runs[-1].images for runs in made) for arm, made in curves.items()}
+    return f"Milliseconds per image: {', '.join(f'{arm} {1000 * each:.1f}' for arm, each in taken.items())}."
+
+
+def explained(curves: Curves) -> str:
+    """What the critics explain of the rewards at the end, and before the first image that counts where they
+    were taught before; empty without a critic."""
+    told = []
+    for arm, made in curves.items():
+        ends = [points[-1].scores.get(EXPLAINED, 0.0) for points in made]
+        if any(ends):
+            told.append(f"{arm} {min(ends):.2f} to {max(ends):.2f}")
+            before = [points[1].scores[EXPLAINED] for points in made if points[1].images == 0]
+            if before:
+                told[-1] += f", before training {min(before):.2f} to {max(before):.2f}"
+    return f"Of the rewards' variance critics explain at the end: {'; '.join(told)}." if told else ""
 
 
 def more_compute(curves: Curves, metrics: Sequence[str]) -> Iterator[str]:

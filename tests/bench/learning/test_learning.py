@@ -204,6 +204,8 @@ def test_a_claim_is_tuned_run_resumed_and_reported(
     scored = len(claim.metrics) + 1
     assert lead.count("[") == scored, "final scores and the area have intervals of their own"
     assert "equal time, reward of 100 ms per image" in text
+    assert "Milliseconds per image: latent critic " in text
+    assert "Of the rewards' variance critics explain at the end: latent critic " in text
     assert (tmp_path / "docs" / "results" / "baselines-dit.png").stat().st_size > 10_000
 
 
@@ -262,6 +264,17 @@ def test_an_arm_that_another_claim_has_for_fewer_seeds_is_compared_over_those(tm
     assert "GRPO" in found
     record(tmp_path, "matching", "AWM", 0.6, seeds=2)
     assert tables.at_best(tmp_path, CLAIMS, "objectives", "dit", ("AWM",)) == found, "no arm of that claim"
+
+
+def test_a_critic_that_was_taught_before_is_told_apart() -> None:
+    taught = [
+        Point(images, 0, 2.0, {"explained_variance": known}) for images, known in ((0, 0), (0, 0.4), (8, 0.2))
+    ]
+    groups = [Point(0, 0, 0.0, {}), Point(8, 0, 1.0, {})]
+    told = tables.explained({"taught": [taught], "groups": [groups]})
+    assert told.endswith("at the end: taught 0.20 to 0.20, before training 0.40 to 0.40.")
+    assert tables.explained({"groups": [groups]}) == ""
+    assert tables.time_per_image({"taught": [taught]}) == "Milliseconds per image: taught 250.0."
 
 
 @pytest.mark.usefixtures("no_curves")
